@@ -1,0 +1,62 @@
+# Everything starts from `python3` and pip. Each target makes the virtual environment that it needs, once, and again
+# when pyproject.toml or its constraints change.
+
+PYTHON ?= python3
+WORKERS ?= $(shell $(PYTHON) -c 'import os; print(min(8, os.cpu_count() or 1))')
+PYTEST_ARGS ?=
+
+VENV := .venv
+FLOOR := .venv-floor
+BIN := $(VENV)/bin
+PIP_INSTALL := -m pip install -qq --disable-pip-version-check
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help demo test test-floor lint format clean
+
+help: ## say what the targets do
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-12s %s\n", $$1, $$2}'
+
+# pip takes torch from constraints.txt by name and version first: an unpinned torch may bring gigabytes of CUDA packages.
+$(VENV)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python $(PIP_INSTALL) -c constraints.txt "$$(grep '^torch==' constraints.txt)" -e '.[test,dev]'
+	@touch $@
+
+$(FLOOR)/.installed: pyproject.toml constraints-floor.txt
+	$(PYTHON) -m venv $(FLOOR)
+	$(FLOOR)/bin/python $(PIP_INSTALL) -c constraints-floor.txt "$$(grep '^torch==' constraints-floor.txt)" -e '.[test]'
+	@touch $@
+
+# No network at test time: what is not in the repository or made by the test is not used.
+demo test test-floor: export HF_HUB_OFFLINE := 1
+demo test test-floor: export HF_DATASETS_OFFLINE := 1
+demo test test-floor: export HF_EVALUATE_OFFLINE := 1
+demo test test-floor: export TOKENIZERS_PARALLELISM := false
+demo test test-floor: export MPLBACKEND := Agg
+# One thread a worker: the workers already fill the cores.
+test test-floor: export OMP_NUM_THREADS := 1
+
+demo: $(VENV)/.installed ## train a small model dense and sparse on the same steps, and compare the two (5 minutes)
+	$(BIN)/python examples/demo.py
+
+# worksteal keeps neighbouring tests, which share fixtures, on one worker until another worker is idle.
+test: $(VENV)/.installed ## run all tests
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(PYTEST_ARGS)
+
+test-floor: $(FLOOR)/.installed ## run the fast tests with the oldest releases that are supported
+	$(FLOOR)/bin/python -m pytest -n $(WORKERS) --dist worksteal -m "not slow" $(PYTEST_ARGS)
+
+lint: $(VENV)/.installed ## check style, types and the direction of imports
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy hf_pdecay examples
+	$(BIN)/lint-imports
+
+format: $(VENV)/.installed ## put the code into the house's format
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+clean: ## delete the environments, the caches and what was built
+	rm -rf $(VENV) $(FLOOR) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
