@@ -1,0 +1,336 @@
+"""Which parameter decays, and how: module types and rules → param groups.
+
+By default the matrices of linear layers, of HF's ``Conv1D`` and of convolutions decay; embeddings, the LM head (tied or
+not), norms and biases do not. Layers are told apart by their type, never by the names of one architecture.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import re
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
+
+from .decay import check_lambda_p, check_p_norm
+
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+RuleSpec = Mapping[str, Any]
+
+_RULE_KEYS = ("p_norm", "lambda_p")
+_WRAPPERS = re.compile(r"(^|\.)(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)(?=\.)|^module(?=\.)")
+
+
+@dataclass(frozen=True)
+class Rule:
+    """What ``lp_rules`` says of the parameters that a pattern matches.
+
+    Args:
+        pattern: A regular expression, searched for anywhere in the parameter's name.
+        p_norm: p for them; None for the run's own.
+        lambda_p: λ_p for them; None for the run's own.
+        off: Whether they are left undecayed.
+    """
+
+    pattern: re.Pattern[str]
+    p_norm: float | None = None
+    lambda_p: float | None = None
+    off: bool = False
+
+
+@dataclass(frozen=True)
+class Assignment:
+    """How one parameter decays."""
+
+    decayed: bool
+    p_norm: float
+    lambda_p: float
+    rule: str
+
+
+def clean_name(name: str) -> str:
+    """Return a parameter's name without what ``torch.compile``, DDP and FSDP put before it."""
+    while (shorter := _WRAPPERS.sub(r"\1", name).replace("..", ".").lstrip(".")) != name:
+        name = shorter
+    return name
+
+
+def load_rules(spec: str | RuleSpec | None) -> dict[str, Any]:
+    """Read ``lp_rules`` from JSON text, from a JSON file or from a mapping, and check it.
+
+    Args:
+        spec: JSON text that starts with ``{``, the path of a JSON file, a mapping, or None for no rules. Keys are
+            regular expressions over parameter names; values are ``"off"`` or objects with ``p_norm`` and ``lambda_p``.
+
+    Returns:
+        The rules as a plain dict in their order, the first match of which wins.
+
+    Raises:
+        ValueError: If the file is missing or not JSON, a pattern does not compile, or a key or value is not known.
+    """
+    if spec is None:
+        return {}
+    if isinstance(spec, str):
+        text, where = spec, "the text given"
+        if not spec.lstrip().startswith("{"):
+            where = spec
+            try:
+                text = Path(spec).expanduser().read_text(encoding="utf-8")
+            except (OSError, UnicodeDecodeError) as error:
+                raise ValueError(
+                    f"Invalid lp_rules: cannot read the file {spec!r} ({error}); give a JSON file, or JSON text that "
+                    "starts with '{'."
+                ) from error
+        try:
+            spec = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise ValueError(
+                f'Invalid lp_rules: {where} is not JSON ({error}); right would be {{"attn": {{"p_norm": 0.5}}}}.'
+            ) from error
+    if not isinstance(spec, Mapping):
+        raise ValueError(f"Invalid lp_rules: lp_rules={spec!r}; it must be an object of pattern → settings.")
+    rules = dict(spec)
+    parse_rules(rules)
+    return rules
+
+
+def parse_rules(rules: RuleSpec) -> list[Rule]:
+    """Turn checked or unchecked rules into :class:`Rule` objects, in their order.
+
+    Raises:
+        ValueError: If a pattern does not compile, or a key or value is not known.
+    """
+    return [_parse_rule(pattern, settings) for pattern, settings in rules.items()]
+
+
+def _parse_rule(pattern: str, settings: Any) -> Rule:
+    try:
+        compiled = re.compile(pattern)
+    except (re.error, TypeError) as error:
+        raise ValueError(f"Invalid lp_rules: the pattern {pattern!r} is not a regular expression ({error}).") from error
+    if settings == "off":
+        return Rule(compiled, off=True)
+    if not isinstance(settings, Mapping):
+        raise ValueError(
+            f"Invalid lp_rules: {pattern!r} has the value {settings!r}; it must be 'off' or an object with "
+            f"{' and '.join(_RULE_KEYS)}."
+        )
+    unknown = [key for key in settings if key not in _RULE_KEYS]
+    if unknown:
+        raise ValueError(
+            f"Invalid lp_rules: {pattern!r} has the unknown key {unknown[0]!r}; known keys are {', '.join(_RULE_KEYS)}."
+        )
+    try:
+        return Rule(
+            compiled,
+            p_norm=check_p_norm(settings["p_norm"]) if "p_norm" in settings else None,
+            lambda_p=check_lambda_p(settings["lambda_p"]) if "lambda_p" in settings else None,
+        )
+    except ValueError as error:
+        raise ValueError(f"Invalid lp_rules: {pattern!r}: {error}") from error
+
+
+def decayable_parameter_names(model: nn.Module) -> list[str]:
+    """Return the names of the parameters that decay by default, in the model's order, shared ones once.
+
+    These are the weights of ``nn.Linear`` and of its subclasses, of HF's ``Conv1D``, of convolutions and of
+    ``nn.MultiheadAttention``, and matrices stacked in one parameter of three dimensions, as fused experts are. What an
+    embedding or an LM head owns is left out, also where it is shared with a linear layer.
+
+    Args:
+        model: Any module, wrapped or not.
+    """
+    kept_out = {id(param) for module in _embeddings_and_heads(model) for param in module.parameters(recurse=False)}
+    chosen = {id(param) for module in model.modules() for param in _matrices(module) if id(param) not in kept_out}
+    return [clean_name(name) for name, param in model.named_parameters() if id(param) in chosen]
+
+
+def _embeddings_and_heads(model: nn.Module) -> Iterator[nn.Module]:
+    from transformers import PreTrainedModel
+
+    for module in model.modules():
+        if isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
+            yield module
+        elif isinstance(module, PreTrainedModel):
+            head = module.get_output_embeddings()
+            if isinstance(head, nn.Module):
+                yield head
+
+
+def _matrices(module: nn.Module) -> Iterator[Tensor]:
+    from transformers.pytorch_utils import Conv1D
+
+    own = module.named_parameters(recurse=False)
+    if isinstance(module, (nn.Linear, Conv1D, _ConvNd)):
+        found = (param for name, param in own if name == "weight")
+    elif isinstance(module, nn.MultiheadAttention):
+        found = (param for _, param in own if param.ndim == 2)
+    else:
+        # A position table is stored as 1 × positions × width: no stack.
+        found = (param for _, param in own if param.ndim == 3 and min(param.shape) > 1)
+    return (param for param in found if param.is_floating_point())
+
+
+def assign(model: nn.Module, *, p_norm: float, lambda_p: float, rules: RuleSpec | None = None) -> dict[str, Assignment]:
+    """Decide how each trainable parameter of a model decays.
+
+    A pattern that matches any matrix sets matrices only, so ``"attn"`` does not draw in the biases beside them; one
+    that matches nothing but biases and norms sets those. ``"off"`` acts on all that it matches.
+
+    Args:
+        model: Any module, wrapped or not.
+        p_norm: The run's p.
+        lambda_p: The run's λ_p.
+        rules: ``lp_rules``; the first one that sets a parameter wins.
+
+    Returns:
+        Clean name → :class:`Assignment`, for every trainable parameter, shared ones once.
+
+    Raises:
+        ValueError: If a pattern matches no trainable parameter; the message lists near matches.
+    """
+    default = set(decayable_parameter_names(model))
+    trainable = _trainable(model)
+    matches = {rule: _matches(rule, trainable) for rule in parse_rules(rules or {})}
+    for each, matched in matches.items():
+        if not matched:
+            aliases = [alias for _, some in trainable.values() for alias in some]
+            raise ValueError(_no_match(each.pattern.pattern, aliases))
+    result: dict[str, Assignment] = {}
+    for key, (_, aliases) in trainable.items():
+        name = aliases[0]
+        rule = next((rule for rule, matched in matches.items() if key in matched), None)
+        if rule is None:
+            on = name in default
+            result[name] = Assignment(on, p_norm, lambda_p if on else 0.0, "default" if on else "not decayed")
+        else:
+            result[name] = Assignment(
+                decayed=not rule.off,
+                p_norm=p_norm if rule.p_norm is None else rule.p_norm,
+                lambda_p=0.0 if rule.off else lambda_p if rule.lambda_p is None else rule.lambda_p,
+                rule=rule.pattern.pattern,
+            )
+    return result
+
+
+def _trainable(model: nn.Module) -> dict[int, tuple[Tensor, list[str]]]:
+    """Trainable parameters by identity, each with all of its names."""
+    found: dict[int, tuple[Tensor, list[str]]] = {}
+    for name, param in model.named_parameters(remove_duplicate=False):
+        if param.requires_grad:
+            found.setdefault(id(param), (param, []))[1].append(clean_name(name))
+    return found
+
+
+def _matches(rule: Rule, trainable: Mapping[int, tuple[Tensor, list[str]]]) -> set[int]:
+    found = {key for key, (_, names) in trainable.items() if any(rule.pattern.search(name) for name in names)}
+    matrices = {key for key in found if trainable[key][0].ndim > 1}
+    return found if rule.off else matrices or found
+
+
+def _no_match(pattern: str, names: list[str]) -> str:
+    near = difflib.get_close_matches(pattern, names, n=3, cutoff=0.3)
+    if not near:
+        # A pattern is usually a part of a name: compare it with parts of the same length in dots.
+        parts = {part: name for name in names for part in name.split(".")}
+        near = [parts[part] for part in difflib.get_close_matches(pattern, list(parts), n=3, cutoff=0.5)]
+    shown = ", ".join(near or names[:3])
+    return (
+        f"Invalid lp_rules: the pattern {pattern!r} matches no trainable parameter; "
+        f"{'near matches' if near else 'parameters are named like'}: {shown}."
+    )
+
+
+def build_param_groups(
+    model: nn.Module,
+    *,
+    p_norm: float,
+    lambda_p: float,
+    weight_decay: float = 0.0,
+    keep_zeros: bool = False,
+    rules: RuleSpec | None = None,
+    weight_decay_names: Collection[str] | None = None,
+) -> list[dict[str, Any]]:
+    """Return param groups for :class:`~hf_pdecay.AdamWLp`.
+
+    Each holds beside the hyperparameters ``decayed``, whether its weights take part in p-norm decay (their λ_p may be 0
+    at times), and ``rule``, what put them there.
+
+    Args:
+        model: Any module, wrapped or not.
+        p_norm: The run's p.
+        lambda_p: The run's λ_p.
+        weight_decay: λ₂ of the parameters in ``weight_decay_names``; the others get none.
+        keep_zeros: Whether decayed weights that are zero stay zero.
+        rules: ``lp_rules``.
+        weight_decay_names: Names of the parameters with L2 decay; those that decay by p norm if None.
+
+    Raises:
+        ValueError: If a pattern matches no trainable parameter, or no parameter is trainable.
+    """
+    assignments = assign(model, p_norm=p_norm, lambda_p=lambda_p, rules=rules)
+    if not assignments:
+        raise ValueError("The model has no trainable parameter: set requires_grad on what is to be trained.")
+    l2_names = None if weight_decay_names is None else {clean_name(name) for name in weight_decay_names}
+    groups: dict[tuple[Assignment, float], dict[str, Any]] = {}
+    for name, param in model.named_parameters():
+        if not param.requires_grad:
+            continue
+        how = assignments[clean_name(name)]
+        l2 = how.decayed if l2_names is None else clean_name(name) in l2_names
+        group = groups.setdefault(
+            (how, weight_decay if l2 else 0.0),
+            {
+                "params": [],
+                "weight_decay": weight_decay if l2 else 0.0,
+                "p_norm": how.p_norm,
+                "lambda_p": how.lambda_p,
+                "keep_zeros": keep_zeros and how.decayed,
+                "decayed": how.decayed,
+                "rule": how.rule,
+            },
+        )
+        group["params"].append(param)
+    return sorted(groups.values(), key=lambda group: not group["decayed"])
+
+
+def decayed_parameter_names(model: nn.Module, groups: Iterable[Mapping[str, Any]]) -> list[str]:
+    """Return the names of the model's parameters in the groups that decay, in the model's order.
+
+    Args:
+        model: The model whose parameters the groups hold.
+        groups: An optimizer's ``param_groups``; a group without the key ``decayed`` counts if its λ_p is above 0.
+    """
+    chosen = {
+        id(param) for group in groups if group.get("decayed", group.get("lambda_p", 0) > 0) for param in group["params"]
+    }
+    return [clean_name(name) for name, param in model.named_parameters() if id(param) in chosen]
+
+
+def group_table(groups: Iterable[Mapping[str, Any]]) -> Table:
+    """Return a rich table of param groups: tensors, parameters, p, λ_p and weight decay of each."""
+    from rich.table import Table
+
+    table = Table(title="Parameter groups")
+    table.add_column("rule", overflow="fold")
+    for heading in ("tensors", "parameters", "p", "λ_p", "weight decay"):
+        table.add_column(heading, justify="right")
+    for number, group in enumerate(groups):
+        decayed = group.get("decayed", group["lambda_p"] > 0)
+        table.add_row(
+            group.get("rule", f"group {number}"),
+            f"{len(group['params']):,}",
+            f"{sum(param.numel() for param in group['params']):,}",
+            f"{group['p_norm']:g}" if decayed else "-",
+            f"{group['lambda_p']:g}" if decayed else "-",
+            f"{group['weight_decay']:g}",
+        )
+    return table

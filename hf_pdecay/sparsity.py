@@ -1,0 +1,340 @@
+"""Counting zeros: a model → :class:`SparsityReport`."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import struct
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from .rules import clean_name, decayable_parameter_names
+
+
+if TYPE_CHECKING:
+    import pandas
+    from rich.console import Console, ConsoleOptions, RenderResult
+    from rich.table import Table
+
+NEAR_ZERO_THRESHOLD = 1e-13
+
+_CHUNK = 1 << 24
+_TABLE_ROWS = 40
+
+
+@dataclass(frozen=True)
+class TensorSparsity:
+    """What was counted in one tensor.
+
+    Args:
+        name: Name of the parameter in the model.
+        shape: Its shape.
+        parameters: Number of weights.
+        zeros: How many of them are exactly zero.
+        near_zeros: How many are not zero but below the report's threshold in magnitude.
+        norm: Euclidean norm.
+        decayed: Whether p-norm decay acts on it.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    parameters: int
+    zeros: int
+    near_zeros: int
+    norm: float
+    decayed: bool
+
+    @property
+    def sparsity(self) -> float:
+        """Fraction of exact zeros, in [0, 1]."""
+        return self.zeros / self.parameters if self.parameters else 0.0
+
+
+@dataclass(frozen=True)
+class Totals:
+    """Sums over several tensors."""
+
+    tensors: int
+    parameters: int
+    zeros: int
+    near_zeros: int
+
+    @property
+    def sparsity(self) -> float:
+        """Fraction of exact zeros, in [0, 1]; 0 where there are no weights."""
+        return self.zeros / self.parameters if self.parameters else 0.0
+
+    @classmethod
+    def of(cls, tensors: Iterable[TensorSparsity]) -> Totals:
+        """Add up."""
+        tensors = list(tensors)
+        return cls(
+            tensors=len(tensors),
+            parameters=sum(each.parameters for each in tensors),
+            zeros=sum(each.zeros for each in tensors),
+            near_zeros=sum(each.near_zeros for each in tensors),
+        )
+
+
+@dataclass(frozen=True)
+class SparsityReport:
+    """Zeros of a model, tensor by tensor and in total; prints as a table.
+
+    Args:
+        tensors: One entry a floating-point parameter in the model's order; a shared parameter has one.
+        near_zero_threshold: Magnitude below which a non-zero weight counts as near zero.
+    """
+
+    tensors: list[TensorSparsity] = field(default_factory=list)
+    near_zero_threshold: float = NEAR_ZERO_THRESHOLD
+
+    @property
+    def decayed(self) -> Totals:
+        """Totals over the tensors on which p-norm decay acts."""
+        return Totals.of(each for each in self.tensors if each.decayed)
+
+    @property
+    def model(self) -> Totals:
+        """Totals over the whole model."""
+        return Totals.of(self.tensors)
+
+    @property
+    def sparsity(self) -> float:
+        """Fraction of exact zeros in the decayed weights, in [0, 1]."""
+        return self.decayed.sparsity
+
+    @property
+    def model_sparsity(self) -> float:
+        """Fraction of exact zeros in the whole model, in [0, 1]."""
+        return self.model.sparsity
+
+    def by_block(self) -> dict[str, Totals]:
+        """Totals of the decayed weights by block.
+
+        A block is what a parameter's name has up to its first number (``transformer.h.0``), so a layer of a stack is
+        one; parameters outside of any stack go by their module's name.
+        """
+        blocks: dict[str, list[TensorSparsity]] = {}
+        for each in self.tensors:
+            if each.decayed:
+                match = re.match(r"(.*?\.\d+)(?:\.|$)", each.name)
+                blocks.setdefault(match[1] if match else each.name.rpartition(".")[0] or each.name, []).append(each)
+        return {block: Totals.of(tensors) for block, tensors in blocks.items()}
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the report as plain JSON types, totals included."""
+        return {
+            "near_zero_threshold": self.near_zero_threshold,
+            "sparsity": self.sparsity,
+            "model_sparsity": self.model_sparsity,
+            "decayed": asdict(self.decayed),
+            "model": asdict(self.model),
+            "tensors": [{**asdict(each), "shape": list(each.shape)} for each in self.tensors],
+        }
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> SparsityReport:
+        """Rebuild a report from :meth:`to_dict`; totals are counted anew.
+
+        Raises:
+            ValueError: If a part is missing or of the wrong type.
+        """
+        try:
+            tensors = [TensorSparsity(**{**each, "shape": tuple(each["shape"])}) for each in values["tensors"]]
+            return cls(tensors, float(values["near_zero_threshold"]))
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"This is no sparsity report: {error!r} is missing or wrong in it.") from error
+
+    def to_json(self, indent: int | None = 2) -> str:
+        """Return the report as JSON text."""
+        return json.dumps(self.to_dict(), indent=indent)
+
+    @classmethod
+    def from_json(cls, text: str) -> SparsityReport:
+        """Rebuild a report from JSON text.
+
+        Raises:
+            ValueError: If the text is not JSON or not a report.
+        """
+        return cls.from_dict(json.loads(text))
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the report as JSON; the file appears whole or not at all."""
+        write_text(path, self.to_json() + "\n")
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> SparsityReport:
+        """Read a report that :meth:`save` wrote."""
+        return cls.from_json(Path(path).read_text(encoding="utf-8"))
+
+    def to_pandas(self) -> pandas.DataFrame:
+        """Return a frame with a row a tensor."""
+        import pandas
+
+        columns = ["name", "shape", "parameters", "zeros", "near_zeros", "sparsity", "norm", "decayed"]
+        rows = [{**asdict(each), "sparsity": each.sparsity} for each in self.tensors]
+        return pandas.DataFrame(rows, columns=columns)
+
+    def to_table(self) -> Table:
+        """Return a rich table: a row a decayed tensor (a row a block where there are many), then the totals."""
+        from rich.table import Table
+
+        chosen = [each for each in self.tensors if each.decayed]
+        by_block = len(chosen) > _TABLE_ROWS
+        table = Table(title="Exact zeros")
+        table.add_column("block" if by_block else "tensor", overflow="fold")
+        for heading in ("tensors" if by_block else "shape", "weights", "zeros", "sparsity", "near zeros"):
+            table.add_column(heading, justify="right")
+        if by_block:
+            for block, totals in self.by_block().items():
+                table.add_row(block, f"{totals.tensors:,}", *_cells(totals))
+        else:
+            for each in chosen:
+                table.add_row(each.name, " × ".join(map(str, each.shape)), *_cells(each))
+        table.add_section()
+        table.add_row("decayed weights", "", *_cells(self.decayed), style="bold")
+        table.add_row("whole model", "", *_cells(self.model))
+        return table
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        """Render as :meth:`to_table`."""
+        yield self.to_table()
+
+    def __str__(self) -> str:
+        """Return the table as plain text."""
+        from rich.console import Console
+
+        console = Console(width=120, color_system=None)
+        with console.capture() as capture:
+            console.print(self.to_table())
+        return capture.get().rstrip()
+
+
+def _cells(counted: TensorSparsity | Totals) -> tuple[str, ...]:
+    return (
+        f"{counted.parameters:,}",
+        f"{counted.zeros:,}",
+        f"{counted.sparsity:.2%}",
+        f"{counted.near_zeros:,}",
+    )
+
+
+def measure_sparsity(
+    model: nn.Module,
+    *,
+    decayed: Collection[str] | None = None,
+    near_zero_threshold: float = NEAR_ZERO_THRESHOLD,
+) -> SparsityReport:
+    """Count the zeros of a model.
+
+    Args:
+        model: Any module, wrapped or not. Parameters that are not floating-point (packed quantised ones) are left out,
+            and a shared parameter is counted once.
+        decayed: Names of the parameters on which p-norm decay acts; those that decay by default if None.
+        near_zero_threshold: Magnitude below which a non-zero weight counts as near zero.
+
+    Returns:
+        The report. Counting waits for each device once.
+    """
+    return measure_with_extra(model, decayed=decayed, near_zero_threshold=near_zero_threshold)[0]
+
+
+def measure_with_extra(
+    model: nn.Module,
+    *,
+    decayed: Collection[str] | None = None,
+    near_zero_threshold: float = NEAR_ZERO_THRESHOLD,
+    extra: Sequence[int | Tensor] = (),
+) -> tuple[SparsityReport, list[int]]:
+    """:func:`measure_sparsity` that brings a few integers from the device along in the same transfer.
+
+    Args:
+        model: See :func:`measure_sparsity`.
+        decayed: See :func:`measure_sparsity`.
+        near_zero_threshold: See :func:`measure_sparsity`.
+        extra: Integers, or 0-dim integer tensors on any device.
+
+    Returns:
+        The report and the values of ``extra``.
+    """
+    chosen = {clean_name(name) for name in (decayable_parameter_names(model) if decayed is None else decayed)}
+    named = list(_distinct_parameters(model))
+    with torch.no_grad():
+        counts = [_count(param, near_zero_threshold) for _, param in named]
+    rows = _to_host([*counts, *(value.reshape(1) for value in extra if isinstance(value, Tensor))])
+    from_device = iter(rows[len(counts) :])
+    report = SparsityReport(
+        [
+            TensorSparsity(
+                name=name,
+                shape=tuple(param.shape),
+                parameters=param.numel(),
+                zeros=zeros,
+                near_zeros=max(below - zeros, 0),
+                norm=_float_from_bits(norm),
+                decayed=name in chosen,
+            )
+            for (name, param), (zeros, below, norm) in zip(named, rows, strict=False)
+        ],
+        near_zero_threshold,
+    )
+    return report, [next(from_device)[0] if isinstance(value, Tensor) else int(value) for value in extra]
+
+
+def _distinct_parameters(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Floating-point parameters, each piece of memory once even where two parameters share it."""
+    seen = set()
+    for name, param in model.named_parameters():
+        if not param.is_floating_point():
+            continue
+        if param.numel() and param.device.type != "meta":
+            storage = param.untyped_storage().data_ptr(), param.storage_offset(), tuple(param.shape), param.stride()
+            if storage in seen:
+                continue
+            seen.add(storage)
+        yield clean_name(name), param
+
+
+def _count(param: Tensor, near_zero_threshold: float) -> Tensor:
+    """Exact zeros, weights below the threshold and the bits of the norm, as three int64 on the parameter's device."""
+    zeros = param.numel() - torch.count_nonzero(param)
+    below = torch.zeros((), dtype=torch.int64, device=param.device)
+    for piece in param.reshape(-1).split(_CHUNK):
+        below += (piece.abs() < near_zero_threshold).sum()
+    norm = torch.linalg.vector_norm(param, dtype=torch.float32)
+    return torch.stack([zeros, below, norm.view(torch.int32).to(torch.int64)])
+
+
+def _float_from_bits(bits: int) -> float:
+    return float(struct.unpack("<f", struct.pack("<i", bits))[0])
+
+
+def _to_host(rows: list[Tensor]) -> list[list[int]]:
+    """Values of small integer tensors, with one transfer a device."""
+    by_device: dict[torch.device, list[int]] = {}
+    for number, row in enumerate(rows):
+        by_device.setdefault(row.device, []).append(number)
+    values: list[list[int]] = [[] for _ in rows]
+    for numbers in by_device.values():
+        flat = torch.cat([rows[number] for number in numbers]).tolist()
+        for number in numbers:
+            values[number], flat = flat[: len(rows[number])], flat[len(rows[number]) :]
+    return values
+
+
+def write_text(path: str | os.PathLike[str], text: str) -> None:
+    """Write a text file aside and rename it, so that it appears whole or not at all."""
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    aside = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    try:
+        aside.write_text(text, encoding="utf-8")
+        aside.replace(target)
+    finally:
+        aside.unlink(missing_ok=True)
