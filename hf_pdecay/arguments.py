@@ -1,0 +1,131 @@
+"""``TrainingArguments`` with the fields of weight decay for any p norm."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from transformers import TrainingArguments
+from transformers.training_args import OptimizerNames
+
+from .decay import check_lambda_p, check_p_norm
+from .rules import load_rules
+
+
+ADAMW_LP = "adamw_lp"
+SPARSITY_LOGGING = ("overall", "layer")
+
+
+@dataclass
+class PDecayTrainingArguments(TrainingArguments):
+    """``TrainingArguments`` that know the optimizer ``adamw_lp``.
+
+    Only the parameters of its own are listed; all others are those of ``transformers.TrainingArguments``.
+    ``weight_decay`` keeps its meaning. With another ``optim`` the fields below have no effect.
+
+    Args:
+        > Parameters that control the decay
+
+        optim: Name of the optimizer, ``"adamw_lp"`` by default, or any name that ``TrainingArguments`` takes.
+        p_norm: p of the norm, above 0. Below 2 weights become exactly zero; 0.8 by default.
+        lambda_p: λ_p, at least 0; 0.01 by default. The penalty is (λ_p / p) ‖w‖_p^p.
+        keep_zeros: Whether decayed weights that are zero at the start stay zero.
+        lp_rules: Rules by parameter name, as JSON text, a JSON file or a dict: regex → ``"off"`` or an object such as
+            ``{"p_norm": 0.5, "lambda_p": 0.02}``; the first match wins. Becomes a dict.
+        skip_nonfinite: Whether a step with NaN or infinite gradients is skipped and counted.
+
+        > Parameters that control the logging
+
+        sparsity_logging: ``"overall"``, or ``"layer"`` for the sparsity of each decayed tensor as well.
+        near_zero_threshold: Magnitude below which a non-zero weight counts as near zero; 1e-13 by default.
+
+    Raises:
+        ValueError: If a value is out of its range or the rules cannot be read.
+    """
+
+    optim: str = field(
+        default=ADAMW_LP,
+        metadata={
+            "help": "The optimizer: adamw_lp (AdamW with p-norm weight decay) or any other name that HF accepts.",
+            "choices": list(dict.fromkeys([ADAMW_LP, *(name.value for name in OptimizerNames)])),
+        },
+    )
+    p_norm: float = field(
+        default=0.8,
+        metadata={"help": "p of the p-norm weight decay, above 0. Below 2 weights become exactly zero."},
+    )
+    lambda_p: float = field(
+        default=0.01,
+        metadata={"help": "Strength of the p-norm weight decay, at least 0; 0 is AdamW."},
+    )
+    keep_zeros: bool = field(
+        default=False,
+        metadata={"help": "Whether decayed weights that are zero at the start stay zero."},
+    )
+    lp_rules: dict | str | None = field(
+        default=None,
+        metadata={
+            "help": "Rules by parameter name, as JSON text or a JSON file: "
+            '{"regex": {"p_norm": 0.5, "lambda_p": 0.02}, "other": "off"}. The first match wins.'
+        },
+    )
+    skip_nonfinite: bool = field(
+        default=True,
+        metadata={"help": "Whether a step with NaN or infinite gradients is skipped and counted."},
+    )
+    sparsity_logging: str = field(
+        default="overall",
+        metadata={
+            "help": "What sparsity to log: overall, or layer for that of each decayed tensor as well.",
+            "choices": list(SPARSITY_LOGGING),
+        },
+    )
+    near_zero_threshold: float = field(
+        default=1e-13,
+        metadata={"help": "Magnitude below which a non-zero weight counts as near zero in reports."},
+    )
+
+    def __post_init__(self) -> None:
+        """Check the fields; the parent's are checked by the parent."""
+        self.p_norm = check_p_norm(self.p_norm)
+        self.lambda_p = check_lambda_p(self.lambda_p)
+        self.lp_rules = load_rules(self.lp_rules) or None
+        if self.sparsity_logging not in SPARSITY_LOGGING:
+            raise ValueError(
+                f"Invalid sparsity_logging: sparsity_logging={self.sparsity_logging!r}; it must be one of "
+                f"{', '.join(SPARSITY_LOGGING)}."
+            )
+        if not self.near_zero_threshold >= 0:
+            raise ValueError(
+                f"Invalid near_zero_threshold: near_zero_threshold={self.near_zero_threshold!r}; it must be at least 0."
+            )
+        # The parent casts the name to an enum that does not know this one.
+        ours = self.optim == ADAMW_LP
+        if ours and self.optim_args:
+            raise ValueError(
+                f"Invalid optim_args: optim_args={self.optim_args!r} has no effect on optim='adamw_lp' here; set the "
+                "fields p_norm, lambda_p and keep_zeros instead."
+            )
+        if ours:
+            self.optim = OptimizerNames.ADAMW_TORCH
+        super().__post_init__()
+        if ours:
+            self.optim = ADAMW_LP
+
+    @property
+    def uses_adamw_lp(self) -> bool:
+        """Whether the optimizer is AdamW with p-norm weight decay."""
+        return self.optim == ADAMW_LP
+
+    def set_optimizer(self, name: str = ADAMW_LP, *args: Any, **kwargs: Any) -> PDecayTrainingArguments:
+        """Set the optimizer and its hyperparameters, as ``TrainingArguments.set_optimizer`` does."""
+        super().set_optimizer(OptimizerNames.ADAMW_TORCH if name == ADAMW_LP else name, *args, **kwargs)
+        if name == ADAMW_LP:
+            self.optim = ADAMW_LP
+        return self
+
+
+def own_fields() -> list[str]:
+    """Return the names of the fields that ``PDecayTrainingArguments`` adds to ``TrainingArguments``."""
+    inherited = {each.name for each in fields(TrainingArguments)}
+    return [each.name for each in fields(PDecayTrainingArguments) if each.name not in inherited]

@@ -1,0 +1,262 @@
+"""The callback that counts zeros during a run."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from accelerate.scheduler import AcceleratedScheduler
+from torch import Tensor, nn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from .decay import forecast_threshold, lambda_for_threshold
+from .rules import decayed_parameter_names, group_table
+from .sparsity import NEAR_ZERO_THRESHOLD, SparsityReport, measure_sparsity, measure_with_extra, write_text
+
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from transformers import Trainer
+
+logger = logging.getLogger(__name__)
+
+REPORT_FILE = "sparsity.json"
+HISTORY_FILE = "sparsity.jsonl"
+PICTURE_FILE = "sparsity.png"
+
+# Below this forecast a run is told that its λ_p will not make it sparse.
+_HARDLY_ANY = 0.05
+
+_SCHEDULE_SAMPLES = 1000
+
+
+class SparsityCallback(TrainerCallback):
+    """Logs the exact zeros of a model while it trains, and reports them at the end.
+
+    With every log event of the training loss it adds ``sparsity/overall`` (decayed weights) and ``sparsity/model`` to
+    what ``Trainer.log`` hands out, and appends a line to ``sparsity.jsonl`` in ``output_dir``; counting waits for the
+    device once. At the end it writes ``sparsity.json`` and ``sparsity.png`` and prints a table.
+
+    Trackers get their values in the order of the callbacks. ``PDecayTrainer`` puts this one first; with another Trainer
+    call :meth:`attach`, which does the same:
+
+        >>> trainer = Trainer(model=model, args=args, train_dataset=dataset)
+        >>> SparsityCallback(sparsity_logging="layer").attach(trainer)
+
+    Args:
+        sparsity_logging: ``"overall"``, or ``"layer"`` to add ``sparsity/layer/<name>`` for each decayed tensor.
+        near_zero_threshold: Magnitude below which a non-zero weight counts as near zero.
+
+    Raises:
+        ValueError: If ``sparsity_logging`` is neither of the two.
+    """
+
+    def __init__(self, sparsity_logging: str = "overall", near_zero_threshold: float = NEAR_ZERO_THRESHOLD) -> None:
+        if sparsity_logging not in ("overall", "layer"):
+            raise ValueError(
+                f"Invalid sparsity_logging: sparsity_logging={sparsity_logging!r}; it must be one of overall, layer."
+            )
+        self.sparsity_logging = sparsity_logging
+        self.near_zero_threshold = near_zero_threshold
+        self._skipped_steps = 0
+
+    def attach(self, trainer: Trainer) -> SparsityCallback:
+        """Make this the first callback of a Trainer, before its trackers, and return it."""
+        trainer.callback_handler.callbacks.insert(0, self)
+        return self
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Open ``sparsity.jsonl``, and say what the decay will come to."""
+        if not state.is_world_process_zero:
+            return
+        write_text(
+            _folder(args) / HISTORY_FILE,
+            "".join(
+                f"{json.dumps(line)}\n" for line in read_history(_folder(args)) if line["step"] <= state.global_step
+            )
+            if state.global_step
+            else "",
+        )
+        groups = _decaying_groups(kwargs.get("optimizer"))
+        if groups:
+            everything = kwargs["optimizer"].param_groups
+            _console().print(group_table(everything))
+            sums = _lr_sums(everything, kwargs["lr_scheduler"], state)
+            for sentence in forecast(groups, [sums[number] for number, _ in groups]):
+                logger.warning(sentence)
+            for sentence in _frozen_tensors(kwargs["model"], groups):
+                logger.warning(sentence)
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Add the sparsity to what is logged of the training loss."""
+        if not state.is_world_process_zero or logs is None or "loss" not in logs:
+            return
+        report = self._measure(kwargs["model"], kwargs.get("optimizer"))
+        layers = {each.name: each.sparsity for each in report.tensors if each.decayed}
+        values: dict[str, Any] = {"sparsity/overall": report.sparsity, "sparsity/model": report.model_sparsity}
+        if self.sparsity_logging == "layer":
+            values |= {f"sparsity/layer/{name}": sparsity for name, sparsity in layers.items()}
+        if self._skipped_steps:
+            values["skipped_steps"] = self._skipped_steps
+        # The Trainer has copied the dict into its history before it calls; the trackers after this get the dict itself.
+        logs.update(values)
+        state.log_history[-1].update(values)
+        line = {
+            "step": state.global_step,
+            "epoch": state.epoch,
+            "sparsity": report.sparsity,
+            "model_sparsity": report.model_sparsity,
+            "near_zeros": report.decayed.near_zeros,
+            "skipped_steps": self._skipped_steps,
+            "layers": layers,
+        }
+        with open(_folder(args) / HISTORY_FILE, "a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Write the report and the picture, and print the table."""
+        if not state.is_world_process_zero:
+            return
+        report = self._measure(kwargs["model"], kwargs.get("optimizer"))
+        report.save(_folder(args) / REPORT_FILE)
+        history = read_history(_folder(args))
+        if history:
+            # Not needed before: matplotlib takes longer to import than all of this package.
+            from .plots import plot_sparsity
+
+            plot_sparsity(history, _folder(args) / PICTURE_FILE)
+        _console().print(report)
+        if self._skipped_steps:
+            logger.warning("%d steps were skipped for NaN or infinite gradients.", self._skipped_steps)
+
+    def _measure(self, model: nn.Module, optimizer: Any) -> SparsityReport:
+        groups = [group for _, group in _decaying_groups(optimizer)]
+        report, skipped = measure_with_extra(
+            model,
+            decayed=decayed_parameter_names(model, groups) if groups else None,
+            near_zero_threshold=self.near_zero_threshold,
+            extra=[group.get("skipped_steps", 0) for group in groups],
+        )
+        self._skipped_steps = max(skipped, default=0)
+        return report
+
+
+def read_history(output_dir: str | os.PathLike[str]) -> list[dict[str, Any]]:
+    """Return the lines of ``sparsity.jsonl`` in a folder; a last line cut short by a crash is left out."""
+    path = Path(output_dir) / HISTORY_FILE
+    if not path.is_file():
+        return []
+    lines = path.read_text(encoding="utf-8").split("\n")
+    # What follows the last newline is either nothing or a line that was not finished.
+    return [json.loads(line) for line in lines[:-1]]
+
+
+def forecast(groups: Sequence[tuple[int, Mapping[str, Any]]], lr_sums: Sequence[float]) -> list[str]:
+    """Say beforehand, group by group, what λ_p can come to, where that is little or nothing.
+
+    The forecast is an upper one: the weights that would be dead by the end were there no gradient to hold them up.
+
+    Args:
+        groups: Param groups that decay, each with its number.
+        lr_sums: Σα of each of them, the sum of the learning rates of all steps still to come.
+
+    Returns:
+        A sentence for each group of which too few weights can become zero.
+    """
+    sentences = []
+    for (number, group), lr_sum in zip(groups, lr_sums, strict=True):
+        p_norm, lambda_p = group["p_norm"], group["lambda_p"]
+        if lambda_p == 0 or lr_sum == 0:
+            continue
+        settings = (
+            f"p_norm={p_norm:g}, lambda_p={lambda_p:g} on the {len(group['params'])} tensors of "
+            f"{group.get('rule', f'group {number}')!r}"
+        )
+        if p_norm >= 2:
+            sentences.append(f"{settings} give no zeros: for p >= 2 no weight reaches 0. Take p_norm below 2.")
+            continue
+        sparsity, half = _below(group["params"], forecast_threshold(p_norm, lambda_p, lr_sum))
+        if sparsity < _HARDLY_ANY:
+            sentences.append(
+                f"{settings} can zero at most {sparsity:.1%} of these weights: the learning rates of this run add up "
+                f"to only {lr_sum:.3g}. For up to 50% take lambda_p of about "
+                f"{lambda_for_threshold(p_norm, half, lr_sum):.2g}, or raise the learning rate."
+            )
+    return sentences
+
+
+def _below(params: list[Tensor], threshold: float) -> tuple[float, float]:
+    """Fraction of weights below a magnitude, and the median magnitude of a sample of them."""
+    numel = sum(param.numel() for param in params)
+    below = sum(int((param.detach().abs() < threshold).sum()) for param in params)
+    samples = [param.detach().reshape(-1)[:: max(1, param.numel() // 10_000)].float().cpu() for param in params]
+    median = torch.cat(samples).abs().median().item() if samples else 0.0
+    return (below / numel if numel else 0.0), median
+
+
+def _lr_sums(groups: Sequence[Mapping[str, Any]], lr_scheduler: Any, state: TrainerState) -> list[float]:
+    """Sum of the learning rates of the steps still to come, group by group.
+
+    Schedules that are functions of the step are sampled; for the others, which cannot be known beforehand, the present
+    learning rate stands for all.
+    """
+    steps = max(state.max_steps - state.global_step, 0)
+    if isinstance(lr_scheduler, AcceleratedScheduler):
+        lr_scheduler = lr_scheduler.scheduler
+    if not isinstance(lr_scheduler, torch.optim.lr_scheduler.LambdaLR) or not steps:
+        return [float(group["lr"]) * steps for group in groups]
+    samples = min(steps, _SCHEDULE_SAMPLES)
+    at = [state.global_step + int(steps * (sample + 0.5) / samples) for sample in range(samples)]
+    return [
+        float(base_lr) * sum(lr_lambda(step) for step in at) * steps / samples
+        for base_lr, lr_lambda in zip(lr_scheduler.base_lrs, lr_scheduler.lr_lambdas, strict=True)
+    ]
+
+
+def _frozen_tensors(model: nn.Module, groups: Sequence[tuple[int, Mapping[str, Any]]]) -> list[str]:
+    """Warn of tensors that ``keep_zeros`` will never let learn."""
+    keeping = [group for _, group in groups if group["keep_zeros"]]
+    if not keeping:
+        return []
+    report = measure_sparsity(model, decayed=decayed_parameter_names(model, keeping))
+    return [
+        f"keep_zeros: {each.name} is wholly zero and will stay so. If it is to learn, set it 'off' in lp_rules."
+        for each in report.tensors
+        if each.decayed and each.parameters and each.zeros == each.parameters
+    ]
+
+
+def _decaying_groups(optimizer: Any) -> list[tuple[int, dict[str, Any]]]:
+    """Param groups on which p-norm decay acts, with their numbers; none for an optimizer that knows nothing of it."""
+    groups = [] if optimizer is None else optimizer.param_groups
+    return [
+        (number, group)
+        for number, group in enumerate(groups)
+        if "p_norm" in group and group.get("decayed", group["lambda_p"] > 0)
+    ]
+
+
+def _folder(args: TrainingArguments) -> Path:
+    return Path(str(args.output_dir))
+
+
+def _console() -> Console:
+    from rich.console import Console
+
+    return Console()

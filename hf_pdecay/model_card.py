@@ -1,0 +1,146 @@
+"""The model card: HF's training summary, with the sparsity that was measured."""
+
+from __future__ import annotations
+
+import platform
+import re
+import shlex
+import sys
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from importlib import resources
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ._version import __version__
+from .sparsity import SparsityReport
+
+
+if TYPE_CHECKING:
+    from huggingface_hub import EvalResult
+    from transformers.modelcard import TrainingSummary
+
+TAGS = ("hf-pdecay", "sparse", "p-norm-weight-decay")
+
+_TIMES = re.compile(r"_(runtime|samples_per_second|steps_per_second|model_preparation_time)$")
+_SECRET = re.compile(r"token|password|secret|api_?key", re.IGNORECASE)
+_HUB_METRICS = {"loss": "loss", "accuracy": "accuracy", "perplexity": "perplexity", "f1": "f1"}
+
+
+@dataclass
+class SparsityCard:
+    """What the card says, and its rendering.
+
+    Args:
+        summary: HF's summary of the training.
+        report: Zeros of the model that lies beside the card.
+        log_history: ``TrainerState.log_history``; the last evaluation in it becomes the model-index.
+        param_groups: The optimizer's groups, for the table of p and λ_p.
+        command: The command that made the model.
+        picture: Name of the picture beside the card, if there is one.
+        skipped_steps: Steps skipped for NaN or infinite gradients.
+    """
+
+    summary: TrainingSummary
+    report: SparsityReport
+    log_history: list[dict[str, Any]]
+    param_groups: Iterable[Mapping[str, Any]] = ()
+    command: str = field(default_factory=lambda: command_line())
+    picture: str | None = None
+    skipped_steps: int = 0
+
+    def eval_results(self) -> list[EvalResult]:
+        """The last evaluation and the sparsity, as the Hub's model-index wants them."""
+        from huggingface_hub import EvalResult
+
+        tasks, datasets, tags = (
+            _first(value) for value in (self.summary.tasks, self.summary.dataset, self.summary.dataset_tags)
+        )
+        evaluations = [entry for entry in self.log_history if any(key.startswith("eval_") for key in entry)]
+        measured = {
+            key.removeprefix("eval_"): value
+            for key, value in (evaluations[-1] if evaluations else {}).items()
+            if key.startswith("eval_") and isinstance(value, (int, float)) and not _TIMES.search(key)
+        }
+        measured["sparsity"] = self.report.sparsity
+        return [
+            EvalResult(
+                task_type=tasks or "other",
+                dataset_type=tags or "unknown",
+                dataset_name=datasets or "evaluation set of this run",
+                metric_type=_HUB_METRICS.get(name, name),
+                metric_name="exact zeros in decayed weights" if name == "sparsity" else name.replace("_", " "),
+                metric_value=value,
+            )
+            for name, value in measured.items()
+        ]
+
+    def render(self) -> str:
+        """Return the card as Markdown with its YAML header."""
+        from huggingface_hub import ModelCardData
+        from jinja2 import Environment
+
+        metadata = self.summary.create_metadata()
+        metadata.pop("model-index", None)
+        metadata["tags"] = list(dict.fromkeys([*metadata.get("tags", []), *TAGS]))
+        task = _first(self.summary.tasks)
+        if task:
+            metadata["pipeline_tag"] = task
+        data = ModelCardData(**metadata, model_name=self.summary.model_name, eval_results=self.eval_results())
+
+        body = re.sub(r"\A---\n.*?\n---\n", "", self.summary.to_model_card(), flags=re.DOTALL)
+        environment = Environment(keep_trailing_newline=True, autoescape=False)
+        section = environment.from_string(_template("model_card.md.jinja")).render(
+            report=self.report,
+            picture=self.picture,
+            command=self.command,
+            skipped_steps=self.skipped_steps,
+            groups=[
+                {
+                    **group,
+                    "tensors": len(group["params"]),
+                    "parameters": sum(param.numel() for param in group["params"]),
+                }
+                for group in self.param_groups
+                if "rule" in group
+            ],
+        )
+        before, heading, after = body.partition("\n## Model description")
+        versions = "".join(
+            f"- {name} {number}\n"
+            for name, number in (
+                ("hf_pdecay", __version__),
+                ("Accelerate", version("accelerate")),
+                ("Python", platform.python_version()),
+            )
+        )
+        return f"---\n{data.to_yaml()}\n---\n{before}\n{section}{heading}{after}{versions}{_template('citation.md')}"
+
+
+def command_line() -> str:
+    """Return the command of this process, without what may be a secret."""
+    words, hide = [], False
+    for word in sys.argv:
+        name, equals, _ = word.partition("=")
+        secret = word.startswith("-") and bool(_SECRET.search(name))
+        words.append("***" if hide else f"{name}=***" if secret and equals else word)
+        hide = secret and not equals
+    script = words[0] if words else ""
+    prefix = ["python"] if script.endswith(".py") else []
+    return shlex.join([*prefix, *words])
+
+
+def _template(name: str) -> str:
+    return (resources.files(__package__) / "templates" / name).read_text(encoding="utf-8")
+
+
+def _first(value: Any) -> str | None:
+    if isinstance(value, (list, tuple)):
+        return str(value[0]) if value else None
+    return value or None
+
+
+def picture_in(folder: Path, name: str) -> str | None:
+    """Return the picture's name if it lies in the folder."""
+    return name if (folder / name).is_file() else None

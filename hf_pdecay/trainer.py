@@ -1,0 +1,207 @@
+"""The Trainer: optimizer creation, saving and the card. Everything else is ``transformers.Trainer``'s own."""
+
+from __future__ import annotations
+
+import json
+import os
+import struct
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch.optim import Optimizer
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.modelcard import TrainingSummary
+
+from .arguments import PDecayTrainingArguments
+from .callback import PICTURE_FILE, REPORT_FILE, SparsityCallback
+from .model_card import SparsityCard, picture_in
+from .optim import AdamWLp
+from .rules import assign, build_param_groups, decayed_parameter_names, load_rules
+from .sparsity import SparsityReport, measure_sparsity, write_text
+
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    _Base = Trainer
+else:
+    _Base = object
+
+
+class PDecayTrainerMixin(_Base):
+    """Weight decay for any p norm for a Trainer or a subclass of it; stands before it among the bases.
+
+        class SparseSFTTrainer(PDecayTrainerMixin, SFTTrainer): ...
+
+    With ``args.optim == "adamw_lp"`` in a :class:`PDecayTrainingArguments` it makes an :class:`~hf_pdecay.AdamWLp`,
+    adds a :class:`SparsityCallback` as the first callback, and writes ``sparsity.json`` and the model card beside every
+    model that it saves. With any other optimizer it changes nothing.
+
+    Raises:
+        ValueError: Before any training, if ``lp_rules`` match nothing, the checkpoint to resume from is of another
+            model, or the run is sharded by FSDP or DeepSpeed.
+        OSError: If ``output_dir`` cannot be written to.
+    """
+
+    if TYPE_CHECKING:
+        args: PDecayTrainingArguments
+        model: nn.Module
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._card_kwargs: dict[str, Any] = {}
+        if not self._decays:
+            return
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            raise ValueError(
+                "optim='adamw_lp' does not run under FSDP or DeepSpeed yet: use DDP or one process, or another optim."
+            )
+        if self.args.should_save:
+            _check_writable(self._output_dir)
+        assign(self.model, p_norm=self.args.p_norm, lambda_p=self.args.lambda_p, rules=load_rules(self.args.lp_rules))
+        if self.args.resume_from_checkpoint and os.path.isdir(self.args.resume_from_checkpoint):
+            _check_checkpoint(self.model, self.args.resume_from_checkpoint)
+        SparsityCallback(self.args.sparsity_logging, self.args.near_zero_threshold).attach(self)
+        self.add_callback(_CardCallback(self))
+
+    @property
+    def _decays(self) -> bool:
+        return isinstance(self.args, PDecayTrainingArguments) and self.args.uses_adamw_lp
+
+    @property
+    def _output_dir(self) -> Path:
+        return Path(str(self.args.output_dir))
+
+    def create_optimizer(self, model: nn.Module | None = None) -> Optimizer:
+        """Make the optimizer; an :class:`~hf_pdecay.AdamWLp` if that is what ``args.optim`` names."""
+        if not self._decays or self.optimizer is not None or self.optimizer_cls_and_kwargs is not None:
+            return super().create_optimizer() if model is None else super().create_optimizer(model)
+        target = self.model if model is None else model
+        groups = build_param_groups(
+            target,
+            p_norm=self.args.p_norm,
+            lambda_p=self.args.lambda_p,
+            weight_decay=self.args.weight_decay,
+            keep_zeros=self.args.keep_zeros,
+            rules=load_rules(self.args.lp_rules),
+            weight_decay_names=self.get_decay_parameter_names(target),
+        )
+        self.optimizer = AdamWLp(
+            groups,
+            lr=self.args.learning_rate,
+            betas=(self.args.adam_beta1, self.args.adam_beta2),
+            eps=self.args.adam_epsilon,
+            p_norm=self.args.p_norm,
+            lambda_p=self.args.lambda_p,
+            skip_nonfinite=self.args.skip_nonfinite,
+        )
+        return self.optimizer
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save the model, and beside it its sparsity and, unless it is a checkpoint, its card."""
+        super().save_model(output_dir, _internal_call=_internal_call)
+        if self._decays and self.args.should_save:
+            folder = Path(output_dir) if output_dir else self._output_dir
+            self.measure_sparsity().save(folder / REPORT_FILE)
+            if not _internal_call:
+                self._write_card(folder)
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """Write the card into ``output_dir``; takes what ``Trainer.create_model_card`` takes."""
+        if not self._decays:
+            super().create_model_card(*args, **kwargs)
+        elif self.is_world_process_zero():
+            self._card_kwargs.update(zip(("language", "license", "tags", "model_name"), args, strict=False))
+            self._card_kwargs.update({key: value for key, value in kwargs.items() if value is not None})
+            self._write_card(self._output_dir)
+
+    def measure_sparsity(self) -> SparsityReport:
+        """Count the zeros of the model; the decayed weights are those of the optimizer, once there is one."""
+        groups = [] if self.optimizer is None else [group for group in self.optimizer.param_groups if "rule" in group]
+        return measure_sparsity(
+            self.model,
+            decayed=decayed_parameter_names(self.model, groups) if groups else None,
+            near_zero_threshold=self.args.near_zero_threshold,
+        )
+
+    def _write_card(self, folder: Path) -> None:
+        kwargs = dict(self._card_kwargs)
+        license = kwargs.pop("license", None)
+        # With a licence given HF's summary does not ask the Hub for that of the base model.
+        summary = TrainingSummary.from_trainer(self, license=license or "unknown", **kwargs)
+        summary.license = license
+        # What HF could not find out it passes on as empty names.
+        summary.finetuned_from = summary.finetuned_from or None
+        if summary.dataset_tags == [None]:
+            summary.dataset_tags = summary.dataset_args = summary.dataset_metadata = None
+            summary.dataset = None if summary.dataset == [None] else summary.dataset
+        groups = [] if self.optimizer is None else self.optimizer.param_groups
+        summary.hyperparameters = {
+            **(summary.hyperparameters or {}),
+            "optimizer": f"adamw_lp with betas=({self.args.adam_beta1},{self.args.adam_beta2}) and "
+            f"epsilon={self.args.adam_epsilon}",
+            **{name: getattr(self.args, name) for name in ("p_norm", "lambda_p", "weight_decay", "keep_zeros")},
+        }
+        card = SparsityCard(
+            summary=summary,
+            report=self.measure_sparsity(),
+            log_history=self.state.log_history,
+            param_groups=groups,
+            picture=picture_in(folder, PICTURE_FILE),
+            skipped_steps=max((int(group.get("skipped_steps", 0)) for group in groups), default=0),
+        )
+        write_text(folder / "README.md", card.render())
+
+
+class PDecayTrainer(PDecayTrainerMixin, Trainer):
+    """``transformers.Trainer`` with weight decay for any p norm; see :class:`PDecayTrainerMixin`.
+
+    Example:
+        >>> args = PDecayTrainingArguments("out", p_norm=0.8, lambda_p=0.01)
+        >>> trainer = PDecayTrainer(model=model, args=args, train_dataset=dataset)
+        >>> trainer.train()
+        >>> trainer.save_model()
+    """
+
+
+class _CardCallback(TrainerCallback):
+    """Writes the card at the end of training, after all that other callbacks write."""
+
+    def __init__(self, trainer: PDecayTrainerMixin) -> None:
+        self._trainer = trainer
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._trainer.create_model_card()
+
+
+def _check_writable(folder: Path) -> None:
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise OSError(
+            f"Invalid output_dir: output_dir={str(folder)!r} cannot be written to ({error}); name a folder that can."
+        ) from error
+
+
+def _check_checkpoint(model: nn.Module, folder: str) -> None:
+    """Raise ValueError if a checkpoint holds tensors of other shapes than the model's; reads headers only."""
+    shapes = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
+    for file in sorted(Path(folder).glob("*.safetensors")):
+        for name, entry in _safetensors_header(file).items():
+            if name in shapes and entry["shape"] != shapes[name]:
+                raise ValueError(
+                    f"Invalid resume_from_checkpoint: {folder!r} is a checkpoint of another model: {name} is "
+                    f"{entry['shape']} there and {shapes[name]} here. Name a checkpoint of this run."
+                )
+
+
+def _safetensors_header(file: Path) -> dict[str, Any]:
+    with open(file, "rb") as handle:
+        (size,) = struct.unpack("<Q", handle.read(8))
+        header = json.loads(handle.read(size))
+    header.pop("__metadata__", None)
+    return header
