@@ -57,6 +57,6 @@ format: $(VENV)/.installed ## put the code into the house's format
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
 
-clean: ## delete the environments, the caches and what was built
-	rm -rf $(VENV) $(FLOOR) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+clean: ## delete the environments, the caches, the demo's output and what was built
+	rm -rf $(VENV) $(FLOOR) demo_output build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
