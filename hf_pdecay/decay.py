@@ -11,6 +11,7 @@ The paper's own code multiplies by p once more: its λ equals λ_p / p here.
 from __future__ import annotations
 
 import math
+from numbers import Real
 
 import torch
 from torch import Tensor
@@ -34,12 +35,9 @@ def check_lambda_p(lambda_p: float) -> float:
     return _check_number("lambda_p", lambda_p, "a finite number of at least 0, such as 0.01", above_zero=False)
 
 
-def _check_number(name: str, value: float, right: str, *, above_zero: bool) -> float:
-    try:
-        number = float(value)
-    except (TypeError, ValueError):
-        number = math.nan
-    if isinstance(value, bool) or not math.isfinite(number) or number < 0 or (above_zero and number == 0):
+def _check_number(name: str, value: object, right: str, *, above_zero: bool) -> float:
+    number = math.nan if isinstance(value, bool) or not isinstance(value, Real) else float(value)
+    if not math.isfinite(number) or number < 0 or (above_zero and number == 0):
         raise ValueError(f"Invalid {name}: {name}={value!r}; it must be {right}.")
     return number
 
@@ -60,7 +58,7 @@ def abs_pow(weight: Tensor, exponent: float) -> Tensor:
     if exponent == 0.5:
         return magnitude.sqrt_()
     if exponent == 1.5:
-        return magnitude.sqrt().mul_(magnitude)
+        return magnitude.sqrt() * magnitude
     if exponent == 2:
         return magnitude.square_()
     return magnitude.log2_().mul_(exponent).exp2_()
@@ -82,12 +80,14 @@ def shrink_factor(weight: Tensor, p_norm: float, alpha_lambda: float | Tensor) -
     Returns:
         A new tensor of the shape of ``weight`` with values in [0, 1]; never NaN for a finite weight.
     """
+    # An α λ_p that the dtype cannot hold is 0 in it, and a weight of 0 would then make 0 / 0.
+    tiny = torch.finfo(weight.dtype).tiny
     if not isinstance(alpha_lambda, Tensor):
-        return _factor(weight, p_norm, alpha_lambda) if alpha_lambda != 0 else torch.ones_like(weight)
+        return _factor(weight, p_norm, alpha_lambda) if alpha_lambda >= tiny else torch.ones_like(weight)
     alpha_lambda = alpha_lambda.to(weight.dtype)
     factor = _factor(weight, p_norm, alpha_lambda)
-    # 0 / 0, where both the weight and α λ_p are 0. The value is on the device, so there is no branch on it.
-    return torch.where(alpha_lambda == 0, torch.ones_like(factor), factor) if p_norm < 2 else factor
+    # The value is on the device, so there is no branch on it.
+    return torch.where(alpha_lambda < tiny, torch.ones_like(factor), factor)
 
 
 def _factor(weight: Tensor, p_norm: float, alpha_lambda: float | Tensor) -> Tensor:

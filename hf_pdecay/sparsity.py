@@ -307,7 +307,7 @@ def _count(param: Tensor, near_zero_threshold: float) -> Tensor:
     below = torch.zeros((), dtype=torch.int64, device=param.device)
     for piece in param.reshape(-1).split(_CHUNK):
         below += (piece.abs() < near_zero_threshold).sum()
-    norm = torch.linalg.vector_norm(param, dtype=torch.float32)
+    norm = torch.linalg.vector_norm(param, dtype=torch.promote_types(param.dtype, torch.float32)).float()
     return torch.stack([zeros, below, norm.view(torch.int32).to(torch.int64)])
 
 

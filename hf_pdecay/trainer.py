@@ -188,15 +188,23 @@ def _check_writable(folder: Path) -> None:
 
 
 def _check_checkpoint(model: nn.Module, folder: str) -> None:
-    """Raise ValueError if a checkpoint holds tensors of other shapes than the model's; reads headers only."""
+    """Raise ValueError if a checkpoint is not one of this model, going by names and shapes; reads headers only."""
     shapes = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
-    for file in sorted(Path(folder).glob("*.safetensors")):
-        for name, entry in _safetensors_header(file).items():
-            if name in shapes and entry["shape"] != shapes[name]:
-                raise ValueError(
-                    f"Invalid resume_from_checkpoint: {folder!r} is a checkpoint of another model: {name} is "
-                    f"{entry['shape']} there and {shapes[name]} here. Name a checkpoint of this run."
-                )
+    saved: dict[str, list[int]] = {}
+    for file in sorted(Path(folder).glob("model*.safetensors")):
+        saved |= {name: entry["shape"] for name, entry in _safetensors_header(file).items()}
+    differing = [name for name in saved if name in shapes and saved[name] != shapes[name]]
+    if differing:
+        name = differing[0]
+        what = f"{name} is {saved[name]} there and {shapes[name]} here"
+    elif saved and not saved.keys() & shapes.keys():
+        what = f"it holds {next(iter(saved))} and no tensor of the name of any here"
+    else:
+        return
+    raise ValueError(
+        f"Invalid resume_from_checkpoint: {folder!r} is a checkpoint of another model: {what}. Name a checkpoint of "
+        "this run."
+    )
 
 
 def _safetensors_header(file: Path) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from torch.optim.optimizer import Optimizer, ParamsT
 from ..decay import check_lambda_p, check_p_norm
 from . import kernels
 from .rounding import LOW_PRECISION
+from .validation import ADAMW_ONLY, check_hyperparameters, check_state_dict
 
 
 class AdamWLp(Optimizer):
@@ -83,7 +84,7 @@ class AdamWLp(Optimizer):
             "skipped_steps": 0,
             "rounding_seed": 0,
         }
-        _check_hyperparameters(defaults)
+        check_hyperparameters(defaults)
         super().__init__(params, defaults)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -92,7 +93,7 @@ class AdamWLp(Optimizer):
         Raises:
             ValueError: If a hyperparameter is out of its range or a parameter is complex.
         """
-        _check_hyperparameters({**self.defaults, **param_group})
+        check_hyperparameters({**self.defaults, **param_group})
         super().add_param_group(param_group)
         for param in self.param_groups[-1]["params"]:
             if not param.is_floating_point():
@@ -125,14 +126,27 @@ class AdamWLp(Optimizer):
         Raises:
             ValueError: If the groups or the shapes are those of another model, or it is an AMSGrad checkpoint.
         """
-        _check_state_dict(state_dict, self.param_groups)
+        check_state_dict(state_dict, self.param_groups)
         before = self.param_groups
         groups = [{**ours, **theirs} for ours, theirs in zip(before, state_dict["param_groups"], strict=False)]
         for group in groups:
-            for key in _ADAMW_ONLY:
+            for key in ADAMW_ONLY:
                 group.pop(key, None)
-            _check_hyperparameters(group)
+            check_hyperparameters(group)
         super().load_state_dict({**state_dict, "param_groups": groups})
+        for group, theirs in zip(self.param_groups, state_dict["param_groups"], strict=True):
+            for param in group["params"]:
+                state = self.state.get(param)
+                if not state:
+                    continue
+                if not isinstance(state["step"], Tensor):
+                    state["step"] = torch.tensor(float(state["step"]))
+                if "dormant" in state:
+                    # torch casts all state but the step to the dtype of the parameter.
+                    state["dormant"] = state["dormant"].bool()
+                elif "lambda_p" not in theirs:
+                    # AdamW does not say which tensors have been zero from the start: those that still are.
+                    _mark_dormant(param, state)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -151,22 +165,29 @@ class AdamWLp(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        for group in self.param_groups:
+            _check_group(group)
         finite = _all_finite(
             param.grad for group in self.param_groups if group["skip_nonfinite"] for param in group["params"]
         )
         for index, group in enumerate(self.param_groups):
-            self._step_group(index, group, finite if group["skip_nonfinite"] else True)
+            if not group["skip_nonfinite"]:
+                self._step_group(index, group, True)
+            elif isinstance(finite, Tensor):
+                group["skipped_steps"] = (~finite).to(torch.int64).add_(_on_device(group["skipped_steps"], finite))
+                self._step_group(index, group, finite)
+            elif finite:
+                self._step_group(index, group, True)
+            else:
+                group["skipped_steps"] += 1
         return loss
 
     def _step_group(self, index: int, group: dict[str, Any], finite: bool | Tensor) -> None:
         params = [param for param in group["params"] if param.grad is not None]
         if not params:
             return
+        # Where only the device knows whether a step is skipped, a skipped one takes its random bits all the same.
         group["rounding_seed"] += 1
-        if finite is not True:
-            group["skipped_steps"] += 1 if finite is False else (~finite).to(torch.int64)
-            if finite is False:
-                return
         by_device: dict[torch.device, list[Tensor]] = {}
         for param in params:
             self._init_state(param)
@@ -200,9 +221,7 @@ class AdamWLp(Optimizer):
             state["step"] = torch.zeros((), dtype=torch.float32, device=param.device)
             state["exp_avg"] = torch.zeros_like(param, memory_format=torch.preserve_format)
             state["exp_avg_sq"] = torch.zeros_like(param, memory_format=torch.preserve_format)
-            # The only look at the weights that waits for the device, once in a tensor's life.
-            if param.numel() and not param.any():
-                state["dormant"] = torch.ones((), dtype=torch.bool, device=param.device)
+            _mark_dormant(param, state)
         elif state["step"].device != param.device:
             state["step"] = state["step"].to(param.device)
 
@@ -255,7 +274,7 @@ def adamw_lp(
         params, grads, exp_avgs, exp_avg_sqs, steps, dormants, strict=True
     ):
         on_device = param.device.type != "cpu" if capturable is None else capturable
-        ok = torch.as_tensor(finite, device=param.device) if on_device else bool(finite)
+        ok = finite.to(param.device) if on_device and isinstance(finite, Tensor) else bool(finite)
         if ok is False:
             continue
         step += ok
@@ -263,7 +282,7 @@ def adamw_lp(
             step, lr, beta1, beta2, weight_decay, lambda_p
         )
         awake: bool | Tensor = True
-        if dormant is not None:
+        if dormant is not None and (on_device or dormant):
             dormant.logical_and_(~param.any())
             awake = ~dormant if on_device else not dormant.item()
         kernels.step_tensor(
@@ -286,27 +305,35 @@ def adamw_lp(
         )
 
 
-# Keys of torch.optim.AdamW's groups that say how it computes, not what.
-_ADAMW_ONLY = ("amsgrad", "foreach", "capturable", "differentiable", "fused", "decoupled_weight_decay")
-
-
-def _all_finite(grads: Iterable[Tensor | None]) -> bool | Tensor:
-    """Whether all gradients are finite: a bool on a CPU, else a 0-dim tensor, for which the host does not wait."""
-    dense = []
-    for grad in grads:
-        if grad is None:
-            continue
-        if grad.is_sparse:
+def _check_group(group: dict[str, Any]) -> None:
+    """Check what may have changed since the group was added: the decay's settings, and the gradients."""
+    check_p_norm(group["p_norm"])
+    check_lambda_p(group["lambda_p"])
+    for param in group["params"]:
+        if param.grad is not None and param.grad.is_sparse:
             raise ValueError(
                 "AdamWLp does not take sparse gradients: set sparse=False on the embedding, or give its parameters "
                 "to torch.optim.SparseAdam."
             )
-        if grad.numel():
-            dense.append(grad)
-    if not dense:
+
+
+def _all_finite(grads: Iterable[Tensor | None]) -> bool | Tensor:
+    """Whether all gradients are finite: a bool on a CPU, else a 0-dim tensor, for which the host does not wait."""
+    present = [grad for grad in grads if grad is not None and grad.numel()]
+    if not present:
         return True
-    finite = torch.nn.utils.get_total_norm(dense, norm_type=math.inf).isfinite()
+    finite = torch.nn.utils.get_total_norm(present, norm_type=math.inf).isfinite()
     return bool(finite) if finite.device.type == "cpu" else finite
+
+
+def _on_device(value: int | Tensor, like: Tensor) -> int | Tensor:
+    return value.to(like.device) if isinstance(value, Tensor) else value
+
+
+def _mark_dormant(param: Tensor, state: dict[str, Any]) -> None:
+    # The only look at the weights that waits for the device, once in a tensor's life.
+    if param.numel() and not param.any():
+        state["dormant"] = torch.ones((), dtype=torch.bool, device=param.device)
 
 
 def _rounding_generator(
@@ -318,49 +345,3 @@ def _rounding_generator(
     generator = torch.Generator(device=device)
     generator.manual_seed((group["rounding_seed"] << 12) + index)
     return generator
-
-
-def _check_hyperparameters(group: dict[str, Any]) -> None:
-    """Raise ValueError, naming the argument, its value and what would be right."""
-
-    def check(name: str, ok: bool, right: str) -> None:
-        if not ok:
-            raise ValueError(f"Invalid {name}: {name}={group[name]!r}; it must be {right}.")
-
-    def number(value: Any, low: float, high: float = math.inf) -> bool:
-        return isinstance(value, (int, float)) and low <= value < high
-
-    lr = group["lr"]
-    if isinstance(lr, Tensor):
-        check("lr", lr.numel() == 1, "a number, or a tensor of one element")
-    else:
-        check("lr", number(lr, 0), "a finite number of at least 0")
-    betas = group["betas"]
-    right = "two numbers in [0, 1), such as (0.9, 0.999)"
-    check("betas", isinstance(betas, (tuple, list)) and len(betas) == 2 and all(number(b, 0, 1) for b in betas), right)
-    check("eps", number(group["eps"], 0), "a finite number of at least 0, such as 1e-8")
-    check("weight_decay", number(group["weight_decay"], 0), "a finite number of at least 0")
-    check_p_norm(group["p_norm"])
-    check_lambda_p(group["lambda_p"])
-
-
-def _check_state_dict(state_dict: dict[str, Any], groups: list[dict[str, Any]]) -> None:
-    """Raise ValueError if a checkpoint cannot be one of an AdamW over the same parameters."""
-    saved = state_dict["param_groups"]
-    sizes, saved_sizes = ([len(group["params"]) for group in some] for some in (groups, saved))
-    if sizes != saved_sizes:
-        raise ValueError(
-            f"The optimizer checkpoint has param groups of {saved_sizes} tensors, this optimizer has {sizes}: it is of "
-            "another model, or of other lp_rules."
-        )
-    if any(group.get("amsgrad") for group in saved):
-        raise ValueError("The optimizer checkpoint is of AdamW with amsgrad=True, which AdamWLp does not do.")
-    params = [param for group in groups for param in group["params"]]
-    ids = [key for group in saved for key in group["params"]]
-    for param, key in zip(params, ids, strict=True):
-        moment = state_dict["state"].get(key, {}).get("exp_avg")
-        if moment is not None and moment.shape != param.shape:
-            raise ValueError(
-                f"The optimizer checkpoint holds moments of shape {tuple(moment.shape)} for parameter {key}, whose "
-                f"shape is {tuple(param.shape)}: it is of another model."
-            )

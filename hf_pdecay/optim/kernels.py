@@ -55,7 +55,10 @@ def device_scalars(
     """Compute the scalars on the device of ``step``, without a synchronisation."""
     dtype = torch.float32 if step.device.type == "mps" else torch.float64
     count = step.to(dtype)
-    rate = torch.as_tensor(lr, dtype=dtype).to(step.device, non_blocking=True)
+    if isinstance(lr, Tensor):
+        rate = lr.reshape(()).to(step.device, dtype, non_blocking=True)
+    else:
+        rate = torch.full((), lr, dtype=dtype, device=step.device)
     return StepScalars(
         shrink_l2=1 - rate * weight_decay,
         step_size=rate / (1 - beta1**count),
@@ -85,7 +88,7 @@ def step_tensor(
 ) -> None:
     """Do one step on one tensor in place: AdamW's step, then the shrink by a factor from the weight before it.
 
-    Low-precision weights that decay are computed in float32 and rounded once, stochastically.
+    Low-precision weights with λ_p > 0 are computed in float32 and rounded once, stochastically.
 
     Args:
         param: The weights, of any shape and floating dtype.
@@ -107,7 +110,7 @@ def step_tensor(
     """
     select = isinstance(finite, Tensor)
     decays = lambda_p != 0 and awake is not False
-    upcast = param.dtype in LOW_PRECISION and (decays or select)
+    upcast = param.dtype in LOW_PRECISION and lambda_p != 0
     floor = _FLOAT16_DENOMINATOR if param.dtype == torch.float16 and eps < 2.0**-25 else 0.0
 
     for stored_p, g, stored_m, stored_v in _chunks(param, grad, exp_avg, exp_avg_sq):
@@ -130,7 +133,8 @@ def step_tensor(
         m.lerp_(g, 1 - beta1)
         v.mul_(beta2).addcmul_(g, g, value=1 - beta2)
         if param.dtype == torch.float16:
-            v.clamp_(max=torch.finfo(torch.float16).max)
+            # Overflow of a finite gradient's square, not that of an infinite gradient.
+            v.copy_(torch.where(g.isfinite(), v.clamp(max=torch.finfo(torch.float16).max), v))
         denominator = v.sqrt().div_(scalars.bias_correction2_sqrt).add_(eps)
         if floor:
             denominator.clamp_(min=floor)
@@ -146,7 +150,7 @@ def step_tensor(
             p.masked_fill_(zeros, 0)
 
         if upcast:
-            p = stochastic_round(p, param.dtype, generator) if decays else p.to(param.dtype)
+            p = stochastic_round(p, param.dtype, generator)
             m, v = m.to(stored_m.dtype), v.to(stored_v.dtype)
         if isinstance(finite, Tensor):
             p, m, v = (torch.where(finite, new, old) for new, old in ((p, stored_p), (m, stored_m), (v, stored_v)))

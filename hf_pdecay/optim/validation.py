@@ -1,0 +1,70 @@
+"""Checks of what a user gives to the optimizer, before anything is done with it."""
+
+from __future__ import annotations
+
+import math
+from numbers import Real
+from typing import Any
+
+from torch import Tensor
+
+from ..decay import check_lambda_p, check_p_norm
+
+
+# Keys of torch.optim.AdamW's groups that say how it computes, not what.
+ADAMW_ONLY = ("amsgrad", "foreach", "capturable", "differentiable", "fused", "decoupled_weight_decay")
+
+
+def check_hyperparameters(group: dict[str, Any]) -> None:
+    """Raise ValueError, naming the argument, its value and what would be right."""
+
+    def check(name: str, ok: bool, right: str) -> None:
+        if not ok:
+            raise ValueError(f"Invalid {name}: {name}={group[name]!r}; it must be {right}.")
+
+    def number(value: Any, low: float, high: float = math.inf) -> bool:
+        return isinstance(value, Real) and low <= float(value) < high
+
+    lr = group["lr"]
+    single = isinstance(lr, Tensor) and lr.numel() == 1
+    check("lr", number(lr.item() if single else lr, 0), "a finite number of at least 0, or a tensor of one")
+    betas = group["betas"]
+    right = "two numbers in [0, 1), such as (0.9, 0.999)"
+    check("betas", isinstance(betas, (tuple, list)) and len(betas) == 2 and all(number(b, 0, 1) for b in betas), right)
+    check("eps", number(group["eps"], 0), "a finite number of at least 0, such as 1e-8")
+    check("weight_decay", number(group["weight_decay"], 0), "a finite number of at least 0")
+    check_p_norm(group["p_norm"])
+    check_lambda_p(group["lambda_p"])
+    for name in ("keep_zeros", "maximize", "skip_nonfinite"):
+        check(name, isinstance(group[name], bool), "True or False")
+
+
+def check_state_dict(state_dict: dict[str, Any], groups: list[dict[str, Any]]) -> None:
+    """Raise ValueError if a checkpoint cannot be one of an AdamW over the same parameters."""
+    saved = state_dict["param_groups"]
+    sizes, saved_sizes = ([len(group["params"]) for group in some] for some in (groups, saved))
+    if sizes != saved_sizes:
+        raise ValueError(
+            f"The optimizer checkpoint has param groups of {saved_sizes} tensors, this optimizer has {sizes}: it is of "
+            "another model, or of other lp_rules."
+        )
+    if any(group.get("amsgrad") for group in saved):
+        raise ValueError("The optimizer checkpoint is of AdamW with amsgrad=True, which AdamWLp does not do.")
+    params = [param for group in groups for param in group["params"]]
+    ids = [key for group in saved for key in group["params"]]
+    for param, key in zip(params, ids, strict=True):
+        state = state_dict["state"].get(key)
+        if not state:
+            continue
+        missing = {"step", "exp_avg", "exp_avg_sq"} - set(state)
+        if missing:
+            raise ValueError(
+                f"The optimizer checkpoint has no {sorted(missing)[0]} for parameter {key}: it is of another "
+                "optimizer, not of AdamW or AdamWLp."
+            )
+        for name in ("exp_avg", "exp_avg_sq"):
+            if state[name].shape != param.shape:
+                raise ValueError(
+                    f"The optimizer checkpoint holds {name} of shape {tuple(state[name].shape)} for parameter {key}, "
+                    f"whose shape is {tuple(param.shape)}: it is of another model."
+                )
