@@ -1,0 +1,1 @@
+"""The `classification` module of `evaluate`; load it with `hf_pdecay.measurements.load_measurement`."""
