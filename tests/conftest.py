@@ -1,0 +1,48 @@
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+@pytest.fixture
+def make_args(tmp_path: Path) -> Callable[..., Any]:
+    """Arguments of a short run on the CPU that writes below the test's own folder."""
+
+    def make(**overrides: Any) -> Any:
+        from hf_pdecay import PDecayTrainingArguments
+
+        return PDecayTrainingArguments(
+            **{
+                "output_dir": str(tmp_path / "out"),
+                "use_cpu": True,
+                "report_to": "none",
+                "max_steps": 8,
+                "logging_steps": 2,
+                "save_strategy": "no",
+                "learning_rate": 1e-2,
+                "p_norm": 0.5,
+                "lambda_p": 0.1,
+                "disable_tqdm": True,
+                **overrides,
+            }
+        )
+
+    return make
+
+
+@pytest.fixture
+def tokens() -> Any:
+    """48 sequences of 16 tokens below 64, as inputs and labels of a causal LM."""
+    import torch
+    from datasets import Dataset
+
+    rows = torch.randint(0, 64, (48, 16), generator=torch.Generator().manual_seed(0)).tolist()
+    return Dataset.from_dict({"input_ids": rows, "labels": rows})

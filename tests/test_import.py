@@ -1,0 +1,38 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+import hf_pdecay
+
+
+def _loaded_after(statement: str) -> set[str]:
+    code = f"import sys\n{statement}\nprint(*sys.modules)"
+    return set(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split())
+
+
+def test_import_loads_nothing_heavy() -> None:
+    loaded = _loaded_after("import hf_pdecay")
+    assert not loaded & {"torch", "transformers", "matplotlib", "rich", "datasets", "evaluate", "jinja2"}
+
+
+def test_the_optimizer_needs_torch_alone() -> None:
+    loaded = _loaded_after("from hf_pdecay import AdamWLp")
+    assert "torch" in loaded
+    assert not loaded & {"transformers", "matplotlib", "rich", "datasets", "evaluate", "accelerate"}
+
+
+def test_the_trainer_loads_no_drawing_and_no_measuring() -> None:
+    before = _loaded_after("from transformers import Trainer")
+    loaded = _loaded_after("from hf_pdecay import PDecayTrainer, PDecayTrainingArguments, SparsityCallback")
+    assert not (loaded - before) & {"matplotlib", "evaluate", "jinja2", "pandas", "rich"}
+
+
+def test_public_names() -> None:
+    for name in hf_pdecay.__all__:
+        assert getattr(hf_pdecay, name) is not None
+    assert set(hf_pdecay.__all__) <= set(dir(hf_pdecay))
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        _ = hf_pdecay.nothing
