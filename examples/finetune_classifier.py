@@ -325,6 +325,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         trainer.log_metrics(part, metrics)
         trainer.save_metrics(part, metrics)
     trainer.save_state()
+    trainer.create_model_card(dataset=data.dataset_name or Path(data.train_file or "").name)
     trainer.save_model()
     return 0
 

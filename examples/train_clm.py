@@ -358,6 +358,7 @@ def run(trainer: PDecayTrainer, tokenizer: Tokenizer | None, data: DataArguments
         trainer.log_metrics(part, metrics)
         trainer.save_metrics(part, metrics)
     trainer.save_state()
+    trainer.create_model_card(dataset=data.dataset_name or Path(data.train_file or "Python standard library").name)
     trainer.save_model()
     sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled  # there every process would have to generate
     if data.generate_tokens and trainer.is_world_process_zero() and not sharded:

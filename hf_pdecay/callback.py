@@ -106,26 +106,15 @@ class SparsityCallback(TrainerCallback):
         if not state.is_world_process_zero or logs is None or "loss" not in logs:
             return
         report = self._measure(kwargs["model"], kwargs.get("optimizer"))
-        layers = {each.name: each.sparsity for each in report.tensors if each.decayed}
         values: dict[str, Any] = {"sparsity/overall": report.sparsity, "sparsity/model": report.model_sparsity}
         if self.sparsity_logging == "layer":
-            values |= {f"sparsity/layer/{name}": sparsity for name, sparsity in layers.items()}
+            values |= {f"sparsity/layer/{each.name}": each.sparsity for each in report.tensors if each.decayed}
         if self._skipped_steps:
             values["skipped_steps"] = self._skipped_steps
         # The Trainer has copied the dict into its history before it calls; the trackers after this get the dict itself.
         logs.update(values)
         state.log_history[-1].update(values)
-        line = {
-            "step": state.global_step,
-            "epoch": state.epoch,
-            "sparsity": report.sparsity,
-            "model_sparsity": report.model_sparsity,
-            "near_zeros": report.decayed.near_zeros,
-            "skipped_steps": self._skipped_steps,
-            "layers": layers,
-        }
-        with open(_folder(args) / HISTORY_FILE, "a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+        self._append(args, state, report)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -135,15 +124,29 @@ class SparsityCallback(TrainerCallback):
             return
         report = self._measure(kwargs["model"], kwargs.get("optimizer"))
         report.save(_folder(args) / REPORT_FILE)
-        history = read_history(_folder(args))
-        if history:
-            # Not needed before: matplotlib takes longer to import than all of this package.
-            from .plots import plot_sparsity
+        if not read_history(_folder(args)):
+            # A run too short for a log event still has a history: its end.
+            self._append(args, state, report)
+        # Not needed before: matplotlib takes longer to import than all of this package.
+        from .plots import plot_sparsity
 
-            plot_sparsity(history, _folder(args) / PICTURE_FILE)
+        plot_sparsity(read_history(_folder(args)), _folder(args) / PICTURE_FILE)
         _console().print(report)
         if self._skipped_steps:
             logger.warning("%d steps were skipped for NaN or infinite gradients.", self._skipped_steps)
+
+    def _append(self, args: TrainingArguments, state: TrainerState, report: SparsityReport) -> None:
+        line = {
+            "step": state.global_step,
+            "epoch": state.epoch,
+            "sparsity": report.sparsity,
+            "model_sparsity": report.model_sparsity,
+            "near_zeros": report.decayed.near_zeros,
+            "skipped_steps": self._skipped_steps,
+            "layers": {each.name: each.sparsity for each in report.tensors if each.decayed},
+        }
+        with open(_folder(args) / HISTORY_FILE, "a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
 
     def _measure(self, model: nn.Module, optimizer: Any) -> SparsityReport:
         groups = [group for _, group in _decaying_groups(optimizer)]

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 TAGS = ("hf-pdecay", "sparse", "p-norm-weight-decay")
 
 _TIMES = re.compile(r"_(runtime|samples_per_second|steps_per_second|model_preparation_time)$")
-_SECRET = re.compile(r"token|password|secret|api_?key", re.IGNORECASE)
+_SECRET = re.compile(r"(?:^|[-_])(?:token|password|secret|api[-_]?key)$", re.IGNORECASE)
 _HUB_METRICS = {"loss": "loss", "accuracy": "accuracy", "perplexity": "perplexity", "f1": "f1"}
 
 

@@ -189,17 +189,14 @@ class SparsityReport:
         by_block = len(chosen) > _TABLE_ROWS
         table = Table(title="Exact zeros")
         table.add_column("block" if by_block else "tensor", overflow="fold")
-        for heading in ("tensors" if by_block else "shape", "weights", "zeros", "sparsity", "near zeros"):
+        for heading in ("weights", "zeros", "sparsity", "near 0"):
             table.add_column(heading, justify="right")
-        if by_block:
-            for block, totals in self.by_block().items():
-                table.add_row(block, f"{totals.tensors:,}", *_cells(totals))
-        else:
-            for each in chosen:
-                table.add_row(each.name, " × ".join(map(str, each.shape)), *_cells(each))
+        rows = self.by_block() if by_block else {each.name: each for each in chosen}
+        for name, counted in rows.items():
+            table.add_row(name, *_cells(counted))
         table.add_section()
-        table.add_row("decayed weights", "", *_cells(self.decayed), style="bold")
-        table.add_row("whole model", "", *_cells(self.model))
+        table.add_row("decayed weights", *_cells(self.decayed), style="bold")
+        table.add_row("whole model", *_cells(self.model))
         return table
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:

@@ -137,10 +137,12 @@ def test_pictures_of_any_size(steps: int, layers: int, tmp_path: Path) -> None:
         plot_sparsity([], tmp_path / "none.png")
 
 
-def test_no_log_event_no_picture(make_args: MakeArgs, tokens: Any, tmp_path: Path) -> None:
-    _run(make_args(logging_strategy="no", max_steps=2), tokens)
+def test_a_run_without_a_log_event_has_its_end(make_args: MakeArgs, tokens: Any, tmp_path: Path) -> None:
+    trainer = _run(make_args(logging_strategy="no", max_steps=2), tokens)
+    (line,) = read_history(tmp_path / "out")
+    assert (line["step"], line["sparsity"]) == (2, trainer.measure_sparsity().sparsity)
     assert (tmp_path / "out" / "sparsity.json").is_file()
-    assert not (tmp_path / "out" / "sparsity.png").exists()
+    assert (tmp_path / "out" / "sparsity.png").is_file()
 
 
 def test_a_hopeless_lambda_is_told_beforehand(

@@ -320,7 +320,9 @@ def _check_group(group: dict[str, Any]) -> None:
 def _all_finite(grads: Iterable[Tensor | None]) -> bool | Tensor:
     """Whether all gradients are finite: a bool on a CPU, else a 0-dim tensor, for which the host does not wait."""
     present = [grad for grad in grads if grad is not None and grad.numel()]
-    if not present:
+    if all(grad.device.type == "cpu" for grad in present) and math.isfinite(sum(grad.sum().item() for grad in present)):
+        # NaN and infinity come through a sum, and this one is the cheapest reduction there is. A sum that overflowed
+        # by itself is looked at again below.
         return True
     finite = torch.nn.utils.get_total_norm(present, norm_type=math.inf).isfinite()
     return bool(finite) if finite.device.type == "cpu" else finite

@@ -1,0 +1,92 @@
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from huggingface_hub import ModelCard
+
+import hf_pdecay
+from hf_pdecay import PDecayTrainer
+from hf_pdecay.model_card import command_line
+
+from .models import tiny_gpt2
+
+
+@pytest.fixture
+def trained(make_args: Callable[..., Any], tokens: Any) -> PDecayTrainer:
+    args = make_args(eval_strategy="steps", eval_steps=4, lp_rules={"attn": {"p_norm": 0.6, "lambda_p": 0.2}})
+    trainer = PDecayTrainer(
+        model=tiny_gpt2(),
+        args=args,
+        train_dataset=tokens,
+        eval_dataset=tokens,
+        compute_metrics=lambda prediction: {"accuracy": 0.25},
+    )
+    trainer.train()
+    return trainer
+
+
+def test_the_end_of_training_writes_a_card(trained: PDecayTrainer, tmp_path: Path) -> None:
+    card = ModelCard.load(tmp_path / "out" / "README.md")
+    assert card.data.library_name == "transformers"
+    assert card.data.pipeline_tag == "text-generation"
+    assert {"hf-pdecay", "sparse", "generated_from_trainer"} <= set(card.data.tags)
+    report = trained.measure_sparsity()
+    for shown in (f"{report.sparsity:.2%}", f"{report.model_sparsity:.2%}", f"{report.decayed.zeros:,}"):
+        assert shown in card.text
+    for block, totals in report.by_block().items():
+        assert f"| {block} | {totals.tensors} | {totals.parameters:,} | {totals.zeros:,} |" in card.text
+    # p and λ_p of each rule, and of the run.
+    assert "| `attn` | 4 | 8,192 | 0.6 | 0.2 | 0 |" in card.text
+    assert "| `default` | 4 | 16,384 | 0.5 | 0.1 | 0 |" in card.text
+    assert "- p_norm: 0.5" in card.text and "- lambda_p: 0.1" in card.text
+    assert f"- hf_pdecay {hf_pdecay.__version__}" in card.text
+    assert "2404.10824" in card.text and "@article" in card.text
+    assert "![Exact zeros by step and by layer](sparsity.png)" in card.text
+    assert "](https://huggingface.co/)" not in card.text and "None" not in card.content
+
+
+def test_evaluation_is_a_model_index(trained: PDecayTrainer, tmp_path: Path) -> None:
+    # Loading parses model-index; a wrong one raises.
+    card = ModelCard.load(tmp_path / "out" / "README.md", ignore_metadata_errors=False)
+    results = {each.metric_type: each.metric_value for each in card.data.eval_results}
+    last = [entry for entry in trained.state.log_history if "eval_loss" in entry][-1]
+    assert results["loss"] == pytest.approx(last["eval_loss"])
+    assert results["accuracy"] == 0.25
+    assert results["sparsity"] == trained.measure_sparsity().sparsity
+    assert set(results) == {"loss", "accuracy", "sparsity"}
+    assert {each.task_type for each in card.data.eval_results} == {"text-generation"}
+
+
+def test_save_model_writes_one_beside_the_model(trained: PDecayTrainer, tmp_path: Path) -> None:
+    trained.create_model_card(dataset="Tiny Tokens", dataset_tags="tiny", license="mit")
+    trained.save_model(str(tmp_path / "elsewhere"))
+    card = ModelCard.load(tmp_path / "elsewhere" / "README.md")
+    assert (tmp_path / "elsewhere" / "model.safetensors").is_file()
+    # What was told once is kept, and the picture is not there.
+    assert card.data.license == "mit"
+    assert card.data.eval_results[0].dataset_name == "Tiny Tokens"
+    assert "sparsity.png" not in card.text
+
+
+def test_the_card_needs_no_network(trained: PDecayTrainer, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def refuse(*_: Any, **__: Any) -> None:
+        raise AssertionError("the network was asked")
+
+    monkeypatch.setattr("socket.socket.connect", refuse)
+    monkeypatch.setattr("socket.getaddrinfo", refuse)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    trained.model.config._name_or_path = "some/base"
+    trained.create_model_card()
+    assert "some/base" in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_the_command_hides_secrets(monkeypatch: pytest.MonkeyPatch) -> None:
+    words = ["train.py", "--hub_token", "hf_abc", "--api-key=xyz", "--p_norm", "0.5", "--tokenizer_name", "gpt2"]
+    words += ["--generate_tokens=9", "--text", "a b"]
+    monkeypatch.setattr(sys, "argv", words)
+    shown = "python train.py --hub_token '***' '--api-key=***' --p_norm 0.5 --tokenizer_name gpt2 --generate_tokens=9"
+    assert command_line() == f"{shown} --text 'a b'"
