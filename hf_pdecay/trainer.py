@@ -32,7 +32,7 @@ else:
 class PDecayTrainerMixin(_Base):
     """Weight decay for any p norm for a Trainer or a subclass of it; stands before it among the bases.
 
-        class SparseSFTTrainer(PDecayTrainerMixin, SFTTrainer): ...
+        class SparseSeq2SeqTrainer(PDecayTrainerMixin, Seq2SeqTrainer): ...
 
     With ``args.optim == "adamw_lp"`` in a :class:`PDecayTrainingArguments` it makes an :class:`~hf_pdecay.AdamWLp`,
     adds a :class:`SparsityCallback` as the first callback, and writes ``sparsity.json`` and the model card beside every
