@@ -18,7 +18,6 @@ from safetensors.numpy import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 
-pytest.importorskip("evaluate")
 ROOT = Path(__file__).parents[1]
 TEXT = "".join(
     f"{number} bottles of beer on the wall, take one down and pass it around.\n" for number in range(99, 0, -1)
