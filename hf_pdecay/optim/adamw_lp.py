@@ -270,6 +270,7 @@ def adamw_lp(
             CPU, where there is nothing to wait for.
         generator: Random bits for the rounding of low-precision weights.
     """
+    hyper = kernels.Hyperparameters(beta1, beta2, eps, weight_decay, p_norm, lambda_p, keep_zeros, maximize)
     for param, grad, exp_avg, exp_avg_sq, step, dormant in zip(
         params, grads, exp_avgs, exp_avg_sqs, steps, dormants, strict=True
     ):
@@ -278,30 +279,13 @@ def adamw_lp(
         if ok is False:
             continue
         step += ok
-        scalars = (kernels.device_scalars if on_device else kernels.host_scalars)(
-            step, lr, beta1, beta2, weight_decay, lambda_p
-        )
+        scalars = (kernels.device_scalars if on_device else kernels.host_scalars)(step, lr, hyper)
         awake: bool | Tensor = True
         if dormant is not None and (on_device or dormant):
             dormant.logical_and_(~param.any())
             awake = ~dormant if on_device else not dormant.item()
         kernels.step_tensor(
-            param,
-            grad,
-            exp_avg,
-            exp_avg_sq,
-            scalars,
-            beta1=beta1,
-            beta2=beta2,
-            eps=eps,
-            weight_decay=weight_decay,
-            p_norm=p_norm,
-            lambda_p=lambda_p,
-            keep_zeros=keep_zeros,
-            maximize=maximize,
-            awake=awake,
-            finite=ok,
-            generator=generator,
+            param, grad, exp_avg, exp_avg_sq, scalars, hyper, awake=awake, finite=ok, generator=generator
         )
 
 

@@ -27,6 +27,20 @@ _FLOAT16_DENOMINATOR = 2.0**-12
 
 
 @dataclass(frozen=True)
+class Hyperparameters:
+    """What a param group says of its step, but for the learning rate; see :class:`~hf_pdecay.AdamWLp`."""
+
+    beta1: float
+    beta2: float
+    eps: float
+    weight_decay: float
+    p_norm: float
+    lambda_p: float
+    keep_zeros: bool
+    maximize: bool
+
+
+@dataclass(frozen=True)
 class StepScalars:
     """What one step of one tensor needs beside the tensors: floats, or 0-dim tensors on the tensor's device."""
 
@@ -36,22 +50,18 @@ class StepScalars:
     alpha_lambda: float | Tensor
 
 
-def host_scalars(
-    step: Tensor, lr: float | Tensor, beta1: float, beta2: float, weight_decay: float, lambda_p: float
-) -> StepScalars:
+def host_scalars(step: Tensor, lr: float | Tensor, hyper: Hyperparameters) -> StepScalars:
     """Compute the scalars in Python, as torch's AdamW does for a step that the host knows."""
     count, rate = step.item(), float(lr)
     return StepScalars(
-        shrink_l2=1 - rate * weight_decay,
-        step_size=rate / (1 - beta1**count),
-        bias_correction2_sqrt=(1 - beta2**count) ** 0.5,
-        alpha_lambda=rate * lambda_p,
+        shrink_l2=1 - rate * hyper.weight_decay,
+        step_size=rate / (1 - hyper.beta1**count),
+        bias_correction2_sqrt=(1 - hyper.beta2**count) ** 0.5,
+        alpha_lambda=rate * hyper.lambda_p,
     )
 
 
-def device_scalars(
-    step: Tensor, lr: float | Tensor, beta1: float, beta2: float, weight_decay: float, lambda_p: float
-) -> StepScalars:
+def device_scalars(step: Tensor, lr: float | Tensor, hyper: Hyperparameters) -> StepScalars:
     """Compute the scalars on the device of ``step``, without a synchronisation."""
     dtype = torch.float32 if step.device.type == "mps" else torch.float64
     count = step.to(dtype)
@@ -60,10 +70,10 @@ def device_scalars(
     else:
         rate = torch.full((), lr, dtype=dtype, device=step.device)
     return StepScalars(
-        shrink_l2=1 - rate * weight_decay,
-        step_size=rate / (1 - beta1**count),
-        bias_correction2_sqrt=(1 - beta2**count).sqrt(),
-        alpha_lambda=rate * lambda_p,
+        shrink_l2=1 - rate * hyper.weight_decay,
+        step_size=rate / (1 - hyper.beta1**count),
+        bias_correction2_sqrt=(1 - hyper.beta2**count).sqrt(),
+        alpha_lambda=rate * hyper.lambda_p,
     )
 
 
@@ -73,15 +83,8 @@ def step_tensor(
     exp_avg: Tensor,
     exp_avg_sq: Tensor,
     scalars: StepScalars,
+    hyper: Hyperparameters,
     *,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    weight_decay: float,
-    p_norm: float,
-    lambda_p: float,
-    keep_zeros: bool,
-    maximize: bool,
     awake: bool | Tensor,
     finite: bool | Tensor,
     generator: torch.Generator | None,
@@ -96,22 +99,15 @@ def step_tensor(
         exp_avg: First moment, of the same shape.
         exp_avg_sq: Second moment, of the same shape.
         scalars: From :func:`host_scalars` or :func:`device_scalars`.
-        beta1: Decay of the first moment.
-        beta2: Decay of the second moment.
-        eps: Added to the denominator.
-        weight_decay: λ₂, AdamW's decoupled L2 decay.
-        p_norm: p.
-        lambda_p: λ_p.
-        keep_zeros: Whether weights that are zero stay zero.
-        maximize: Whether to go up the gradient.
+        hyper: Hyperparameters of the group.
         awake: False, or a 0-dim tensor of that value, for a tensor that was wholly zero at the start and still is.
         finite: Where it is a 0-dim tensor of value False, nothing is written.
         generator: Random bits for the rounding of low-precision weights.
     """
     select = isinstance(finite, Tensor)
-    decays = lambda_p != 0 and awake is not False
-    upcast = param.dtype in LOW_PRECISION and lambda_p != 0
-    floor = _FLOAT16_DENOMINATOR if param.dtype == torch.float16 and eps < 2.0**-25 else 0.0
+    decays = hyper.lambda_p != 0 and awake is not False
+    upcast = param.dtype in LOW_PRECISION and hyper.lambda_p != 0
+    floor = _FLOAT16_DENOMINATOR if param.dtype == torch.float16 and hyper.eps < 2.0**-25 else 0.0
 
     for stored_p, g, stored_m, stored_v in _chunks(param, grad, exp_avg, exp_avg_sq):
         if upcast:
@@ -120,22 +116,22 @@ def step_tensor(
             p, m, v = stored_p.clone(), stored_m.clone(), stored_v.clone()
         else:
             p, m, v = stored_p, stored_m, stored_v
-        if maximize:
+        if hyper.maximize:
             g = -g
 
-        factor = shrink_factor(p, p_norm, scalars.alpha_lambda) if decays else None
+        factor = shrink_factor(p, hyper.p_norm, scalars.alpha_lambda) if decays else None
         if factor is not None and isinstance(awake, Tensor):
             factor = torch.where(awake, factor, torch.ones_like(factor))
-        zeros = p == 0 if keep_zeros else None
+        zeros = p == 0 if hyper.keep_zeros else None
 
-        if weight_decay != 0:
+        if hyper.weight_decay != 0:
             p.mul_(scalars.shrink_l2)
-        m.lerp_(g, 1 - beta1)
-        v.mul_(beta2).addcmul_(g, g, value=1 - beta2)
+        m.lerp_(g, 1 - hyper.beta1)
+        v.mul_(hyper.beta2).addcmul_(g, g, value=1 - hyper.beta2)
         if param.dtype == torch.float16:
             # Overflow of a finite gradient's square, not that of an infinite gradient.
             v.copy_(torch.where(g.isfinite(), v.clamp(max=torch.finfo(torch.float16).max), v))
-        denominator = v.sqrt().div_(scalars.bias_correction2_sqrt).add_(eps)
+        denominator = v.sqrt().div_(scalars.bias_correction2_sqrt).add_(hyper.eps)
         if floor:
             denominator.clamp_(min=floor)
         if isinstance(scalars.step_size, Tensor):
