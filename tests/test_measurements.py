@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import evaluate
 import numpy as np
 import pytest
 import torch
@@ -18,7 +19,6 @@ from hf_pdecay.measurements import MEASUREMENTS, load_measurement, measurement_p
 from hf_pdecay.measurements.hooks import causal_lm_hooks, classification_hooks, reduce_causal_lm_logits
 
 
-evaluate = pytest.importorskip("evaluate")
 ROOT = Path(__file__).parents[1]
 
 

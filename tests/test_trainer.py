@@ -106,6 +106,8 @@ def test_lambda_zero_gives_hfs_adamw_to_the_bit(make_args: MakeArgs, tokens: Any
         {"gradient_accumulation_steps": 2},
         {"max_grad_norm": 0.01},
         {"bf16": True},
+        # On a CPU without HF's scaler; test_adamw_lp_contract.py steps under a real one.
+        {"fp16": True},
         {"label_smoothing_factor": 0.1},
         {"gradient_checkpointing": True},
         {"weight_decay": 0.1},
