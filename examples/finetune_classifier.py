@@ -8,7 +8,7 @@
 Tables may be TSV, CSV, JSON, JSON lines or Parquet; labels may be words or numbers. All options of `TrainingArguments`
 work; `--help` lists them. With no model named, a small BERT over the words of the training text is trained from
 scratch. The output folder loads with plain `AutoModelForSequenceClassification.from_pretrained`. The script needs
-`train_clm.py` beside it.
+`train_clm.py` and `options.py` beside it.
 """
 
 import csv
@@ -35,7 +35,8 @@ from transformers import (
 
 from hf_pdecay import PDecayTrainer, PDecayTrainingArguments
 from hf_pdecay.measurements.hooks import classification_hooks
-from train_clm import arg, load_table, parse_options, read_file, resolve_checkpoint
+from options import arg, check_run, create_optimizer_early, parse_options
+from train_clm import load_table, read_file
 
 
 PRESETS = {
@@ -265,6 +266,8 @@ def load_model(
         raise ValueError(f"{tokens!r} has no tokenizer that loads, give --tokenizer_name: {error}") from error
     if tokenizer is None:
         tokenizer = train_tokenizer(texts, args.vocabulary_size, data.max_length)
+    if tokenizer.pad_token_id is None:
+        raise ValueError(f"The tokenizer of {tokens!r} has no padding token; give --tokenizer_name of one that has")
     heads = {"id2label": dict(enumerate(labels)), "label2id": {label: i for i, label in enumerate(labels)}}
     if config is None:
         shape = {"vocab_size": len(tokenizer), "max_position_embeddings": data.max_length, "pad_token_id": 0}
@@ -294,7 +297,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         groups = (ModelArguments, DataArguments, PDecayTrainingArguments)
         model_args, data, args = parse_options(sys.argv[1:] if argv is None else argv, groups, default_options)
-        resolve_checkpoint(args)
+        check_run(args)
         train, others = load_examples(data)
         labels = label_names(train, others.values())
         set_seed(args.seed)
@@ -312,7 +315,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             processing_class=tokenizer,
             **classification_hooks(len(labels)),
         )
-    except (ValueError, OSError, ImportError) as error:
+        create_optimizer_early(trainer)
+    except (ValueError, OSError, ImportError, RuntimeError) as error:
         print("finetune_classifier.py: error:", shorten(str(error), 600, placeholder=" ..."), file=sys.stderr)
         return 2
 

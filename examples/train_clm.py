@@ -9,29 +9,28 @@
 All options of `TrainingArguments` work, on the command line or in a JSON or YAML file; `--help` lists them. The output
 folder loads with plain `AutoModelForCausalLM.from_pretrained`. With no model named, a small GPT-2 is trained from
 scratch; with no data named, on the source text of Python's standard library. With no tokenizer, bytes are the tokens.
+The script needs `options.py` beside it.
 """
 
-import json
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 from sysconfig import get_paths
 from textwrap import shorten
-from typing import Any, Literal, NoReturn
+from typing import Any, Literal
 
 import numpy as np
 import torch
-import yaml
 from datasets import Dataset, load_dataset
 from datasets.exceptions import DatasetsError
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, HfArgumentParser, set_seed
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, set_seed
 from transformers import PreTrainedTokenizerBase as Tokenizer
-from transformers.trainer_utils import get_last_checkpoint
 
 from hf_pdecay import PDecayTrainer, PDecayTrainingArguments
 from hf_pdecay.measurements.hooks import causal_lm_hooks
+from options import arg, check_run, create_optimizer_early, parse_options
 
 
 # Models to train from scratch: the config, and the options that suit it where the user gives none.
@@ -49,11 +48,6 @@ PRESETS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "nanogpt": ({"model_type": "gpt2", "n_layer": 6, "n_head": 6, "n_embd": 384} | _DROPOUT, _NANO),
     "gpt2-small": ({"model_type": "gpt2"}, {"block_size": 1024, "learning_rate": 6e-4, "warmup_steps": 100}),
 }
-
-
-def arg(default: Any, **metadata: Any) -> Any:
-    """Return a dataclass field that `HfArgumentParser` makes an option of."""
-    return field(default=default, metadata=metadata)
 
 
 @dataclass
@@ -98,51 +92,10 @@ class DataArguments:
             raise ValueError(f"--validation_file {self.validation_file!r} needs --train_file or --dataset_name")
         if not 0 <= self.validation_fraction < 1:
             raise ValueError(f"--validation_fraction {self.validation_fraction} must be at least 0 and below 1")
-        for name, least in {"block_size": 2, "max_train_samples": 1, "max_eval_samples": 1}.items():
+        lowest = {"block_size": 2, "max_train_samples": 1, "max_eval_samples": 1, "generate_tokens": 0}
+        for name, least in lowest.items():
             if getattr(self, name) is not None and getattr(self, name) < least:
                 raise ValueError(f"--{name} {getattr(self, name)} must be at least {least}")
-
-
-class Parser(HfArgumentParser):
-    """A parser that raises ValueError instead of printing two hundred options before its complaint."""
-
-    def error(self, message: str) -> NoReturn:
-        """Raise `message`."""
-        raise ValueError(message)
-
-
-def parse_options(
-    argv: Sequence[str], groups: Sequence[Any], defaults: Callable[[Mapping[str, Any]], dict[str, Any]]
-) -> tuple[Any, ...]:
-    """Parse a command line, which may start with a JSON or YAML file of options, into one object for each dataclass.
-
-    `defaults` is called with the options that are given and returns values for those that are not.
-    """
-    if argv and Path(argv[0]).suffix in (".json", ".yaml", ".yml"):
-        argv = [*read_options(argv[0]), *argv[1:]]
-    probe, absent = Parser(groups, allow_abbrev=False), object()
-    probe.set_defaults(**{option.name: absent for group in groups for option in fields(group)})
-    given = {name: value for name, value in vars(probe.parse_known_args(argv)[0]).items() if value is not absent}
-    parser = Parser(groups, description=sys.modules[groups[0].__module__].__doc__, allow_abbrev=False)
-    parser.set_defaults(**defaults(given))
-    return parser.parse_args_into_dataclasses(list(argv), look_for_args_file=False)
-
-
-def read_options(path: str) -> list[str]:
-    """Read a JSON or YAML file of options as a command line."""
-    try:
-        given = yaml.safe_load(Path(path).read_text(encoding="utf-8"))  # YAML contains JSON
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        raise ValueError(f"The file of options {path!r} cannot be read: {error}") from error
-    if not isinstance(given, dict):
-        raise ValueError(f"The file of options {path!r} must hold a mapping from names of options to values")
-    argv = []
-    for name, value in given.items():
-        if isinstance(value, list):
-            argv += [f"--{name}", *map(str, value)]
-        elif value is not None:
-            argv.append(f"--{name}={json.dumps(value) if isinstance(value, dict | bool) else value}")
-    return argv
 
 
 def default_options(given: Mapping[str, Any]) -> dict[str, Any]:
@@ -158,19 +111,6 @@ def default_options(given: Mapping[str, Any]) -> dict[str, Any]:
     if "num_train_epochs" in given:
         defaults.pop("max_steps", None)
     return defaults
-
-
-def resolve_checkpoint(args: PDecayTrainingArguments) -> None:
-    """Turn `--resume_from_checkpoint true` into the path of the last checkpoint."""
-    asked, folder = str(args.resume_from_checkpoint), str(args.output_dir)
-    if asked.lower() in ("none", "false", "no"):
-        args.resume_from_checkpoint = None
-    elif asked.lower() in ("true", "yes", "latest"):
-        args.resume_from_checkpoint = get_last_checkpoint(folder) if Path(folder).is_dir() else None
-        if args.resume_from_checkpoint is None:
-            raise ValueError(f"--resume_from_checkpoint {asked}: --output_dir {folder!r} has no checkpoint in it")
-    elif not Path(asked).is_dir():
-        raise OSError(f"--resume_from_checkpoint {asked!r} is missing; it must be a folder, or true for the last one")
 
 
 def read_file(path: str, option: str, suffixes: Sequence[str]) -> str:
@@ -271,7 +211,7 @@ def to_blocks(documents: list[str], tokenizer: Tokenizer | None, size: int, most
         tokens = np.concatenate(parts)
     blocks = tokens[: len(tokens) // size * size].reshape(-1, size)[:most]
     if not len(blocks):
-        raise ValueError(f"{source} has {len(tokens)} tokens; --block_size {size} must not be larger")
+        raise ValueError(f"{source} has {len(tokens)} tokens; --block_size {size} must be at most that")
     return Dataset.from_dict({"input_ids": blocks}).with_format("numpy")
 
 
@@ -334,7 +274,7 @@ def prepare(argv: Sequence[str]) -> tuple[PDecayTrainer, Tokenizer | None, DataA
     """Read, check and load everything. What is wrong comes out as ValueError or OSError, before any training."""
     groups = (ModelArguments, DataArguments, PDecayTrainingArguments)
     model_args, data, args = parse_options(argv, groups, default_options)
-    resolve_checkpoint(args)
+    check_run(args)
     args.batch_eval_metrics = True  # as causal_lm_hooks wants it
     train, validation, source = load_documents(data)
     tokenizer = load_tokenizer(model_args)
@@ -342,10 +282,15 @@ def prepare(argv: Sequence[str]) -> tuple[PDecayTrainer, Tokenizer | None, DataA
     model = load_model(model_args, tokenizer, data)
     parts = [to_blocks(train, tokenizer, data.block_size, data.max_train_samples, source)]
     if validation:
-        source = f"The validation part of {source}" if data.validation_file is None else "--validation_file"
+        source = (
+            f"The validation part of {source}"
+            if data.validation_file is None
+            else f"--validation_file {data.validation_file!r}"
+        )
         parts.append(to_blocks(validation, tokenizer, data.block_size, data.max_eval_samples, source))
     sets = {"train_dataset": parts[0], "eval_dataset": parts[1] if validation else None, "data_collator": collate}
     trainer = PDecayTrainer(model=model, args=args, processing_class=tokenizer, **sets, **causal_lm_hooks())
+    create_optimizer_early(trainer)
     return trainer, tokenizer, data
 
 
@@ -385,7 +330,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the script; return its exit code."""
     try:
         job = prepare(sys.argv[1:] if argv is None else argv)
-    except (ValueError, OSError, ImportError) as error:
+    except (ValueError, OSError, ImportError, RuntimeError) as error:
         print("train_clm.py: error:", shorten(str(error), 600, placeholder=" ..."), file=sys.stderr)
         return 2
     run(*job)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -108,9 +109,19 @@ class PDecayTrainingArguments(TrainingArguments):
             )
         if ours:
             self.optim = OptimizerNames.ADAMW_TORCH
+            self._check_adamw()
         super().__post_init__()
         if ours:
             self.optim = ADAMW_LP
+
+    def _check_adamw(self) -> None:
+        """Check the inherited fields that the optimizer takes, under the names that the user knows."""
+        most = {"learning_rate": math.inf, "weight_decay": math.inf, "adam_epsilon": math.inf}
+        for name, limit in {**most, "adam_beta1": 1, "adam_beta2": 1}.items():
+            value = getattr(self, name)
+            if not 0 <= value < limit:
+                right = "a finite number of at least 0" if limit == math.inf else "at least 0 and below 1"
+                raise ValueError(f"Invalid {name}: {name}={value!r}; it must be {right}.")
 
     @property
     def uses_adamw_lp(self) -> bool:

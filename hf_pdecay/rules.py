@@ -80,7 +80,7 @@ def load_rules(spec: str | RuleSpec | None) -> dict[str, Any]:
         return {}
     if isinstance(spec, str):
         text, where = spec, "the text given"
-        if not spec.lstrip().startswith("{"):
+        if not spec.lstrip().startswith(("{", "[")):
             where = spec
             try:
                 text = Path(spec).expanduser().read_text(encoding="utf-8")

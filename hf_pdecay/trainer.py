@@ -9,6 +9,7 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch.optim import Optimizer
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.modelcard import TrainingSummary
@@ -17,7 +18,7 @@ from .arguments import PDecayTrainingArguments
 from .callback import PICTURE_FILE, REPORT_FILE, SparsityCallback
 from .model_card import SparsityCard, picture_in
 from .optim import AdamWLp
-from .rules import assign, build_param_groups, decayed_parameter_names, load_rules
+from .rules import build_param_groups, decayed_parameter_names, load_rules
 from .sparsity import SparsityReport, measure_sparsity, write_text
 
 
@@ -49,6 +50,9 @@ class PDecayTrainerMixin(_Base):
         model: nn.Module
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
+        given = kwargs.get("args", args[1] if len(args) > 1 else None)
+        if isinstance(given, PDecayTrainingArguments) and given.uses_adamw_lp and given.should_save:
+            _check_writable(Path(str(given.output_dir)))
         super().__init__(*args, **kwargs)
         self._card_kwargs: dict[str, Any] = {}
         if not self._decays:
@@ -57,11 +61,10 @@ class PDecayTrainerMixin(_Base):
             raise ValueError(
                 "optim='adamw_lp' does not run under FSDP or DeepSpeed yet: use DDP or one process, or another optim."
             )
-        if self.args.should_save:
-            _check_writable(self._output_dir)
-        assign(self.model, p_norm=self.args.p_norm, lambda_p=self.args.lambda_p, rules=load_rules(self.args.lp_rules))
+        groups = self._param_groups(self.model)
         if self.args.resume_from_checkpoint and os.path.isdir(self.args.resume_from_checkpoint):
-            _check_checkpoint(self.model, self.args.resume_from_checkpoint)
+            check_checkpoint(self.model, self.args.resume_from_checkpoint)
+            check_optimizer_state(groups, self.args.resume_from_checkpoint)
         SparsityCallback(self.args.sparsity_logging, self.args.near_zero_threshold).attach(self)
         self.add_callback(_CardCallback(self))
 
@@ -78,17 +81,8 @@ class PDecayTrainerMixin(_Base):
         if not self._decays or self.optimizer is not None or self.optimizer_cls_and_kwargs is not None:
             return super().create_optimizer() if model is None else super().create_optimizer(model)
         target = self.model if model is None else model
-        groups = build_param_groups(
-            target,
-            p_norm=self.args.p_norm,
-            lambda_p=self.args.lambda_p,
-            weight_decay=self.args.weight_decay,
-            keep_zeros=self.args.keep_zeros,
-            rules=load_rules(self.args.lp_rules),
-            weight_decay_names=self.get_decay_parameter_names(target),
-        )
         self.optimizer = AdamWLp(
-            groups,
+            self._param_groups(target),
             lr=self.args.learning_rate,
             betas=(self.args.adam_beta1, self.args.adam_beta2),
             eps=self.args.adam_epsilon,
@@ -97,6 +91,17 @@ class PDecayTrainerMixin(_Base):
             skip_nonfinite=self.args.skip_nonfinite,
         )
         return self.optimizer
+
+    def _param_groups(self, model: nn.Module) -> list[dict[str, Any]]:
+        return build_param_groups(
+            model,
+            p_norm=self.args.p_norm,
+            lambda_p=self.args.lambda_p,
+            weight_decay=self.args.weight_decay,
+            keep_zeros=self.args.keep_zeros,
+            rules=load_rules(self.args.lp_rules),
+            weight_decay_names=self.get_decay_parameter_names(model),
+        )
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save the model, and beside it its sparsity and, unless it is a checkpoint, its card."""
@@ -179,6 +184,7 @@ class _CardCallback(TrainerCallback):
 
 def _check_writable(folder: Path) -> None:
     try:
+        folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
@@ -187,7 +193,7 @@ def _check_writable(folder: Path) -> None:
         ) from error
 
 
-def _check_checkpoint(model: nn.Module, folder: str) -> None:
+def check_checkpoint(model: nn.Module, folder: str) -> None:
     """Raise ValueError if a checkpoint is not one of this model, going by names and shapes; reads headers only."""
     shapes = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
     saved: dict[str, list[int]] = {}
@@ -205,6 +211,20 @@ def _check_checkpoint(model: nn.Module, folder: str) -> None:
         f"Invalid resume_from_checkpoint: {folder!r} is a checkpoint of another model: {what}. Name a checkpoint of "
         "this run."
     )
+
+
+def check_optimizer_state(groups: list[dict[str, Any]], folder: str) -> None:
+    """Raise ValueError if a checkpoint's optimizer has other groups than this run's; reads no moments."""
+    file = Path(folder) / "optimizer.pt"
+    if not file.is_file():
+        return
+    saved = torch.load(file, map_location="cpu", mmap=True, weights_only=True)["param_groups"]
+    sizes, saved_sizes = ([len(group["params"]) for group in some] for some in (groups, saved))
+    if sizes != saved_sizes:
+        raise ValueError(
+            f"Invalid resume_from_checkpoint: the optimizer in {folder!r} has param groups of {saved_sizes} tensors, "
+            f"this run's has {sizes}. Resume with the optim, lp_rules and weight_decay that made the checkpoint."
+        )
 
 
 def _safetensors_header(file: Path) -> dict[str, Any]:

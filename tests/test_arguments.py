@@ -121,6 +121,12 @@ def test_set_optimizer(tmp_path: Path) -> None:
         ("near_zero_threshold", float("nan"), "near_zero_threshold=nan"),
         ("optim_args", "p_norm=0.5", "optim_args='p_norm=0.5' has no effect"),
         ("lp_rules", "{", "lp_rules"),
+        ("learning_rate", -1.0, "learning_rate=-1.0; it must be a finite number of at least 0"),
+        ("learning_rate", float("nan"), "learning_rate=nan"),
+        ("weight_decay", float("inf"), "weight_decay=inf"),
+        ("adam_epsilon", -1.0, "adam_epsilon=-1.0"),
+        ("adam_beta1", 1.5, "adam_beta1=1.5; it must be at least 0 and below 1"),
+        ("adam_beta2", 1.0, "adam_beta2=1.0"),
         ("optim", "adamw_l", "adamw_l"),
     ],
 )

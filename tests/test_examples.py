@@ -236,6 +236,13 @@ class TestBadInputOfTrainClm:
             (["--max_train_samples=0"], ["--max_train_samples", "0", "at least 1"]),
             (["nowhere.yaml"], ["nowhere.yaml", "cannot be read"]),
             (["--lp_rules=["], ["lp_rules"]),
+            (["--learning_rate=-1"], ["learning_rate", "-1"]),
+            (["--adam_beta1=1.5"], ["adam_beta1", "1.5", "below 1"]),
+            (["--optim=adamw_torch", "--learning_rate=-1"], ["-1"]),
+            (["--per_device_train_batch_size=0"], ["--per_device_train_batch_size", "0", "at least 1"]),
+            (["--generate_tokens=-3"], ["--generate_tokens", "-3", "at least 0"]),
+            (["--resume_from_checkpoint=."], ["--resume_from_checkpoint", "no checkpoint"]),
+            ([f"--output_dir={__file__}"], ["--output_dir", "is a file"]),
         ],
     )
     def test_options(self, train_clm: ModuleType, complaint: Any, argv: list[str], parts: list[str]) -> None:

@@ -191,7 +191,7 @@ def test_a_frozen_parameter_is_no_match() -> None:
         ({"a": {"lambda_p": -1}}, "lambda_p=-1; it must be"),
         ({"a": {"p_norm": float("nan")}}, "p_norm=nan"),
         ("{not json", "is not JSON"),
-        ("[1, 2]", "cannot read the file"),
+        ("[1, 2]", "must be an object"),
         ('{"a": "off"', "is not JSON"),
         ("missing.json", "cannot read the file 'missing.json'"),
     ],

@@ -261,7 +261,7 @@ class TestBadInput:
 
     def test_output_dir_below_a_file(self, make_args: MakeArgs, tokens: Any, tmp_path: Path) -> None:
         (tmp_path / "file").write_text("")
-        with pytest.raises(OSError, match="Not a directory"):
+        with pytest.raises(OSError, match="output_dir=.* cannot be written to .*Not a directory"):
             PDecayTrainer(
                 model=tiny_gpt2(), args=make_args(output_dir=str(tmp_path / "file" / "out")), train_dataset=tokens
             )
@@ -287,6 +287,14 @@ class TestBadInput:
         build("bert").save_pretrained(tmp_path / "bert")
         args = make_args(resume_from_checkpoint=str(tmp_path / "bert"))
         with pytest.raises(ValueError, match="another model: it holds bert.* and no tensor of the name of any here"):
+            PDecayTrainer(model=tiny_gpt2(), args=args, train_dataset=tokens)
+
+    def test_checkpoint_of_other_rules(self, make_args: MakeArgs, tokens: Any, tmp_path: Path) -> None:
+        _train(make_args(save_strategy="steps", save_steps=4), tokens)
+        folder = str(tmp_path / "out" / "checkpoint-4")
+        PDecayTrainer(model=tiny_gpt2(), args=make_args(resume_from_checkpoint=folder), train_dataset=tokens)
+        args = make_args(resume_from_checkpoint=folder, lp_rules={"attn": "off"})
+        with pytest.raises(ValueError, match="resume_from_checkpoint: the optimizer in .* lp_rules"):
             PDecayTrainer(model=tiny_gpt2(), args=args, train_dataset=tokens)
 
     def test_sharded_runs_are_refused(self, make_args: MakeArgs, tokens: Any) -> None:
