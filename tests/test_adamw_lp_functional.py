@@ -141,7 +141,9 @@ def test_functional_equals_the_class(p_norm: float, dtype: torch.dtype) -> None:
 
 
 def test_functional_of_empty_lists() -> None:
-    adamw_lp([], [], [], [], [], [], **DEFAULTS)
+    params: list[torch.Tensor] = []
+    adamw_lp(params, [], [], [], [], [], **DEFAULTS)
+    assert params == []
 
 
 # --- without host scalars

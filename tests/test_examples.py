@@ -389,18 +389,3 @@ class TestFinetuneClassifier:
         assert "has the label '7'" in refused(None, f"--validation_file={tmp_path / 'dev.tsv'}")
         assert "missing" in refused(None, f"--test_file={tmp_path / 'nowhere.tsv'}")
         assert "nowhere" in refused(None, f"--model_name_or_path={tmp_path / 'nowhere'}")
-
-
-@pytest.mark.slow
-def test_the_demo_compares_two_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    demo = importlib.import_module("demo")
-    argv = [f"--output_dir={tmp_path}", "--max_steps=16", "--max_eval_samples=8", "--lambda_p=1000"]
-    assert demo.main(argv) == 0
-    printed = capsys.readouterr().out
-    assert "exact zeros in decayed weights" in printed
-    record = json.loads((tmp_path / "results.json").read_text())
-    dense, sparse = record["runs"]["dense"], record["runs"]["sparse"]
-    assert dense["sparsity"] == 0 < sparse["sparsity"]
-    assert all((tmp_path / "sparse" / name).is_file() for name in ("sparsity.png", "README.md"))
-    assert demo.main([*argv, "--p_norm=0"]) == 2
-    assert "p_norm" in capsys.readouterr().err
