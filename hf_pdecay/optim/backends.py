@@ -1,0 +1,144 @@
+"""How a step is computed: which backend does which tensor, and why."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import logging
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from . import compiled, foreach, reference
+from .tensor_step import TensorStep
+
+
+logger = logging.getLogger(__name__)
+
+BACKENDS = ("auto", "compiled", "triton", "foreach", "reference")
+
+# Weights on a CPU below which compiling, or loading what was compiled, costs more than it ever gives back.
+MIN_COMPILED = 1 << 16
+
+
+def check_backend(backend: object) -> None:
+    """Check the argument.
+
+    Raises:
+        ValueError: If it is not one of :data:`BACKENDS`.
+    """
+    if backend not in BACKENDS:
+        raise ValueError(f"Invalid backend: backend={backend!r}; it must be one of {', '.join(BACKENDS)}.")
+
+
+class Backend:
+    """The backend of an optimizer: what was asked for, and what that came to on each kind of device.
+
+    Args:
+        name: One of :data:`BACKENDS`.
+
+    Attributes:
+        chosen: For each device type that has done a step, the backend and the reason for it.
+    """
+
+    def __init__(self, name: str = "auto") -> None:
+        check_backend(name)
+        self.name = name
+        self.chosen: dict[str, tuple[str, str]] = {}
+
+    def prepare(self, steps: Sequence[TensorStep]) -> None:
+        """Choose for each kind of device among the tensors for which that has not been done."""
+        for device in {each.param.device.type for each in steps} - self.chosen.keys():
+            self._choose(device, sum(each.param.numel() for each in steps if each.param.device.type == device))
+
+    def step(self, steps: Sequence[TensorStep], finite: bool | Tensor = True) -> None:
+        """Do one step on each tensor, in place; where ``finite`` is false nothing is written.
+
+        Raises:
+            ValueError: If a backend other than ``auto`` was asked for and cannot do a tensor.
+        """
+        self.prepare(steps)
+        # Without any decay the step on a CPU is torch's AdamW to the bit, which takes the operations that it takes.
+        plain = self.name == "auto" and all(each.hyper.lambda_p == 0 for each in steps)
+        by_backend: dict[str, list[TensorStep]] = {}
+        for each in steps:
+            on_cpu = each.param.device.type == "cpu"
+            by_backend.setdefault("foreach" if plain and on_cpu else self._backend_of(each), []).append(each)
+        for name, some in by_backend.items():
+            _run(name, some, finite)
+
+    def all_finite(self, grads: Sequence[Tensor]) -> bool | Tensor:
+        """Whether all gradients are finite: a bool on a CPU, else a 0-dim tensor, for which the host does not wait."""
+        present = [grad for grad in grads if grad.numel()]
+        if all(grad.device.type == "cpu" for grad in present):
+            if self.chosen.get("cpu", ("",))[0] == "compiled" and all(map(_is_checkable, present)):
+                return compiled.all_finite(present)
+            # NaN and infinity come through a sum, and this one is the cheapest reduction that torch has. A sum that
+            # overflowed by itself is looked at again below.
+            if math.isfinite(sum(grad.sum().item() for grad in present)):
+                return True
+        finite = torch.nn.utils.get_total_norm(present, norm_type=math.inf).isfinite()
+        return bool(finite) if finite.device.type == "cpu" else finite
+
+    def _choose(self, device: str, numel: int) -> None:
+        name, reason = (self.name, "it was asked for") if self.name != "auto" else _automatic(device, numel)
+        self.chosen[device] = name, reason
+        slow = name == "foreach" and self.name == "auto" and device in ("cpu", "cuda") and numel >= MIN_COMPILED
+        _say(logging.WARNING if slow else logging.INFO, f"AdamWLp on {device} takes backend {name!r}: {reason}.")
+
+    def _backend_of(self, each: TensorStep) -> str:
+        name, _ = self.chosen[each.param.device.type]
+        if name in ("foreach", "reference"):
+            return name
+        refusal = compiled.refusal(each) if name == "compiled" else _triton().refusal(each)
+        if refusal is None:
+            return name
+        if self.name == "auto":
+            return "foreach"
+        raise ValueError(
+            f"backend={name!r} cannot do the step of a tensor of shape {tuple(each.param.shape)}: {refusal}. Take "
+            "backend='auto' or 'foreach'."
+        )
+
+
+@functools.cache
+def _say(level: int, message: str) -> None:
+    logger.log(level, message)
+
+
+def _automatic(device: str, numel: int) -> tuple[str, str]:
+    if device == "cpu":
+        if numel < MIN_COMPILED:
+            return "foreach", f"{numel:,} weights are too few to compile for"
+        reason = compiled.unavailable()
+        if reason is None:
+            return "compiled", f"one C++ function does the step of {numel:,} weights in one pass over memory"
+        return "foreach", f"{reason}; with a C++ compiler the step takes about a third of the time"
+    if device in ("cuda", "xpu"):
+        if importlib.util.find_spec("triton") is not None:
+            return "triton", f"one kernel does the step of {numel:,} weights in one pass over memory"
+        return "foreach", "triton is not installed; with it the step takes one pass over memory"
+    return "foreach", f"no kernel was written for {device}"
+
+
+def _run(name: str, steps: Sequence[TensorStep], finite: bool | Tensor) -> None:
+    if name == "compiled":
+        compiled.step(steps, finite)
+    elif name == "triton":
+        _triton().step(steps, finite)
+    elif name == "reference":
+        reference.step(steps, finite)
+    else:
+        foreach.step(steps, finite)
+
+
+def _triton():  # type: ignore[no-untyped-def]
+    from . import triton_step  # imports triton, which takes its time
+
+    return triton_step
+
+
+def _is_checkable(grad: Tensor) -> bool:
+    return grad.dtype in compiled.CODES and compiled.is_flat(grad)

@@ -1,0 +1,167 @@
+"""The step on a CPU, by one C++ function that is compiled on first use and kept.
+
+torch's Inductor finds the compiler, chooses the instruction set and keeps the result on disk for the processes that
+come after. The function takes addresses and numbers, so nothing is compiled again for another shape, learning rate, p
+or λ_p, and one call does the step of all tensors, however many.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import logging
+import os
+import time
+from array import array
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .moments import is_quantized
+from .tensor_step import TensorStep
+
+
+logger = logging.getLogger(__name__)
+
+SOURCE = Path(__file__).with_name("adamw_lp.cpp")
+
+CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
+_PAIRS = {
+    (torch.float32, torch.float32),
+    (torch.float32, torch.bfloat16),
+    (torch.bfloat16, torch.float32),
+    (torch.bfloat16, torch.bfloat16),
+    (torch.float16, torch.float32),
+    (torch.float16, torch.float16),
+    (torch.float64, torch.float64),
+}
+# Inductor asks for traps and errno to be kept, drops the sign of zeros, and has GCC leave loops as they are.
+_FLAGS = ("-fno-trapping-math", "-fno-math-errno", "-fsigned-zeros")
+_GCC_FLAGS = ("-ftree-loop-vectorize",)
+
+
+def unavailable() -> str | None:
+    """Return why the function cannot be had on this machine, or None. Compiles it, if no process has yet."""
+    return _load()[1]
+
+
+def refusal(each: TensorStep) -> str | None:
+    """Return why the function cannot do the step of this tensor, or None."""
+    param, grad, moment = each.param, each.grad, each.exp_avg
+    if param.device.type != "cpu":
+        return f"it works on a CPU, not on {param.device.type}"
+    if is_quantized(moment):
+        return "it does not know 8-bit moments"
+    if (param.dtype, moment.dtype) not in _PAIRS:
+        return f"it does not know weights of {param.dtype} with moments of {moment.dtype}"
+    if not is_flat(param, grad, moment, each.exp_avg_sq):
+        return "weights, gradient and moments must lie in memory alike and without gaps"
+    return None
+
+
+def is_flat(*tensors: Tensor) -> bool:
+    """Whether tensors of one shape are without gaps and in the same order of elements."""
+    if all(tensor.is_contiguous() for tensor in tensors):
+        return True
+    if tensors[0].dim() not in (4, 5):
+        return False
+    last = torch.channels_last if tensors[0].dim() == 4 else torch.channels_last_3d
+    return all(tensor.is_contiguous(memory_format=last) for tensor in tensors)
+
+
+def step(steps: Sequence[TensorStep], finite: bool | Tensor = True) -> None:
+    """Do one step on each tensor, in place; see :func:`hf_pdecay.optim.foreach.step`.
+
+    Raises:
+        RuntimeError: If the function cannot be had, see :func:`unavailable`.
+    """
+    if not steps or not finite:
+        return
+    library = _library()
+    hypers: dict[int, int] = {}
+    numbers = array("d")
+    rows = array("q")
+    for each in steps:
+        param, grad, exp_avg, exp_avg_sq, count, awake, hyper, index = each
+        place = hypers.get(id(hyper))
+        if place is None:
+            place = hypers[id(hyper)] = len(hypers)
+            numbers.extend(
+                (
+                    float(hyper.lr),
+                    hyper.beta1,
+                    hyper.beta2,
+                    hyper.eps,
+                    hyper.weight_decay,
+                    hyper.p_norm,
+                    hyper.lambda_p,
+                    hyper.keep_zeros,
+                    hyper.maximize,
+                )
+            )
+        rows.extend(
+            (
+                param.data_ptr(),
+                grad.data_ptr(),
+                exp_avg.data_ptr(),
+                exp_avg_sq.data_ptr(),
+                count.data_ptr(),
+                param.numel(),
+                place,
+                index,
+                CODES[param.dtype],
+                CODES[exp_avg.dtype],
+                not awake,
+            )
+        )
+    if library.hf_pdecay_step(_address(rows), len(steps), _address(numbers), torch.get_num_threads()):
+        raise RuntimeError("The compiled step met a dtype that it does not know; take backend='foreach'.")
+    torch.autograd.graph.increment_version([each.param for each in steps])
+
+
+def all_finite(tensors: Sequence[Tensor]) -> bool:
+    """Whether all values of CPU tensors without gaps are finite."""
+    rows = array("q")
+    for tensor in tensors:
+        rows.extend((tensor.data_ptr(), tensor.numel(), CODES[tensor.dtype]))
+    return bool(_library().hf_pdecay_all_finite(_address(rows), len(tensors), torch.get_num_threads()))
+
+
+def _address(numbers: array[Any]) -> ctypes.c_void_p:
+    return ctypes.c_void_p(numbers.buffer_info()[0])
+
+
+def _library() -> ctypes.CDLL:
+    library, reason = _load()
+    if library is None:
+        raise RuntimeError(f"backend='compiled' cannot be had here: {reason}; take backend='foreach'.")
+    return library
+
+
+@functools.cache
+def _load() -> tuple[ctypes.CDLL | None, str | None]:
+    """Load the function, compiling it if need be; it and None, or None and why not."""
+    started = time.time()
+    try:
+        # Inductor's parts below have no public names. Whatever they raise, a run goes on with plain torch operations.
+        from torch._inductor.codecache import CppCodeCache
+        from torch._inductor.cpp_builder import is_gcc
+
+        flags = _FLAGS + (_GCC_FLAGS if is_gcc() else ())
+        library: ctypes.CDLL = CppCodeCache.load(SOURCE.read_text(encoding="utf-8"), extra_flags=flags)
+        library.hf_pdecay_step.restype = library.hf_pdecay_all_finite.restype = ctypes.c_int
+        pointer, count, threads = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
+        library.hf_pdecay_step.argtypes = (pointer, count, pointer, threads)
+        library.hf_pdecay_all_finite.argtypes = (pointer, count, threads)
+    except Exception as error:
+        lines = str(error).strip().splitlines()
+        return None, f"its C++ source could not be compiled ({type(error).__name__}: {lines[0] if lines else ''})"
+    seconds = time.time() - started
+    if os.path.getmtime(library._name) >= started:
+        logger.warning("AdamWLp compiled its step in %.1f s. It is kept in %s.", seconds, Path(library._name).parent)
+    else:
+        logger.info("AdamWLp loaded its compiled step in %.1f s.", seconds)
+    return library, None

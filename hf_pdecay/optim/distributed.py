@@ -1,0 +1,51 @@
+"""Sharded parameters (DTensor, as FSDP2 makes them): each rank steps its own shard as if it were a plain tensor."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def is_dtensor(tensor: Tensor) -> bool:
+    """Whether a tensor is a DTensor. Does not import torch's module for them: without it there are none."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(tensor, module.DTensor)
+
+
+def local(tensor: Tensor) -> Tensor:
+    """Return the shard of a DTensor that this rank holds, which shares its memory; any other tensor as it is."""
+    return tensor.to_local() if is_dtensor(tensor) else tensor  # type: ignore[attr-defined]
+
+
+def any_nonzero(param: Tensor) -> Tensor:
+    """Return a 0-dim bool tensor: whether any weight, on any rank that holds a shard of it, is not 0."""
+    found = local(param).any()
+    return _reduced(found, [param], torch.distributed.ReduceOp.MAX) if is_dtensor(param) else found
+
+
+def agreed_finite(finite: bool | Tensor, grads: Iterable[Tensor]) -> bool | Tensor:
+    """Return whether the gradients are finite on all ranks that hold shards of them, given whether they are on this."""
+    sharded = [grad for grad in grads if is_dtensor(grad)]
+    if not sharded:
+        return finite
+    flag = torch.as_tensor(finite, device=local(sharded[0]).device)
+    flag = _reduced(flag, sharded, torch.distributed.ReduceOp.MIN)
+    return bool(flag) if isinstance(finite, bool) else flag
+
+
+def _reduced(flag: Tensor, sharded: list[Tensor], op: Any) -> Tensor:
+    """One all-reduce of one number for each dimension of each mesh."""
+    number = flag.to(torch.int32)
+    groups = {}
+    for tensor in sharded:
+        mesh = tensor.device_mesh  # type: ignore[attr-defined]
+        for dim in range(mesh.ndim):
+            group = mesh.get_group(dim)
+            groups[group.group_name] = group
+    for group in groups.values():
+        torch.distributed.all_reduce(number, op=op, group=group)
+    return number.to(torch.bool)

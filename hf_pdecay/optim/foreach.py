@@ -1,0 +1,186 @@
+"""The step in plain torch operations on bounded chunks: it runs wherever torch does.
+
+The order of the operations is that of ``torch.optim.AdamW``, so that λ_p = 0 gives its weights to the bit on a CPU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..decay import shrink_factor
+from .moments import dequantize, is_quantized, slice_quantized
+from .rounding import LOW_PRECISION, noise_bits, stochastic_round
+from .tensor_step import Hyperparameters, TensorStep
+
+
+# Elements worked on at a time, which bounds the temporaries. On a CPU a chunk stays in the cache from one operation to
+# the next; elsewhere few launches matter more. Both are multiples of the block of quantised moments.
+CPU_CHUNK = 1 << 18
+DEVICE_CHUNK = 1 << 22
+
+# A second moment below float16's smallest number is stored as 0, and m / (0 + eps) is no step that anyone wants. This
+# is the square root of that number, so a denominator that torch's AdamW would have computed is left as it is.
+_FLOAT16_DENOMINATOR = 2.0**-12
+
+
+@dataclass(frozen=True)
+class StepScalars:
+    """What one step of one tensor needs beside the tensors: floats, or 0-dim tensors on the tensor's device."""
+
+    shrink_l2: float | Tensor
+    step_size: float | Tensor
+    bias_correction2_sqrt: float | Tensor
+    alpha_lambda: float | Tensor
+    count: int | Tensor
+
+
+def host_scalars(step: Tensor, hyper: Hyperparameters) -> StepScalars:
+    """Compute the scalars in Python, as torch's AdamW does for a step that the host knows."""
+    count, rate = step.item(), float(hyper.lr)
+    return StepScalars(
+        shrink_l2=1 - rate * hyper.weight_decay,
+        step_size=rate / (1 - hyper.beta1**count),
+        bias_correction2_sqrt=(1 - hyper.beta2**count) ** 0.5,
+        alpha_lambda=rate * hyper.lambda_p,
+        count=int(count),
+    )
+
+
+def device_scalars(step: Tensor, hyper: Hyperparameters) -> StepScalars:
+    """Compute the scalars on the device of ``step``, without a synchronisation."""
+    dtype = torch.float32 if step.device.type == "mps" else torch.float64
+    count = step.to(dtype)
+    if isinstance(hyper.lr, Tensor):
+        rate = hyper.lr.reshape(()).to(step.device, dtype, non_blocking=True)
+    else:
+        rate = torch.full((), hyper.lr, dtype=dtype, device=step.device)
+    return StepScalars(
+        shrink_l2=1 - rate * hyper.weight_decay,
+        step_size=rate / (1 - hyper.beta1**count),
+        bias_correction2_sqrt=(1 - hyper.beta2**count).sqrt(),
+        alpha_lambda=rate * hyper.lambda_p,
+        count=step,
+    )
+
+
+def step(steps: Sequence[TensorStep], finite: bool | Tensor = True, capturable: bool | None = None) -> None:
+    """Do one step on each tensor, in place.
+
+    Args:
+        steps: The tensors and their hyperparameters.
+        finite: Whether the gradients are finite, as a bool or a 0-dim tensor; where not, nothing is written.
+        capturable: Whether all scalars stay on the device, so that the host never waits; by default everywhere but on a
+            CPU, where there is nothing to wait for.
+    """
+    for each in steps:
+        on_device = each.param.device.type != "cpu" if capturable is None else capturable
+        ok = finite.to(each.param.device) if on_device and isinstance(finite, Tensor) else bool(finite)
+        if ok is False:
+            continue
+        each.step.add_(ok)
+        scalars = (device_scalars if on_device else host_scalars)(each.step, each.hyper)
+        _step_tensor(each, scalars, ok)
+
+
+def _step_tensor(each: TensorStep, scalars: StepScalars, finite: bool | Tensor) -> None:
+    """AdamW's step, then the shrink by a factor from the weight before it.
+
+    Low-precision weights with λ_p > 0, and moments of another dtype than the weights', are computed in float32 and
+    rounded once, stochastically.
+    """
+    hyper, awake, dtype = each.hyper, each.awake, each.param.dtype
+    select = isinstance(finite, Tensor)
+    decays = hyper.lambda_p != 0 and awake is not False
+    upcast = (dtype in LOW_PRECISION and hyper.lambda_p != 0) or each.exp_avg.dtype != dtype
+    upcast = upcast or is_quantized(each.exp_avg)
+    half = torch.float16 in (dtype, each.exp_avg.dtype)
+    floor = _FLOAT16_DENOMINATOR if each.exp_avg.dtype == torch.float16 and hyper.eps < 2.0**-25 else 0.0
+    working = torch.float64 if dtype == torch.float64 else torch.float32
+
+    first = 0
+    for stored_p, g, stored_m, stored_v in _chunks(each.param, each.grad, each.exp_avg, each.exp_avg_sq):
+        if upcast:
+            p, m, v = stored_p.to(working, copy=True), dequantize(stored_m, working), dequantize(stored_v, working)
+            g = g.to(working)
+        elif select:
+            p, m, v = stored_p.clone(), stored_m.clone(), stored_v.clone()
+        else:
+            p, m, v = stored_p, stored_m, stored_v
+        if hyper.maximize:
+            g = -g
+
+        factor = shrink_factor(p, hyper.p_norm, scalars.alpha_lambda) if decays else None
+        if factor is not None and isinstance(awake, Tensor):
+            factor = torch.where(awake, factor, torch.ones_like(factor))
+        zeros = p == 0 if hyper.keep_zeros else None
+
+        if hyper.weight_decay != 0:
+            p.mul_(scalars.shrink_l2)
+        m.lerp_(g, 1 - hyper.beta1)
+        v.mul_(hyper.beta2).addcmul_(g, g, value=1 - hyper.beta2)
+        if half:
+            # Overflow of a finite gradient's square, not that of an infinite gradient.
+            v.copy_(torch.where(g.isfinite(), v.clamp(max=torch.finfo(torch.float16).max), v))
+        denominator = v.sqrt().div_(scalars.bias_correction2_sqrt).add_(hyper.eps)
+        if floor:
+            denominator.clamp_(min=floor)
+        if isinstance(scalars.step_size, Tensor):
+            p.sub_((m * scalars.step_size).div_(denominator))
+        else:
+            p.addcdiv_(m, denominator, value=-scalars.step_size)
+
+        if factor is not None:
+            # Adding 0 turns -0 into 0: one bit pattern for all zeros.
+            p.mul_(factor).add_(0.0)
+        if zeros is not None:
+            p.masked_fill_(zeros, 0)
+
+        if upcast:
+            low = stored_p.dtype in LOW_PRECISION or stored_m.dtype in LOW_PRECISION
+            noise = noise_bits(scalars.count, each.place, first, p.numel(), p.device) if low else None
+            first += p.numel()
+            p = _rounded(p, stored_p, noise)
+            # Each rounding gets bits of its own: the low half, the high half, and both together.
+            m = _rounded(m, stored_m, None if noise is None else noise ^ (noise >> 16))
+            v = _rounded(v, stored_v, None if noise is None else noise >> 16)
+        if isinstance(finite, Tensor):
+            p, m, v = (
+                torch.where(finite, new, dequantize(old, new.dtype))
+                for new, old in ((p, stored_p), (m, stored_m), (v, stored_v))
+            )
+        if upcast or select:
+            stored_p.copy_(p)
+            stored_m.copy_(m)
+            stored_v.copy_(v)
+
+
+def _rounded(values: Tensor, stored: Tensor, noise: Tensor | None) -> Tensor:
+    if noise is None or stored.dtype not in LOW_PRECISION or is_quantized(stored):
+        return values
+    return stochastic_round(values.to(torch.float32), stored.dtype, noise)
+
+
+def _chunks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Yield matching views of tensors of one shape, of a bounded number of elements each."""
+    numel = tensors[0].numel()
+    size = CPU_CHUNK if tensors[0].device.type == "cpu" else DEVICE_CHUNK
+    if numel <= size:
+        yield tensors
+        return
+    if any(is_quantized(tensor) for tensor in tensors):
+        for start in range(0, numel, size):
+            length = min(size, numel - start)
+            yield tuple(slice_quantized(tensor, start, length) for tensor in tensors)
+        return
+    if all(tensor.is_contiguous() for tensor in tensors):
+        tensors = tuple(tensor.view(-1) for tensor in tensors)
+    shape = tensors[0].shape
+    dim = max(range(len(shape)), key=shape.__getitem__)
+    length = max(1, size * shape[dim] // numel)
+    for start in range(0, shape[dim], length):
+        extent = min(length, shape[dim] - start)
+        yield tuple(tensor.narrow(dim, start, extent) for tensor in tensors)

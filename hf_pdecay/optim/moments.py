@@ -1,0 +1,107 @@
+"""What the moments are stored as: like the weights, float32, bfloat16, or 8 bit as torchao stores them."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+MOMENTS = ("float32", "bfloat16", "8bit")
+BLOCK = 256  # elements that share a scale
+MIN_QUANTIZED = 4096  # below it 8 bit saves nothing and biases and norms lose precision
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "8bit": torch.float32}
+
+
+def check_moments(moments: object) -> None:
+    """Check the argument.
+
+    Raises:
+        ValueError: If it is neither None nor one of :data:`MOMENTS`.
+        ImportError: If it is ``"8bit"`` and torchao is not installed.
+    """
+    if moments is not None and moments not in MOMENTS:
+        raise ValueError(
+            f"Invalid moments: moments={moments!r}; it must be one of {', '.join(MOMENTS)}, or None for the dtype of "
+            "the weights."
+        )
+    if moments == "8bit" and "torchao" not in sys.modules and importlib.util.find_spec("torchao") is None:
+        raise ImportError("moments='8bit' needs torchao: pip install 'hf-pdecay[8bit]', or take moments='bfloat16'.")
+
+
+def zero_moment(param: Tensor, moments: str | None, *, signed: bool) -> Tensor:
+    """Return a moment of zeros for a parameter.
+
+    Args:
+        param: The parameter; a DTensor gives a DTensor.
+        moments: One of :data:`MOMENTS`, or None for the dtype of the parameter.
+        signed: Whether the moment can be negative: the first is, the second is not.
+    """
+    if moments == "8bit" and can_quantize(param):
+        return _state_class().zeros(param.shape, signed=signed, block_size=BLOCK, device=param.device)
+    dtype = moment_dtype(param, moments)
+    return torch.zeros_like(param, dtype=dtype, memory_format=torch.preserve_format)
+
+
+def moment_dtype(param: Tensor, moments: str | None) -> torch.dtype:
+    """Return the dtype of a moment that is not quantised. float64 weights keep float64 moments."""
+    if moments is None or param.dtype == torch.float64:
+        return param.dtype
+    return _DTYPES[moments]
+
+
+def as_stored(moment: Tensor, param: Tensor, moments: str | None, *, signed: bool) -> Tensor:
+    """Return a moment of a checkpoint as this setting stores it, on the device of the parameter."""
+    if is_quantized(moment) and moments == "8bit":
+        return moment.to(param.device)
+    if moments == "8bit" and can_quantize(param):
+        stored = zero_moment(param, moments, signed=signed)
+        stored.copy_(moment.to(param.device, torch.float32))
+        return stored
+    return dequantize(moment, moment_dtype(param, moments)).to(param.device)
+
+
+def can_quantize(param: Tensor) -> bool:
+    """Whether a parameter's moments can be 8 bit: blocks need a flat, plain tensor of whole blocks."""
+    numel = param.numel()
+    plain = type(param) in (Tensor, torch.nn.Parameter)
+    return (
+        plain
+        and param.dtype != torch.float64
+        and numel >= MIN_QUANTIZED
+        and not numel % BLOCK
+        and param.is_contiguous()
+    )
+
+
+def is_quantized(moment: Tensor) -> bool:
+    """Whether a moment is stored in 8 bit."""
+    return type(moment) is not Tensor and type(moment).__name__ == "OptimState8bit"
+
+
+def dequantize(moment: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return the values of a moment as a plain tensor of ``dtype``: a copy if it is quantised or of another dtype."""
+    if is_quantized(moment):
+        values: Any = moment.dequantize()
+        return values.to(dtype)
+    return moment.to(dtype)
+
+
+def slice_quantized(tensor: Tensor, start: int, length: int) -> Tensor:
+    """Return a flat view of a part of a contiguous tensor or 8-bit moment; ``start`` is a multiple of the block."""
+    if not is_quantized(tensor):
+        return tensor.view(-1).narrow(0, start, length)
+    state: Any = tensor
+    codes = state.codes.view(-1).narrow(0, start, length)
+    scale = state.scale.narrow(0, start // BLOCK, length // BLOCK)
+    return _state_class()(codes, scale, state.qmap, state.signed)
+
+
+def _state_class() -> Any:
+    from torchao.optim.subclass_8bit import OptimState8bit
+
+    return OptimState8bit

@@ -1,0 +1,48 @@
+"""What one step of one tensor is made of: the values that every backend takes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Hyperparameters:
+    """What a param group says of its step; see :class:`~hf_pdecay.AdamWLp`."""
+
+    lr: float | Tensor
+    beta1: float
+    beta2: float
+    eps: float
+    weight_decay: float
+    p_norm: float
+    lambda_p: float
+    keep_zeros: bool
+    maximize: bool
+
+
+class TensorStep(NamedTuple):
+    """One tensor's step: the tensors that it reads and writes, all on one device, and its hyperparameters.
+
+    Attributes:
+        param: The weights, of any shape and floating dtype; a plain tensor, of a DTensor its local shard.
+        grad: Their gradient, of the same shape and dtype.
+        exp_avg: First moment, of the same shape.
+        exp_avg_sq: Second moment, of the same shape.
+        step: 0-dim float32 counter, increased by the step.
+        awake: False, or a 0-dim bool tensor of that value, for a tensor that was wholly zero at the start and still is:
+            it does not decay.
+        hyper: Hyperparameters of the group.
+        place: Place of the tensor in the optimizer, from which its random bits come.
+    """
+
+    param: Tensor
+    grad: Tensor
+    exp_avg: Tensor
+    exp_avg_sq: Tensor
+    step: Tensor
+    awake: bool | Tensor
+    hyper: Hyperparameters
+    place: int
