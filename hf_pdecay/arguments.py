@@ -10,6 +10,8 @@ from transformers import TrainingArguments
 from transformers.training_args import OptimizerNames
 
 from .decay import check_lambda_p, check_p_norm
+from .optim.backends import check_backend
+from .optim.moments import check_moments
 from .rules import load_rules
 
 
@@ -33,6 +35,7 @@ class PDecayTrainingArguments(TrainingArguments):
         keep_zeros: Whether decayed weights that are zero at the start stay zero.
         lp_rules: Rules by parameter name, as JSON text, a JSON file or a dict: regex → ``"off"`` or an object such as
             ``{"p_norm": 0.5, "lambda_p": 0.02}``; the first match wins. Becomes a dict.
+        optim_args: How the step is computed: ``"backend=foreach,moments=bfloat16"``; see :class:`~hf_pdecay.AdamWLp`.
         skip_nonfinite: Whether a step with NaN or infinite gradients is skipped and counted.
 
         > Parameters that control the logging
@@ -102,12 +105,8 @@ class PDecayTrainingArguments(TrainingArguments):
             )
         # The parent casts the name to an enum that does not know this one.
         ours = self.optim == ADAMW_LP
-        if ours and self.optim_args:
-            raise ValueError(
-                f"Invalid optim_args: optim_args={self.optim_args!r} has no effect on optim='adamw_lp' here; set the "
-                "fields p_norm, lambda_p and keep_zeros instead."
-            )
         if ours:
+            _ = self.step_options  # which checks them
             self.optim = OptimizerNames.ADAMW_TORCH
             self._check_adamw()
         super().__post_init__()
@@ -122,6 +121,30 @@ class PDecayTrainingArguments(TrainingArguments):
             if not 0 <= value < limit:
                 right = "a finite number of at least 0" if limit == math.inf else "at least 0 and below 1"
                 raise ValueError(f"Invalid {name}: {name}={value!r}; it must be {right}.")
+
+    @property
+    def step_options(self) -> dict[str, Any]:
+        """How the optimizer computes its step, from ``optim_args``: ``"backend=foreach,moments=bfloat16"``.
+
+        Raises:
+            ValueError: If ``optim_args`` cannot be read, or names something else or a value that there is not.
+            ImportError: If ``moments=8bit`` and torchao is not installed.
+        """
+        checks = {"backend": check_backend, "moments": check_moments}
+        options: dict[str, Any] = {}
+        for part in (self.optim_args or "").replace(" ", "").split(","):
+            key, _, value = part.partition("=")
+            if not part:
+                continue
+            if key not in checks or not value:
+                raise ValueError(
+                    f"Invalid optim_args: optim_args={self.optim_args!r}; for optim='adamw_lp' it takes backend=NAME "
+                    "and moments=NAME, such as backend=foreach,moments=bfloat16. p_norm, lambda_p and the rest are "
+                    "arguments of their own."
+                )
+            checks[key](value)
+            options[key] = value
+        return options
 
     @property
     def uses_adamw_lp(self) -> bool:

@@ -10,11 +10,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.scheduler import AcceleratedScheduler
 from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from .decay import forecast_threshold, lambda_for_threshold
+from .optim import AdamWLp
 from .rules import decayed_parameter_names, group_table
 from .sparsity import NEAR_ZERO_THRESHOLD, SparsityReport, measure_sparsity, measure_with_extra, write_text
 
@@ -88,6 +90,8 @@ class SparsityCallback(TrainerCallback):
         if groups:
             everything = kwargs["optimizer"].param_groups
             _console().print(group_table(everything))
+            for device, (name, reason) in _backends(kwargs["optimizer"]).items():
+                _console().print(f"Step on {device}: {name}, as {reason}.")
             sums = _lr_sums(everything, kwargs["lr_scheduler"], state)
             for sentence in forecast(groups, [sums[number] for number, _ in groups]):
                 logger.warning(sentence)
@@ -253,6 +257,11 @@ def _decaying_groups(optimizer: Any) -> list[tuple[int, dict[str, Any]]]:
         for number, group in enumerate(groups)
         if "p_norm" in group and group.get("decayed", group["lambda_p"] > 0)
     ]
+
+
+def _backends(optimizer: Any) -> dict[str, tuple[str, str]]:
+    inner = optimizer.optimizer if isinstance(optimizer, AcceleratedOptimizer) else optimizer
+    return inner.backends if isinstance(inner, AdamWLp) else {}
 
 
 def _folder(args: TrainingArguments) -> Path:

@@ -89,8 +89,20 @@ class PDecayTrainerMixin(_Base):
             p_norm=self.args.p_norm,
             lambda_p=self.args.lambda_p,
             skip_nonfinite=self.args.skip_nonfinite,
+            **self.args.step_options,
         )
+        self._share_grad_norm(self.optimizer)
         return self.optimizer
+
+    def _share_grad_norm(self, optimizer: AdamWLp) -> None:
+        """Let the optimizer know the norm that the Trainer clips by, so that it need not look for NaN itself."""
+        clip = self.accelerator.clip_grad_norm_
+
+        def clip_and_tell(*args: Any, **kwargs: Any) -> Any:
+            optimizer.grad_norm = norm = clip(*args, **kwargs)
+            return norm
+
+        self.accelerator.clip_grad_norm_ = clip_and_tell
 
     def _param_groups(self, model: nn.Module) -> list[dict[str, Any]]:
         return build_param_groups(

@@ -6,12 +6,15 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
+from packaging import version
 from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModelForCausalLM, EarlyStoppingCallback, Trainer, TrainingArguments
 from transformers.trainer_utils import SchedulerType
 
 from hf_pdecay import AdamWLp, PDecayTrainer, PDecayTrainerMixin, SparsityReport, measure_sparsity
+from hf_pdecay.optim.backends import Backend
 from hf_pdecay.rules import decayable_parameter_names
 
 from .models import build, tiny_gpt2
@@ -220,6 +223,44 @@ def test_nan_gradients_are_skipped_and_counted(make_args: MakeArgs, tokens: Any)
     assert trainer.state.log_history[-2]["skipped_steps"] == 1
     trainer = _train(make_args(skip_nonfinite=False), tokens, cls=_Poisoned)
     assert not all(torch.isfinite(param).all() for param in trainer.model.parameters())
+
+
+@pytest.mark.parametrize("max_grad_norm", [1.0, 0.0])
+def test_the_norm_that_clips_saves_the_look_at_the_gradients(
+    max_grad_norm: float, make_args: MakeArgs, tokens: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looks = []
+    look = Backend.all_finite
+    monkeypatch.setattr(Backend, "all_finite", lambda self, grads: looks.append(len(grads)) or look(self, grads))
+    trainer = PDecayTrainer(
+        model=tiny_gpt2(), args=make_args(max_grad_norm=max_grad_norm, max_steps=3), train_dataset=tokens
+    )
+    trainer.train()
+    clips = max_grad_norm > 0 or version.parse(transformers.__version__).major >= 5  # which takes the norm for the log
+    assert len(looks) == (0 if clips else 3)
+
+
+@pytest.mark.parametrize(
+    ("optim_args", "dtype", "backend"),
+    [
+        ("backend=foreach, moments=bfloat16", torch.bfloat16, "foreach"),
+        ("backend=compiled", torch.float32, "compiled"),
+        ("moments=float32", torch.float32, "foreach"),  # too few weights to compile for
+    ],
+)
+def test_optim_args_choose_how_the_step_is_computed(
+    optim_args: str,
+    dtype: torch.dtype,
+    backend: str,
+    make_args: MakeArgs,
+    tokens: Any,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    trainer = PDecayTrainer(model=tiny_gpt2(), args=make_args(optim_args=optim_args, max_steps=2), train_dataset=tokens)
+    trainer.train()
+    state = next(iter(trainer.optimizer.state.values()))
+    assert state["exp_avg"].dtype == state["exp_avg_sq"].dtype == dtype
+    assert f"Step on cpu: {backend}, as" in capsys.readouterr().out
 
 
 def test_the_mixin_goes_before_any_trainer(make_args: MakeArgs, tokens: Any) -> None:

@@ -11,8 +11,8 @@ from torch.optim.optimizer import Optimizer, ParamsT
 
 from ..decay import check_lambda_p, check_p_norm
 from . import foreach
-from .backends import Backend
-from .distributed import agreed_finite, any_nonzero, local
+from .backends import Backend, run
+from .distributed import agreed_finite, any_nonzero, is_dtensor, local
 from .moments import as_stored, zero_moment
 from .tensor_step import Hyperparameters, TensorStep
 from .validation import ADAMW_ONLY, check_hyperparameters, check_state_dict
@@ -82,6 +82,9 @@ class AdamWLp(Optimizer):
         backend: str = "auto",
     ) -> None:
         self._backend = Backend(backend)
+        # Whoever has taken the norm of all gradients, to clip them, may leave it here before a step: a finite norm
+        # saves the look at the gradients, which is an eighth of a step.
+        self.grad_norm: Tensor | float | None = None
         defaults: dict[str, Any] = {
             "lr": lr,
             "betas": betas,
@@ -116,13 +119,22 @@ class AdamWLp(Optimizer):
                 )
 
     @property
+    def backends(self) -> dict[str, tuple[str, str]]:
+        """For each type of device that holds weights, the backend of the step and why it was chosen.
+
+        Chooses, and compiles if need be, what the first step would otherwise.
+        """
+        self._backend.prepare([local(param) for group in self.param_groups for param in group["params"]])
+        return dict(self._backend.chosen)
+
+    @property
     def skipped_steps(self) -> int:
         """Number of steps skipped for NaN or infinite gradients. Reading it synchronises with the device."""
         return max((int(group["skipped_steps"]) for group in self.param_groups), default=0)
 
     def __getstate__(self) -> dict[str, Any]:
         """Return what a pickle or a copy holds: the backend too, which a checkpoint does not."""
-        return {**super().__getstate__(), "_backend": Backend(self._backend.name)}
+        return {**super().__getstate__(), "_backend": Backend(self._backend.name), "grad_norm": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restore from a pickle or a checkpoint, also one of an older version."""
@@ -186,14 +198,17 @@ class AdamWLp(Optimizer):
                 loss = closure()
         for group in self.param_groups:
             _check_group(group)
-        careful: list[TensorStep] = []
-        careless: list[TensorStep] = []
+        steps: list[TensorStep] = []
         for index, group in enumerate(self.param_groups):
-            (careful if group["skip_nonfinite"] else careless).extend(self._tensor_steps(index, group))
-        self._backend.prepare([*careful, *careless])
-        finite = self._finite([each.grad for each in careful])
-        self._backend.step(careless)
-        self._backend.step(careful, finite)
+            steps += self._tensor_steps(index, group)
+        assigned = self._backend.assign(steps)
+        finite = self._finite()
+        for name, some in assigned:
+            careless = [each for each in some if not each.hyper.skip_nonfinite]
+            if careless and finite is not True:
+                run(name, careless)
+                some = [each for each in some if each.hyper.skip_nonfinite]
+            run(name, some, finite)
         if finite is not True:
             self._count_skipped(finite)
         return loss
@@ -210,6 +225,7 @@ class AdamWLp(Optimizer):
             group["lambda_p"],
             group["keep_zeros"],
             group["maximize"],
+            group["skip_nonfinite"],
         )
         steps = []
         for place, param in enumerate(group["params"]):
@@ -237,11 +253,25 @@ class AdamWLp(Optimizer):
             )
         return steps
 
-    def _finite(self, grads: list[Tensor]) -> bool | Tensor:
+    def _finite(self) -> bool | Tensor:
+        """Whether all gradients are finite of the groups that ask: known by their norm, or looked at here."""
+        norm, self.grad_norm = self.grad_norm, None
+        grads = [
+            param.grad
+            for group in self.param_groups
+            if group["skip_nonfinite"]
+            for param in group["params"]
+            if param.grad is not None
+        ]
         if not grads:
             return True
-        shards = [local(grad) for grad in grads]
-        return agreed_finite(self._backend.all_finite(shards), grads)
+        if norm is not None and not (isinstance(norm, Tensor) and is_dtensor(norm)):
+            finite = torch.as_tensor(norm).isfinite()
+            if finite.device.type != "cpu":
+                return finite
+            if finite:
+                return True
+        return agreed_finite(self._backend.all_finite([local(grad) for grad in grads]), grads)
 
     def _count_skipped(self, finite: bool | Tensor) -> None:
         for group in self.param_groups:
@@ -315,7 +345,8 @@ def adamw_lp(
         moments = local(exp_avg), local(exp_avg_sq)
         tensor_steps.append(TensorStep(local(param), local(grad), *moments, step, awake, hyper, index))
     if capturable is None:
-        (backend if isinstance(backend, Backend) else Backend(backend)).step(tensor_steps, finite)
+        for name, some in (backend if isinstance(backend, Backend) else Backend(backend)).assign(tensor_steps):
+            run(name, some, finite)
     else:
         foreach.step(tensor_steps, finite, capturable)
 

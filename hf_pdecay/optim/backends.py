@@ -48,26 +48,26 @@ class Backend:
         self.name = name
         self.chosen: dict[str, tuple[str, str]] = {}
 
-    def prepare(self, steps: Sequence[TensorStep]) -> None:
+    def prepare(self, params: Sequence[Tensor]) -> None:
         """Choose for each kind of device among the tensors for which that has not been done."""
-        for device in {each.param.device.type for each in steps} - self.chosen.keys():
-            self._choose(device, sum(each.param.numel() for each in steps if each.param.device.type == device))
+        for device in {param.device.type for param in params} - self.chosen.keys():
+            self._choose(device, sum(param.numel() for param in params if param.device.type == device))
 
-    def step(self, steps: Sequence[TensorStep], finite: bool | Tensor = True) -> None:
-        """Do one step on each tensor, in place; where ``finite`` is false nothing is written.
+    def assign(self, steps: Sequence[TensorStep]) -> list[tuple[str, list[TensorStep]]]:
+        """Return which backend does which tensors. Nothing is written yet.
 
         Raises:
             ValueError: If a backend other than ``auto`` was asked for and cannot do a tensor.
         """
-        self.prepare(steps)
+        if not self.chosen.keys() >= {each.param.device.type for each in steps}:
+            self.prepare([each.param for each in steps])
         # Without any decay the step on a CPU is torch's AdamW to the bit, which takes the operations that it takes.
         plain = self.name == "auto" and all(each.hyper.lambda_p == 0 for each in steps)
         by_backend: dict[str, list[TensorStep]] = {}
         for each in steps:
             on_cpu = each.param.device.type == "cpu"
             by_backend.setdefault("foreach" if plain and on_cpu else self._backend_of(each), []).append(each)
-        for name, some in by_backend.items():
-            _run(name, some, finite)
+        return list(by_backend.items())
 
     def all_finite(self, grads: Sequence[Tensor]) -> bool | Tensor:
         """Whether all gradients are finite: a bool on a CPU, else a 0-dim tensor, for which the host does not wait."""
@@ -123,7 +123,8 @@ def _automatic(device: str, numel: int) -> tuple[str, str]:
     return "foreach", f"no kernel was written for {device}"
 
 
-def _run(name: str, steps: Sequence[TensorStep], finite: bool | Tensor) -> None:
+def run(name: str, steps: Sequence[TensorStep], finite: bool | Tensor = True) -> None:
+    """Do one step on each tensor by the backend of that name; where ``finite`` is false nothing is written."""
     if name == "compiled":
         compiled.step(steps, finite)
     elif name == "triton":

@@ -21,6 +21,7 @@ class Hyperparameters:
     lambda_p: float
     keep_zeros: bool
     maximize: bool
+    skip_nonfinite: bool = True
 
 
 class TensorStep(NamedTuple):
