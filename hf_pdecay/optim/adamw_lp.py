@@ -228,29 +228,20 @@ class AdamWLp(Optimizer):
             group["skip_nonfinite"],
         )
         steps = []
-        for place, param in enumerate(group["params"]):
+        for place, param in enumerate(group["params"], group_index << 20):
             grad = param.grad
             if grad is None:
                 continue
             state = self.state[param]
             if not state:
                 self._init_state(param, group)
-            elif state["step"].device != param.device:
+            elif not param.is_cpu and state["step"].device != param.device:
                 state["step"] = state["step"].to(param.device)
             awake = _wake(param, state["dormant"]) if "dormant" in state else True
-            index = (group_index << 20) + place
-            steps.append(
-                TensorStep(
-                    local(param),
-                    local(grad),
-                    local(state["exp_avg"]),
-                    local(state["exp_avg_sq"]),
-                    state["step"],
-                    awake,
-                    hyper,
-                    index,
-                )
-            )
+            exp_avg, exp_avg_sq = state["exp_avg"], state["exp_avg_sq"]
+            if is_dtensor(param):
+                param, grad, exp_avg, exp_avg_sq = map(local, (param, grad, exp_avg, exp_avg_sq))
+            steps.append(TensorStep(param, grad, exp_avg, exp_avg_sq, state["step"], awake, hyper, place))
         return steps
 
     def _finite(self) -> bool | Tensor:

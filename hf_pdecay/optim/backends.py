@@ -59,15 +59,19 @@ class Backend:
         Raises:
             ValueError: If a backend other than ``auto`` was asked for and cannot do a tensor.
         """
-        if not self.chosen.keys() >= {each.param.device.type for each in steps}:
-            self.prepare([each.param for each in steps])
-        # Without any decay the step on a CPU is torch's AdamW to the bit, which takes the operations that it takes.
-        plain = self.name == "auto" and all(each.hyper.lambda_p == 0 for each in steps)
-        by_backend: dict[str, list[TensorStep]] = {}
+        by_device: dict[str, list[TensorStep]] = {}
         for each in steps:
-            on_cpu = each.param.device.type == "cpu"
-            by_backend.setdefault("foreach" if plain and on_cpu else self._backend_of(each), []).append(each)
-        return list(by_backend.items())
+            by_device.setdefault("cpu" if each.param.is_cpu else each.param.device.type, []).append(each)
+        if not self.chosen.keys() >= by_device.keys():
+            self.prepare([each.param for each in steps])
+        assigned: list[tuple[str, list[TensorStep]]] = []
+        for device, some in by_device.items():
+            name = self.chosen[device][0]
+            if device == "cpu" and self.name == "auto" and all(each.hyper.lambda_p == 0 for each in some):
+                # Without any decay the step is torch's AdamW to the bit, by the operations that it takes.
+                name = "foreach"
+            assigned += self._split(name, some)
+        return assigned
 
     def all_finite(self, grads: Sequence[Tensor]) -> bool | Tensor:
         """Whether all gradients are finite: a bool on a CPU, else a 0-dim tensor, for which the host does not wait."""
@@ -88,19 +92,22 @@ class Backend:
         slow = name == "foreach" and self.name == "auto" and device in ("cpu", "cuda") and numel >= MIN_COMPILED
         _say(logging.WARNING if slow else logging.INFO, f"AdamWLp on {device} takes backend {name!r}: {reason}.")
 
-    def _backend_of(self, each: TensorStep) -> str:
-        name, _ = self.chosen[each.param.device.type]
+    def _split(self, name: str, steps: list[TensorStep]) -> list[tuple[str, list[TensorStep]]]:
+        """Part the tensors that a backend does from those that it refuses, which `auto` leaves to `foreach`."""
         if name in ("foreach", "reference"):
-            return name
-        refusal = compiled.refusal(each) if name == "compiled" else _triton().refusal(each)
-        if refusal is None:
-            return name
-        if self.name == "auto":
-            return "foreach"
-        raise ValueError(
-            f"backend={name!r} cannot do the step of a tensor of shape {tuple(each.param.shape)}: {refusal}. Take "
-            "backend='auto' or 'foreach'."
-        )
+            return [(name, steps)]
+        refusal = compiled.refusal if name == "compiled" else _triton().refusal
+        taken: list[TensorStep] = []
+        refused: list[TensorStep] = []
+        for each in steps:
+            reason = refusal(each)
+            if reason is not None and self.name != "auto":
+                raise ValueError(
+                    f"backend={name!r} cannot do the step of a tensor of shape {tuple(each.param.shape)}: {reason}. "
+                    "Take backend='auto' or 'foreach'."
+                )
+            (taken if reason is None else refused).append(each)
+        return [(each, some) for each, some in ((name, taken), ("foreach", refused)) if some]
 
 
 @functools.cache

@@ -51,6 +51,16 @@ def unavailable() -> str | None:
 def refusal(each: TensorStep) -> str | None:
     """Return why the function cannot do the step of this tensor, or None."""
     param, grad, moment = each.param, each.grad, each.exp_avg
+    if (
+        param.is_cpu
+        and (param.dtype, moment.dtype) in _PAIRS
+        and type(moment) is Tensor
+        and param.is_contiguous()
+        and grad.is_contiguous()
+        and moment.is_contiguous()
+        and each.exp_avg_sq.is_contiguous()
+    ):
+        return None  # as nearly always: what comes below tells the rest apart
     if param.device.type != "cpu":
         return f"it works on a CPU, not on {param.device.type}"
     if is_quantized(moment):
