@@ -12,7 +12,7 @@ from torch.optim.optimizer import Optimizer, ParamsT
 from ..decay import check_lambda_p, check_p_norm
 from . import foreach
 from .backends import Backend, run
-from .distributed import agreed_finite, any_nonzero, is_dtensor, local
+from .distributed import agreed_finite, any_nonzero, is_dtensor, local, local_grad
 from .moments import as_stored, zero_moment
 from .tensor_step import Hyperparameters, TensorStep
 from .validation import ADAMW_ONLY, check_hyperparameters, check_state_dict
@@ -240,7 +240,10 @@ class AdamWLp(Optimizer):
             awake = _wake(param, state["dormant"]) if "dormant" in state else True
             exp_avg, exp_avg_sq = state["exp_avg"], state["exp_avg_sq"]
             if is_dtensor(param):
-                param, grad, exp_avg, exp_avg_sq = map(local, (param, grad, exp_avg, exp_avg_sq))
+                # Autograd looks at the DTensor; the step below changes the shard that it holds.
+                torch.autograd.graph.increment_version(param)
+                grad = local_grad(param, grad)
+                param, exp_avg, exp_avg_sq = map(local, (param, exp_avg, exp_avg_sq))
             steps.append(TensorStep(param, grad, exp_avg, exp_avg_sq, state["step"], awake, hyper, place))
         return steps
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from . import compiled, foreach, reference
-from .tensor_step import TensorStep
+from .tensor_step import TensorStep, is_flat
 
 
 logger = logging.getLogger(__name__)
@@ -149,4 +149,4 @@ def _triton():  # type: ignore[no-untyped-def]
 
 
 def _is_checkable(grad: Tensor) -> bool:
-    return grad.dtype in compiled.CODES and compiled.is_flat(grad)
+    return grad.dtype in compiled.CODES and is_flat(grad)

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from .moments import is_quantized
-from .tensor_step import TensorStep
+from .tensor_step import TensorStep, is_flat
 
 
 logger = logging.getLogger(__name__)
@@ -70,16 +70,6 @@ def refusal(each: TensorStep) -> str | None:
     if not is_flat(param, grad, moment, each.exp_avg_sq):
         return "weights, gradient and moments must lie in memory alike and without gaps"
     return None
-
-
-def is_flat(*tensors: Tensor) -> bool:
-    """Whether tensors of one shape are without gaps and in the same order of elements."""
-    if all(tensor.is_contiguous() for tensor in tensors):
-        return True
-    if tensors[0].dim() not in (4, 5):
-        return False
-    last = torch.channels_last if tensors[0].dim() == 4 else torch.channels_last_3d
-    return all(tensor.is_contiguous(memory_format=last) for tensor in tensors)
 
 
 def step(steps: Sequence[TensorStep], finite: bool | Tensor = True) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -19,6 +19,23 @@ def is_dtensor(tensor: Tensor) -> bool:
 def local(tensor: Tensor) -> Tensor:
     """Return the shard of a DTensor that this rank holds, which shares its memory; any other tensor as it is."""
     return tensor.to_local() if is_dtensor(tensor) else tensor  # type: ignore[attr-defined]
+
+
+def local_grad(param: Tensor, grad: Tensor) -> Tensor:
+    """Return the part of a DTensor's gradient that belongs to the shard of this rank, which may take communication.
+
+    Raises:
+        ValueError: If the gradient is a plain tensor, of which nobody knows what part it is.
+    """
+    if not is_dtensor(grad):
+        raise ValueError(
+            f"AdamWLp takes a DTensor as the gradient of a DTensor parameter (shape {tuple(param.shape)}), not "
+            f"{type(grad).__name__}."
+        )
+    sharded, like = cast(Any, grad), cast(Any, param)
+    if sharded.placements != like.placements or sharded.device_mesh != like.device_mesh:
+        sharded = sharded.redistribute(like.device_mesh, like.placements)
+    return local(sharded)
 
 
 def any_nonzero(param: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from torch import Tensor
 from ..decay import shrink_factor
 from .moments import dequantize, is_quantized, slice_quantized
 from .rounding import LOW_PRECISION, noise_bits, stochastic_round
-from .tensor_step import Hyperparameters, TensorStep
+from .tensor_step import Hyperparameters, TensorStep, flat_views
 
 
 # Elements worked on at a time, which bounds the temporaries. On a CPU a chunk stays in the cache from one operation to
@@ -97,7 +97,7 @@ def _step_tensor(each: TensorStep, scalars: StepScalars, finite: bool | Tensor) 
     decays = hyper.lambda_p != 0 and awake is not False
     upcast = (dtype in LOW_PRECISION and hyper.lambda_p != 0) or each.exp_avg.dtype != dtype
     upcast = upcast or is_quantized(each.exp_avg)
-    half = torch.float16 in (dtype, each.exp_avg.dtype)
+    half = each.exp_avg.dtype == torch.float16
     floor = _FLOAT16_DENOMINATOR if each.exp_avg.dtype == torch.float16 and hyper.eps < 2.0**-25 else 0.0
     working = torch.float64 if dtype == torch.float64 else torch.float32
 
@@ -168,16 +168,15 @@ def _chunks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
     """Yield matching views of tensors of one shape, of a bounded number of elements each."""
     numel = tensors[0].numel()
     size = CPU_CHUNK if tensors[0].device.type == "cpu" else DEVICE_CHUNK
-    if numel <= size:
-        yield tensors
-        return
     if any(is_quantized(tensor) for tensor in tensors):
         for start in range(0, numel, size):
             length = min(size, numel - start)
             yield tuple(slice_quantized(tensor, start, length) for tensor in tensors)
         return
-    if all(tensor.is_contiguous() for tensor in tensors):
-        tensors = tuple(tensor.view(-1) for tensor in tensors)
+    tensors = flat_views(tensors) or tensors
+    if numel <= size:
+        yield tensors
+        return
     shape = tensors[0].shape
     dim = max(range(len(shape)), key=shape.__getitem__)
     length = max(1, size * shape[dim] // numel)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .moments import dequantize, is_quantized
 from .rounding import LOW_PRECISION, noise_bits, stochastic_round
-from .tensor_step import TensorStep
+from .tensor_step import TensorStep, flat_views
 
 
 def step(steps: Sequence[TensorStep], finite: bool | Tensor = True) -> None:
@@ -24,9 +24,12 @@ def step(steps: Sequence[TensorStep], finite: bool | Tensor = True) -> None:
         hyper, dtype = each.hyper, torch.float64
         each.step.add_(1)
         count, lr = int(each.step), float(hyper.lr)
-        w, g = each.param.to(dtype), each.grad.to(dtype) * (-1 if hyper.maximize else 1)
-        m = hyper.beta1 * dequantize(each.exp_avg, dtype) + (1 - hyper.beta1) * g
-        v = hyper.beta2 * dequantize(each.exp_avg_sq, dtype) + (1 - hyper.beta2) * g**2
+        tensors: tuple[Tensor, ...] = (each.param, each.grad, each.exp_avg, each.exp_avg_sq)
+        if not is_quantized(each.exp_avg):
+            tensors = flat_views(tensors) or tensors
+        w, g = tensors[0].to(dtype), tensors[1].to(dtype) * (-1 if hyper.maximize else 1)
+        m = hyper.beta1 * dequantize(tensors[2], dtype) + (1 - hyper.beta1) * g
+        v = hyper.beta2 * dequantize(tensors[3], dtype) + (1 - hyper.beta2) * g**2
         u = (m / (1 - hyper.beta1**count)) / ((v / (1 - hyper.beta2**count)).sqrt() + hyper.eps)
         result = (1 - lr * hyper.weight_decay) * w - lr * u
         if lr * hyper.lambda_p > 0 and bool(each.awake):
@@ -40,9 +43,9 @@ def step(steps: Sequence[TensorStep], finite: bool | Tensor = True) -> None:
             result = result.masked_fill(w == 0, 0)
         noise = noise_bits(count, each.place, 0, w.numel(), w.device)
         for stored, value, bits in (
-            (each.param, result, noise),
-            (each.exp_avg, m, noise ^ (noise >> 16)),
-            (each.exp_avg_sq, v, noise >> 16),
+            (tensors[0], result, noise),
+            (tensors[2], m, noise ^ (noise >> 16)),
+            (tensors[3], v, noise >> 16),
         ):
             if stored.dtype in LOW_PRECISION and not is_quantized(stored):
                 value = stochastic_round(value.to(torch.float32), stored.dtype, bits)

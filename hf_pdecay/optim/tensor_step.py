@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -47,3 +48,27 @@ class TensorStep(NamedTuple):
     awake: bool | Tensor
     hyper: Hyperparameters
     place: int
+
+
+def flat_views(tensors: Sequence[Tensor]) -> tuple[Tensor, ...] | None:
+    """Return tensors of one shape as flat views in the order of memory, or None if that differs or has gaps.
+
+    The order is that of the elements' random bits.
+    """
+    order = _order(tensors)
+    return None if order is None else tuple(tensor.permute(order).view(-1) for tensor in tensors)
+
+
+def is_flat(*tensors: Tensor) -> bool:
+    """Whether tensors of one shape are without gaps and in the same order of elements."""
+    return _order(tensors) is not None
+
+
+def _order(tensors: Sequence[Tensor]) -> tuple[int, ...] | None:
+    """The order of dimensions in which all tensors are contiguous, of channels-last or transposed ones too, or None."""
+    first = tensors[0]
+    order = tuple(range(first.dim()))
+    if all(tensor.is_contiguous() for tensor in tensors):
+        return order
+    order = tuple(sorted(order, key=lambda dim: (first.stride(dim), first.size(dim)), reverse=True))
+    return order if all(tensor.permute(order).is_contiguous() for tensor in tensors) else None

@@ -31,57 +31,27 @@ _TYPES = {
     torch.bfloat16: tl.bfloat16,
     torch.float16: tl.float16,
 }
-_PAIRS = {
-    (torch.float32, torch.float32),
-    (torch.float32, torch.bfloat16),
-    (torch.bfloat16, torch.float32),
-    (torch.bfloat16, torch.bfloat16),
-    (torch.float16, torch.float32),
-    (torch.float16, torch.float16),
-    (torch.float64, torch.float64),
-}
-
+# Where a product and a sum are fused is said in the kernels, so that all compilers agree. Hashes overflow.
+_OPTIONS = {"num_warps": 4, "enable_fp_fusion": False, "sanitize_overflow": False}
 _BLOCK = 1024  # elements that a program works on at a time: eight a thread, so that half precision loads 16 bytes
 _CHUNK = 4 * _BLOCK  # elements of a program, over which finding their tensor is spread
 _ROWS = 128  # tensors that a program of the first kernel prepares
-_WARPS = 4
+_ALIGNMENT = 16  # bytes that a thread loads at once where the addresses allow it
 
-_ALIGNMENT = 16  # bytes that a thread loads at once, if the addresses allow it
-
-# A row of the table of tensors, in int64: the place of its first chunk among those of all rows; the addresses of weights,
-# gradient, first and second moment, step counter, and flag whether it is awake, or 0; the number of weights; the place
-# of the tensor in the optimizer; whether all addresses are multiples of _ALIGNMENT.
+# A row of the table of tensors, in int64: the place of its first chunk among those of all rows; the addresses of
+# weights, gradient, first and second moment, step counter, and of the flag whether it is awake, or 0; the number of
+# weights; the place of the tensor in the optimizer; whether all addresses are multiples of _ALIGNMENT.
 _COLUMNS = tl.constexpr(10)
-# A row of what the tensors' weights share, in float32 or float64; see _prepare.
+# A row of what the weights of a tensor share, in float32 or float64; see _prepare.
 _SHARED = tl.constexpr(16)
 
 
-# --- kernels
-
-
-@triton.jit(
-    do_not_specialize=[
-        "finite",
-        "rate",
-        "rows",
-        "lr",
-        "beta1",
-        "beta2",
-        "eps",
-        "weight_decay",
-        "p_norm",
-        "lambda_p",
-        "keep_zeros",
-        "sign",
-        "least",
-        "tiny",
-    ]
-)
+@triton.jit(do_not_specialize=list(range(2, 13)))
 def _prepare(
-    table,
-    shared,
-    finite,
-    rate,
+    table: tl.tensor,
+    shared: tl.tensor,
+    finite: tl.tensor,
+    rate: tl.tensor,
     rows: tl.int32,
     lr: tl.int64,
     beta1: tl.int64,
@@ -90,83 +60,91 @@ def _prepare(
     weight_decay: tl.int64,
     p_norm: tl.int64,
     lambda_p: tl.int64,
-    keep_zeros: tl.int64,
-    sign: tl.int64,
-    least: tl.int64,
-    tiny: tl.int64,
+    flags: tl.int32,
+    MOMENT: tl.constexpr,
     ROWS: tl.constexpr,
-):
-    """Count the step of each tensor and write the row of ``shared`` that its weights need."""
+) -> None:
+    """Count the step of each tensor and write its row of ``shared``. Numbers come as the bits of a float64."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     mask = row < rows
     words = table + row * _COLUMNS
     step = tl.load(words + 5, mask=mask, other=0).to(tl.pointer_type(tl.float32))
     flag = tl.load(words + 6, mask=mask, other=0)
-    awake = tl.load(flag.to(tl.pointer_type(tl.int8)), mask=mask & (flag != 0), other=1) != 0
-
+    awake = tl.load(flag.to(tl.pointer_type(tl.int8)), mask=flag != 0, other=1) != 0
+    count = tl.load(step, mask=mask, other=0.0) + 1.0
     going = mask
     if finite is not None:
-        going = mask & (tl.load(finite) != 0)
-    count = tl.load(step, mask=mask, other=0.0) + 1.0
+        going = row < rows * tl.load(finite.to(tl.pointer_type(tl.int8))).to(tl.int32)
     tl.store(step, count, mask=going)
 
     if rate is not None:
         alpha = tl.load(rate).to(tl.float64)
     else:
         alpha = _float64(lr)
-    first_decay, second_decay = _float64(beta1), _float64(beta2)
+    weight1, weight2, epsilon = 1.0 - _float64(beta1), 1.0 - _float64(beta2), _float64(eps)
     times = count.to(tl.float64)
-    correction1 = 1.0 - tl.exp2(times * tl.log2(first_decay))
-    correction2 = tl.sqrt(1.0 - tl.exp2(times * tl.log2(second_decay)))
-
-    alpha_lambda = alpha * _float64(lambda_p)
-    decays = awake & (alpha_lambda >= _float64(tiny))
+    correction1 = 1.0 - tl.exp2(times * tl.log2(_float64(beta1)))
+    correction2 = 1.0 - tl.exp2(times * tl.log2(_float64(beta2)))
+    # What is below float16's smallest number is stored as 0, and the fast root takes what is below float32's smallest
+    # normal number for 0; and m / (0 + eps) is no step that anyone wants.
+    if MOMENT == tl.float16:
+        least = tl.where(epsilon < 2.0**-25, 2.0**-12, 0.0)
+    else:
+        least = 0.0 if MOMENT == tl.float64 else 2.0**-63
     x = 2.0 - _float64(p_norm)
-    # α λ_p of 0, whose logarithm this is, makes every factor 1.
+    alpha_lambda = tl.where(awake, alpha * _float64(lambda_p), 0.0)
+    # Where α λ_p is not even a normal number its logarithm is set to that of 0, which makes every factor 1.
+    tiny = 2.0**-1022 if shared.dtype.element_ty == tl.float64 else 2.0**-126
+    decays = alpha_lambda >= tiny
     log2_alpha_lambda = tl.where(decays, tl.log2(tl.where(decays, alpha_lambda, 1.0)), float("-inf"))
     at_zero = tl.where(x > 0, 0.0, tl.where(x == 0, 1.0 / (1.0 + alpha_lambda), 1.0))
+    keeps_zeros = (flags >> 1) != 0
+    place = tl.load(words + 8, mask=mask, other=0).to(tl.uint32)
+    noise = _mix(count.to(tl.int64).to(tl.uint32) + place * 0x9E3779B9)
 
     out = shared + row * _SHARED
-    tl.store(out + 0, going.to(tl.float64), mask=mask)
-    tl.store(out + 1, count.to(tl.float64), mask=mask)
-    tl.store(out + 2, _float64(sign), mask=mask)
-    tl.store(out + 3, 1.0 - first_decay, mask=mask)
-    tl.store(out + 4, second_decay, mask=mask)
-    tl.store(out + 5, 1.0 - second_decay, mask=mask)
-    tl.store(out + 6, 1.0 / correction2, mask=mask)
-    tl.store(out + 7, _float64(eps), mask=mask)
-    tl.store(out + 8, _float64(least), mask=mask)
-    tl.store(out + 9, -alpha / correction1, mask=mask)
-    tl.store(out + 10, 1.0 - alpha * _float64(weight_decay), mask=mask)
-    tl.store(out + 11, -x, mask=mask)
-    tl.store(out + 12, log2_alpha_lambda, mask=mask)
-    tl.store(out + 13, tl.where(decays, at_zero, 1.0), mask=mask)
-    tl.store(out + 14, _float64(keep_zeros), mask=mask)
+    tl.store(out + 0, going.to(tl.float32), mask=mask)
+    tl.store(out + 1, 1.0 - 2.0 * (flags & 1).to(tl.float32), mask=mask)
+    # torch's lerp works from the nearer end, to which the sign says how far.
+    tl.store(out + 2, tl.where(weight1 < 0.5, weight1, weight1 - 1.0), mask=mask)
+    tl.store(out + 3, _float64(beta2), mask=mask)
+    tl.store(out + 4, weight2, mask=mask)
+    tl.store(out + 5, 1.0 / tl.sqrt(correction2), mask=mask)
+    tl.store(out + 6, epsilon, mask=mask)
+    tl.store(out + 7, least, mask=mask)
+    tl.store(out + 8, -alpha / correction1, mask=mask)
+    tl.store(out + 9, 1.0 - alpha * _float64(weight_decay), mask=mask)
+    tl.store(out + 10, -x, mask=mask)
+    tl.store(out + 11, log2_alpha_lambda, mask=mask)
+    tl.store(out + 12, tl.where(keeps_zeros, 0.0, tl.where(decays, at_zero, 1.0)), mask=mask)
+    # The weight that becomes 0 whatever its gradient: 0, or NaN, which no weight equals.
+    tl.store(out + 13, tl.where(keeps_zeros, 0.0, float("nan")), mask=mask)
+    # The bits of two integers, for which float64 weights have no use.
+    tl.store(out + 14, noise.to(tl.float32, bitcast=True), mask=mask)
+    tl.store(out + 15, _mix(noise ^ 0x68E31DA4).to(tl.float32, bitcast=True), mask=mask)
 
 
 @triton.jit
-def _float64(bits):
-    # Triton passes a Python float as float32, in which 1 - β₂ would have lost half of its digits.
+def _float64(bits: tl.tensor) -> tl.tensor:
     return bits.to(tl.int64).to(tl.float64, bitcast=True)
 
 
 @triton.jit(do_not_specialize=["rows"])
 def _update(
-    table,
-    shared,
+    table: tl.tensor,
+    shared: tl.tensor,
     rows: tl.int32,
     PARAM: tl.constexpr,
     MOMENT: tl.constexpr,
-    REAL: tl.constexpr,
     DECAY: tl.constexpr,
     NEAREST: tl.constexpr,
     CHUNK: tl.constexpr,
     BLOCK: tl.constexpr,
-):
+) -> None:
     """Do the step of one chunk of one tensor."""
     program = tl.program_id(0)
     # The last row whose first chunk is not beyond this one. Rows without weights have the first chunk of the next.
-    low = tl.program_id(1)
+    low = tl.program_id(1)  # 0
     high = rows
     while high - low > 1:
         middle = (low + high) // 2
@@ -177,84 +155,78 @@ def _update(
     scalars = shared + low * _SHARED
     if tl.load(scalars) != 0:
         numel = tl.load(words + 7)
-        aligned = tl.load(words + 9)
         begin = (program - tl.load(words)) * CHUNK
         end = tl.minimum(begin + CHUNK, numel)
-        # Two copies of the same code: a mask, or an address that may not be a multiple of 16, keeps the compiler from
-        # loading 16 bytes at once.
-        for at in range(begin, end, BLOCK):
-            if (at + BLOCK <= numel) & (aligned != 0):
-                _block(words, scalars, at, BLOCK, PARAM, MOMENT, REAL, DECAY, NEAREST, BLOCK, True)
-            else:
-                left = tl.minimum(numel - at, BLOCK).to(tl.int32)
-                _block(words, scalars, at, left, PARAM, MOMENT, REAL, DECAY, NEAREST, BLOCK, False)
+        # The same code twice: with a mask, or addresses of which it does not know that they are multiples of 16, the
+        # compiler loads one element at a time.
+        middle = begin + (end - begin) // BLOCK * BLOCK * tl.load(words + 9)
+        _run(words, scalars, begin, middle, PARAM, MOMENT, DECAY, NEAREST, BLOCK, True)
+        _run(words, scalars, middle, end, PARAM, MOMENT, DECAY, NEAREST, BLOCK, False)
 
 
 @triton.jit
-def _block(
-    words,
-    scalars,
-    at,
-    left,
+def _run(
+    words: tl.tensor,
+    scalars: tl.tensor,
+    begin: tl.tensor,
+    end: tl.tensor,
     PARAM: tl.constexpr,
     MOMENT: tl.constexpr,
-    REAL: tl.constexpr,
     DECAY: tl.constexpr,
     NEAREST: tl.constexpr,
     BLOCK: tl.constexpr,
     WHOLE: tl.constexpr,
-):
-    """Do the step of the elements ``at`` and ``left - 1`` following ones."""
+) -> None:
+    """Do the step of the elements from ``begin`` to ``end``, which are whole blocks or not."""
+    param, grad, exp_avg, exp_avg_sq = tl.load(words + 1), tl.load(words + 2), tl.load(words + 3), tl.load(words + 4)
+    sign, lerp, beta2, weight2 = tl.load(scalars + 1), tl.load(scalars + 2), tl.load(scalars + 3), tl.load(scalars + 4)
+    correction2, eps, least = tl.load(scalars + 5), tl.load(scalars + 6), tl.load(scalars + 7)
+    step_size, shrink_l2, minus_x = tl.load(scalars + 8), tl.load(scalars + 9), tl.load(scalars + 10)
+    log2_alpha_lambda, at_zero, dead = tl.load(scalars + 11), tl.load(scalars + 12), tl.load(scalars + 13)
+    noise_a, noise_b = tl.load(scalars + 14), tl.load(scalars + 15)
     lane = tl.arange(0, BLOCK)
-    param, exp_avg, exp_avg_sq = tl.load(words + 1), tl.load(words + 3), tl.load(words + 4)
-    w = _load(param, at, lane, left, PARAM, REAL, WHOLE)
-    g = _load(tl.load(words + 2), at, lane, left, PARAM, REAL, WHOLE)
-    m = _load(exp_avg, at, lane, left, MOMENT, REAL, WHOLE)
-    v = _load(exp_avg_sq, at, lane, left, MOMENT, REAL, WHOLE)
+    for at in range(begin, end, BLOCK):
+        left = tl.minimum(end - at, BLOCK).to(tl.int32)
+        w = _load(param, at, lane, left, PARAM, WHOLE)
+        g = _load(grad, at, lane, left, PARAM, WHOLE) * sign
+        m = _load(exp_avg, at, lane, left, MOMENT, WHOLE)
+        v = _load(exp_avg_sq, at, lane, left, MOMENT, WHOLE)
 
-    g = g * tl.load(scalars + 2)
-    weight1 = tl.load(scalars + 3)
-    # torch's lerp works from the nearer end.
-    gap = g - m
-    m = tl.where(weight1 < 0.5, tl.fma(gap, weight1, m), tl.fma(gap, weight1 - 1.0, g))
-    v = tl.fma(g * tl.load(scalars + 5), g, v * tl.load(scalars + 4))
-    if MOMENT == tl.float16:
-        # The square of a finite gradient may be beyond float16; that of an infinite one is.
-        v = tl.where((tl.abs(g) <= 65504.0) & (v > 65504.0), 65504.0, v)
-    denominator = tl.fma(_sqrt(v, REAL), tl.load(scalars + 6), tl.load(scalars + 7))
-    if MOMENT == tl.float16:
-        least = tl.load(scalars + 8)
+        m = tl.fma(g - m, lerp, tl.where(lerp > 0, m, g))
+        v = tl.fma(g * weight2, g, v * beta2)
+        if MOMENT == tl.float16:
+            # The square of a finite gradient may be beyond float16; that of an infinite one is.
+            v = tl.where((tl.abs(g) <= 65504.0) & (v > 65504.0), 65504.0, v)
+        denominator = tl.fma(tl.sqrt(v), correction2, eps)
         denominator = tl.where(denominator < least, least, denominator)
-    result = tl.fma(w, tl.load(scalars + 10), m * tl.load(scalars + 9) / denominator)
+        result = tl.fma(w, shrink_l2, m * step_size / denominator)
+        if DECAY:
+            factor = _factor(tl.abs(w), minus_x, log2_alpha_lambda, PARAM == tl.float64)
+            result = result * tl.where(w == 0, at_zero, factor)
+            result = tl.where(result == 0, 0.0, result)  # one bit pattern for all zeros
+        else:
+            result = tl.where(w == dead, 0.0, result)
 
-    if DECAY:
-        result = result * _factor(tl.abs(w), scalars, REAL)
-        # One bit pattern for all zeros.
-        result = tl.where(result == 0, 0.0, result)
-    result = tl.where((w == 0) & (tl.load(scalars + 14) != 0), 0.0, result)
-
-    noise = tl.zeros([BLOCK], tl.uint32)
-    if not NEAREST:
-        noise = _noise(at.to(tl.uint32) + lane.to(tl.uint32), tl.load(words + 8), tl.load(scalars + 1))
-    # Each rounding gets bits of its own: the low half, the high half, and both together.
-    _store(param, at, lane, left, result, noise, PARAM, NEAREST, WHOLE)
-    _store(exp_avg, at, lane, left, m, noise ^ (noise >> 16), MOMENT, NEAREST, WHOLE)
-    _store(exp_avg_sq, at, lane, left, v, noise >> 16, MOMENT, NEAREST, WHOLE)
+        noise = tl.zeros([BLOCK], tl.uint32)
+        if not NEAREST:
+            noise = _noise((at + lane).to(tl.uint32), noise_a, noise_b)
+        # Each rounding gets bits of its own: the low half, the high half, and both together.
+        _store(param, at, lane, left, result, noise, PARAM, NEAREST, WHOLE)
+        _store(exp_avg, at, lane, left, m, noise ^ (noise >> 16), MOMENT, NEAREST, WHOLE)
+        _store(exp_avg_sq, at, lane, left, v, noise >> 16, MOMENT, NEAREST, WHOLE)
 
 
 @triton.jit
-def _factor(magnitude, scalars, REAL: tl.constexpr):
-    """Return the shrink factor s / (s + α λ_p) with s = |w|^x, which is 1 / (1 + α λ_p |w|^-x) for every p."""
-    minus_x = tl.load(scalars + 11)
-    y = tl.load(scalars + 12)
-    if REAL == tl.float64:
-        y = tl.fma(tl.log2(tl.where(magnitude == 0, 1.0, magnitude)), minus_x, y)
+def _factor(magnitude: tl.tensor, minus_x: tl.tensor, log2_alpha_lambda: tl.tensor, WIDE: tl.constexpr) -> tl.tensor:
+    """Return s / (s + α λ_p) with s = |w|^x, which is 1 / (1 + α λ_p |w|^-x) for every p; of a weight other than 0."""
+    if WIDE:
+        y = tl.fma(tl.log2(tl.where(magnitude == 0, 1.0, magnitude)), minus_x, log2_alpha_lambda)
         factor = 1.0 / (1.0 + tl.exp2(y))
     else:
-        # GPUs take denormal numbers for 0 in a logarithm. So the exponent is read from the bits, of 2^24 times the
-        # magnitude, and the logarithm of the mantissa is the polynomial of adamw_lp.cpp.
+        # The fast logarithm would take denormal numbers for 0. So the exponent is read from the bits, of 2^24 times the
+        # magnitude, by way of 2^23 + exponent + 151, and the mantissa's logarithm is the polynomial of adamw_lp.cpp.
         bits = (magnitude * 16777216.0).to(tl.int32, bitcast=True)
-        exponent = ((bits - (151 << 23)) >> 23).to(tl.float32)
+        exponent = ((bits >> 23) | 0x4B000000).to(tl.float32, bitcast=True) - 8388759.0
         mantissa = ((bits & 0x7FFFFF) | 0x3F800000).to(tl.float32, bitcast=True)
         log2 = tl.fma(mantissa, 0.0151253382, -0.1839394578)
         log2 = tl.fma(log2, mantissa, 0.9780940427)
@@ -263,67 +235,64 @@ def _factor(magnitude, scalars, REAL: tl.constexpr):
         log2 = tl.fma(log2, mantissa, -7.4941276938)
         log2 = tl.fma(log2, mantissa, 7.1339685832)
         log2 = tl.fma(log2, mantissa, -3.2455376464)
-        y = tl.fma(exponent, minus_x, tl.fma(log2, minus_x, y))
-        # Rounded to nearest, as the weights that do not decay must get a factor of exactly 1.
-        factor = tl.div_rn(1.0, 1.0 + tl.exp2(y))
-    return tl.where(magnitude == 0, tl.load(scalars + 13), factor)
+        y = tl.fma(exponent, minus_x, tl.fma(log2, minus_x, log2_alpha_lambda))
+        # The fast quotient may be off by two units in the last place. A Newton step mends that: the factor of a weight
+        # that does not decay is exactly 1.
+        inverse = 1.0 + tl.exp2(y)
+        factor = 1.0 / inverse
+        factor = tl.fma(factor, tl.fma(-inverse, factor, 1.0), factor)
+        factor = tl.where(y < 126.0, factor, 0.0)
+    return factor
 
 
 @triton.jit
-def _sqrt(x, REAL: tl.constexpr):
-    # The fast root takes denormal numbers for 0.
-    if REAL == tl.float64:
-        root = tl.sqrt(x)
-    else:
-        root = tl.sqrt_rn(x)
-    return root
-
-
-@triton.jit
-def _mix(x):
-    x = x ^ (x >> 16)
-    x = tl.mul(x, 0x21F0AAAD, sanitize_overflow=False)
-    x = x ^ (x >> 15)
-    x = tl.mul(x, 0xD35A2D97, sanitize_overflow=False)
+def _mix(x: tl.tensor) -> tl.tensor:
+    x = (x ^ (x >> 16)) * 0x21F0AAAD
+    x = (x ^ (x >> 15)) * 0xD35A2D97
     return x ^ (x >> 15)
 
 
 @triton.jit
-def _noise(element, place, count):
+def _noise(element: tl.tensor, a: tl.tensor, b: tl.tensor) -> tl.tensor:
     """Return 32 random bits for each element, see rounding.py."""
-    a = tl.mul(place.to(tl.uint32), 0x9E3779B9, sanitize_overflow=False)
-    a = _mix(tl.add(a, count.to(tl.int64).to(tl.uint32), sanitize_overflow=False))
-    b = _mix(a ^ 0x68E31DA4)
-    x = tl.add(element, a, sanitize_overflow=False)
-    x = x ^ (x >> 16)
-    x = tl.mul(x, 0x21F0AAAD, sanitize_overflow=False)
-    x = x ^ (x >> 15)
-    x = tl.mul(tl.add(x, b, sanitize_overflow=False), 0xD35A2D97, sanitize_overflow=False)
+    x = element + a.to(tl.uint32, bitcast=True)
+    x = (x ^ (x >> 16)) * 0x21F0AAAD
+    x = ((x ^ (x >> 15)) + b.to(tl.uint32, bitcast=True)) * 0xD35A2D97
     return x ^ (x >> 15)
 
 
 @triton.jit
-def _load(address, at, lane, left, TYPE: tl.constexpr, REAL: tl.constexpr, WHOLE: tl.constexpr):
-    """Load a block as ``REAL``."""
+def _load(
+    address: tl.tensor, at: tl.tensor, lane: tl.tensor, left: tl.tensor, TYPE: tl.constexpr, WHOLE: tl.constexpr
+) -> tl.tensor:
+    """Load a block; bfloat16 and float16 become float32."""
     LOW: tl.constexpr = TYPE == tl.bfloat16 or TYPE == tl.float16
     STORED: tl.constexpr = tl.uint16 if LOW else TYPE
     pointer = address.to(tl.pointer_type(STORED))
     if WHOLE:
-        bits = tl.load(tl.multiple_of(pointer, 16) + at + lane)
+        value = tl.load(tl.multiple_of(pointer, 16) + at + lane)
     else:
-        bits = tl.load(pointer + at + lane, mask=lane < left, other=0)
+        value = tl.load(pointer + at + lane, mask=lane < left, other=0)
     if TYPE == tl.bfloat16:
-        value = (bits.to(tl.uint32) << 16).to(tl.float32, bitcast=True)
-    elif TYPE == tl.float16:
-        value = bits.to(tl.float16, bitcast=True).to(tl.float32)
-    else:
-        value = bits
+        value = (value.to(tl.uint32) << 16).to(tl.float32, bitcast=True)
+    if TYPE == tl.float16:
+        value = value.to(tl.float16, bitcast=True).to(tl.float32)
     return value
 
 
 @triton.jit
-def _store(address, at, lane, left, value, noise, TYPE: tl.constexpr, NEAREST: tl.constexpr, WHOLE: tl.constexpr):
-    """Store a block, with stochastic rounding to bfloat16 and float16 unless ``NEAREST``; see rounding.py."""
+def _store(
+    address: tl.tensor,
+    at: tl.tensor,
+    lane: tl.tensor,
+    left: tl.tensor,
+    value: tl.tensor,
+    noise: tl.tensor,
+    TYPE: tl.constexpr,
+    NEAREST: tl.constexpr,
+    WHOLE: tl.constexpr,
+) -> None:
+    """Store a block; bfloat16 and float16 are rounded stochastically, see rounding.py, or to the nearest."""
     LOW: tl.constexpr = TYPE == tl.bfloat16 or TYPE == tl.float16
     STORED: tl.constexpr = tl.uint16 if LOW else TYPE
     if LOW:
@@ -333,33 +302,28 @@ def _store(address, at, lane, left, value, noise, TYPE: tl.constexpr, NEAREST: t
             if NEAREST:
                 kept = (magnitude + (0x7FFF + ((bits >> 16) & 1))) >> 16
             else:
-                # A finite number stays one.
                 kept = tl.minimum(magnitude + (noise & 0xFFFF), 0x7F7FFFFF) >> 16
-            kept = tl.where(magnitude > 0x7F800000, 0x7FC0, kept)
+            kept = tl.where(magnitude > 0x7F800000, 0x7FC0, kept)  # a NaN stays one
         else:
             if NEAREST:
                 kept = tl.abs(value).to(tl.float16).to(tl.uint16, bitcast=True).to(tl.uint32)
             else:
                 dropped = noise & 0x1FFF
-                # Below the smallest normal number float16 has a fixed step, 2^-24.
+                # Below its smallest normal number float16 has a fixed step, 2^-24.
                 small = tl.minimum(magnitude, 0x38800000).to(tl.float32, bitcast=True) * 16777216.0
                 subnormal = (small + dropped.to(tl.float32) * (1.0 / 8192.0)).to(tl.int32).to(tl.uint32)
                 normal = (tl.maximum(magnitude, 0x38800000) - 0x38000000 + dropped) >> 13
                 kept = tl.where(magnitude < 0x38800000, subnormal, tl.minimum(normal, 0x7BFF))
             kept = tl.where(magnitude > 0x7F800000, 0x7E00, kept)
-        stored = (kept | ((bits >> 16) & 0x8000)).to(tl.uint16)
-    else:
-        stored = value
+        value = (kept | ((bits >> 16) & 0x8000)).to(tl.uint16)
     pointer = address.to(tl.pointer_type(STORED))
     if WHOLE:
-        tl.store(tl.multiple_of(pointer, 16) + at + lane, stored)
+        tl.store(tl.multiple_of(pointer, 16) + at + lane, value)
     else:
-        tl.store(pointer + at + lane, stored, mask=lane < left)
+        tl.store(pointer + at + lane, value, mask=lane < left)
 
 
-# --- what the host does
-
-# Whether the kernels run in Python, on tensors of a CPU: TRITON_INTERPRET was set when they were defined.
+# Whether the kernels run in Python, on tensors of a CPU: so they do if TRITON_INTERPRET was set when triton saw them.
 _INTERPRETED = not isinstance(_update, triton.JITFunction)
 _DEVICES = ("cuda", "xpu", "cpu") if _INTERPRETED else ("cuda", "xpu")
 
@@ -372,7 +336,8 @@ def refusal(each: TensorStep) -> str | None:
         return f"it works on a GPU, not on {param.device.type}"
     if is_quantized(moment):
         return "it does not know 8-bit moments"
-    if (param.dtype, moment.dtype) not in _PAIRS:
+    dtypes = {param.dtype, moment.dtype}
+    if not dtypes <= _TYPES.keys() or (torch.float64 in dtypes and len(dtypes) > 1):
         return f"it does not know weights of {param.dtype} with moments of {moment.dtype}"
     if each.grad.dtype != param.dtype or each.exp_avg_sq.dtype != moment.dtype:
         return "the gradient must have the dtype of the weights, and both moments must have one dtype"
@@ -385,7 +350,7 @@ def refusal(each: TensorStep) -> str | None:
 
 def step(steps: Sequence[TensorStep], finite: bool | Tensor = True) -> None:
     """Do one step on each tensor, in place; see :func:`hf_pdecay.optim.foreach.step`."""
-    if finite is False:
+    if not steps or finite is False:
         return
     launches: dict[tuple[Any, ...], list[TensorStep]] = {}
     for each in steps:
@@ -393,60 +358,31 @@ def step(steps: Sequence[TensorStep], finite: bool | Tensor = True) -> None:
         kind = each.param.device, each.param.dtype, each.exp_avg.dtype, id(each.hyper), decays
         launches.setdefault(kind, []).append(each)
     for (device, *_, decays), some in launches.items():
-        with _device_guard(device):
+        with _guard(device):
             _launch(some, finite, decays)
     torch.autograd.graph.increment_version([each.param for each in steps])
 
 
 def _launch(some: Sequence[TensorStep], finite: bool | Tensor, decays: bool) -> None:
     """Do the step of tensors that share their device, dtypes and hyperparameters."""
-    first, hyper = some[0], some[0].hyper
-    device, param, moment = first.param.device, first.param.dtype, first.exp_avg.dtype
-    real = torch.float64 if param == torch.float64 else torch.float32
+    hyper, device = some[0].hyper, some[0].param.device
+    param, moment = some[0].param.dtype, some[0].exp_avg.dtype
     words, chunks = _words(some)
-    table = _table(device, words)
-    shared = torch.empty(len(some), _SHARED.value, dtype=real, device=device)
+    table = _table(words, device)
+    wide = param == torch.float64
+    shared = torch.empty(len(some) * _SHARED.value, dtype=param if wide else torch.float32, device=device)
+    flag = finite.to(device, non_blocking=True) if isinstance(finite, Tensor) else None
     rate, lr = _rate(hyper.lr, device)
-    # A second moment below float16's smallest number is stored as 0, and m / (0 + eps) is no step that anyone wants.
-    least = 2.0**-12 if moment == torch.float16 and hyper.eps < 2.0**-25 else 0.0
-    _prepare[(triton.cdiv(len(some), _ROWS),)](
-        table,
-        shared,
-        finite.to(device, non_blocking=True) if isinstance(finite, Tensor) else None,
-        rate,
-        len(some),
-        _bits(lr),
-        _bits(hyper.beta1),
-        _bits(hyper.beta2),
-        _bits(hyper.eps),
-        _bits(hyper.weight_decay),
-        _bits(hyper.p_norm),
-        _bits(hyper.lambda_p),
-        _bits(hyper.keep_zeros),
-        _bits(-1.0 if hyper.maximize else 1.0),
-        _bits(least),
-        _bits(torch.finfo(real).tiny),
-        ROWS=_ROWS,
-        num_warps=_WARPS,
-        enable_fp_fusion=False,
-    )
+    numbers = lr, hyper.beta1, hyper.beta2, hyper.eps, hyper.weight_decay, hyper.p_norm, hyper.lambda_p
+    flags = hyper.maximize + 2 * hyper.keep_zeros
+    options = {"MOMENT": _TYPES[moment], **_OPTIONS}
+    grid = (triton.cdiv(len(some), _ROWS),)
+    _prepare[grid](table, shared, flag, rate, len(some), *map(_bits, numbers), flags, ROWS=_ROWS, **options)
     if chunks:
-        _update[(chunks,)](
-            table,
-            shared,
-            len(some),
-            PARAM=_TYPES[param],
-            MOMENT=_TYPES[moment],
-            REAL=_TYPES[real],
-            DECAY=decays,
-            # What neither decays nor changes its dtype is rounded as torch does.
-            NEAREST=(hyper.lambda_p == 0 and param == moment) or {param, moment} <= {torch.float32, torch.float64},
-            CHUNK=_CHUNK,
-            BLOCK=_BLOCK,
-            num_warps=_WARPS,
-            # Where a product and a sum are fused is said in the kernel, so that all compilers agree.
-            enable_fp_fusion=False,
-        )
+        # What neither decays nor has moments of another dtype is rounded as torch does.
+        nearest = wide or param == moment and (hyper.lambda_p == 0 or param == torch.float32)
+        options |= {"PARAM": _TYPES[param], "DECAY": decays, "NEAREST": nearest, "CHUNK": _CHUNK, "BLOCK": _BLOCK}
+        _update[(chunks,)](table, shared, len(some), **options)
 
 
 def _words(some: Sequence[TensorStep]) -> tuple[array[int], int]:
@@ -463,30 +399,30 @@ def _words(some: Sequence[TensorStep]) -> tuple[array[int], int]:
     return words, chunks
 
 
-def _table(device: torch.device, words: array[int]) -> Tensor:
+def _table(words: array[int], device: torch.device) -> Tensor:
     if _is_capturing(device):
-        return _filled_table(device, words)
+        return _filled_table(words, device)
     # Memory is given back to the stream that it was taken on, so each stream has tables of its own.
     stream = None if device.type == "cpu" else torch.get_device_module(device).current_stream()
-    return _copied_table(device, stream, words.tobytes())
+    return _copied_table(words.tobytes(), device, stream)
 
 
 @functools.lru_cache(maxsize=128)
-def _copied_table(device: torch.device, stream: object, words: bytes) -> Tensor:
-    """Return a table, kept by its content: it changes when a gradient moves, and most often none does."""
+def _copied_table(words: bytes, device: torch.device, stream: object) -> Tensor:
+    """Return a table, kept by its content, which changes when a gradient moves."""
     table = torch.frombuffer(bytearray(words), dtype=torch.int64)
-    # From pinned memory the copy waits for nothing, nor does the host for the copy.
+    # Out of pinned memory the copy is made without the host, which goes on.
     return table if device.type == "cpu" else table.pin_memory().to(device, non_blocking=True)
 
 
-def _filled_table(device: torch.device, words: array[int]) -> Tensor:
-    """Return a table that kernels fill, as a CUDA graph that is being captured may not copy from the host.
+def _filled_table(words: array[int], device: torch.device) -> Tensor:
+    """Return a table for a CUDA graph that is being captured, which may not copy from the host: kernels fill it.
 
-    The graph fills it again at each replay, out of its own memory. So it is neither kept, since outside the graph it is
-    never filled, nor taken from those that are kept, which may be gone when the graph is replayed.
+    The graph fills it at each replay anew, in memory of its own. So it is not kept: outside of the graph it holds
+    nothing. Nor is one of those that are kept taken instead: it may be gone when the graph is replayed.
     """
     table = torch.zeros(len(words), dtype=torch.int64, device=device)
-    # A launch of this operation carries about a hundred numbers.
+    # One launch of this carries about a hundred numbers.
     torch._foreach_add_(table.unbind(), words.tolist())
     return table
 
@@ -496,22 +432,20 @@ def _is_capturing(device: torch.device) -> bool:
     return capturing is not None and bool(capturing())
 
 
-def _device_guard(device: torch.device) -> contextlib.AbstractContextManager[Any]:
-    if device.type == "cpu":
-        return contextlib.nullcontext()
-    guard: contextlib.AbstractContextManager[Any] = torch.get_device_module(device).device(device)
-    return guard
+def _guard(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    module: Any = torch.get_device_module(device)
+    return contextlib.nullcontext() if device.type == "cpu" else module.device(device)
 
 
 def _rate(lr: float | Tensor, device: torch.device) -> tuple[Tensor | None, float]:
-    """Return the learning rate as a tensor on the device, or as a number: None and it."""
+    """Return the learning rate as a tensor on the device and 0, or as None and a number."""
     if not isinstance(lr, Tensor):
         return None, lr
     if lr.device.type == "cpu" and device.type != "cpu":
-        return None, lr.item()  # a look into the host's own memory, for which no device is waited for
+        return None, lr.item()  # a look at the host's own memory, which waits for no device
     return lr.to(device, non_blocking=True), 0.0
 
 
 def _bits(number: float) -> int:
-    """Return the bits of a float64 as an integer, which Triton passes whole."""
+    """Return the bits of a float64 as an integer, which a kernel takes whole."""
     return int(struct.unpack("<q", struct.pack("<d", number))[0])
