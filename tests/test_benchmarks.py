@@ -116,7 +116,7 @@ def test_optimizers_share_moments_where_memory_is_short(
     monkeypatch.setattr(timing, "choose_sharing", lambda *_: timing.NOTHING)
     some = [each for each in contenders.contenders_for(size, "cpu", quick=True) if each.missing is None]
     entrants, left_out, _ = timing.line_up(some, size, "cpu")
-    assert left_out == {} and len(entrants) == len(some)
+    assert all("torchao" in name for name in left_out) and len(entrants) + len(left_out) == len(some)
     plain = [each for each in entrants if each.contender.plain_state]
     addresses = {each.step.__self__.state[param]["exp_avg"].data_ptr() for each in plain for param in state_of(each)}
     assert len(plain) > 5 and len(addresses) == 1
@@ -134,8 +134,9 @@ def test_what_cannot_run_is_left_out_with_a_reason(bench: dict[str, ModuleType])
         raise ValueError("it is broken\nand more")
 
     some = [contenders.contenders_for(size, "cpu")[0], contenders.Contender("broken", broken)]
-    result = timing.race(some, size, "cpu", 2, copy_numel=1024)
+    result = timing.race(some, size, "cpu", 9, seconds=0, copy_numel=1024)
     assert result.left_out == {"broken": "it is broken"} and result.others == []
+    assert result.rounds == 3  # the least, when the time is up
 
 
 def test_speed_is_written_as_a_table_and_a_figure(
@@ -178,7 +179,7 @@ def test_the_authors_algorithm_is_ours_with_lambda_over_p(
 
 
 def test_the_other_rivals_step(bench: dict[str, ModuleType]) -> None:
-    pytest.importorskip("torchao")
+    pytest.importorskip("torchao.prototype.pat.optim")
     params = bench["timing"].make_params(bench["contenders"].Size("one", ((8, 8),)), "cpu")
     before = params[0].detach().clone()
     optimizer = bench["rivals"].prune_optimizer(params, lr=1e-3)

@@ -401,7 +401,12 @@ def test_gradient_that_is_negated_lazily(backend: str) -> None:
     assert gradient.is_neg() and gradient.item() == -2
     param = torch.nn.Parameter(torch.ones(1))
     param.grad = gradient
-    AdamWLp([param], lambda_p=0.0, backend=backend).step()
+    optimizer = AdamWLp([param], lambda_p=0.0, backend=backend)
+    if backend == "compiled":  # which reads what lies in memory
+        with pytest.raises(ValueError, match="negates"):
+            optimizer.step()
+        return
+    optimizer.step()
     assert param.item() > 1
 
 
@@ -589,7 +594,8 @@ def test_nothing_compiles_again(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: Any, **__: Any) -> Any:
         raise AssertionError("something was compiled or loaded again")
 
-    monkeypatch.setattr(CppCodeCache, "load", refuse)
+    for name in ("load", "load_async"):
+        monkeypatch.setattr(CppCodeCache, name, refuse)
     monkeypatch.setattr(subprocess, "Popen", refuse)
     for dtype, moments in ((torch.float32, None), (torch.float64, None), (torch.bfloat16, "float32"),
                            (torch.float32, "bfloat16"), (torch.float16, None)):  # fmt: skip

@@ -22,6 +22,7 @@ def test_the_optimizer_needs_torch_alone() -> None:
     loaded = _loaded_after("from hf_pdecay import AdamWLp")
     assert "torch" in loaded
     assert not loaded & {"transformers", "matplotlib", "rich", "datasets", "evaluate", "accelerate"}
+    assert not loaded & {"torch._inductor.codecache", "triton", "torchao"}  # which a step may need
 
 
 def test_the_trainer_loads_no_drawing_and_no_measuring() -> None:

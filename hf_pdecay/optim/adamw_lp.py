@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -12,8 +13,8 @@ from torch.optim.optimizer import Optimizer, ParamsT
 from ..decay import check_lambda_p, check_p_norm
 from . import foreach
 from .backends import Backend, run
-from .distributed import agreed_finite, any_nonzero, is_dtensor, local, local_grad
-from .moments import as_stored, zero_moment
+from .distributed import agreed_finite, any_nonzero, is_dtensor, local, local_grad, shard_place
+from .moments import as_stored, clone, is_quantized, zero_moment
 from .tensor_step import Hyperparameters, TensorStep
 from .validation import ADAMW_ONLY, check_hyperparameters, check_state_dict
 
@@ -124,8 +125,14 @@ class AdamWLp(Optimizer):
 
         Chooses, and compiles if need be, what the first step would otherwise.
         """
-        self._backend.prepare([local(param) for group in self.param_groups for param in group["params"]])
-        return dict(self._backend.chosen)
+        numel: dict[str, int] = {}
+        decaying = set()
+        for group in self.param_groups:
+            for param in group["params"]:
+                numel[param.device.type] = numel.get(param.device.type, 0) + local(param).numel()
+                if group["lambda_p"] != 0:
+                    decaying.add(param.device.type)
+        return {device: self._backend.choice(device, count, device in decaying) for device, count in numel.items()}
 
     @property
     def skipped_steps(self) -> int:
@@ -136,9 +143,23 @@ class AdamWLp(Optimizer):
         """Return what a pickle or a copy holds: the backend too, which a checkpoint does not."""
         return {**super().__getstate__(), "_backend": Backend(self._backend.name), "grad_norm": None}
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> AdamWLp:
+        """Return a copy of the optimizer and of its parameters."""
+        for state in self.state.values():
+            for moment in (state.get("exp_avg"), state.get("exp_avg_sq")):
+                if moment is not None and is_quantized(moment):
+                    memo[id(moment)] = clone(moment)
+        copied: AdamWLp = type(self).__new__(type(self))
+        memo[id(self)] = copied
+        copied.__setstate__(copy.deepcopy(self.__getstate__(), memo))
+        return copied
+
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restore from a pickle or a checkpoint, also one of an older version."""
         super().__setstate__(state)
+        self.__dict__.setdefault("_backend", Backend())
+        self.__dict__.setdefault("grad_norm", None)
+        self.defaults.setdefault("moments", None)
         for group in self.param_groups:
             for key, value in self.defaults.items():
                 group.setdefault(key, value)
@@ -167,8 +188,8 @@ class AdamWLp(Optimizer):
                 state = self.state.get(param)
                 if not state:
                     continue
-                if not isinstance(state["step"], Tensor):
-                    state["step"] = torch.tensor(float(state["step"]))
+                # Versions of torch have counted in numbers and in other dtypes; in bfloat16 a counter would stall.
+                state["step"] = torch.as_tensor(state["step"]).to(torch.float32)
                 # torch casts all state but the step to the dtype of the parameter: back to what it was saved as.
                 saved = state_dict["state"][key]
                 for name in ("exp_avg", "exp_avg_sq"):
@@ -193,6 +214,7 @@ class AdamWLp(Optimizer):
             ValueError: If a gradient is sparse, or the backend that was asked for cannot do a tensor.
         """
         loss = None
+        norm, self.grad_norm = self.grad_norm, None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
@@ -202,7 +224,7 @@ class AdamWLp(Optimizer):
         for index, group in enumerate(self.param_groups):
             steps += self._tensor_steps(index, group)
         assigned = self._backend.assign(steps)
-        finite = self._finite()
+        finite = self._finite(norm)
         for name, some in assigned:
             careless = [each for each in some if not each.hyper.skip_nonfinite]
             if careless and finite is not True:
@@ -242,14 +264,13 @@ class AdamWLp(Optimizer):
             if is_dtensor(param):
                 # Autograd looks at the DTensor; the step below changes the shard that it holds.
                 torch.autograd.graph.increment_version(param)
-                grad = local_grad(param, grad)
+                grad, place = local_grad(param, grad), shard_place(param, place)
                 param, exp_avg, exp_avg_sq = map(local, (param, exp_avg, exp_avg_sq))
             steps.append(TensorStep(param, grad, exp_avg, exp_avg_sq, state["step"], awake, hyper, place))
         return steps
 
-    def _finite(self) -> bool | Tensor:
+    def _finite(self, norm: Tensor | float | None) -> bool | Tensor:
         """Whether all gradients are finite of the groups that ask: known by their norm, or looked at here."""
-        norm, self.grad_norm = self.grad_norm, None
         grads = [
             param.grad
             for group in self.param_groups

@@ -48,10 +48,24 @@ class Backend:
         self.name = name
         self.chosen: dict[str, tuple[str, str]] = {}
 
-    def prepare(self, params: Sequence[Tensor]) -> None:
-        """Choose for each kind of device among the tensors for which that has not been done."""
-        for device in {param.device.type for param in params} - self.chosen.keys():
-            self._choose(device, sum(param.numel() for param in params if param.device.type == device))
+    def choice(self, device: str, numel: int, decays: bool) -> tuple[str, str]:
+        """Return the backend for a type of device and the reason, which are logged once.
+
+        Args:
+            device: Type of the device, such as ``"cpu"``.
+            numel: Number of weights there.
+            decays: Whether any of them decays.
+        """
+        if self.name == "auto" and device == "cpu" and not decays:
+            dense = "foreach", "nothing decays, and by plain operations the step is torch's AdamW to the bit"
+            _say(logging.INFO, device, *dense)
+            return dense
+        if device not in self.chosen:
+            name, reason = _automatic(device, numel) if self.name == "auto" else (self.name, "it was asked for")
+            slow = self.name == "auto" and name == "foreach" and device in ("cpu", "cuda") and numel >= MIN_COMPILED
+            _say(logging.WARNING if slow else logging.INFO, device, name, reason)
+            self.chosen[device] = name, reason
+        return self.chosen[device]
 
     def assign(self, steps: Sequence[TensorStep]) -> list[tuple[str, list[TensorStep]]]:
         """Return which backend does which tensors. Nothing is written yet.
@@ -62,14 +76,10 @@ class Backend:
         by_device: dict[str, list[TensorStep]] = {}
         for each in steps:
             by_device.setdefault("cpu" if each.param.is_cpu else each.param.device.type, []).append(each)
-        if not self.chosen.keys() >= by_device.keys():
-            self.prepare([each.param for each in steps])
         assigned: list[tuple[str, list[TensorStep]]] = []
         for device, some in by_device.items():
-            name = self.chosen[device][0]
-            if device == "cpu" and self.name == "auto" and all(each.hyper.lambda_p == 0 for each in some):
-                # Without any decay the step is torch's AdamW to the bit, by the operations that it takes.
-                name = "foreach"
+            numel = 0 if device in self.chosen else sum(each.param.numel() for each in some)
+            name, _ = self.choice(device, numel, any(each.hyper.lambda_p != 0 for each in some))
             assigned += self._split(name, some)
         return assigned
 
@@ -85,12 +95,6 @@ class Backend:
                 return True
         finite = torch.nn.utils.get_total_norm(present, norm_type=math.inf).isfinite()
         return bool(finite) if finite.device.type == "cpu" else finite
-
-    def _choose(self, device: str, numel: int) -> None:
-        name, reason = (self.name, "it was asked for") if self.name != "auto" else _automatic(device, numel)
-        self.chosen[device] = name, reason
-        slow = name == "foreach" and self.name == "auto" and device in ("cpu", "cuda") and numel >= MIN_COMPILED
-        _say(logging.WARNING if slow else logging.INFO, f"AdamWLp on {device} takes backend {name!r}: {reason}.")
 
     def _split(self, name: str, steps: list[TensorStep]) -> list[tuple[str, list[TensorStep]]]:
         """Part the tensors that a backend does from those that it refuses, which `auto` leaves to `foreach`."""
@@ -111,8 +115,8 @@ class Backend:
 
 
 @functools.cache
-def _say(level: int, message: str) -> None:
-    logger.log(level, message)
+def _say(level: int, device: str, name: str, reason: str) -> None:
+    logger.log(level, "AdamWLp on %s takes backend %r: %s.", device, name, reason)
 
 
 def _automatic(device: str, numel: int) -> tuple[str, str]:

@@ -50,24 +50,27 @@ def unavailable() -> str | None:
 
 def refusal(each: TensorStep) -> str | None:
     """Return why the function cannot do the step of this tensor, or None."""
-    param, grad, moment = each.param, each.grad, each.exp_avg
-    if (
-        param.is_cpu
-        and (param.dtype, moment.dtype) in _PAIRS
-        and type(moment) is Tensor
-        and param.is_contiguous()
-        and grad.is_contiguous()
-        and moment.is_contiguous()
-        and each.exp_avg_sq.is_contiguous()
-    ):
-        return None  # as nearly always: what comes below tells the rest apart
-    if param.device.type != "cpu":
+    param, grad, moment, second = each.param, each.grad, each.exp_avg, each.exp_avg_sq
+    # The function gets addresses and believes what it is told of them: nothing may be left unchecked here.
+    shape = param.shape
+    if not (param.is_cpu and grad.is_cpu and moment.is_cpu and second.is_cpu and each.step.is_cpu):
         return f"it works on a CPU, not on {param.device.type}"
-    if is_quantized(moment):
+    if is_quantized(moment) or is_quantized(second):
         return "it does not know 8-bit moments"
-    if (param.dtype, moment.dtype) not in _PAIRS:
-        return f"it does not know weights of {param.dtype} with moments of {moment.dtype}"
-    if not is_flat(param, grad, moment, each.exp_avg_sq):
+    if grad.shape != shape or moment.shape != shape or second.shape != shape:
+        return (
+            f"gradient and moments are of shapes {tuple(grad.shape)}, {tuple(moment.shape)} and {tuple(second.shape)}, "
+            "not of that of the weights"
+        )
+    if (param.dtype, moment.dtype) not in _PAIRS or second.dtype != moment.dtype:
+        return f"it does not know weights of {param.dtype} with moments of {moment.dtype} and {second.dtype}"
+    if grad.dtype != param.dtype:
+        return f"it takes gradients of the weights' dtype {param.dtype}, not of {grad.dtype}"
+    if grad.is_neg():
+        return "the gradient is a view that negates what lies in memory"
+    if each.step.dtype != torch.float32 or each.step.numel() != 1:
+        return f"it takes a step counter of torch.float32, not {each.step.dtype}"
+    if not is_flat(param, grad, moment, second):
         return "weights, gradient and moments must lie in memory alike and without gaps"
     return None
 
@@ -151,7 +154,7 @@ def _load() -> tuple[ctypes.CDLL | None, str | None]:
         from torch._inductor.cpp_builder import is_gcc
 
         flags = _FLAGS + (_GCC_FLAGS if is_gcc() else ())
-        library: ctypes.CDLL = CppCodeCache.load(SOURCE.read_text(encoding="utf-8"), extra_flags=flags)
+        library: ctypes.CDLL = CppCodeCache.load_async(SOURCE.read_text(encoding="utf-8"), extra_flags=flags)()
         library.hf_pdecay_step.restype = library.hf_pdecay_all_finite.restype = ctypes.c_int
         pointer, count, threads = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
         library.hf_pdecay_step.argtypes = (pointer, count, pointer, threads)

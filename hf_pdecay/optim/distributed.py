@@ -9,6 +9,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from .rounding import mix32
+
 
 def is_dtensor(tensor: Tensor) -> bool:
     """Whether a tensor is a DTensor. Does not import torch's module for them: without it there are none."""
@@ -36,6 +38,18 @@ def local_grad(param: Tensor, grad: Tensor) -> Tensor:
     if sharded.placements != like.placements or sharded.device_mesh != like.device_mesh:
         sharded = sharded.redistribute(like.device_mesh, like.placements)
     return local(sharded)
+
+
+def shard_place(param: Tensor, place: int) -> int:
+    """Return the place of a DTensor's shard in the optimizer, so that shards draw random bits of their own.
+
+    Replicas get the same place, and so the same bits.
+    """
+    sharded = cast(Any, param)
+    for coordinate, placement in zip(sharded.device_mesh.get_coordinate(), sharded.placements, strict=True):
+        if placement.is_shard():
+            place = mix32((place + coordinate) & 0xFFFFFFFF)
+    return place
 
 
 def any_nonzero(param: Tensor) -> Tensor:

@@ -31,6 +31,8 @@ def check_moments(moments: object) -> None:
         )
     if moments == "8bit" and "torchao" not in sys.modules and importlib.util.find_spec("torchao") is None:
         raise ImportError("moments='8bit' needs torchao: pip install 'hf-pdecay[8bit]', or take moments='bfloat16'.")
+    if moments == "8bit":
+        _state_class()  # whose import lets torch.load read checkpoints that hold it
 
 
 def zero_moment(param: Tensor, moments: str | None, *, signed: bool) -> Tensor:
@@ -89,6 +91,14 @@ def dequantize(moment: Tensor, dtype: torch.dtype) -> Tensor:
         values: Any = moment.dequantize()
         return values.to(dtype)
     return moment.to(dtype)
+
+
+def clone(moment: Tensor) -> Tensor:
+    """Return a copy; torchao has none of a quantised moment."""
+    if not is_quantized(moment):
+        return moment.clone()
+    state: Any = moment
+    return _state_class()(state.codes.clone(), state.scale.clone(), state.qmap.clone(), state.signed)
 
 
 def slice_quantized(tensor: Tensor, start: int, length: int) -> Tensor:

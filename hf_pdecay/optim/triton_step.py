@@ -159,9 +159,9 @@ def _update(
         end = tl.minimum(begin + CHUNK, numel)
         # The same code twice: with a mask, or addresses of which it does not know that they are multiples of 16, the
         # compiler loads one element at a time.
-        middle = begin + (end - begin) // BLOCK * BLOCK * tl.load(words + 9)
-        _run(words, scalars, begin, middle, PARAM, MOMENT, DECAY, NEAREST, BLOCK, True)
-        _run(words, scalars, middle, end, PARAM, MOMENT, DECAY, NEAREST, BLOCK, False)
+        whole = begin + (end - begin) // BLOCK * BLOCK * tl.load(words + 9)
+        _run(words, scalars, begin, whole, PARAM, MOMENT, DECAY, NEAREST, BLOCK, True)
+        _run(words, scalars, whole, end, PARAM, MOMENT, DECAY, NEAREST, BLOCK, False)
 
 
 @triton.jit
