@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -46,3 +46,13 @@ def tokens() -> Any:
 
     rows = torch.randint(0, 64, (48, 16), generator=torch.Generator().manual_seed(0)).tolist()
     return Dataset.from_dict({"input_ids": rows, "labels": rows})
+
+
+@pytest.fixture
+def threads() -> Iterator[Callable[[int], None]]:
+    """Sets the number of torch's threads, until the test ends."""
+    import torch
+
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)

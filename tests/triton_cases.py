@@ -162,8 +162,11 @@ def check_against_reference(weights: torch.Tensor, settings: Hyper, dtype: torch
 
 @needs_interpreter
 class TestArithmetic:
-    @pytest.mark.parametrize("p_norm", P_NORMS)
-    @pytest.mark.parametrize("dtype", [F32, F64, BF16, F16], ids=str)
+    @pytest.mark.parametrize(
+        ("dtype", "p_norm"),
+        [*((dtype, p) for dtype in (F32, F64) for p in P_NORMS), *((d, p) for d in LOW_PRECISION for p in (0.5, 2.0, 3.0))],
+        ids=str,
+    )
     def test_equals_the_reference(self, p_norm: float, dtype: torch.dtype) -> None:
         weights = normal(60, 3)
         weights[::9] = 0
@@ -171,9 +174,8 @@ class TestArithmetic:
         weights[2::9] *= 1e-6
         weights[3] = -0.0
         for options in (
-            {"weight_decay": 0.3},
+            {"weight_decay": 0.3, "keep_zeros": True, "beta1": 0.0},
             {"maximize": True, "beta1": 0.4, "beta2": 0.95, "eps": 1e-3, "lr": 0.3, "lambda_p": 2.0},
-            {"keep_zeros": True, "beta1": 0.0},
         ):
             check_against_reference(weights, Hyper(**{"lr": 0.01, "p_norm": p_norm, **options}), dtype)
 
@@ -251,20 +253,19 @@ class TestArithmetic:
             triton_step.step([each])
         assert torch.equal(each.param, before)
 
-    @pytest.mark.parametrize("eps", [0.0, 1e-30, 1e-8])
+    @pytest.mark.parametrize("eps", [0.0, 1e-8])
     @pytest.mark.parametrize("pair", PAIRS, ids=str)
     def test_finite_gradients_give_finite_weights(self, eps: float, pair: tuple[torch.dtype, torch.dtype]) -> None:
         extremes = torch.tensor([1e-45, 1e-38, 1e-30, 1e-19, 1e-8, 1e-4, 1.0, 100.0, 6e4])
         values = torch.cat([extremes, -extremes, torch.zeros(1)])
         w, g = (part.reshape(-1).to(pair[0]) for part in torch.meshgrid(values, values, indexing="ij"))
-        for p_norm in (0.1, 4.0):
-            each = made(w.numel(), pair, hyper(p_norm=p_norm, eps=eps), steps=0)._replace(param=w.clone(), grad=g)
-            each.exp_avg.zero_()
-            each.exp_avg_sq.zero_()
-            for _ in range(2):
-                triton_step.step([each])
-                nothing = (each.grad == 0) & (eps == 0)
-                assert bool(each.param[~nothing].isfinite().all())
+        each = made(w.numel(), pair, hyper(p_norm=0.1, eps=eps), steps=0)._replace(param=w.clone(), grad=g)
+        each.exp_avg.zero_()
+        each.exp_avg_sq.zero_()
+        for _ in range(2):
+            triton_step.step([each])
+            nothing = (g == 0) & (eps == 0)
+            assert bool(each.param[~nothing].isfinite().all())
 
     @pytest.mark.parametrize("pair", PAIRS, ids=str)
     def test_a_nonfinite_gradient_shows(self, pair: tuple[torch.dtype, torch.dtype]) -> None:
@@ -308,8 +309,8 @@ class TestArithmetic:
 class TestRounding:
     @pytest.mark.parametrize("pair", [pair for pair in PAIRS if set(pair) & set(LOW_PRECISION)], ids=str)
     def test_random_bits_are_those_of_foreach(self, pair: tuple[torch.dtype, torch.dtype]) -> None:
-        for place in (0, 5, (7 << 20) + 3, 5000 << 20):
-            each = made(5000, pair, seed=place % 1000)._replace(place=place)
+        for place in (5, (7 << 20) + 3, 5000 << 20):
+            each = made(2048, pair, seed=place % 1000)._replace(place=place)
             other = cloned(each)._replace(place=place + 1)
             assert_like_foreach([each])
             triton_step.step([other])
@@ -395,8 +396,8 @@ class TestLaunches:
         triton_step.step([])
 
     def test_any_address(self) -> None:
-        for pair in PAIRS:
-            for shift in range(1, 4):
+        for pair in ((F32, F32), (BF16, BF16), (F32, BF16), (F64, F64)):
+            for shift in (1, 3):
                 parts: dict[str, torch.Tensor] = {}
                 each = made(5000, pair)
                 for name in ("param", "grad", "exp_avg", "exp_avg_sq"):
@@ -584,23 +585,18 @@ class TestCompiled:
             AdamWLp([p], backend="triton").step()
 
     @pytest.mark.parametrize("pair", [(F32, F32), (BF16, BF16), (BF16, F32), (F16, F16), (F64, F64)], ids=str)
-    @pytest.mark.parametrize("backend", ["cuda", "hip"])
-    def test_compiles(
-        self, pair: tuple[torch.dtype, torch.dtype], backend: str, launches: tuple[Launches, Launches]
+    def test_compiles_for_cuda(
+        self, pair: tuple[torch.dtype, torch.dtype], launches: tuple[Launches, Launches]
     ) -> None:
         from triton.backends.compiler import GPUTarget
 
-        target = GPUTarget("cuda", 80, 32) if backend == "cuda" else GPUTarget("hip", "gfx942", 64)
-        finite = torch.tensor(True)
-        triton_step.step([made(5, pair, hyper(lr=torch.tensor(0.1)))], finite)
+        target = GPUTarget("cuda", 80, 32)
+        triton_step.step([made(5, pair, hyper(lr=torch.tensor(0.1)))], torch.tensor(True))
         triton_step.step([made(5, pair, hyper(lambda_p=0.0))])
-        prepare, update = launches
-        for _, *launch in prepare.calls:
-            compiled(prepare.kernel, *launch, target)
-        for _, *launch in update.calls:
-            assembly = compiled(update.kernel, *launch, target)
-            if backend == "hip":
-                continue
+        for _, *launch in launches[0].calls:
+            compiled(triton_step._prepare.kernel, *launch, target)
+        for _, *launch in launches[1].calls:
+            assembly = compiled(triton_step._update.kernel, *launch, target)
             ptx = assembly["ptx"]
             # Of whole blocks a thread loads its eight elements by 16 bytes.
             wide = ".v2.b64" if pair[0] == F64 else ".v4.b32"
@@ -610,6 +606,15 @@ class TestCompiled:
             # These take denormal numbers for 0, and nothing else may.
             flushing = {word for word in ptx.split() if ".ftz." in word and word.endswith(".f32")}
             assert pair[0] == F64 or flushing <= {"ex2.approx.ftz.f32", "sqrt.approx.ftz.f32"}, flushing
+
+    @pytest.mark.parametrize("pair", [(F32, BF16), (F16, F16)], ids=str)
+    def test_compiles_for_hip(self, pair: tuple[torch.dtype, torch.dtype], launches: tuple[Launches, Launches]) -> None:
+        from triton.backends.compiler import GPUTarget
+
+        triton_step.step([made(5, pair)], torch.tensor(True))
+        for kernel in launches:
+            for _, *launch in kernel.calls:
+                assert "amdgcn" in compiled(kernel.kernel, *launch, GPUTarget("hip", "gfx942", 64))
 
     def test_nothing_that_changes_is_a_constant(self) -> None:
         constants = {"PARAM", "MOMENT", "DECAY", "NEAREST", "CHUNK", "BLOCK", "ROWS"}

@@ -1,0 +1,45 @@
+"""The Triton kernel: tests/triton_cases.py in processes of their own.
+
+Whether Triton interprets or compiles is settled when it is imported, for the whole process. So each class of cases runs
+in one that has it so, and no other test notices.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
+
+
+pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.mark.parametrize(
+    ("cases", "interpret"),
+    [("TestArithmetic", True), ("TestRounding", True), ("TestLaunches", True), ("TestCompiled", False)],
+)
+def test_kernel(cases: str, interpret: bool, tmp_path: Path) -> None:
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+    environment |= {"TRITON_INTERPRET": str(int(interpret)), "TRITON_CACHE_DIR": str(tmp_path / "cache")}
+    report = tmp_path / "report.xml"
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--junitxml={report}"]
+    command += [f"tests/triton_cases.py::{cases}", "-W", "ignore::RuntimeWarning"]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
+    assert report.exists(), done.stdout + done.stderr
+    results = list(ElementTree.parse(report).iter("testcase"))
+    failures = [
+        f"{case.get('name')}\n{problem.text or problem.get('message')}"
+        for case in results
+        for problem in case
+        if problem.tag in ("failure", "error")
+    ]
+    assert not failures, f"{len(failures)} of {len(results)} cases failed:\n\n" + "\n\n".join(failures)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert any(case.find("skipped") is None for case in results)
