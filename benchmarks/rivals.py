@@ -1,0 +1,94 @@
+"""What AdamWLp is measured against: the authors' algorithm, and thin constructors of the others.
+
+Each is given the fastest AdamW that torch has to stand on, so that what differs is the decay.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import AdamW
+
+
+class AuthorsAdamW(AdamW):
+    """The algorithm of https://huggingface.co/papers/2404.10824 as its authors compute it, from its description.
+
+    Clone the weights, let torch's AdamW step, and multiply each weight by a factor from its clone: a loop over the
+    tensors, in plain operations that allocate.
+
+    Args:
+        params: Parameters.
+        lr: Learning rate.
+        betas: Decay of the moments.
+        eps: Added to the denominator.
+        weight_decay: AdamW's own decay.
+        p_norm: p.
+        lambda_: Their λ, which is AdamWLp's ``lambda_p`` divided by p.
+        fused: Whether the AdamW below is torch's fused one.
+    """
+
+    def __init__(
+        self,
+        params: Sequence[Tensor],
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        *,
+        p_norm: float = 0.8,
+        lambda_: float = 0.0125,
+        fused: bool = True,
+    ) -> None:
+        super().__init__(params, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, fused=fused)
+        self.p_norm = p_norm
+        self.lambda_ = lambda_
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Do one step."""
+        groups = [(group, [p for p in group["params"] if p.grad is not None]) for group in self.param_groups]
+        before = [[param.clone() for param in params] for _, params in groups]
+        loss = super().step(closure)
+        for (group, params), clones in zip(groups, before, strict=True):
+            alpha_lambda = group["lr"] * self.p_norm * self.lambda_
+            for param, old in zip(params, clones, strict=True):
+                size = old.abs().pow(2 - self.p_norm)
+                param.mul_(size / (size + alpha_lambda))
+        return loss
+
+
+def torch_adamw(params: Sequence[Tensor], lr: float, *, fused: bool) -> AdamW:
+    """Return torch's AdamW, fused or foreach, without decay."""
+    return AdamW(params, lr=lr, weight_decay=0.0, fused=fused, foreach=not fused)
+
+
+def authors_adamw(params: Sequence[Tensor], lr: float, p_norm: float, lambda_p: float) -> AuthorsAdamW:
+    """Return the authors' algorithm for a λ_p as AdamWLp means it."""
+    return AuthorsAdamW(params, lr=lr, p_norm=p_norm, lambda_=lambda_p / p_norm)
+
+
+def prune_optimizer(params: Sequence[Tensor], lr: float) -> Any:
+    """Return torchao's PruneOptimizer, which soft-thresholds each weight (p = 1), around torch's fused AdamW.
+
+    Its threshold grows with the sum of the learning rates; the strength is so low that no weight of a benchmark dies.
+    """
+    from torchao.prototype.pat.optim import PruneOptimizer
+
+    group = {"params": list(params), "prox_type": "ProxLasso", "group_type": "ElemGrouper"}
+    return PruneOptimizer(AdamW([group], lr=lr, weight_decay=0.0, fused=True), reg_lambda=1e-3)
+
+
+def optimi_adamw(params: Sequence[Tensor], lr: float) -> Any:
+    """Return optimi's AdamW, which takes Triton where it can and foreach elsewhere."""
+    import optimi
+
+    return optimi.AdamW(params, lr=lr, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0)
+
+
+def missing(module: str) -> str | None:
+    """Return why a package cannot be measured here, or None."""
+    return None if importlib.util.find_spec(module) is not None else "not installed"

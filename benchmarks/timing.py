@@ -1,0 +1,351 @@
+"""Timing optimizers against each other: all of them in every round, in another order each time."""
+
+from __future__ import annotations
+
+import gc
+import math
+import random
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from statistics import median
+from typing import Any
+
+import numpy as np
+import psutil
+import torch
+from contenders import Contender, Size
+from memory import MOMENTS, extra_bytes, least_bytes, state_bytes
+from torch import Tensor
+
+
+# A visit lasts at least so long, by doing several steps where one is shorter: clocks and launches then do not matter.
+_VISIT_SECONDS = 0.01
+_MOST_STEPS = 50
+# What takes longer than both a number of times the baseline and a number of seconds takes part in fewer rounds.
+_SLOW_TIMES, _SLOW_SECONDS = 12, 0.2
+_LEAST_ROUNDS = 3
+# The baseline steps so often in a round, and its median is what the others are compared with.
+_BASELINE_VISITS = 3
+
+OWN, STATE, NOTHING = "all its own", "a state of its own", "nothing of its own"
+
+
+@dataclass
+class Entrant:
+    """A contender on the track, and what was measured of it.
+
+    Attributes:
+        name: The contender's.
+        step: Does one step.
+        block: Steps in a visit, timed together.
+        every: It takes part in each n-th round.
+        extra_bytes: Peak memory of tensors made during a step.
+        state_bytes: Bytes of the optimizer's state.
+        least_bytes: Bytes that a step has to move.
+        seconds: For each round, seconds a step in each visit.
+        contender: What it was made from; None for the copy.
+        note: What AdamWLp's ``auto`` took.
+    """
+
+    name: str
+    step: Callable[[], Any]
+    block: int = 1
+    every: int = 1
+    extra_bytes: int = 0
+    state_bytes: int = 0
+    least_bytes: int = 0
+    seconds: dict[int, list[float]] = field(default_factory=dict)
+    contender: Contender | None = None
+    note: str = ""
+
+    @property
+    def all_seconds(self) -> list[float]:
+        """Seconds a step of all visits."""
+        return [value for values in self.seconds.values() for value in values]
+
+
+@dataclass
+class Race:
+    """What came out of the rounds of one size.
+
+    Attributes:
+        baseline: The entrant that the others are compared with.
+        others: The others.
+        copy: A plain copy of a large tensor, and the bytes that it reads and writes.
+        left_out: Contenders that could not run, and why.
+        sharing: What each optimizer has of its own.
+        rounds: Number of rounds.
+    """
+
+    baseline: Entrant
+    others: list[Entrant]
+    copy: Entrant
+    left_out: dict[str, str]
+    sharing: str
+    rounds: int
+
+    @property
+    def entrants(self) -> list[Entrant]:
+        """All optimizers, the baseline first."""
+        return [self.baseline, *self.others]
+
+    def find(self, name: str) -> Entrant | None:
+        """Return an optimizer by its name, if it took part."""
+        return next((entrant for entrant in self.entrants if entrant.name == name), None)
+
+    def ratios(self, entrant: Entrant, to: Entrant | None = None) -> list[float]:
+        """Return time over that of another entrant, the baseline by default, visit by visit within rounds."""
+        other = (self.baseline if to is None else to).seconds
+        return [
+            value / median(other[number])
+            for number, values in entrant.seconds.items()
+            if number in other
+            for value in values
+        ]
+
+
+class NotEnoughMemoryError(Exception):
+    """A size does not fit."""
+
+
+def make_params(size: Size, device: str, seed: int = 0) -> list[Tensor]:
+    """Return weights of magnitudes from 0.01 up, with gradients that move them away from zero.
+
+    So neither zeros nor denormal numbers come up, however often the same gradients are used.
+    """
+    generator = torch.Generator(device).manual_seed(seed)
+
+    def magnitudes(shape: tuple[int, ...], scale: float) -> Tensor:
+        values = torch.empty(shape, dtype=size.dtype, device=device)
+        return values.normal_(generator=generator).abs_().add_(0.5).mul_(scale)
+
+    params: list[Tensor] = []
+    for shape in size.shapes:
+        weight, grad = magnitudes(shape, 0.02), magnitudes(shape, 1e-3)
+        weight[..., ::2].neg_()
+        grad[..., 1::2].neg_()
+        params.append(torch.nn.Parameter(weight))
+        params[-1].grad = grad
+    return params
+
+
+def copies(params: Sequence[Tensor]) -> list[Tensor]:
+    """Return the same weights and gradients in memory of their own."""
+    twins: list[Tensor] = []
+    for param in params:
+        twins.append(torch.nn.Parameter(param.detach().clone()))
+        twins[-1].grad = None if param.grad is None else param.grad.clone()
+    return twins
+
+
+def available_bytes(device: str) -> int:
+    """Return the memory that is free."""
+    return torch.cuda.mem_get_info()[0] if device == "cuda" else psutil.virtual_memory().available
+
+
+def choose_sharing(size: Size, optimizers: int, device: str) -> str:
+    """Return what each optimizer can have of its own.
+
+    Raises:
+        NotEnoughMemoryError: If not even one set of weights, gradients and moments fits.
+    """
+    part = size.weights * size.dtype.itemsize
+    free = available_bytes(device)
+    generous, most = (0.5, 0.8) if device == "cpu" else (0.85, 0.95)  # a CPU's memory belongs to others too
+    if part * 4 * (optimizers + 1) < generous * free:
+        return OWN
+    if part * 2 * (optimizers + 2) < generous * free:
+        return STATE
+    if part * 4 < most * free:
+        return NOTHING
+    raise NotEnoughMemoryError(
+        f"{size.name}: weights, gradients and moments take {part * 4 / 1e9:.0f} GB, of which {free / 1e9:.0f} are free."
+    )
+
+
+def lend_moments(
+    optimizer: Any, contender: Contender, params: Sequence[Tensor], pool: Sequence[tuple[Tensor, ...]]
+) -> None:
+    """Give an optimizer, before its first step, moments that it shares with others.
+
+    What else belongs to its state is seen from the state that it makes for a tensor of one weight.
+    """
+    like = params[0]
+    single = torch.nn.Parameter(torch.ones(1, dtype=like.dtype, device=like.device))
+    single.grad = torch.ones_like(single)
+    stand_in = contender.make([single])
+    stand_in.step()
+    others = {key: value for key, value in stand_in.state[single].items() if key not in MOMENTS}
+    for param, moments in zip(params, pool, strict=True):
+        counters = {key: torch.zeros_like(value) for key, value in others.items()}
+        optimizer.state[param] = {**counters, **dict(zip(MOMENTS, moments, strict=True))}
+
+
+def clock(step: Callable[[], Any], steps: int, device: str) -> float:
+    """Return the seconds that a step takes, by doing several."""
+    if device == "cuda":
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda.synchronize()
+        start.record()
+        for _ in range(steps):
+            step()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end) / 1000 / steps
+    begin = time.perf_counter()
+    for _ in range(steps):
+        step()
+    return (time.perf_counter() - begin) / steps
+
+
+def line_up(contenders: Sequence[Contender], size: Size, device: str) -> tuple[list[Entrant], dict[str, str], str]:
+    """Make the optimizers and warm them up; return them, those that cannot run and why, and what they share."""
+    left_out = {each.name: each.missing for each in contenders if each.missing is not None}
+    present = [each for each in contenders if each.missing is None]
+    sharing = choose_sharing(size, len(present), device)
+    common = make_params(size, device)
+    pool: list[tuple[Tensor, ...]] = []
+    entrants = []
+    for contender in present:
+        try:
+            entrants.append(_enter(contender, size, device, sharing, common, pool))
+        except Exception as error:  # whatever an optimizer raises, the others run on; the table says why it is absent
+            lines = str(error).strip().splitlines() or [type(error).__name__]
+            left_out[contender.name] = lines[0][:200]
+        if contender.name in left_out:
+            free_memory(device)
+    return entrants, left_out, sharing
+
+
+def _enter(
+    contender: Contender,
+    size: Size,
+    device: str,
+    sharing: str,
+    common: Sequence[Tensor],
+    pool: list[tuple[Tensor, ...]],
+) -> Entrant:
+    """Make an optimizer and warm it up; the first one whose moments others can use leaves them in the pool."""
+    params = copies(common) if sharing == OWN else list(common)
+    optimizer = contender.make(params)
+    lends = sharing == NOTHING and contender.plain_state
+    if lends and pool:
+        lend_moments(optimizer, contender, params, pool)
+    entrant = Entrant(contender.name, optimizer.step, contender=contender)
+    warm_up(entrant, device)
+    entrant.state_bytes, entrant.least_bytes = state_bytes(optimizer), least_bytes(optimizer, params)
+    if contender.backend == "auto":
+        entrant.note = ", ".join(name for name, _ in optimizer.backends.values())
+    if lends and not pool:
+        pool += [tuple(optimizer.state[param][name] for name in MOMENTS) for param in params]
+    return entrant
+
+
+def free_memory(device: str) -> None:
+    """Give back what nothing refers to any more."""
+    gc.collect()
+    if device == "cuda":
+        torch.cuda.empty_cache()
+
+
+def warm_up(entrant: Entrant, device: str) -> None:
+    """Do the first steps, which compile and allocate, take the memory of one, and settle the steps of a visit."""
+    entrant.step()
+    begin = time.perf_counter()
+    entrant.extra_bytes = extra_bytes(entrant.step, device)
+    seconds = time.perf_counter() - begin
+    if seconds < _SLOW_SECONDS:  # a long step is known well enough, and need not be repeated
+        seconds = clock(entrant.step, 1, device)
+    entrant.block = min(max(math.ceil(_VISIT_SECONDS / seconds), 1), _MOST_STEPS)
+    entrant.seconds[-1] = [seconds]
+
+
+def copy_entrant(device: str, numel: int) -> Entrant:
+    """Return a plain copy of a tensor of float32, far larger than any cache, as something to time with the others."""
+    source = torch.ones(numel, device=device)
+    target = torch.empty_like(source)
+    entrant = Entrant(f"copy of {source.nbytes / 1e6:.0f} MB", lambda: target.copy_(source))
+    entrant.least_bytes = 2 * source.nbytes
+    warm_up(entrant, device)
+    return entrant
+
+
+@contextmanager
+def no_garbage_collection() -> Iterator[None]:
+    """Collect now, and not again before the end."""
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+
+
+def race(
+    contenders: Sequence[Contender],
+    size: Size,
+    device: str,
+    rounds: int,
+    *,
+    seconds: float = math.inf,
+    copy_numel: int | None = None,
+) -> Race:
+    """Time all contenders in every round, in an order drawn anew each time; the first of them is the baseline.
+
+    A visit of several steps begins with one that is not timed, so that what fits into a cache is there for all alike.
+
+    Args:
+        contenders: Who takes part.
+        size: What they step on.
+        device: Where.
+        rounds: How many rounds.
+        seconds: After so long no round begins any more, once three are done.
+        copy_numel: Length of the tensor that is copied.
+
+    Raises:
+        NotEnoughMemoryError: If the size does not fit.
+        RuntimeError: If the baseline cannot run.
+    """
+    entrants, left_out, sharing = line_up(contenders, size, device)
+    baseline = next((each for each in entrants if each.name == contenders[0].name), None)
+    if baseline is None:
+        raise RuntimeError(f"{contenders[0].name} cannot run on {size.name}: {left_out.get(contenders[0].name)}")
+    numel = copy_numel or (1 << 26 if device == "cpu" else 1 << 28)
+    copy = copy_entrant(device, min(numel, max(available_bytes(device) // 16, 1 << 20)))
+    slow = max(_SLOW_TIMES * baseline.seconds[-1][0], _SLOW_SECONDS)
+    for entrant in entrants:
+        if entrant.seconds[-1][0] > slow:
+            entrant.every = max(rounds // max(_LEAST_ROUNDS, rounds // 5), 1)
+    for entrant in (*entrants, copy):
+        entrant.seconds.clear()
+    order = random.Random(0)
+    end, done = time.perf_counter() + seconds, 0
+    with no_garbage_collection():
+        for number in range(rounds):
+            if number >= _LEAST_ROUNDS and time.perf_counter() > end:
+                break
+            visits = [each for each in (*entrants, copy) if number % each.every == 0]
+            visits += [baseline] * (_BASELINE_VISITS - 1)
+            order.shuffle(visits)
+            for entrant in visits:
+                if entrant.block > 1:
+                    entrant.step()
+                entrant.seconds.setdefault(number, []).append(clock(entrant.step, entrant.block, device))
+            done = number + 1
+    for entrant in (*entrants, copy):
+        entrant.step = _over  # the optimizers hold memory that what comes next may need
+    free_memory(device)
+    others = [each for each in entrants if each is not baseline]
+    return Race(baseline, others, copy, left_out, sharing, done)
+
+
+def _over() -> None:
+    raise RuntimeError("The race is over.")
+
+
+def spread(values: Sequence[float]) -> dict[str, float]:
+    """Return the median and the quantiles of 10% and 90%."""
+    low, middle, high = np.quantile(np.asarray(values, dtype=float), [0.1, 0.5, 0.9])
+    return {"median": float(middle), "q10": float(low), "q90": float(high)}
