@@ -45,18 +45,15 @@ inline double fma(double a, double b, double c) { return a * b + c; }
 
 // --- what tensors are stored as
 
-struct bfloat16 {
-  uint16_t bits;
-};
-struct float16 {
-  uint16_t bits;
-};
+// Types of their own, and yet plain numbers to the compiler, which vectorises no structs.
+enum class bfloat16 : uint16_t {};
+enum class float16 : uint16_t {};
 
 inline float load(float x) { return x; }
 inline double load(double x) { return x; }
-inline float load(bfloat16 x) { return bit_cast<float>(static_cast<uint32_t>(x.bits) << 16); }
+inline float load(bfloat16 x) { return bit_cast<float>(static_cast<uint32_t>(x) << 16); }
 inline float load(float16 x) {
-  const uint32_t magnitude = x.bits & 0x7fffu, sign = static_cast<uint32_t>(x.bits & 0x8000u) << 16;
+  const uint32_t bits = static_cast<uint32_t>(x), magnitude = bits & 0x7fffu, sign = (bits & 0x8000u) << 16;
   // Moving the exponent by a multiplication normalises subnormal numbers on the way.
   const float small = bit_cast<float>(magnitude << 13) * bit_cast<float>(0x77800000u);  // 2^112
   const uint32_t special = (magnitude << 13) | 0x7f800000u;                              // infinities and NaN
@@ -65,26 +62,28 @@ inline float load(float16 x) {
 
 // Store with stochastic rounding: `noise` below the last kept bit is added and the rest cut off, see rounding.py. Or to
 // the nearest, as torch does for weights that do not decay.
-inline void store(float& to, float x, uint32_t, bool) { to = x; }
-inline void store(double& to, double x, uint32_t, bool) { to = x; }
-inline void store(bfloat16& to, float x, uint32_t noise, bool nearest) {
+// `nearest` has all bits or none: a choice by a mask is no branch, which would keep a loop from being vectorised.
+inline void store(float& to, float x, uint32_t, uint32_t) { to = x; }
+inline void store(double& to, double x, uint32_t, uint32_t) { to = x; }
+inline void store(bfloat16& to, float x, uint32_t noise, uint32_t nearest) {
   const uint32_t bits = bit_cast<uint32_t>(x), magnitude = bits & 0x7fffffffu;
-  noise = nearest ? 0x7fffu + ((bits >> 16) & 1u) : noise & 0xffffu;
-  const uint32_t most = nearest ? 0x7f800000u : 0x7f7fffffu;  // at random, a finite number stays one
-  const uint32_t rounded = std::min(magnitude + noise, most);
+  const uint32_t added = (nearest & (0x7fffu + ((bits >> 16) & 1u))) | (~nearest & noise & 0xffffu);
+  const uint32_t most = 0x7f7fffffu + (nearest & 1u);  // at random a finite number stays one, else it may be infinite
+  const uint32_t rounded = std::min(magnitude + added, most);
   const uint32_t kept = magnitude > 0x7f800000u ? 0x7fc00000u : rounded;           // a NaN stays one
-  to.bits = static_cast<uint16_t>((kept | (bits & 0x80000000u)) >> 16);
+  to = static_cast<bfloat16>((kept | (bits & 0x80000000u)) >> 16);
 }
-inline void store(float16& to, float x, uint32_t noise, bool nearest) {
+inline void store(float16& to, float x, uint32_t noise, uint32_t nearest) {
   const uint32_t bits = bit_cast<uint32_t>(x), magnitude = bits & 0x7fffffffu;
   const float unit = 16777216.0f;  // subnormal numbers are multiples of 2^-24
-  const float uniform = nearest ? 0.5f : static_cast<float>(noise & 0x1fffu) * (1.0f / 8192.0f);
+  const uint32_t below = (nearest & 0x1000u) | (~nearest & noise & 0x1fffu);
+  const float uniform = static_cast<float>(static_cast<int32_t>(below)) * (1.0f / 8192.0f);
   const float a = bit_cast<float>(std::min(magnitude, 0x38800000u));
   const uint32_t subnormal = static_cast<uint32_t>(static_cast<int32_t>(a * unit + uniform));
-  noise = nearest ? 0xfffu + ((bits >> 13) & 1u) : noise & 0x1fffu;
-  const uint32_t normal = std::min((magnitude + noise - 0x38000000u) >> 13, nearest ? 0x7c00u : 0x7bffu);
+  const uint32_t added = (nearest & (0xfffu + ((bits >> 13) & 1u))) | (~nearest & noise & 0x1fffu);
+  const uint32_t normal = std::min((magnitude + added - 0x38000000u) >> 13, 0x7bffu + (nearest & 1u));
   const uint32_t kept = magnitude > 0x7f800000u ? 0x7e00u : magnitude < 0x38800000u ? subnormal : normal;
-  to.bits = static_cast<uint16_t>(kept | ((bits >> 16) & 0x8000u));
+  to = static_cast<float16>(kept | ((bits >> 16) & 0x8000u));
 }
 
 // --- 32 random bits for each element of each step, see rounding.py
@@ -136,7 +135,8 @@ struct Scalars {
   T sign, weight1, beta2, weight2, correction2, eps, least, step_size, shrink_l2;
   T x, alpha_lambda, at_zero;  // the exponent 2 - p; α λ_p; the factor of a weight of 0
   T c[8];                       // see power_ratio; -x log2(m) for m in [1, 2], plus log2(α λ_p)
-  bool keep_zeros, nearest;
+  bool keep_zeros;
+  uint32_t nearest;
   uint32_t noise_a, noise_b;
 };
 
@@ -162,7 +162,7 @@ Scalars<T> scalars_of(const Hyper& h, const Row& row, double least, double tiny,
   s.x = static_cast<T>(x);
   s.alpha_lambda = static_cast<T>(alpha_lambda);
   s.keep_zeros = h.keep_zeros != 0;
-  s.nearest = h.lambda_p == 0 && row.param_dtype == row.moment_dtype;
+  s.nearest = h.lambda_p == 0 && row.param_dtype == row.moment_dtype ? ~0u : 0u;
   s.at_zero = static_cast<T>(h.p_norm < 2 ? 0.0 : h.p_norm == 2 ? 1 / (1 + alpha_lambda) : 1.0);
   for (int k = 0; k < 8; ++k) s.c[k] = static_cast<T>(-x * kLog2[k]);
   s.c[0] = static_cast<T>(-x * kLog2[0] + (*decays ? std::log2(alpha_lambda) : 0.0));
@@ -241,7 +241,8 @@ inline void update(P* __restrict p, const P* __restrict g, M* __restrict m, M* _
     exp_avg_sq = fma(s.weight2 * grad, grad, exp_avg_sq * s.beta2);
     if (kHalf) {
       // The square of a finite gradient may be beyond float16; that of an infinite one is.
-      exp_avg_sq = std::fabs(grad) <= T(65504) ? (exp_avg_sq > T(65504) ? T(65504) : exp_avg_sq) : exp_avg_sq;
+      const T most = std::fabs(grad) <= T(65504) ? T(65504) : T(INFINITY);
+      exp_avg_sq = exp_avg_sq > most ? most : exp_avg_sq;
     }
     T denominator = std::sqrt(exp_avg_sq) / s.correction2 + s.eps;
     denominator = denominator < s.least ? s.least : denominator;

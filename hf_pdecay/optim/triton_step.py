@@ -177,7 +177,10 @@ def _run(
     BLOCK: tl.constexpr,
     WHOLE: tl.constexpr,
 ) -> None:
-    """Do the step of the elements from ``begin`` to ``end``, which are whole blocks or not."""
+    """Do the step of the elements from ``begin`` to ``end``, which are whole blocks or not.
+
+    The place in the tensor is kept apart from the place in the block: it may need 64 bits, of which threads have few.
+    """
     param, grad, exp_avg, exp_avg_sq = tl.load(words + 1), tl.load(words + 2), tl.load(words + 3), tl.load(words + 4)
     sign, lerp, beta2, weight2 = tl.load(scalars + 1), tl.load(scalars + 2), tl.load(scalars + 3), tl.load(scalars + 4)
     correction2, eps, least = tl.load(scalars + 5), tl.load(scalars + 6), tl.load(scalars + 7)
@@ -186,11 +189,11 @@ def _run(
     noise_a, noise_b = tl.load(scalars + 14), tl.load(scalars + 15)
     lane = tl.arange(0, BLOCK)
     for at in range(begin, end, BLOCK):
-        left = tl.minimum(end - at, BLOCK).to(tl.int32)
-        w = _load(param, at, lane, left, PARAM, WHOLE)
-        g = _load(grad, at, lane, left, PARAM, WHOLE) * sign
-        m = _load(exp_avg, at, lane, left, MOMENT, WHOLE)
-        v = _load(exp_avg_sq, at, lane, left, MOMENT, WHOLE)
+        mask = lane < tl.minimum(end - at, BLOCK).to(tl.int32)
+        w = _load(param, at, lane, mask, PARAM, WHOLE)
+        g = _load(grad, at, lane, mask, PARAM, WHOLE) * sign
+        m = _load(exp_avg, at, lane, mask, MOMENT, WHOLE)
+        v = _load(exp_avg_sq, at, lane, mask, MOMENT, WHOLE)
 
         m = tl.fma(g - m, lerp, tl.where(lerp > 0, m, g))
         v = tl.fma(g * weight2, g, v * beta2)
@@ -211,9 +214,9 @@ def _run(
         if not NEAREST:
             noise = _noise((at + lane).to(tl.uint32), noise_a, noise_b)
         # Each rounding gets bits of its own: the low half, the high half, and both together.
-        _store(param, at, lane, left, result, noise, PARAM, NEAREST, WHOLE)
-        _store(exp_avg, at, lane, left, m, noise ^ (noise >> 16), MOMENT, NEAREST, WHOLE)
-        _store(exp_avg_sq, at, lane, left, v, noise >> 16, MOMENT, NEAREST, WHOLE)
+        _store(param, at, lane, mask, result, noise, PARAM, NEAREST, WHOLE)
+        _store(exp_avg, at, lane, mask, m, noise ^ (noise >> 16), MOMENT, NEAREST, WHOLE)
+        _store(exp_avg_sq, at, lane, mask, v, noise >> 16, MOMENT, NEAREST, WHOLE)
 
 
 @triton.jit
@@ -263,7 +266,7 @@ def _noise(element: tl.tensor, a: tl.tensor, b: tl.tensor) -> tl.tensor:
 
 @triton.jit
 def _load(
-    address: tl.tensor, at: tl.tensor, lane: tl.tensor, left: tl.tensor, TYPE: tl.constexpr, WHOLE: tl.constexpr
+    address: tl.tensor, at: tl.tensor, lane: tl.tensor, mask: tl.tensor, TYPE: tl.constexpr, WHOLE: tl.constexpr
 ) -> tl.tensor:
     """Load a block; bfloat16 and float16 become float32."""
     LOW: tl.constexpr = TYPE == tl.bfloat16 or TYPE == tl.float16
@@ -272,7 +275,7 @@ def _load(
     if WHOLE:
         value = tl.load(tl.multiple_of(pointer, 16) + at + lane)
     else:
-        value = tl.load(pointer + at + lane, mask=lane < left, other=0)
+        value = tl.load(pointer + at + lane, mask=mask, other=0)
     if TYPE == tl.bfloat16:
         value = (value.to(tl.uint32) << 16).to(tl.float32, bitcast=True)
     if TYPE == tl.float16:
@@ -285,7 +288,7 @@ def _store(
     address: tl.tensor,
     at: tl.tensor,
     lane: tl.tensor,
-    left: tl.tensor,
+    mask: tl.tensor,
     value: tl.tensor,
     noise: tl.tensor,
     TYPE: tl.constexpr,
@@ -320,7 +323,7 @@ def _store(
     if WHOLE:
         tl.store(tl.multiple_of(pointer, 16) + at + lane, value)
     else:
-        tl.store(pointer + at + lane, value, mask=lane < left)
+        tl.store(pointer + at + lane, value, mask=mask)
 
 
 # Whether the kernels run in Python, on tensors of a CPU: so they do if TRITON_INTERPRET was set when triton saw them.
@@ -374,7 +377,7 @@ def _launch(some: Sequence[TensorStep], finite: bool | Tensor, decays: bool) -> 
     flag = finite.to(device, non_blocking=True) if isinstance(finite, Tensor) else None
     rate, lr = _rate(hyper.lr, device)
     numbers = lr, hyper.beta1, hyper.beta2, hyper.eps, hyper.weight_decay, hyper.p_norm, hyper.lambda_p
-    flags = hyper.maximize + 2 * hyper.keep_zeros
+    flags = int(hyper.maximize) + 2 * int(hyper.keep_zeros)
     options = {"MOMENT": _TYPES[moment], **_OPTIONS}
     grid = (triton.cdiv(len(some), _ROWS),)
     _prepare[grid](table, shared, flag, rate, len(some), *map(_bits, numbers), flags, ROWS=_ROWS, **options)
