@@ -42,7 +42,7 @@ from timing import Entrant, NotEnoughMemoryError, Race, race, spread
 PACKAGES = ("torch", "triton", "torchao", "torch-optimi", "numpy")
 ROOT = Path(__file__).resolve().parent
 ROUNDS, QUICK_ROUNDS = 40, 12
-QUICK_SECONDS = 25  # for the rounds of a size, should the machine be busy
+QUICK_SECONDS = 20  # for the rounds of a size, should the machine be busy
 # Above so many weights a round takes seconds, and the noise of single steps is small.
 _MANY, _ROUNDS_OF_MANY = 100_000_000, 15
 

@@ -89,7 +89,8 @@ def assert_like_foreach(steps: Sequence[TensorStep], finite: bool | torch.Tensor
             if x.dtype in LOW_PRECISION:
                 different = (x != y) & ~x.isnan()
                 assert int(different.sum()) <= 2 + rare * x.numel(), (name, int(different.sum()), x.numel())
-                assert bool(((x.double() - y.double()).abs() <= 1.01 * ulp(y, x.dtype))[different].all()), name
+                allowed = 1.01 * ulp(y, x.dtype) + 1e-7  # the latter where terms cancel
+                assert bool(((x.double() - y.double()).abs() <= allowed)[different].all()), name
             else:
                 rtol, atol = (2e-5, 1e-7) if x.dtype == F32 else (1e-12, 1e-14)
                 torch.testing.assert_close(x, y, rtol=rtol, atol=atol, equal_nan=True)
@@ -164,7 +165,10 @@ def check_against_reference(weights: torch.Tensor, settings: Hyper, dtype: torch
 class TestArithmetic:
     @pytest.mark.parametrize(
         ("dtype", "p_norm"),
-        [*((dtype, p) for dtype in (F32, F64) for p in P_NORMS), *((d, p) for d in LOW_PRECISION for p in (0.5, 2.0, 3.0))],
+        [
+            *((dtype, p) for dtype in (F32, F64) for p in P_NORMS),
+            *((d, p) for d in LOW_PRECISION for p in (0.5, 2.0, 3.0)),
+        ],
         ids=str,
     )
     def test_equals_the_reference(self, p_norm: float, dtype: torch.dtype) -> None:
@@ -196,17 +200,17 @@ class TestArithmetic:
         assert_like_foreach([made(size, pair, seed=size) for size in (*SIZES[:-1], 9000)])
 
     @pytest.mark.parametrize("p_norm", P_NORMS)
-    def test_denormal_weights(self, p_norm: float) -> None:
-        tiny = torch.tensor([1e-45, -1e-45, 1e-42, -3e-40, 1.17e-38, 1.18e-38, 1e-30, 0.0, -0.0, 1.0, 1e4, -1e15])
+    def test_weights_at_the_ends_of_float32(self, p_norm: float) -> None:
+        ends = torch.tensor([1e-45, -1e-45, 1e-42, -3e-40, 1.17e-38, 1.18e-38, 1e-30, 0.0, -0.0, 1e4, -1e15, 3e38])
         for alpha_lambda in (1e-2, 1e-10, 1e-30):
             settings = hyper(lr=1.0, lambda_p=alpha_lambda, p_norm=p_norm, weight_decay=0.0)
-            each = made(len(tiny), settings=settings)._replace(param=tiny.clone())
+            each = made(len(ends), settings=settings)._replace(param=ends.clone())
             for name in ("grad", "exp_avg", "exp_avg_sq"):
                 getattr(each, name).zero_()
             triton_step.step([each])
-            w = tiny.double()
+            w = ends.double()
             expected = w / (1 + alpha_lambda * w.abs() ** (p_norm - 2))
-            expected[w == 0] = 0
+            expected[(w == 0) | (alpha_lambda * w.abs() ** (p_norm - 2) > 2.0**126)] = 0
             torch.testing.assert_close(each.param.double(), expected, rtol=1e-4, atol=3e-38)
             assert not bool(each.param[each.param == 0].signbit().any())
 
@@ -407,7 +411,9 @@ class TestLaunches:
                 inside = {name: whole[shift : shift + 5000] for name, whole in parts.items()}
                 if shift == 3:  # only one of them is not aligned
                     inside = {**{name: getattr(each, name) for name in inside}, "exp_avg": inside["exp_avg"]}
-                assert_like_foreach([each._replace(**inside), made(10, pair)])
+                steps = [each._replace(**inside), made(10, pair)]
+                assert triton_step._words(steps)[0].tolist()[9::10] == [0, 1]
+                assert_like_foreach(steps)
                 for whole in parts.values():
                     assert bool((whole[:shift] == 7).all() and (whole[shift + 5000 :] == 7).all())
 
@@ -506,9 +512,14 @@ class TestLaunches:
             (each._replace(exp_avg=each.exp_avg.double(), exp_avg_sq=each.exp_avg_sq.double()), "float64"),
             (each._replace(param=each.param.to("meta")), "meta"),
             (each._replace(grad=each.grad.half()), "dtype"),
-            (each._replace(exp_avg_sq=each.exp_avg_sq.half()), "dtype"),
+            (each._replace(exp_avg_sq=each.exp_avg_sq.half()), "torch.float16"),
             (each._replace(grad=torch.zeros(2 * 4096)[::2]), "gaps"),
             (each._replace(step=each.step.double()), "float32"),
+            (each._replace(step=torch.zeros(2)), "counter"),
+            (each._replace(step=each.step.to("meta")), "must be on cpu"),
+            (each._replace(awake=torch.tensor(True, device="meta")), "must be on cpu"),
+            (each._replace(exp_avg=each.exp_avg[:-1]), "shape"),
+            (each._replace(grad=torch._neg_view(each.grad)), "as they are in memory"),
         ):
             assert why in (triton_step.refusal(refused) or "")
         subclass_8bit = pytest.importorskip("torchao.optim.subclass_8bit")
@@ -614,7 +625,13 @@ class TestCompiled:
         triton_step.step([made(5, pair)], torch.tensor(True))
         for kernel in launches:
             for _, *launch in kernel.calls:
-                assert "amdgcn" in compiled(kernel.kernel, *launch, GPUTarget("hip", "gfx942", 64))
+                try:
+                    assembly = compiled(kernel.kernel, *launch, GPUTarget("hip", "gfx942", 64))
+                except Exception as error:
+                    if "ld.lld" not in str(error):
+                        raise
+                    pytest.skip("older releases of triton bring no linker for AMD's GPUs")
+                assert "amdgcn" in assembly
 
     def test_nothing_that_changes_is_a_constant(self) -> None:
         constants = {"PARAM", "MOMENT", "DECAY", "NEAREST", "CHUNK", "BLOCK", "ROWS"}

@@ -1,20 +1,21 @@
 // One AdamWLp step over many tensors on a CPU: every weight, gradient and moment is read once and written once.
 //
 // The arithmetic is that of foreach.py. Two things differ from it:
-//   - |w|^x comes from two polynomials instead of log2 and exp2, see power_ratio.
+//   - |w|^x comes from two polynomials instead of log2 and exp2, see divisors.
 //   - Tensors are cut into chunks that all threads share, so many small tensors cost no more than a few large ones.
-// Without decay the operations and their order are those of torch.optim.AdamW.
+// Without decay it is torch.optim.AdamW to rounding.
 
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <limits>
 #include <type_traits>
 #include <vector>
 
 namespace {
 
-constexpr int kBlock = 64;             // elements whose factors are computed together: they stay in registers and L1
+constexpr int kBlock = 64;             // elements whose divisors are computed together: they stay in registers and L1
 constexpr int kPrefetch = 4 * kBlock;  // how far ahead of them memory is asked for
 constexpr int64_t kLeastChunk = 1 << 12, kMostChunk = 1 << 17;  // elements a thread takes at a time
 constexpr int64_t kCheckChunk = 1 << 18;
@@ -132,27 +133,26 @@ struct Hyper {  // one param group
 
 template <class T>
 struct Scalars {
-  T sign, weight1, beta2, weight2, correction2, eps, least, step_size, shrink_l2;
-  T x, alpha_lambda, at_zero;  // the exponent 2 - p; α λ_p; the factor of a weight of 0
-  T c[8];                       // see power_ratio; -x log2(m) for m in [1, 2], plus log2(α λ_p)
+  T beta1, weight1, beta2, weight2, scale2, eps, least, step_size, shrink_l2;
+  T x, alpha_lambda, at_zero;  // the exponent 2 - p; α λ_p; the divisor of a weight of 0
+  T c[7];                       // -x log2(m) for m in [1, 2], plus log2(α λ_p)
   bool keep_zeros;
   uint32_t nearest;
   uint32_t noise_a, noise_b;
 };
 
-// log2(m) on [1, 2] within 2.8e-7, a minimax fit.
-constexpr double kLog2[8] = {-3.2455376464, 7.1339685832, -7.4941276938, 5.7814362270,
-                             -2.9850191145, 0.9780940427, -0.1839394578, 0.0151253382};
+// log2(m) on [1, 2] within 1.9e-6, a minimax fit.
+constexpr double kLog2[7] = {-3.04004001, 6.11296199, -5.34198721, 3.28652693, -1.26691731, 0.27514851, -0.02569106};
 
 template <class T>
 Scalars<T> scalars_of(const Hyper& h, const Row& row, double least, double tiny, bool* decays) {
   const double step = *row.step;
   Scalars<T> s;
-  s.sign = static_cast<T>(h.maximize != 0 ? -1.0 : 1.0);
-  s.weight1 = static_cast<T>(1 - h.beta1);
+  s.beta1 = static_cast<T>(h.beta1);
+  s.weight1 = static_cast<T>(h.maximize != 0 ? h.beta1 - 1 : 1 - h.beta1);  // the second moment knows no sign
   s.beta2 = static_cast<T>(h.beta2);
   s.weight2 = static_cast<T>(1 - h.beta2);
-  s.correction2 = static_cast<T>(std::sqrt(1 - std::pow(h.beta2, step)));
+  s.scale2 = static_cast<T>(1 / std::sqrt(1 - std::pow(h.beta2, step)));
   s.eps = static_cast<T>(h.eps);
   s.least = static_cast<T>(least);
   s.step_size = static_cast<T>(h.lr / (1 - std::pow(h.beta1, step)));
@@ -163,25 +163,24 @@ Scalars<T> scalars_of(const Hyper& h, const Row& row, double least, double tiny,
   s.alpha_lambda = static_cast<T>(alpha_lambda);
   s.keep_zeros = h.keep_zeros != 0;
   s.nearest = h.lambda_p == 0 && row.param_dtype == row.moment_dtype ? ~0u : 0u;
-  s.at_zero = static_cast<T>(h.p_norm < 2 ? 0.0 : h.p_norm == 2 ? 1 / (1 + alpha_lambda) : 1.0);
-  for (int k = 0; k < 8; ++k) s.c[k] = static_cast<T>(-x * kLog2[k]);
+  const double infinity = std::numeric_limits<double>::infinity();
+  s.at_zero = static_cast<T>(h.p_norm < 2 || s.keep_zeros ? infinity : h.p_norm == 2 ? 1 + alpha_lambda : 1.0);
+  for (int k = 0; k < 7; ++k) s.c[k] = static_cast<T>(-x * kLog2[k]);
   s.c[0] = static_cast<T>(-x * kLog2[0] + (*decays ? std::log2(alpha_lambda) : 0.0));
   s.noise_a = mix(static_cast<uint32_t>(step) + static_cast<uint32_t>(row.index) * 0x9e3779b9u);
   s.noise_b = mix(s.noise_a ^ 0x68e31da4u);
   return s;
 }
 
-// --- the shrink factor s / (s + α λ_p) with s = |w|^x, which is 1 / (1 + α λ_p |w|^-x) for every p
+// --- what the decay divides by: 1 / factor = 1 + α λ_p |w|^-x for every p, as s / (s + α λ_p) with s = |w|^x
 
 // log2(α λ_p |w|^-x) of a magnitude, whose exponent is read from its bits. Finite also for 0.
 inline float log_ratio(float magnitude, const Scalars<float>& s) {
-  // Subnormal numbers have no exponent of their own: 2^24 times larger they do.
-  const bool subnormal = magnitude < 1.17549435e-38f;
-  const int32_t bits = bit_cast<int32_t>(magnitude * (subnormal ? 16777216.0f : 1.0f));
-  const float exponent = static_cast<float>((bits - ((subnormal ? 151 : 127) << 23)) >> 23);
+  // 2^24 times larger no number is subnormal. Weights beyond 2^104, which become infinite, count as 2^104.
+  const int32_t bits = bit_cast<int32_t>(magnitude * 16777216.0f);
+  const float exponent = static_cast<float>((bits - (151 << 23)) >> 23);
   const float m = bit_cast<float>((bits & 0x7fffff) | 0x3f800000);
-  float y = s.c[7];
-  y = fma(y, m, s.c[6]);
+  float y = s.c[6];
   y = fma(y, m, s.c[5]);
   y = fma(y, m, s.c[4]);
   y = fma(y, m, s.c[3]);
@@ -191,64 +190,65 @@ inline float log_ratio(float magnitude, const Scalars<float>& s) {
   return fma(-s.x, exponent, y);
 }
 
-// 2^y within 8e-8, for y below -126 too, where 1 + 2^y is 1, and infinity from 128 on.
+// 2^y within 2.7e-6, for y below -126 too, where 1 + 2^y is 1, and infinity from 128 on.
 inline float exp2_of(float y) {
   y = y > -126.0f ? y : -126.0f;
   y = y < 128.0f ? y : 128.0f;
   const float shifted = y + 12582912.0f;  // 1.5 · 2^23: the nearest integer is in the last bits
   const float r = y - (shifted - 12582912.0f);
-  float z = 0.0013409999664872885f;
-  z = fma(z, r, 0.009676036424934864f);
-  z = fma(z, r, 0.05550297349691391f);
-  z = fma(z, r, 0.2402210682630539f);
-  z = fma(z, r, 0.6931472420692444f);
+  float z = 0.009685706347227097f;
+  z = fma(z, r, 0.055922023952007294f);
+  z = fma(z, r, 0.2402186542749405f);
+  z = fma(z, r, 0.6931210160255432f);
   z = fma(z, r, 1.0f);
   return bit_cast<float>(bit_cast<int32_t>(z) + (bit_cast<int32_t>(shifted) << 23));
 }
 
-// The factors of a block of weights. Short loops, each with few constants, run faster than one long one.
+// The divisors of a block of weights. Short loops, each with few constants, run faster than one long one.
 template <class P>
-inline void factors(const P* __restrict p, int n, const Scalars<float> s, float* __restrict factor) {
+inline void divisors(const P* __restrict p, int n, const Scalars<float> s, float* __restrict divisor) {
 #pragma omp simd
-  for (int i = 0; i < n; ++i) factor[i] = log_ratio(std::fabs(load(p[i])), s);
+  for (int i = 0; i < n; ++i) divisor[i] = log_ratio(std::fabs(load(p[i])), s);
 #pragma omp simd
-  for (int i = 0; i < n; ++i) factor[i] = exp2_of(factor[i]);
-#pragma omp simd
-  for (int i = 0; i < n; ++i) factor[i] = load(p[i]) == 0.0f ? s.at_zero : 1.0f / (1.0f + factor[i]);
+  for (int i = 0; i < n; ++i) {
+    const float ratio = 1.0f + exp2_of(divisor[i]);
+    divisor[i] = load(p[i]) == 0.0f ? s.at_zero : ratio;
+  }
 }
 
-inline void factors(const double* p, int n, const Scalars<double>& s, double* factor) {
+inline void divisors(const double* p, int n, const Scalars<double>& s, double* divisor) {
   for (int i = 0; i < n; ++i) {
     const double magnitude = std::fabs(p[i]);
-    factor[i] = magnitude == 0 ? s.at_zero : 1 / (1 + s.alpha_lambda * std::pow(magnitude, -s.x));
+    divisor[i] = magnitude == 0 ? s.at_zero : 1 + s.alpha_lambda * std::pow(magnitude, -s.x);
   }
 }
 
 // --- the step on a run of elements
 
 template <bool kDecay, class P, class M, class T>
-inline void update(P* __restrict p, const P* __restrict g, M* __restrict m, M* __restrict v, const T* __restrict factor,
+inline void update(P* __restrict p, const P* __restrict g, M* __restrict m, M* __restrict v, const T* __restrict divisor,
                    int n, uint32_t first, const Scalars<T> s) {
   constexpr bool kRounds = !std::is_same<P, T>::value || !std::is_same<M, T>::value;
   constexpr bool kHalf = std::is_same<M, float16>::value;
 #pragma omp simd
   for (int i = 0; i < n; ++i) {
-    const T weight = load(p[i]), grad = s.sign * load(g[i]);
+    const T weight = load(p[i]), grad = load(g[i]);
     T exp_avg = load(m[i]), exp_avg_sq = load(v[i]);
-    // torch's lerp works from the nearer end.
-    const T gap = grad - exp_avg;
-    exp_avg = s.weight1 < T(0.5) ? fma(s.weight1, gap, exp_avg) : fma(s.weight1 - T(1), gap, grad);
+    exp_avg = fma(s.weight1, grad, exp_avg * s.beta1);
     exp_avg_sq = fma(s.weight2 * grad, grad, exp_avg_sq * s.beta2);
     if (kHalf) {
       // The square of a finite gradient may be beyond float16; that of an infinite one is.
       const T most = std::fabs(grad) <= T(65504) ? T(65504) : T(INFINITY);
       exp_avg_sq = exp_avg_sq > most ? most : exp_avg_sq;
     }
-    T denominator = std::sqrt(exp_avg_sq) / s.correction2 + s.eps;
-    denominator = denominator < s.least ? s.least : denominator;
-    T result = weight * s.shrink_l2 + (-s.step_size * exp_avg) / denominator;
-    if (kDecay) result = result * factor[i] + T(0);  // + 0 turns -0 into 0: one bit pattern for all zeros
-    if (s.keep_zeros) result = weight == T(0) ? T(0) : result;
+    T denominator = fma(std::sqrt(exp_avg_sq), s.scale2, s.eps);
+    if (kHalf) denominator = denominator < s.least ? s.least : denominator;
+    T result = fma(weight, s.shrink_l2, -(s.step_size * exp_avg) / denominator);
+    if (kDecay) {
+      result = result / divisor[i] + T(0);  // + 0 turns -0 into 0: one bit pattern for all zeros
+    } else if (s.keep_zeros) {
+      result = weight == T(0) ? T(0) : result;
+    }
     const uint32_t noise = kRounds ? noise_at(first + static_cast<uint32_t>(i), s.noise_a, s.noise_b) : 0;
     store(p[i], result, noise, s.nearest);
     store(m[i], exp_avg, noise ^ (noise >> 16), s.nearest);
@@ -263,22 +263,22 @@ void step_chunk(const Row& row, const Scalars<T>& shared, int64_t begin, int64_t
   const P* const grad = static_cast<const P*>(row.grad);
   M* const exp_avg = static_cast<M*>(row.exp_avg);
   M* const exp_avg_sq = static_cast<M*>(row.exp_avg_sq);
-  T factor[kBlock];
+  T divisor[kBlock];
   for (int64_t at = begin; at < end; at += kBlock) {
     P* const p = param + at;
     const P* const g = grad + at;
     M* const m = exp_avg + at;
     M* const v = exp_avg_sq + at;
     const int n = static_cast<int>(std::min<int64_t>(kBlock, end - at));
-    // While the factors are computed nothing else would be asked of the memory.
+    // While the divisors are computed nothing else would be asked of the memory.
     for (int i = 0; i < kBlock; i += 16) {
       PREFETCH(p + kPrefetch + i);
       PREFETCH(g + kPrefetch + i);
       PREFETCH(m + kPrefetch + i);
       PREFETCH(v + kPrefetch + i);
     }
-    if (kDecay) factors(p, n, s, factor);
-    update<kDecay>(p, g, m, v, factor, n, static_cast<uint32_t>(at), s);
+    if (kDecay) divisors(p, n, s, divisor);
+    update<kDecay>(p, g, m, v, divisor, n, static_cast<uint32_t>(at), s);
   }
 }
 
@@ -389,17 +389,17 @@ int hf_pdecay_step(const Row* rows, int64_t count, const Hyper* hypers, int thre
   return 0;
 }
 
-// Whether all values are finite. `tensors` holds address, number of elements and dtype of each.
-int hf_pdecay_all_finite(const int64_t* tensors, int64_t count, int threads) {
-  const auto chunks = chunks_of(tensors + 1, 3, count, kCheckChunk);
+// Whether all gradients are finite.
+int hf_pdecay_all_finite(const Row* rows, int64_t count, int threads) {
+  const auto chunks = chunks_of(&rows->numel, 11, count, kCheckChunk);
   const int64_t total = static_cast<int64_t>(chunks.size());
   int bad = 0;
   // From the last to the first: the step begins with the first, which is then still in the cache.
 #pragma omp parallel for num_threads(threads) schedule(dynamic) reduction(| : bad) if (total > 1)
   for (int64_t i = 0; i < total; ++i) {
     const Chunk& chunk = chunks[total - 1 - i];
-    const int64_t* tensor = tensors + 3 * chunk.row;
-    bad |= !finite(reinterpret_cast<const void*>(tensor[0]), tensor[2], chunk.begin, chunk.end);
+    const Row& row = rows[chunk.row];
+    bad |= !finite(row.grad, row.param_dtype, chunk.begin, chunk.end);
   }
   return bad == 0;
 }

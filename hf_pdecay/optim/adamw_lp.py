@@ -12,7 +12,7 @@ from torch.optim.optimizer import Optimizer, ParamsT
 
 from ..decay import check_lambda_p, check_p_norm
 from . import foreach
-from .backends import Backend, run
+from .backends import Backend, Part, all_finite
 from .distributed import agreed_finite, any_nonzero, is_dtensor, local, local_grad, shard_place
 from .moments import as_stored, clone, is_quantized, zero_moment
 from .tensor_step import Hyperparameters, TensorStep
@@ -223,14 +223,10 @@ class AdamWLp(Optimizer):
         steps: list[TensorStep] = []
         for index, group in enumerate(self.param_groups):
             steps += self._tensor_steps(index, group)
-        assigned = self._backend.assign(steps)
-        finite = self._finite(norm)
-        for name, some in assigned:
-            careless = [each for each in some if not each.hyper.skip_nonfinite]
-            if careless and finite is not True:
-                run(name, careless)
-                some = [each for each in some if each.hyper.skip_nonfinite]
-            run(name, some, finite)
+        parts = self._backend.assign(steps)
+        finite = self._finite(norm, [part for part in parts if part.careful])
+        for part in parts:
+            part.run(finite if part.careful else True)
         if finite is not True:
             self._count_skipped(finite)
         return loss
@@ -269,16 +265,9 @@ class AdamWLp(Optimizer):
             steps.append(TensorStep(param, grad, exp_avg, exp_avg_sq, state["step"], awake, hyper, place))
         return steps
 
-    def _finite(self, norm: Tensor | float | None) -> bool | Tensor:
-        """Whether all gradients are finite of the groups that ask: known by their norm, or looked at here."""
-        grads = [
-            param.grad
-            for group in self.param_groups
-            if group["skip_nonfinite"]
-            for param in group["params"]
-            if param.grad is not None
-        ]
-        if not grads:
+    def _finite(self, norm: Tensor | float | None, parts: list[Part]) -> bool | Tensor:
+        """Whether all gradients of these parts are finite: known by the norm of all, or looked at here."""
+        if not parts:
             return True
         if norm is not None and not (isinstance(norm, Tensor) and is_dtensor(norm)):
             finite = torch.as_tensor(norm).isfinite()
@@ -286,7 +275,8 @@ class AdamWLp(Optimizer):
                 return finite
             if finite:
                 return True
-        return agreed_finite(self._backend.all_finite([local(grad) for grad in grads]), grads)
+        sharded = [param for group in self.param_groups for param in group["params"] if is_dtensor(param)]
+        return agreed_finite(all_finite(parts), sharded)
 
     def _count_skipped(self, finite: bool | Tensor) -> None:
         for group in self.param_groups:
@@ -360,8 +350,8 @@ def adamw_lp(
         moments = local(exp_avg), local(exp_avg_sq)
         tensor_steps.append(TensorStep(local(param), local(grad), *moments, step, awake, hyper, index))
     if capturable is None:
-        for name, some in (backend if isinstance(backend, Backend) else Backend(backend)).assign(tensor_steps):
-            run(name, some, finite)
+        for part in (backend if isinstance(backend, Backend) else Backend(backend)).assign(tensor_steps):
+            part.run(finite)
     else:
         foreach.step(tensor_steps, finite, capturable)
 

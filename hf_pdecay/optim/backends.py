@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from . import compiled, foreach, reference
-from .tensor_step import TensorStep, is_flat
+from .tensor_step import TensorStep
 
 
 logger = logging.getLogger(__name__)
@@ -31,6 +31,47 @@ def check_backend(backend: object) -> None:
     """
     if backend not in BACKENDS:
         raise ValueError(f"Invalid backend: backend={backend!r}; it must be one of {', '.join(BACKENDS)}.")
+
+
+class Part:
+    """Tensors of one step that one backend does.
+
+    Args:
+        name: The backend.
+        steps: The tensors, none of which it refuses.
+        careful: Whether they are spared a step with NaN or infinite gradients.
+    """
+
+    def __init__(self, name: str, steps: Sequence[TensorStep], careful: bool) -> None:
+        self.name = name
+        self.steps = steps
+        self.careful = careful
+        self.batch = compiled.Batch(steps) if name == "compiled" else None
+
+    def run(self, finite: bool | Tensor = True) -> None:
+        """Do one step on each tensor, in place; where ``finite`` is false nothing is written."""
+        if self.batch is not None:
+            if finite:
+                self.batch.step()
+        elif self.name == "triton":
+            _triton().step(self.steps, finite)
+        elif self.name == "reference":
+            reference.step(self.steps, finite)
+        else:
+            foreach.step(self.steps, finite)
+
+
+def all_finite(parts: Sequence[Part]) -> bool | Tensor:
+    """Whether all gradients are finite: a bool on a CPU, else a 0-dim tensor, for which the host does not wait."""
+    if not all(part.batch.all_finite() for part in parts if part.batch is not None):
+        return False
+    grads = [each.grad for part in parts if part.batch is None for each in part.steps if each.grad.numel()]
+    # NaN and infinity come through a sum, and this one is the cheapest reduction that torch has. A sum that overflowed
+    # by itself is looked at again below.
+    if all(grad.is_cpu for grad in grads) and math.isfinite(sum(grad.sum().item() for grad in grads)):
+        return True
+    finite = torch.nn.utils.get_total_norm(grads, norm_type=math.inf).isfinite()
+    return bool(finite) if finite.is_cpu else finite
 
 
 class Backend:
@@ -67,34 +108,24 @@ class Backend:
             self.chosen[device] = name, reason
         return self.chosen[device]
 
-    def assign(self, steps: Sequence[TensorStep]) -> list[tuple[str, list[TensorStep]]]:
+    def assign(self, steps: Sequence[TensorStep]) -> list[Part]:
         """Return which backend does which tensors. Nothing is written yet.
 
         Raises:
             ValueError: If a backend other than ``auto`` was asked for and cannot do a tensor.
         """
-        by_device: dict[str, list[TensorStep]] = {}
+        alike: dict[tuple[str, bool], list[TensorStep]] = {}
         for each in steps:
-            by_device.setdefault("cpu" if each.param.is_cpu else each.param.device.type, []).append(each)
-        assigned: list[tuple[str, list[TensorStep]]] = []
-        for device, some in by_device.items():
-            numel = 0 if device in self.chosen else sum(each.param.numel() for each in some)
-            name, _ = self.choice(device, numel, any(each.hyper.lambda_p != 0 for each in some))
-            assigned += self._split(name, some)
-        return assigned
-
-    def all_finite(self, grads: Sequence[Tensor]) -> bool | Tensor:
-        """Whether all gradients are finite: a bool on a CPU, else a 0-dim tensor, for which the host does not wait."""
-        present = [grad for grad in grads if grad.numel()]
-        if all(grad.device.type == "cpu" for grad in present):
-            if self.chosen.get("cpu", ("",))[0] == "compiled" and all(map(_is_checkable, present)):
-                return compiled.all_finite(present)
-            # NaN and infinity come through a sum, and this one is the cheapest reduction that torch has. A sum that
-            # overflowed by itself is looked at again below.
-            if math.isfinite(sum(grad.sum().item() for grad in present)):
-                return True
-        finite = torch.nn.utils.get_total_norm(present, norm_type=math.inf).isfinite()
-        return bool(finite) if finite.device.type == "cpu" else finite
+            device = "cpu" if each.param.is_cpu else each.param.device.type
+            alike.setdefault((device, each.hyper.skip_nonfinite), []).append(each)
+        # Of all tensors of the step: a group without decay beside one with it takes the same backend.
+        decays = any(each.hyper.lambda_p != 0 for each in steps)
+        splits = []
+        for (device, careful), some in alike.items():
+            numel = 0 if device in self.chosen else sum(each.param.numel() for each in steps)
+            name, _ = self.choice(device, numel, decays)
+            splits += [(*split, careful) for split in self._split(name, some)]
+        return [Part(*split) for split in splits]
 
     def _split(self, name: str, steps: list[TensorStep]) -> list[tuple[str, list[TensorStep]]]:
         """Part the tensors that a backend does from those that it refuses, which `auto` leaves to `foreach`."""
@@ -134,23 +165,7 @@ def _automatic(device: str, numel: int) -> tuple[str, str]:
     return "foreach", f"no kernel was written for {device}"
 
 
-def run(name: str, steps: Sequence[TensorStep], finite: bool | Tensor = True) -> None:
-    """Do one step on each tensor by the backend of that name; where ``finite`` is false nothing is written."""
-    if name == "compiled":
-        compiled.step(steps, finite)
-    elif name == "triton":
-        _triton().step(steps, finite)
-    elif name == "reference":
-        reference.step(steps, finite)
-    else:
-        foreach.step(steps, finite)
-
-
 def _triton():  # type: ignore[no-untyped-def]
     from . import triton_step  # imports triton, which takes its time
 
     return triton_step
-
-
-def _is_checkable(grad: Tensor) -> bool:
-    return grad.dtype in compiled.CODES and is_flat(grad)

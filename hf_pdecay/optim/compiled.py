@@ -75,62 +75,72 @@ def refusal(each: TensorStep) -> str | None:
     return None
 
 
-def step(steps: Sequence[TensorStep], finite: bool | Tensor = True) -> None:
-    """Do one step on each tensor, in place; see :func:`hf_pdecay.optim.foreach.step`.
+class Batch:
+    """Steps as the C++ function reads them: addresses, sizes and numbers.
+
+    Args:
+        steps: Tensors none of which :func:`refusal` refuses.
 
     Raises:
         RuntimeError: If the function cannot be had, see :func:`unavailable`.
     """
-    if not steps or not finite:
-        return
-    library = _library()
-    hypers: dict[int, int] = {}
-    numbers = array("d")
-    rows = array("q")
-    for each in steps:
-        param, grad, exp_avg, exp_avg_sq, count, awake, hyper, index = each
-        place = hypers.get(id(hyper))
-        if place is None:
-            place = hypers[id(hyper)] = len(hypers)
-            numbers.extend(
+
+    def __init__(self, steps: Sequence[TensorStep]) -> None:
+        self._library = _library()
+        self._steps = steps
+        self._rows = array("q")
+        self._hypers = array("d")
+        places: dict[int, int] = {}
+        append = self._rows.extend
+        for param, grad, exp_avg, exp_avg_sq, count, awake, hyper, place in steps:
+            group = places.get(id(hyper))
+            if group is None:
+                group = places[id(hyper)] = len(places)
+                self._hypers.extend(
+                    (
+                        float(hyper.lr),
+                        hyper.beta1,
+                        hyper.beta2,
+                        hyper.eps,
+                        hyper.weight_decay,
+                        hyper.p_norm,
+                        hyper.lambda_p,
+                        hyper.keep_zeros,
+                        hyper.maximize,
+                    )
+                )
+            append(
                 (
-                    float(hyper.lr),
-                    hyper.beta1,
-                    hyper.beta2,
-                    hyper.eps,
-                    hyper.weight_decay,
-                    hyper.p_norm,
-                    hyper.lambda_p,
-                    hyper.keep_zeros,
-                    hyper.maximize,
+                    param.data_ptr(),
+                    grad.data_ptr(),
+                    exp_avg.data_ptr(),
+                    exp_avg_sq.data_ptr(),
+                    count.data_ptr(),
+                    param.numel(),
+                    group,
+                    place,
+                    CODES[param.dtype],
+                    CODES[exp_avg.dtype],
+                    not awake,
                 )
             )
-        rows.extend(
-            (
-                param.data_ptr(),
-                grad.data_ptr(),
-                exp_avg.data_ptr(),
-                exp_avg_sq.data_ptr(),
-                count.data_ptr(),
-                param.numel(),
-                place,
-                index,
-                CODES[param.dtype],
-                CODES[exp_avg.dtype],
-                not awake,
-            )
-        )
-    if library.hf_pdecay_step(_address(rows), len(steps), _address(numbers), torch.get_num_threads()):
-        raise RuntimeError("The compiled step met a dtype that it does not know; take backend='foreach'.")
-    torch.autograd.graph.increment_version([each.param for each in steps])
+
+    def all_finite(self) -> bool:
+        """Whether all gradients are finite."""
+        return bool(self._library.hf_pdecay_all_finite(_address(self._rows), len(self._steps), torch.get_num_threads()))
+
+    def step(self) -> None:
+        """Do the step on each tensor, in place."""
+        rows, hypers = _address(self._rows), _address(self._hypers)
+        if self._library.hf_pdecay_step(rows, len(self._steps), hypers, torch.get_num_threads()):
+            raise RuntimeError("The compiled step met a dtype that it does not know; take backend='foreach'.")
+        torch.autograd.graph.increment_version([each.param for each in self._steps])
 
 
-def all_finite(tensors: Sequence[Tensor]) -> bool:
-    """Whether all values of CPU tensors without gaps are finite."""
-    rows = array("q")
-    for tensor in tensors:
-        rows.extend((tensor.data_ptr(), tensor.numel(), CODES[tensor.dtype]))
-    return bool(_library().hf_pdecay_all_finite(_address(rows), len(tensors), torch.get_num_threads()))
+def step(steps: Sequence[TensorStep], finite: bool | Tensor = True) -> None:
+    """Do one step on each tensor, in place; see :func:`hf_pdecay.optim.foreach.step`."""
+    if steps and finite:
+        Batch(steps).step()
 
 
 def _address(numbers: array[Any]) -> ctypes.c_void_p:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable
 from typing import Any, cast
 
 import torch
@@ -58,9 +57,8 @@ def any_nonzero(param: Tensor) -> Tensor:
     return _reduced(found, [param], torch.distributed.ReduceOp.MAX) if is_dtensor(param) else found
 
 
-def agreed_finite(finite: bool | Tensor, grads: Iterable[Tensor]) -> bool | Tensor:
-    """Return whether the gradients are finite on all ranks that hold shards of them, given whether they are on this."""
-    sharded = [grad for grad in grads if is_dtensor(grad)]
+def agreed_finite(finite: bool | Tensor, sharded: list[Tensor]) -> bool | Tensor:
+    """Return whether gradients are finite on all ranks that hold shards of parameters, given whether they are here."""
     if not sharded:
         return finite
     flag = torch.as_tensor(finite, device=local(sharded[0]).device)

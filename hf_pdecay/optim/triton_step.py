@@ -20,9 +20,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .compiled import is_flat
 from .moments import is_quantized
-from .tensor_step import TensorStep
+from .tensor_step import TensorStep, is_flat
 
 
 _TYPES = {
@@ -226,10 +225,12 @@ def _factor(magnitude: tl.tensor, minus_x: tl.tensor, log2_alpha_lambda: tl.tens
         y = tl.fma(tl.log2(tl.where(magnitude == 0, 1.0, magnitude)), minus_x, log2_alpha_lambda)
         factor = 1.0 / (1.0 + tl.exp2(y))
     else:
-        # The fast logarithm would take denormal numbers for 0. So the exponent is read from the bits, of 2^24 times the
-        # magnitude, by way of 2^23 + exponent + 151, and the mantissa's logarithm is the polynomial of adamw_lp.cpp.
-        bits = (magnitude * 16777216.0).to(tl.int32, bitcast=True)
-        exponent = ((bits >> 23) | 0x4B000000).to(tl.float32, bitcast=True) - 8388759.0
+        # The fast logarithm would take denormal numbers for 0. So the exponent is read from the bits, of 2^24 times as
+        # much if need be, and the logarithm of the mantissa is the polynomial of adamw_lp.cpp.
+        denormal = magnitude < 2.0**-126
+        bits = tl.where(denormal, magnitude * 16777216.0, magnitude).to(tl.int32, bitcast=True)
+        # The bits of 2^23, 0x4B000000, in front of an integer make the float32 of the two's sum.
+        exponent = ((bits >> 23) | 0x4B000000).to(tl.float32, bitcast=True) - tl.where(denormal, 8388759.0, 8388735.0)
         mantissa = ((bits & 0x7FFFFF) | 0x3F800000).to(tl.float32, bitcast=True)
         log2 = tl.fma(mantissa, 0.0151253382, -0.1839394578)
         log2 = tl.fma(log2, mantissa, 0.9780940427)
@@ -332,22 +333,26 @@ _DEVICES = ("cuda", "xpu", "cpu") if _INTERPRETED else ("cuda", "xpu")
 
 
 def refusal(each: TensorStep) -> str | None:
-    """Return why the kernel cannot do the step of this tensor, or None."""
-    param, moment = each.param, each.exp_avg
-    tensors = param, each.grad, moment, each.exp_avg_sq
+    """Return why the kernel cannot do the step of this tensor, or None. It believes every address that it is given."""
+    param, grad, moment, second = each.param, each.grad, each.exp_avg, each.exp_avg_sq
     if param.device.type not in _DEVICES:
         return f"it works on a GPU, not on {param.device.type}"
-    if is_quantized(moment):
+    if is_quantized(moment) or is_quantized(second):
         return "it does not know 8-bit moments"
     dtypes = {param.dtype, moment.dtype}
-    if not dtypes <= _TYPES.keys() or (torch.float64 in dtypes and len(dtypes) > 1):
-        return f"it does not know weights of {param.dtype} with moments of {moment.dtype}"
-    if each.grad.dtype != param.dtype or each.exp_avg_sq.dtype != moment.dtype:
-        return "the gradient must have the dtype of the weights, and both moments must have one dtype"
-    if not is_flat(*tensors):
+    if not dtypes <= _TYPES.keys() or (torch.float64 in dtypes and len(dtypes) > 1) or second.dtype != moment.dtype:
+        return f"it does not know weights of {param.dtype} with moments of {moment.dtype} and {second.dtype}"
+    if grad.dtype != param.dtype or grad.is_neg():
+        return f"it takes gradients of the weights' dtype {param.dtype} as they are in memory, not of {grad.dtype}"
+    if any(tensor.shape != param.shape for tensor in (grad, moment, second)):
+        return "gradient and moments must have the shape of the weights"
+    if not is_flat(param, grad, moment, second):
         return "weights, gradient and moments must lie in memory alike and without gaps"
-    if each.step.dtype != torch.float32 or any(tensor.device != param.device for tensor in (*tensors, each.step)):
-        return "the step counter must be float32, and all tensors on one device"
+    scalars = [each.step, each.awake] if isinstance(each.awake, Tensor) else [each.step]
+    if any(tensor.device != param.device for tensor in (grad, moment, second, *scalars)):
+        return f"all tensors must be on {param.device}"
+    if each.step.dtype != torch.float32 or any(tensor.numel() != 1 for tensor in scalars):
+        return f"it takes a step counter of torch.float32, not {each.step.dtype}"
     return None
 
 
