@@ -8,11 +8,11 @@ from functools import partial
 from typing import Any
 
 import torch
-from rivals import authors_adamw, missing, optimi_adamw, prune_optimizer, torch_adamw
 from torch import Tensor
 
 from hf_pdecay.optim import AdamWLp, compiled
 from hf_pdecay.optim.moments import BLOCK
+from rivals import authors_adamw, missing, optimi_adamw, prune_optimizer, torch_adamw
 
 
 P_NORMS = (0.5, 0.8, 1.0, 1.2, 1.5, 2.0, 3.0)

@@ -24,9 +24,6 @@ from statistics import median
 from typing import Any
 
 import torch
-from probes import compile_seconds
-from tables import command, conditions, overhead_text, write
-from timing import spread
 from transformers import (
     GPT2Config,
     GPT2LMHeadModel,
@@ -39,6 +36,9 @@ from transformers import (
 )
 
 from hf_pdecay import PDecayTrainer, PDecayTrainingArguments, SparsityCallback
+from probes import compile_seconds
+from tables import command, conditions, overhead_text, write
+from timing import spread
 
 
 ROOT = Path(__file__).resolve().parent

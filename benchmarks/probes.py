@@ -19,11 +19,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+import hf_pdecay
 from contenders import SIZES, Size, contenders_for, ours
 from memory import peak_rss_growth
 from timing import make_params
-
-import hf_pdecay
 
 
 def first_step(device: str) -> dict[str, float]:

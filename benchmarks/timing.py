@@ -15,9 +15,10 @@ from typing import Any
 import numpy as np
 import psutil
 import torch
+from torch import Tensor
+
 from contenders import Contender, Size
 from memory import MOMENTS, extra_bytes, least_bytes, state_bytes
-from torch import Tensor
 
 
 # A visit lasts at least so long, by doing several steps where one is shorter: clocks and launches then do not matter.

@@ -84,20 +84,20 @@ def full(tensor: torch.Tensor) -> torch.Tensor:
 def trained(mesh: DeviceMesh, placement: Placement, backend: str) -> Any:
     calls: list[int] = []
     first: dict[str, Any] = {}
-    step: Any = compiled.step
+    step: Any = compiled.Batch.step
 
-    def counted(steps: Any, *rest: Any) -> None:
-        calls.append(len(steps))
-        step(steps, *rest)
+    def counted(batch: Any) -> None:
+        calls.append(len(batch._steps))
+        step(batch)
 
-    setattr(compiled, "step", counted)  # noqa: B010
+    setattr(compiled.Batch, "step", counted)  # noqa: B010
     try:
         case = Case(mesh, placement, backend)
         for seed in range(STEPS):
             case.step(seed)
             first = first or case.found()
     finally:
-        setattr(compiled, "step", step)  # noqa: B010
+        setattr(compiled.Batch, "step", step)  # noqa: B010
     dormant = ["dormant" in case.optimizer.state[param] for param in case.sharded]
     return {
         "first": first,

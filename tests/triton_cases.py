@@ -296,6 +296,13 @@ class TestArithmetic:
             assert_like_foreach([each])
             assert int(each.step) == steps + 1
 
+    @pytest.mark.parametrize("pair", [(F32, F32), (BF16, BF16), (F64, F64)], ids=str)
+    def test_a_first_moment_without_memory_is_the_gradient(self, pair: tuple[torch.dtype, torch.dtype]) -> None:
+        each = made(30, pair, hyper(beta1=0.0))
+        each.exp_avg.mul_(1e20)
+        triton_step.step([each])
+        assert torch.equal(each.exp_avg, each.grad)
+
     def test_tensors_asleep(self) -> None:
         for awake in (False, torch.tensor(False), torch.tensor(True)):
             steps = [made(60, seed=seed)._replace(awake=awake) for seed in range(3)]
