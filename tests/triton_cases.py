@@ -28,6 +28,7 @@ P_NORMS = [0.1, 0.5, 0.8, 1.0, 1.5, 1.9, 2.0, 2.5, 3.0, 4.0]
 SIZES = [1, 7, 1023, 1024, 1025, 70000]
 F32, F64, BF16, F16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
 PAIRS = [*((a, b) for a in (F32, BF16, F16) for b in (F32, BF16, F16)), (F64, F64)]
+SOME_PAIRS = [(F32, F32), (F32, BF16), (BF16, BF16), (F16, F16), (F64, F64)]
 PLAIN = Hyperparameters(1e-2, 0.9, 0.999, 1e-8, 0.1, 0.8, 0.05, keep_zeros=False, maximize=False)
 WRITTEN = ("param", "exp_avg", "exp_avg_sq", "step")
 
@@ -165,10 +166,7 @@ def check_against_reference(weights: torch.Tensor, settings: Hyper, dtype: torch
 class TestArithmetic:
     @pytest.mark.parametrize(
         ("dtype", "p_norm"),
-        [
-            *((dtype, p) for dtype in (F32, F64) for p in P_NORMS),
-            *((d, p) for d in LOW_PRECISION for p in (0.5, 2.0, 3.0)),
-        ],
+        [*((F32, p_norm) for p_norm in P_NORMS), *((d, p) for d in (F64, BF16, F16) for p in (0.5, 2.0, 3.0))],
         ids=str,
     )
     def test_equals_the_reference(self, p_norm: float, dtype: torch.dtype) -> None:
@@ -183,8 +181,11 @@ class TestArithmetic:
         ):
             check_against_reference(weights, Hyper(**{"lr": 0.01, "p_norm": p_norm, **options}), dtype)
 
-    @pytest.mark.parametrize("p_norm", P_NORMS)
-    @pytest.mark.parametrize("pair", PAIRS, ids=str)
+    @pytest.mark.parametrize(
+        ("pair", "p_norm"),
+        [(pair, p) for pair in PAIRS for p in P_NORMS if pair[0] == pair[1] != F16 or p in (0.8, 3.0)],
+        ids=str,
+    )
     def test_equals_foreach(self, p_norm: float, pair: tuple[torch.dtype, torch.dtype]) -> None:
         assert_like_foreach([made(300, pair, hyper(p_norm=p_norm))])
 
@@ -195,7 +196,7 @@ class TestArithmetic:
     def test_options_equal_foreach(self, options: dict[str, Any], pair: tuple[torch.dtype, torch.dtype]) -> None:
         assert_like_foreach([made(300, pair, hyper(**options))])
 
-    @pytest.mark.parametrize("pair", PAIRS, ids=str)
+    @pytest.mark.parametrize("pair", SOME_PAIRS, ids=str)
     def test_equals_foreach_at_every_place(self, pair: tuple[torch.dtype, torch.dtype]) -> None:
         assert_like_foreach([made(size, pair, seed=size) for size in (*SIZES[:-1], 9000)])
 
@@ -214,7 +215,7 @@ class TestArithmetic:
             torch.testing.assert_close(each.param.double(), expected, rtol=1e-4, atol=3e-38)
             assert not bool(each.param[each.param == 0].signbit().any())
 
-    @pytest.mark.parametrize("p_norm", [0.1, 1.9, 2.0, 2.5, 4.0])
+    @pytest.mark.parametrize("p_norm", [1.9, 2.0, 2.5])
     @pytest.mark.parametrize("dtype", [F32, F64, BF16, F16], ids=str)
     def test_zero_weights(self, p_norm: float, dtype: torch.dtype) -> None:
         each = made(5, (dtype, dtype), hyper(p_norm=p_norm, lambda_p=50.0))
@@ -226,7 +227,7 @@ class TestArithmetic:
         eps = 2 * torch.finfo(dtype).eps
         torch.testing.assert_close(each.param.double(), undecayed.param.double() * factor, rtol=max(eps, 1e-6), atol=0)
 
-    @pytest.mark.parametrize("p_norm", [0.8, 2.0, 3.0])
+    @pytest.mark.parametrize("p_norm", [0.8, 3.0])
     @pytest.mark.parametrize("dtype", [F32, F64, BF16, F16], ids=str)
     def test_keep_zeros(self, p_norm: float, dtype: torch.dtype) -> None:
         for lambda_p, awake in ((0.05, True), (0.05, False), (0.05, torch.tensor(False)), (0.0, True)):
@@ -236,8 +237,8 @@ class TestArithmetic:
             assert bool((each.param[zeros] == 0).all()) and not bool(each.param[zeros].signbit().any())
             assert bool((each.param[~zeros] != 0).any())
 
-    @pytest.mark.parametrize("p_norm", [0.1, 1.0, 2.0, 3.0])
-    @pytest.mark.parametrize("lr", [0.0, 1e-30, 5e-324, 1e-45])
+    @pytest.mark.parametrize("p_norm", [0.1, 2.0, 3.0])
+    @pytest.mark.parametrize("lr", [0.0, 1e-30, 5e-324])
     def test_products_that_underflow_decay_nothing(self, p_norm: float, lr: float) -> None:
         settings = hyper(lr=lr, lambda_p=1.0 if lr < 1e-40 else 1e-30, p_norm=p_norm)
         for rate in (lr, torch.tensor(lr)):
@@ -258,7 +259,7 @@ class TestArithmetic:
         assert torch.equal(each.param, before)
 
     @pytest.mark.parametrize("eps", [0.0, 1e-8])
-    @pytest.mark.parametrize("pair", PAIRS, ids=str)
+    @pytest.mark.parametrize("pair", SOME_PAIRS, ids=str)
     def test_finite_gradients_give_finite_weights(self, eps: float, pair: tuple[torch.dtype, torch.dtype]) -> None:
         extremes = torch.tensor([1e-45, 1e-38, 1e-30, 1e-19, 1e-8, 1e-4, 1.0, 100.0, 6e4])
         values = torch.cat([extremes, -extremes, torch.zeros(1)])
@@ -320,8 +321,8 @@ class TestArithmetic:
 class TestRounding:
     @pytest.mark.parametrize("pair", [pair for pair in PAIRS if set(pair) & set(LOW_PRECISION)], ids=str)
     def test_random_bits_are_those_of_foreach(self, pair: tuple[torch.dtype, torch.dtype]) -> None:
-        for place in (5, (7 << 20) + 3, 5000 << 20):
-            each = made(2048, pair, seed=place % 1000)._replace(place=place)
+        for place in (5, (5000 << 20) + 3):
+            each = made(1500, pair, seed=place % 1000)._replace(place=place)
             other = cloned(each)._replace(place=place + 1)
             assert_like_foreach([each])
             triton_step.step([other])
@@ -410,21 +411,21 @@ class TestLaunches:
         for pair in ((F32, F32), (BF16, BF16), (F32, BF16), (F64, F64)):
             for shift in (1, 3):
                 parts: dict[str, torch.Tensor] = {}
-                each = made(5000, pair)
+                each = made(3000, pair)
                 for name in ("param", "grad", "exp_avg", "exp_avg_sq"):
-                    whole = torch.full((5009,), 7.0, dtype=getattr(each, name).dtype)
+                    whole = torch.full((3009,), 7.0, dtype=getattr(each, name).dtype)
                     parts[name] = whole
-                    whole[shift : shift + 5000] = getattr(each, name)
-                inside = {name: whole[shift : shift + 5000] for name, whole in parts.items()}
+                    whole[shift : shift + 3000] = getattr(each, name)
+                inside = {name: whole[shift : shift + 3000] for name, whole in parts.items()}
                 if shift == 3:  # only one of them is not aligned
                     inside = {**{name: getattr(each, name) for name in inside}, "exp_avg": inside["exp_avg"]}
                 steps = [each._replace(**inside), made(10, pair)]
                 assert triton_step._words(steps)[0].tolist()[9::10] == [0, 1]
                 assert_like_foreach(steps)
                 for whole in parts.values():
-                    assert bool((whole[:shift] == 7).all() and (whole[shift + 5000 :] == 7).all())
+                    assert bool((whole[:shift] == 7).all() and (whole[shift + 3000 :] == 7).all())
 
-    @pytest.mark.parametrize("pair", PAIRS, ids=str)
+    @pytest.mark.parametrize("pair", SOME_PAIRS, ids=str)
     def test_finite_false_writes_nothing(self, pair: tuple[torch.dtype, torch.dtype]) -> None:
         steps = [made(size, pair, settings, size) for size in (3, 2000) for settings in (PLAIN, hyper(lambda_p=0.0))]
         before = [cloned(each) for each in steps]
@@ -533,7 +534,7 @@ class TestLaunches:
         eight = subclass_8bit.OptimState8bit.zeros((4096,), signed=True, block_size=256)
         assert "8-bit" in (triton_step.refusal(each._replace(exp_avg=eight)) or "")
 
-    @pytest.mark.parametrize("moments", [None, "float32", "bfloat16"])
+    @pytest.mark.parametrize("moments", [None, "bfloat16"])
     @pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
     def test_optimizer(self, moments: str | None, dtype: torch.dtype) -> None:
         models = []
@@ -608,13 +609,10 @@ class TestCompiled:
     ) -> None:
         from triton.backends.compiler import GPUTarget
 
-        target = GPUTarget("cuda", 80, 32)
-        triton_step.step([made(5, pair, hyper(lr=torch.tensor(0.1)))], torch.tensor(True))
+        triton_step.step([made(5, pair)])
         triton_step.step([made(5, pair, hyper(lambda_p=0.0))])
-        for _, *launch in launches[0].calls:
-            compiled(triton_step._prepare.kernel, *launch, target)
         for _, *launch in launches[1].calls:
-            assembly = compiled(triton_step._update.kernel, *launch, target)
+            assembly = compiled(triton_step._update.kernel, *launch, GPUTarget("cuda", 80, 32))
             ptx = assembly["ptx"]
             # Of whole blocks a thread loads its eight elements by 16 bytes.
             wide = ".v2.b64" if pair[0] == F64 else ".v4.b32"
@@ -625,7 +623,20 @@ class TestCompiled:
             flushing = {word for word in ptx.split() if ".ftz." in word and word.endswith(".f32")}
             assert pair[0] == F64 or flushing <= {"ex2.approx.ftz.f32", "sqrt.approx.ftz.f32"}, flushing
 
-    @pytest.mark.parametrize("pair", [(F32, BF16), (F16, F16)], ids=str)
+    @pytest.mark.parametrize("pair", [(F32, F32), (F16, F16), (F64, F64)], ids=str)
+    def test_what_tensors_share_compiles_for_cuda(
+        self, pair: tuple[torch.dtype, torch.dtype], launches: tuple[Launches, Launches]
+    ) -> None:
+        from triton.backends.compiler import GPUTarget
+
+        if pair == (F32, F32):
+            triton_step.step([made(5, pair)])
+        else:
+            triton_step.step([made(5, pair, hyper(lr=torch.tensor(0.1)))], torch.tensor(True))
+        for _, *launch in launches[0].calls:
+            assert "ptx" in compiled(triton_step._prepare.kernel, *launch, GPUTarget("cuda", 80, 32))
+
+    @pytest.mark.parametrize("pair", [(F32, BF16)], ids=str)
     def test_compiles_for_hip(self, pair: tuple[torch.dtype, torch.dtype], launches: tuple[Launches, Launches]) -> None:
         from triton.backends.compiler import GPUTarget
 
