@@ -50,7 +50,7 @@ test-floor: $(FLOOR)/.installed ## run the fast tests with the oldest releases t
 lint: $(VENV)/.installed ## check style, types and the direction of imports
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
-	$(BIN)/mypy hf_pdecay examples
+	$(BIN)/mypy
 	$(BIN)/lint-imports
 
 format: $(VENV)/.installed ## put the code into the house's format

@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
 
 import train_clm  # noqa: E402
 from hf_pdecay import measure_sparsity  # noqa: E402
-from hf_pdecay.optim.moments import MOMENTS  # noqa: E402
+from hf_pdecay.optim.moments import MOMENTS, is_quantized  # noqa: E402
 
 
 def train(moments: str, seed: int, steps: int, eval_samples: int) -> dict[str, Any]:
@@ -40,6 +40,7 @@ def train(moments: str, seed: int, steps: int, eval_samples: int) -> dict[str, A
         metrics = train_clm.run(trainer, tokenizer, data)
         curve = [(line["step"], line["loss"]) for line in trainer.state.log_history if "loss" in line]
     weights = sum(param.numel() for param in trainer.model.parameters())
+    optimizer: Any = trainer.optimizer
     return {
         "moments": moments,
         "seed": seed,
@@ -47,7 +48,7 @@ def train(moments: str, seed: int, steps: int, eval_samples: int) -> dict[str, A
         "validation_loss": metrics["eval_loss"],
         "sparsity": measure_sparsity(trainer.model).sparsity,
         "steps_per_second": metrics["train_steps_per_second"],
-        "bytes_per_weight": state_bytes(trainer.optimizer.state.values()) / weights,
+        "bytes_per_weight": state_bytes(optimizer.state.values()) / weights,
     }
 
 
@@ -57,7 +58,7 @@ def state_bytes(states: Any) -> int:
     for state in states:
         for name in ("exp_avg", "exp_avg_sq"):
             moment = state[name]
-            parts = [moment.codes, moment.scale, moment.qmap] if hasattr(moment, "codes") else [moment]
+            parts = [moment.codes, moment.scale, moment.qmap] if is_quantized(moment) else [moment]
             total += sum(part.numel() * part.element_size() for part in parts)
     return total
 
@@ -98,7 +99,7 @@ def plot(runs: list[dict[str, Any]], path: Path) -> None:
         steps = [step for step, _ in curves[0]]
         losses = [[curve[k][1] for curve in curves] for k in range(len(steps))]
         (line,) = axes.plot(steps, [statistics.mean(some) for some in losses], style, label=moments)
-        axes.fill_between(steps, *zip(*((min(some), max(some)) for some in losses), strict=True), alpha=0.15, lw=0)
+        axes.fill_between(steps, [min(some) for some in losses], [max(some) for some in losses], alpha=0.15, lw=0)
         line.set_linewidth(1.8)
     axes.set(xlabel="step", ylabel="training loss", yscale="log", title="Training loss by what the moments are kept as")
     axes.grid(alpha=0.3, which="both")

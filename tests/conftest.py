@@ -56,3 +56,16 @@ def threads() -> Iterator[Callable[[int], None]]:
     before = torch.get_num_threads()
     yield torch.set_num_threads
     torch.set_num_threads(before)
+
+
+@pytest.fixture
+def launches(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The launches of the first and of the second Triton kernel, which are done only in Triton's interpreter."""
+    from hf_pdecay.optim import triton_step
+    from tests.triton_made import Launches
+
+    does = os.environ.get("TRITON_INTERPRET") == "1"
+    prepare, update = Launches(triton_step.prepare, does), Launches(triton_step.update, does)
+    monkeypatch.setattr(triton_step, "prepare", prepare)
+    monkeypatch.setattr(triton_step, "update", update)
+    return prepare, update

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from hf_pdecay import AdamWLp
+from tests import steps
 
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
@@ -154,3 +155,36 @@ def test_non_contiguous_gradient() -> None:
         optimizer.step()
         adamw.step()
     assert torch.equal(weight, other)
+
+
+# --- large models, which the compiled step does
+
+
+def race_of_groups(
+    *lambdas: float, size: int, dtype: torch.dtype = torch.float32
+) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """The weights of AdamWLp's groups of those λ_p under "auto", each with those of torch's AdamW."""
+    ours = [torch.nn.Parameter(steps.normal(size, seed=k, dtype=dtype)) for k in range(len(lambdas))]
+    theirs = [torch.nn.Parameter(param.detach().clone()) for param in ours]
+    groups: list[dict[str, Any]] = [{"params": [p], "lambda_p": x} for p, x in zip(ours, lambdas, strict=True)]
+    optimizer = AdamWLp(groups, weight_decay=0.1)
+    adamw = torch.optim.AdamW(theirs, weight_decay=0.1)
+    for seed in range(8):
+        for k, (param, rival) in enumerate(zip(ours, theirs, strict=True)):
+            param.grad = steps.normal(size, seed=10 * seed + k, dtype=dtype)
+            rival.grad = param.grad.clone()
+        optimizer.step()
+        adamw.step()
+    return list(zip(ours, theirs, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_large_model_without_decay_is_adamw_to_the_bit(dtype: torch.dtype) -> None:
+    assert all(torch.equal(one, other) for one, other in race_of_groups(0.0, 0.0, size=70_000, dtype=dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_group_without_decay_beside_one_that_decays_is_adamw_to_rounding(dtype: torch.dtype) -> None:
+    (decayed, plain), (one, other) = race_of_groups(0.1, 0.0, size=70_000, dtype=dtype)
+    assert not torch.equal(decayed, plain)
+    torch.testing.assert_close(one, other, rtol=16 * torch.finfo(dtype).eps, atol=torch.finfo(dtype).eps)

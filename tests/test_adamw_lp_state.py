@@ -360,3 +360,15 @@ def test_without_skipping_nan_is_written_as_adamw_does(dtype: torch.dtype, lambd
     adamw.step()
     assert optimizer.skipped_steps == 0
     assert p.isnan().tolist() == q.isnan().tolist() == [False, True, False, False]
+
+
+def test_skips_that_only_the_device_knows_are_counted_in_place() -> None:
+    """A CUDA graph replays what it was captured with: a counter that is assigned anew would not move."""
+    optimizer = AdamWLp(parameters((4,)))
+    optimizer.param_groups[0]["skipped_steps"] = 2
+    optimizer._count_skipped(torch.tensor(False))
+    counter = optimizer.param_groups[0]["skipped_steps"]
+    optimizer._count_skipped(torch.tensor(True))
+    optimizer._count_skipped(torch.tensor(False))
+    assert optimizer.param_groups[0]["skipped_steps"] is counter
+    assert optimizer.skipped_steps == 4

@@ -13,7 +13,6 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import pytest
 import torch
@@ -191,8 +190,6 @@ def test_products_that_underflow_stay_finite(
 @pytest.mark.parametrize("exponent", [30, 31, 32, 37, 38])
 @pytest.mark.parametrize("p_norm", [0.5, 1.9, 2.0, 2.05, 2.5])
 def test_weights_up_to_the_end_of_float32(backend: str, exponent: int, p_norm: float) -> None:
-    if backend == "compiled" and p_norm > 2 and exponent > 31:
-        pytest.skip("weights beyond 2^104 count as 2^104")
     weight = 10.0**exponent
     check_steps([weight, -weight, 3.0 * 10.0 ** (exponent - 1)], [[1.0, -1.0, 0.5]], Hyper(lr=0.1, p_norm=p_norm,
         lambda_p=0.3), torch.float32, None, backend)  # fmt: skip
@@ -394,34 +391,3 @@ def test_bfloat16_second_moments_do_not_stall(backend: str, moments_of: torch.dt
         assert state["exp_avg_sq"].dtype == torch.bfloat16
         assert state["exp_avg_sq"].double().mean().item() == pytest.approx(expected, rel=0.02)
         assert state["exp_avg"].double().mean().item() == pytest.approx(grad, rel=0.02, abs=1e-12)
-
-
-# --- undecayed groups and the choice of "auto"
-
-
-def race(*lambdas: float, size: int, dtype: torch.dtype = torch.float32) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """The weights of AdamWLp's groups of those λ_p under "auto", each with those of torch's AdamW."""
-    ours = [torch.nn.Parameter(normal(size, seed=k, dtype=dtype)) for k in range(len(lambdas))]
-    theirs = [torch.nn.Parameter(param.detach().clone()) for param in ours]
-    groups: list[dict[str, Any]] = [{"params": [p], "lambda_p": x} for p, x in zip(ours, lambdas, strict=True)]
-    optimizer = AdamWLp(groups, weight_decay=0.1)
-    adamw = torch.optim.AdamW(theirs, weight_decay=0.1)
-    for seed in range(8):
-        for k, (param, rival) in enumerate(zip(ours, theirs, strict=True)):
-            param.grad = normal(size, seed=10 * seed + k, dtype=dtype)
-            rival.grad = param.grad.clone()
-        optimizer.step()
-        adamw.step()
-    return list(zip(ours, theirs, strict=True))
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-def test_large_model_without_decay_is_adamw_to_the_bit(dtype: torch.dtype) -> None:
-    assert all(torch.equal(one, other) for one, other in race(0.0, 0.0, size=70_000, dtype=dtype))
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-def test_group_without_decay_beside_one_that_decays_is_adamw_to_rounding(dtype: torch.dtype) -> None:
-    (decayed, plain), (one, other) = race(0.1, 0.0, size=70_000, dtype=dtype)
-    assert not torch.equal(decayed, plain)
-    torch.testing.assert_close(one, other, rtol=16 * torch.finfo(dtype).eps, atol=torch.finfo(dtype).eps)

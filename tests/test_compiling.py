@@ -130,15 +130,14 @@ def test_auto_logs_its_choice_once(size: int, name: str, log: pytest.LogCaptureF
 def test_auto_says_what_a_dense_run_takes(log: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where no λ_p is above 0 the step is foreach's: so should the log and ``backends`` say."""
     taken: set[str] = set()
-    for module in (compiled, foreach, reference):
-        name = module.__name__.rpartition(".")[2]
-        step: Any = module.step
+    for holder, name in ((compiled.Batch, "compiled"), (foreach, "foreach"), (reference, "reference")):
+        step: Any = holder.step
 
         def spy(*args: Any, name: str = name, step: Any = step) -> None:
             taken.add(name)
             step(*args)
 
-        monkeypatch.setattr(module, "step", functools.wraps(step)(spy))
+        monkeypatch.setattr(holder, "step", functools.wraps(step)(spy))
     optimizer = AdamWLp([torch.nn.Parameter(torch.ones(70_000))], lambda_p=0.0)
     some_run(optimizer, 1)
     assert taken == {"foreach"}

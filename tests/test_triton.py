@@ -1,4 +1,4 @@
-"""The Triton kernel: tests/triton_cases.py in processes of their own.
+"""The Triton kernel: tests/triton_cases.py and tests/triton_launch_cases.py in processes of their own.
 
 Whether Triton interprets or compiles is settled when it is imported, for the whole process. So each class of cases runs
 in one that has it so, and no other test notices.
@@ -23,7 +23,11 @@ ROOT = Path(__file__).parents[1]
 
 @pytest.mark.parametrize(
     ("cases", "interpret"),
-    [(["TestArithmetic"], True), (["TestRounding", "TestLaunches"], True), (["TestCompiled"], False)],
+    [
+        (["triton_cases.py::TestArithmetic"], True),
+        (["triton_cases.py::TestRounding", "triton_launch_cases.py::TestLaunches"], True),
+        (["triton_launch_cases.py::TestCompiled"], False),
+    ],
     ids=str,
 )
 def test_kernel(cases: list[str], interpret: bool, tmp_path: Path) -> None:
@@ -32,7 +36,7 @@ def test_kernel(cases: list[str], interpret: bool, tmp_path: Path) -> None:
     report = tmp_path / "report.xml"
     # The interpreter divides by 0 and overflows in numpy, as a GPU does, but numpy warns of it.
     command = [sys.executable, "-W", "ignore", "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--junitxml={report}"]
-    command += [f"tests/triton_cases.py::{name}" for name in cases]
+    command += [f"tests/{name}" for name in cases]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
     assert report.exists(), done.stdout + done.stderr
     results = list(ElementTree.parse(report).iter("testcase"))

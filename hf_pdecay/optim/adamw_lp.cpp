@@ -176,9 +176,10 @@ Scalars<T> scalars_of(const Hyper& h, const Row& row, double least, double tiny,
 
 // log2(α λ_p |w|^-x) of a magnitude, whose exponent is read from its bits. Finite also for 0.
 inline float log_ratio(float magnitude, const Scalars<float>& s) {
-  // 2^24 times larger no number is subnormal. Weights beyond 2^104, which become infinite, count as 2^104.
-  const int32_t bits = bit_cast<int32_t>(magnitude * 16777216.0f);
-  const float exponent = static_cast<float>((bits - (151 << 23)) >> 23);
+  // Subnormal numbers have no exponent of their own: 2^24 times larger they do.
+  const bool subnormal = magnitude < 1.17549435e-38f;
+  const int32_t bits = bit_cast<int32_t>(magnitude * (subnormal ? 16777216.0f : 1.0f));
+  const float exponent = static_cast<float>((bits - ((subnormal ? 151 : 127) << 23)) >> 23);
   const float m = bit_cast<float>((bits & 0x7fffff) | 0x3f800000);
   float y = s.c[6];
   y = fma(y, m, s.c[5]);

@@ -16,7 +16,7 @@ from .backends import Backend, Part, all_finite
 from .distributed import agreed_finite, any_nonzero, is_dtensor, local, local_grad, shard_place
 from .moments import as_stored, clone, is_quantized, zero_moment
 from .tensor_step import Hyperparameters, TensorStep
-from .validation import ADAMW_ONLY, check_hyperparameters, check_state_dict
+from .validation import FOREIGN_KEYS, check_hyperparameters, check_state_dict
 
 
 class AdamWLp(Optimizer):
@@ -50,7 +50,8 @@ class AdamWLp(Optimizer):
         maximize: Whether to maximise the objective.
         skip_nonfinite: Whether a NaN or infinite gradient in any group with this set skips the step of all of them.
         moments: What both moments are stored as: ``"float32"``, ``"bfloat16"`` (rounded stochastically) or ``"8bit"``
-            (torchao's blocks of 256, for tensors of at least 4096 weights); the dtype of the weights by default.
+            (torchao's blocks of 256, for tensors of at least 4096 weights and whole blocks, float32 for others); the
+            dtype of the weights by default.
         backend: How the step is computed. ``"compiled"`` is one C++ function, for CPUs; ``"triton"`` one kernel, for
             GPUs; ``"foreach"`` plain torch operations on bounded chunks, for any device; ``"reference"`` plain formulas
             in float64, for comparison. ``"auto"`` takes the fastest that this machine has, tensor by tensor, and logs
@@ -126,13 +127,11 @@ class AdamWLp(Optimizer):
         Chooses, and compiles if need be, what the first step would otherwise.
         """
         numel: dict[str, int] = {}
-        decaying = set()
         for group in self.param_groups:
             for param in group["params"]:
                 numel[param.device.type] = numel.get(param.device.type, 0) + local(param).numel()
-                if group["lambda_p"] != 0:
-                    decaying.add(param.device.type)
-        return {device: self._backend.choice(device, count, device in decaying) for device, count in numel.items()}
+        decays = any(group["lambda_p"] != 0 for group in self.param_groups)
+        return {device: self._backend.choice(device, count, decays) for device, count in numel.items()}
 
     @property
     def skipped_steps(self) -> int:
@@ -179,7 +178,7 @@ class AdamWLp(Optimizer):
         before = self.param_groups
         groups = [{**ours, **theirs} for ours, theirs in zip(before, state_dict["param_groups"], strict=True)]
         for group in groups:
-            for key in ADAMW_ONLY:
+            for key in FOREIGN_KEYS:
                 group.pop(key, None)
             check_hyperparameters(group)
         super().load_state_dict({**state_dict, "param_groups": groups})
@@ -284,8 +283,10 @@ class AdamWLp(Optimizer):
                 continue
             skipped = group["skipped_steps"]
             if isinstance(finite, Tensor):
-                skipped = skipped.to(finite.device) if isinstance(skipped, Tensor) else skipped
-                group["skipped_steps"] = (~finite).to(torch.int64).add_(skipped)
+                # In place, so that the replays of a CUDA graph count too.
+                if not isinstance(skipped, Tensor):
+                    skipped = torch.full((), skipped, dtype=torch.int64, device=finite.device)
+                group["skipped_steps"] = skipped.to(finite.device).add_(~finite)
             else:
                 group["skipped_steps"] = skipped + 1
 

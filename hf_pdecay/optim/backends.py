@@ -122,7 +122,7 @@ class Backend:
         decays = any(each.hyper.lambda_p != 0 for each in steps)
         splits = []
         for (device, careful), some in alike.items():
-            numel = 0 if device in self.chosen else sum(each.param.numel() for each in steps)
+            numel = 0 if device in self.chosen else sum(e.param.numel() for e in steps if e.param.device.type == device)
             name, _ = self.choice(device, numel, decays)
             splits += [(*split, careful) for split in self._split(name, some)]
         return [Part(*split) for split in splits]

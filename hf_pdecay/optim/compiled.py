@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from .moments import is_quantized
 from .tensor_step import TensorStep, is_flat
@@ -135,12 +134,6 @@ class Batch:
         if self._library.hf_pdecay_step(rows, len(self._steps), hypers, torch.get_num_threads()):
             raise RuntimeError("The compiled step met a dtype that it does not know; take backend='foreach'.")
         torch.autograd.graph.increment_version([each.param for each in self._steps])
-
-
-def step(steps: Sequence[TensorStep], finite: bool | Tensor = True) -> None:
-    """Do one step on each tensor, in place; see :func:`hf_pdecay.optim.foreach.step`."""
-    if steps and finite:
-        Batch(steps).step()
 
 
 def _address(numbers: array[Any]) -> ctypes.c_void_p:

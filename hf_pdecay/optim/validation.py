@@ -12,8 +12,16 @@ from ..decay import check_lambda_p, check_p_norm
 from .moments import check_moments
 
 
-# Keys of torch.optim.AdamW's groups that say how it computes, not what.
-ADAMW_ONLY = ("amsgrad", "foreach", "capturable", "differentiable", "fused", "decoupled_weight_decay")
+# Keys of the groups of torch.optim.AdamW, and of AdamWLp before, that say how it computes, not what.
+FOREIGN_KEYS = (
+    "rounding_seed",
+    "amsgrad",
+    "foreach",
+    "capturable",
+    "differentiable",
+    "fused",
+    "decoupled_weight_decay",
+)
 
 
 def check_hyperparameters(group: dict[str, Any]) -> None:
