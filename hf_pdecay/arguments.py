@@ -9,10 +9,12 @@ from typing import Any
 from transformers import TrainingArguments
 from transformers.training_args import OptimizerNames
 
+from .control import DECAY, SHAPES, check_decay, check_schedule
 from .decay import check_lambda_p, check_p_norm
 from .optim.backends import check_backend
 from .optim.moments import check_moments
 from .rules import load_rules
+from .targets import BUDGETS, check_budget, check_p_norms, check_target
 
 
 ADAMW_LP = "adamw_lp"
@@ -31,10 +33,21 @@ class PDecayTrainingArguments(TrainingArguments):
 
         optim: Name of the optimizer, ``"adamw_lp"`` by default, or any name that ``TrainingArguments`` takes.
         p_norm: p of the norm, above 0. Below 2 weights become exactly zero; 0.8 by default.
-        lambda_p: λ_p, at least 0; 0.01 by default. The penalty is (λ_p / p) ‖w‖_p^p.
+        lambda_p: λ_p, at least 0; 0.01 by default. The penalty is (λ_p / p) ‖w‖_p^p. A target sets λ_p itself.
+        target_sparsity: Fraction of exact zeros in the decayed weights at the end, in [0, 1), such as 0.9; unset or 0
+            for what λ_p gives.
+        sparsity_begin: Fraction of the run after which zeros begin; 0.1 by default.
+        sparsity_end: Fraction of the run after which the target is reached; 0.75 by default. From then on zeros stay.
+        sparsity_schedule: How the sparsity grows in between: ``"cubic"`` (steep at first), ``"linear"`` or
+            ``"cosine"``.
+        sparsity_budget: What the target is for: ``"global"``, all decayed weights together, or ``"tensor"``, each.
+        sparsity_decay: How much, as a fraction, the decay takes in a step from a weight at the threshold of the next
+            cut; 0.003 by default.
+        p_norm_begin: p at the beginning, from where it goes to ``p_norm`` between ``sparsity_begin`` and
+            ``sparsity_end``; unset for the same p throughout.
         keep_zeros: Whether decayed weights that are zero at the start stay zero.
         lp_rules: Rules by parameter name, as JSON text, a JSON file or a dict: regex → ``"off"`` or an object such as
-            ``{"p_norm": 0.5, "lambda_p": 0.02}``; the first match wins. Becomes a dict.
+            ``{"p_norm": 0.5, "lambda_p": 0.02}`` or ``{"target_sparsity": 0.5}``; the first match wins. Becomes a dict.
         optim_args: How the step is computed: ``"backend=foreach,moments=bfloat16"``; see :class:`~hf_pdecay.AdamWLp`.
         skip_nonfinite: Whether a step with NaN or infinite gradients is skipped and counted.
 
@@ -61,6 +74,39 @@ class PDecayTrainingArguments(TrainingArguments):
     lambda_p: float = field(
         default=0.01,
         metadata={"help": "Strength of the p-norm weight decay, at least 0; 0 is AdamW."},
+    )
+    target_sparsity: float | None = field(
+        default=None,
+        metadata={
+            "help": "Fraction of exact zeros in the decayed weights at the end, such as 0.9; sets lambda_p itself."
+        },
+    )
+    sparsity_begin: float = field(
+        default=0.1,
+        metadata={"help": "Fraction of the run after which zeros begin, for target_sparsity and p_norm_begin."},
+    )
+    sparsity_end: float = field(
+        default=0.75,
+        metadata={"help": "Fraction of the run after which the target is reached and zeros stay."},
+    )
+    sparsity_schedule: str = field(
+        default="cubic",
+        metadata={"help": "How the sparsity grows from begin to end.", "choices": list(SHAPES)},
+    )
+    sparsity_budget: str = field(
+        default="global",
+        metadata={
+            "help": "What the target is for: all decayed weights together (global), or every tensor (tensor).",
+            "choices": list(BUDGETS),
+        },
+    )
+    sparsity_decay: float = field(
+        default=DECAY,
+        metadata={"help": "Fraction that a step's decay takes from a weight at the threshold, under target_sparsity."},
+    )
+    p_norm_begin: float | None = field(
+        default=None,
+        metadata={"help": "p at the beginning, from where it goes to p_norm between sparsity_begin and sparsity_end."},
     )
     keep_zeros: bool = field(
         default=False,
@@ -94,6 +140,11 @@ class PDecayTrainingArguments(TrainingArguments):
         self.p_norm = check_p_norm(self.p_norm)
         self.lambda_p = check_lambda_p(self.lambda_p)
         self.lp_rules = load_rules(self.lp_rules) or None
+        self.target_sparsity = check_target(self.target_sparsity)
+        check_schedule(self.sparsity_begin, self.sparsity_end, self.sparsity_schedule)
+        check_budget(self.sparsity_budget)
+        check_decay(self.sparsity_decay)
+        check_p_norms(self.p_norm, self.p_norm_begin, targeted=self.target_sparsity is not None)
         if self.sparsity_logging not in SPARSITY_LOGGING:
             raise ValueError(
                 f"Invalid sparsity_logging: sparsity_logging={self.sparsity_logging!r}; it must be one of "
@@ -145,6 +196,12 @@ class PDecayTrainingArguments(TrainingArguments):
             checks[key](value)
             options[key] = value
         return options
+
+    @property
+    def control_options(self) -> dict[str, Any]:
+        """Keyword arguments of :class:`~hf_pdecay.control.SparsityControl`."""
+        names = ("target_sparsity", "sparsity_begin", "sparsity_end", "sparsity_schedule", "sparsity_budget")
+        return {name: getattr(self, name) for name in (*names, "sparsity_decay", "p_norm_begin", "keep_zeros")}
 
     @property
     def uses_adamw_lp(self) -> bool:

@@ -93,7 +93,8 @@ class SparsityCallback(TrainerCallback):
             for device, (name, reason) in _backends(kwargs["optimizer"]).items():
                 _console().print(f"Step on {device}: {name}, as {reason}.")
             sums = _lr_sums(everything, kwargs["lr_scheduler"], state)
-            for sentence in forecast(groups, [sums[number] for number, _ in groups]):
+            free = [(number, group) for number, group in groups if "asked_sparsity" not in group]
+            for sentence in forecast(free, [sums[number] for number, _ in free]):
                 logger.warning(sentence)
             for sentence in _frozen_tensors(kwargs["model"], groups):
                 logger.warning(sentence)

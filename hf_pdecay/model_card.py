@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ._version import __version__
+from .rules import strength
 from .sparsity import SparsityReport
 
 
@@ -100,6 +101,7 @@ class SparsityCard:
                 {
                     **group,
                     "tensors": len(group["params"]),
+                    "strength": strength(group),
                     "parameters": sum(param.numel() for param in group["params"]),
                 }
                 for group in self.param_groups

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from .decay import check_lambda_p, check_p_norm
+from .targets import check_target
 
 
 if TYPE_CHECKING:
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 
 RuleSpec = Mapping[str, Any]
 
-_RULE_KEYS = ("p_norm", "lambda_p")
+_RULE_KEYS = ("p_norm", "lambda_p", "target_sparsity")
 _WRAPPERS = re.compile(r"(^|\.)(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)(?=\.)|^module(?=\.)")
 
 
@@ -37,12 +38,15 @@ class Rule:
         pattern: A regular expression, searched for anywhere in the parameter's name.
         p_norm: p for them; None for the run's own.
         lambda_p: λ_p for them; None for the run's own.
+        target_sparsity: Fraction of them that is to be zero, 0 to leave them to their λ_p; None for a share in
+            the run's own target.
         off: Whether they are left undecayed.
     """
 
     pattern: re.Pattern[str]
     p_norm: float | None = None
     lambda_p: float | None = None
+    target_sparsity: float | None = None
     off: bool = False
 
 
@@ -54,6 +58,7 @@ class Assignment:
     p_norm: float
     lambda_p: float
     rule: str
+    target_sparsity: float | None = None
 
 
 def clean_name(name: str) -> str:
@@ -68,7 +73,8 @@ def load_rules(spec: str | RuleSpec | None) -> dict[str, Any]:
 
     Args:
         spec: JSON text that starts with ``{``, the path of a JSON file, a mapping, or None for no rules. Keys are
-            regular expressions over parameter names; values are ``"off"`` or objects with ``p_norm`` and ``lambda_p``.
+            regular expressions over parameter names; values are ``"off"`` or objects with ``p_norm``, ``lambda_p`` and
+            ``target_sparsity``.
 
     Returns:
         The rules as a plain dict in their order, the first match of which wins.
@@ -121,7 +127,7 @@ def _parse_rule(pattern: str, settings: Any) -> Rule:
     if not isinstance(settings, Mapping):
         raise ValueError(
             f"Invalid lp_rules: {pattern!r} has the value {settings!r}; it must be 'off' or an object with "
-            f"{' and '.join(_RULE_KEYS)}."
+            f"{', '.join(_RULE_KEYS)}."
         )
     unknown = [key for key in settings if key not in _RULE_KEYS]
     if unknown:
@@ -133,6 +139,10 @@ def _parse_rule(pattern: str, settings: Any) -> Rule:
             compiled,
             p_norm=check_p_norm(settings["p_norm"]) if "p_norm" in settings else None,
             lambda_p=check_lambda_p(settings["lambda_p"]) if "lambda_p" in settings else None,
+            # None would be the run's own target; 0 is none at all.
+            target_sparsity=(check_target(settings["target_sparsity"]) or 0.0)
+            if "target_sparsity" in settings
+            else None,
         )
     except ValueError as error:
         raise ValueError(f"Invalid lp_rules: {pattern!r}: {error}") from error
@@ -217,6 +227,7 @@ def assign(model: nn.Module, *, p_norm: float, lambda_p: float, rules: RuleSpec 
                 p_norm=p_norm if rule.p_norm is None else rule.p_norm,
                 lambda_p=0.0 if rule.off else lambda_p if rule.lambda_p is None else rule.lambda_p,
                 rule=rule.pattern.pattern,
+                target_sparsity=None if rule.off else rule.target_sparsity,
             )
     return result
 
@@ -296,6 +307,7 @@ def build_param_groups(
                 "keep_zeros": keep_zeros and how.decayed,
                 "decayed": how.decayed,
                 "rule": how.rule,
+                "target_sparsity": how.target_sparsity,
             },
         )
         group["params"].append(param)
@@ -315,6 +327,12 @@ def decayed_parameter_names(model: nn.Module, groups: Iterable[Mapping[str, Any]
     return [clean_name(name) for name, param in model.named_parameters() if id(param) in chosen]
 
 
+def strength(group: Mapping[str, Any]) -> str:
+    """Return a group's λ_p as text, or the sparsity that sets it."""
+    asked = group.get("asked_sparsity")
+    return f"{group['lambda_p']:g}" if asked is None else f"for {asked:.4g} zeros"
+
+
 def group_table(groups: Iterable[Mapping[str, Any]]) -> Table:
     """Return a rich table of param groups: tensors, parameters, p, λ_p and weight decay of each."""
     from rich.table import Table
@@ -329,8 +347,8 @@ def group_table(groups: Iterable[Mapping[str, Any]]) -> Table:
             group.get("rule", f"group {number}"),
             f"{len(group['params']):,}",
             f"{sum(param.numel() for param in group['params']):,}",
-            f"{group['p_norm']:g}" if decayed else "-",
-            f"{group['lambda_p']:g}" if decayed else "-",
+            f"{group.get('p_norm_end', group['p_norm']):g}" if decayed else "-",
+            strength(group) if decayed else "-",
             f"{group['weight_decay']:g}",
         )
     return table

@@ -16,6 +16,8 @@ from transformers.modelcard import TrainingSummary
 
 from .arguments import PDecayTrainingArguments
 from .callback import PICTURE_FILE, REPORT_FILE, SparsityCallback
+from .control import plan
+from .control_callback import SparsityControlCallback
 from .model_card import SparsityCard, picture_in
 from .optim import AdamWLp
 from .rules import build_param_groups, decayed_parameter_names, load_rules
@@ -62,10 +64,13 @@ class PDecayTrainerMixin(_Base):
                 "optim='adamw_lp' does not run under FSDP or DeepSpeed yet: use DDP or one process, or another optim."
             )
         groups = self._param_groups(self.model)
+        # The number of steps that epochs come to is known later, and is checked then.
+        plan(groups, self.args.max_steps if self.args.max_steps > 0 else 1 << 40, **self.args.control_options)
         if self.args.resume_from_checkpoint and os.path.isdir(self.args.resume_from_checkpoint):
             check_checkpoint(self.model, self.args.resume_from_checkpoint)
             check_optimizer_state(groups, self.args.resume_from_checkpoint)
         SparsityCallback(self.args.sparsity_logging, self.args.near_zero_threshold).attach(self)
+        SparsityControlCallback().attach(self)  # before the other, which then counts what was cut
         self.add_callback(_CardCallback(self))
 
     @property
@@ -158,7 +163,7 @@ class PDecayTrainerMixin(_Base):
             **(summary.hyperparameters or {}),
             "optimizer": f"adamw_lp with betas=({self.args.adam_beta1},{self.args.adam_beta2}) and "
             f"epsilon={self.args.adam_epsilon}",
-            **{name: getattr(self.args, name) for name in ("p_norm", "lambda_p", "weight_decay", "keep_zeros")},
+            **_decay_settings(self.args),
         }
         card = SparsityCard(
             summary=summary,
@@ -192,6 +197,16 @@ class _CardCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self._trainer.create_model_card()
+
+
+def _decay_settings(args: PDecayTrainingArguments) -> dict[str, Any]:
+    """The settings of the decay that have an effect, for the card."""
+    names = ["p_norm", "weight_decay", "keep_zeros"]
+    control = ["sparsity_begin", "sparsity_end", "sparsity_schedule"]
+    if args.p_norm_begin is not None:
+        names += ["p_norm_begin", *control[:2]]
+    names += ["lambda_p"] if args.target_sparsity is None else ["target_sparsity", *control, "sparsity_budget"]
+    return {name: getattr(args, name) for name in dict.fromkeys(names)}
 
 
 def _check_writable(folder: Path) -> None:

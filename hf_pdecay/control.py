@@ -1,0 +1,270 @@
+"""Asking for a sparsity: schedules, the law that sets λ_p, the cuts, and healing. Knows nothing of any Trainer.
+
+From ``begin`` to ``end`` the share of zeros follows a schedule up to the target. Weights are ranked by saliency in the
+metric in which Adam descends, |w| v^(1/4): its square is w² √v, the loss that removing a weight costs to second
+order (optimal brain damage, LeCun et al. 1989) with √v, what Adam divides by, for the curvature. On the way, λ_p
+follows the magnitudes, so that what the next cuts will take shrinks before, and zeros absorb; each cut sets the least
+salient weights to exactly 0, as many as the schedule asks for. After ``end`` zeros stay and the others train on
+("healing").
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.optim import Optimizer
+
+from .optim.distributed import local
+from .optim.moments import dequantize
+from .selection import Ranked, Ranking, zero_least
+from .targets import Budget, budgets, check_budget, check_p_norms, decayed_groups
+
+
+SHAPES = ("cubic", "linear", "cosine")
+
+# Cuts on the way from begin to end, at least as many steps apart as keep their cost below a hundredth of a step's.
+_CUTS = 40
+_MIN_STEPS = 10
+
+# λ_p of a group that a target controls while nothing is to decay: no weight feels it, and yet the step knows that the
+# group decays at other times, and goes on rounding stochastically and on its fast path.
+IDLE = 1e-300
+
+# c by default, from the figures in docs/choosing.md.
+DECAY = 0.003
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """When the sparsity, and p, change from their first to their last value.
+
+    Args:
+        begin: Number of steps before the change begins.
+        end: Number of steps after which it has ended.
+        shape: ``"cubic"`` is steep at first, 1 - (1 - t)³ (Zhu and Gupta, arXiv 1710.01878, equation 1); ``"linear"``
+            and ``"cosine"`` as the names say.
+    """
+
+    begin: int
+    end: int
+    shape: str = "cubic"
+
+    @property
+    def interval(self) -> int:
+        """Steps from one cut to the next."""
+        return max(1, (self.end - self.begin) // _CUTS)
+
+    def progress(self, step: int) -> float:
+        """Return how much of the change has been made after a number of steps, in [0, 1]."""
+        t = min(max((step - self.begin) / max(self.end - self.begin, 1), 0.0), 1.0)
+        if self.shape == "linear":
+            return t
+        return 1 - (1 - t) ** 3 if self.shape == "cubic" else (1 - math.cos(math.pi * t)) / 2
+
+    def cuts(self, step: int) -> bool:
+        """Whether a cut follows a step, the first of all steps being number 1."""
+        return self.begin < step <= self.end and (self.end - step) % self.interval == 0
+
+    def next_cut(self, step: int) -> int:
+        """Return the first step from this one on that a cut follows."""
+        return min(step + (self.end - step) % self.interval, self.end)
+
+
+class SparsityControl:
+    """Brings the weights that an optimizer decays to a sparsity, step by step.
+
+    A training loop calls it around each step of the optimizer, steps being counted from 1:
+
+        >>> control = SparsityControl(optimizer, total_steps, target_sparsity=0.9)
+        >>> for step in range(1, total_steps + 1):
+        ...     loss.backward()
+        ...     control.before_step(step)
+        ...     optimizer.step()
+        ...     control.after_step(step)
+
+    All that it must remember lies in the param groups, so a checkpoint of the optimizer carries it: a resumed loop goes
+    on at the step that comes next. Groups with ``decayed`` false, or without it and with a λ_p of 0, are left alone.
+
+    Args:
+        optimizer: An :class:`~hf_pdecay.AdamWLp`. A group may name a ``target_sparsity`` of its own.
+        total_steps: Number of optimizer steps of the whole run.
+        target_sparsity: Fraction of exact zeros in all decayed weights at the end; None or 0 for what the groups' own
+            targets and λ_p give.
+        sparsity_begin: Fraction of the run after which zeros begin; 0.1 by default.
+        sparsity_end: Fraction of the run after which the target is reached and zeros stay; 0.75 by default.
+        sparsity_schedule: ``"cubic"``, ``"linear"`` or ``"cosine"``.
+        sparsity_budget: ``"global"``, or ``"tensor"`` for the same sparsity in every tensor.
+        sparsity_decay: c: what the decay takes, on the way, from a weight at the threshold of the next cut, as a
+            fraction of it in each step.
+        p_norm_begin: p until ``sparsity_begin``, from where it goes to the groups' p at ``sparsity_end``; None to keep
+            p as it is.
+        keep_zeros: Whether weights that are zero when the run starts stay zero.
+
+    Raises:
+        ValueError: If an argument is out of range, a target cannot be reached, or p is 2 or more where there is one.
+    """
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        total_steps: int,
+        *,
+        target_sparsity: float | None = None,
+        sparsity_begin: float = 0.1,
+        sparsity_end: float = 0.75,
+        sparsity_schedule: str = "cubic",
+        sparsity_budget: str = "global",
+        sparsity_decay: float = DECAY,
+        p_norm_begin: float | None = None,
+        keep_zeros: bool = False,
+    ) -> None:
+        check_decay(sparsity_decay)
+        self.schedule, self.budgets = plan(
+            optimizer.param_groups,
+            total_steps,
+            target_sparsity=target_sparsity,
+            sparsity_begin=sparsity_begin,
+            sparsity_end=sparsity_end,
+            sparsity_schedule=sparsity_schedule,
+            sparsity_budget=sparsity_budget,
+            p_norm_begin=p_norm_begin,
+        )
+        self._optimizer = optimizer
+        self._decay = sparsity_decay
+        self._p_norm_begin = p_norm_begin
+        self._keep_zeros = keep_zeros
+        for group in decayed_groups(optimizer.param_groups):
+            group.setdefault("p_norm_end", group["p_norm"])
+        for budget in self.budgets:
+            for group, _ in budget.members:
+                group["asked_sparsity"] = budget.target
+
+    @torch.no_grad()
+    def before_step(self, step: int) -> None:
+        """Set p, λ_p and ``keep_zeros`` of the groups for a step, which is about to be made.
+
+        Args:
+            step: Its number, the first of all being 1.
+        """
+        schedule = self.schedule
+        if self._p_norm_begin is not None:
+            for group in decayed_groups(self._optimizer.param_groups):
+                begin, end = self._p_norm_begin, group["p_norm_end"]
+                group["p_norm"] = begin + schedule.progress(step) * (end - begin)
+        for budget in self.budgets:
+            decaying = schedule.begin < step <= schedule.end and self._decay > 0
+            fresh = decaying and (schedule.cuts(step - 1) or step == schedule.begin + 1)
+            threshold = self._threshold(budget, schedule.next_cut(step)) if fresh else 0.0
+            for group, _ in budget.members:
+                if fresh:
+                    group["threshold"] = threshold
+                group["lambda_p"] = self._lambda_p(group) if decaying else IDLE
+                # A weight that was cut stays 0 also while nothing decays.
+                group["keep_zeros"] = self._keep_zeros or step > schedule.begin
+
+    @torch.no_grad()
+    def after_step(self, step: int) -> None:
+        """Set the least salient weights to 0, if a cut follows this step.
+
+        Args:
+            step: Number of the step that was just made, the first of all being 1.
+        """
+        if not self.schedule.cuts(step):
+            return
+        for budget in self.budgets:
+            ranked = self._ranked(budget)
+            ranking = Ranking(ranked)
+            count = ranking.rank(budget.target * self.schedule.progress(step))
+            if count:
+                zero_least(ranked, ranking.least(count))
+
+    def asked(self, step: int) -> float:
+        """Return the fraction of zeros that the schedule asks of the controlled weights after a step."""
+        numel = sum(budget.numel for budget in self.budgets)
+        wanted = sum(budget.target * budget.numel for budget in self.budgets)
+        return wanted / numel * self.schedule.progress(step) if numel else 0.0
+
+    def _threshold(self, budget: Budget, step: int) -> float:
+        """The magnitude that a cut after a step would divide the weights at, were it made by magnitude and now."""
+        weights = [Ranked(local(param)) for _, params in budget.members for param in params]
+        return Ranking(weights).quantile(budget.target * self.schedule.progress(step))
+
+    def _lambda_p(self, group: Mapping[str, Any]) -> float:
+        """The λ_p with α λ_p = c Q^(2-p), Q the group's threshold: there the factor s / (s + α λ_p) is 1 / (1 + c)."""
+        rate = float(group["lr"])
+        s = group["threshold"] ** (2 - group["p_norm"])
+        return max(self._decay * s / rate, IDLE) if rate > 0 else IDLE
+
+    def _ranked(self, budget: Budget) -> list[Ranked]:
+        ranked = []
+        for _, params in budget.members:
+            for param in params:
+                second = self._optimizer.state[param].get("exp_avg_sq")
+                if second is not None:
+                    second = dequantize(local(second), torch.promote_types(second.dtype, torch.float32))
+                ranked.append(Ranked(local(param), second))
+        return ranked
+
+
+def plan(
+    groups: Sequence[dict[str, Any]],
+    total_steps: int,
+    *,
+    target_sparsity: float | None,
+    sparsity_begin: float,
+    sparsity_end: float,
+    sparsity_schedule: str,
+    sparsity_budget: str,
+    p_norm_begin: float | None,
+    **_: Any,
+) -> tuple[Schedule, list[Budget]]:
+    """Return the schedule and the budgets of a run; see :class:`SparsityControl` for the arguments.
+
+    Raises:
+        ValueError: If an argument is out of range, a target cannot be reached, or p is 2 or more where there is one.
+    """
+    check_schedule(sparsity_begin, sparsity_end, sparsity_schedule)
+    check_budget(sparsity_budget)
+    schedule = Schedule(round(sparsity_begin * total_steps), round(sparsity_end * total_steps), sparsity_schedule)
+    found = budgets(groups, target_sparsity, sparsity_budget)
+    controlled = {id(group) for budget in found for group, _ in budget.members}
+    for group in decayed_groups(groups):
+        check_p_norms(group.get("p_norm_end", group["p_norm"]), p_norm_begin, targeted=id(group) in controlled)
+    if found and schedule.end - schedule.begin < _MIN_STEPS:
+        least = math.ceil((_MIN_STEPS + 1) / (sparsity_end - sparsity_begin))
+        raise ValueError(
+            f"Invalid max_steps: of {total_steps} steps only {schedule.end - schedule.begin} lie between "
+            f"sparsity_begin={sparsity_begin:g} and sparsity_end={sparsity_end:g}, too few to reach target_sparsity. "
+            f"It takes at least {_MIN_STEPS} there, so max_steps of at least {least}; or move the two apart."
+        )
+    return schedule, found
+
+
+def check_schedule(begin: float, end: float, shape: str = "cubic") -> None:
+    """Check the fractions of the run between which the sparsity changes, and the shape of the change.
+
+    Raises:
+        ValueError: If they are not 0 <= begin < end <= 1, or the shape is unknown.
+    """
+    if not 0 <= begin < end <= 1:
+        raise ValueError(
+            f"Invalid sparsity_begin, sparsity_end: sparsity_begin={begin!r} and sparsity_end={end!r}; they must be "
+            "fractions of the run with 0 <= sparsity_begin < sparsity_end <= 1."
+        )
+    if shape not in SHAPES:
+        raise ValueError(
+            f"Invalid sparsity_schedule: sparsity_schedule={shape!r}; it must be one of {', '.join(SHAPES)}."
+        )
+
+
+def check_decay(decay: float) -> None:
+    """Raise ValueError if the strength of a target's decay is not in [0, 1]."""
+    if not 0 <= decay <= 1:
+        raise ValueError(
+            f"Invalid sparsity_decay: sparsity_decay={decay!r}; it must be from 0 to 1, the fraction by which a weight "
+            "at the threshold shrinks in a step."
+        )

@@ -1,0 +1,65 @@
+"""The callback that brings a run to the sparsity that was asked for."""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING, Any
+
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from .arguments import PDecayTrainingArguments
+from .control import SparsityControl
+
+
+if TYPE_CHECKING:
+    from transformers import Trainer
+
+logger = logging.getLogger(__name__)
+
+
+class SparsityControlCallback(TrainerCallback):
+    """Drives a :class:`~hf_pdecay.control.SparsityControl` through a run, as its ``PDecayTrainingArguments`` say.
+
+    ``PDecayTrainer`` adds it. Without ``target_sparsity``, in the arguments or in a rule, and without ``p_norm_begin``
+    it does nothing.
+    """
+
+    def __init__(self) -> None:
+        self._control: SparsityControl | None = None
+
+    def attach(self, trainer: Trainer) -> SparsityControlCallback:
+        """Make this the first callback of a Trainer, so that the others see what was cut, and return it."""
+        trainer.callback_handler.callbacks.insert(0, self)
+        return self
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Plan the run.
+
+        Raises:
+            ValueError: If the target cannot be reached in the steps of the run.
+        """
+        if not isinstance(args, PDecayTrainingArguments):
+            return
+        self._control = SparsityControl(kwargs["optimizer"], state.max_steps, **args.control_options)
+        if self._control.budgets and args.lambda_p != PDecayTrainingArguments.lambda_p and state.is_world_process_zero:
+            logger.warning(
+                "target_sparsity wins over lambda_p=%g: it sets λ_p from the weights, step by step.", args.lambda_p
+            )
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Set p, λ_p and ``keep_zeros`` for the step."""
+        if self._control is not None:
+            self._control.before_step(state.global_step + 1)
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Cut, where the schedule has a cut after this step."""
+        if self._control is None:
+            return
+        self._control.after_step(state.global_step)
+        if self._control.budgets and state.global_step == self._control.schedule.end:
+            # What was best before was not yet as sparse as asked: load_best_model_at_end chooses among what comes now.
+            state.best_metric = state.best_model_checkpoint = None
