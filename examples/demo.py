@@ -29,7 +29,9 @@ OPTIMIZERS = {"dense": "adamw_torch", "sparse": "adamw_lp"}
 def train(name: str, options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """Train one of the two models and return its figures."""
     argv = ["--optim", OPTIMIZERS[name], "--output_dir", str(folder), "--max_steps", str(options.max_steps)]
-    argv += ["--p_norm", str(options.p_norm), "--lambda_p", str(options.lambda_p), "--seed", str(options.seed)]
+    argv += ["--p_norm", str(options.p_norm), "--seed", str(options.seed)]
+    given = options.lambda_p is not None
+    argv += ["--lambda_p", str(options.lambda_p)] if given else ["--target_sparsity", str(options.target_sparsity)]
     argv += ["--max_eval_samples", str(options.max_eval_samples), "--generate_tokens", "0"]
     argv += ["--logging_steps", str(max(1, options.max_steps // 20))]
     trainer, tokenizer, data = train_clm.prepare(argv)
@@ -73,7 +75,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--output_dir", type=Path, default=Path("demo_output"), help="folder for everything")
     parser.add_argument("--max_steps", type=int, default=1000, help="steps of each run (1000)")
     parser.add_argument("--p_norm", type=float, default=0.8, help="p of the sparse run (0.8)")
-    parser.add_argument("--lambda_p", type=float, default=0.017, help="its lambda_p (0.017)")
+    parser.add_argument("--target_sparsity", type=float, default=0.9, help="zeros that it asks for (0.9)")
+    parser.add_argument("--lambda_p", type=float, help="its lambda_p, instead of a target")
     parser.add_argument("--max_eval_samples", type=int, default=1500, help="validation blocks (1500)")
     parser.add_argument("--seed", type=int, default=42, help="seed of both runs (42)")
     options = parser.parse_args(argv)

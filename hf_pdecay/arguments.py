@@ -42,7 +42,7 @@ class PDecayTrainingArguments(TrainingArguments):
             ``"cosine"``.
         sparsity_budget: What the target is for: ``"global"``, all decayed weights together, or ``"tensor"``, each.
         sparsity_decay: How much, as a fraction, the decay takes in a step from a weight at the threshold of the next
-            cut; 0.003 by default.
+            cut; 0.001 by default.
         p_norm_begin: p at the beginning, from where it goes to ``p_norm`` between ``sparsity_begin`` and
             ``sparsity_end``; unset for the same p throughout.
         keep_zeros: Whether decayed weights that are zero at the start stay zero.

@@ -35,7 +35,7 @@ _MIN_STEPS = 10
 IDLE = 1e-300
 
 # c by default, from the figures in docs/choosing.md.
-DECAY = 0.003
+DECAY = 0.001
 
 
 @dataclass(frozen=True)

