@@ -163,8 +163,9 @@ class SparsityControl:
                 if fresh:
                     group["threshold"] = threshold
                 group["lambda_p"] = self._lambda_p(group) if decaying else IDLE
-                # A weight that was cut stays 0 also while nothing decays.
-                group["keep_zeros"] = self._keep_zeros or step > schedule.begin
+                # Zero absorbs while something decays, but for tensors that began as zeros and are to learn. While
+                # nothing does, what was cut must be held.
+                group["keep_zeros"] = self._keep_zeros or (step > schedule.begin and group["lambda_p"] == IDLE)
 
     @torch.no_grad()
     def after_step(self, step: int) -> None:

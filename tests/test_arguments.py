@@ -18,6 +18,13 @@ from hf_pdecay.arguments import own_fields
 OWN = {
     "p_norm": 0.5,
     "lambda_p": 0.03,
+    "target_sparsity": 0.7,
+    "sparsity_begin": 0.2,
+    "sparsity_end": 0.6,
+    "sparsity_schedule": "linear",
+    "sparsity_budget": "tensor",
+    "sparsity_decay": 0.02,
+    "p_norm_begin": 1.5,
     "keep_zeros": True,
     "lp_rules": {"attn": {"p_norm": 0.4}, "mlp": "off"},
     "skip_nonfinite": False,
@@ -42,6 +49,8 @@ def test_every_own_field_is_covered_here() -> None:
 def test_command_line(tmp_path: Path) -> None:
     words = ["--output_dir", str(tmp_path), "--optim", "adamw_lp", "--keep_zeros", "--no_skip_nonfinite"]
     words += ["--p_norm", "0.5", "--lambda_p", "0.03", "--sparsity_logging", "layer", "--near_zero_threshold", "1e-9"]
+    words += ["--target_sparsity", "0.7", "--sparsity_begin", "0.2", "--sparsity_end", "0.6", "--p_norm_begin", "1.5"]
+    words += ["--sparsity_schedule", "linear", "--sparsity_budget", "tensor", "--sparsity_decay", "0.02"]
     words += ["--lp_rules", json.dumps(OWN["lp_rules"]), "--weight_decay", "0.1"]
     (args,) = HfArgumentParser(PDecayTrainingArguments).parse_args_into_dataclasses(words)
     _same(args)

@@ -130,7 +130,7 @@ class AdamWLp(Optimizer):
         for group in self.param_groups:
             for param in group["params"]:
                 numel[param.device.type] = numel.get(param.device.type, 0) + local(param).numel()
-        decays = any(group["lambda_p"] != 0 for group in self.param_groups)
+        decays = any(group["lambda_p"] != 0 or group["keep_zeros"] for group in self.param_groups)
         return {device: self._backend.choice(device, count, decays) for device, count in numel.items()}
 
     @property

@@ -95,7 +95,7 @@ class Backend:
         Args:
             device: Type of the device, such as ``"cpu"``.
             numel: Number of weights there.
-            decays: Whether any of them decays.
+            decays: Whether any of them decays or keeps its zeros.
         """
         if self.name == "auto" and device == "cpu" and not decays:
             dense = "foreach", "nothing decays, and by plain operations the step is torch's AdamW to the bit"
@@ -119,7 +119,7 @@ class Backend:
             device = "cpu" if each.param.is_cpu else each.param.device.type
             alike.setdefault((device, each.hyper.skip_nonfinite), []).append(each)
         # Of all tensors of the step: a group without decay beside one with it takes the same backend.
-        decays = any(each.hyper.lambda_p != 0 for each in steps)
+        decays = any(each.hyper.lambda_p != 0 or each.hyper.keep_zeros for each in steps)
         splits = []
         for (device, careful), some in alike.items():
             numel = 0 if device in self.chosen else sum(e.param.numel() for e in steps if e.param.device.type == device)
