@@ -60,6 +60,7 @@ class Ranking:
 
     def __init__(self, tensors: Sequence[Ranked]) -> None:
         self._tensors = [_flat(each) for each in tensors]
+        self._dtype = _score_dtype(tensors)
         self.numel = sum(each.weight.numel() for each in tensors)
         self._sample = self._take_sample().nan_to_num(nan=math.inf)
 
@@ -112,7 +113,7 @@ class Ranking:
         for weight, exp_avg_sq in self._tensors:
             first = -place % stride
             some = None if exp_avg_sq is None else exp_avg_sq[first::stride]
-            taken.append(scores(Ranked(weight[first::stride], some)))
+            taken.append(scores(Ranked(weight[first::stride], some), self._dtype))
             place += weight.numel()
         return torch.cat([each.to(taken[0].device) for each in taken]).sort().values.cpu()
 
@@ -122,7 +123,7 @@ class Ranking:
         inside: list[Tensor] = []
         for tensor in self._tensors:
             for piece in _pieces(tensor):
-                score = scores(piece)
+                score = scores(piece, self._dtype)
                 counts.append(torch.stack([(score < low).sum(), (score == low).sum(), (score == high).sum()]))
                 inside.append(score[(score > low) & (score < high)])
         device = counts[0].device
@@ -130,12 +131,14 @@ class Ranking:
         return below, at_low, torch.cat([each.to(device) for each in inside]), at_high if high > low else 0
 
 
-def scores(tensor: Ranked) -> Tensor:
+def scores(tensor: Ranked, dtype: torch.dtype = torch.float32) -> Tensor:
     """Return |w| v^(1/4), or |w| where there is no v, of a tensor's weights; 0 for those that are 0 and no others.
 
-    The result is float32, in which numbers of lower precision are what they are, or float64 for weights of it.
+    Args:
+        tensor: The weights.
+        dtype: What the scores are computed in: float32, in which numbers of lower precision are what they are, or
+            float64.
     """
-    dtype = torch.promote_types(tensor.weight.dtype, torch.float32)
     magnitude = tensor.weight.to(dtype).abs()
     if tensor.exp_avg_sq is None:
         return magnitude
@@ -156,11 +159,11 @@ def zero_least(tensors: Sequence[Ranked], cut: Cut) -> None:
     """
     if cut.score == 0:
         return
-    seen = 0
+    seen, dtype = 0, _score_dtype(tensors)
     for tensor in tensors:
         flat = _flat(tensor)
         for piece in _pieces(flat):
-            score = scores(piece)
+            score = scores(piece, dtype)
             if cut.ties == cut.equal:
                 piece.weight.masked_fill_(score <= cut.score, 0)
                 continue
@@ -172,6 +175,12 @@ def zero_least(tensors: Sequence[Ranked], cut: Cut) -> None:
             piece.weight.masked_fill_(taken | (score < cut.score), 0)
         if flat.weight.data_ptr() != tensor.weight.data_ptr():
             tensor.weight.copy_(flat.weight.view(tensor.weight.shape))
+
+
+def _score_dtype(tensors: Sequence[Ranked]) -> torch.dtype:
+    """The dtype in which all of some weights are compared: float64 where there is any of it, else float32."""
+    doubles = any(each.weight.dtype == torch.float64 for each in tensors)
+    return torch.float64 if doubles else torch.float32
 
 
 def _flat(tensor: Ranked) -> Ranked:
