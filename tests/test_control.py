@@ -120,7 +120,9 @@ def test_what_is_cut_costs_least_to_second_order_in_the_metric_of_adam() -> None
     (loop.model(inputs) - wanted).square().mean().backward()
     loop.control.before_step(first)
     loop.optimizer.step()
-    states = [(param, loop.optimizer.state[param]["exp_avg_sq"]) for param in loop.model.parameters() if param.ndim == 2]
+    states = [
+        (param, loop.optimizer.state[param]["exp_avg_sq"]) for param in loop.model.parameters() if param.ndim == 2
+    ]
     saliency = torch.cat([(w.detach().double() ** 2 * v.double().sqrt()).reshape(-1) for w, v in states])
     loop.control.after_step(first)
     cut = torch.cat([(param == 0).reshape(-1) for param, _ in states])

@@ -138,7 +138,13 @@ def test_scores_are_zero_for_zeros_only(dtype: torch.dtype) -> None:
     smallest = torch.finfo(dtype).tiny
     weight = torch.tensor([0.0, -0.0, smallest, -smallest, 1.0], dtype=dtype)
     for second in (None, torch.zeros(5), torch.full((5,), 1e-38)):
-        assert (scores(Ranked(weight, second), torch.promote_types(dtype, torch.float32)) == 0).tolist() == [True, True, False, False, False]
+        assert (scores(Ranked(weight, second), torch.promote_types(dtype, torch.float32)) == 0).tolist() == [
+            True,
+            True,
+            False,
+            False,
+            False,
+        ]
 
 
 @pytest.mark.parametrize("layout", ["transposed", "columns", "channels last"])
