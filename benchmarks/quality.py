@@ -250,11 +250,11 @@ def main() -> int:
     if not options.table:
         perform(plan, path, options.data, options.jobs, time.time() + 60 * options.minutes)
     if options.quick:
-        print(quality_table.write(read(path), quick_runs(config), RESULTS / "quality_quick.md", config))
+        print(quality_table.write(read(path), quick_runs(config), RESULTS / "quality_quick.md"))
         return 0
     results = read(path)
     reported = [run for name in config["tasks"] for run in planned(config, results, name)[1]]
-    print(quality_table.write(results, reported, RESULTS / "quality.md", config))
+    print(quality_table.write(results, reported, RESULTS / "quality.md"))
     quality_table.draw(results, reported, HERE.parent / "docs" / "images" / "quality.png")
     return 0
 

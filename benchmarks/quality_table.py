@@ -26,20 +26,20 @@ NAMES = {
 Line = dict[str, Any]
 
 
-def write(results: Sequence[Line], runs: Sequence[Run], path: Path, config: dict[str, Any]) -> str:
+def write(results: Sequence[Line], runs: Sequence[Run], path: Path) -> str:
     """Write the tables as Markdown and return them.
 
     Args:
         results: Lines of the results file.
         runs: Those to report; what is missing of them is counted as missing.
         path: File to write.
-        config: What ``quality.yaml`` says.
     """
     parts = [
         "# Loss against sparsity",
         "`python benchmarks/quality.py --data FOLDER`, see [quality.yaml](../quality.yaml) for the runs and the data's "
-        "names in [quality.py](../quality.py). Mean over the seeds, and from the least to the largest; the best row of "
-        "a column is bold. The sparsity is counted in the weights of linear layers and convolutions.",
+        "names in [quality.py](../quality.py). Mean over the seeds that all methods of a column have run, and from the "
+        "least to the largest; the best row of a column is bold. The sparsity is counted in the weights of linear "
+        "layers and convolutions.",
     ]
     for task in dict.fromkeys(run.task for run in runs):
         parts += _task(results, [run for run in runs if run.task == task], task)
@@ -64,26 +64,31 @@ def _task(results: Sequence[Line], runs: Sequence[Run], task: str) -> list[str]:
     first = runs[0]
     parts = [f"## {task}, {first.steps} steps, learning rate {first.learning_rate:g}: {metric}"]
 
-    means: dict[tuple[str, float | None], float] = {}
-    cells: dict[tuple[str, float | None], str] = {}
-    for method in dict.fromkeys(run.method for run in runs):
-        for target in (None, *targets):
-            lines = _lines(results, [run for run in runs if run.method == method and run.target == target])
-            if lines and (target is not None or method == "dense"):
-                means[method, target], cells[method, target] = _summary(lines, accurate)
+    # Only seeds that every method of a column has are compared.
+    methods = list(dict.fromkeys(run.method for run in runs if run.target is not None))
+    columns: dict[float, dict[str, list[Line]]] = {}
+    for target in targets:
+        at = {m: _lines(results, [run for run in runs if (run.method, run.target) == (m, target)]) for m in methods}
+        seeds = [{line["seed"] for line in lines} for lines in at.values() if lines]
+        shared = set.intersection(*seeds) if seeds else set()
+        columns[target] = {m: [line for line in lines if line["seed"] in shared] for m, lines in at.items()}
     rows = ["| method | knob | " + " | ".join(f"{target:.0%} zeros" for target in targets) + " |"]
     rows.append("|---|---|" + "---:|" * len(targets))
-    for method in dict.fromkeys(run.method for run in runs if run.target is not None):
+    for method in methods:
         knob = next(run.knob for run in runs if run.method == method and run.target is not None)
         row = [NAMES[method], f"{knob:g}"]
-        for target in targets:
-            at = [value for (_, each), value in means.items() if each == target]
-            top = bool(at) and means.get((method, target)) == (max(at) if accurate else min(at))
-            cell = cells.get((method, target), "not run yet")
-            row.append(f"**{cell}**" if top and len(at) > 1 else cell)
+        for column in columns.values():
+            if not column[method]:
+                row.append("not run yet")
+                continue
+            means = {m: _mean(lines, accurate) for m, lines in column.items() if lines}
+            top = means[method] == (max if accurate else min)(means.values())
+            cell = _summary(column[method], accurate)
+            row.append(f"**{cell}**" if top and len(means) > 1 else cell)
         rows.append("| " + " | ".join(row) + " |")
-    if ("dense", None) in cells:
-        parts.append(f"Dense AdamW: {cells['dense', None]}.")
+    dense = _lines(results, [run for run in runs if run.method == "dense"])
+    if dense:
+        parts.append(f"Dense AdamW: {_summary(dense, accurate)}.")
     parts.append("\n".join(rows))
 
     free = [run for run in runs if run.target is None and run.method != "dense"]
@@ -93,7 +98,7 @@ def _task(results: Sequence[Line], runs: Sequence[Run], task: str) -> list[str]:
             lines = _lines(results, [run for run in free if (run.method, run.knob) == (method, knob)])
             if lines:
                 zeros = statistics.mean(line["sparsity"] for line in lines)
-                rows.append(f"| {NAMES[method]} | {knob:g} | {zeros:.1%} | {_summary(lines, accurate)[1]} |")
+                rows.append(f"| {NAMES[method]} | {knob:g} | {zeros:.1%} | {_summary(lines, accurate)} |")
         parts.append("\n".join(rows))
     return parts
 
@@ -103,12 +108,19 @@ def _lines(results: Sequence[Line], runs: Sequence[Run]) -> list[Line]:
     return [line for line in results if any(all(line[k] == v for k, v in each.items()) for each in wanted)]
 
 
-def _summary(lines: Sequence[Line], accurate: bool) -> tuple[float, str]:
-    scores = [line["test_accuracy" if accurate else "test_loss"] for line in lines]
-    mean = statistics.mean(scores)
+def _scores(lines: Sequence[Line], accurate: bool) -> list[float]:
+    return [line["test_accuracy" if accurate else "test_loss"] for line in lines]
+
+
+def _mean(lines: Sequence[Line], accurate: bool) -> float:
+    return statistics.mean(_scores(lines, accurate))
+
+
+def _summary(lines: Sequence[Line], accurate: bool) -> str:
+    scores = _scores(lines, accurate)
     show = (lambda value: f"{value:.2%}") if accurate else (lambda value: f"{value:.4f}")
     seeds = f", {len(scores)} seeds: {show(min(scores))} to {show(max(scores))}" if len(scores) > 1 else ", 1 seed"
-    return mean, f"{show(mean)}{seeds}"
+    return show(statistics.mean(scores)) + seeds
 
 
 def draw(results: Sequence[Line], runs: Sequence[Run], path: Path) -> None:
