@@ -41,8 +41,8 @@ class PDecayTrainingArguments(TrainingArguments):
         sparsity_schedule: How the sparsity grows in between: ``"cubic"`` (steep at first), ``"linear"`` or
             ``"cosine"``.
         sparsity_budget: What the target is for: ``"global"``, all decayed weights together, or ``"tensor"``, each.
-        sparsity_decay: How much, as a fraction, the decay takes in a step from a weight at the threshold of the next
-            cut; 0.001 by default.
+        sparsity_decay: How strong the decay is that goes with a target: 1, the default, for the λ_p by which weights
+            below the target's quantile would be gone by the end if they had no gradient; 0 for cuts alone.
         p_norm_begin: p at the beginning, from where it goes to ``p_norm`` between ``sparsity_begin`` and
             ``sparsity_end``; unset for the same p throughout.
         keep_zeros: Whether decayed weights that are zero at the start stay zero.
@@ -102,7 +102,7 @@ class PDecayTrainingArguments(TrainingArguments):
     )
     sparsity_decay: float = field(
         default=DECAY,
-        metadata={"help": "Fraction that a step's decay takes from a weight at the threshold, under target_sparsity."},
+        metadata={"help": "Strength of the decay that goes with target_sparsity, at least 0; 0 for cuts alone."},
     )
     p_norm_begin: float | None = field(
         default=None,

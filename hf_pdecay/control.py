@@ -3,7 +3,8 @@
 From ``begin`` to ``end`` the share of zeros follows a schedule up to the target. Weights are ranked by saliency in the
 metric in which Adam descends, |w| v^(1/4): its square is w² √v, the loss that removing a weight costs to second
 order (optimal brain damage, LeCun et al. 1989) with √v, what Adam divides by, for the curvature. On the way, λ_p
-follows the magnitudes, so that what the next cuts will take shrinks before, and zeros absorb; each cut sets the least
+follows the magnitudes: it is the one by which the weights below the target's quantile would all be gone by the end of the
+run, had they no gradient. So weights compete, the cuts take what has shrunk, and zeros absorb; each cut sets the least
 salient weights to exactly 0, as many as the schedule asks for. After ``end`` zeros stay and the others train on
 ("healing").
 """
@@ -11,13 +12,14 @@ salient weights to exactly 0, as many as the schedule asks for. After ``end`` ze
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch.optim import Optimizer
 
+from .decay import lambda_for_threshold
 from .optim.distributed import local
 from .optim.moments import dequantize
 from .selection import Ranked, Ranking, zero_least
@@ -34,8 +36,8 @@ _MIN_STEPS = 10
 # group decays at other times, and goes on rounding stochastically and on its fast path.
 IDLE = 1e-300
 
-# c by default, from the figures in docs/choosing.md.
-DECAY = 0.001
+# Strength of the decay by default, from the figures in docs/choosing.md.
+DECAY = 1.0
 
 
 @dataclass(frozen=True)
@@ -98,8 +100,7 @@ class SparsityControl:
         sparsity_end: Fraction of the run after which the target is reached and zeros stay; 0.75 by default.
         sparsity_schedule: ``"cubic"``, ``"linear"`` or ``"cosine"``.
         sparsity_budget: ``"global"``, or ``"tensor"`` for the same sparsity in every tensor.
-        sparsity_decay: c: what the decay takes, on the way, from a weight at the threshold of the next cut, as a
-            fraction of it in each step.
+        sparsity_decay: Strength of the decay on the way, in units of the λ_p described above; 0 for cuts alone.
         p_norm_begin: p until ``sparsity_begin``, from where it goes to the groups' p at ``sparsity_end``; None to keep
             p as it is.
         keep_zeros: Whether weights that are zero when the run starts stay zero.
@@ -134,6 +135,7 @@ class SparsityControl:
             p_norm_begin=p_norm_begin,
         )
         self._optimizer = optimizer
+        self._total_steps = total_steps
         self._decay = sparsity_decay
         self._p_norm_begin = p_norm_begin
         self._keep_zeros = keep_zeros
@@ -155,14 +157,14 @@ class SparsityControl:
             for group in decayed_groups(self._optimizer.param_groups):
                 begin, end = self._p_norm_begin, group["p_norm_end"]
                 group["p_norm"] = begin + schedule.progress(step) * (end - begin)
+        decaying = schedule.begin < step <= schedule.end and self._decay > 0
+        fresh = decaying and (schedule.cuts(step - 1) or step == schedule.begin + 1)
         for budget in self.budgets:
-            decaying = schedule.begin < step <= schedule.end and self._decay > 0
-            fresh = decaying and (schedule.cuts(step - 1) or step == schedule.begin + 1)
-            threshold = self._threshold(budget, schedule.next_cut(step)) if fresh else 0.0
+            if fresh:
+                self._set_lambda_p(budget, schedule.progress(schedule.next_cut(step)))
             for group, _ in budget.members:
-                if fresh:
-                    group["threshold"] = threshold
-                group["lambda_p"] = self._lambda_p(group) if decaying else IDLE
+                if not decaying:
+                    group["lambda_p"] = IDLE
                 # Zero absorbs while something decays, but for tensors that began as zeros and are to learn. While
                 # nothing does, what was cut must be held.
                 group["keep_zeros"] = self._keep_zeros or (step > schedule.begin and group["lambda_p"] == IDLE)
@@ -189,16 +191,22 @@ class SparsityControl:
         wanted = sum(budget.target * budget.numel for budget in self.budgets)
         return wanted / numel * self.schedule.progress(step) if numel else 0.0
 
-    def _threshold(self, budget: Budget, step: int) -> float:
-        """The magnitude that a cut after a step would divide the weights at, were it made by magnitude and now."""
-        weights = [Ranked(local(param)) for _, params in budget.members for param in params]
-        return Ranking(weights).quantile(budget.target * self.schedule.progress(step))
+    def _set_lambda_p(self, budget: Budget, progress: float) -> None:
+        """Set λ_p of a budget's groups, from the present weights, until the next cut.
 
-    def _lambda_p(self, group: Mapping[str, Any]) -> float:
-        """The λ_p with α λ_p = c Q^(2-p), Q the group's threshold: there the factor s / (s + α λ_p) is 1 / (1 + c)."""
-        rate = float(group["lr"])
-        s = group["threshold"] ** (2 - group["p_norm"])
-        return max(self._decay * s / rate, IDLE) if rate > 0 else IDLE
+        Args:
+            budget: Weights that share a target.
+            progress: How much of the change the next cut will have made.
+        """
+        ranking = Ranking([Ranked(local(param)) for _, params in budget.members for param in params])
+        # Where as many as the next cut wants have died by themselves, more would be too many.
+        ahead = ranking.quantile(budget.target * progress) == 0
+        threshold = 0.0 if ahead else ranking.quantile(budget.target)
+        for group, _ in budget.members:
+            # Most schedules fall to 0 and so come to about half of what their highest rate would.
+            lr_sum = 0.5 * self._total_steps * float(group.get("initial_lr", group["lr"]))
+            strength = self._decay * lambda_for_threshold(group["p_norm"], threshold, lr_sum) if lr_sum > 0 else 0.0
+            group["lambda_p"] = max(strength, IDLE)
 
     def _ranked(self, budget: Budget) -> list[Ranked]:
         ranked = []
@@ -263,9 +271,8 @@ def check_schedule(begin: float, end: float, shape: str = "cubic") -> None:
 
 
 def check_decay(decay: float) -> None:
-    """Raise ValueError if the strength of a target's decay is not in [0, 1]."""
-    if not 0 <= decay <= 1:
+    """Raise ValueError if the strength of a target's decay is not a finite number of at least 0."""
+    if not 0 <= decay < math.inf:
         raise ValueError(
-            f"Invalid sparsity_decay: sparsity_decay={decay!r}; it must be from 0 to 1, the fraction by which a weight "
-            "at the threshold shrinks in a step."
+            f"Invalid sparsity_decay: sparsity_decay={decay!r}; it must be a finite number of at least 0, such as 1."
         )
