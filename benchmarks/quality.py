@@ -54,6 +54,7 @@ def execute(run: Run, data: str) -> dict[str, Any]:
 
     from quality_methods import METHODS, Setting
     from quality_tasks import TASKS
+    from quality_zeros import fraction, spread
 
     torch.set_num_threads(1)
     hf_logging.set_verbosity_error()
@@ -80,7 +81,8 @@ def execute(run: Run, data: str) -> dict[str, Any]:
             begin = time.perf_counter()
             trainer.train()
             seconds = time.perf_counter() - begin
-            zeros = _zeros(task.model)
+            zeros = fraction(task.model)
+            picture = spread(task.model) if isinstance(run.knob, (list, tuple)) else {}
             parts = {name: trainer.evaluate(getattr(task, name)) for name in ("dev", "test")}
         finally:
             sys.stdout = stdout
@@ -94,6 +96,7 @@ def execute(run: Run, data: str) -> dict[str, Any]:
         **asdict(run),
         **scores,
         "sparsity": zeros,
+        **picture,
         "seconds": round(seconds, 1),
         "date": time.strftime("%Y-%m-%d"),
         "versions": {
@@ -105,14 +108,6 @@ def execute(run: Run, data: str) -> dict[str, Any]:
 
 def _accuracy(prediction: Any) -> dict[str, float]:
     return {"accuracy": float((prediction.predictions.argmax(-1) == prediction.label_ids).mean())}
-
-
-def _zeros(model: Any) -> float:
-    """Fraction of exact zeros in the pruned weights, counted without hf_pdecay's own counter."""
-    from quality_methods import matrices
-
-    weights = matrices(model) or [param for name, param in model.named_parameters() if ".parametrizations." in name]
-    return sum(int((weight == 0).sum()) for weight in weights) / sum(weight.numel() for weight in weights)
 
 
 def read(path: Path) -> list[dict[str, Any]]:

@@ -139,8 +139,9 @@ def pdecay(task: Task, setting: Setting) -> Trainer:
 
 
 def pdecay_fixed(task: Task, setting: Setting) -> Trainer:
-    """``--optim adamw_lp --p_norm 0.8 --lambda_p``, which cannot be asked for a sparsity; the knob is λ_p."""
-    args = PDecayTrainingArguments(**setting.arguments, lambda_p=setting.knob)
+    """``--optim adamw_lp --lambda_p``, which cannot be asked for a sparsity; the knob is λ_p, or p and λ_p."""
+    p_norm, lambda_p = setting.knob if isinstance(setting.knob, (list, tuple)) else (0.8, setting.knob)
+    args = PDecayTrainingArguments(**setting.arguments, p_norm=p_norm, lambda_p=lambda_p)
     return PDecayTrainer(model=task.model, args=args, train_dataset=task.train)
 
 

@@ -3,9 +3,9 @@
 From ``begin`` to ``end`` the share of zeros follows a schedule up to the target. Weights are ranked by saliency in the
 metric in which Adam descends, |w| v^(1/4): its square is w² √v, the loss that removing a weight costs to second
 order (optimal brain damage, LeCun et al. 1989) with √v, what Adam divides by, for the curvature. On the way, λ_p
-follows the magnitudes: it is the one by which the weights below the target's quantile would all be gone by the end of the
-run, had they no gradient. So weights compete, the cuts take what has shrunk, and zeros absorb; each cut sets the least
-salient weights to exactly 0, as many as the schedule asks for. After ``end`` zeros stay and the others train on
+follows the magnitudes: it is the one by which the weights below the target's quantile would all be gone by the end of
+the run, had they no gradient. So weights compete, the cuts take what has shrunk, and zeros absorb; each cut sets the
+least salient weights to exactly 0, as many as the schedule asks for. After ``end`` zeros stay and the others train on
 ("healing").
 """
 

@@ -1,0 +1,40 @@
+"""Zeros and weights of the models of the quality benchmark, counted without hf_pdecay's own counter."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from hf_pdecay.rules import decayable_parameter_names
+from quality_methods import matrices
+
+
+EDGES = [-8 + 0.25 * place for place in range(37)]
+
+
+def fraction(model: nn.Module) -> float:
+    """Return the fraction of exact zeros in the pruned weights."""
+    weights = matrices(model) or [param for name, param in model.named_parameters() if ".parametrizations." in name]
+    return sum(int((weight == 0).sum()) for weight in weights) / sum(weight.numel() for weight in weights)
+
+
+def spread(model: nn.Module) -> dict[str, Any]:
+    """Return how the pruned weights are spread and where the zeros are.
+
+    Returns:
+        ``weights``: how many are zero, and of the others how many have a magnitude in each quarter of a decade;
+        ``layers``: of each matrix the fraction of its weights, of its rows and of its columns that is wholly zero.
+    """
+    chosen = set(decayable_parameter_names(model))
+    params = {name: param.detach() for name, param in model.named_parameters() if name in chosen}
+    magnitudes = torch.cat([each.abs().reshape(-1) for each in params.values()])
+    logs = magnitudes[magnitudes > 0].log10().clamp(EDGES[0], EDGES[-1])
+    counts = torch.histogram(logs, torch.tensor(EDGES)).hist.long().tolist()
+    layers = {}
+    for name, param in params.items():
+        zero = (param == 0).flatten(1)
+        parts = {"sparsity": zero, "rows": zero.all(1), "columns": zero.all(0)}
+        layers[name] = {key: round(float(each.float().mean()), 5) for key, each in parts.items()}
+    return {"weights": {"zeros": int((magnitudes == 0).sum()), "edges": EDGES, "counts": counts}, "layers": layers}
