@@ -41,8 +41,8 @@ class PDecayTrainingArguments(TrainingArguments):
         sparsity_schedule: How the sparsity grows in between: ``"cubic"`` (steep at first), ``"linear"`` or
             ``"cosine"``.
         sparsity_budget: What the target is for: ``"global"``, all decayed weights together, or ``"tensor"``, each.
-        sparsity_decay: How strong the decay is that goes with a target: 1, the default, for the λ_p by which weights
-            below the target's quantile would be gone by the end if they had no gradient; 0 for cuts alone.
+        sparsity_decay: How strong the decay is that goes with a target: 1, the default, for a λ_p such that half of
+            the weights that are to stay would be gone by the end too, had they no gradient; 0 for cuts alone.
         p_norm_begin: p at the beginning, from where it goes to ``p_norm`` between ``sparsity_begin`` and
             ``sparsity_end``; unset for the same p throughout.
         keep_zeros: Whether decayed weights that are zero at the start stay zero.

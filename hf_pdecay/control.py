@@ -1,18 +1,17 @@
 """Asking for a sparsity: schedules, the law that sets λ_p, the cuts, and healing. Knows nothing of any Trainer.
 
-From ``begin`` to ``end`` the share of zeros follows a schedule up to the target. Weights are ranked by saliency in the
-metric in which Adam descends, |w| v^(1/4): its square is w² √v, the loss that removing a weight costs to second
-order (optimal brain damage, LeCun et al. 1989) with √v, what Adam divides by, for the curvature. On the way, λ_p
-follows the magnitudes: it is the one by which the weights below the target's quantile would all be gone by the end of
-the run, had they no gradient. So weights compete, the cuts take what has shrunk, and zeros absorb; each cut sets the
-least salient weights to exactly 0, as many as the schedule asks for. After ``end`` zeros stay and the others train on
-("healing").
+From ``begin`` to ``end`` the share of zeros follows a schedule up to the target, in cuts. Weights are ranked by
+saliency in the metric in which Adam descends, |w| v^(1/4): its square is w² √v, the loss that removing a weight costs
+to second order (optimal brain damage, LeCun et al. 1989) with √v, what Adam divides by, for the curvature. Each cut
+sets the least salient weights to exactly 0, as many as the schedule asks for. On the way the weights compete: λ_p is
+such that half of those that are to stay would be gone by the end of the run too, had they no gradient, but never such
+that more die by themselves than the next cut is to take. After ``end`` zeros stay and the others train on ("healing").
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,6 +30,9 @@ SHAPES = ("cubic", "linear", "cosine")
 # Cuts on the way from begin to end, at least as many steps apart as keep their cost below a hundredth of a step's.
 _CUTS = 40
 _MIN_STEPS = 10
+
+# How much of the change is made when the decay ends, so that the last weights are chosen by the cuts alone.
+_LAST_DECAY = 0.99
 
 # λ_p of a group that a target controls while nothing is to decay: no weight feels it, and yet the step knows that the
 # group decays at other times, and goes on rounding stochastically and on its fast path.
@@ -100,7 +102,8 @@ class SparsityControl:
         sparsity_end: Fraction of the run after which the target is reached and zeros stay; 0.75 by default.
         sparsity_schedule: ``"cubic"``, ``"linear"`` or ``"cosine"``.
         sparsity_budget: ``"global"``, or ``"tensor"`` for the same sparsity in every tensor.
-        sparsity_decay: Strength of the decay on the way, in units of the λ_p described above; 0 for cuts alone.
+        sparsity_decay: Strength of the decay on the way: 1 for a λ_p such that half of the weights that are to stay
+            would be gone by the end too, had they no gradient; 0 for cuts alone.
         p_norm_begin: p until ``sparsity_begin``, from where it goes to the groups' p at ``sparsity_end``; None to keep
             p as it is.
         keep_zeros: Whether weights that are zero when the run starts stay zero.
@@ -157,17 +160,20 @@ class SparsityControl:
             for group in decayed_groups(self._optimizer.param_groups):
                 begin, end = self._p_norm_begin, group["p_norm_end"]
                 group["p_norm"] = begin + schedule.progress(step) * (end - begin)
-        decaying = schedule.begin < step <= schedule.end and self._decay > 0
+        upcoming = schedule.progress(schedule.next_cut(step))
+        decaying = self._decay > 0 and schedule.begin < step and upcoming < _LAST_DECAY
         fresh = decaying and (schedule.cuts(step - 1) or step == schedule.begin + 1)
-        for budget in self.budgets:
+        for group in self._groups:
             if fresh:
-                self._set_lambda_p(budget, schedule.progress(schedule.next_cut(step)))
-            for group, _ in budget.members:
-                if not decaying:
-                    group["lambda_p"] = IDLE
-                # Zero absorbs while something decays, but for tensors that began as zeros and are to learn. While
-                # nothing does, what was cut must be held.
-                group["keep_zeros"] = self._keep_zeros or (step > schedule.begin and group["lambda_p"] == IDLE)
+                group["lambda_p"] = math.inf
+            elif not decaying:
+                group["lambda_p"] = IDLE
+        for budget in self.budgets if fresh else ():
+            self._limit_lambda_p(budget, upcoming)
+        for group in self._groups:
+            # Zero absorbs while something decays, but for tensors that began as zeros and are to learn. While nothing
+            # does, what was cut must be held.
+            group["keep_zeros"] = self._keep_zeros or (step > schedule.begin and group["lambda_p"] == IDLE)
 
     @torch.no_grad()
     def after_step(self, step: int) -> None:
@@ -191,22 +197,26 @@ class SparsityControl:
         wanted = sum(budget.target * budget.numel for budget in self.budgets)
         return wanted / numel * self.schedule.progress(step) if numel else 0.0
 
-    def _set_lambda_p(self, budget: Budget, progress: float) -> None:
-        """Set λ_p of a budget's groups, from the present weights, until the next cut.
+    @property
+    def _groups(self) -> Iterator[dict[str, Any]]:
+        return (group for budget in self.budgets for group, _ in budget.members)
+
+    def _limit_lambda_p(self, budget: Budget, upcoming: float) -> None:
+        """Lower λ_p of a budget's groups to what its present weights can bear until the next cut.
 
         Args:
             budget: Weights that share a target.
-            progress: How much of the change the next cut will have made.
+            upcoming: How much of the change the next cut will have made.
         """
         ranking = Ranking([Ranked(local(param)) for _, params in budget.members for param in params])
-        # Where as many as the next cut wants have died by themselves, more would be too many.
-        ahead = ranking.quantile(budget.target * progress) == 0
-        threshold = 0.0 if ahead else ranking.quantile(budget.target)
+        median, next_cut = ranking.quantile((1 + budget.target) / 2), ranking.quantile(budget.target * upcoming)
         for group, _ in budget.members:
-            # Most schedules fall to 0 and so come to about half of what their highest rate would.
-            lr_sum = 0.5 * self._total_steps * float(group.get("initial_lr", group["lr"]))
-            strength = self._decay * lambda_for_threshold(group["p_norm"], threshold, lr_sum) if lr_sum > 0 else 0.0
-            group["lambda_p"] = max(strength, IDLE)
+            p_norm, rate, strength = group["p_norm"], float(group.get("initial_lr", group["lr"])), 0.0
+            if rate > 0:
+                # Most schedules fall to 0, and their rates add up to about half of what the highest would.
+                wanted = self._decay * lambda_for_threshold(p_norm, median, 0.5 * rate * self._total_steps)
+                strength = min(wanted, lambda_for_threshold(p_norm, next_cut, rate * self.schedule.interval))
+            group["lambda_p"] = min(group["lambda_p"], max(strength, IDLE))
 
     def _ranked(self, budget: Budget) -> list[Ranked]:
         ranked = []
