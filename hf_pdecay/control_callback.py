@@ -9,6 +9,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from .arguments import PDecayTrainingArguments
 from .control import SparsityControl
+from .rules import load_rules, parse_rules
 
 
 if TYPE_CHECKING:
@@ -43,9 +44,10 @@ class SparsityControlCallback(TrainerCallback):
         if not isinstance(args, PDecayTrainingArguments):
             return
         self._control = SparsityControl(kwargs["optimizer"], state.max_steps, **args.control_options)
-        if self._control.budgets and args.lambda_p != PDecayTrainingArguments.lambda_p and state.is_world_process_zero:
+        overruled = _overruled(args) if self._control.budgets and state.is_world_process_zero else []
+        if overruled:
             logger.warning(
-                "target_sparsity wins over lambda_p=%g: it sets λ_p from the weights, step by step.", args.lambda_p
+                "target_sparsity wins over %s: it sets λ_p from the weights, step by step.", " and ".join(overruled)
             )
 
     def on_pre_optimizer_step(
@@ -63,3 +65,13 @@ class SparsityControlCallback(TrainerCallback):
         if self._control.budgets and state.global_step == self._control.schedule.end:
             # What was best before was not yet as sparse as asked: load_best_model_at_end chooses among what comes now.
             state.best_metric = state.best_model_checkpoint = None
+
+
+def _overruled(args: PDecayTrainingArguments) -> list[str]:
+    """The λ_p that the user gave and that a target makes void."""
+    given = [f"lambda_p={args.lambda_p:g}"] if args.lambda_p != PDecayTrainingArguments.lambda_p else []
+    for rule in parse_rules(load_rules(args.lp_rules)):
+        target = args.target_sparsity if rule.target_sparsity is None else rule.target_sparsity
+        if rule.lambda_p is not None and target:
+            given.append(f"lambda_p={rule.lambda_p:g} in the rule {rule.pattern.pattern!r}")
+    return given

@@ -159,9 +159,22 @@ def test_a_target_wins_over_lambda_p_and_says_so(
     make_args: MakeArgs, tokens: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level(logging.WARNING, "hf_pdecay"):
-        _train(make_args(max_steps=STEPS, target_sparsity=0.5, lambda_p=100.0), tokens)
-    assert "target_sparsity wins over lambda_p=100" in caplog.text
+        rules = {"attn": {"lambda_p": 50.0}}
+        args = make_args(max_steps=STEPS, target_sparsity=0.5, lambda_p=100.0, lp_rules=rules)
+        _train(args, tokens)
+    assert "target_sparsity wins over lambda_p=100 and lambda_p=50 in the rule 'attn'" in caplog.text
     assert _zeros(tmp_path / "out") == pytest.approx(0.5, abs=1e-3)
+
+
+def test_a_layer_left_to_its_lambda_p_keeps_it(
+    make_args: MakeArgs, tokens: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    rules = {"h.0.mlp": {"lambda_p": 0.07, "target_sparsity": 0}}
+    with caplog.at_level(logging.WARNING, "hf_pdecay"):
+        trainer = _train(make_args(max_steps=STEPS, target_sparsity=0.5, lambda_p=0.01, lp_rules=rules), tokens)
+    assert "wins over" not in caplog.text
+    assert {group["lambda_p"] for group in trainer.optimizer.param_groups if group["decayed"]} >= {0.07}
+    assert _zeros(tmp_path / "out", "attn|" + re.escape("h.1.mlp")) == pytest.approx(0.5, abs=1e-3)
 
 
 @pytest.mark.parametrize("target", [None, 0.0])
