@@ -27,8 +27,9 @@ from .targets import Budget, budgets, check_budget, check_p_norms, decayed_group
 
 SHAPES = ("cubic", "linear", "cosine")
 
-# Cuts on the way from begin to end, at least as many steps apart as keep their cost below a hundredth of a step's.
+# Cuts on the way from begin to end, and the steps that are at least between two: a cut costs some hundredths of a step.
 _CUTS = 40
+_MIN_INTERVAL = 8
 _MIN_STEPS = 10
 
 # How much of the change is made when the decay ends, so that the last weights are chosen by the cuts alone.
@@ -60,7 +61,7 @@ class Schedule:
     @property
     def interval(self) -> int:
         """Steps from one cut to the next."""
-        return max(1, (self.end - self.begin) // _CUTS)
+        return max(_MIN_INTERVAL, (self.end - self.begin) // _CUTS)
 
     def progress(self, step: int) -> float:
         """Return how much of the change has been made after a number of steps, in [0, 1]."""

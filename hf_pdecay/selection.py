@@ -22,6 +22,8 @@ _SAMPLE = 1 << 15
 
 # Second moment of weights that never had a gradient: by it they rank below all others, and yet by their magnitudes.
 _LEAST = 1e-30
+# A power of 2 that makes the root of it more than 1, so that no weight but 0 has the score 0.
+_SCALE = 2.0**26
 
 
 class Ranked(NamedTuple):
@@ -89,21 +91,20 @@ class Ranking:
             first, last = int(at - margin), int(at + margin)
             low = float(self._sample[first]) if first > 0 else 0.0
             high = float(self._sample[last]) if last < size else math.inf
-            below, at_low, inside, at_high = self._between(low, high)
-            if below < count <= below + at_low + len(inside) + at_high:
+            below, inside = self._between(low, high)
+            if low == 0 and count <= below:
+                return Cut(0.0, ties=count, equal=below)
+            if below < count <= below + len(inside):
                 break
             if first <= 0 and last >= size:  # NaN is in no bracket
-                count = below + at_low + len(inside) + at_high
+                count = below + len(inside)
                 break
             margin *= 4
-        if count <= below + at_low:
-            return Cut(low, ties=count - below, equal=at_low)
-        rank = count - below - at_low
-        if rank > len(inside):
-            return Cut(high, ties=rank - len(inside), equal=at_high)
-        score = inside.kthvalue(rank).values
+        if count == below:
+            return Cut(low, ties=below, equal=below)
+        score = inside.kthvalue(count - below).values
         smaller, equal = int((inside < score).sum()), int((inside == score).sum())
-        return Cut(float(score), ties=rank - smaller, equal=equal)
+        return Cut(float(score), ties=count - below - smaller, equal=equal)
 
     def _take_sample(self) -> Tensor:
         """Scores at even distances through all tensors, sorted."""
@@ -117,22 +118,23 @@ class Ranking:
             place += weight.numel()
         return torch.cat([each.to(taken[0].device) for each in taken]).sort().values.cpu()
 
-    def _between(self, low: float, high: float) -> tuple[int, int, Tensor, int]:
-        """How many scores are below ``low`` and at it, those between it and ``high``, and how many are at that."""
+    def _between(self, low: float, high: float) -> tuple[int, Tensor]:
+        """How many scores do not exceed ``low``, and those that do but do not exceed ``high``."""
         counts: list[Tensor] = []
         inside: list[Tensor] = []
         for tensor in self._tensors:
             for piece in _pieces(tensor):
                 score = scores(piece, self._dtype)
-                counts.append(torch.stack([(score < low).sum(), (score == low).sum(), (score == high).sum()]))
-                inside.append(score[(score > low) & (score < high)])
+                below = score <= low
+                counts.append(below.sum())
+                inside.append(score[below ^ (score <= high)])
         device = counts[0].device
-        below, at_low, at_high = torch.stack([each.to(device) for each in counts]).sum(0).tolist()
-        return below, at_low, torch.cat([each.to(device) for each in inside]), at_high if high > low else 0
+        below = torch.stack([each.to(device) for each in counts]).sum()
+        return int(below), torch.cat([each.to(device) for each in inside])
 
 
 def scores(tensor: Ranked, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Return |w| v^(1/4), or |w| where there is no v, of a tensor's weights; 0 for those that are 0 and no others.
+    """Return what is in proportion to |w| v^(1/4), or |w| where there is no v; 0 for weights of 0 and no others.
 
     Args:
         tensor: The weights.
@@ -142,9 +144,7 @@ def scores(tensor: Ranked, dtype: torch.dtype = torch.float32) -> Tensor:
     magnitude = tensor.weight.to(dtype).abs()
     if tensor.exp_avg_sq is None:
         return magnitude
-    curvature = (tensor.exp_avg_sq.to(dtype) + _LEAST).sqrt_().sqrt_()
-    # A product too small for the dtype is no zero.
-    return torch.where(magnitude == 0, magnitude, (curvature * magnitude).clamp_(min=torch.finfo(dtype).tiny))
+    return (tensor.exp_avg_sq.to(dtype) + _LEAST).sqrt_().sqrt_().mul_(_SCALE).mul_(magnitude)
 
 
 @torch.no_grad()

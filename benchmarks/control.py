@@ -1,0 +1,73 @@
+"""Measure what asking for a sparsity costs: the share of a run's time that its control takes.
+
+    python benchmarks/control.py
+    python benchmarks/control.py --model small --steps 400
+
+Trains one of the models of `overhead.py` with `target_sparsity=0.9` and adds up the time of the callback that sets λ_p
+and cuts. A run has about 40 cuts, however long it is: with twice as many steps the share is half as much.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+import time
+
+from transformers import set_seed
+
+from hf_pdecay import PDecayTrainer, PDecayTrainingArguments
+from hf_pdecay.control import Schedule
+from hf_pdecay.control_callback import SparsityControlCallback
+from overhead import MODELS, Model, Spans, load_data, silence, train_clm
+
+
+def measure(model: Model, steps: int) -> str:
+    """Train once; returns a line with the share of the control and the time of a step and a cut."""
+    data = load_data(model)
+    set_seed(42)
+    with tempfile.TemporaryDirectory() as folder, silence():
+        args = PDecayTrainingArguments(
+            folder,
+            max_steps=steps,
+            target_sparsity=0.9,
+            per_device_train_batch_size=model.batch,
+            learning_rate=2e-3,
+            logging_steps=steps,
+            save_strategy="no",
+            report_to="none",
+            use_cpu=True,
+            dataloader_pin_memory=False,
+        )
+        trainer = PDecayTrainer(model=model.build(), args=args, train_dataset=data, data_collator=train_clm.collate)
+        spans = Spans(), Spans()
+        for callback in trainer.callback_handler.callbacks:
+            if isinstance(callback, SparsityControlCallback):
+                for span, name in zip(spans, ("on_pre_optimizer_step", "on_step_end"), strict=True):
+                    setattr(callback, name, span.around(getattr(callback, name)))
+        begin = time.perf_counter()
+        trainer.train()
+        whole = time.perf_counter() - begin
+        weights = trainer.measure_sparsity().decayed.parameters
+    schedule = Schedule(round(0.1 * steps), round(0.75 * steps))
+    cuts = sum(schedule.cuts(step) for step in range(1, steps + 1))
+    control = [sum(span.seconds) for span in spans]
+    return (
+        f"{model.name}, {weights / 1e6:.2f} M decayed weights, {steps} steps of {1e3 * whole / steps:.1f} ms: the "
+        f"control takes {sum(control) / whole:.2%} of the time; at each of {cuts} cuts λ_p takes "
+        f"{1e3 * control[0] / cuts:.1f} ms and the cut {1e3 * control[1] / cuts:.1f} ms"
+    )
+
+
+def main() -> int:
+    """Measure and print; returns the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", choices=list(MODELS), default="tiny", help="model of overhead.py")
+    parser.add_argument("--steps", type=int, default=1000, help="steps of the run (1000)")
+    options = parser.parse_args()
+    print(measure(MODELS[options.model], options.steps))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
