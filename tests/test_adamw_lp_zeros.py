@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from typing import Any
 
 import pytest
@@ -214,3 +215,30 @@ def test_keep_zeros_of_one_group_leaves_the_other_alone() -> None:
     kept.grad, free.grad = torch.ones(2), torch.ones(2)
     optimizer.step()
     assert kept[0] == 0 and free[0] != 0
+
+
+def test_keep_zeros_through_scaled_gradients_accumulation_skips_and_a_reload() -> None:
+    generator = torch.Generator().manual_seed(0)
+    linear = torch.nn.Linear(32, 16)
+    with torch.no_grad():
+        linear.weight.masked_fill_(torch.rand(16, 32, generator=generator) < 0.7, 0)
+    gone = linear.weight == 0
+    optimizer = AdamWLp(linear.parameters(), lr=0.05, weight_decay=0.1, lambda_p=0.0, keep_zeros=True)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    started = linear.weight.detach().clone()
+    for step in range(12):
+        for part in range(2):
+            inputs = torch.randn(8, 32, generator=generator)
+            inputs[0, 0] = math.inf if step in (3, 7) and part else 1.0
+            scaler.scale(linear(inputs).square().mean()).backward()
+        before = linear.weight.detach().clone()
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+        assert torch.equal(linear.weight, before) == (step in (3, 7))
+        assert torch.equal(linear.weight == 0, gone)
+        if step == 5:
+            state = copy.deepcopy(optimizer.state_dict())
+            optimizer = AdamWLp(linear.parameters(), lr=0.05)
+            optimizer.load_state_dict(state)
+    assert (linear.weight - started)[~gone].abs().min() > 0
