@@ -29,7 +29,8 @@ OPTIMIZERS = {"dense": "adamw_torch", "sparse": "adamw_lp"}
 def train(name: str, options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """Train one of the two models and return its figures."""
     argv = ["--optim", OPTIMIZERS[name], "--output_dir", str(folder), "--max_steps", str(options.max_steps)]
-    argv += ["--p_norm", str(options.p_norm), "--seed", str(options.seed)]
+    argv += ["--seed", str(options.seed)]
+    argv += [] if options.p_norm is None else ["--p_norm", str(options.p_norm)]
     given = options.lambda_p is not None
     argv += ["--lambda_p", str(options.lambda_p)] if given else ["--target_sparsity", str(options.target_sparsity)]
     argv += ["--max_eval_samples", str(options.max_eval_samples), "--generate_tokens", "0"]
@@ -74,7 +75,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", type=Path, default=Path("demo_output"), help="folder for everything")
     parser.add_argument("--max_steps", type=int, default=1000, help="steps of each run (1000)")
-    parser.add_argument("--p_norm", type=float, default=0.8, help="p of the sparse run (0.8)")
+    parser.add_argument("--p_norm", type=float, help="p of the sparse run, instead of its default")
     parser.add_argument("--target_sparsity", type=float, default=0.9, help="zeros that it asks for (0.9)")
     parser.add_argument("--lambda_p", type=float, help="its lambda_p, instead of a target")
     parser.add_argument("--max_eval_samples", type=int, default=1500, help="validation blocks (1500)")

@@ -4,8 +4,9 @@ From ``begin`` to ``end`` the share of zeros follows a schedule up to the target
 saliency in the metric in which Adam descends, |w| v^(1/4): its square is w² √v, the loss that removing a weight costs
 to second order (optimal brain damage, LeCun et al. 1989) with √v, what Adam divides by, for the curvature. Each cut
 sets the least salient weights to exactly 0, as many as the schedule asks for. On the way the weights compete: λ_p is
-such that half of those that are to stay would be gone by the end of the run too, had they no gradient, but never such
-that more die by themselves than the next cut is to take. After ``end`` zeros stay and the others train on ("healing").
+twice the one by which half of those that are to stay would be gone by the end of the run too, had they no gradient, but
+never such that more die by themselves than the next cut takes. After ``end`` zeros stay and the others train on
+("healing").
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ _LAST_DECAY = 0.99
 IDLE = 1e-300
 
 # Strength of the decay by default, from the figures in docs/choosing.md.
-DECAY = 1.0
+DECAY = 2.0
 
 
 @dataclass(frozen=True)
@@ -103,7 +104,7 @@ class SparsityControl:
         sparsity_end: Fraction of the run after which the target is reached and zeros stay; 0.75 by default.
         sparsity_schedule: ``"cubic"``, ``"linear"`` or ``"cosine"``.
         sparsity_budget: ``"global"``, or ``"tensor"`` for the same sparsity in every tensor.
-        sparsity_decay: Strength of the decay on the way: 1 for a λ_p such that half of the weights that are to stay
+        sparsity_decay: Strength of the decay on the way: 1 for the λ_p by which half of the weights that are to stay
             would be gone by the end too, had they no gradient; 0 for cuts alone.
         p_norm_begin: p until ``sparsity_begin``, from where it goes to the groups' p at ``sparsity_end``; None to keep
             p as it is.
