@@ -17,7 +17,15 @@ import torch
 
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
-MODULES = ("quality", "quality_methods", "quality_table", "quality_tasks")
+MODULES = (
+    "choosing",
+    "choosing_figures",
+    "quality",
+    "quality_methods",
+    "quality_table",
+    "quality_tasks",
+    "quality_zeros",
+)
 CONFIG: dict[str, Any] = {
     "begin": 0.1,
     "end": 0.75,
@@ -167,3 +175,43 @@ def test_the_table_compares_the_same_seeds(quality: dict[str, ModuleType], tmp_p
     assert (tmp_path / "table.md").read_text(encoding="utf-8") == text
     quality["quality_table"].draw(results, runs, tmp_path / "picture.png")
     assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_weights_are_sorted_by_magnitude_and_zeros_by_place(quality: dict[str, ModuleType]) -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.Linear(3, 2))
+    with torch.no_grad():
+        model[0].weight.copy_(torch.tensor([[0.0, 0.0, 0.0, 0.0], [0.0, 0.5, 0.5, 1e-12], [0.0, 50.0, 50.0, 0.02]]))
+        model[1].weight.fill_(0.03)
+    found = quality["quality_zeros"].spread(model)
+    weights = found["weights"]
+    assert weights["zeros"] == 6
+    bins = {round(edge, 2): count for edge, count in zip(weights["edges"], weights["counts"], strict=False) if count}
+    assert bins == {-8.0: 1, -1.75: 7, -0.5: 2, 0.75: 2}
+    assert found["layers"]["0.weight"] == pytest.approx({"sparsity": 0.5, "rows": 1 / 3, "columns": 0.25}, abs=1e-5)
+    assert found["layers"]["1.weight"] == {"sparsity": 0.0, "rows": 0.0, "columns": 0.0}
+    assert quality["quality_zeros"].fraction(model) == pytest.approx(6 / 18)
+
+
+@pytest.mark.slow
+def test_the_grid_of_p_and_lambda_is_run_written_and_drawn(
+    quality: dict[str, ModuleType], data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    choosing, figures = quality["choosing"], quality["choosing_figures"]
+    monkeypatch.setattr(choosing, "GRIDS", {"shakespeare": (12, 0.004)})
+    monkeypatch.setattr(choosing, "P_NORMS", (0.4, 1.5))
+    monkeypatch.setattr(choosing, "LAMBDAS", (0.03, 3.0))
+    runs = choosing.grid("shakespeare")
+    assert [run.knob for run in runs] == [None, [0.4, 0.03], [0.4, 3.0], [1.5, 0.03], [1.5, 3.0]]
+    path = tmp_path / "choosing.jsonl"
+    lines = [quality["quality"].execute(run, str(data)) for run in runs[:-1]]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    results = quality["quality"].read(path)
+    zeros, others = results[2]["weights"]["zeros"], sum(results[2]["weights"]["counts"])
+    assert zeros / (zeros + others) == results[2]["sparsity"]
+    assert results[2]["sparsity"] > 0.5 and results[3]["sparsity"] < 1e-4  # a weight may be drawn as 0
+    text = figures.write(results, {"shakespeare": runs}, tmp_path / "table.md")
+    assert "| 1.5 | 0.0%, " in text and "not run yet" in text
+    (tmp_path / "images").mkdir()
+    figures.draw([*results, {**results[3], "knob": [1.5, 3.0]}], {"shakespeare": runs}, tmp_path / "images")
+    names = {file.name for file in (tmp_path / "images").iterdir()}
+    assert names == {"choosing_shakespeare.png", "choosing_weights.png", "choosing_layers.png"}
