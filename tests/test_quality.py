@@ -197,11 +197,11 @@ def test_the_grid_of_p_and_lambda_is_run_written_and_drawn(
     quality: dict[str, ModuleType], data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     choosing, figures = quality["choosing"], quality["choosing_figures"]
-    monkeypatch.setattr(choosing, "GRIDS", {"shakespeare": (12, 0.004)})
-    monkeypatch.setattr(choosing, "P_NORMS", (0.4, 1.5))
+    monkeypatch.setattr(choosing, "GRIDS", {"shakespeare": (24, 0.004)})
+    monkeypatch.setattr(choosing, "P_NORMS", (0.8, 1.5))
     monkeypatch.setattr(choosing, "LAMBDAS", (0.03, 3.0))
     runs = choosing.grid("shakespeare")
-    assert [run.knob for run in runs] == [None, [0.4, 0.03], [0.4, 3.0], [1.5, 0.03], [1.5, 3.0]]
+    assert [run.knob for run in runs] == [None, [0.8, 0.03], [0.8, 3.0], [1.5, 0.03], [1.5, 3.0]]
     path = tmp_path / "choosing.jsonl"
     lines = [quality["quality"].execute(run, str(data)) for run in runs[:-1]]
     path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
