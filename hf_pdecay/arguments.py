@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field, fields
-from typing import Any, cast
+from typing import Any
 
 from transformers import TrainingArguments
 from transformers.training_args import OptimizerNames
@@ -18,8 +18,6 @@ from .targets import BUDGETS, check_budget, check_p_norms, check_target
 
 
 ADAMW_LP = "adamw_lp"
-# Where decay makes the zeros, p below 1 tells large from small; where cuts do, p above 1 is better for what stays.
-P_NORM, P_NORM_WITH_TARGET = 0.8, 1.2
 SPARSITY_LOGGING = ("overall", "layer")
 
 
@@ -34,8 +32,7 @@ class PDecayTrainingArguments(TrainingArguments):
         > Parameters that control the decay
 
         optim: Name of the optimizer, ``"adamw_lp"`` by default, or any name that ``TrainingArguments`` takes.
-        p_norm: p of the norm, above 0. Below 2 weights become exactly zero. 0.8 by default, where zeros come from the
-            decay; 1.2 with a ``target_sparsity``, where they come from cuts.
+        p_norm: p of the norm, above 0. Below 2 weights become exactly zero; 0.8 by default.
         lambda_p: λ_p, at least 0; 0.01 by default. The penalty is (λ_p / p) ‖w‖_p^p. A target sets λ_p itself.
         target_sparsity: Fraction of exact zeros in the decayed weights at the end, in [0, 1), such as 0.9; unset or 0
             for what λ_p gives.
@@ -44,8 +41,9 @@ class PDecayTrainingArguments(TrainingArguments):
         sparsity_schedule: How the sparsity grows in between: ``"cubic"`` (steep at first), ``"linear"`` or
             ``"cosine"``.
         sparsity_budget: What the target is for: ``"global"``, all decayed weights together, or ``"tensor"``, each.
-        sparsity_decay: How strong the decay is that goes with a target, 2 by default. 1 stands for the λ_p by which
-            half of the weights that are to stay would be gone by the end too, had they no gradient; 0 for cuts alone.
+        sparsity_decay: How strong the decay is that goes with a target, 0.3 by default. 1 stands for the λ_p by
+            which half of the weights that are to stay would be gone by the end too, had they no gradient; 0 for cuts
+            alone. More helps where the data are few and the model would overfit.
         p_norm_begin: p at the beginning, from where it goes to ``p_norm`` between ``sparsity_begin`` and
             ``sparsity_end``; unset for the same p throughout.
         keep_zeros: Whether decayed weights that are zero at the start stay zero.
@@ -71,11 +69,8 @@ class PDecayTrainingArguments(TrainingArguments):
         },
     )
     p_norm: float = field(
-        default=None,  # type: ignore[assignment]  # which __post_init__ replaces
-        metadata={
-            "help": "p of the p-norm weight decay, above 0. Below 2 weights become exactly zero. 0.8 by default, 1.2 "
-            "with target_sparsity."
-        },
+        default=0.8,
+        metadata={"help": "p of the p-norm weight decay, above 0. Below 2 weights become exactly zero."},
     )
     lambda_p: float = field(
         default=0.01,
@@ -144,8 +139,6 @@ class PDecayTrainingArguments(TrainingArguments):
     def __post_init__(self) -> None:
         """Check the fields; the parent's are checked by the parent."""
         self.target_sparsity = check_target(self.target_sparsity)
-        if cast("float | None", self.p_norm) is None:
-            self.p_norm = P_NORM if self.target_sparsity is None else P_NORM_WITH_TARGET
         self.p_norm = check_p_norm(self.p_norm)
         self.lambda_p = check_lambda_p(self.lambda_p)
         self.lp_rules = load_rules(self.lp_rules) or None

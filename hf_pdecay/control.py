@@ -3,9 +3,9 @@
 From ``begin`` to ``end`` the share of zeros follows a schedule up to the target, in cuts. Weights are ranked by
 saliency in the metric in which Adam descends, |w| v^(1/4): its square is w² √v, the loss that removing a weight costs
 to second order (optimal brain damage, LeCun et al. 1989) with √v, what Adam divides by, for the curvature. Each cut
-sets the least salient weights to exactly 0, as many as the schedule asks for. On the way the weights compete: λ_p is
-twice the one by which half of those that are to stay would be gone by the end of the run too, had they no gradient, but
-never such that more die by themselves than the next cut takes. After ``end`` zeros stay and the others train on
+sets the least salient weights to exactly 0, as many as the schedule asks for. On the way the weights compete: λ_p is a
+share of the one by which half of those that are to stay would be gone by the end of the run too, had they no gradient,
+and never such that more die by themselves than the next cut takes. After ``end`` zeros stay and the others train on
 ("healing").
 """
 
@@ -41,7 +41,7 @@ _LAST_DECAY = 0.99
 IDLE = 1e-300
 
 # Strength of the decay by default, from the figures in docs/choosing.md.
-DECAY = 2.0
+DECAY = 0.3
 
 
 @dataclass(frozen=True)

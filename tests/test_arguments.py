@@ -151,15 +151,3 @@ def test_unknown_optimizer_on_the_command_line(capsys: pytest.CaptureFixture[str
     with pytest.raises(SystemExit):
         HfArgumentParser(PDecayTrainingArguments).parse_args_into_dataclasses(["--optim", "adamw_l"])
     assert "adamw_lp" in capsys.readouterr().err
-
-
-def test_p_norm_is_higher_where_a_target_makes_the_zeros(tmp_path: Path) -> None:
-    assert PDecayTrainingArguments(str(tmp_path)).p_norm == 0.8
-    assert PDecayTrainingArguments(str(tmp_path), target_sparsity=0.0).p_norm == 0.8
-    assert PDecayTrainingArguments(str(tmp_path), target_sparsity=0.9).p_norm == 1.2
-    assert PDecayTrainingArguments(str(tmp_path), target_sparsity=0.9, p_norm=0.8).p_norm == 0.8
-    (parsed,) = HfArgumentParser(PDecayTrainingArguments).parse_args_into_dataclasses(
-        ["--output_dir", str(tmp_path), "--target_sparsity", "0.9"]
-    )
-    assert parsed.p_norm == 1.2
-    assert parsed.to_dict()["p_norm"] == 1.2
