@@ -159,8 +159,11 @@ def planned(config: dict[str, Any], results: list[dict[str, Any]], name: str) ->
             Run(**common, method=method, target=tune["target"], knob=value, seed=tune["seed"])
             for value in how["values"]
         ]
-        choosing += trials
-        winner = best(results, trials)
+        if len(trials) == 1:  # nothing to choose
+            winner: Run | None = trials[0]
+        else:
+            choosing += trials
+            winner = best(results, trials)
         if winner is not None:
             reported += [
                 Run(**common, method=method, target=target, knob=winner.knob, seed=seed)

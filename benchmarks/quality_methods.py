@@ -159,6 +159,14 @@ def one_shot(task: Task, setting: Setting) -> Trainer:
     return _trainer(task, setting, _adamw(task, setting), [pruning])
 
 
+def one_shot_unhealed(task: Task, setting: Setting) -> Trainer:
+    """The smallest weights of all go after the last step, and nothing heals; it has no knob."""
+    pruning = MagnitudePruning(
+        matrices(task.model), lambda step: (setting.target or 0.0) if step >= setting.steps else 0.0
+    )
+    return _trainer(task, setting, _adamw(task, setting), [pruning])
+
+
 def _prune_optimizer(task: Task, setting: Setting, **group: Any) -> Any:
     warnings.filterwarnings("ignore", module="torchao")
     from torchao.prototype.pat.optim import PruneOptimizer
@@ -226,6 +234,7 @@ METHODS: dict[str, Callable[[Task, Setting], Trainer]] = {
     "pdecay": pdecay,
     "gmp": gmp,
     "one_shot": one_shot,
+    "one_shot_unhealed": one_shot_unhealed,
     "torchao_min_sparsity": torchao_min_sparsity,
     "factored": factored,
     "pdecay_fixed": pdecay_fixed,

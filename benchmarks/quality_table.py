@@ -17,6 +17,7 @@ NAMES = {
     "pdecay": "adamw_lp --target_sparsity",
     "gmp": "gradual magnitude pruning",
     "one_shot": "one-shot magnitude, healed",
+    "one_shot_unhealed": "one-shot magnitude, not healed",
     "torchao_min_sparsity": "torchao MinSparsityConstraint",
     "factored": "w = θ|θ|, L2 on θ, cut, healed",
     "pdecay_fixed": "adamw_lp, fixed λ_p",
@@ -76,7 +77,7 @@ def _task(results: Sequence[Line], runs: Sequence[Run], task: str) -> list[str]:
     rows.append("|---|---|" + "---:|" * len(targets))
     for method in methods:
         knob = next(run.knob for run in runs if run.method == method and run.target is not None)
-        row = [NAMES[method], f"{knob:g}"]
+        row = [NAMES[method], "" if knob is None else f"{knob:g}"]
         for column in columns.values():
             if not column[method]:
                 row.append("not run yet")
@@ -153,7 +154,7 @@ def draw(results: Sequence[Line], runs: Sequence[Run], path: Path) -> None:
             if not points:
                 continue
             zeros_, mean, low, high = (list(values) for values in zip(*points, strict=True))
-            color = f"C{number}" if number < 7 else "black"
+            color = (*(f"C{place}" for place in range(8)), "black")[number]
             if method == "dense":
                 axis.axhline(mean[0], color="gray", linestyle=":", label=NAMES[method])
                 continue

@@ -9,6 +9,7 @@ import csv
 import gzip
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,8 @@ from transformers import (
     GPT2Config,
     GPT2LMHeadModel,
     PreTrainedTokenizerFast,
+    ViTConfig,
+    ViTForImageClassification,
     set_seed,
 )
 
@@ -163,7 +166,14 @@ class ConvNet(nn.Module):
         return {"loss": nn.functional.cross_entropy(logits, labels), "logits": logits}
 
 
-def fashion_mnist(data: Path, seed: int, steps: int) -> Task:
+def small_vit() -> nn.Module:
+    """Return a ViT of 4 layers × 64 for images of 28 × 28 in patches of 7 × 7."""
+    shape: dict[str, Any] = {"image_size": 28, "patch_size": 7, "num_channels": 1, "hidden_size": 64}
+    shape |= {"intermediate_size": 256, "num_hidden_layers": 4, "num_attention_heads": 4, "num_labels": 10}
+    return ViTForImageClassification(ViTConfig(**shape))
+
+
+def fashion_mnist(data: Path, seed: int, steps: int, build: Callable[[], nn.Module] = ConvNet) -> Task:
     """Fashion-MNIST with a small convolutional net, batches of 128; the last 6,000 training images are dev."""
     folder = data / "fashion-mnist"
 
@@ -177,7 +187,7 @@ def fashion_mnist(data: Path, seed: int, steps: int) -> Task:
         return (images.float() / 255 - 0.286) / 0.353, labels
 
     set_seed(seed)
-    model = ConvNet()
+    model = build()
     images, labels = part("train")
     test_images, test_labels = part("t10k")
     arguments = {
@@ -200,4 +210,5 @@ TASKS: dict[str, Callable[[Path, int, int], Task]] = {
     "shakespeare": shakespeare,
     "sst2": sst2,
     "fashion_mnist": fashion_mnist,
+    "fashion_mnist_vit": partial(fashion_mnist, build=small_vit),
 }

@@ -205,7 +205,11 @@ def _decay_settings(args: PDecayTrainingArguments) -> dict[str, Any]:
     control = ["sparsity_begin", "sparsity_end", "sparsity_schedule"]
     if args.p_norm_begin is not None:
         names += ["p_norm_begin", *control[:2]]
-    names += ["lambda_p"] if args.target_sparsity is None else ["target_sparsity", *control, "sparsity_budget", "sparsity_decay"]
+    names += (
+        ["lambda_p"]
+        if args.target_sparsity is None
+        else ["target_sparsity", *control, "sparsity_budget", "sparsity_decay"]
+    )
     return {name: getattr(args, name) for name in dict.fromkeys(names)}
 
 

@@ -84,7 +84,14 @@ def _run(quality: dict[str, ModuleType], method: str, target: float | None, knob
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("method", "knob"),
-    [("pdecay", 0.003), ("gmp", 0.75), ("one_shot", 0.5), ("torchao_min_sparsity", 1), ("factored", 0.1)],
+    [
+        ("pdecay", 0.003),
+        ("gmp", 0.75),
+        ("one_shot", 0.5),
+        ("one_shot_unhealed", None),
+        ("torchao_min_sparsity", 1),
+        ("factored", 0.1),
+    ],
 )
 def test_methods_that_are_asked_give_what_is_asked(
     method: str, knob: Any, quality: dict[str, ModuleType], data: Path
