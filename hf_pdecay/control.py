@@ -213,7 +213,9 @@ class SparsityControl:
         ranking = Ranking([Ranked(local(param)) for _, params in budget.members for param in params])
         median, next_cut = ranking.quantile((1 + budget.target) / 2), ranking.quantile(budget.target * upcoming)
         for group, _ in budget.members:
-            p_norm, rate, strength = group["p_norm"], float(group.get("initial_lr", group["lr"])), 0.0
+            # The highest that the rate will be: schedulers leave it in the group, OneCycleLR by another name.
+            rate = max(float(group[key]) for key in ("lr", "initial_lr", "max_lr") if key in group)
+            p_norm, strength = group["p_norm"], 0.0
             if rate > 0:
                 # Most schedules fall to 0, and their rates add up to about half of what the highest would.
                 wanted = self._decay * lambda_for_threshold(p_norm, median, 0.5 * rate * self._total_steps)

@@ -75,7 +75,7 @@ def test_it_ends_where_it_was_asked_to_and_never_overshoots(p_norm: float, targe
 
 @pytest.mark.parametrize("lr", [1e-5, 1e-3])
 @pytest.mark.parametrize("rate", ["constant", "cosine", "warmup"])
-def test_any_learning_rate_and_scheduler(lr: float, rate: str) -> None:
+def test_any_learning_rate_and_schedule(lr: float, rate: str) -> None:
     assert Loop(lr=lr, target_sparsity=0.8).run(rate=rate).history[-1] == pytest.approx(0.8, abs=1e-3)
 
 
@@ -224,3 +224,29 @@ def test_too_few_steps_are_refused_with_a_number_that_suffices() -> None:
 def test_bad_arguments_are_named(options: dict[str, object], words: str) -> None:
     with pytest.raises(ValueError, match=words):
         Loop(**options).run()  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("name", ["one cycle", "restarts", "exponential", "plateau"])
+@pytest.mark.parametrize("p_norm", [0.4, 0.8])
+def test_schedulers_of_torch(name: str, p_norm: float) -> None:
+    steps, target = 300, 0.9
+    model = _model()
+    optimizer = AdamWLp(build_param_groups(model, p_norm=p_norm, lambda_p=0.01), lr=1e-2)
+    scheduler: torch.optim.lr_scheduler.LRScheduler = {
+        "one cycle": lambda: torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=2e-2, total_steps=steps),
+        "restarts": lambda: torch.optim.lr_scheduler.CosineAnnealingWarmRestarts(optimizer, T_0=40),
+        "exponential": lambda: torch.optim.lr_scheduler.ExponentialLR(optimizer, gamma=0.97),
+        "plateau": lambda: torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, patience=3),
+    }[name]()
+    control = SparsityControl(optimizer, steps, target_sparsity=target, sparsity_decay=2.0)
+    for step in range(1, steps + 1):
+        inputs, wanted = _batch(step, torch.float32)
+        loss = (model(inputs) - wanted).square().mean()
+        loss.backward()
+        control.before_step(step)
+        optimizer.step()
+        control.after_step(step)
+        optimizer.zero_grad()
+        scheduler.step(*([loss.item()] if name == "plateau" else []))  # type: ignore[arg-type]
+        assert _zeros(model) <= control.asked(step) + 5e-3
+    assert _zeros(model) == pytest.approx(target, abs=1e-3)
