@@ -28,9 +28,10 @@ from .targets import Budget, budgets, check_budget, check_p_norms, decayed_group
 
 SHAPES = ("cubic", "linear", "cosine")
 
-# Cuts on the way from begin to end, and the steps that are at least between two: a cut costs some hundredths of a step.
+# Cuts on the way from begin to end, and the steps that are at least and at most between two. On a CPU one costs a fifth
+# of a training step; in a long interval the decay would get ahead of the schedule.
 _CUTS = 40
-_MIN_INTERVAL = 8
+_INTERVALS = (8, 50)
 _MIN_STEPS = 10
 
 # How much of the change is made when the decay ends, so that the last weights are chosen by the cuts alone.
@@ -62,7 +63,7 @@ class Schedule:
     @property
     def interval(self) -> int:
         """Steps from one cut to the next."""
-        return max(_MIN_INTERVAL, (self.end - self.begin) // _CUTS)
+        return min(max((self.end - self.begin) // _CUTS, _INTERVALS[0]), _INTERVALS[1])
 
     def progress(self, step: int) -> float:
         """Return how much of the change has been made after a number of steps, in [0, 1]."""
