@@ -66,6 +66,21 @@ class SparsityControlCallback(TrainerCallback):
             # What was best before was not yet as sparse as asked: load_best_model_at_end chooses among what comes now.
             state.best_metric = state.best_model_checkpoint = None
 
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Say so where the run was stopped before it had the sparsity that was asked for."""
+        if self._control is None or not self._control.budgets or not state.is_world_process_zero:
+            return
+        if state.global_step < self._control.schedule.end:
+            logger.warning(
+                "The run stopped after step %d, before sparsity_end at step %d: the schedule asks for %.1f%% zeros "
+                "there, not yet for those of target_sparsity. Resume it, or ask for an earlier sparsity_end.",
+                state.global_step,
+                self._control.schedule.end,
+                100 * self._control.asked(state.global_step),
+            )
+
 
 def _overruled(args: PDecayTrainingArguments) -> list[str]:
     """The λ_p that the user gave and that a target makes void."""

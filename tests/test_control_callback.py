@@ -155,6 +155,20 @@ def test_the_best_model_is_one_that_has_the_sparsity(make_args: MakeArgs, tokens
     assert _zeros(tmp_path / "out") == pytest.approx(0.9, abs=1e-3)
 
 
+@pytest.mark.parametrize("stop", [20, 34])
+def test_a_run_that_stops_too_early_says_so(
+    stop: int, make_args: MakeArgs, tokens: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Stop(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            control.should_training_stop = state.global_step >= stop
+
+    with caplog.at_level(logging.WARNING, "hf_pdecay"):
+        _train(make_args(max_steps=STEPS, target_sparsity=0.9), tokens, callbacks=[Stop()])
+    early = "stopped after step 20, before sparsity_end at step 30" in caplog.text
+    assert early == (stop == 20) and (_zeros(tmp_path / "out") < 0.85) == (stop == 20)
+
+
 def test_a_target_wins_over_lambda_p_and_says_so(
     make_args: MakeArgs, tokens: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
