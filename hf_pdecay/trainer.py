@@ -150,6 +150,8 @@ class PDecayTrainerMixin(_Base):
     def _write_card(self, folder: Path) -> None:
         kwargs = dict(self._card_kwargs)
         license = kwargs.pop("license", None)
+        if not hasattr(self.model, "config"):  # a plain module, of which HF's summary would ask it
+            kwargs.setdefault("finetuned_from", "")
         # With a licence given HF's summary does not ask the Hub for that of the base model.
         summary = TrainingSummary.from_trainer(self, license=license or "unknown", **kwargs)
         summary.license = license

@@ -279,6 +279,33 @@ def test_the_mixin_goes_before_any_trainer(make_args: MakeArgs, tokens: Any) -> 
     assert type(trainer.optimizer.optimizer) is AdamWLp
 
 
+class _Plain(nn.Module):
+    """No Hugging Face model: no config, no save_pretrained."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(
+            nn.Conv2d(1, 4, 3), nn.Flatten(), nn.Linear(4 * 36, 64), nn.ReLU(), nn.Linear(64, 3)
+        )
+
+    def forward(self, pixel_values: torch.Tensor, labels: torch.Tensor) -> dict[str, torch.Tensor]:
+        logits = self.layers(pixel_values)
+        return {"loss": nn.functional.cross_entropy(logits, labels), "logits": logits}
+
+
+@pytest.mark.parametrize("settings", [{"target_sparsity": 0.8, "max_steps": 40}, {"max_steps": 10}])
+def test_a_plain_module(settings: dict[str, Any], make_args: MakeArgs, tmp_path: Path) -> None:
+    generator = torch.Generator().manual_seed(0)
+    data = [{"pixel_values": torch.randn(1, 8, 8, generator=generator), "labels": n % 3} for n in range(40)]
+    trainer = _train(make_args(**settings), data, model=_Plain())
+    trainer.save_model()
+    saved = {name: each for name, each in load_file(tmp_path / "out" / "model.safetensors").items() if each.ndim > 1}
+    zeros = sum(int((each == 0).sum()) for each in saved.values()) / sum(each.numel() for each in saved.values())
+    assert SparsityReport.load(tmp_path / "out" / "sparsity.json").sparsity == zeros > 0
+    assert "target_sparsity" not in settings or zeros == pytest.approx(0.8, abs=1e-3)
+    assert f"{zeros:.2%}" in (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
+
+
 def test_nothing_else_is_overridden() -> None:
     own = {name for name in vars(PDecayTrainerMixin) if callable(getattr(Trainer, name, None))}
     assert own - {"__init__", "__doc__", "__dict__", "__weakref__"} <= {
