@@ -57,6 +57,7 @@ def execute(run: Run, data: str) -> dict[str, Any]:
     from quality_zeros import fraction, spread
 
     torch.set_num_threads(1)
+    torch.set_flush_denormal(True)  # at p = 1 weights die through numbers that a CPU is slow to multiply
     hf_logging.set_verbosity_error()
     task = TASKS[run.task](Path(data), run.seed, run.steps)
     with tempfile.TemporaryDirectory() as folder, open(os.devnull, "w") as nothing:
