@@ -57,7 +57,6 @@ def execute(run: Run, data: str) -> dict[str, Any]:
     from quality_zeros import fraction, spread
 
     torch.set_num_threads(1)
-    torch.set_flush_denormal(True)  # at p = 1 weights die through numbers that a CPU is slow to multiply
     hf_logging.set_verbosity_error()
     task = TASKS[run.task](Path(data), run.seed, run.steps)
     with tempfile.TemporaryDirectory() as folder, open(os.devnull, "w") as nothing:
@@ -105,6 +104,12 @@ def execute(run: Run, data: str) -> dict[str, Any]:
             **{name: version(name) for name in ("hf-pdecay", "torch", "transformers", "torchao")},
         },
     }
+
+
+def _start_worker() -> None:
+    import torch
+
+    torch.set_flush_denormal(True)  # at p = 1 weights die through numbers that a CPU is slow to multiply
 
 
 def _accuracy(prediction: Any) -> dict[str, float]:
@@ -198,7 +203,7 @@ def perform(plan: Any, path: Path, data: str, jobs: int, until: float) -> None:
     """Make the runs that ``plan`` names for the results so far, several at a time, until all are made or time is up."""
     running: dict[Future[dict[str, Any]], Run] = {}
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(jobs, mp_context=context) as pool:
+    with ProcessPoolExecutor(jobs, mp_context=context, initializer=_start_worker) as pool:
         while True:
             results = read(path)
             todo = [run for run in plan(results) if find(results, run) is None and run not in running.values()]
