@@ -42,8 +42,8 @@ def write(results: Sequence[Line], runs: Sequence[Run], path: Path) -> str:
         "least to the largest; the best row of a column is bold. The sparsity is counted in the weights of linear "
         "layers and convolutions.",
     ]
-    for task in dict.fromkeys(run.task for run in runs):
-        parts += _task(results, [run for run in runs if run.task == task], task)
+    for task, some in _begun(results, runs).items():
+        parts += _task(results, some, task)
     hours = sum(line["seconds"] for line in results) / 3600
     versions = sorted({", ".join(f"{name} {value}" for name, value in line["versions"].items()) for line in results})
     dates = sorted({line["date"] for line in results})
@@ -104,6 +104,12 @@ def _task(results: Sequence[Line], runs: Sequence[Run], task: str) -> list[str]:
     return parts
 
 
+def _begun(results: Sequence[Line], runs: Sequence[Run]) -> dict[str, list[Run]]:
+    """Tasks of which a run that is reported has been made, and all of their runs."""
+    tasks = {task: [run for run in runs if run.task == task] for task in dict.fromkeys(run.task for run in runs)}
+    return {task: some for task, some in tasks.items() if _lines(results, some)}
+
+
 def _lines(results: Sequence[Line], runs: Sequence[Run]) -> list[Line]:
     wanted = [asdict(run) for run in runs]
     return [line for line in results if any(all(line[k] == v for k, v in each.items()) for each in wanted)]
@@ -131,12 +137,11 @@ def draw(results: Sequence[Line], runs: Sequence[Run], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    tasks = [task for task in dict.fromkeys(run.task for run in runs) if any(line["task"] == task for line in results)]
+    tasks = _begun(results, runs)
     if not tasks:
         return
     figure, axes = pyplot.subplots(1, len(tasks), figsize=(6.5 * len(tasks), 4.6), squeeze=False)
-    for axis, task in zip(axes[0], tasks, strict=True):
-        some = [run for run in runs if run.task == task]
+    for axis, (task, some) in zip(axes[0], tasks.items(), strict=True):
         key = (
             "test_accuracy" if any("test_accuracy" in line for line in results if line["task"] == task) else "test_loss"
         )

@@ -138,10 +138,10 @@ class PDecayTrainingArguments(TrainingArguments):
 
     def __post_init__(self) -> None:
         """Check the fields; the parent's are checked by the parent."""
-        self.target_sparsity = check_target(self.target_sparsity)
         self.p_norm = check_p_norm(self.p_norm)
         self.lambda_p = check_lambda_p(self.lambda_p)
         self.lp_rules = load_rules(self.lp_rules) or None
+        self.target_sparsity = check_target(self.target_sparsity)
         check_schedule(self.sparsity_begin, self.sparsity_end, self.sparsity_schedule)
         check_budget(self.sparsity_budget)
         check_decay(self.sparsity_decay)

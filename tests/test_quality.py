@@ -174,7 +174,10 @@ def test_the_table_compares_the_same_seeds(quality: dict[str, ModuleType], tmp_p
     scores = {("gmp", 0): 2.0, ("pdecay", 0): 2.1, ("pdecay", 1): 1.0}
     runs = [_run(quality, method, 0.9, 1, seed=seed) for method in ("gmp", "pdecay") for seed in (0, 1)]
     results = [_result(run, 1.0, scores[run.method, run.seed]) for run in runs if (run.method, run.seed) in scores]
+    runs.append(replace(runs[0], task="fashion_mnist"))
+    results.append(_result(replace(runs[-1], seed=7), 1.0))
     text = quality["quality_table"].write(results, runs, tmp_path / "table.md")
+    assert "fashion" not in text  # of which nothing that is reported has been run
     assert "| **2.0000, 1 seed** |" in text and "| 2.1000, 1 seed |" in text and "1.0000" not in text
     results.append(_result(runs[1], 1.0, 1.5))
     text = quality["quality_table"].write(results, runs, tmp_path / "table.md")
