@@ -12,6 +12,12 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 
+@pytest.fixture(autouse=True)
+def precision_of_each_test(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keep a run in bfloat16 from handing its precision on: transformers 4.57 leaves it in the environment."""
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
+
+
 @pytest.fixture
 def make_args(tmp_path: Path) -> Callable[..., Any]:
     """Arguments of a short run on the CPU that writes below the test's own folder."""

@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch.nn.utils import prune
+from torch.utils.data import SequentialSampler
 from transformers import TrainerCallback
 
 from hf_pdecay import PDecayTrainer
@@ -33,8 +34,15 @@ def _zeros(folder: Path, pattern: str = "") -> float:
     return sum(int((each == 0).sum()) for each in some) / sum(each.numel() for each in some)
 
 
+class InOrder(PDecayTrainer):
+    """Takes the data in their order: a shuffled epoch that transformers 4.57 resumes goes on with other batches."""
+
+    def _get_train_sampler(self, *args: Any) -> SequentialSampler:
+        return SequentialSampler(self.train_dataset)  # type: ignore[arg-type]
+
+
 def _train(args: Any, data: Any, resume: str | None = None, **kwargs: Any) -> Any:
-    trainer = PDecayTrainer(
+    trainer = InOrder(
         model=kwargs.pop("model", None) or tiny_gpt2(), args=args, train_dataset=data, eval_dataset=data, **kwargs
     )
     trainer.train(resume_from_checkpoint=resume)
