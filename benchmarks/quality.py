@@ -109,7 +109,7 @@ def execute(run: Run, data: str) -> dict[str, Any]:
 def _start_worker() -> None:
     import torch
 
-    torch.set_flush_denormal(True)  # at p = 1 weights die through numbers that a CPU is slow to multiply
+    torch.set_flush_denormal(True)  # factors of a dying weight are numbers that a CPU is slow to multiply
 
 
 def _accuracy(prediction: Any) -> dict[str, float]:

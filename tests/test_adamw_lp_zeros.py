@@ -242,3 +242,22 @@ def test_keep_zeros_through_scaled_gradients_accumulation_skips_and_a_reload() -
             optimizer = AdamWLp(linear.parameters(), lr=0.05)
             optimizer.load_state_dict(state)
     assert (linear.weight - started)[~gone].abs().min() > 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("backend", ["compiled", "foreach", "reference"])
+@pytest.mark.parametrize("p_norm", [1.0, 1.5, 2.0])
+def test_decay_leaves_no_subnormal_numbers(p_norm: float, backend: str, dtype: torch.dtype) -> None:
+    """A CPU is slow to multiply them, and they are no zeros yet."""
+    tiny = torch.finfo(dtype).tiny
+    sizes = torch.tensor([1.0, 4.0, 1.01, 0.5, 1e-2], dtype=torch.float64) * tiny
+    parameter = torch.nn.Parameter(torch.cat([sizes, -sizes, torch.ones(1)]).to(dtype))
+    optimizer = AdamWLp([parameter], lr=1.0, weight_decay=0.5, p_norm=p_norm, lambda_p=1e-3, backend=backend)
+    run(optimizer, parameter, torch.zeros(11))
+    magnitude = parameter.detach().abs()
+    assert bool(((magnitude == 0) | (magnitude >= tiny)).all())
+    assert not bool(torch.signbit(parameter[magnitude == 0]).any())
+    assert magnitude[-1] > 0.4
+    assert bool((magnitude[[0, 5]] == 0).all())
+    if p_norm == 2:  # 4 tiny become almost 2 tiny
+        assert bool((magnitude[[1, 6]] > tiny).all())

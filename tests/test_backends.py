@@ -2,7 +2,8 @@
 
 Stated tolerances of one step from the optimizer's own state, with ``scale`` the magnitudes that the step added up:
 
-- float32: 16 · 1e-7 · scale · factor + 5e-5 · |result| + 1e-22; backend "reference" rounds once: 1.2e-7 · |result|
+- float32: 16 · 1e-7 · scale · factor + 5e-5 · |result| + 1e-22; backend "reference" rounds once:
+  1.2e-7 · |result| + 1.2e-38
 - float64: 16 · 2.3e-16 · scale · factor + 1e-11 · |result| + 1e-280
 - bfloat16 and float16: one of the two neighbours of such a value
 - moments: 4 · epsilon of what they are stored as, relative to the terms
@@ -80,7 +81,7 @@ def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> to
 def allowed_error(reference: Reference, expected: torch.Tensor, dtype: torch.dtype, backend: str) -> torch.Tensor:
     allowed = tolerance(reference, dtype)
     if backend == "reference" and dtype == torch.float32:
-        allowed = 1.2e-7 * expected.abs() + 1e-44
+        allowed = 1.2e-7 * expected.abs() + torch.finfo(dtype).tiny
     return allowed + ulp(expected.abs() + allowed, dtype) if dtype in LOW else allowed
 
 

@@ -123,6 +123,8 @@ class TestArithmetic:
             expected = w / (1 + alpha_lambda * w.abs() ** (p_norm - 2))
             expected[(w == 0) | (alpha_lambda * w.abs() ** (p_norm - 2) > 2.0**126)] = 0
             torch.testing.assert_close(each.param.double(), expected, rtol=1e-4, atol=3e-38)
+            decayed = w.float() / (1 + alpha_lambda * w.abs() ** (p_norm - 2)).float() != w.float()
+            assert bool((each.param[decayed & (expected.abs() < 1.17e-38)] == 0).all())
             assert not bool(each.param[each.param == 0].signbit().any())
 
     @pytest.mark.parametrize("p_norm", [1.9, 2.0, 2.5])

@@ -246,7 +246,10 @@ inline void update(P* __restrict p, const P* __restrict g, M* __restrict m, M* _
     if (kHalf) denominator = denominator < s.least ? s.least : denominator;
     T result = fma(weight, s.shrink_l2, -(s.step_size * exp_avg) / denominator);
     if (kDecay) {
-      result = result / divisor[i] + T(0);  // + 0 turns -0 into 0: one bit pattern for all zeros
+      result = result / divisor[i];
+      // A weight that dies through subnormal numbers is 0, at once: processors are slow to multiply those. -0 becomes 0.
+      const T least = divisor[i] > T(1) ? std::numeric_limits<T>::min() : T(0);
+      result = std::fabs(result) < least ? T(0) : result + T(0);
     } else if (s.keep_zeros) {
       result = weight == T(0) ? T(0) : result;
     }

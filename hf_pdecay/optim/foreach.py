@@ -14,7 +14,7 @@ from torch import Tensor
 from ..decay import shrink_factor
 from .moments import dequantize, is_quantized, slice_quantized
 from .rounding import LOW_PRECISION, noise_bits, stochastic_round
-from .tensor_step import Hyperparameters, TensorStep, flat_views
+from .tensor_step import Hyperparameters, TensorStep, flat_views, shrink_
 
 
 # Elements worked on at a time, which bounds the temporaries. On a CPU a chunk stays in the cache from one operation to
@@ -134,8 +134,7 @@ def _step_tensor(each: TensorStep, scalars: StepScalars, finite: bool | Tensor) 
             p.addcdiv_(m, denominator, value=-scalars.step_size)
 
         if factor is not None:
-            # Adding 0 turns -0 into 0: one bit pattern for all zeros.
-            p.mul_(factor).add_(0.0)
+            shrink_(p, factor)
         if zeros is not None:
             p.masked_fill_(zeros, 0)
 

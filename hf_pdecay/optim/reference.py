@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .moments import dequantize, is_quantized
 from .rounding import LOW_PRECISION, noise_bits, stochastic_round
-from .tensor_step import TensorStep, flat_views
+from .tensor_step import TensorStep, flat_views, shrink_
 
 
 def step(steps: Sequence[TensorStep], finite: bool | Tensor = True) -> None:
@@ -35,10 +35,10 @@ def step(steps: Sequence[TensorStep], finite: bool | Tensor = True) -> None:
         if lr * hyper.lambda_p > 0 and bool(each.awake):
             if hyper.p_norm < 2:
                 s = w.abs() ** (2 - hyper.p_norm)
-                result = result * (s / (s + lr * hyper.lambda_p))
+                factor = s / (s + lr * hyper.lambda_p)
             else:
-                result = result / (1 + lr * hyper.lambda_p * w.abs() ** (hyper.p_norm - 2))
-            result = result + 0.0
+                factor = 1 / (1 + lr * hyper.lambda_p * w.abs() ** (hyper.p_norm - 2))
+            shrink_(result, factor, dtype if each.param.dtype == dtype else torch.float32)
         if hyper.keep_zeros:
             result = result.masked_fill(w == 0, 0)
         noise = noise_bits(count, each.place, 0, w.numel(), w.device)

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 
@@ -72,3 +73,14 @@ def _order(tensors: Sequence[Tensor]) -> tuple[int, ...] | None:
         return order
     order = tuple(sorted(order, key=lambda dim: (first.stride(dim), first.size(dim)), reverse=True))
     return order if all(tensor.permute(order).is_contiguous() for tensor in tensors) else None
+
+
+def shrink_(weights: Tensor, factor: Tensor, dtype: torch.dtype | None = None) -> None:
+    """Multiply weights by factors of at most 1, in place; a zero becomes 0, never -0.
+
+    What a factor below 1 takes below the smallest normal number of ``dtype``, by default the tensor's own, becomes 0.
+    Weights that fade rather than die, at p = 1 and above, would stay subnormal for long: neither zeros that can be
+    counted nor numbers that a CPU multiplies at full speed.
+    """
+    weights.mul_(factor).add_(0.0)
+    weights.masked_fill_((weights.abs() < torch.finfo(dtype or weights.dtype).tiny) & (factor < 1), 0)

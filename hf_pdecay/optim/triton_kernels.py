@@ -179,8 +179,11 @@ def _run(
         result = tl.fma(w, shrink_l2, m * step_size / denominator)
         if DECAY:
             factor = _factor(tl.abs(w), minus_x, log2_alpha_lambda, PARAM == tl.float64)
-            result = result * tl.where(w == 0, at_zero, factor)
-            result = tl.where(result == 0, 0.0, result)  # one bit pattern for all zeros
+            factor = tl.where(w == 0, at_zero, factor)
+            result = result * factor
+            # What decays to a subnormal number, which processors are slow to multiply, becomes 0; so does -0.
+            normal = tl.where(factor < 1.0, 2.0**-1022 if PARAM == tl.float64 else 2.0**-126, 0.0)
+            result = tl.where((result == 0) | (tl.abs(result) < normal), 0.0, result)
         else:
             result = tl.where(w == dead, 0.0, result)
 
