@@ -130,26 +130,38 @@ class SparsityControl:
         keep_zeros: bool = False,
     ) -> None:
         check_decay(sparsity_decay)
-        self.schedule, self.budgets = plan(
-            optimizer.param_groups,
-            total_steps,
-            target_sparsity=target_sparsity,
-            sparsity_begin=sparsity_begin,
-            sparsity_end=sparsity_end,
-            sparsity_schedule=sparsity_schedule,
-            sparsity_budget=sparsity_budget,
-            p_norm_begin=p_norm_begin,
-        )
         self._optimizer = optimizer
+        self._options: dict[str, Any] = {
+            "target_sparsity": target_sparsity,
+            "sparsity_begin": sparsity_begin,
+            "sparsity_end": sparsity_end,
+            "sparsity_schedule": sparsity_schedule,
+            "sparsity_budget": sparsity_budget,
+            "p_norm_begin": p_norm_begin,
+        }
         self._total_steps = total_steps
         self._decay = sparsity_decay
         self._p_norm_begin = p_norm_begin
         self._keep_zeros = keep_zeros
-        for group in decayed_groups(optimizer.param_groups):
+        self._adopt()
+
+    def _adopt(self) -> None:
+        """Plan for the optimizer's present param groups."""
+        self._adopted = self._optimizer.param_groups
+        self.schedule, self._budgets = plan(self._adopted, self._total_steps, **self._options)
+        for group in decayed_groups(self._adopted):
             group.setdefault("p_norm_end", group["p_norm"])
-        for budget in self.budgets:
+        for budget in self._budgets:
             for group, _ in budget.members:
                 group["asked_sparsity"] = budget.target
+
+    @property
+    def budgets(self) -> list[Budget]:
+        """The weights that share a target; empty where there is none."""
+        # Loading a state, as Accelerator.prepare does too, gives the optimizer new param groups.
+        if self._optimizer.param_groups is not self._adopted:
+            self._adopt()
+        return self._budgets
 
     @torch.no_grad()
     def before_step(self, step: int) -> None:
