@@ -9,6 +9,7 @@ blocks for a step whatever the number of processes: `--batch_size` is of all of 
 """
 
 import json
+import os
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ import torch
 from accelerate import Accelerator, DataLoaderConfiguration
 from accelerate.utils import set_seed
 from datasets import Dataset
+from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader
 from transformers import get_scheduler
 
@@ -59,7 +61,7 @@ class LoopArguments:
     resume_from_checkpoint: str | None = arg(None, help="Checkpoint from which the run goes on.")
     mixed_precision: str | None = arg(None, help="Instead of the launcher's.", choices=["no", "fp16", "bf16"])
     seed: int = arg(42, help="Seed of the weights and of the order of the blocks.")
-    cpu: bool = arg(False, help="Stay on the CPU.")
+    cpu: bool = arg(False, help="Stay on the CPU; beside the launcher's word, too.")
 
     def __post_init__(self) -> None:
         """Check what can be checked without reading anything."""
@@ -94,14 +96,9 @@ class Loop:
         ValueError: If an option is out of range or the checkpoint is of another model.
     """
 
-    def __init__(self, options: LoopArguments, model: Any, train: Dataset) -> None:
+    def __init__(self, accelerator: Accelerator, options: LoopArguments, model: Any, train: Dataset) -> None:
         self.options = options
-        self.accelerator = Accelerator(
-            cpu=options.cpu,
-            mixed_precision=options.mixed_precision,
-            gradient_accumulation_steps=options.gradient_accumulation_steps,
-            dataloader_config=DataLoaderConfiguration(split_batches=True),
-        )
+        self.accelerator = accelerator
         parts = self.accelerator.num_processes * options.gradient_accumulation_steps
         if options.batch_size % parts:
             raise ValueError(f"--batch_size {options.batch_size} must be a multiple of {parts} parts")
@@ -166,8 +163,9 @@ class Loop:
         self.model.eval()
         losses = []
         for batch in self._loader(blocks, 64 * self.accelerator.num_processes):
-            loss = self.model(**batch).loss
-            losses.append(self.accelerator.gather_for_metrics(loss.repeat(len(batch["input_ids"]))))
+            scores = self.model(input_ids=batch["input_ids"]).logits[:, :-1].float()
+            loss = cross_entropy(scores.transpose(1, 2), batch["labels"][:, 1:], reduction="none").mean(1)
+            losses.append(self.accelerator.gather_for_metrics(loss))  # which drops the blocks that fill the last batch
         return torch.cat(losses).mean().item()
 
     def log(self, **figures: float) -> None:
@@ -190,16 +188,31 @@ def default_options(given: Mapping[str, Any]) -> dict[str, Any]:
     return {} if trained else {"block_size": PRESETS["tiny"][1]["block_size"]}
 
 
+def start(options: LoopArguments) -> Accelerator:
+    """Join the processes that the launcher started."""
+    accelerator = Accelerator(
+        cpu=options.cpu,
+        mixed_precision=options.mixed_precision,
+        gradient_accumulation_steps=options.gradient_accumulation_steps,
+        dataloader_config=DataLoaderConfiguration(split_batches=True),
+    )
+    started = int(os.environ.get("WORLD_SIZE", "1"))
+    if accelerator.num_processes != started:
+        raise ValueError(f"{started} processes were started and do not find each other; on a CPU give --cpu true")
+    return accelerator
+
+
 def prepare(argv: Sequence[str]) -> tuple[Loop, Dataset | None]:
     """Read, check and load everything. What is wrong comes out as ValueError or OSError, before any training."""
     model_args, data, options = parse_options(argv, (ModelArguments, DataArguments, LoopArguments), default_options)
+    accelerator = start(options)
     train, validation, source = load_documents(data)
     tokenizer = load_tokenizer(model_args)
     set_seed(options.seed)
     model = load_model(model_args, tokenizer, data)
     blocks = to_blocks(train, tokenizer, data.block_size, data.max_train_samples, source)
     held_out = to_blocks(validation, tokenizer, data.block_size, data.max_eval_samples, source) if validation else None
-    return Loop(options, model, blocks), held_out
+    return Loop(accelerator, options, model, blocks), held_out
 
 
 def main(argv: Sequence[str] | None = None) -> int:
