@@ -20,7 +20,7 @@ import sys
 import tempfile
 import time
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -162,7 +162,8 @@ def planned(config: dict[str, Any], results: list[dict[str, Any]], name: str) ->
             ]
             continue
         trials = [
-            Run(**common, method=method, target=tune["target"], knob=value, seed=tune["seed"])
+            Run(**common | {"learning_rate": rate}, method=method, target=tune["target"], knob=value, seed=tune["seed"])
+            for rate in task.get("sparse_learning_rates", [chosen.learning_rate])
             for value in how["values"]
         ]
         if len(trials) == 1:  # nothing to choose
@@ -172,9 +173,7 @@ def planned(config: dict[str, Any], results: list[dict[str, Any]], name: str) ->
             winner = best(results, trials)
         if winner is not None:
             reported += [
-                Run(**common, method=method, target=target, knob=winner.knob, seed=seed)
-                for target in task["targets"]
-                for seed in task["seeds"]
+                replace(winner, target=target, seed=seed) for target in task["targets"] for seed in task["seeds"]
             ]
     # Every row gets its first seed before any gets its second.
     return choosing, sorted(reported, key=lambda run: run.seed)

@@ -76,8 +76,11 @@ def _task(results: Sequence[Line], runs: Sequence[Run], task: str) -> list[str]:
     rows = ["| method | knob | " + " | ".join(f"{target:.0%} zeros" for target in targets) + " |"]
     rows.append("|---|---|" + "---:|" * len(targets))
     for method in methods:
-        knob = next(run.knob for run in runs if run.method == method and run.target is not None)
-        row = [NAMES[method], "" if knob is None else f"{knob:g}"]
+        one = next(run for run in runs if run.method == method and run.target is not None)
+        settings = [] if one.knob is None else [f"{one.knob:g}"]
+        if one.learning_rate != first.learning_rate:
+            settings.append(f"learning rate {one.learning_rate:g}")
+        row = [NAMES[method], ", ".join(settings)]
         for column in columns.values():
             if not column[method]:
                 row.append("not run yet")

@@ -160,6 +160,25 @@ def test_learning_rates_then_knobs_then_what_is_reported(quality: dict[str, Modu
     assert {run.seed for run in choosing}.isdisjoint(run.seed for run in reported)
 
 
+def test_a_task_may_let_each_method_choose_its_learning_rate(quality: dict[str, ModuleType], tmp_path: Path) -> None:
+    task = {**CONFIG["tasks"]["shakespeare"], "sparse_learning_rates": [0.2, 0.4]}
+    config = {**CONFIG, "tasks": {"shakespeare": task}}
+    planned = quality["quality"].planned
+    choosing, _ = planned(config, [], "shakespeare")
+    results = [_result(choosing[0], 1.5), _result(choosing[1], 1.2)]
+    choosing, _ = planned(config, results, "shakespeare")
+    trials = [run for run in choosing if run.method == "gmp"]
+    assert [(run.learning_rate, run.knob) for run in trials] == [(0.2, 0.6), (0.2, 0.75), (0.4, 0.6), (0.4, 0.75)]
+    results += [_result(run, dev) for run, dev in zip(trials, [1.5, 1.4, 1.1, 1.3], strict=True)]
+    _, reported = planned(config, results, "shakespeare")
+    found = {(run.method, run.learning_rate, run.knob) for run in reported if run.target or run.method == "dense"}
+    assert found == {("dense", 0.2, None), ("gmp", 0.4, 0.6)}
+    results += [_result(run, 1.0) for run in reported]
+    text = quality["quality_table"].write(results, reported, tmp_path / "table.md")
+    assert "20 steps, learning rate 0.2: test loss" in text
+    assert "| gradual magnitude pruning | 0.6, learning rate 0.4 |" in text
+
+
 def test_a_run_that_is_there_is_not_made_again(quality: dict[str, ModuleType], tmp_path: Path) -> None:
     runs = [_run(quality, "dense", None, None, seed=seed) for seed in (0, 1)]
     path = tmp_path / "results.jsonl"
