@@ -9,6 +9,7 @@ import math
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -67,11 +68,13 @@ class MagnitudePruning(TrainerCallback):
     Args:
         weights: What is pruned.
         fraction: Step → fraction that is to be zero after it; the same as the step before for no cut.
+        uniform: Whether each tensor gets as many zeros as the others, instead of all together.
     """
 
-    def __init__(self, weights: Sequence[Tensor], fraction: Callable[[int], float]) -> None:
+    def __init__(self, weights: Sequence[Tensor], fraction: Callable[[int], float], uniform: bool = False) -> None:
         self.weights = weights
         self.fraction = fraction
+        self.uniform = uniform
         self.now = 0.0
         self.masks: list[Tensor] = []
 
@@ -82,7 +85,8 @@ class MagnitudePruning(TrainerCallback):
         for weight, mask in zip(self.weights, self.masks, strict=False):
             weight.mul_(mask)
         if wanted > self.now:
-            self.now, self.masks = wanted, smallest(self.weights, wanted)
+            parts = [[weight] for weight in self.weights] if self.uniform else [self.weights]
+            self.now, self.masks = wanted, [mask for part in parts for mask in smallest(part, wanted)]
             for weight, mask in zip(self.weights, self.masks, strict=True):
                 weight.mul_(mask)
 
@@ -145,10 +149,10 @@ def pdecay_fixed(task: Task, setting: Setting) -> Trainer:
     return PDecayTrainer(model=task.model, args=args, train_dataset=task.train)
 
 
-def gmp(task: Task, setting: Setting) -> Trainer:
+def gmp(task: Task, setting: Setting, uniform: bool = False) -> Trainer:
     """Gradual magnitude pruning; the knob is the fraction of the run at which it ends."""
     later = Setting(setting.target, None, setting.begin, setting.knob, setting.arguments)
-    pruning = MagnitudePruning(matrices(task.model), cubic(later))
+    pruning = MagnitudePruning(matrices(task.model), cubic(later), uniform)
     return _trainer(task, setting, _adamw(task, setting), [pruning])
 
 
@@ -233,6 +237,7 @@ METHODS: dict[str, Callable[[Task, Setting], Trainer]] = {
     "dense": dense,
     "pdecay": pdecay,
     "gmp": gmp,
+    "gmp_uniform": partial(gmp, uniform=True),
     "one_shot": one_shot,
     "one_shot_unhealed": one_shot_unhealed,
     "torchao_min_sparsity": torchao_min_sparsity,

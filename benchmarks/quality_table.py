@@ -16,6 +16,7 @@ NAMES = {
     "dense": "dense AdamW",
     "pdecay": "adamw_lp --target_sparsity",
     "gmp": "gradual magnitude pruning",
+    "gmp_uniform": "gradual magnitude pruning, each tensor alike",
     "one_shot": "one-shot magnitude, healed",
     "one_shot_unhealed": "one-shot magnitude, not healed",
     "torchao_min_sparsity": "torchao MinSparsityConstraint",

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from transformers import TrainerState
 
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
@@ -87,6 +88,7 @@ def _run(quality: dict[str, ModuleType], method: str, target: float | None, knob
     [
         ("pdecay", 0.003),
         ("gmp", 0.75),
+        ("gmp_uniform", 0.75),
         ("one_shot", 0.5),
         ("one_shot_unhealed", None),
         ("torchao_min_sparsity", 1),
@@ -158,6 +160,14 @@ def test_learning_rates_then_knobs_then_what_is_reported(quality: dict[str, Modu
     assert len(reported) == 2 + 2 + 2 * 2 * 2
     assert [run.seed for run in reported] == sorted(run.seed for run in reported)
     assert {run.seed for run in choosing}.isdisjoint(run.seed for run in reported)
+
+
+def test_uniform_pruning_takes_as_many_of_each_tensor(quality: dict[str, ModuleType]) -> None:
+    weights = [torch.arange(1.0, 11.0), torch.arange(1.0, 21.0) / 1000]
+    pruning = quality["quality_methods"].MagnitudePruning(weights, lambda step: 0.4, uniform=True)
+    pruning.on_step_end(None, TrainerState(global_step=1), None)
+    assert [int((weight == 0).sum()) for weight in weights] == [4, 8]
+    assert bool((weights[0][4:] == torch.arange(5.0, 11.0)).all())
 
 
 def test_a_task_may_let_each_method_choose_its_learning_rate(quality: dict[str, ModuleType], tmp_path: Path) -> None:
