@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import subprocess
@@ -115,13 +116,14 @@ def test_complaints(inputs: list[str], options: list[str], complaint: str, tmp_p
     assert complaint in done.stderr and "Traceback" not in done.stderr
 
 
-@pytest.mark.parametrize("when", ["prepared", "loaded", "wrapped"])
+@pytest.mark.parametrize("when", ["prepared", "loaded", "loaded from a run without", "wrapped"])
 def test_control_follows_the_optimizer_to_new_param_groups(when: str) -> None:
     """Accelerator.prepare and load_state_dict replace the groups; a control that held the old ones would do nothing."""
     torch.manual_seed(0)
     model: nn.Module = nn.Linear(20, 20)
     optimizer = AdamWLp([{"params": [model.weight], "decayed": True}], lr=0.01)  # type: ignore[list-item]
     before = optimizer.param_groups
+    without = copy.deepcopy(optimizer.state_dict())
     accelerator = Accelerator(cpu=True)
     model, prepared = accelerator.prepare(model, optimizer) if when == "wrapped" else (model, optimizer)
     control = SparsityControl(prepared, STEPS, target_sparsity=0.75, p_norm_begin=1.5)
@@ -129,6 +131,8 @@ def test_control_follows_the_optimizer_to_new_param_groups(when: str) -> None:
         model, prepared = accelerator.prepare(model, optimizer)
     elif when == "loaded":
         optimizer.load_state_dict(optimizer.state_dict())
+    elif when == "loaded from a run without":
+        optimizer.load_state_dict(without)
     assert optimizer.param_groups is not before
     for step in range(1, STEPS + 1):
         prepared.zero_grad()
