@@ -7,7 +7,7 @@ import logging
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from accelerate.optimizer import AcceleratedOptimizer
@@ -18,7 +18,10 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from .decay import forecast_threshold, lambda_for_threshold
 from .optim import AdamWLp
 from .rules import decayed_parameter_names, group_table
+from .selection import Ranking
+from .shards import group_params, held, is_sharded
 from .sparsity import NEAR_ZERO_THRESHOLD, SparsityReport, measure_sparsity, measure_with_extra, write_text
+from .targets import is_decayed
 
 
 if TYPE_CHECKING:
@@ -76,27 +79,28 @@ class SparsityCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Open ``sparsity.jsonl``, and say what the decay will come to."""
-        if not state.is_world_process_zero:
-            return
-        write_text(
-            _folder(args) / HISTORY_FILE,
-            "".join(
-                f"{json.dumps(line)}\n" for line in read_history(_folder(args)) if line["step"] <= state.global_step
+        if state.is_world_process_zero:
+            write_text(
+                _folder(args) / HISTORY_FILE,
+                "".join(
+                    f"{json.dumps(line)}\n" for line in read_history(_folder(args)) if line["step"] <= state.global_step
+                )
+                if state.global_step
+                else "",
             )
-            if state.global_step
-            else "",
-        )
-        groups = _decaying_groups(kwargs.get("optimizer"))
-        if groups:
-            everything = kwargs["optimizer"].param_groups
-            _console().print(group_table(everything))
-            for device, (name, reason) in _backends(kwargs["optimizer"]).items():
+        optimizer = kwargs.get("optimizer")
+        decaying = _decaying_groups(optimizer)
+        if optimizer is None or not decaying:
+            return
+        # Each process looks at its shards, and one speaks.
+        sums = _lr_sums(optimizer.param_groups, kwargs["lr_scheduler"], state)
+        free = [each for each in decaying if "asked_sparsity" not in each.settings]
+        sentences = forecast(free, [sums[each.number] for each in free]) + _frozen_tensors(kwargs["model"], decaying)
+        if state.is_world_process_zero:
+            _console().print(group_table(optimizer.param_groups, group_params(optimizer)))
+            for device, (name, reason) in _backends(optimizer).items():
                 _console().print(f"Step on {device}: {name}, as {reason}.")
-            sums = _lr_sums(everything, kwargs["lr_scheduler"], state)
-            free = [(number, group) for number, group in groups if "asked_sparsity" not in group]
-            for sentence in forecast(free, [sums[number] for number, _ in free]):
-                logger.warning(sentence)
-            for sentence in _frozen_tensors(kwargs["model"], groups):
+            for sentence in sentences:
                 logger.warning(sentence)
 
     def on_log(
@@ -108,9 +112,11 @@ class SparsityCallback(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         """Add the sparsity to what is logged of the training loss."""
-        if not state.is_world_process_zero or logs is None or "loss" not in logs:
+        if logs is None or "loss" not in logs:
             return
-        report = self._measure(kwargs["model"], kwargs.get("optimizer"))
+        report = self._measure(kwargs["model"], kwargs.get("optimizer"), state)
+        if report is None:
+            return
         values: dict[str, Any] = {"sparsity/overall": report.sparsity, "sparsity/model": report.model_sparsity}
         if self.sparsity_logging == "layer":
             values |= {f"sparsity/layer/{each.name}": each.sparsity for each in report.tensors if each.decayed}
@@ -125,9 +131,9 @@ class SparsityCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Write the report and the picture, and print the table."""
-        if not state.is_world_process_zero:
+        report = self._measure(kwargs["model"], kwargs.get("optimizer"), state)
+        if report is None:
             return
-        report = self._measure(kwargs["model"], kwargs.get("optimizer"))
         report.save(_folder(args) / REPORT_FILE)
         if not read_history(_folder(args)):
             # A run too short for a log event still has a history: its end.
@@ -153,16 +159,19 @@ class SparsityCallback(TrainerCallback):
         with open(_folder(args) / HISTORY_FILE, "a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
 
-    def _measure(self, model: nn.Module, optimizer: Any) -> SparsityReport:
-        groups = [group for _, group in _decaying_groups(optimizer)]
+    def _measure(self, model: nn.Module, optimizer: Any, state: TrainerState) -> SparsityReport | None:
+        """Count; None on the processes that have nothing to count and nothing to say."""
+        if not state.is_world_process_zero and not any(is_sharded(param) for param in model.parameters()):
+            return None
+        groups = _decaying_groups(optimizer)
         report, skipped = measure_with_extra(
             model,
-            decayed=decayed_parameter_names(model, groups) if groups else None,
+            decayed=_names(model, groups) if groups else None,
             near_zero_threshold=self.near_zero_threshold,
-            extra=[group.get("skipped_steps", 0) for group in groups],
+            extra=[each.settings.get("skipped_steps", 0) for each in groups],
         )
         self._skipped_steps = max(skipped, default=0)
-        return report
+        return report if state.is_world_process_zero else None
 
 
 def read_history(output_dir: str | os.PathLike[str]) -> list[dict[str, Any]]:
@@ -175,31 +184,46 @@ def read_history(output_dir: str | os.PathLike[str]) -> list[dict[str, Any]]:
     return [json.loads(line) for line in lines[:-1]]
 
 
-def forecast(groups: Sequence[tuple[int, Mapping[str, Any]]], lr_sums: Sequence[float]) -> list[str]:
+class DecayingGroup(NamedTuple):
+    """A param group on which p-norm decay acts.
+
+    Attributes:
+        number: Its place among the optimizer's groups.
+        settings: The group itself.
+        params: The model's parameters in it.
+    """
+
+    number: int
+    settings: Mapping[str, Any]
+    params: Sequence[Tensor]
+
+
+def forecast(groups: Sequence[DecayingGroup], lr_sums: Sequence[float]) -> list[str]:
     """Say beforehand, group by group, what λ_p can come to, where that is little or nothing.
 
     The forecast is an upper one: the weights that would be dead by the end were there no gradient to hold them up.
 
     Args:
-        groups: Param groups that decay, each with its number.
+        groups: Param groups that decay.
         lr_sums: Σα of each of them, the sum of the learning rates of all steps still to come.
 
     Returns:
         A sentence for each group of which too few weights can become zero.
     """
     sentences = []
-    for (number, group), lr_sum in zip(groups, lr_sums, strict=True):
+    for (number, group, params), lr_sum in zip(groups, lr_sums, strict=True):
         p_norm, lambda_p = group["p_norm"], group["lambda_p"]
         if lambda_p == 0 or lr_sum == 0:
             continue
         settings = (
-            f"p_norm={p_norm:g}, lambda_p={lambda_p:g} on the {len(group['params'])} tensors of "
+            f"p_norm={p_norm:g}, lambda_p={lambda_p:g} on the {len(params)} tensors of "
             f"{group.get('rule', f'group {number}')!r}"
         )
         if p_norm >= 2:
             sentences.append(f"{settings} give no zeros: for p >= 2 no weight reaches 0. Take p_norm below 2.")
             continue
-        sparsity, half = _below(group["params"], forecast_threshold(p_norm, lambda_p, lr_sum))
+        ranking = Ranking([held(param) for param in params], any(is_sharded(param) for param in params))
+        sparsity, half = ranking.below(forecast_threshold(p_norm, lambda_p, lr_sum)), ranking.quantile(0.5)
         if sparsity < _HARDLY_ANY:
             sentences.append(
                 f"{settings} can zero at most {sparsity:.1%} of these weights: the learning rates of this run add up "
@@ -207,15 +231,6 @@ def forecast(groups: Sequence[tuple[int, Mapping[str, Any]]], lr_sums: Sequence[
                 f"{lambda_for_threshold(p_norm, half, lr_sum):.2g}, or raise the learning rate."
             )
     return sentences
-
-
-def _below(params: list[Tensor], threshold: float) -> tuple[float, float]:
-    """Fraction of weights below a magnitude, and the median magnitude of a sample of them."""
-    numel = sum(param.numel() for param in params)
-    below = sum(int((param.detach().abs() < threshold).sum()) for param in params)
-    samples = [param.detach().reshape(-1)[:: max(1, param.numel() // 10_000)].float().cpu() for param in params]
-    median = torch.cat(samples).abs().median().item() if samples else 0.0
-    return (below / numel if numel else 0.0), median
 
 
 def _lr_sums(groups: Sequence[Mapping[str, Any]], lr_scheduler: Any, state: TrainerState) -> list[float]:
@@ -237,12 +252,12 @@ def _lr_sums(groups: Sequence[Mapping[str, Any]], lr_scheduler: Any, state: Trai
     ]
 
 
-def _frozen_tensors(model: nn.Module, groups: Sequence[tuple[int, Mapping[str, Any]]]) -> list[str]:
+def _frozen_tensors(model: nn.Module, groups: Sequence[DecayingGroup]) -> list[str]:
     """Warn of tensors that ``keep_zeros`` will never let learn."""
-    keeping = [group for _, group in groups if group["keep_zeros"]]
+    keeping = [each for each in groups if each.settings["keep_zeros"]]
     if not keeping:
         return []
-    report = measure_sparsity(model, decayed=decayed_parameter_names(model, keeping))
+    report = measure_sparsity(model, decayed=_names(model, keeping))
     return [
         f"keep_zeros: {each.name} is wholly zero and will stay so. If it is to learn, set it 'off' in lp_rules."
         for each in report.tensors
@@ -250,14 +265,19 @@ def _frozen_tensors(model: nn.Module, groups: Sequence[tuple[int, Mapping[str, A
     ]
 
 
-def _decaying_groups(optimizer: Any) -> list[tuple[int, dict[str, Any]]]:
-    """Param groups on which p-norm decay acts, with their numbers; none for an optimizer that knows nothing of it."""
-    groups = [] if optimizer is None else optimizer.param_groups
+def _decaying_groups(optimizer: Any) -> list[DecayingGroup]:
+    """Param groups on which p-norm decay acts; none for an optimizer that knows nothing of it."""
+    if optimizer is None:
+        return []
     return [
-        (number, group)
-        for number, group in enumerate(groups)
-        if "p_norm" in group and group.get("decayed", group["lambda_p"] > 0)
+        DecayingGroup(number, group, params)
+        for number, (group, params) in enumerate(zip(optimizer.param_groups, group_params(optimizer), strict=True))
+        if is_decayed(group)
     ]
+
+
+def _names(model: nn.Module, groups: Sequence[DecayingGroup]) -> list[str]:
+    return decayed_parameter_names(model, [each.settings for each in groups], [each.params for each in groups])
 
 
 def _backends(optimizer: Any) -> dict[str, tuple[str, str]]:

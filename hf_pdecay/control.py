@@ -17,12 +17,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.optim import Optimizer
 
 from .decay import lambda_for_threshold
-from .optim.distributed import local
-from .optim.moments import dequantize
-from .selection import Ranked, Ranking, zero_least
+from .selection import Ranking, zero_least
+from .shards import any_sharded, group_params, publish, ranked
 from .targets import Budget, budgets, check_budget, check_p_norms, decayed_groups
 
 
@@ -148,7 +148,9 @@ class SparsityControl:
     def _adopt(self) -> None:
         """Plan for the optimizer's present param groups."""
         self._adopted = self._optimizer.param_groups
-        self.schedule, self._budgets = plan(self._adopted, self._total_steps, **self._options)
+        params = group_params(self._optimizer)
+        self.schedule, self._budgets = plan(self._adopted, self._total_steps, params=params, **self._options)
+        self._sharded = any_sharded([param for some in params for param in some])
         for group in decayed_groups(self._adopted):
             group.setdefault("p_norm_end", group["p_norm"])
         for budget in self._budgets:
@@ -200,11 +202,12 @@ class SparsityControl:
         if not self.schedule.cuts(step):
             return
         for budget in self.budgets:
-            ranked = self._ranked(budget)
-            ranking = Ranking(ranked)
+            tensors = [ranked(param, self._optimizer) for _, params in budget.members for param in params]
+            ranking = Ranking(tensors, self._sharded)
             count = ranking.rank(budget.target * self.schedule.progress(step))
             if count:
-                zero_least(ranked, ranking.least(count))
+                zero_least(tensors, ranking.least(count), self._sharded)
+        publish(self._optimizer)
 
     def asked(self, step: int) -> float:
         """Return the fraction of zeros that the schedule asks of the controlled weights after a step."""
@@ -223,7 +226,8 @@ class SparsityControl:
             budget: Weights that share a target.
             upcoming: How much of the change the next cut will have made.
         """
-        ranking = Ranking([Ranked(local(param)) for _, params in budget.members for param in params])
+        tensors = [ranked(param, self._optimizer) for _, params in budget.members for param in params]
+        ranking = Ranking([each._replace(exp_avg_sq=None) for each in tensors], self._sharded)
         median, next_cut = ranking.quantile((1 + budget.target) / 2), ranking.quantile(budget.target * upcoming)
         for group, _ in budget.members:
             # The highest that the rate will be: schedulers leave it in the group, OneCycleLR by another name.
@@ -234,16 +238,6 @@ class SparsityControl:
                 wanted = self._decay * lambda_for_threshold(p_norm, median, 0.5 * rate * self._total_steps)
                 strength = min(wanted, lambda_for_threshold(p_norm, next_cut, rate * self.schedule.interval))
             group["lambda_p"] = min(group["lambda_p"], max(strength, IDLE))
-
-    def _ranked(self, budget: Budget) -> list[Ranked]:
-        ranked = []
-        for _, params in budget.members:
-            for param in params:
-                second = self._optimizer.state[param].get("exp_avg_sq")
-                if second is not None:
-                    second = dequantize(local(second), torch.promote_types(second.dtype, torch.float32))
-                ranked.append(Ranked(local(param), second))
-        return ranked
 
 
 def plan(
@@ -256,6 +250,7 @@ def plan(
     sparsity_schedule: str,
     sparsity_budget: str,
     p_norm_begin: float | None,
+    params: Sequence[Sequence[Tensor]] | None = None,
     **_: Any,
 ) -> tuple[Schedule, list[Budget]]:
     """Return the schedule and the budgets of a run; see :class:`SparsityControl` for the arguments.
@@ -266,7 +261,7 @@ def plan(
     check_schedule(sparsity_begin, sparsity_end, sparsity_schedule)
     check_budget(sparsity_budget)
     schedule = Schedule(round(sparsity_begin * total_steps), round(sparsity_end * total_steps), sparsity_schedule)
-    found = budgets(groups, target_sparsity, sparsity_budget)
+    found = budgets(groups, target_sparsity, sparsity_budget, params)
     controlled = {id(group) for budget in found for group, _ in budget.members}
     for group in decayed_groups(groups):
         check_p_norms(group.get("p_norm_end", group["p_norm"]), p_norm_begin, targeted=id(group) in controlled)

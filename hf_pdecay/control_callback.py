@@ -44,24 +44,21 @@ class SparsityControlCallback(TrainerCallback):
         if not isinstance(args, PDecayTrainingArguments):
             return
         self._control = SparsityControl(kwargs["optimizer"], state.max_steps, **args.control_options)
+        self._control.before_step(state.global_step + 1)
         overruled = _overruled(args) if self._control.budgets and state.is_world_process_zero else []
         if overruled:
             logger.warning(
                 "target_sparsity wins over %s: it sets λ_p from the weights, step by step.", " and ".join(overruled)
             )
 
-    def on_pre_optimizer_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Set p, λ_p and ``keep_zeros`` for the step."""
-        if self._control is not None:
-            self._control.before_step(state.global_step + 1)
-
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Cut, where the schedule has a cut after this step."""
+        """Cut, where the schedule has a cut after this step, and set p, λ_p and ``keep_zeros`` for the next."""
         if self._control is None:
             return
         self._control.after_step(state.global_step)
+        if state.global_step < state.max_steps:
+            # Not before the optimizer's step, which DeepSpeed makes within backward, before any callback is asked.
+            self._control.before_step(state.global_step + 1)
         if self._control.budgets and state.global_step == self._control.schedule.end:
             # What was best before was not yet as sparse as asked: load_best_model_at_end chooses among what comes now.
             state.best_metric = state.best_model_checkpoint = None

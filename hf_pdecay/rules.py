@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 import json
 import re
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from .decay import check_lambda_p, check_p_norm
+from .shards import full_numel, full_shape, wholly_zero
 from .targets import check_target
 
 
@@ -182,10 +183,10 @@ def _matrices(module: nn.Module) -> Iterator[Tensor]:
     if isinstance(module, (nn.Linear, Conv1D, _ConvNd)):
         found = (param for name, param in own if name == "weight")
     elif isinstance(module, nn.MultiheadAttention):
-        found = (param for _, param in own if param.ndim == 2)
+        found = (param for _, param in own if len(full_shape(param)) == 2)
     else:
         # A position table is stored as 1 × positions × width: no stack.
-        found = (param for _, param in own if param.ndim == 3 and min(param.shape) > 1)
+        found = (param for _, param in own if len(full_shape(param)) == 3 and min(full_shape(param)) > 1)
     return (param for param in found if param.is_floating_point())
 
 
@@ -243,7 +244,7 @@ def _trainable(model: nn.Module) -> dict[int, tuple[Tensor, list[str]]]:
 
 def _matches(rule: Rule, trainable: Mapping[int, tuple[Tensor, list[str]]]) -> set[int]:
     found = {key for key, (_, names) in trainable.items() if any(rule.pattern.search(name) for name in names)}
-    matrices = {key for key in found if trainable[key][0].ndim > 1}
+    matrices = {key for key in found if len(full_shape(trainable[key][0])) > 1}
     return found if rule.off else matrices or found
 
 
@@ -269,6 +270,7 @@ def build_param_groups(
     keep_zeros: bool = False,
     rules: RuleSpec | None = None,
     weight_decay_names: Collection[str] | None = None,
+    isolate_zero: bool = False,
 ) -> list[dict[str, Any]]:
     """Return param groups for :class:`~hf_pdecay.AdamWLp`.
 
@@ -283,6 +285,8 @@ def build_param_groups(
         keep_zeros: Whether decayed weights that are zero stay zero.
         rules: ``lp_rules``.
         weight_decay_names: Names of the parameters with L2 decay; those that decay by p norm if None.
+        isolate_zero: Whether each wholly zero tensor that decays gets a group of its own. DeepSpeed lays the weights of
+            a group end to end, and among others that are not zero it could not be told that such a tensor is to learn.
 
     Raises:
         ValueError: If a pattern matches no trainable parameter, or no parameter is trainable.
@@ -291,14 +295,14 @@ def build_param_groups(
     if not assignments:
         raise ValueError("The model has no trainable parameter: set requires_grad on what is to be trained.")
     l2_names = None if weight_decay_names is None else {clean_name(name) for name in weight_decay_names}
-    groups: dict[tuple[Assignment, float], dict[str, Any]] = {}
-    for name, param in model.named_parameters():
-        if not param.requires_grad:
-            continue
+    groups: dict[tuple[Assignment, float, str], dict[str, Any]] = {}
+    named = [(name, param) for name, param in model.named_parameters() if param.requires_grad]
+    alone = wholly_zero([param for _, param in named]) if isolate_zero else [False] * len(named)
+    for (name, param), zero in zip(named, alone, strict=True):
         how = assignments[clean_name(name)]
         l2 = how.decayed if l2_names is None else clean_name(name) in l2_names
         group = groups.setdefault(
-            (how, weight_decay if l2 else 0.0),
+            (how, weight_decay if l2 else 0.0, name if zero and how.decayed and not keep_zeros else ""),
             {
                 "params": [],
                 "weight_decay": weight_decay if l2 else 0.0,
@@ -314,15 +318,23 @@ def build_param_groups(
     return sorted(groups.values(), key=lambda group: not group["decayed"])
 
 
-def decayed_parameter_names(model: nn.Module, groups: Iterable[Mapping[str, Any]]) -> list[str]:
+def decayed_parameter_names(
+    model: nn.Module, groups: Iterable[Mapping[str, Any]], params: Iterable[Sequence[Tensor]] | None = None
+) -> list[str]:
     """Return the names of the model's parameters in the groups that decay, in the model's order.
 
     Args:
         model: The model whose parameters the groups hold.
         groups: An optimizer's ``param_groups``; a group without the key ``decayed`` counts if its λ_p is above 0.
+        params: The model's parameters in each group, where the groups hold others.
     """
+    groups = list(groups)
+    lists = [group["params"] for group in groups] if params is None else params
     chosen = {
-        id(param) for group in groups if group.get("decayed", group.get("lambda_p", 0) > 0) for param in group["params"]
+        id(param)
+        for group, some in zip(groups, lists, strict=True)
+        if group.get("decayed", group.get("lambda_p", 0) > 0)
+        for param in some
     }
     return [clean_name(name) for name, param in model.named_parameters() if id(param) in chosen]
 
@@ -333,20 +345,25 @@ def strength(group: Mapping[str, Any]) -> str:
     return f"{group['lambda_p']:g}" if asked is None else f"for {asked:.4g} zeros"
 
 
-def group_table(groups: Iterable[Mapping[str, Any]]) -> Table:
-    """Return a rich table of param groups: tensors, parameters, p, λ_p and weight decay of each."""
+def group_table(groups: Sequence[Mapping[str, Any]], params: Sequence[Sequence[Tensor]] | None = None) -> Table:
+    """Return a rich table of param groups: tensors, parameters, p, λ_p and weight decay of each.
+
+    Args:
+        groups: An optimizer's ``param_groups``.
+        params: The model's parameters in each group, where the groups hold others.
+    """
     from rich.table import Table
 
     table = Table(title="Parameter groups")
     table.add_column("rule", overflow="fold")
     for heading in ("tensors", "parameters", "p", "λ_p", "weight decay"):
         table.add_column(heading, justify="right")
-    for number, group in enumerate(groups):
+    for number, (group, some) in enumerate(zip(groups, params or [group["params"] for group in groups], strict=True)):
         decayed = group.get("decayed", group["lambda_p"] > 0)
         table.add_row(
             group.get("rule", f"group {number}"),
-            f"{len(group['params']):,}",
-            f"{sum(param.numel() for param in group['params']):,}",
+            f"{len(some):,}",
+            f"{sum(full_numel(param) for param in some):,}",
             f"{group.get('p_norm_end', group['p_norm']):g}" if decayed else "-",
             strength(group) if decayed else "-",
             f"{group['weight_decay']:g}",

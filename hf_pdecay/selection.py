@@ -1,7 +1,8 @@
-"""Which weights are the least salient: exact order statistics over many tensors, without sorting them all.
+"""Which weights are the least salient: exact order statistics over many tensors, without sorting or gathering them all.
 
 A sample of the scores brackets the one that is asked for; one look at all of them counts what lies below the bracket
-and gathers the few that lie in it.
+and takes out the few that lie in it; among those it is found bit by bit. Where the tensors are shards of larger ones,
+each process looks at its own, and what they add up are the sample and the counts.
 """
 
 from __future__ import annotations
@@ -14,11 +15,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .optim.distributed import all_sum, process_count
+
 
 # Weights looked at at a time, which bounds the temporaries; on a CPU they stay in the cache between operations.
 _CPU_CHUNK = 1 << 16
 _DEVICE_CHUNK = 1 << 22
 _SAMPLE = 1 << 15
+# Bits by which scores are told apart at a time.
+_DIGIT = 11
 
 # Second moment of weights that never had a gradient: by it they rank below all others, and yet by their magnitudes.
 _LEAST = 1e-30
@@ -27,15 +32,19 @@ _SCALE = 2.0**26
 
 
 class Ranked(NamedTuple):
-    """A tensor of weights, ranked by |w| v^(1/4), or by |w| alone.
+    """A tensor of weights, or this process's shard of one, ranked by |w| v^(1/4), or by |w| alone.
 
     Attributes:
         weight: Weights of any shape and floating dtype.
         exp_avg_sq: Adam's second moment v of the same shape, or None.
+        slot: Which of the tensor's shards it is, in [0, number of processes).
+        owned: Whether this is the process that counts it; false on all but one of those that hold the same shard.
     """
 
     weight: Tensor
     exp_avg_sq: Tensor | None = None
+    slot: int = 0
+    owned: bool = True
 
 
 @dataclass(frozen=True)
@@ -58,12 +67,15 @@ class Ranking:
 
     Args:
         tensors: The weights, at least one in all, and unchanged as long as this is used.
+        sharded: Whether they are shards. All processes then make the same calls with shards of the same tensors, in the
+            same order; each is told the same.
     """
 
-    def __init__(self, tensors: Sequence[Ranked]) -> None:
+    def __init__(self, tensors: Sequence[Ranked], sharded: bool = False) -> None:
         self._tensors = [_flat(each) for each in tensors]
+        self._sharded = sharded
         self._dtype = _score_dtype(tensors)
-        self.numel = sum(each.weight.numel() for each in tensors)
+        self._starts, self.numel = _starts(self._tensors, [each.weight.numel() for each in self._tensors], sharded)
         self._sample = self._take_sample().nan_to_num(nan=math.inf)
 
     def rank(self, fraction: float) -> int:
@@ -78,6 +90,10 @@ class Ranking:
         """
         return float(self._sample[min(int(fraction * len(self._sample)), len(self._sample) - 1)])
 
+    def below(self, score: float) -> float:
+        """Return the fraction of the sample of :meth:`quantile` that is less than a score."""
+        return int(torch.searchsorted(self._sample, score)) / len(self._sample)
+
     def least(self, count: int) -> Cut:
         """Find the ``count`` least scores, exactly.
 
@@ -91,46 +107,71 @@ class Ranking:
             first, last = int(at - margin), int(at + margin)
             low = float(self._sample[first]) if first > 0 else 0.0
             high = float(self._sample[last]) if last < size else math.inf
-            below, inside = self._between(low, high)
+            below, within, inside = self._between(low, high)
             if low == 0 and count <= below:
                 return Cut(0.0, ties=count, equal=below)
-            if below < count <= below + len(inside):
+            if below < count <= below + within:
                 break
             if first <= 0 and last >= size:  # NaN is in no bracket
-                count = below + len(inside)
+                count = below + within
                 break
             margin *= 4
         if count == below:
             return Cut(low, ties=below, equal=below)
-        score = inside.kthvalue(count - below).values
-        smaller, equal = int((inside < score).sum()), int((inside == score).sum())
-        return Cut(float(score), ties=count - below - smaller, equal=equal)
+        return self._kth(inside, count - below)
+
+    def _kth(self, inside: Tensor, count: int) -> Cut:
+        """The ``count``-th least of the scores that processes hold, by their bits from the first to the last."""
+        # Numbers that are not negative have the order of their bits.
+        bits = inside.view(torch.int64 if inside.dtype == torch.float64 else torch.int32)
+        shift, prefix = 8 * bits.element_size() - 1, 0
+        while shift > 0:
+            width = min(_DIGIT, shift)
+            shift -= width
+            digits = bits.bitwise_right_shift(shift).bitwise_and_((1 << width) - 1)
+            found = self._sum(torch.bincount(digits, minlength=1 << width)).cpu().cumsum(0)
+            digit = int(torch.searchsorted(found, count))
+            before = int(found[digit - 1]) if digit else 0
+            count, equal = count - before, int(found[digit]) - before
+            prefix = prefix << width | digit
+            bits = bits[digits == digit]
+        return Cut(float(torch.tensor(prefix, dtype=bits.dtype).view(inside.dtype)), ties=count, equal=equal)
 
     def _take_sample(self) -> Tensor:
         """Scores at even distances through all tensors, sorted."""
         stride = max(1, self.numel // _SAMPLE)
         stride += stride > 1 and stride % 2 == 0  # no column of a matrix of even width comes up time and again
-        taken, place = [], 0
-        for weight, exp_avg_sq in self._tensors:
+        device = self._tensors[0].weight.device
+        sample = torch.zeros(-(-self.numel // stride), dtype=self._dtype, device=device)
+        for tensor, place in zip(self._tensors, self._starts, strict=True):
             first = -place % stride
-            some = None if exp_avg_sq is None else exp_avg_sq[first::stride]
-            taken.append(scores(Ranked(weight[first::stride], some), self._dtype))
-            place += weight.numel()
-        return torch.cat([each.to(taken[0].device) for each in taken]).sort().values.cpu()
+            if not tensor.owned or first >= tensor.weight.numel():
+                continue
+            second = tensor.exp_avg_sq
+            some = Ranked(tensor.weight[first::stride], None if second is None else second[first::stride])
+            taken = scores(some, self._dtype)
+            start = (place + first) // stride
+            sample[start : start + len(taken)] = taken.to(device)
+        return self._sum(sample).sort().values.cpu()
 
-    def _between(self, low: float, high: float) -> tuple[int, Tensor]:
-        """How many scores do not exceed ``low``, and those that do but do not exceed ``high``."""
+    def _between(self, low: float, high: float) -> tuple[int, int, Tensor]:
+        """How many scores do not exceed ``low``; how many do but not ``high``, and those of them owned here."""
         counts: list[Tensor] = []
         inside: list[Tensor] = []
         for tensor in self._tensors:
-            for piece in _pieces(tensor):
+            for piece in _pieces(tensor) if tensor.owned else ():
                 score = scores(piece, self._dtype)
                 below = score <= low
                 counts.append(below.sum())
                 inside.append(score[below ^ (score <= high)])
-        device = counts[0].device
-        below = torch.stack([each.to(device) for each in counts]).sum()
-        return int(below), torch.cat([each.to(device) for each in inside])
+        device = self._tensors[0].weight.device
+        found = torch.cat([each.to(device) for each in inside] or [torch.empty(0, dtype=self._dtype, device=device)])
+        below = sum((each.to(device) for each in counts), start=torch.zeros((), dtype=torch.int64, device=device))
+        totals = self._sum(torch.stack([below, torch.full_like(below, len(found))])).tolist()
+        return totals[0], totals[1], found
+
+    def _sum(self, counts: Tensor) -> Tensor:
+        return all_sum(counts) if self._sharded else counts
 
 
 def scores(tensor: Ranked, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -148,7 +189,7 @@ def scores(tensor: Ranked, dtype: torch.dtype = torch.float32) -> Tensor:
 
 
 @torch.no_grad()
-def zero_least(tensors: Sequence[Ranked], cut: Cut) -> None:
+def zero_least(tensors: Sequence[Ranked], cut: Cut, sharded: bool = False) -> None:
     """Set the weights of a cut to 0, in place.
 
     Of those that are equal in score, many in low precision, it takes as many as belong to the cut, evenly spread.
@@ -156,25 +197,51 @@ def zero_least(tensors: Sequence[Ranked], cut: Cut) -> None:
     Args:
         tensors: The tensors that the cut was found in, unchanged since.
         cut: What :meth:`Ranking.least` returned.
+        sharded: As of the ranking.
     """
     if cut.score == 0:
         return
-    seen, dtype = 0, _score_dtype(tensors)
-    for tensor in tensors:
-        flat = _flat(tensor)
-        for piece in _pieces(flat):
-            score = scores(piece, dtype)
-            if cut.ties == cut.equal:
-                piece.weight.masked_fill_(score <= cut.score, 0)
-                continue
-            equal = score == cut.score
-            number = equal.cumsum(0) + seen
-            seen += int(equal.sum())
-            # The n-th of them is taken where the share of n goes over the next whole number.
-            taken = equal & (number * cut.ties // cut.equal > (number - 1) * cut.ties // cut.equal)
-            piece.weight.masked_fill_(taken | (score < cut.score), 0)
-        if flat.weight.data_ptr() != tensor.weight.data_ptr():
-            tensor.weight.copy_(flat.weight.view(tensor.weight.shape))
+    dtype = _score_dtype(tensors)
+    flat = [_flat(each) for each in tensors]
+    starts = [0] * len(flat)
+    if sharded and cut.ties != cut.equal:
+        equal = [sum(int((scores(piece, dtype) == cut.score).sum()) for piece in _pieces(each)) for each in flat]
+        starts, _ = _starts(flat, equal, sharded)
+    seen = 0
+    for tensor, own, start in zip(tensors, flat, starts, strict=True):
+        seen = start if sharded else seen
+        for piece in _pieces(own):
+            seen = _zero_piece(piece, scores(piece, dtype), cut, seen)
+        if own.weight.data_ptr() != tensor.weight.data_ptr():
+            tensor.weight.copy_(own.weight.view(tensor.weight.shape))
+
+
+def _zero_piece(piece: Ranked, score: Tensor, cut: Cut, seen: int) -> int:
+    """Zero what belongs to a cut, given how many scores equal to its have been seen; return how many now have."""
+    if cut.ties == cut.equal:
+        piece.weight.masked_fill_(score <= cut.score, 0)
+        return seen
+    equal = score == cut.score
+    number = equal.cumsum(0) + seen
+    # The n-th of them is taken where the share of n goes over the next whole number.
+    taken = equal & (number * cut.ties // cut.equal > (number - 1) * cut.ties // cut.equal)
+    piece.weight.masked_fill_(taken | (score < cut.score), 0)
+    return seen + int(equal.sum())
+
+
+def _starts(tensors: Sequence[Ranked], counts: Sequence[int], sharded: bool) -> tuple[list[int], int]:
+    """How many things come before each of these tensors, given how many each has, and how many there are in all.
+
+    They are ordered tensor by tensor, those of a tensor shard by shard.
+    """
+    device = tensors[0].weight.device
+    table = torch.zeros(len(tensors), process_count() if sharded else 1, dtype=torch.int64)
+    for row, (tensor, count) in enumerate(zip(tensors, counts, strict=True)):
+        table[row, tensor.slot] = count if tensor.owned else 0
+    if sharded:
+        table = all_sum(table.to(device)).cpu()
+    ends = table.view(-1).cumsum(0).view(table.shape)
+    return [int(ends[row, each.slot] - table[row, each.slot]) for row, each in enumerate(tensors)], int(ends[-1, -1])
 
 
 def _score_dtype(tensors: Sequence[Ranked]) -> torch.dtype:
@@ -184,10 +251,13 @@ def _score_dtype(tensors: Sequence[Ranked]) -> torch.dtype:
 
 
 def _flat(tensor: Ranked) -> Ranked:
-    return Ranked(*(None if each is None else each.detach().reshape(-1) for each in tensor))  # type: ignore[arg-type]
+    second = tensor.exp_avg_sq
+    weight = tensor.weight.detach().reshape(-1)
+    return tensor._replace(weight=weight, exp_avg_sq=None if second is None else second.detach().reshape(-1))
 
 
 def _pieces(flat: Ranked) -> Iterator[Ranked]:
     size = _CPU_CHUNK if flat.weight.is_cpu else _DEVICE_CHUNK
     for start in range(0, flat.weight.numel(), size):
-        yield Ranked(*(None if each is None else each[start : start + size] for each in flat))  # type: ignore[arg-type]
+        piece, second = slice(start, start + size), flat.exp_avg_sq
+        yield flat._replace(weight=flat.weight[piece], exp_avg_sq=None if second is None else second[piece])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import struct
@@ -14,7 +15,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from .optim.distributed import all_sum
 from .rules import clean_name, decayable_parameter_names
+from .shards import full_numel, full_shape, held, is_sharded
 
 
 if TYPE_CHECKING:
@@ -232,7 +235,8 @@ def measure_sparsity(
 
     Args:
         model: Any module, wrapped or not. Parameters that are not floating-point (packed quantised ones) are left out,
-            and a shared parameter is counted once.
+            and a shared parameter is counted once. Where processes hold shards of it, all of them must call; each
+            counts its own, and all get the report of the whole.
         decayed: Names of the parameters on which p-norm decay acts; those that decay by default if None.
         near_zero_threshold: Magnitude below which a non-zero weight counts as near zero.
 
@@ -264,20 +268,21 @@ def measure_with_extra(
     named = list(_distinct_parameters(model))
     with torch.no_grad():
         counts = [_count(param, near_zero_threshold) for _, param in named]
+        _add_shards([(place, param) for place, (_, param) in enumerate(named) if is_sharded(param)], counts)
     rows = _to_host([*counts, *(value.reshape(1) for value in extra if isinstance(value, Tensor))])
     from_device = iter(rows[len(counts) :])
     report = SparsityReport(
         [
             TensorSparsity(
                 name=name,
-                shape=tuple(param.shape),
-                parameters=param.numel(),
+                shape=tuple(full_shape(param)),
+                parameters=full_numel(param),
                 zeros=zeros,
                 near_zeros=max(below - zeros, 0),
-                norm=_float_from_bits(norm),
+                norm=math.sqrt(_float_from_bits(square)),
                 decayed=name in chosen,
             )
-            for (name, param), (zeros, below, norm) in zip(named, rows, strict=False)
+            for (name, param), (zeros, below, square) in zip(named, rows, strict=False)
         ],
         near_zero_threshold,
     )
@@ -290,7 +295,7 @@ def _distinct_parameters(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     for name, param in model.named_parameters():
         if not param.is_floating_point():
             continue
-        if param.numel() and param.device.type != "meta":
+        if not is_sharded(param) and param.numel() and param.device.type != "meta":
             storage = param.untyped_storage().data_ptr(), param.storage_offset(), tuple(param.shape), param.stride()
             if storage in seen:
                 continue
@@ -299,17 +304,37 @@ def _distinct_parameters(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def _count(param: Tensor, near_zero_threshold: float) -> Tensor:
-    """Exact zeros, weights below the threshold and the bits of the norm, as three int64 on the parameter's device."""
-    zeros = param.numel() - torch.count_nonzero(param)
-    below = torch.zeros((), dtype=torch.int64, device=param.device)
-    for piece in param.reshape(-1).split(_CHUNK):
+    """Exact zeros, weights below the threshold and the bits of the norm's square, on the parameter's device.
+
+    They are of what this process holds, in int64; all 0 where another one counts it.
+    """
+    weights = held(param).weight
+    if not held(param).owned:
+        return torch.zeros(3, dtype=torch.int64, device=weights.device)
+    zeros = weights.numel() - torch.count_nonzero(weights)
+    below = torch.zeros((), dtype=torch.int64, device=weights.device)
+    for piece in weights.reshape(-1).split(_CHUNK):
         below += (piece.abs() < near_zero_threshold).sum()
-    norm = torch.linalg.vector_norm(param, dtype=torch.promote_types(param.dtype, torch.float32)).float()
-    return torch.stack([zeros, below, norm.view(torch.int32).to(torch.int64)])
+    norm = torch.linalg.vector_norm(weights, dtype=torch.promote_types(weights.dtype, torch.float32))
+    return torch.stack([zeros, below, norm.double().square().view(torch.int64)])
+
+
+def _add_shards(sharded: Sequence[tuple[int, Tensor]], counts: list[Tensor]) -> None:
+    """Add up over all processes the counts of some parameters, given with their places among the counts."""
+    if not sharded:
+        return
+    places = [place for place, _ in sharded]
+    device = counts[places[0]].device
+    own = torch.stack([counts[place].to(device) for place in places])
+    # A float64 holds whole numbers up to 2^53; what is added up is no more than the weights that there are.
+    total = all_sum(torch.stack([own[:, 0].double(), own[:, 1].double(), own[:, 2].view(torch.float64)]))
+    zeros, below = total[:2].to(torch.int64)
+    for place, row in zip(places, torch.stack([zeros, below, total[2].view(torch.int64)], 1), strict=True):
+        counts[place] = row
 
 
 def _float_from_bits(bits: int) -> float:
-    return float(struct.unpack("<f", struct.pack("<i", bits))[0])
+    return float(struct.unpack("<d", struct.pack("<q", bits))[0])
 
 
 def _to_host(rows: list[Tensor]) -> list[list[int]]:

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from .decay import check_p_norm
-from .optim.distributed import local
+from .shards import full_numel
 
 
 BUDGETS = ("global", "tensor")
@@ -30,10 +30,15 @@ class Budget:
     @property
     def numel(self) -> int:
         """Number of weights."""
-        return sum(local(param).numel() for _, params in self.members for param in params)
+        return sum(full_numel(param) for _, params in self.members for param in params)
 
 
-def budgets(groups: Iterable[dict[str, Any]], target: float | None, scope: str = "global") -> list[Budget]:
+def budgets(
+    groups: Sequence[dict[str, Any]],
+    target: float | None,
+    scope: str = "global",
+    params: Sequence[Sequence[Tensor]] | None = None,
+) -> list[Budget]:
     """Divide the weights that groups decay into budgets, each with the target that is left for it.
 
     Args:
@@ -41,31 +46,31 @@ def budgets(groups: Iterable[dict[str, Any]], target: float | None, scope: str =
         target: Fraction of zeros for the weights of all groups but those with 0; None or 0 where only the groups' own
             targets count.
         scope: ``"global"`` or ``"tensor"``.
+        params: The model's parameters in each group, where the groups hold others.
 
     Raises:
         ValueError: If a target is outside of [0, 1), or the groups' own targets leave no such target to the others.
     """
     target = check_target(target)
-    by_target: dict[float | None, list[dict[str, Any]]] = {}
-    for group in decayed_groups(groups):
+    by_target: dict[float | None, list[tuple[dict[str, Any], list[Tensor]]]] = {}
+    for group, some in zip(groups, params or [group["params"] for group in groups], strict=True):
         own: float | None = group.get("target_sparsity")
-        if own != 0 and (own is not None or target is not None):
-            by_target.setdefault(check_target(own), []).append(group)
+        if is_decayed(group) and own != 0 and (own is not None or target is not None):
+            by_target.setdefault(check_target(own), []).append((group, list(some)))
     rest = 0.0 if target is None else _left(target, by_target)
     found = []
-    for own, some in by_target.items():
+    for own, members in by_target.items():
         aim = rest if own is None else own
-        members = [(group, list(group["params"])) for group in some]
         if scope == "global":
             found.append(Budget(aim, members))
         else:
-            found += [Budget(aim, [(group, [param])]) for group, params in members for param in params]
+            found += [Budget(aim, [(group, [param])]) for group, some in members for param in some]
     return [budget for budget in found if budget.numel]
 
 
-def _left(target: float, by_target: Mapping[float | None, Sequence[Mapping[str, Any]]]) -> float:
+def _left(target: float, by_target: Mapping[float | None, Sequence[tuple[dict[str, Any], list[Tensor]]]]) -> float:
     """The target of the groups without one of their own, such that all of them together come to ``target``."""
-    sizes = {own: sum(_numel(group) for group in some) for own, some in by_target.items()}
+    sizes = {own: Budget(0.0, members).numel for own, members in by_target.items()}
     total, free = sum(sizes.values()), sizes.get(None, 0)
     ruled = sum(own * size for own, size in sizes.items() if own is not None)
     left = target * total - ruled
@@ -121,9 +126,10 @@ def check_p_norms(p_norm: float, p_norm_begin: float | None = None, *, targeted:
 
 
 def decayed_groups(groups: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return the groups on which p-norm decay acts; one without the key ``decayed`` counts if its λ_p is above 0."""
-    return [group for group in groups if "p_norm" in group and group.get("decayed", group["lambda_p"] > 0)]
+    """Return the groups on which p-norm decay acts."""
+    return [group for group in groups if is_decayed(group)]
 
 
-def _numel(group: Mapping[str, Any]) -> int:
-    return sum(local(param).numel() for param in group["params"])
+def is_decayed(group: Mapping[str, Any]) -> bool:
+    """Whether p-norm decay acts on a group; on one without the key ``decayed`` it does if its λ_p is above 0."""
+    return "p_norm" in group and bool(group.get("decayed", group["lambda_p"] > 0))

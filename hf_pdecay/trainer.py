@@ -18,9 +18,11 @@ from .arguments import PDecayTrainingArguments
 from .callback import PICTURE_FILE, REPORT_FILE, SparsityCallback
 from .control import plan
 from .control_callback import SparsityControlCallback
+from .engines import check_engine
 from .model_card import SparsityCard, picture_in
 from .optim import AdamWLp
 from .rules import build_param_groups, decayed_parameter_names, load_rules
+from .shards import group_params, is_sharded
 from .sparsity import SparsityReport, measure_sparsity, write_text
 
 
@@ -43,7 +45,7 @@ class PDecayTrainerMixin(_Base):
 
     Raises:
         ValueError: Before any training, if ``lp_rules`` match nothing, the checkpoint to resume from is of another
-            model, or the run is sharded by FSDP or DeepSpeed.
+            model, or FSDP or DeepSpeed is set up in a way that cannot work, see :func:`.engines.check_engine`.
         OSError: If ``output_dir`` cannot be written to.
     """
 
@@ -59,10 +61,7 @@ class PDecayTrainerMixin(_Base):
         self._card_kwargs: dict[str, Any] = {}
         if not self._decays:
             return
-        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
-            raise ValueError(
-                "optim='adamw_lp' does not run under FSDP or DeepSpeed yet: use DDP or one process, or another optim."
-            )
+        check_engine(self)
         groups = self._param_groups(self.model)
         # The number of steps that epochs come to is known later, and is checked then.
         plan(groups, self.args.max_steps if self.args.max_steps > 0 else 1 << 40, **self.args.control_options)
@@ -118,36 +117,50 @@ class PDecayTrainerMixin(_Base):
             keep_zeros=self.args.keep_zeros,
             rules=load_rules(self.args.lp_rules),
             weight_decay_names=self.get_decay_parameter_names(model),
+            isolate_zero=self.is_deepspeed_enabled,
         )
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save the model, and beside it its sparsity and, unless it is a checkpoint, its card."""
         super().save_model(output_dir, _internal_call=_internal_call)
-        if self._decays and self.args.should_save:
+        if not self._decays:
+            return
+        report = self._measured()
+        if report is not None and self.args.should_save:
             folder = Path(output_dir) if output_dir else self._output_dir
-            self.measure_sparsity().save(folder / REPORT_FILE)
+            report.save(folder / REPORT_FILE)
             if not _internal_call:
-                self._write_card(folder)
+                self._write_card(folder, report)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Write the card into ``output_dir``; takes what ``Trainer.create_model_card`` takes."""
         if not self._decays:
             super().create_model_card(*args, **kwargs)
-        elif self.is_world_process_zero():
+        else:
             self._card_kwargs.update(zip(("language", "license", "tags", "model_name"), args, strict=False))
             self._card_kwargs.update({key: value for key, value in kwargs.items() if value is not None})
-            self._write_card(self._output_dir)
+            report = self._measured()
+            if report is not None and self.is_world_process_zero():
+                self._write_card(self._output_dir, report)
 
     def measure_sparsity(self) -> SparsityReport:
-        """Count the zeros of the model; the decayed weights are those of the optimizer, once there is one."""
-        groups = [] if self.optimizer is None else [group for group in self.optimizer.param_groups if "rule" in group]
-        return measure_sparsity(
-            self.model,
-            decayed=decayed_parameter_names(self.model, groups) if groups else None,
-            near_zero_threshold=self.args.near_zero_threshold,
-        )
+        """Count the zeros of the model; the decayed weights are those of the optimizer, once there is one.
 
-    def _write_card(self, folder: Path) -> None:
+        Under FSDP2 and ZeRO-3, where processes hold shards of the model, all of them must call.
+        """
+        decayed = None
+        if self.optimizer is not None and any("rule" in group for group in self.optimizer.param_groups):
+            groups = self.optimizer.param_groups
+            decayed = decayed_parameter_names(self.model, groups, group_params(self.optimizer))
+        return measure_sparsity(self.model, decayed=decayed, near_zero_threshold=self.args.near_zero_threshold)
+
+    def _measured(self) -> SparsityReport | None:
+        """Count where this process is to write, or others need it in order to count."""
+        if self.args.should_save or any(is_sharded(param) for param in self.model.parameters()):
+            return self.measure_sparsity()
+        return None
+
+    def _write_card(self, folder: Path, report: SparsityReport) -> None:
         kwargs = dict(self._card_kwargs)
         license = kwargs.pop("license", None)
         if not hasattr(self.model, "config"):  # a plain module, of which HF's summary would ask it
@@ -169,7 +182,7 @@ class PDecayTrainerMixin(_Base):
         }
         card = SparsityCard(
             summary=summary,
-            report=self.measure_sparsity(),
+            report=report,
             log_history=self.state.log_history,
             param_groups=groups,
             picture=picture_in(folder, PICTURE_FILE),

@@ -12,7 +12,7 @@ from torch import nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from hf_pdecay import PDecayTrainer, SparsityCallback, measure_sparsity
-from hf_pdecay.callback import forecast, read_history
+from hf_pdecay.callback import DecayingGroup, forecast, read_history
 from hf_pdecay.plots import plot_sparsity
 
 from .models import tiny_gpt2
@@ -172,9 +172,9 @@ def test_a_hopeful_lambda_is_not(make_args: MakeArgs, tokens: Any, caplog: pytes
 def test_p_of_two_and_more_gives_no_zeros() -> None:
     param = nn.Parameter(torch.randn(10))
     group = {"params": [param], "p_norm": 2.0, "lambda_p": 0.1, "rule": "default"}
-    (sentence,) = forecast([(0, group)], [1.0])
+    (sentence,) = forecast([DecayingGroup(0, group, group["params"])], [1.0])
     assert "no zeros" in sentence
-    assert forecast([(0, {**group, "lambda_p": 0.0})], [1.0]) == []
+    assert forecast([DecayingGroup(0, {**group, "lambda_p": 0.0}, group["params"])], [1.0]) == []
 
 
 def test_keep_zeros_warns_of_what_can_never_learn(

@@ -211,7 +211,9 @@ def test_p_is_annealed_without_a_target(make_args: MakeArgs, tokens: Any) -> Non
     seen: list[float] = []
 
     class Note(TrainerCallback):
-        def on_step_end(self, args: Any, state: Any, control: Any, optimizer: Any = None, **kwargs: Any) -> None:
+        def on_pre_optimizer_step(
+            self, args: Any, state: Any, control: Any, optimizer: Any = None, **kwargs: Any
+        ) -> None:
             seen.append(optimizer.param_groups[0]["p_norm"])
 
     args = make_args(

@@ -222,7 +222,7 @@ def test_structured_weights_that_the_sample_misjudges(
     looks: list[tuple[float, float]] = []
     between = Ranking._between
 
-    def spy(self: Ranking, low: float, high: float) -> tuple[int, int, Tensor, int]:
+    def spy(self: Ranking, low: float, high: float) -> tuple[int, int, Tensor]:
         looks.append((low, high))
         return between(self, low, high)
 

@@ -51,6 +51,36 @@ def shard_place(param: Tensor, place: int) -> int:
     return place
 
 
+def process_count() -> int:
+    """Return how many processes there are in all."""
+    return torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
+
+
+def all_sum(numbers: Tensor) -> Tensor:
+    """Return the sum of all processes' tensors, of one shape, in place where the tensor's device can communicate."""
+    if process_count() == 1:
+        return numbers
+    # NCCL alone cannot reduce what is offloaded to the CPU.
+    backends = torch.distributed.get_backend_config()
+    device = numbers.device if numbers.device.type in backends else torch.device("cuda", torch.cuda.current_device())
+    sent = numbers.to(device)
+    torch.distributed.all_reduce(sent)
+    return sent.to(numbers.device)
+
+
+def shard_slot(param: Tensor) -> tuple[int, bool]:
+    """Return which of a DTensor's shards this process holds, and whether it is the first of those that hold it."""
+    sharded = cast(Any, param)
+    slot, owned = 0, True
+    for dim, placement in enumerate(sharded.placements):
+        coordinate = sharded.device_mesh.get_local_rank(dim)
+        if placement.is_replicate():
+            owned = owned and coordinate == 0
+        else:
+            slot = slot * sharded.device_mesh.size(dim) + coordinate
+    return slot, owned
+
+
 def any_nonzero(param: Tensor) -> Tensor:
     """Return a 0-dim bool tensor: whether any weight, on any rank that holds a shard of it, is not 0."""
     found = local(param).any()

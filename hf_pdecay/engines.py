@@ -1,0 +1,47 @@
+"""What the engines that shard a run, FSDP and DeepSpeed, must be told; checked before any training."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+
+if TYPE_CHECKING:
+    from transformers import Trainer
+
+
+def check_engine(trainer: Trainer) -> None:
+    """Check how a Trainer's run is sharded.
+
+    Raises:
+        ValueError: If it is in a way in which the decay would be wrong or do nothing.
+    """
+    if trainer.is_fsdp_enabled:
+        _check_fsdp(trainer)
+    if trainer.is_deepspeed_enabled:
+        _check_deepspeed(trainer)
+
+
+def _check_fsdp(trainer: Trainer) -> None:
+    plugin = trainer.accelerator.state.fsdp_plugin
+    version = getattr(plugin, "fsdp_version", 1)
+    if version != 2:
+        raise ValueError(
+            f"Invalid fsdp_version: fsdp_version={version} flattens many parameters into one, so that their p, λ_p and "
+            "targets would be lost. Set fsdp_version: 2 in the accelerate config (or fsdp_config)."
+        )
+
+
+def _check_deepspeed(trainer: Trainer) -> None:
+    config = trainer.accelerator.state.deepspeed_plugin.hf_ds_config
+    if config.get_value("optimizer") is not None:
+        raise ValueError(
+            "Invalid deepspeed config: its entry 'optimizer' would take the place of optim='adamw_lp'. Remove that "
+            "entry, and the Trainer gives DeepSpeed its own optimizer."
+        )
+    for part in ("offload_optimizer", "offload_param"):
+        device = config.get_value(f"zero_optimization.{part}.device", "none")
+        if device == "nvme":
+            raise ValueError(
+                f"Invalid deepspeed config: zero_optimization.{part}.device={device!r}; adamw_lp steps and cuts "
+                "weights where they lie, which must be 'cpu' or 'none'."
+            )
