@@ -19,7 +19,7 @@ from .decay import forecast_threshold, lambda_for_threshold
 from .optim import AdamWLp
 from .rules import decayed_parameter_names, group_table
 from .selection import Ranking
-from .shards import group_params, held, is_sharded
+from .shards import group_params, held, is_sharded, settle
 from .sparsity import NEAR_ZERO_THRESHOLD, SparsityReport, measure_sparsity, measure_with_extra, write_text
 from .targets import is_decayed
 
@@ -161,6 +161,7 @@ class SparsityCallback(TrainerCallback):
 
     def _measure(self, model: nn.Module, optimizer: Any, state: TrainerState) -> SparsityReport | None:
         """Count; None on the processes that have nothing to count and nothing to say."""
+        settle(model)
         if not state.is_world_process_zero and not any(is_sharded(param) for param in model.parameters()):
             return None
         groups = _decaying_groups(optimizer)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 
@@ -19,6 +21,22 @@ def check_engine(trainer: Trainer) -> None:
         _check_fsdp(trainer)
     if trainer.is_deepspeed_enabled:
         _check_deepspeed(trainer)
+
+
+@contextmanager
+def whole_model(trainer: Trainer) -> Iterator[None]:
+    """Have the Trainer save the whole model under FSDP, where it would save nothing when checkpoints are sharded."""
+    if not trainer.is_fsdp_enabled:
+        yield
+        return
+    plugin = trainer.accelerator.state.fsdp_plugin
+    kept = plugin.state_dict_type, plugin.state_dict_config, plugin.optim_state_dict_config
+    plugin.state_dict_config = plugin.optim_state_dict_config = None
+    plugin.set_state_dict_type("FULL_STATE_DICT")
+    try:
+        yield
+    finally:
+        plugin.state_dict_type, plugin.state_dict_config, plugin.optim_state_dict_config = kept
 
 
 def _check_fsdp(trainer: Trainer) -> None:

@@ -6,6 +6,7 @@ parameters and optimizers, and never imported.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -53,7 +54,8 @@ def ranked(param: Tensor, optimizer: Optimizer) -> Ranked:
     if _zero3(param) is not None:
         return Ranked(*_partition_of_zero3(param), slot=torch.distributed.get_rank())
     if hasattr(param, "_hp_mapping"):
-        return Ranked(*_fragment_of_zero12(param), slot=torch.distributed.get_rank())
+        engine = _deepspeed_optimizer(optimizer)
+        return Ranked(*_fragment_of_zero12(param, engine), slot=torch.distributed.get_rank())
     second = optimizer.state[param].get("exp_avg_sq")
     if second is not None:
         second = dequantize(local(second), torch.promote_types(second.dtype, torch.float32))
@@ -82,6 +84,16 @@ def group_params(optimizer: Any) -> list[list[Tensor]]:
             lists[engine.sub_group_to_group_id[number]] += params
         return lists
     return [list(params) for params in getattr(engine, "bit16_groups", None) or engine.bf16_groups]
+
+
+def settle(model: torch.nn.Module) -> None:
+    """Have FSDP2 put away what a forward pass left gathered, so that the model's parameters are the optimizer's."""
+    module = sys.modules.get("torch.distributed.fsdp")
+    if module is None:
+        return
+    for part in model.modules():
+        if isinstance(part, module.FSDPModule):
+            part.reshard()
 
 
 @torch.no_grad()
@@ -144,11 +156,15 @@ def _partition_of_zero3(param: Any) -> tuple[Tensor, Tensor | None]:
     return weight, exp_avg_sq  # type: ignore[return-value]
 
 
-def _fragment_of_zero12(param: Any) -> tuple[Tensor, Tensor | None]:
+def _fragment_of_zero12(param: Any, engine: Any) -> tuple[Tensor, Tensor | None]:
     mapping = param._hp_mapping
     if mapping is None:  # all of its weights are in the partitions of others
         return param.new_empty(0, dtype=torch.float32), None
-    return mapping.hp_fragment.detach(), (mapping.optim_fragment or {}).get("exp_avg_sq")
+    # What DeepSpeed itself links to the parameter lacks the state of all groups but the first.
+    partitions = getattr(engine, "single_partition_of_fp32_groups", None) or engine.fp32_groups_flat_partition
+    flat, place = partitions[mapping.param_group_index], mapping.get_hp_fragment_address()
+    second = engine.optimizer.state[flat].get("exp_avg_sq") if flat in engine.optimizer.state else None
+    return mapping.hp_fragment.detach(), None if second is None else second.narrow(0, place.start, place.numel)
 
 
 def _unpadded(param: Any, partition: Tensor) -> Tensor:

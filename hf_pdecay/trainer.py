@@ -6,6 +6,7 @@ import json
 import os
 import struct
 import tempfile
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,11 +19,11 @@ from .arguments import PDecayTrainingArguments
 from .callback import PICTURE_FILE, REPORT_FILE, SparsityCallback
 from .control import plan
 from .control_callback import SparsityControlCallback
-from .engines import check_engine
+from .engines import check_engine, whole_model
 from .model_card import SparsityCard, picture_in
 from .optim import AdamWLp
 from .rules import build_param_groups, decayed_parameter_names, load_rules
-from .shards import group_params, is_sharded
+from .shards import group_params, is_sharded, settle
 from .sparsity import SparsityReport, measure_sparsity, write_text
 
 
@@ -121,8 +122,12 @@ class PDecayTrainerMixin(_Base):
         )
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Save the model, and beside it its sparsity and, unless it is a checkpoint, its card."""
-        super().save_model(output_dir, _internal_call=_internal_call)
+        """Save the model, and beside it its sparsity and, unless it is a checkpoint, its card.
+
+        Under FSDP2 that is a folder of the whole model, also where ``fsdp_state_dict_type`` shards checkpoints.
+        """
+        with whole_model(self) if self._decays and not _internal_call else nullcontext():
+            super().save_model(output_dir, _internal_call=_internal_call)
         if not self._decays:
             return
         report = self._measured()
@@ -148,6 +153,7 @@ class PDecayTrainerMixin(_Base):
 
         Under FSDP2 and ZeRO-3, where processes hold shards of the model, all of them must call.
         """
+        settle(self.model)
         decayed = None
         if self.optimizer is not None and any("rule" in group for group in self.optimizer.param_groups):
             groups = self.optimizer.param_groups
@@ -156,6 +162,7 @@ class PDecayTrainerMixin(_Base):
 
     def _measured(self) -> SparsityReport | None:
         """Count where this process is to write, or others need it in order to count."""
+        settle(self.model)
         if self.args.should_save or any(is_sharded(param) for param in self.model.parameters()):
             return self.measure_sparsity()
         return None

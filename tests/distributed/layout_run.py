@@ -1,0 +1,159 @@
+"""Real runs of ``PDecayTrainer``: ``python -m tests.distributed.layout_run FOLDER ENGINE CASE …``, or by torchrun.
+
+ENGINE says how processes share a run, and a CASE is JSON: the name of its folder, and what it changes. The global batch
+is the same in every layout.
+
+Accelerate takes FSDP and DeepSpeed for matters of accelerators: on a CPU it leaves FSDP off without a word, and under
+DeepSpeed each process alone. Here it is told otherwise, by patches of what it thinks of the processes; all else is what
+runs on a GPU too.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.state import AcceleratorState, PartialState
+from accelerate.utils import DistributedType
+from datasets import Dataset
+from torch.utils.data import SequentialSampler
+from transformers import LlamaConfig, LlamaForCausalLM, set_seed, training_args
+
+from hf_pdecay import PDecayTrainer, PDecayTrainingArguments
+
+
+BATCH = 8
+FSDP2 = {
+    "ACCELERATE_USE_FSDP": "true",
+    "FSDP_VERSION": "2",
+    "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
+    "FSDP_TRANSFORMER_CLS_TO_WRAP": "LlamaDecoderLayer",
+    "FSDP_RESHARD_AFTER_FORWARD": "true",
+    "FSDP_CPU_RAM_EFFICIENT_LOADING": "false",
+}
+
+
+def fsdp_on_cpu() -> None:
+    os.environ |= FSDP2
+    begin = AcceleratorState.__init__
+
+    def believe(self: Any, *args: Any, fsdp_plugin: Any = None, **kwargs: Any) -> None:
+        begin(self, *args, fsdp_plugin=fsdp_plugin, **kwargs)
+        if fsdp_plugin is not None and self.distributed_type == DistributedType.MULTI_CPU:
+            AcceleratorState._shared_state["distributed_type"] = DistributedType.FSDP
+            AcceleratorState._shared_state["fsdp_plugin"] = fsdp_plugin
+            PartialState._shared_state["distributed_type"] = DistributedType.FSDP
+
+    AcceleratorState.__init__ = believe  # type: ignore[method-assign]
+
+
+def zero_on_cpu() -> None:
+    os.environ |= {"DS_ACCELERATOR": "cpu", "ACCELERATE_USE_DEEPSPEED": "true"}
+    prepare = PartialState._prepare_backend
+
+    def with_gloo(self: Any, cpu: bool = False, *args: Any, **kwargs: Any) -> Any:
+        return prepare(self, True, *args, **kwargs)
+
+    PartialState._prepare_backend = with_gloo  # type: ignore[method-assign]
+    # The Trainer asks this of GPUs only, unless use_cpu is set.
+    training_args.is_torch_bf16_gpu_available = lambda: True
+
+
+def zero_config(stage: int, bf16: bool) -> dict[str, Any]:
+    return {
+        "zero_optimization": {"stage": stage, "stage3_gather_16bit_weights_on_model_save": True}
+        | ({"stage3_param_persistence_threshold": 100, "sub_group_size": 20_000} if stage == 3 else {}),
+        "bf16": {"enabled": bf16},
+        "gradient_accumulation_steps": "auto",
+        "train_batch_size": "auto",
+        "train_micro_batch_size_per_gpu": "auto",
+        "gradient_clipping": "auto",
+    }
+
+
+class InOrder(PDecayTrainer):
+    """Takes the data as it lies."""
+
+    def _get_train_sampler(self, *args: Any, **kwargs: Any) -> Any:
+        return SequentialSampler(self.train_dataset)  # type: ignore[arg-type]
+
+
+def model(seed: int) -> LlamaForCausalLM:
+    set_seed(seed)
+    config = LlamaConfig(
+        vocab_size=64,
+        hidden_size=48,
+        intermediate_size=100,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=32,
+        bos_token_id=None,
+        eos_token_id=None,
+        tie_word_embeddings=True,
+    )
+    return LlamaForCausalLM(config)
+
+
+def data() -> Dataset:
+    generator = torch.Generator().manual_seed(0)
+    starts = torch.randint(0, 64, (1024, 1), generator=generator)
+    strides = torch.randint(1, 4, (1024, 1), generator=generator)
+    rows = ((starts + strides * torch.arange(24)) % 64).tolist()
+    return Dataset.from_dict({"input_ids": rows, "labels": rows})
+
+
+def run(folder: Path, engine: str, case: dict[str, Any]) -> None:
+    """Train as a case says, and leave the model and what was found in the case's folder."""
+    options = dict(case)
+    out = folder / options.pop("name")
+    zeroed, resume = options.pop("zeroed", None), options.pop("resume", None)
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    accumulate = options.setdefault("gradient_accumulation_steps", 1)
+    if engine == "fsdp2":
+        os.environ["FSDP_STATE_DICT_TYPE"] = options.pop("state_dict_type", "SHARDED_STATE_DICT")
+    # With use_cpu Accelerate would leave DeepSpeed off.
+    if engine.startswith("zero"):
+        options["deepspeed"] = zero_config(int(engine[-1]), options.get("bf16", False))
+    else:
+        options["use_cpu"] = True
+    settings = {
+        "report_to": "none",
+        "max_steps": 100,
+        "logging_steps": 10,
+        "save_strategy": "no",
+        "learning_rate": 1e-2,
+        "warmup_steps": 5,
+        "lr_scheduler_type": "cosine",
+        "per_device_train_batch_size": BATCH // world // accumulate,
+        "disable_tqdm": True,
+    }
+    args = PDecayTrainingArguments(str(out), **(settings | options))
+    trained = model(0)
+    if zeroed is not None:
+        torch.nn.init.zeros_(trained.get_parameter(zeroed))
+    trainer = InOrder(model=trained, args=args, train_dataset=data())
+    trainer.train(resume_from_checkpoint=resume)
+    trainer.save_model()
+    loss = trainer.evaluate(data().select(range(64)))["eval_loss"]
+    kinds = sorted({type(param).__name__ for param in trainer.model.parameters()})
+    if trainer.is_world_process_zero():
+        (out / "found.json").write_text(json.dumps({"eval_loss": loss, "kinds": kinds}))
+
+
+def main() -> None:
+    folder, engine, *cases = sys.argv[1:]
+    if engine == "fsdp2":
+        fsdp_on_cpu()
+    elif engine.startswith("zero"):
+        zero_on_cpu()
+    for case in cases:
+        run(Path(folder), engine, json.loads(case))
+
+
+if __name__ == "__main__":
+    main()
