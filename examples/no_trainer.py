@@ -28,6 +28,7 @@ from transformers import get_scheduler
 from hf_pdecay import AdamWLp, measure_sparsity
 from hf_pdecay.control import SparsityControl
 from hf_pdecay.rules import build_param_groups, decayed_parameter_names, load_rules
+from hf_pdecay.shards import group_params, settle
 from options import arg, parse_options
 from train_clm import (
     PRESETS,
@@ -102,14 +103,24 @@ class Loop:
         parts = self.accelerator.num_processes * options.gradient_accumulation_steps
         if options.batch_size % parts:
             raise ValueError(f"--batch_size {options.batch_size} must be a multiple of {parts} parts")
+        deepspeed = accelerator.state.deepspeed_plugin
+        if deepspeed is not None:
+            # DeepSpeed counts micro-batches by itself, and is told of them before it prepares anything.
+            deepspeed.deepspeed_config["train_micro_batch_size_per_gpu"] = options.batch_size // parts
+            deepspeed.deepspeed_config["gradient_accumulation_steps"] = options.gradient_accumulation_steps
+            deepspeed.deepspeed_config["gradient_clipping"] = options.max_grad_norm
         groups = build_param_groups(
-            model, p_norm=options.p_norm, lambda_p=options.lambda_p, rules=load_rules(options.lp_rules)
+            model,
+            p_norm=options.p_norm,
+            lambda_p=options.lambda_p,
+            rules=load_rules(options.lp_rules),
+            isolate_zero=deepspeed is not None,
         )
-        self.optimizer = AdamWLp(groups, lr=options.learning_rate)
+        optimizer = AdamWLp(groups, lr=options.learning_rate)
+        self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
         self.control = SparsityControl(self.optimizer, options.max_steps, target_sparsity=options.target_sparsity)
-        self.scheduler = get_scheduler("cosine", self.optimizer, options.warmup_steps, options.max_steps)
+        self.scheduler = get_scheduler("cosine", optimizer, options.warmup_steps, options.max_steps)
         self.progress = Progress()
-        self.model, self.prepared = self.accelerator.prepare(model, self.optimizer)
         self.accelerator.register_for_checkpointing(self.scheduler, self.progress)
         if options.resume_from_checkpoint is not None:
             try:
@@ -134,15 +145,15 @@ class Loop:
         self.model.train()
         for batch in self.loader:
             with accelerator.accumulate(self.model):
+                if accelerator.sync_gradients:
+                    self.control.before_step(self.progress.step + 1)
                 loss = self.model(**batch).loss
-                accelerator.backward(loss)
+                accelerator.backward(loss)  # where DeepSpeed also clips and steps
                 if not accelerator.sync_gradients:
                     continue
-                # The optimizer looks at this norm instead of looking for NaN itself.
-                self.optimizer.grad_norm = accelerator.clip_grad_norm_(self.model.parameters(), options.max_grad_norm)
-                self.control.before_step(self.progress.step + 1)
-                self.prepared.step()
-                self.prepared.zero_grad()
+                accelerator.clip_grad_norm_(self.model.parameters(), options.max_grad_norm)
+                self.optimizer.step()
+                self.optimizer.zero_grad()
                 self.scheduler.step()
                 self.progress.step += 1
                 self.control.after_step(self.progress.step)
@@ -153,9 +164,11 @@ class Loop:
                 accelerator.save_state(str(Path(options.output_dir) / f"step-{self.progress.step}"))
 
     def measure(self) -> Any:
-        """Count the zeros in the weights that decay."""
+        """Count the zeros in the weights that decay, on all processes."""
         model = self.accelerator.unwrap_model(self.model)
-        return measure_sparsity(model, decayed=decayed_parameter_names(model, self.optimizer.param_groups))
+        settle(model)
+        names = decayed_parameter_names(model, self.optimizer.param_groups, group_params(self.optimizer))
+        return measure_sparsity(model, decayed=names)
 
     @torch.no_grad()
     def evaluate(self, blocks: Dataset) -> float:
@@ -175,9 +188,9 @@ class Loop:
     def save(self) -> None:
         """Write the model, which plain transformers loads, and its zeros."""
         report = self.measure()
-        self.accelerator.wait_for_everyone()
+        weights = self.accelerator.get_state_dict(self.model)  # of the whole model, on the main process
         if self.accelerator.is_main_process:
-            self.accelerator.unwrap_model(self.model).save_pretrained(self.options.output_dir)
+            self.accelerator.unwrap_model(self.model).save_pretrained(self.options.output_dir, state_dict=weights)
             report.save(Path(self.options.output_dir) / "sparsity.json")
             print(report)
 

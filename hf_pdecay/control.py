@@ -88,8 +88,8 @@ class SparsityControl:
 
         >>> control = SparsityControl(optimizer, total_steps, target_sparsity=0.9)
         >>> for step in range(1, total_steps + 1):
-        ...     loss.backward()
         ...     control.before_step(step)
+        ...     loss.backward()  # where DeepSpeed steps
         ...     optimizer.step()
         ...     control.after_step(step)
 
@@ -147,11 +147,11 @@ class SparsityControl:
 
     def _adopt(self) -> None:
         """Plan for the optimizer's present param groups."""
-        self._adopted = self._optimizer.param_groups
-        params = group_params(self._optimizer)
-        self.schedule, self._budgets = plan(self._adopted, self._total_steps, params=params, **self._options)
+        groups, params = self._optimizer.param_groups, group_params(self._optimizer)
+        self._adopted = groups, params
+        self.schedule, self._budgets = plan(groups, self._total_steps, params=params, **self._options)
         self._sharded = any_sharded([param for some in params for param in some])
-        for group in decayed_groups(self._adopted):
+        for group in decayed_groups(groups):
             group.setdefault("p_norm_end", group["p_norm"])
         for budget in self._budgets:
             for group, _ in budget.members:
@@ -160,8 +160,11 @@ class SparsityControl:
     @property
     def budgets(self) -> list[Budget]:
         """The weights that share a target; empty where there is none."""
-        # Loading a state, as Accelerator.prepare does too, gives the optimizer new param groups.
-        if self._optimizer.param_groups is not self._adopted:
+        # Loading a state, as Accelerator.prepare does too, gives the optimizer new param groups, and FSDP2 new
+        # parameters in the old ones.
+        groups, params = self._adopted
+        same = self._optimizer.param_groups is groups
+        if not same or not _same(group_params(self._optimizer), params):
             self._adopt()
         return self._budgets
 
@@ -238,6 +241,12 @@ class SparsityControl:
                 wanted = self._decay * lambda_for_threshold(p_norm, median, 0.5 * rate * self._total_steps)
                 strength = min(wanted, lambda_for_threshold(p_norm, next_cut, rate * self.schedule.interval))
             group["lambda_p"] = min(group["lambda_p"], max(strength, IDLE))
+
+
+def _same(some: Sequence[Sequence[Tensor]], others: Sequence[Sequence[Tensor]]) -> bool:
+    """Whether two lists of lists hold the very same tensors."""
+    pairs = zip(some, others, strict=True)
+    return all(len(a) == len(b) and all(x is y for x, y in zip(a, b, strict=True)) for a, b in pairs)
 
 
 def plan(

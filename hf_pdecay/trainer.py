@@ -96,7 +96,8 @@ class PDecayTrainerMixin(_Base):
             skip_nonfinite=self.args.skip_nonfinite,
             **self.args.step_options,
         )
-        self._share_grad_norm(self.optimizer)
+        if not self.is_deepspeed_enabled:  # which has stepped by the time that the Trainer learns of a norm
+            self._share_grad_norm(self.optimizer)
         return self.optimizer
 
     def _share_grad_norm(self, optimizer: AdamWLp) -> None:

@@ -3,9 +3,7 @@
 ENGINE says how processes share a run, and a CASE is JSON: the name of its folder, and what it changes. The global batch
 is the same in every layout.
 
-Accelerate takes FSDP and DeepSpeed for matters of accelerators: on a CPU it leaves FSDP off without a word, and under
-DeepSpeed each process alone. Here it is told otherwise, by patches of what it thinks of the processes; all else is what
-runs on a GPU too.
+On a CPU Accelerate must be told of FSDP and DeepSpeed, see ``on_cpu``.
 """
 
 from __future__ import annotations
@@ -17,13 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.state import AcceleratorState, PartialState
-from accelerate.utils import DistributedType
 from datasets import Dataset
 from torch.utils.data import SequentialSampler
-from transformers import LlamaConfig, LlamaForCausalLM, set_seed, training_args
+from transformers import LlamaConfig, LlamaForCausalLM, set_seed
 
 from hf_pdecay import PDecayTrainer, PDecayTrainingArguments
+
+from .on_cpu import deepspeed_on_cpu, fsdp_on_cpu
 
 
 BATCH = 8
@@ -35,32 +33,6 @@ FSDP2 = {
     "FSDP_RESHARD_AFTER_FORWARD": "true",
     "FSDP_CPU_RAM_EFFICIENT_LOADING": "false",
 }
-
-
-def fsdp_on_cpu() -> None:
-    os.environ |= FSDP2
-    begin = AcceleratorState.__init__
-
-    def believe(self: Any, *args: Any, fsdp_plugin: Any = None, **kwargs: Any) -> None:
-        begin(self, *args, fsdp_plugin=fsdp_plugin, **kwargs)
-        if fsdp_plugin is not None and self.distributed_type == DistributedType.MULTI_CPU:
-            AcceleratorState._shared_state["distributed_type"] = DistributedType.FSDP
-            AcceleratorState._shared_state["fsdp_plugin"] = fsdp_plugin
-            PartialState._shared_state["distributed_type"] = DistributedType.FSDP
-
-    AcceleratorState.__init__ = believe  # type: ignore[method-assign]
-
-
-def zero_on_cpu() -> None:
-    os.environ |= {"DS_ACCELERATOR": "cpu", "ACCELERATE_USE_DEEPSPEED": "true"}
-    prepare = PartialState._prepare_backend
-
-    def with_gloo(self: Any, cpu: bool = False, *args: Any, **kwargs: Any) -> Any:
-        return prepare(self, True, *args, **kwargs)
-
-    PartialState._prepare_backend = with_gloo  # type: ignore[method-assign]
-    # The Trainer asks this of GPUs only, unless use_cpu is set.
-    training_args.is_torch_bf16_gpu_available = lambda: True
 
 
 def zero_config(stage: int, bf16: bool) -> dict[str, Any]:
@@ -148,9 +120,10 @@ def run(folder: Path, engine: str, case: dict[str, Any]) -> None:
 def main() -> None:
     folder, engine, *cases = sys.argv[1:]
     if engine == "fsdp2":
+        os.environ |= FSDP2
         fsdp_on_cpu()
     elif engine.startswith("zero"):
-        zero_on_cpu()
+        deepspeed_on_cpu()
     for case in cases:
         run(Path(folder), engine, json.loads(case))
 

@@ -31,7 +31,7 @@ RULES = {
     "max_steps": 60,
 }
 ZEROED = "model.layers.1.self_attn.o_proj.weight"
-FIXED = {"p_norm": 0.6, "lambda_p": 0.1, "weight_decay": 0.01, "max_steps": 60, "zeroed": ZEROED}
+FIXED = {"p_norm": 0.6, "lambda_p": 0.02, "weight_decay": 0.01, "max_steps": 60, "zeroed": ZEROED}
 
 
 @dataclass(frozen=True)
