@@ -223,7 +223,7 @@ def forecast(groups: Sequence[DecayingGroup], lr_sums: Sequence[float]) -> list[
         if p_norm >= 2:
             sentences.append(f"{settings} give no zeros: for p >= 2 no weight reaches 0. Take p_norm below 2.")
             continue
-        ranking = Ranking([held(param) for param in params], any(is_sharded(param) for param in params))
+        ranking = Ranking([held(param) for param in params])
         sparsity, half = ranking.below(forecast_threshold(p_norm, lambda_p, lr_sum)), ranking.quantile(0.5)
         if sparsity < _HARDLY_ANY:
             sentences.append(

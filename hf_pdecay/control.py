@@ -22,7 +22,7 @@ from torch.optim import Optimizer
 
 from .decay import lambda_for_threshold
 from .selection import Ranking, zero_least
-from .shards import any_sharded, group_params, publish, ranked
+from .shards import group_params, publish, ranked
 from .targets import Budget, budgets, check_budget, check_p_norms, decayed_groups
 
 
@@ -150,7 +150,6 @@ class SparsityControl:
         groups, params = self._optimizer.param_groups, group_params(self._optimizer)
         self._adopted = groups, params
         self.schedule, self._budgets = plan(groups, self._total_steps, params=params, **self._options)
-        self._sharded = any_sharded([param for some in params for param in some])
         for group in decayed_groups(groups):
             group.setdefault("p_norm_end", group["p_norm"])
         for budget in self._budgets:
@@ -206,10 +205,10 @@ class SparsityControl:
             return
         for budget in self.budgets:
             tensors = [ranked(param, self._optimizer) for _, params in budget.members for param in params]
-            ranking = Ranking(tensors, self._sharded)
+            ranking = Ranking(tensors)
             count = ranking.rank(budget.target * self.schedule.progress(step))
             if count:
-                zero_least(tensors, ranking.least(count), self._sharded)
+                zero_least(tensors, ranking.least(count))
         publish(self._optimizer)
 
     def asked(self, step: int) -> float:
@@ -230,7 +229,7 @@ class SparsityControl:
             upcoming: How much of the change the next cut will have made.
         """
         tensors = [ranked(param, self._optimizer) for _, params in budget.members for param in params]
-        ranking = Ranking([each._replace(exp_avg_sq=None) for each in tensors], self._sharded)
+        ranking = Ranking([each._replace(exp_avg_sq=None) for each in tensors])
         median, next_cut = ranking.quantile((1 + budget.target) / 2), ranking.quantile(budget.target * upcoming)
         for group, _ in budget.members:
             # The highest that the rate will be: schedulers leave it in the group, OneCycleLR by another name.

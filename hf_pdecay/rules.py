@@ -275,7 +275,8 @@ def build_param_groups(
     """Return param groups for :class:`~hf_pdecay.AdamWLp`.
 
     Each holds beside the hyperparameters ``decayed``, whether its weights take part in p-norm decay (their λ_p may be 0
-    at times), and ``rule``, what put them there.
+    at times), and ``rule``, what put them there. DTensors on different meshes, as under expert parallelism, are in
+    different groups.
 
     Args:
         model: Any module, wrapped or not.
@@ -295,14 +296,19 @@ def build_param_groups(
     if not assignments:
         raise ValueError("The model has no trainable parameter: set requires_grad on what is to be trained.")
     l2_names = None if weight_decay_names is None else {clean_name(name) for name in weight_decay_names}
-    groups: dict[tuple[Assignment, float, str], dict[str, Any]] = {}
+    groups: dict[tuple[Assignment, float, str, Any], dict[str, Any]] = {}
     named = [(name, param) for name, param in model.named_parameters() if param.requires_grad]
     alone = wholly_zero([param for _, param in named]) if isolate_zero else [False] * len(named)
     for (name, param), zero in zip(named, alone, strict=True):
         how = assignments[clean_name(name)]
         l2 = how.decayed if l2_names is None else clean_name(name) in l2_names
         group = groups.setdefault(
-            (how, weight_decay if l2 else 0.0, name if zero and how.decayed and not keep_zeros else ""),
+            (
+                how,
+                weight_decay if l2 else 0.0,
+                name if zero and how.decayed and not keep_zeros else "",
+                getattr(param, "device_mesh", None),
+            ),
             {
                 "params": [],
                 "weight_decay": weight_decay if l2 else 0.0,

@@ -8,14 +8,14 @@ each process looks at its own, and what they add up are the sample and the count
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from .optim.distributed import all_sum, process_count
+from .optim.distributed import Groups, total
 
 
 # Weights looked at at a time, which bounds the temporaries; on a CPU they stay in the cache between operations.
@@ -37,14 +37,15 @@ class Ranked(NamedTuple):
     Attributes:
         weight: Weights of any shape and floating dtype.
         exp_avg_sq: Adam's second moment v of the same shape, or None.
-        slot: Which of the tensor's shards it is, in [0, number of processes).
-        owned: Whether this is the process that counts it; false on all but one of those that hold the same shard.
+        slot: Which of the tensor's shards it is.
+        groups: Process groups that the shards lie across. All processes of them make the same calls with shards of the
+            same tensors, in the same order, and each is told the same.
     """
 
     weight: Tensor
     exp_avg_sq: Tensor | None = None
     slot: int = 0
-    owned: bool = True
+    groups: Groups = ()
 
 
 @dataclass(frozen=True)
@@ -67,15 +68,12 @@ class Ranking:
 
     Args:
         tensors: The weights, at least one in all, and unchanged as long as this is used.
-        sharded: Whether they are shards. All processes then make the same calls with shards of the same tensors, in the
-            same order; each is told the same.
     """
 
-    def __init__(self, tensors: Sequence[Ranked], sharded: bool = False) -> None:
+    def __init__(self, tensors: Sequence[Ranked]) -> None:
         self._tensors = [_flat(each) for each in tensors]
-        self._sharded = sharded
         self._dtype = _score_dtype(tensors)
-        self._starts, self.numel = _starts(self._tensors, [each.weight.numel() for each in self._tensors], sharded)
+        self._starts, self.numel = _starts(self._tensors, [each.weight.numel() for each in self._tensors])
         self._sample = self._take_sample().nan_to_num(nan=math.inf)
 
     def rank(self, fraction: float) -> int:
@@ -120,58 +118,61 @@ class Ranking:
             return Cut(low, ties=below, equal=below)
         return self._kth(inside, count - below)
 
-    def _kth(self, inside: Tensor, count: int) -> Cut:
+    def _kth(self, inside: Mapping[Groups, Tensor], count: int) -> Cut:
         """The ``count``-th least of the scores that processes hold, by their bits from the first to the last."""
         # Numbers that are not negative have the order of their bits.
-        bits = inside.view(torch.int64 if inside.dtype == torch.float64 else torch.int32)
-        shift, prefix = 8 * bits.element_size() - 1, 0
+        whole = torch.int64 if self._dtype == torch.float64 else torch.int32
+        bits = {groups: each.view(whole) for groups, each in inside.items()}
+        shift, prefix = torch.iinfo(whole).bits - 1, 0
         while shift > 0:
             width = min(_DIGIT, shift)
             shift -= width
-            digits = bits.bitwise_right_shift(shift).bitwise_and_((1 << width) - 1)
-            found = self._sum(torch.bincount(digits, minlength=1 << width)).cpu().cumsum(0)
+            digits = {groups: (each >> shift) & ((1 << width) - 1) for groups, each in bits.items()}
+            counts = {groups: torch.bincount(each, minlength=1 << width) for groups, each in digits.items()}
+            found = total(counts).cpu().cumsum(0)
             digit = int(torch.searchsorted(found, count))
             before = int(found[digit - 1]) if digit else 0
             count, equal = count - before, int(found[digit]) - before
             prefix = prefix << width | digit
-            bits = bits[digits == digit]
-        return Cut(float(torch.tensor(prefix, dtype=bits.dtype).view(inside.dtype)), ties=count, equal=equal)
+            bits = {groups: each[digits[groups] == digit] for groups, each in bits.items()}
+        return Cut(float(torch.tensor(prefix, dtype=whole).view(self._dtype)), ties=count, equal=equal)
 
     def _take_sample(self) -> Tensor:
         """Scores at even distances through all tensors, sorted."""
         stride = max(1, self.numel // _SAMPLE)
         stride += stride > 1 and stride % 2 == 0  # no column of a matrix of even width comes up time and again
         device = self._tensors[0].weight.device
-        sample = torch.zeros(-(-self.numel // stride), dtype=self._dtype, device=device)
+        size = -(-self.numel // stride)
+        parts = {each.groups: torch.zeros(size, dtype=self._dtype, device=device) for each in self._tensors}
         for tensor, place in zip(self._tensors, self._starts, strict=True):
             first = -place % stride
-            if not tensor.owned or first >= tensor.weight.numel():
+            if first >= tensor.weight.numel():
                 continue
             second = tensor.exp_avg_sq
             some = Ranked(tensor.weight[first::stride], None if second is None else second[first::stride])
             taken = scores(some, self._dtype)
             start = (place + first) // stride
-            sample[start : start + len(taken)] = taken.to(device)
-        return self._sum(sample).sort().values.cpu()
+            parts[tensor.groups][start : start + len(taken)] = taken.to(device)
+        return total(parts).sort().values.cpu()
 
-    def _between(self, low: float, high: float) -> tuple[int, int, Tensor]:
-        """How many scores do not exceed ``low``; how many do but not ``high``, and those of them owned here."""
-        counts: list[Tensor] = []
-        inside: list[Tensor] = []
-        for tensor in self._tensors:
-            for piece in _pieces(tensor) if tensor.owned else ():
-                score = scores(piece, self._dtype)
-                below = score <= low
-                counts.append(below.sum())
-                inside.append(score[below ^ (score <= high)])
+    def _between(self, low: float, high: float) -> tuple[int, int, dict[Groups, Tensor]]:
+        """How many scores do not exceed ``low``; how many do but not ``high``, and those of them that lie here."""
         device = self._tensors[0].weight.device
-        found = torch.cat([each.to(device) for each in inside] or [torch.empty(0, dtype=self._dtype, device=device)])
-        below = sum((each.to(device) for each in counts), start=torch.zeros((), dtype=torch.int64, device=device))
-        totals = self._sum(torch.stack([below, torch.full_like(below, len(found))])).tolist()
+        below = {each.groups: torch.zeros((), dtype=torch.int64, device=device) for each in self._tensors}
+        inside: dict[Groups, list[Tensor]] = {groups: [] for groups in below}
+        for tensor in self._tensors:
+            for piece in _pieces(tensor):
+                score = scores(piece, self._dtype)
+                under = score <= low
+                below[tensor.groups] += under.sum().to(device)
+                inside[tensor.groups].append(score[under ^ (score <= high)].to(device))
+        none = torch.empty(0, dtype=self._dtype, device=device)
+        found = {groups: torch.cat([none, *some]) for groups, some in inside.items()}
+        counts = {
+            groups: torch.stack([below[groups], torch.full_like(below[groups], len(found[groups]))]) for groups in found
+        }
+        totals = total(counts).tolist()
         return totals[0], totals[1], found
-
-    def _sum(self, counts: Tensor) -> Tensor:
-        return all_sum(counts) if self._sharded else counts
 
 
 def scores(tensor: Ranked, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -189,7 +190,7 @@ def scores(tensor: Ranked, dtype: torch.dtype = torch.float32) -> Tensor:
 
 
 @torch.no_grad()
-def zero_least(tensors: Sequence[Ranked], cut: Cut, sharded: bool = False) -> None:
+def zero_least(tensors: Sequence[Ranked], cut: Cut) -> None:
     """Set the weights of a cut to 0, in place.
 
     Of those that are equal in score, many in low precision, it takes as many as belong to the cut, evenly spread.
@@ -197,19 +198,16 @@ def zero_least(tensors: Sequence[Ranked], cut: Cut, sharded: bool = False) -> No
     Args:
         tensors: The tensors that the cut was found in, unchanged since.
         cut: What :meth:`Ranking.least` returned.
-        sharded: As of the ranking.
     """
     if cut.score == 0:
         return
     dtype = _score_dtype(tensors)
     flat = [_flat(each) for each in tensors]
     starts = [0] * len(flat)
-    if sharded and cut.ties != cut.equal:
+    if cut.ties != cut.equal:
         equal = [sum(int((scores(piece, dtype) == cut.score).sum()) for piece in _pieces(each)) for each in flat]
-        starts, _ = _starts(flat, equal, sharded)
-    seen = 0
-    for tensor, own, start in zip(tensors, flat, starts, strict=True):
-        seen = start if sharded else seen
+        starts, _ = _starts(flat, equal)
+    for tensor, own, seen in zip(tensors, flat, starts, strict=True):
         for piece in _pieces(own):
             seen = _zero_piece(piece, scores(piece, dtype), cut, seen)
         if own.weight.data_ptr() != tensor.weight.data_ptr():
@@ -229,17 +227,17 @@ def _zero_piece(piece: Ranked, score: Tensor, cut: Cut, seen: int) -> int:
     return seen + int(equal.sum())
 
 
-def _starts(tensors: Sequence[Ranked], counts: Sequence[int], sharded: bool) -> tuple[list[int], int]:
+def _starts(tensors: Sequence[Ranked], counts: Sequence[int]) -> tuple[list[int], int]:
     """How many things come before each of these tensors, given how many each has, and how many there are in all.
 
     They are ordered tensor by tensor, those of a tensor shard by shard.
     """
     device = tensors[0].weight.device
-    table = torch.zeros(len(tensors), process_count() if sharded else 1, dtype=torch.int64)
+    slots = max(math.prod(torch.distributed.get_world_size(group) for group in each.groups) for each in tensors)
+    tables = {each.groups: torch.zeros(len(tensors), slots, dtype=torch.int64) for each in tensors}
     for row, (tensor, count) in enumerate(zip(tensors, counts, strict=True)):
-        table[row, tensor.slot] = count if tensor.owned else 0
-    if sharded:
-        table = all_sum(table.to(device)).cpu()
+        tables[tensor.groups][row, tensor.slot] = count
+    table = total({groups: each.to(device) if groups else each for groups, each in tables.items()}).cpu()
     ends = table.view(-1).cumsum(0).view(table.shape)
     return [int(ends[row, each.slot] - table[row, each.slot]) for row, each in enumerate(tensors)], int(ends[-1, -1])
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from .optim.distributed import all_sum, is_dtensor, local, shard_slot
+from .optim.distributed import all_sum, is_dtensor, local, shard_groups
 from .optim.moments import dequantize
 from .selection import Ranked
 
@@ -35,36 +35,30 @@ def is_sharded(param: Tensor) -> bool:
     return is_dtensor(param) or hasattr(param, "ds_tensor")
 
 
-def held(param: Tensor) -> Ranked:
+def held(param: Any) -> Ranked:
     """Return the weights of a parameter of the model that this process holds; they share memory with it."""
     if is_dtensor(param):
         return _of_dtensor(param, None)
     if hasattr(param, "ds_tensor"):
-        return Ranked(_unpadded(param, param.ds_tensor.detach()), slot=torch.distributed.get_rank())
+        return _of_group(param.ds_process_group, _unpadded(param, param.ds_tensor.detach()), None)
     return Ranked(param)
 
 
-def ranked(param: Tensor, optimizer: Optimizer) -> Ranked:
+def ranked(param: Any, optimizer: Optimizer) -> Ranked:
     """Return the weights of a parameter that this process steps, with their second moment where there is one yet.
 
     Args:
         param: One that :func:`group_params` returned.
         optimizer: The optimizer that it was asked for.
     """
-    if _zero3(param) is not None:
-        return Ranked(*_partition_of_zero3(param), slot=torch.distributed.get_rank())
+    if hasattr(param, "_z3_optimizer"):
+        return _of_group(param.ds_process_group, *_partition_of_zero3(param))
     if hasattr(param, "_hp_mapping"):
-        engine = _deepspeed_optimizer(optimizer)
-        return Ranked(*_fragment_of_zero12(param, engine), slot=torch.distributed.get_rank())
+        return _of_group(param._dp_group, *_fragment_of_zero12(param, _deepspeed_optimizer(optimizer)))
     second = optimizer.state[param].get("exp_avg_sq")
     if second is not None:
         second = dequantize(local(second), torch.promote_types(second.dtype, torch.float32))
     return _of_dtensor(param, second) if is_dtensor(param) else Ranked(param, second)
-
-
-def any_sharded(params: Sequence[Tensor]) -> bool:
-    """Whether processes step different weights of some parameters of the model."""
-    return any(is_sharded(param) or hasattr(param, "_hp_mapping") for param in params)
 
 
 def group_params(optimizer: Any) -> list[list[Tensor]]:
@@ -114,17 +108,20 @@ def publish(optimizer: Any) -> None:
 @torch.no_grad()
 def wholly_zero(params: Sequence[Tensor]) -> list[bool]:
     """Whether each parameter has no weight that is not 0, on any process."""
-    if not params:
-        return []
-    nonzero = torch.stack([held(param).weight.any() for param in params]).to(torch.int64)
-    if any_sharded(params):
-        nonzero = all_sum(nonzero)
-    return [not each for each in nonzero.tolist()]
+    zero = []
+    for each in map(held, params):
+        nonzero = all_sum(each.weight.any().to(torch.int64), each.groups)
+        zero.append(not nonzero)
+    return zero
+
+
+def _of_group(group: Any, weight: Tensor, exp_avg_sq: Tensor | None) -> Ranked:
+    """A shard across the processes of a group."""
+    return Ranked(weight, exp_avg_sq, torch.distributed.get_rank(group), (group,))
 
 
 def _of_dtensor(param: Tensor, exp_avg_sq: Tensor | None) -> Ranked:
-    slot, owned = shard_slot(param)
-    return Ranked(local(param), exp_avg_sq, slot, owned)
+    return Ranked(local(param), exp_avg_sq, *shard_groups(param))
 
 
 def _deepspeed_optimizer(optimizer: Any) -> Any:
@@ -136,12 +133,8 @@ def _deepspeed_optimizer(optimizer: Any) -> Any:
     return None
 
 
-def _zero3(param: Tensor) -> Any:
-    return getattr(param, "_z3_optimizer", None)
-
-
 def _partition_of_zero3(param: Any) -> tuple[Tensor, Tensor | None]:
-    engine = _zero3(param)
+    engine = param._z3_optimizer
     number, start, numel = engine.grad_position[engine.get_param_id(param)]
     flat = engine.fp32_partitioned_groups_flat[number]
     if flat is None or not flat.numel():

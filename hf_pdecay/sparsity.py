@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from .optim.distributed import all_sum
+from .optim.distributed import Groups, all_sum
 from .rules import clean_name, decayable_parameter_names
 from .shards import full_numel, full_shape, held, is_sharded
 
@@ -268,7 +268,7 @@ def measure_with_extra(
     named = list(_distinct_parameters(model))
     with torch.no_grad():
         counts = [_count(param, near_zero_threshold) for _, param in named]
-        _add_shards([(place, param) for place, (_, param) in enumerate(named) if is_sharded(param)], counts)
+        _add_shards([param for _, param in named], counts)
     rows = _to_host([*counts, *(value.reshape(1) for value in extra if isinstance(value, Tensor))])
     from_device = iter(rows[len(counts) :])
     report = SparsityReport(
@@ -306,11 +306,9 @@ def _distinct_parameters(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 def _count(param: Tensor, near_zero_threshold: float) -> Tensor:
     """Exact zeros, weights below the threshold and the bits of the norm's square, on the parameter's device.
 
-    They are of what this process holds, in int64; all 0 where another one counts it.
+    They are of what this process holds, in int64.
     """
     weights = held(param).weight
-    if not held(param).owned:
-        return torch.zeros(3, dtype=torch.int64, device=weights.device)
     zeros = weights.numel() - torch.count_nonzero(weights)
     below = torch.zeros((), dtype=torch.int64, device=weights.device)
     for piece in weights.reshape(-1).split(_CHUNK):
@@ -319,18 +317,20 @@ def _count(param: Tensor, near_zero_threshold: float) -> Tensor:
     return torch.stack([zeros, below, norm.double().square().view(torch.int64)])
 
 
-def _add_shards(sharded: Sequence[tuple[int, Tensor]], counts: list[Tensor]) -> None:
-    """Add up over all processes the counts of some parameters, given with their places among the counts."""
-    if not sharded:
-        return
-    places = [place for place, _ in sharded]
-    device = counts[places[0]].device
-    own = torch.stack([counts[place].to(device) for place in places])
-    # A float64 holds whole numbers up to 2^53; what is added up is no more than the weights that there are.
-    total = all_sum(torch.stack([own[:, 0].double(), own[:, 1].double(), own[:, 2].view(torch.float64)]))
-    zeros, below = total[:2].to(torch.int64)
-    for place, row in zip(places, torch.stack([zeros, below, total[2].view(torch.int64)], 1), strict=True):
-        counts[place] = row
+def _add_shards(params: Sequence[Tensor], counts: list[Tensor]) -> None:
+    """Add up the counts of parameters over the processes that hold shards of them, in place in the list."""
+    places: dict[Groups, list[int]] = {}
+    for place, param in enumerate(params):
+        if is_sharded(param):
+            places.setdefault(held(param).groups, []).append(place)
+    for groups, some in places.items():
+        device = counts[some[0]].device
+        own = torch.stack([counts[place].to(device) for place in some], 1)
+        # A float64 holds whole numbers up to 2^53, which is more than there are weights.
+        summed = all_sum(torch.cat([own[:2].double(), own[2:].view(torch.float64)]), groups)
+        rows = torch.cat([summed[:2].to(torch.int64), summed[2:].view(torch.int64)])
+        for place, row in zip(some, rows.unbind(1), strict=True):
+            counts[place] = row
 
 
 def _float_from_bits(bits: int) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 from typing import Any, cast
 
 import torch
@@ -51,34 +52,39 @@ def shard_place(param: Tensor, place: int) -> int:
     return place
 
 
-def process_count() -> int:
-    """Return how many processes there are in all."""
-    return torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
+Groups = tuple[Any, ...]
+"""Process groups that the shards of a tensor lie across; none for a tensor that is whole on each process."""
 
 
-def all_sum(numbers: Tensor) -> Tensor:
-    """Return the sum of all processes' tensors, of one shape, in place where the tensor's device can communicate."""
-    if process_count() == 1:
-        return numbers
-    # NCCL alone cannot reduce what is offloaded to the CPU.
-    backends = torch.distributed.get_backend_config()
-    device = numbers.device if numbers.device.type in backends else torch.device("cuda", torch.cuda.current_device())
-    sent = numbers.to(device)
-    torch.distributed.all_reduce(sent)
-    return sent.to(numbers.device)
+def all_sum(numbers: Tensor, groups: Groups) -> Tensor:
+    """Return the sum of the tensors of all processes that hold shards, in place where the device can communicate."""
+    for group in groups:
+        # NCCL alone cannot reduce what is offloaded to the CPU.
+        able = numbers.device.type in torch.distributed.get_backend_config(group)
+        sent = numbers if able else numbers.to(torch.device("cuda", torch.cuda.current_device()))
+        torch.distributed.all_reduce(sent, group=group)
+        numbers = sent.to(numbers.device)
+    return numbers
 
 
-def shard_slot(param: Tensor) -> tuple[int, bool]:
-    """Return which of a DTensor's shards this process holds, and whether it is the first of those that hold it."""
+def total(parts: Mapping[Groups, Tensor]) -> Tensor:
+    """Return the sum of some tensors of one shape, each summed over the processes of its groups first."""
+    sums = [all_sum(part, groups) for groups, part in parts.items()]
+    return sums[0] if len(sums) == 1 else torch.stack(sums).sum(0)
+
+
+def shard_groups(param: Tensor) -> tuple[int, Groups]:
+    """Return which of a DTensor's shards this process holds, and the groups that they lie across.
+
+    Across the other dimensions of its mesh, and outside of that, are replicas.
+    """
     sharded = cast(Any, param)
-    slot, owned = 0, True
+    slot, groups = 0, []
     for dim, placement in enumerate(sharded.placements):
-        coordinate = sharded.device_mesh.get_local_rank(dim)
-        if placement.is_replicate():
-            owned = owned and coordinate == 0
-        else:
-            slot = slot * sharded.device_mesh.size(dim) + coordinate
-    return slot, owned
+        if not placement.is_replicate():
+            slot = slot * sharded.device_mesh.size(dim) + sharded.device_mesh.get_local_rank(dim)
+            groups.append(sharded.device_mesh.get_group(dim))
+    return slot, tuple(groups)
 
 
 def any_nonzero(param: Tensor) -> Tensor:
