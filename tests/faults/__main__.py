@@ -101,8 +101,10 @@ def campaign(work: Path, layout: str, kills: int, lives: int, seed: int) -> tupl
 
 def _draw(chance: random.Random, moments: dict[int, list[tuple[int, int, str, str]]], phase: str) -> Kill:
     rank = chance.choice(sorted(moments))
-    some = [(step, moment) for step, moment, at, _ in moments[rank] if at == phase and step]
-    step, moment = chance.choice(some)
+    some = [(label, step, moment) for step, moment, at, label in moments[rank] if at == phase and step]
+    # What happens is drawn first: most moments are writes of the optimizer's state.
+    what = chance.choice(sorted({label for label, _, _ in some}))
+    step, moment = chance.choice([(step, moment) for label, step, moment in some if label == what])
     return Kill(step, moment, rank, alone=len(moments) == 1 or chance.random() < 0.5)
 
 
@@ -143,7 +145,7 @@ def _fork(folder: Path) -> int:
 
 def _launch(folder: Path, kills: int) -> int:
     command = [
-        *(sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--use_cpu"),
+        *(sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"),
         *("--main_process_port", "0", "--max_restarts", str(kills), "--monitor_interval", "0.1"),
         *("-m", "tests.faults.run", str(folder)),
     ]

@@ -10,6 +10,7 @@ import json
 import os
 import signal
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +43,8 @@ def live(folder: Path) -> None:
             file.write(f"rank {rank}, step {moments.step}, moment {moments.moment}\n")
         for other in [] if kill is None or kill.alone else folder.glob(f"pid-{number}-*"):
             if other.name != f"pid-{number}-{rank}":
-                os.kill(int(other.read_text()), signal.SIGKILL)
+                with suppress(ProcessLookupError):
+                    os.kill(int(other.read_text()), signal.SIGKILL)
 
     moments = Moments(
         folder / "out",
