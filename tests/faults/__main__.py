@@ -3,9 +3,9 @@
     python -m tests.faults --kills 20 --seed 0
 
 Runs of one process are forked from this one, which has imported everything; runs of two are started by ``accelerate
-launch``, which starts the processes anew when one of them dies. A run is killed several times, one life after the other,
-and the moments are drawn from those that an undisturbed run went through: half of them in the middle of a save. The same
-seed gives the same kills.
+launch``, which starts the processes anew when one of them dies. A run is killed several times, one life after the
+other. The moments are drawn from those that an undisturbed run went through, half of them in the middle of a save. The
+same seed gives the same kills.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """The moments of a run at which it can be killed: its steps, its file operations, and the middle of each write.
 
 Everything that Python code, ``torch.save`` and safetensors write below the run's folder goes through :class:`CutFile`,
-which hands on the first half of the bytes, lets the moment pass, and hands on the rest. A SIGKILL in between leaves a file
-that is really cut. Moments are counted anew in each step, so that one of them is named by the step and the number.
+which hands on the first half of the bytes, lets the moment pass, and hands on the rest. A SIGKILL in between leaves a
+file that is really cut. Moments are counted anew in each step, so that one of them is named by the step and the number.
 """
 
 from __future__ import annotations
