@@ -31,7 +31,7 @@ ROOT = Path(__file__).parent.parent.parent
 LAYOUTS = {"single": "one process", "ddp": "two processes (DDP)"}
 # The phases of a run from which kills are drawn in turn.
 PHASES = ("save", "train", "save", "after")
-LIMIT = 240
+LIMIT = 240  # seconds after which a launch counts as hung
 
 
 def main() -> int:
@@ -150,9 +150,13 @@ def _launch(folder: Path) -> int:
     ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     with open(folder / "log", "ab") as log:
-        return subprocess.run(
-            command, cwd=ROOT, env=environment, stdout=log, stderr=log, timeout=LIMIT, check=False
-        ).returncode
+        launcher = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=log)
+        try:
+            return launcher.wait(timeout=LIMIT)
+        except subprocess.TimeoutExpired:
+            launcher.terminate()  # it ends its processes
+            launcher.wait()
+            return 1
 
 
 def _tail(folder: Path) -> str:

@@ -32,8 +32,8 @@ def test_killed_runs_end_like_those_that_were_left_alone(layout: str, kills: int
 
 
 def test_a_process_whose_partner_is_killed_ends(tmp_path: Path) -> None:
-    # Without a launcher, which would end the others.
-    (tmp_path / "plan.json").write_text(json.dumps([asdict(Kill(step=6, moment=5, rank=1))]))
+    # Without a launcher, which would end the other. It dies in a save, before it has written its random state.
+    (tmp_path / "plan.json").write_text(json.dumps([asdict(Kill(step=6, moment=9, rank=1))]))
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
@@ -51,4 +51,7 @@ def test_a_process_whose_partner_is_killed_ends(tmp_path: Path) -> None:
     assert processes[1].returncode == -9
     assert processes[0].returncode == 1, complaints[0][-2000:]
     assert re.search(r"Connection (closed|reset) by peer|Broken pipe", complaints[0]), complaints[0][-2000:]
-    assert (tmp_path / "killed").read_text() == "rank 1, step 6, moment 5\n"
+    assert (tmp_path / "killed").read_text() == "rank 1, step 6, moment 9\n"
+    saved = {each.name for each in (tmp_path / "out" / "checkpoint-6").iterdir()}
+    assert "rng_state_0.pth" in saved
+    assert not saved & {"rng_state_1.pth", "trainer_state.json"}  # the first waits before it says that all is there
