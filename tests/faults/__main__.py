@@ -81,9 +81,8 @@ def campaign(work: Path, layout: str, kills: int, lives: int, seed: int) -> tupl
         status = _lives(folder, layout)
         noted = _killed(folder)
         for line, kill in zip(noted, plan, strict=False):
-            [label] = [label for step, at, _, label in moments[kill.rank] if (step, at) == (kill.step, kill.moment)]
             others = "" if layout == "single" or kill.alone else ", and the other process"
-            say(f"{LAYOUTS[layout]}, run {number}: killed {line}{others}; drawn as: {label!r}")
+            say(f"{LAYOUTS[layout]}, run {number}: killed {line}{others}")
         # A kill is survived by a life that goes on, to the next kill or to the end.
         survived += max(len(noted) - (status != 0), 0)
         if status != 0:

@@ -14,7 +14,7 @@ import signal
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -52,11 +52,13 @@ class Moments:
     Args:
         folder: Where the run's output goes; only what is written there counts.
         kill: When to die; None to live.
-        before_death: Called just before.
+        before_death: Called just before, with what the process was about to do.
         notes: File that gets a line per moment.
     """
 
-    def __init__(self, folder: Path, kill: Kill | None, before_death: Callable[[], None], notes: Path | None) -> None:
+    def __init__(
+        self, folder: Path, kill: Kill | None, before_death: Callable[[str], None], notes: Path | None
+    ) -> None:
         self.folder = str(folder.resolve())
         self.kill = kill
         self.before_death = before_death
@@ -64,6 +66,14 @@ class Moments:
         self.step = self.moment = 0
         self.phase = "train"
         self._inside = False
+
+    def begin_life(self, step: int) -> None:
+        """Begin after a number of steps; where the kill was to come in these, let it come soon."""
+        self.begin_step(step)
+        if self.kill is not None and step >= self.kill.step:
+            # Only the first process writes files then.
+            soon = 1 + self.kill.moment % (40 if self.kill.rank == 0 else 2)
+            self.kill = replace(self.kill, step=step, moment=soon)
 
     def begin_step(self, step: int) -> None:
         self.step, self.moment = step, 0
@@ -78,7 +88,7 @@ class Moments:
         # A step that is made once more may have fewer moments than the first time, so the next one will do.
         if self.kill is not None and (self.step, self.moment) >= (self.kill.step, self.kill.moment):
             self._inside = True
-            self.before_death()
+            self.before_death(label)
             os.kill(os.getpid(), signal.SIGKILL)
 
     @contextmanager
@@ -153,7 +163,8 @@ class StepMoments(TrainerCallback):
     def __init__(self, moments: Moments) -> None:
         self.moments = moments
 
-    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.moments.begin_life(state.global_step)
         self.moments("train begins")
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

@@ -38,9 +38,9 @@ def live(folder: Path) -> None:
     kill = kills[number] if number < len(kills) else None
     (folder / f"pid-{number}-{rank}").write_text(str(os.getpid()))
 
-    def before_death() -> None:
+    def before_death(label: str) -> None:
         with open(killed, "a", encoding="utf-8") as file:
-            file.write(f"rank {rank}, step {moments.step}, moment {moments.moment}\n")
+            file.write(f"rank {rank}, step {moments.step}, moment {moments.moment}: {label}\n")
         for other in [] if kill is None or kill.alone else folder.glob(f"pid-{number}-*"):
             if other.name != f"pid-{number}-{rank}":
                 with suppress(ProcessLookupError):
@@ -87,8 +87,8 @@ def live(folder: Path) -> None:
         args=args,
         train_dataset=data.select(range(96)),
         eval_dataset=data.select(range(96, 104)),
-        callbacks=[StepMoments(moments)],
     )
+    trainer.callback_handler.callbacks.insert(0, StepMoments(moments))  # before ours
     moments.watch_files()
     trainer.train(resume_from_checkpoint=newest_whole(args.output_dir) is not None or None)
     trainer.save_model()

@@ -51,7 +51,7 @@ def test_a_process_whose_partner_is_killed_ends(tmp_path: Path) -> None:
     assert processes[1].returncode == -9
     assert processes[0].returncode == 1, complaints[0][-2000:]
     assert re.search(r"Connection (closed|reset) by peer|Broken pipe", complaints[0]), complaints[0][-2000:]
-    assert (tmp_path / "killed").read_text() == "rank 1, step 6, moment 9\n"
+    assert (tmp_path / "killed").read_text() == "rank 1, step 6, moment 9: open rng_state_1.pth\n"
     saved = {each.name for each in (tmp_path / "out" / "checkpoint-6").iterdir()}
     assert "rng_state_0.pth" in saved
     assert not saved & {"rng_state_1.pth", "trainer_state.json"}  # the first waits before it says that all is there
