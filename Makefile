@@ -48,7 +48,7 @@ test: $(VENV)/.installed ## run all tests
 test-floor: $(FLOOR)/.installed ## run the fast tests with the oldest releases that are supported
 	$(FLOOR)/bin/python -m pytest -n $(WORKERS) --dist worksteal -m "not slow" $(PYTEST_ARGS)
 
-test-faults: $(VENV)/.installed ## kill training runs at 40 random moments, resume them, and compare to the bit (10 minutes)
+test-faults: $(VENV)/.installed ## kill training runs at 40 random moments, resume them, and compare to the bit (12 minutes)
 	$(BIN)/python -m tests.faults $(FAULTS_ARGS)
 
 lint: $(VENV)/.installed ## check style, types and the direction of imports
