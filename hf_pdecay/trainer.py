@@ -1,4 +1,4 @@
-"""The Trainer: optimizer creation, saving and the card. Everything else is ``transformers.Trainer``'s own."""
+"""The Trainer: optimizer creation, resuming, saving and the card. Everything else is ``transformers.Trainer``'s own."""
 
 from __future__ import annotations
 
