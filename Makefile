@@ -4,6 +4,7 @@
 PYTHON ?= python3
 WORKERS ?= $(shell $(PYTHON) -c 'import os; print(min(8, os.cpu_count() or 1))')
 PYTEST_ARGS ?=
+FAULTS_ARGS ?=
 
 VENV := .venv
 FLOOR := .venv-floor
@@ -12,7 +13,7 @@ PIP_INSTALL := -m pip install -qq --disable-pip-version-check
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-floor lint format clean
+.PHONY: help demo test test-floor test-faults lint format clean
 
 help: ## say what the targets do
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-12s %s\n", $$1, $$2}'
@@ -29,13 +30,13 @@ $(FLOOR)/.installed: pyproject.toml constraints-floor.txt
 	@touch $@
 
 # No network at test time: what is not in the repository or made by the test is not used.
-demo test test-floor: export HF_HUB_OFFLINE := 1
-demo test test-floor: export HF_DATASETS_OFFLINE := 1
-demo test test-floor: export HF_EVALUATE_OFFLINE := 1
-demo test test-floor: export TOKENIZERS_PARALLELISM := false
-demo test test-floor: export MPLBACKEND := Agg
+demo test test-floor test-faults: export HF_HUB_OFFLINE := 1
+demo test test-floor test-faults: export HF_DATASETS_OFFLINE := 1
+demo test test-floor test-faults: export HF_EVALUATE_OFFLINE := 1
+demo test test-floor test-faults: export TOKENIZERS_PARALLELISM := false
+demo test test-floor test-faults: export MPLBACKEND := Agg
 # One thread a worker: the workers already fill the cores.
-test test-floor: export OMP_NUM_THREADS := 1
+test test-floor test-faults: export OMP_NUM_THREADS := 1
 
 demo: $(VENV)/.installed ## train a small model dense and sparse on the same steps, and compare the two (5 minutes)
 	$(BIN)/python examples/demo.py
@@ -46,6 +47,9 @@ test: $(VENV)/.installed ## run all tests
 
 test-floor: $(FLOOR)/.installed ## run the fast tests with the oldest releases that are supported
 	$(FLOOR)/bin/python -m pytest -n $(WORKERS) --dist worksteal -m "not slow" $(PYTEST_ARGS)
+
+test-faults: $(VENV)/.installed ## kill training runs at 40 random moments, resume them, and compare to the bit (12 minutes)
+	$(BIN)/python -m tests.faults $(FAULTS_ARGS)
 
 lint: $(VENV)/.installed ## check style, types and the direction of imports
 	$(BIN)/ruff check

@@ -9,10 +9,9 @@ from typing import Any, NoReturn
 
 import yaml
 from transformers import HfArgumentParser
-from transformers.trainer_utils import get_last_checkpoint
 
 from hf_pdecay import PDecayTrainer, PDecayTrainingArguments
-from hf_pdecay.trainer import check_checkpoint, check_optimizer_state
+from hf_pdecay.checkpoints import check_checkpoint, check_optimizer_state, newest_whole
 
 
 def arg(default: Any, **metadata: Any) -> Any:
@@ -73,9 +72,11 @@ def check_run(args: PDecayTrainingArguments) -> None:
     if asked.lower() in ("none", "false", "no"):
         args.resume_from_checkpoint = None
     elif asked.lower() in ("true", "yes", "latest"):
-        args.resume_from_checkpoint = get_last_checkpoint(folder) if Path(folder).is_dir() else None
+        args.resume_from_checkpoint = newest_whole(folder)
         if args.resume_from_checkpoint is None:
-            raise ValueError(f"--resume_from_checkpoint {asked}: --output_dir {folder!r} has no checkpoint in it")
+            raise ValueError(
+                f"--resume_from_checkpoint {asked}: --output_dir {folder!r} has no checkpoint in it that is whole"
+            )
     elif not Path(asked).is_dir():
         raise OSError(f"--resume_from_checkpoint {asked!r} is missing; it must be a folder, or true for the last one")
     elif not (Path(asked) / "trainer_state.json").is_file() or not any(Path(asked).glob("optimizer*")):

@@ -20,7 +20,14 @@ from .optim import AdamWLp
 from .rules import decayed_parameter_names, group_table
 from .selection import Ranking
 from .shards import group_params, held, is_sharded, settle
-from .sparsity import NEAR_ZERO_THRESHOLD, SparsityReport, measure_sparsity, measure_with_extra, write_text
+from .sparsity import (
+    NEAR_ZERO_THRESHOLD,
+    SparsityReport,
+    measure_sparsity,
+    measure_with_extra,
+    remove_leftovers,
+    write_text,
+)
 from .targets import is_decayed
 
 
@@ -80,6 +87,7 @@ class SparsityCallback(TrainerCallback):
     ) -> None:
         """Open ``sparsity.jsonl``, and say what the decay will come to."""
         if state.is_world_process_zero:
+            remove_leftovers(_folder(args))
             write_text(
                 _folder(args) / HISTORY_FILE,
                 "".join(
@@ -125,7 +133,15 @@ class SparsityCallback(TrainerCallback):
         # The Trainer has copied the dict into its history before it calls; the trackers after this get the dict itself.
         logs.update(values)
         state.log_history[-1].update(values)
-        self._append(args, state, report)
+        if not _folder(args).is_dir():
+            logger.warning(
+                "output_dir=%r is gone. It is made again and the run goes on; what it held, with the checkpoints and "
+                "the lines of %s before step %d, is lost.",
+                str(args.output_dir),
+                HISTORY_FILE,
+                state.global_step,
+            )
+        append_line(_folder(args) / HISTORY_FILE, self._line(state, report))
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -135,19 +151,28 @@ class SparsityCallback(TrainerCallback):
         if report is None:
             return
         report.save(_folder(args) / REPORT_FILE)
-        if not read_history(_folder(args)):
-            # A run too short for a log event still has a history: its end.
-            self._append(args, state, report)
+        history = read_history(_folder(args))
+        if not history:
+            # A run too short for a log event still has a history: its end, which is not that of one that was stopped.
+            history = [self._line(state, report)]
+            if state.global_step >= state.max_steps:
+                append_line(_folder(args) / HISTORY_FILE, history[0])
         # Not needed before: matplotlib takes longer to import than all of this package.
         from .plots import plot_sparsity
 
-        plot_sparsity(read_history(_folder(args)), _folder(args) / PICTURE_FILE)
+        plot_sparsity(history, _folder(args) / PICTURE_FILE)
         _console().print(report)
-        if self._skipped_steps:
+        if 0 < self._skipped_steps < state.global_step:
             logger.warning("%d steps were skipped for NaN or infinite gradients.", self._skipped_steps)
+        elif self._skipped_steps:
+            logger.warning(
+                "All %d steps were skipped for NaN or infinite gradients, so nothing was learned. Look at the data, "
+                "the learning rate and the precision.",
+                self._skipped_steps,
+            )
 
-    def _append(self, args: TrainingArguments, state: TrainerState, report: SparsityReport) -> None:
-        line = {
+    def _line(self, state: TrainerState, report: SparsityReport) -> dict[str, Any]:
+        return {
             "step": state.global_step,
             "epoch": state.epoch,
             "sparsity": report.sparsity,
@@ -156,8 +181,6 @@ class SparsityCallback(TrainerCallback):
             "skipped_steps": self._skipped_steps,
             "layers": {each.name: each.sparsity for each in report.tensors if each.decayed},
         }
-        with open(_folder(args) / HISTORY_FILE, "a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
 
     def _measure(self, model: nn.Module, optimizer: Any, state: TrainerState) -> SparsityReport | None:
         """Count; None on the processes that have nothing to count and nothing to say."""
@@ -183,6 +206,24 @@ def read_history(output_dir: str | os.PathLike[str]) -> list[dict[str, Any]]:
     lines = path.read_text(encoding="utf-8").split("\n")
     # What follows the last newline is either nothing or a line that was not finished.
     return [json.loads(line) for line in lines[:-1]]
+
+
+def append_line(path: Path, line: dict[str, Any]) -> None:
+    """Append a line of JSON to a file, whole or not at all; makes the file and its folder.
+
+    Raises:
+        OSError: If it cannot be written, as on a full disk; the file is then as it was.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "ab", buffering=0) as file:
+        before = file.tell()
+        text = f"{json.dumps(line)}\n".encode()
+        try:
+            while text:  # a disk that is nearly full takes a part
+                text = text[file.write(text) :]
+        except OSError:
+            file.truncate(before)
+            raise
 
 
 class DecayingGroup(NamedTuple):

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
+
+from .sparsity import written_aside
 
 
 # More rows than this cannot be labelled legibly, so only every n-th is.
@@ -68,5 +69,5 @@ def plot_sparsity(history: Sequence[dict[str, Any]], path: str | os.PathLike[str
     heat_axes.invert_yaxis()
     heat_axes.set_xlabel("step")
     figure.colorbar(mesh, ax=heat_axes, label="exact zeros (%)")
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120)
+    with written_aside(path) as aside:
+        figure.savefig(aside, dpi=120, format="png")

@@ -1,22 +1,20 @@
-"""The Trainer: optimizer creation, saving and the card. Everything else is ``transformers.Trainer``'s own."""
+"""The Trainer: optimizer creation, resuming, saving and the card. Everything else is ``transformers.Trainer``'s own."""
 
 from __future__ import annotations
 
-import json
 import os
-import struct
 import tempfile
 from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch.optim import Optimizer
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.modelcard import TrainingSummary
 
 from .arguments import PDecayTrainingArguments
 from .callback import PICTURE_FILE, REPORT_FILE, SparsityCallback
+from .checkpoints import STATE_FILE, agreed_newest_whole, check_checkpoint, check_optimizer_state, check_whole
 from .control import plan
 from .control_callback import SparsityControlCallback
 from .engines import check_engine, whole_model
@@ -24,7 +22,7 @@ from .model_card import SparsityCard, picture_in
 from .optim import AdamWLp
 from .rules import build_param_groups, decayed_parameter_names, load_rules
 from .shards import group_params, is_sharded, settle
-from .sparsity import SparsityReport, measure_sparsity, write_text
+from .sparsity import SparsityReport, measure_sparsity, remove_leftovers, write_text
 
 
 if TYPE_CHECKING:
@@ -66,9 +64,7 @@ class PDecayTrainerMixin(_Base):
         groups = self._param_groups(self.model)
         # The number of steps that epochs come to is known later, and is checked then.
         plan(groups, self.args.max_steps if self.args.max_steps > 0 else 1 << 40, **self.args.control_options)
-        if self.args.resume_from_checkpoint and os.path.isdir(self.args.resume_from_checkpoint):
-            check_checkpoint(self.model, self.args.resume_from_checkpoint)
-            check_optimizer_state(groups, self.args.resume_from_checkpoint)
+        self._check_checkpoint(self.args.resume_from_checkpoint)
         SparsityCallback(self.args.sparsity_logging, self.args.near_zero_threshold).attach(self)
         SparsityControlCallback().attach(self)  # before the other, which then counts what was cut
         self.add_callback(_CardCallback(self))
@@ -80,6 +76,25 @@ class PDecayTrainerMixin(_Base):
     @property
     def _output_dir(self) -> Path:
         return Path(str(self.args.output_dir))
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """Train; takes what ``Trainer.train`` takes, and resumes only from a checkpoint that is whole.
+
+        Raises:
+            ValueError: If the checkpoint to resume from is cut short or of another model, or there is no whole one.
+        """
+        if self._decays:
+            if resume_from_checkpoint is True:
+                resume_from_checkpoint = agreed_newest_whole(self._output_dir)
+            self._check_checkpoint(resume_from_checkpoint)
+        return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def _check_checkpoint(self, folder: str | bool | None) -> None:
+        if not isinstance(folder, str) or not os.path.isdir(folder):
+            return  # the Trainer has a sentence for a folder that is not there
+        check_checkpoint(self.model, folder)
+        check_whole(folder)
+        check_optimizer_state(self._param_groups(self.model), folder)
 
     def create_optimizer(self, model: nn.Module | None = None) -> Optimizer:
         """Make the optimizer; an :class:`~hf_pdecay.AdamWLp` if that is what ``args.optim`` names."""
@@ -127,6 +142,10 @@ class PDecayTrainerMixin(_Base):
 
         Under FSDP2 that is a folder of the whole model, also where ``fsdp_state_dict_type`` shards checkpoints.
         """
+        if self._decays and self.args.should_save and output_dir and _internal_call:
+            # The checkpoint is whole once this is written, last. One that is written anew is not until then.
+            (Path(output_dir) / STATE_FILE).unlink(missing_ok=True)
+            remove_leftovers(output_dir)
         with whole_model(self) if self._decays and not _internal_call else nullcontext():
             super().save_model(output_dir, _internal_call=_internal_call)
         if not self._decays:
@@ -137,6 +156,12 @@ class PDecayTrainerMixin(_Base):
             report.save(folder / REPORT_FILE)
             if not _internal_call:
                 self._write_card(folder, report)
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        super()._save_rng_state(output_dir)
+        if self._decays:
+            # trainer_state.json, which the first process writes next, then says that all processes are done.
+            self.accelerator.wait_for_everyone()
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Write the card into ``output_dir``; takes what ``Trainer.create_model_card`` takes."""
@@ -245,45 +270,3 @@ def _check_writable(folder: Path) -> None:
         raise OSError(
             f"Invalid output_dir: output_dir={str(folder)!r} cannot be written to ({error}); name a folder that can."
         ) from error
-
-
-def check_checkpoint(model: nn.Module, folder: str) -> None:
-    """Raise ValueError if a checkpoint is not one of this model, going by names and shapes; reads headers only."""
-    shapes = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
-    saved: dict[str, list[int]] = {}
-    for file in sorted(Path(folder).glob("model*.safetensors")):
-        saved |= {name: entry["shape"] for name, entry in _safetensors_header(file).items()}
-    differing = [name for name in saved if name in shapes and saved[name] != shapes[name]]
-    if differing:
-        name = differing[0]
-        what = f"{name} is {saved[name]} there and {shapes[name]} here"
-    elif saved and not saved.keys() & shapes.keys():
-        what = f"it holds {next(iter(saved))} and no tensor of the name of any here"
-    else:
-        return
-    raise ValueError(
-        f"Invalid resume_from_checkpoint: {folder!r} is a checkpoint of another model: {what}. Name a checkpoint of "
-        "this run."
-    )
-
-
-def check_optimizer_state(groups: list[dict[str, Any]], folder: str) -> None:
-    """Raise ValueError if a checkpoint's optimizer has other groups than this run's; reads no moments."""
-    file = Path(folder) / "optimizer.pt"
-    if not file.is_file():
-        return
-    saved = torch.load(file, map_location="cpu", mmap=True, weights_only=True)["param_groups"]
-    sizes, saved_sizes = ([len(group["params"]) for group in some] for some in (groups, saved))
-    if sizes != saved_sizes:
-        raise ValueError(
-            f"Invalid resume_from_checkpoint: the optimizer in {folder!r} has param groups of {saved_sizes} tensors, "
-            f"this run's has {sizes}. Resume with the optim, lp_rules and weight_decay that made the checkpoint."
-        )
-
-
-def _safetensors_header(file: Path) -> dict[str, Any]:
-    with open(file, "rb") as handle:
-        (size,) = struct.unpack("<Q", handle.read(8))
-        header = json.loads(handle.read(size))
-    header.pop("__metadata__", None)
-    return header

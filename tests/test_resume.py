@@ -15,6 +15,8 @@ from safetensors.torch import load_file
 
 from hf_pdecay import SparsityReport
 
+from .faults.compare import same
+
 
 ROOT = Path(__file__).parent.parent
 
@@ -25,18 +27,6 @@ def _run(*words: str, launcher: tuple[str, ...] = ("-m",)) -> subprocess.Complet
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     command = [sys.executable, *launcher, "tests.tiny_run", *words]
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
-
-
-def _same_tree(left: object, right: object) -> bool:
-    if isinstance(left, torch.Tensor):
-        return isinstance(right, torch.Tensor) and left.dtype == right.dtype and torch.equal(left, right)
-    if isinstance(left, dict):
-        return (
-            isinstance(right, dict) and left.keys() == right.keys() and all(_same_tree(left[k], right[k]) for k in left)
-        )
-    if isinstance(left, (list, tuple)):
-        return len(left) == len(right) and all(map(_same_tree, left, right))  # type: ignore[arg-type]
-    return left == right
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -55,7 +45,7 @@ def test_a_killed_run_resumes_to_the_very_same_weights(dtype: str, tmp_path: Pat
     assert all(torch.equal(left[name], right[name]) for name in left)
     assert 0 < sum(int((tensor == 0).sum()) for tensor in left.values())
     states = [torch.load(folder / "checkpoint-20" / "optimizer.pt", weights_only=True) for folder in (whole, cut)]
-    assert _same_tree(*states)
+    assert same(*states)
     for name in ("sparsity.jsonl", "sparsity.json"):
         assert (whole / name).read_text() == (cut / name).read_text()
     assert [json.loads(line)["step"] for line in (cut / "sparsity.jsonl").read_text().splitlines()] == [
