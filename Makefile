@@ -13,10 +13,10 @@ PIP_INSTALL := -m pip install -qq --disable-pip-version-check
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-floor test-faults lint format clean
+.PHONY: help demo test test-floor test-distributed test-faults lint format clean
 
 help: ## say what the targets do
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-12s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-16s %s\n", $$1, $$2}'
 
 # pip takes torch from constraints.txt by name and version first: an unpinned torch may bring gigabytes of CUDA packages.
 $(VENV)/.installed: pyproject.toml constraints.txt
@@ -30,23 +30,31 @@ $(FLOOR)/.installed: pyproject.toml constraints-floor.txt
 	@touch $@
 
 # No network at test time: what is not in the repository or made by the test is not used.
-demo test test-floor test-faults: export HF_HUB_OFFLINE := 1
-demo test test-floor test-faults: export HF_DATASETS_OFFLINE := 1
-demo test test-floor test-faults: export HF_EVALUATE_OFFLINE := 1
-demo test test-floor test-faults: export TOKENIZERS_PARALLELISM := false
-demo test test-floor test-faults: export MPLBACKEND := Agg
+demo test test-floor test-distributed test-faults: export HF_HUB_OFFLINE := 1
+demo test test-floor test-distributed test-faults: export HF_DATASETS_OFFLINE := 1
+demo test test-floor test-distributed test-faults: export HF_EVALUATE_OFFLINE := 1
+demo test test-floor test-distributed test-faults: export TOKENIZERS_PARALLELISM := false
+demo test test-floor test-distributed test-faults: export MPLBACKEND := Agg
 # One thread a worker: the workers already fill the cores.
-test test-floor test-faults: export OMP_NUM_THREADS := 1
+test test-floor test-distributed test-faults: export OMP_NUM_THREADS := 1
 
 demo: $(VENV)/.installed ## train a small model dense and sparse on the same steps, and compare the two (5 minutes)
 	$(BIN)/python examples/demo.py
 
 # worksteal keeps neighbouring tests, which share fixtures, on one worker until another worker is idle.
-test: $(VENV)/.installed ## run all tests
-	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(PYTEST_ARGS)
+test: $(VENV)/.installed ## run all tests but those of several processes
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m "not distributed" $(PYTEST_ARGS)
 
 test-floor: $(FLOOR)/.installed ## run the fast tests with the oldest releases that are supported
-	$(FLOOR)/bin/python -m pytest -n $(WORKERS) --dist worksteal -m "not slow" $(PYTEST_ARGS)
+	$(FLOOR)/bin/python -m pytest -n $(WORKERS) --dist worksteal -m "not slow and not distributed" $(PYTEST_ARGS)
+
+# DeepSpeed's build looks at the torch that is there, so it cannot be isolated; its operators for GPUs are not built.
+$(VENV)/.deepspeed: $(VENV)/.installed
+	DS_BUILD_OPS=0 $(BIN)/python $(PIP_INSTALL) --no-build-isolation -c constraints.txt deepspeed
+	@touch $@
+
+test-distributed: $(VENV)/.deepspeed ## train under DDP, FSDP2 and DeepSpeed and compare, on several processes of this CPU
+	$(BIN)/python -m pytest -q tests/distributed $(PYTEST_ARGS)
 
 test-faults: $(VENV)/.installed ## kill training runs at 40 random moments, resume them, and compare to the bit (12 minutes)
 	$(BIN)/python -m tests.faults $(FAULTS_ARGS)

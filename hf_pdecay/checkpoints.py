@@ -21,6 +21,8 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 
+from .shards import full_shape
+
 
 if TYPE_CHECKING:
     from torch import nn
@@ -41,7 +43,12 @@ _TORCH_FILES = (
     "training_args.bin",
     "pytorch_model*.bin",
     "adapter_model.bin",
+    "global_step*/*.pt",
 )
+
+# By what a checkpoint is known whose optimizer an engine has sharded. DeepSpeed writes `latest` last; FSDP writes one
+# folder of shards for the model and one for the optimizer, or one file of each.
+_ENGINES = {"DeepSpeed": ("latest",), "FSDP": ("pytorch_model_fsdp*", "optimizer_*", "optimizer.bin")}
 
 
 def fault(folder: str | os.PathLike[str]) -> str | None:
@@ -80,8 +87,8 @@ def fault(folder: str | os.PathLike[str]) -> str | None:
     for pattern in _TORCH_FILES:
         for file in sorted(path.glob(pattern)):
             if not _is_whole_zip(file):
-                return f"{file.name} is cut short"
-    return _missing_state(path)
+                return f"{file.relative_to(path)} is cut short"
+    return _missing_shards(path) or _missing_state(path)
 
 
 def check_whole(folder: str | os.PathLike[str]) -> None:
@@ -143,7 +150,7 @@ def agreed_newest_whole(output_dir: str | os.PathLike[str]) -> str:
 
 def check_checkpoint(model: nn.Module, folder: str) -> None:
     """Raise ValueError if a checkpoint is not one of this model, going by names and shapes; reads headers only."""
-    shapes = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
+    shapes = {name: list(full_shape(tensor)) for name, tensor in model.state_dict(keep_vars=True).items()}
     saved: dict[str, list[int]] = {}
     for file in sorted(Path(folder).glob("model*.safetensors")):
         saved |= {name: entry["shape"] for name, entry in (_safetensors_header(file) or {}).items()}
@@ -159,6 +166,32 @@ def check_checkpoint(model: nn.Module, folder: str) -> None:
         f"Invalid resume_from_checkpoint: {folder!r} is a checkpoint of another model: {what}. Name a checkpoint of "
         "this run."
     )
+
+
+def check_engine_of(folder: str, engine: str, processes: int) -> None:
+    """Raise ValueError if a checkpoint was written under another engine than the one that is to read it.
+
+    Args:
+        folder: A whole checkpoint.
+        engine: ``"DeepSpeed"``, ``"FSDP"``, or ``""`` where each process holds all.
+        processes: How many there are now.
+    """
+    path = Path(folder)
+    if not (path / "scheduler.pt").is_file() and not any(path.glob("optimizer*")):
+        return  # the model alone
+    written = next((name for name, marks in _ENGINES.items() if any(any(path.glob(each)) for each in marks)), "")
+    if written != engine:
+        by, now = (f"under {name}" if name else "on one process or DDP" for name in (written, engine))
+        raise ValueError(
+            f"Invalid resume_from_checkpoint: {folder!r} was written {by}, and this run is {now}, which cannot read "
+            "its optimizer. Resume with the accelerate config that made it."
+        )
+    shards = len(list(path.glob("global_step*/*_optim_states.pt")))
+    if engine == "DeepSpeed" and shards not in (0, processes):
+        raise ValueError(
+            f"Invalid resume_from_checkpoint: {folder!r} was written by {shards} processes, and DeepSpeed cannot "
+            f"divide it anew among {processes}. Resume with num_processes: {shards}; FSDP2 and DDP could."
+        )
 
 
 def check_optimizer_state(groups: list[dict[str, Any]], folder: str) -> None:
@@ -183,10 +216,24 @@ def _checkpoints(output_dir: Path) -> list[Path]:
     return [each for _, each in sorted(((int(match[1]), each) for match, each in numbered if match), reverse=True)]
 
 
+def _missing_shards(path: Path) -> str | None:
+    """What is missing of what FSDP or DeepSpeed wrote; None if it is all there."""
+    for each in sorted(path.glob("*_[0-9]")):
+        # torch.distributed.checkpoint writes this last, once all processes have written their shards.
+        if each.is_dir() and not (each / ".metadata").is_file():
+            return f"{each.name}/.metadata is missing"
+    folders = [each.name for each in path.glob("global_step*")]
+    if not folders:
+        return None
+    latest = path / "latest"
+    named = latest.read_text(encoding="utf-8").strip() if latest.is_file() else None
+    return None if named in folders else "latest, which DeepSpeed writes last, is missing"
+
+
 def _missing_state(path: Path) -> str | None:
     """What there should be beside the other states of the optimizer and the random numbers; None if it is all there."""
     random_states = {each.name for each in path.glob("rng_state*.pth")}
-    optimizer = any(path.glob("optimizer*"))
+    optimizer = any(path.glob("optimizer*")) or (path / "latest").is_file()
     scheduler = (path / "scheduler.pt").is_file()
     if not (random_states or optimizer or scheduler):
         return None  # the model alone

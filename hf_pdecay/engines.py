@@ -11,6 +11,11 @@ if TYPE_CHECKING:
     from transformers import Trainer
 
 
+def engine_of(trainer: Trainer) -> str:
+    """Return the name of the engine that shards a run: ``"FSDP"``, ``"DeepSpeed"``, or ``""`` for none."""
+    return "FSDP" if trainer.is_fsdp_enabled else "DeepSpeed" if trainer.is_deepspeed_enabled else ""
+
+
 def check_engine(trainer: Trainer) -> None:
     """Check how a Trainer's run is sharded.
 

@@ -14,10 +14,17 @@ from transformers.modelcard import TrainingSummary
 
 from .arguments import PDecayTrainingArguments
 from .callback import PICTURE_FILE, REPORT_FILE, SparsityCallback
-from .checkpoints import STATE_FILE, agreed_newest_whole, check_checkpoint, check_optimizer_state, check_whole
+from .checkpoints import (
+    STATE_FILE,
+    agreed_newest_whole,
+    check_checkpoint,
+    check_engine_of,
+    check_optimizer_state,
+    check_whole,
+)
 from .control import plan
 from .control_callback import SparsityControlCallback
-from .engines import check_engine, whole_model
+from .engines import check_engine, engine_of, whole_model
 from .model_card import SparsityCard, picture_in
 from .optim import AdamWLp
 from .rules import build_param_groups, decayed_parameter_names, load_rules
@@ -94,6 +101,7 @@ class PDecayTrainerMixin(_Base):
             return  # the Trainer has a sentence for a folder that is not there
         check_checkpoint(self.model, folder)
         check_whole(folder)
+        check_engine_of(folder, engine_of(self), self.args.world_size)
         check_optimizer_state(self._param_groups(self.model), folder)
 
     def create_optimizer(self, model: nn.Module | None = None) -> Optimizer:
