@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+from accelerate import PartialState
+from accelerate.utils import gather_object
 
 
 if TYPE_CHECKING:
@@ -26,6 +29,25 @@ def check_engine(trainer: Trainer) -> None:
         _check_fsdp(trainer)
     if trainer.is_deepspeed_enabled:
         _check_deepspeed(trainer)
+
+
+def check_same(settings: Mapping[str, Any]) -> None:
+    """Check that all processes were given the same settings; each looks at its own, and all of them must call.
+
+    Raises:
+        ValueError: In every process, if they differ.
+    """
+    if PartialState().num_processes == 1:
+        return
+    everyone: list[Mapping[str, Any]] = gather_object([dict(settings)])
+    for name in settings:
+        values = [each[name] for each in everyone]
+        if any(value != values[0] for value in values):
+            other = next(rank for rank, value in enumerate(values) if value != values[0])
+            raise ValueError(
+                f"Invalid {name}: {name}={values[0]!r} in process 0 and {values[other]!r} in process {other}; all must "
+                "be given the same."
+            )
 
 
 @contextmanager

@@ -24,7 +24,7 @@ from .checkpoints import (
 )
 from .control import plan
 from .control_callback import SparsityControlCallback
-from .engines import check_engine, engine_of, whole_model
+from .engines import check_engine, check_same, engine_of, whole_model
 from .model_card import SparsityCard, picture_in
 from .optim import AdamWLp
 from .rules import build_param_groups, decayed_parameter_names, load_rules
@@ -68,6 +68,8 @@ class PDecayTrainerMixin(_Base):
         if not self._decays:
             return
         check_engine(self)
+        same = ("p_norm", "lambda_p", "lp_rules", "weight_decay", "optim_args", "skip_nonfinite")
+        check_same({name: getattr(self.args, name) for name in same} | self.args.control_options)
         groups = self._param_groups(self.model)
         # The number of steps that epochs come to is known later, and is checked then.
         plan(groups, self.args.max_steps if self.args.max_steps > 0 else 1 << 40, **self.args.control_options)

@@ -48,7 +48,15 @@ def zero_config(stage: int, bf16: bool) -> dict[str, Any]:
 
 
 class InOrder(PDecayTrainer):
-    """Takes the data as it lies."""
+    """Takes the data as it lies, and makes the loss of one step NaN on one process."""
+
+    nan_at: int | None = None
+
+    def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
+        loss = super().compute_loss(*args, **kwargs)
+        if self.state.global_step + 1 != self.nan_at or not self.model.training:
+            return loss
+        return loss * (float("nan") if self.is_world_process_zero() else 1.0)
 
     def _get_train_sampler(self, *args: Any, **kwargs: Any) -> Any:
         return SequentialSampler(self.train_dataset)  # type: ignore[arg-type]
@@ -83,7 +91,7 @@ def run(folder: Path, engine: str, case: dict[str, Any]) -> None:
     """Train as a case says, and leave the model and what was found in the case's folder."""
     options = dict(case)
     out = folder / options.pop("name")
-    zeroed, resume = options.pop("zeroed", None), options.pop("resume", None)
+    zeroed, resume, nan_at = (options.pop(name, None) for name in ("zeroed", "resume", "nan_at"))
     world = int(os.environ.get("WORLD_SIZE", "1"))
     accumulate = options.setdefault("gradient_accumulation_steps", 1)
     if engine == "fsdp2":
@@ -109,6 +117,7 @@ def run(folder: Path, engine: str, case: dict[str, Any]) -> None:
     if zeroed is not None:
         torch.nn.init.zeros_(trained.get_parameter(zeroed))
     trainer = InOrder(model=trained, args=args, train_dataset=data())
+    trainer.nan_at = nan_at
     trainer.train(resume_from_checkpoint=resume)
     trainer.save_model()
     loss = trainer.evaluate(data().select(range(64)))["eval_loss"]

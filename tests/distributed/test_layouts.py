@@ -59,7 +59,7 @@ ALONE = LAYOUTS[0]
 
 def launch(folder: Path, layout: Layout, *cases: dict[str, Any]) -> None:
     command = [sys.executable, "-m"]
-    if layout.processes > 1:
+    if layout.engine != "single":
         command += ["torch.distributed.run", "--standalone", f"--nproc_per_node={layout.processes}", "-m"]
     command += ["tests.distributed.layout_run", str(folder), layout.engine, *map(json.dumps, cases)]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "MPLBACKEND": "Agg"}
@@ -96,6 +96,8 @@ class Run:
             assert sparsity == float((self.weights[name] == 0).double().mean())
 
 
+NAN = {"target_sparsity": 0.8, "max_steps": 60, "nan_at": 10}
+
 Runs = dict[str, dict[str, Run]]
 
 
@@ -115,8 +117,9 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
             {"name": "resumed", **TARGET, **resumed},
             {"name": "rules", **RULES},
             {"name": "fixed", **FIXED},
+            {"name": "nan", **NAN},
         )
-        found[layout.name] = {name: Run(folder / name) for name in ("target", "resumed", "rules", "fixed")}
+        found[layout.name] = {name: Run(folder / name) for name in ("target", "resumed", "rules", "fixed", "nan")}
     return found
 
 
@@ -130,7 +133,7 @@ def each_layout(others: bool = False) -> pytest.MarkDecorator:
 
 
 @each_layout()
-@pytest.mark.parametrize("case", ["target", "resumed", "rules", "fixed"])
+@pytest.mark.parametrize("case", ["target", "resumed", "rules", "fixed", "nan"])
 def test_what_is_logged_is_what_is_saved(layout: Layout, case: str, runs: Runs) -> None:
     runs[layout.name][case].check()
 
@@ -161,6 +164,62 @@ def test_what_begins_as_zeros_learns(layout: Layout, runs: Runs) -> None:
     alone, run = runs[ALONE.name]["fixed"].weights[ZEROED], runs[layout.name]["fixed"].weights[ZEROED]
     assert int((alone != 0).sum()) > 0
     assert int((run != 0).sum()) > 0
+
+
+@each_layout()
+def test_a_step_with_nan_on_one_process_harms_none(layout: Layout, runs: Runs) -> None:
+    run = runs[layout.name]["nan"]
+    assert all(each.isfinite().all() for each in run.weights.values())
+    assert run.counted == pytest.approx(0.8, abs=1e-3)
+    assert run.found["eval_loss"] == pytest.approx(runs[ALONE.name]["nan"].found["eval_loss"], abs=0.05)
+
+
+@pytest.mark.parametrize("engine", ["zero1", "zero2", "zero3"])
+def test_deepspeed_in_bfloat16(engine: str, tmp_path: Path) -> None:
+    pytest.importorskip("deepspeed")
+    layout = Layout(engine, engine, 2)
+    resumed = {"resume": str(tmp_path / "target" / "checkpoint-50")}
+    launch(
+        tmp_path,
+        layout,
+        {"name": "target", **TARGET, "bf16": True, "save_strategy": "steps", "save_steps": 50},
+        {"name": "resumed", **TARGET, "bf16": True, **resumed},
+        {"name": "nan", **NAN, "bf16": True},
+    )
+    found = {name: Run(tmp_path / name) for name in ("target", "resumed", "nan")}
+    for run in found.values():
+        run.check()
+        assert run.counted == pytest.approx(0.8, abs=1e-3)
+        assert all(each.isfinite().all() for each in run.weights.values())
+    assert found["target"].found["eval_loss"] < 1
+    for name, each in found["target"].weights.items():
+        assert (each == found["resumed"].weights[name]).all()
+
+
+@pytest.mark.parametrize(
+    ("begun", "ended", "complaint"),
+    [
+        ("FSDP2 × 2", "one process", "was written under FSDP, and this run is on one process or DDP"),
+        ("one process", "FSDP2 × 2", "was written on one process or DDP, and this run is under FSDP"),
+        ("ZeRO-2 × 2", "DDP × 2", "was written under DeepSpeed, and this run is on one process or DDP"),
+    ],
+)
+def test_checkpoints_of_another_engine_are_refused(
+    begun: str, ended: str, complaint: str, runs: Runs, tmp_path: Path
+) -> None:
+    if begun not in runs:
+        pytest.skip("DeepSpeed is not installed")
+    layout = next(each for each in LAYOUTS if each.name == ended)
+    case = {"name": "moved", **TARGET, "resume": str(runs[begun]["target"].folder / "checkpoint-50")}
+    with pytest.raises(AssertionError, match=complaint):
+        launch(tmp_path, layout, case)
+
+
+def test_deepspeed_does_not_divide_anew(runs: Runs, tmp_path: Path) -> None:
+    pytest.importorskip("deepspeed")
+    case = {"name": "moved", **TARGET, "resume": str(runs["ZeRO-2 × 2"]["target"].folder / "checkpoint-50")}
+    with pytest.raises(AssertionError, match="written by 2 processes, and DeepSpeed cannot divide it anew among 1"):
+        launch(tmp_path, Layout("ZeRO-2 × 1", "zero2", 1), case)
 
 
 @each_layout()
