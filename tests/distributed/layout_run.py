@@ -21,7 +21,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, set_seed
 
 from hf_pdecay import PDecayTrainer, PDecayTrainingArguments
 
-from .on_cpu import deepspeed_on_cpu, fsdp_on_cpu
+from .on_cpu import deepspeed_on_cpu, fsdp_on_cpu, tensor_parallel_on_cpu
 
 
 BATCH = 8
@@ -79,6 +79,14 @@ def model(seed: int) -> LlamaForCausalLM:
     return LlamaForCausalLM(config)
 
 
+def divided(folder: Path) -> LlamaForCausalLM:
+    """The same model, its tensors divided among the processes by transformers' own plan."""
+    if torch.distributed.get_rank() == 0:
+        model(0).save_pretrained(folder)
+    torch.distributed.barrier()
+    return LlamaForCausalLM.from_pretrained(folder, tp_plan="auto")
+
+
 def data() -> Dataset:
     generator = torch.Generator().manual_seed(0)
     starts = torch.randint(0, 64, (1024, 1), generator=generator)
@@ -109,11 +117,11 @@ def run(folder: Path, engine: str, case: dict[str, Any]) -> None:
         "learning_rate": 1e-2,
         "warmup_steps": 5,
         "lr_scheduler_type": "cosine",
-        "per_device_train_batch_size": BATCH // world // accumulate,
+        "per_device_train_batch_size": BATCH // (1 if engine == "tp" else world) // accumulate,
         "disable_tqdm": True,
     }
     args = PDecayTrainingArguments(str(out), **(settings | options))
-    trained = model(0)
+    trained = divided(out / "start") if engine == "tp" else model(0)
     if zeroed is not None:
         torch.nn.init.zeros_(trained.get_parameter(zeroed))
     trainer = InOrder(model=trained, args=args, train_dataset=data())
@@ -133,6 +141,8 @@ def main() -> None:
         fsdp_on_cpu()
     elif engine.startswith("zero"):
         deepspeed_on_cpu()
+    elif engine == "tp":
+        tensor_parallel_on_cpu()
     for case in cases:
         run(Path(folder), engine, json.loads(case))
 
