@@ -1,8 +1,8 @@
 """Engines on a CPU: ``… -m tests.distributed.on_cpu SCRIPT ARGS…``, under ``accelerate launch`` or torchrun.
 
-Accelerate takes FSDP and DeepSpeed for matters of accelerators: on a CPU it leaves FSDP off without a word, and under DeepSpeed each
-process alone. Here it is told otherwise, by patches of what it thinks of the processes; all else is what runs on a GPU
-too.
+Accelerate takes FSDP and DeepSpeed for matters of accelerators: on a CPU it leaves FSDP off without a word, and under
+DeepSpeed each process alone. Here it is told otherwise, by patches of what it thinks of the processes; all else is what
+runs on a GPU too.
 """
 
 from __future__ import annotations
