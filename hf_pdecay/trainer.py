@@ -43,7 +43,8 @@ class PDecayTrainerMixin(_Base):
 
     Raises:
         ValueError: Before any training, if ``lp_rules`` match nothing, the checkpoint to resume from is of another
-            model, or the run is sharded by FSDP or DeepSpeed.
+            model, the run is sharded by FSDP or DeepSpeed, or, with any optimizer, if several processes were started
+            that do not find each other.
         OSError: If ``output_dir`` cannot be written to.
     """
 
@@ -53,6 +54,8 @@ class PDecayTrainerMixin(_Base):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         given = kwargs.get("args", args[1] if len(args) > 1 else None)
+        if isinstance(given, PDecayTrainingArguments):
+            _check_world_size(given)
         if isinstance(given, PDecayTrainingArguments) and given.uses_adamw_lp and given.should_save:
             _check_writable(Path(str(given.output_dir)))
         super().__init__(*args, **kwargs)
@@ -213,6 +216,16 @@ def _decay_settings(args: PDecayTrainingArguments) -> dict[str, Any]:
         else ["target_sparsity", *control, "sparsity_budget", "sparsity_decay"]
     )
     return {name: getattr(args, name) for name in dict.fromkeys(names)}
+
+
+def _check_world_size(args: TrainingArguments) -> None:
+    """Raise ValueError if a launcher started more processes than train together: each would train a model alone."""
+    started = int(os.environ.get("WORLD_SIZE", args.world_size))
+    if started != args.world_size:
+        raise ValueError(
+            f"Invalid use_cpu: {started} processes were started (WORLD_SIZE={started}) and world_size="
+            f"{args.world_size}: they do not find each other. On a CPU give use_cpu=True, or start one process."
+        )
 
 
 def _check_writable(folder: Path) -> None:
