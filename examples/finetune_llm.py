@@ -15,6 +15,7 @@ loads with plain `AutoModelForCausalLM.from_pretrained`. The script needs `instr
 """
 
 import logging
+import os
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -36,7 +37,7 @@ from packing import Collator, Example, fit, keeps_apart, model_options, pack, to
 
 
 logger = logging.getLogger("finetune_llm")
-Rows = list[dict[str, Any]]
+Rows = list[tuple[str, Mapping[str, Any]]]  # each with its place, for complaints
 
 
 @dataclass
@@ -52,8 +53,8 @@ class DataArguments(train_clm.DataArguments):
     packing: bool = arg(
         True,
         help="Several examples in a block, which do not see one another. Where the model cannot keep them apart, each "
-        "has a block of its own, filled up: models with a state (Mamba and hybrids), classes that ignore positions that "
-        "begin anew, and flash attention in batches of more than one block. Eager, sdpa and flex attention can.",
+        "has a block of its own, filled up: models with a state (Mamba and hybrids), classes that ignore positions "
+        "which begin anew, and flash attention in batches of more than one block. Eager, sdpa and flex attention can.",
     )
 
 
@@ -70,6 +71,11 @@ def default_options(given: Mapping[str, Any]) -> dict[str, Any]:
     return defaults
 
 
+def placed(rows: Sequence[Mapping[str, Any]], source: str) -> Rows:
+    """Say of each row where it stands."""
+    return [(f"row {number} of {source}", row) for number, row in enumerate(rows, start=1)]
+
+
 def load_rows(data: DataArguments) -> tuple[Rows, Rows, str]:
     """Return the rows for training, those held out, and the name of their source."""
     validation: Rows | None = None
@@ -79,21 +85,25 @@ def load_rows(data: DataArguments) -> tuple[Rows, Rows, str]:
         splits = train_clm.load_table("dataset_name", data.dataset_name, data.dataset_name, data.dataset_config_name)
         if "train" not in splits:
             raise ValueError(f"{source} has no split named train; it has {', '.join(splits)}")
-        train = splits["train"].to_list()
-        validation = splits["validation"].to_list() if "validation" in splits else None
+        train = placed(splits["train"].to_list(), source)
+        if "validation" in splits:
+            validation = placed(splits["validation"].to_list(), f"the split validation of {source}")
     elif data.train_file is not None:
         source = f"--train_file {data.train_file!r}"
-        train = read_rows(data.train_file, "train_file", column)
+        train = placed(read_rows(data.train_file, "train_file", column), source)
     else:
         source = "Python's standard library"
-        train, validation = ([{column: text} for text in part] for part in train_clm.standard_library())
+        parts = train_clm.standard_library()
+        train, validation = (placed([{column: text} for text in part], source) for part in parts)
     if data.validation_file is not None:
-        validation = read_rows(data.validation_file, "validation_file", column)
+        option = f"--validation_file {data.validation_file!r}"
+        validation = placed(read_rows(data.validation_file, "validation_file", column), option)
     if validation is not None:
         return train, validation, source
-    if len(train) == 1 and isinstance(text := train[0].get(column), str):  # the last part of a single text
+    if len(train) == 1 and isinstance(text := train[0][1].get(column), str):  # the last part of a single text
         cut = int(len(text) * (1 - data.validation_fraction))
-        return [{column: text[:cut]}], [{column: text[cut:]}] if text[cut:] else [], source
+        train, validation = (placed([{column: part}], source) if part else [] for part in (text[:cut], text[cut:]))
+        return train, validation, source
     cut = int(len(train) * (1 - data.validation_fraction))
     return train[:cut], train[cut:], source
 
@@ -110,21 +120,20 @@ def to_blocks(examples: Sequence[Example], size: int, most: int | None, packed: 
     return to_dataset([[pieces[number] for number in block] for block in numbers])
 
 
-def can_pack(model: Any, args: PDecayTrainingArguments, sharded: bool) -> bool:
+def can_pack(model: Any, args: PDecayTrainingArguments) -> bool:
     """Whether the model keeps packed examples apart in this run's batches.
 
-    Where it is sharded, weights are not at hand to try it, and what its class says of itself has to do.
+    Under FSDP and DeepSpeed weights are not at hand to try it, and what its class says of itself has to do.
     """
     rows = max(args.per_device_train_batch_size, args.per_device_eval_batch_size)
-    if sharded:
+    if "true" in (os.environ.get("ACCELERATE_USE_FSDP"), os.environ.get("ACCELERATE_USE_DEEPSPEED")):
         flash = "flash" in str(model.config._attn_implementation)
         return model._supports_attention_backend and not model._is_stateful and not (flash and rows > 1)
-    mixed = torch.bfloat16 if args.bf16 else torch.float16
-    low = args.bf16 or args.fp16
+    mixed = args.bf16 or args.fp16
+    exact = model.dtype == torch.float32 and not mixed
     model = model.to(args.device)
-    with torch.autocast(args.device.type, dtype=mixed, enabled=low):
-        tolerance = 1e-3 if model.dtype == torch.float32 and not low else 2e-2
-        return keeps_apart(model, min(rows, 2), tolerance)
+    with torch.autocast(args.device.type, torch.bfloat16 if args.bf16 else torch.float16, enabled=mixed):
+        return keeps_apart(model, min(rows, 2), 1e-3 if exact else 2e-2)
 
 
 def prepare(argv: Sequence[str]) -> tuple[PDecayTrainer, PreTrainedTokenizerBase, DataArguments]:
@@ -150,16 +159,16 @@ def prepare(argv: Sequence[str]) -> tuple[PDecayTrainer, PreTrainedTokenizerBase
         raise ValueError(
             f"The tokenizer {type(tokenizer).__name__} cannot say where tokens lie in a text; give a fast one"
         )
-    packed = data.packing and can_pack(model, args, bool(args.fsdp or args.deepspeed))
+    packed = data.packing and can_pack(model, args)
     if data.packing and not packed:
         logger.warning("%s cannot keep packed examples apart here: each has a block of its own.", type(model).__name__)
     most = {"train": data.max_train_samples, "validation": data.max_eval_samples}
     blocks: dict[str, Dataset] = {}
     for part, rows in (("train", train), ("validation", validation)):
         if rows or part == "train":
-            examples = load_examples(rows, tokenizer, sources[part], data.text_column, data.train_on_prompts)
+            examples = load_examples(rows, tokenizer, data.text_column, data.train_on_prompts)
             blocks[part] = to_blocks(examples, data.block_size, most[part], packed, sources[part])
-    if tokenizer.chat_template is None and any("messages" in row for row in train):
+    if tokenizer.chat_template is None and any("messages" in row for _, row in train):
         tokenizer.chat_template = PLAIN_CHAT
     filling = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     trainer = PDecayTrainer(

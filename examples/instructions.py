@@ -171,22 +171,27 @@ def encode(
 
 
 def load_examples(
-    rows: Sequence[Mapping[str, Any]],
+    rows: Sequence[tuple[str, Mapping[str, Any]]],
     tokenizer: PreTrainedTokenizerBase,
-    source: str,
     text_column: str,
     train_on_prompts: bool = False,
 ) -> list[Example]:
     """Turn rows into examples.
 
+    Args:
+        rows: Each with its place, by which an error names it.
+        tokenizer: One that says where tokens lie in a text.
+        text_column: Column of rows that are just text.
+        train_on_prompts: Whether prompts are to be learned as well.
+
     Raises:
-        ValueError: If a row fits no format; it names the row.
+        ValueError: If a row fits no format.
     """
     texts: list[tuple[Segments, bool]] = []
-    for number, row in enumerate(rows, start=1):
+    for place, row in rows:
         try:
             texts += segments_of(row, tokenizer, text_column)
         except ValueError as error:
-            raise ValueError(f"row {number} of {source} {error}") from error
+            raise ValueError(f"{place} {error}") from error
     parts = (texts[first : first + 1000] for first in range(0, len(texts), 1000))
     return [example for part in parts for example in encode(part, tokenizer, train_on_prompts)]
