@@ -61,11 +61,12 @@ class DataArguments(train_clm.DataArguments):
 def default_options(given: Mapping[str, Any]) -> dict[str, Any]:
     """Return what suits the model and is not `given`."""
     defaults = train_clm.default_options(given) | {"output_dir": "finetune_llm_output", "generate_tokens": 0}
-    # A fraction of the run; transformers 5 has one option for this and for a number of steps.
-    newer = Version(transformers.__version__).major >= 5
+    older = Version(transformers.__version__).major < 5
+    if older:  # what version 5 has by itself; the other kind does not work with DDP
+        defaults["gradient_checkpointing_kwargs"] = {"use_reentrant": False}
     if "warmup_steps" not in given:
         defaults.pop("warmup_steps", None)
-        defaults["warmup_steps" if newer else "warmup_ratio"] = 0.03
+        defaults["warmup_ratio" if older else "warmup_steps"] = 0.03  # of the run
     if "model_name_or_path" in given:
         defaults |= {"learning_rate": 1e-4 if given.get("target_sparsity") else 2e-5, "logging_steps": 10}
     return defaults
@@ -143,8 +144,6 @@ def prepare(argv: Sequence[str]) -> tuple[PDecayTrainer, PreTrainedTokenizerBase
     check_run(args)
     logger.setLevel(logging.INFO if args.process_index == 0 else logging.ERROR)
     args.batch_eval_metrics = True  # as causal_lm_hooks wants it
-    if args.gradient_checkpointing and args.gradient_checkpointing_kwargs is None:
-        args.gradient_checkpointing_kwargs = {"use_reentrant": False}  # the other kind does not work with DDP
     train, validation, source = load_rows(data)
     sources = {"train": source, "validation": f"The validation part of {source}"}
     if data.validation_file is not None:

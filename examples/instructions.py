@@ -24,9 +24,9 @@ ALPACA = (
 ALPACA_HINT = ", paired with an input that provides further context"
 # For tokenizers that have none. It is saved with the tokenizer, so that one chats with the model as it was trained.
 PLAIN_CHAT = (
-    "{% for message in messages %}{{ message['role'] | capitalize }}:\n{{ message['content'] }}"
-    "{% if message['role'] == 'assistant' %}{{ eos_token or '' }}{% endif %}\n\n{% endfor %}"
-    "{% if add_generation_prompt %}Assistant:\n{% endif %}"
+    "{% for message in messages %}{{ message['role'] | capitalize + ':\n' + message['content'] }}"
+    "{% if message['role'] == 'assistant' %}{{ eos_token or '' }}{% endif %}{{ '\n\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'Assistant:\n' }}{% endif %}"
 )
 
 Segments = list[tuple[str, bool]]  # pieces of a text, and whether each is to be learned
