@@ -17,7 +17,7 @@ loads with plain `AutoModelForCausalLM.from_pretrained`. The script needs `instr
 import logging
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from textwrap import shorten
 from typing import Any
@@ -109,14 +109,20 @@ def load_rows(data: DataArguments) -> tuple[Rows, Rows, str]:
     return train[:cut], train[cut:], source
 
 
-def to_blocks(examples: Sequence[Example], size: int, most: int | None, packed: bool, source: str) -> Dataset:
+def to_blocks(examples: Iterable[Example], size: int, most: int | None, packed: bool, source: str) -> Dataset:
     """Divide examples, `most` at the most, over blocks; what is longer than a block counts as several."""
-    pieces = [piece for example in examples for piece in fit(example, size)][:most]
+    pieces: list[Example] = []
+    longer = 0
+    for example in examples:
+        pieces += fit(example, size)
+        longer += len(example) > size
+        if most is not None and len(pieces) >= most:
+            break
+    pieces = pieces[:most]
     if not pieces:
-        raise ValueError(f"{source} has {len(examples)} examples, and in them nothing to learn")
-    longer = sum(len(example) > size for example in examples)
+        raise ValueError(f"{source} has nothing in it to learn")
     if longer:
-        logger.info("%d of %d examples of %s are longer than a block; they are cut.", longer, len(examples), source)
+        logger.info("%d examples of %s are longer than a block of %d tokens; they are cut.", longer, source, size)
     numbers = pack([len(piece) for piece in pieces], size) if packed else [[each] for each in range(len(pieces))]
     return to_dataset([[pieces[number] for number in block] for block in numbers])
 

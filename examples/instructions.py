@@ -175,7 +175,7 @@ def load_examples(
     tokenizer: PreTrainedTokenizerBase,
     text_column: str,
     train_on_prompts: bool = False,
-) -> list[Example]:
+) -> Iterator[Example]:
     """Turn rows into examples.
 
     Args:
@@ -187,11 +187,11 @@ def load_examples(
     Raises:
         ValueError: If a row fits no format.
     """
-    texts: list[tuple[Segments, bool]] = []
-    for place, row in rows:
-        try:
-            texts += segments_of(row, tokenizer, text_column)
-        except ValueError as error:
-            raise ValueError(f"{place} {error}") from error
-    parts = (texts[first : first + 1000] for first in range(0, len(texts), 1000))
-    return [example for part in parts for example in encode(part, tokenizer, train_on_prompts)]
+    for first in range(0, len(rows), 100):
+        texts: list[tuple[Segments, bool]] = []
+        for place, row in rows[first : first + 100]:
+            try:
+                texts += segments_of(row, tokenizer, text_column)
+            except ValueError as error:
+                raise ValueError(f"{place} {error}") from error
+        yield from encode(texts, tokenizer, train_on_prompts)

@@ -115,7 +115,7 @@ def recount(folder: Path) -> tuple[int, int]:
 
 class TestRows:
     def examples(self, instructions: ModuleType, tokenizer: Any, *rows: Any, **options: Any) -> list[Any]:
-        return instructions.load_examples([("row", row) for row in rows], tokenizer, "text", **options)
+        return list(instructions.load_examples([("row", row) for row in rows], tokenizer, "text", **options))
 
     def test_tokens_are_bytes(self, tokenizer: Any) -> None:
         text = "".join(map(chr, [*range(1, 300), 0x20AC, 0x1F600]))
@@ -343,6 +343,7 @@ class TestRuns:
             nll, count = nll + float(each.sum()), count + len(each)
         assert results["eval_perplexity"] == pytest.approx(float(torch.tensor(nll / count).exp()), rel=1e-4)
 
+    @pytest.mark.slow
     def test_a_model_goes_on_with_bf16_checkpointing_and_a_larger_vocabulary(
         self, finetune_llm: ModuleType, options: Callable[..., list[str]], tmp_path: Path
     ) -> None:
