@@ -183,6 +183,17 @@ class TestRows:
         assert (pair.input_ids, pair.labels) == ([257, 97, 98, 256], [-100, -100, 98, 256])
         assert (text.input_ids, text.labels) == ([257, 99, 256], [-100, 99, 256])
 
+    def test_a_token_that_reaches_into_an_answer_is_learned(self, instructions: ModuleType) -> None:
+        from tokenizers import Tokenizer, models
+
+        vocabulary = {"a": 0, "=": 1, "b": 2, "=b": 3, "bb": 4, "<end>": 5}
+        made = Tokenizer(models.BPE(vocab=vocabulary, merges=[("=", "b"), ("b", "b")]))
+        tokenizer = tf.PreTrainedTokenizerFast(tokenizer_object=made, eos_token="<end>")
+        rows = {"prompt": "aa=", "completion": "bbb"}, {"prompt": "a", "completion": "bb"}
+        joined, apart = self.examples(instructions, tokenizer, *rows)
+        assert (joined.input_ids, joined.labels) == ([0, 0, 3, 4, 5], [-100, -100, 3, 4, 5])
+        assert (apart.input_ids, apart.labels) == ([0, 4, 5], [-100, 4, 5])
+
     @pytest.mark.parametrize(
         ("row", "parts"),
         [
@@ -294,6 +305,21 @@ class TestPacking:
         mamba = {"hidden_size": 32, "num_hidden_layers": 1, "vocab_size": 64, "state_size": 4}
         assert not packing.keeps_apart(tf.MambaForCausalLM(tf.MambaConfig(**mamba)), 2)
         assert packing.keeps_apart(tiny_gpt2(), 1)
+
+    def test_where_weights_are_not_at_hand_the_class_decides(
+        self, finetune_llm: ModuleType, make_args: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        args = make_args(per_device_train_batch_size=2, per_device_eval_batch_size=1)
+        monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+        with torch.device("meta"):
+            model = tf.AutoModelForCausalLM.from_config(tf.AutoConfig.for_model(**CONFIGS["llama"]))
+            mamba = tf.MambaForCausalLM(tf.MambaConfig(hidden_size=32, num_hidden_layers=1, vocab_size=64))
+        assert finetune_llm.can_pack(model, args)
+        assert not finetune_llm.can_pack(mamba, args)
+        model.config._attn_implementation_internal = "flash_attention_2"  # which cannot be had here
+        assert not finetune_llm.can_pack(model, args)
+        args.per_device_train_batch_size = 1
+        assert finetune_llm.can_pack(model, args)
 
     @pytest.mark.parametrize(("model", "packed"), [("llama", True), ("opt", False)])
     def test_an_epoch_learns_every_token_of_every_answer_once(
@@ -438,6 +464,13 @@ class TestProcesses:
         one = json.loads((tmp_path / "alone" / "all_results.json").read_text())
         assert results["epoch"] == one["epoch"]  # as many blocks a step
         assert results["eval_perplexity"] == pytest.approx(one["eval_perplexity"], rel=0.02)
+
+    @pytest.mark.slow
+    def test_a_script_of_its_own_complains_without_a_traceback(self, options: Callable[..., list[str]]) -> None:
+        done = self.launch((), *options(p_norm=-1))
+        assert done.returncode == 2
+        assert "Traceback" not in done.stderr
+        assert [line for line in done.stderr.splitlines() if "finetune_llm.py: error:" in line and "p_norm" in line]
 
     @pytest.mark.slow
     @pytest.mark.skipif(torch.cuda.is_available(), reason="two processes would find each other on a GPU")
