@@ -105,7 +105,7 @@ def load_rows(data: DataArguments) -> tuple[Rows, Rows, str]:
         cut = int(len(text) * (1 - data.validation_fraction))
         train, validation = (placed([{column: part}], source) if part else [] for part in (text[:cut], text[cut:]))
         return train, validation, source
-    cut = int(len(train) * (1 - data.validation_fraction))
+    cut = max(1, int(len(train) * (1 - data.validation_fraction)))
     return train[:cut], train[cut:], source
 
 
