@@ -51,7 +51,7 @@ class PDecayTrainerMixin(_Base):
 
     Raises:
         ValueError: Before any training, if ``lp_rules`` match nothing, the checkpoint to resume from is of another
-            model, FSDP or DeepSpeed is set up in a way that cannot work, see :func:`.engines.check_engine`, or, with any
+            model, FSDP or DeepSpeed is set up in a way that cannot work (:func:`.engines.check_engine`), or, with any
             optimizer, if several processes were started that do not find each other.
         OSError: If ``output_dir`` cannot be written to.
     """

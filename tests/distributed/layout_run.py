@@ -38,7 +38,7 @@ FSDP2 = {
 def zero_config(stage: int, bf16: bool) -> dict[str, Any]:
     return {
         "zero_optimization": {"stage": stage, "stage3_gather_16bit_weights_on_model_save": True}
-        | ({"stage3_param_persistence_threshold": 100, "sub_group_size": 20_000} if stage == 3 else {}),
+        | ({"stage3_param_persistence_threshold": 2000, "sub_group_size": 20_000} if stage == 3 else {}),
         "bf16": {"enabled": bf16},
         "gradient_accumulation_steps": "auto",
         "train_batch_size": "auto",
