@@ -39,8 +39,9 @@ _ASSUMED_TENSORS = 300
 _INT64 = _FLOAT64 = 8
 _SCORE = 4  # scores are float32, unless weights are float64
 _SCORE_BITS = 31  # of which the sign is none
-# Bytes of temporaries at the most for each weight of a chunk that is ranked, and for each in the bracket.
-_RANKED, _BRACKETED = 20, 20
+# Bytes of temporaries at the most for each weight of a chunk that is ranked (with equal scores, which are counted in
+# int64), and for each in the bracket.
+_RANKED, _BRACKETED = 40, 20
 # For each weight of a chunk that is counted: its magnitude and a mask; and a mask of a whole tensor on a GPU.
 _COUNTED, _MASK = 5, 1
 
@@ -166,7 +167,8 @@ class Added:
     """What hf_pdecay adds to AdamW under a layout, for each process.
 
     Args:
-        step: Communication of each step.
+        step: Communication of each step, but for tensors that begin wholly zero: a CPU asks once a step whether each is
+            still so until it is not, a GPU in all steps.
         cut: Of each cut by a target, where no equal scores have to be told apart.
         lambda_p: Of each time that λ_p is set, which is after most cuts.
         log: Of each log event.
@@ -376,7 +378,7 @@ def memory_of(size: ModelSize, layout: str, setup: Setup) -> Memory:
     whole, held = size.parameters, sum(_held(size.tensors, layout, setup.gpus))
     low = setup.mixed_precision == "bf16"
     if layout in _ZERO:
-        # DeepSpeed casts the model and steps a float32 copy of its partition; stage 3 without one where it would be alike.
+        # DeepSpeed casts the model and steps a float32 copy of its partition, which stage 3 spares in float32.
         each = DTYPES["bfloat16" if low else "float32"]
         weights, gradients, stepped = each * (whole if layout == "zero2" else held), each * held, "float32"
         master = 0 if layout == "zero3" and not low else DTYPES["float32"] * held
