@@ -9,7 +9,7 @@ from typing import Any
 from transformers import TrainingArguments
 from transformers.training_args import OptimizerNames
 
-from .control import DECAY, SHAPES, check_decay, check_schedule
+from .control import BEGIN, DECAY, END, SHAPES, check_decay, check_schedule
 from .decay import check_lambda_p, check_p_norm
 from .optim.backends import check_backend
 from .optim.moments import check_moments
@@ -83,11 +83,11 @@ class PDecayTrainingArguments(TrainingArguments):
         },
     )
     sparsity_begin: float = field(
-        default=0.1,
+        default=BEGIN,
         metadata={"help": "Fraction of the run after which zeros begin, for target_sparsity and p_norm_begin."},
     )
     sparsity_end: float = field(
-        default=0.75,
+        default=END,
         metadata={"help": "Fraction of the run after which the target is reached and zeros stay."},
     )
     sparsity_schedule: str = field(

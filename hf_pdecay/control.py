@@ -41,6 +41,9 @@ _LAST_DECAY = 0.99
 # group decays at other times, and goes on rounding stochastically and on its fast path.
 IDLE = 1e-300
 
+# Fractions of a run between which its zeros come, by default.
+BEGIN, END = 0.1, 0.75
+
 # Strength of the decay by default, from the figures in docs/choosing.md.
 DECAY = 0.3
 
@@ -121,8 +124,8 @@ class SparsityControl:
         total_steps: int,
         *,
         target_sparsity: float | None = None,
-        sparsity_begin: float = 0.1,
-        sparsity_end: float = 0.75,
+        sparsity_begin: float = BEGIN,
+        sparsity_end: float = END,
         sparsity_schedule: str = "cubic",
         sparsity_budget: str = "global",
         sparsity_decay: float = DECAY,

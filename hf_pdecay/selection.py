@@ -19,11 +19,11 @@ from .optim.distributed import Groups, total
 
 
 # Weights looked at at a time, which bounds the temporaries; on a CPU they stay in the cache between operations.
-_CPU_CHUNK = 1 << 16
-_DEVICE_CHUNK = 1 << 22
-_SAMPLE = 1 << 15
+CPU_CHUNK = 1 << 16
+DEVICE_CHUNK = 1 << 22
+SAMPLE = 1 << 15
 # Bits by which scores are told apart at a time.
-_DIGIT = 11
+DIGIT = 11
 
 # Second moment of weights that never had a gradient: by it they rank below all others, and yet by their magnitudes.
 _LEAST = 1e-30
@@ -100,7 +100,7 @@ class Ranking:
         """
         size = len(self._sample)
         at = count / self.numel * size
-        margin = 6 * (at * (1 - at / size)) ** 0.5 + 6
+        margin = bracket_margin(at, size)
         while True:
             first, last = int(at - margin), int(at + margin)
             low = float(self._sample[first]) if first > 0 else 0.0
@@ -125,7 +125,7 @@ class Ranking:
         bits = {groups: each.view(whole) for groups, each in inside.items()}
         shift, prefix = torch.iinfo(whole).bits - 1, 0
         while shift > 0:
-            width = min(_DIGIT, shift)
+            width = min(DIGIT, shift)
             shift -= width
             digits = {groups: (each >> shift) & ((1 << width) - 1) for groups, each in bits.items()}
             counts = {groups: torch.bincount(each, minlength=1 << width) for groups, each in digits.items()}
@@ -139,8 +139,7 @@ class Ranking:
 
     def _take_sample(self) -> Tensor:
         """Scores at even distances through all tensors, sorted."""
-        stride = max(1, self.numel // _SAMPLE)
-        stride += stride > 1 and stride % 2 == 0  # no column of a matrix of even width comes up time and again
+        stride = sample_stride(self.numel)
         device = self._tensors[0].weight.device
         size = -(-self.numel // stride)
         parts = {each.groups: torch.zeros(size, dtype=self._dtype, device=device) for each in self._tensors}
@@ -173,6 +172,17 @@ class Ranking:
         }
         totals = total(counts).tolist()
         return totals[0], totals[1], found
+
+
+def sample_stride(numel: int) -> int:
+    """Return the distance from one weight of the sample to the next, given how many weights there are."""
+    stride = max(1, numel // SAMPLE)
+    return stride + (stride > 1 and stride % 2 == 0)  # no column of a matrix of even width comes up time and again
+
+
+def bracket_margin(at: float, size: int) -> float:
+    """Return how wide the bracket around place ``at`` of a sorted sample of ``size`` is to each side, in places."""
+    return 6 * (at * (1 - at / size)) ** 0.5 + 6
 
 
 def scores(tensor: Ranked, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -255,7 +265,7 @@ def _flat(tensor: Ranked) -> Ranked:
 
 
 def _pieces(flat: Ranked) -> Iterator[Ranked]:
-    size = _CPU_CHUNK if flat.weight.is_cpu else _DEVICE_CHUNK
+    size = CPU_CHUNK if flat.weight.is_cpu else DEVICE_CHUNK
     for start in range(0, flat.weight.numel(), size):
         piece, second = slice(start, start + size), flat.exp_avg_sq
         yield flat._replace(weight=flat.weight[piece], exp_avg_sq=None if second is None else second[piece])

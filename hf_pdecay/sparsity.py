@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 NEAR_ZERO_THRESHOLD = 1e-13
 
-_CHUNK = 1 << 24
+CHUNK = 1 << 24
 _TABLE_ROWS = 40
 
 
@@ -312,7 +312,7 @@ def _count(param: Tensor, near_zero_threshold: float) -> Tensor:
     weights = held(param).weight
     zeros = weights.numel() - torch.count_nonzero(weights)
     below = torch.zeros((), dtype=torch.int64, device=weights.device)
-    for piece in weights.reshape(-1).split(_CHUNK):
+    for piece in weights.reshape(-1).split(CHUNK):
         below += (piece.abs() < near_zero_threshold).sum()
     norm = torch.linalg.vector_norm(weights, dtype=torch.promote_types(weights.dtype, torch.float32))
     return torch.stack([zeros, below, norm.double().square().view(torch.int64)])

@@ -16,6 +16,7 @@ def _loaded_after(statement: str) -> set[str]:
 def test_import_loads_nothing_heavy() -> None:
     loaded = _loaded_after("import hf_pdecay")
     assert not loaded & {"torch", "transformers", "matplotlib", "rich", "datasets", "evaluate", "jinja2"}
+    assert not loaded & {"argparse", "hf_pdecay.cli", "hf_pdecay.estimate"}
 
 
 def test_the_optimizer_needs_torch_alone() -> None:
@@ -29,6 +30,11 @@ def test_the_trainer_loads_no_drawing_and_no_measuring() -> None:
     before = _loaded_after("from transformers import Trainer")
     loaded = _loaded_after("from hf_pdecay import PDecayTrainer, PDecayTrainingArguments, SparsityCallback")
     assert not (loaded - before) & {"matplotlib", "evaluate", "jinja2", "pandas", "rich"}
+
+
+def test_help_of_the_command_line_loads_nothing_heavy() -> None:
+    loaded = _loaded_after("from hf_pdecay.cli import main")
+    assert not loaded & {"torch", "transformers", "rich", "hf_pdecay.estimate"}
 
 
 def test_public_names() -> None:

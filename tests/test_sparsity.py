@@ -89,7 +89,7 @@ def test_odd_parameters() -> None:
 
 
 def test_a_large_tensor_is_counted_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("hf_pdecay.sparsity._CHUNK", 7)
+    monkeypatch.setattr("hf_pdecay.sparsity.CHUNK", 7)
     layer = nn.Linear(10, 10, bias=False)
     with torch.no_grad():
         layer.weight.fill_(1e-20)

@@ -1,0 +1,82 @@
+"""The command line: ``hf-pdecay COMMAND …``, or ``python -m hf_pdecay COMMAND …``.
+
+A command is a function that adds its parser and one that does it, which imports what it needs: help comes at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from ._version import __version__
+
+
+if TYPE_CHECKING:
+    Commands = argparse._SubParsersAction[argparse.ArgumentParser]
+
+# Exit code of what cannot be done as it was asked for, as argparse has it.
+_USAGE = 2
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command.
+
+    Args:
+        argv: Its words; those of the process if None.
+
+    Returns:
+        The exit code: 0, or 2 for a wrong argument, about which a sentence goes to stderr.
+    """
+    parser = argparse.ArgumentParser(prog="hf-pdecay", description="Sparse models from ordinary training.")
+    parser.add_argument("--version", action="version", version=f"hf-pdecay {__version__}")
+    commands = parser.add_subparsers(title="commands", dest="command", metavar="COMMAND", required=True)
+    _add_estimate(commands)
+    options = parser.parse_args(argv)
+    try:
+        code: int = options.run(options)
+    except ValueError as error:
+        sys.stderr.write(f"hf-pdecay {options.command}: {error}\n")
+        return _USAGE
+    return code
+
+
+def _add_estimate(commands: Commands) -> None:
+    parser = commands.add_parser(
+        "estimate",
+        help="say what training a model takes, in memory and communication, without loading its weights",
+        description="Bytes per parameter and per GPU for weights, gradients, moments and master weights under each "
+        "layout, and what hf_pdecay adds in memory and communication. No weights are loaded.",
+    )
+    parser.add_argument("model", nargs="?", metavar="CONFIG_OR_FOLDER", help="a folder with config.json, or a Hub name")
+    parser.add_argument("--parameters", type=float, metavar="N", help="number of parameters in place of a model: 8e9")
+    parser.add_argument("--layout", default="all", help="single, ddp, fsdp2, zero2, zero3 or all (all)")
+    parser.add_argument("--gpus", type=int, default=8, help="number of GPUs (8); single takes one")
+    parser.add_argument("--mixed_precision", default="bf16", help="as in the accelerate config: bf16 or no (bf16)")
+    parser.add_argument("--dtype", default="float32", help="of the weights as loaded: float32 or bfloat16 (float32)")
+    parser.add_argument("--moments", help="float32, bfloat16 or 8bit; by default the dtype of the weights stepped")
+    parser.add_argument("--max_steps", type=int, default=1000, help="optimizer steps of the run, for its cuts (1000)")
+    parser.add_argument("--json", action="store_true", help="print JSON in place of tables")
+    parser.set_defaults(run=_estimate)
+
+
+def _estimate(options: argparse.Namespace) -> int:
+    from .estimate import Setup, estimate, from_parameters, from_pretrained
+
+    if (options.model is None) == (options.parameters is None):
+        raise ValueError("Name a folder with config.json, or give --parameters N, such as 8e9: one of the two.")
+    setup = Setup(options.gpus, options.mixed_precision, options.dtype, options.moments, options.max_steps)
+    found = estimate(
+        from_pretrained(options.model) if options.parameters is None else from_parameters(options.parameters),
+        setup,
+        options.layout,
+    )
+    if options.json:
+        sys.stdout.write(json.dumps(found.to_dict(), indent=2) + "\n")
+    else:
+        from rich.console import Console
+
+        Console().print(found)
+    return 0

@@ -1,0 +1,81 @@
+"""All-reduces of a run under FSDP2 beside those of `estimate.py`: ``python -m tests.traffic_run OUTPUT_DIR``.
+
+To be run by torchrun on two processes. Each writes ``rank{N}.json``: for each part of each step what it sent.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.fsdp import fully_shard
+
+from hf_pdecay import AdamWLp, measure_sparsity
+from hf_pdecay.control import SparsityControl
+from hf_pdecay.estimate import added_by, cuts, of_model
+from hf_pdecay.rules import build_param_groups
+
+
+STEPS = 60
+WIDTHS = {"few weights": 24, "more than the sample has": 210}
+
+
+def model(width: int) -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Linear(8, width), nn.ReLU(), nn.Linear(width, width), nn.LayerNorm(width), nn.Linear(width, 5)
+    )
+
+
+def watched(sent: list[int], call: Callable[[], Any]) -> list[int]:
+    """Do something, and return how many all-reduces it made of how many bytes in all."""
+    sent.clear()
+    call()
+    return [len(sent), sum(sent)]
+
+
+def run(width: int) -> dict[str, Any]:
+    net = model(width)
+    size = of_model(net)
+    fully_shard(net)
+    optimizer = AdamWLp(build_param_groups(net, p_norm=0.8, lambda_p=0.0), lr=1e-3)
+    control = SparsityControl(optimizer, STEPS, target_sparsity=0.5)
+    sent: list[int] = []
+    all_reduce = dist.all_reduce
+
+    def spy(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        sent.append(tensor.numel() * tensor.element_size())
+        return all_reduce(tensor, *args, **kwargs)
+
+    dist.all_reduce = spy
+    found: dict[str, list[list[int]]] = {"step": [], "cut": [], "lambda_p": [], "log": [], "no cut": []}
+    try:
+        for step in range(1, STEPS + 1):
+            net(torch.randn(4, 8, generator=torch.Generator().manual_seed(step))).square().mean().backward()
+            found["lambda_p"].append(watched(sent, lambda step=step: control.before_step(step)))
+            found["step"].append(watched(sent, optimizer.step))
+            name = "cut" if control.schedule.cuts(step) else "no cut"
+            found[name].append(watched(sent, lambda step=step: control.after_step(step)))
+            optimizer.zero_grad()
+            found["log"].append(watched(sent, lambda: measure_sparsity(net)))
+    finally:
+        dist.all_reduce = all_reduce
+    return {"found": found, "said": asdict(added_by(size, "fsdp2", 2)), "cuts": cuts(STEPS)}
+
+
+def main() -> None:
+    dist.init_process_group("gloo")
+    results = {name: run(width) for name, width in WIDTHS.items()}
+    (Path(sys.argv[1]) / f"rank{dist.get_rank()}.json").write_text(json.dumps(results))
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
