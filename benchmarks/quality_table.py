@@ -163,7 +163,7 @@ def draw(results: Sequence[Line], runs: Sequence[Run], path: Path) -> None:
             if not points:
                 continue
             zeros_, mean, low, high = (list(values) for values in zip(*points, strict=True))
-            color = (*(f"C{place}" for place in range(8)), "black")[number]
+            color = (*(f"C{place}" for place in range(10)), "black")[number]
             if method == "dense":
                 axis.axhline(mean[0], color="gray", linestyle=":", label=NAMES[method])
                 continue
