@@ -179,6 +179,10 @@ def draw(results: Sequence[Line], runs: Sequence[Run], path: Path) -> None:
                 linestyle="--" if method in ("pdecay_fixed", "torchao_lasso") else "-",
                 capsize=2,
             )
+        healed = [line[key] for run in some if run.method != "one_shot_unhealed" for line in _lines(results, [run])]
+        if key == "test_loss" and healed:
+            margin = 0.05 * (max(healed) - min(healed))
+            axis.set_ylim(min(healed) - margin, max(healed) + margin)  # what is not healed lies far above
         axis.set_xlabel("exact zeros in the pruned weights, %")
         axis.set_ylabel(key.replace("_", " "))
         axis.set_title(task)
