@@ -8,7 +8,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from accelerate.utils import HfDeepSpeedConfig
+from accelerate.utils.deepspeed import HfDeepSpeedConfig
 
 from hf_pdecay.checkpoints import check_engine_of
 from hf_pdecay.engines import check_engine, engine_of
