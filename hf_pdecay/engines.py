@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
 
@@ -52,7 +53,16 @@ def check_same(settings: Mapping[str, Any]) -> None:
 
 
 def check_world_size(args: TrainingArguments) -> None:
-    """Raise ValueError if a launcher started more processes than train together: each would train a model alone."""
+    """Raise ValueError if a launcher started more processes than can train together.
+
+    On a CPU each would train a model alone; several on one GPU end in an error of NCCL, or wait for ever.
+    """
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if args.device.type == "cuda" and here > torch.cuda.device_count():
+        raise ValueError(
+            f"Invalid num_processes: {here} processes were started on a machine of {torch.cuda.device_count()} GPUs. "
+            "Start one for each, by num_processes in the accelerate config."
+        )
     started = int(os.environ.get("WORLD_SIZE", args.world_size))
     if started != args.world_size:
         raise ValueError(

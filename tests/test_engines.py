@@ -8,10 +8,11 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from accelerate.utils.deepspeed import HfDeepSpeedConfig
 
 from hf_pdecay.checkpoints import check_engine_of
-from hf_pdecay.engines import check_engine, engine_of
+from hf_pdecay.engines import check_engine, check_world_size, engine_of
 
 
 def trainer(fsdp: int | None = None, deepspeed: dict[str, Any] | None = None) -> Any:
@@ -88,6 +89,17 @@ def test_checkpoints_are_known_by_their_engine(
 def test_a_checkpoint_of_the_model_alone_is_read_by_all(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").write_text("")
     check_engine_of(str(tmp_path), "FSDP", 2)
+
+
+def test_more_processes_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    args: Any = SimpleNamespace(device=torch.device("cuda", 0), world_size=8)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(ValueError, match="8 processes were started on a machine of 1 GPUs"):
+        check_world_size(args)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
+    check_world_size(args)
 
 
 def zero(stage: int, **settings: Any) -> dict[str, Any]:

@@ -98,6 +98,9 @@ def data() -> Dataset:
 def run(folder: Path, engine: str, case: dict[str, Any]) -> None:
     """Train as a case says, and leave the model and what was found in the case's folder."""
     options = dict(case)
+    differing = options.pop("differing", {})
+    if os.environ.get("RANK", "0") != "0":
+        options |= differing
     out = folder / options.pop("name")
     zeroed, resume, nan_at = (options.pop(name, None) for name in ("zeroed", "resume", "nan_at"))
     world = int(os.environ.get("WORLD_SIZE", "1"))

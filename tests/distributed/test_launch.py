@@ -93,7 +93,7 @@ def test_the_bare_loop_under_each_config(folder: Path, tmp_path: Path) -> None:
         assert all((each == resumed[name]).all() for name, each in whole.items())
 
 
-@pytest.mark.parametrize("script", ["train_clm.py"])
+@pytest.mark.parametrize("script", ["train_clm.py", "finetune_llm.py"])
 def test_the_trainer_under_each_config(script: str, folder: Path, tmp_path: Path) -> None:
     for engine in ("single", *ENGINES):
         size = 8 if engine == "single" else 4

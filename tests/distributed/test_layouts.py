@@ -225,6 +225,11 @@ def test_checkpoints_of_another_engine_are_refused(
         launch(tmp_path, layout, case)
 
 
+def test_settings_that_differ_between_processes_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(AssertionError, match=r"p_norm=0\.8 in process 0 and 0\.5 in process 1"):
+        launch(tmp_path, LAYOUTS[1], {"name": "mixed", **TARGET, "differing": {"p_norm": 0.5}})
+
+
 def test_deepspeed_does_not_divide_anew(runs: Runs, tmp_path: Path) -> None:
     pytest.importorskip("deepspeed")
     case = {"name": "moved", **TARGET, "resume": str(runs["ZeRO-2 × 2"]["target"].folder / "checkpoint-50")}
