@@ -16,7 +16,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, set_seed
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = ROOT / "examples" / "accelerate_configs"
-LAUNCH = ("-m", "accelerate.commands.launch", "--num_processes=2", "--mixed_precision=no")
+LAUNCH = ("-m", "accelerate.commands.launch", "--main_process_port=0", "--num_processes=2", "--mixed_precision=no")
 # torch's FSDP refuses to offload from a CPU to a CPU.
 ENGINES = ("ddp", "fsdp2", "zero2", "zero3")
 
