@@ -169,7 +169,9 @@ class Added:
     Args:
         step: Communication of each step, but for tensors that begin wholly zero: a CPU asks once a step whether each is
             still so until it is not, a GPU in all steps.
-        cut: Of each cut by a target, where no equal scores have to be told apart.
+        cut: Of each cut by a target, without ``ties``.
+        ties: What a cut takes more where some of several equal scores are zeroed and some not: rare among few float32
+            weights, usual from some ten million on, as there are only so many float32 numbers, and in bfloat16.
         lambda_p: Of each time that λ_p is set, which is after most cuts.
         log: Of each log event.
         cut_bytes: Temporaries during a cut on a GPU, at the most where weights are not all alike.
@@ -178,6 +180,7 @@ class Added:
 
     step: Traffic
     cut: Traffic
+    ties: Traffic
     lambda_p: Traffic
     log: Traffic
     cut_bytes: int
@@ -261,7 +264,7 @@ class Estimate:
         for layout, added in self.added.items():
             table.add_row(
                 layout,
-                *(_traffic_cell(each) for each in (added.step, added.cut, added.lambda_p, added.log)),
+                *(_traffic_cell(each) for each in (added.step, added.cut + added.ties, added.lambda_p, added.log)),
                 f"{added.cut_bytes / 2**20:.0f}",
                 f"{added.log_bytes / 2**20:.0f}",
             )
@@ -399,12 +402,11 @@ def added_by(size: ModelSize, layout: str, gpus: int) -> Added:
     """Return what hf_pdecay adds to AdamW for a model under a layout."""
     decayed = size.decayed
     numel, held = size.decayed_parameters, _held(decayed, layout, gpus)
-    step = cut = lambda_p = log = Traffic()
+    step = cut = ties = lambda_p = log = Traffic()
     if decayed and layout in _STEP_SHARDED:
-        # The table of who has how many weights of which tensor, and the sample.
-        stride = sample_stride(numel)
-        ranking = Traffic(1, len(decayed) * gpus * _INT64) + Traffic(1, -(-numel // stride) * _SCORE)
-        lambda_p = ranking
+        # The table of who has how many weights of which tensor, or how many that are equal in score; and the sample.
+        ties = Traffic(1, len(decayed) * gpus * _INT64)
+        lambda_p = ranking = ties + Traffic(1, -(-numel // sample_stride(numel)) * _SCORE)
         # How many are below and in the bracket, and the digits of the score.
         cut = ranking + Traffic(1, 2 * _INT64)
         for left in range(_SCORE_BITS, 0, -DIGIT):
@@ -420,6 +422,7 @@ def added_by(size: ModelSize, layout: str, gpus: int) -> Added:
     return Added(
         step,
         cut,
+        ties,
         lambda_p,
         log,
         cut_bytes=_RANKED * min(largest_cut, DEVICE_CHUNK) + round(_BRACKETED * bracket * sum(held)),
