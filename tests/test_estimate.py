@@ -141,7 +141,8 @@ def test_all_layouts_leave_out_what_cannot_be() -> None:
 def test_whole_tensors_need_no_communication() -> None:
     for layout in ("single", "ddp"):
         added = added_by(est.from_parameters(1e9), layout, 8)
-        assert [each.all_reduces for each in (added.step, added.cut, added.lambda_p, added.log)] == [0] * 4
+        parts = added.step, added.cut, added.ties, added.lambda_p, added.log
+        assert [each.all_reduces for each in parts] == [0] * 5
 
 
 @pytest.mark.parametrize("max_steps", [20, 100, 1000, 4321])
@@ -225,6 +226,7 @@ def test_communication_is_that_of_real_processes(traffic: list[dict[str, Any]], 
         }
         assert len(found["cut"]) == rank[case]["cuts"] > 3
         assert found["cut"] == [expected["cut"]] * len(found["cut"])
+        assert rank[case]["tied"] == [a + b for a, b in zip(expected["cut"], expected["ties"], strict=True)]
         assert set(map(tuple, found["no cut"])) == {(0, 0)}
         assert found["log"] == [expected["log"]] * len(found["log"])
         # The first step also looks which tensors are wholly zero; the bias of the norm is, until the second step.
