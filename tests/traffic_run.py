@@ -21,12 +21,13 @@ from torch.distributed.fsdp import fully_shard
 
 from hf_pdecay import AdamWLp, measure_sparsity
 from hf_pdecay.control import SparsityControl
-from hf_pdecay.estimate import added_by, cuts, of_model
+from hf_pdecay.estimate import added_by, cuts
+from hf_pdecay.model_size import of_model
 from hf_pdecay.rules import build_param_groups
 
 
 STEPS = 60
-WIDTHS = {"few weights": 24, "more than the sample has": 210}
+WIDTHS = {"few weights": 24, "more than the sample has": 270}
 
 
 def model(width: int) -> nn.Module:
