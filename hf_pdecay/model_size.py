@@ -1,4 +1,4 @@
-"""How large a model is, tensor by tensor: from its config on the meta device, or from its number of parameters alone."""
+"""How large a model is, tensor by tensor: from its config on the meta device, or from a number of parameters alone."""
 
 from __future__ import annotations
 
