@@ -163,7 +163,7 @@ def draw(results: Sequence[Line], runs: Sequence[Run], path: Path) -> None:
             if not points:
                 continue
             zeros_, mean, low, high = (list(values) for values in zip(*points, strict=True))
-            color = (*(f"C{place}" for place in range(8)), "black")[number]
+            color = (*(f"C{place}" for place in range(10)), "black")[number]
             if method == "dense":
                 axis.axhline(mean[0], color="gray", linestyle=":", label=NAMES[method])
                 continue
@@ -179,6 +179,10 @@ def draw(results: Sequence[Line], runs: Sequence[Run], path: Path) -> None:
                 linestyle="--" if method in ("pdecay_fixed", "torchao_lasso") else "-",
                 capsize=2,
             )
+        healed = [line[key] for run in some if run.method != "one_shot_unhealed" for line in _lines(results, [run])]
+        if key == "test_loss" and healed:
+            margin = 0.05 * (max(healed) - min(healed))
+            axis.set_ylim(min(healed) - margin, max(healed) + margin)  # what is not healed lies far above
         axis.set_xlabel("exact zeros in the pruned weights, %")
         axis.set_ylabel(key.replace("_", " "))
         axis.set_title(task)

@@ -71,7 +71,8 @@ class LoopArguments:
             if getattr(self, name) < least:
                 raise ValueError(f"--{name} {getattr(self, name)} must be at least {least}")
         folder = self.resume_from_checkpoint
-        if folder is not None and not any(Path(folder).glob("optimizer*")):
+        # DeepSpeed writes `latest` in place of an optimizer.
+        if folder is not None and not any(any(Path(folder).glob(mark)) for mark in ("optimizer*", "latest")):
             raise ValueError(f"--resume_from_checkpoint {folder!r} is no checkpoint; name a folder step-N")
 
 

@@ -59,6 +59,7 @@ class ModelArguments:
     preset: str | None = arg(None, help="Size to train from scratch, tiny by default.", choices=list(PRESETS))
     tokenizer_name: str | None = arg(None, help="Tokenizer, a folder or Hub id, if not the model's.")
     dtype: Literal["float32", "bfloat16", "float16", "auto"] = arg("float32", help="Type of the weights.")
+    attn_implementation: str | None = arg(None, help="Attention: eager, sdpa, flash_attention_2; or the model's own.")
     trust_remote_code: bool = arg(False, help="Run the code that a model of the Hub brings along.")
 
     def __post_init__(self) -> None:
@@ -239,10 +240,12 @@ def load_tokenizer(model: ModelArguments) -> Tokenizer | None:
     return None
 
 
-def load_model(model: ModelArguments, tokenizer: Tokenizer | None, data: DataArguments) -> Any:
-    """Build or load the model, and settle the block size."""
+def load_model(model: ModelArguments, tokenizer: Tokenizer | None, data: DataArguments, grow: bool = False) -> Any:
+    """Build or load the model, and settle the block size; `grow` it where the tokenizer has tokens that it lacks."""
     remote = {"trust_remote_code": model.trust_remote_code}
-    dtype = {} if model.dtype == "auto" else {"dtype": getattr(torch, model.dtype)}
+    options: dict[str, Any] = {} if model.dtype == "auto" else {"dtype": getattr(torch, model.dtype)}
+    if model.attn_implementation is not None:
+        options["attn_implementation"] = model.attn_implementation
     vocabulary = 256 if tokenizer is None else len(tokenizer)
     option = "config_name" if model.model_name_or_path is None else "model_name_or_path"
     name = getattr(model, option)
@@ -250,7 +253,7 @@ def load_model(model: ModelArguments, tokenizer: Tokenizer | None, data: DataArg
         special = {key: getattr(tokenizer, key, None) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
         shape: dict[str, Any] = {"vocab_size": vocabulary, "max_position_embeddings": data.block_size, **special}
         config = AutoConfig.for_model(**PRESETS[model.preset or "tiny"][0], **shape)
-        return AutoModelForCausalLM.from_config(config, **dtype)
+        return AutoModelForCausalLM.from_config(config, **options)
     try:
         config = AutoConfig.from_pretrained(name, **remote)
     except (OSError, ValueError) as error:
@@ -259,15 +262,19 @@ def load_model(model: ModelArguments, tokenizer: Tokenizer | None, data: DataArg
     data.block_size = data.block_size or min(longest, 1024)
     if data.block_size > longest:
         raise ValueError(f"--block_size {data.block_size} is more than the {longest} positions of --{option} {name!r}")
-    if config.vocab_size < vocabulary:
+    if config.vocab_size < vocabulary and not grow:
         raise ValueError(
             f"--{option} {name!r} has {config.vocab_size} tokens, the text {vocabulary}; name its tokenizer"
         )
     if model.model_name_or_path is None:
-        return AutoModelForCausalLM.from_config(config, **dtype, **remote)
-    if tokenizer is None and config.vocab_size != 256:  # it did not learn bytes
+        loaded = AutoModelForCausalLM.from_config(config, **options, **remote)
+    elif tokenizer is None and config.vocab_size != 256:  # it did not learn bytes
         raise ValueError(f"--{option} {name!r} has no tokenizer with it; give --tokenizer_name")
-    return AutoModelForCausalLM.from_pretrained(name, **dtype, **remote)
+    else:
+        loaded = AutoModelForCausalLM.from_pretrained(name, **options, **remote)
+    if config.vocab_size < vocabulary:
+        loaded.resize_token_embeddings(vocabulary)
+    return loaded
 
 
 def prepare(argv: Sequence[str]) -> tuple[PDecayTrainer, Tokenizer | None, DataArguments]:

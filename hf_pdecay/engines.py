@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
 
 
 if TYPE_CHECKING:
-    from transformers import Trainer
+    from transformers import Trainer, TrainingArguments
 
 
 def engine_of(trainer: Trainer) -> str:
@@ -48,6 +50,25 @@ def check_same(settings: Mapping[str, Any]) -> None:
                 f"Invalid {name}: {name}={values[0]!r} in process 0 and {values[other]!r} in process {other}; all must "
                 "be given the same."
             )
+
+
+def check_world_size(args: TrainingArguments) -> None:
+    """Raise ValueError if a launcher started more processes than can train together.
+
+    On a CPU each would train a model alone; several on one GPU end in an error of NCCL, or wait for ever.
+    """
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if args.device.type == "cuda" and here > torch.cuda.device_count():
+        raise ValueError(
+            f"Invalid num_processes: {here} processes were started on a machine of {torch.cuda.device_count()} GPUs. "
+            "Start one for each, by num_processes in the accelerate config."
+        )
+    started = int(os.environ.get("WORLD_SIZE", args.world_size))
+    if started != args.world_size:
+        raise ValueError(
+            f"Invalid use_cpu: {started} processes were started (WORLD_SIZE={started}) and world_size="
+            f"{args.world_size}: they do not find each other. On a CPU give use_cpu=True, or start one process."
+        )
 
 
 @contextmanager

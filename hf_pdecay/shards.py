@@ -99,6 +99,8 @@ def publish(optimizer: Any) -> None:
     if not hasattr(engine, "sub_group_to_group_id"):
         engine.update_lp_params()
         return
+    # Small parameters stay gathered, and would keep what they were.
+    engine._partition_all_parameters()
     for number in range(len(engine.fp16_groups)):
         engine._reassign_or_swap_out_partitioned_parameters(number)
     if engine.persistent_parameters:

@@ -24,7 +24,7 @@ from .checkpoints import (
 )
 from .control import plan
 from .control_callback import SparsityControlCallback
-from .engines import check_engine, check_same, engine_of, whole_model
+from .engines import check_engine, check_same, check_world_size, engine_of, whole_model
 from .model_card import SparsityCard, picture_in
 from .optim import AdamWLp
 from .rules import build_param_groups, decayed_parameter_names, load_rules
@@ -51,7 +51,8 @@ class PDecayTrainerMixin(_Base):
 
     Raises:
         ValueError: Before any training, if ``lp_rules`` match nothing, the checkpoint to resume from is of another
-            model, or FSDP or DeepSpeed is set up in a way that cannot work, see :func:`.engines.check_engine`.
+            model, FSDP or DeepSpeed is set up in a way that cannot work (:func:`.engines.check_engine`), or, with any
+            optimizer, if several processes were started that do not find each other.
         OSError: If ``output_dir`` cannot be written to.
     """
 
@@ -61,6 +62,8 @@ class PDecayTrainerMixin(_Base):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         given = kwargs.get("args", args[1] if len(args) > 1 else None)
+        if isinstance(given, PDecayTrainingArguments):
+            check_world_size(given)
         if isinstance(given, PDecayTrainingArguments) and given.uses_adamw_lp and given.should_save:
             _check_writable(Path(str(given.output_dir)))
         super().__init__(*args, **kwargs)

@@ -84,6 +84,7 @@ def full(tensor: torch.Tensor) -> torch.Tensor:
 def trained(mesh: DeviceMesh, placement: Placement, backend: str) -> Any:
     calls: list[int] = []
     first: dict[str, Any] = {}
+    dormant: list[bool] = []
     step: Any = compiled.Batch.step
 
     def counted(batch: Any) -> None:
@@ -95,10 +96,11 @@ def trained(mesh: DeviceMesh, placement: Placement, backend: str) -> Any:
         case = Case(mesh, placement, backend)
         for seed in range(STEPS):
             case.step(seed)
-            first = first or case.found()
+            if not first:
+                first = case.found()
+                dormant = [bool(case.optimizer.state[param]["dormant"]) for param in case.sharded]
     finally:
         setattr(compiled.Batch, "step", step)  # noqa: B010
-    dormant = ["dormant" in case.optimizer.state[param] for param in case.sharded]
     return {
         "first": first,
         "weights": case.found(),

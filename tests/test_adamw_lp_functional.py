@@ -300,8 +300,8 @@ def test_no_copy_of_the_parameters_is_kept() -> None:
     p.grad = torch.ones_like(p)
     optimizer = AdamWLp([p])
     optimizer.step()
-    assert set(optimizer.state[p]) == {"step", "exp_avg", "exp_avg_sq"}
-    assert all(value.dtype in (torch.bfloat16, torch.float32) for value in optimizer.state[p].values())
+    assert set(optimizer.state[p]) == {"step", "exp_avg", "exp_avg_sq", "dormant"}
+    assert all(value.dtype in (torch.bfloat16, torch.float32, torch.bool) for value in optimizer.state[p].values())
     assert optimizer.state[p]["exp_avg"].dtype == optimizer.state[p]["exp_avg_sq"].dtype == torch.bfloat16
     rest = {key: value for key, value in vars(optimizer).items() if key not in ("state", "param_groups")}
     group = {key: value for key, value in optimizer.param_groups[0].items() if key != "params"}

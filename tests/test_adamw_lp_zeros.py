@@ -152,14 +152,16 @@ def test_checkpoint_of_a_sleeping_tensor(dtype: torch.dtype) -> None:
         assert torch.equal(parameter, resumed)
 
 
-def test_state_has_the_keys_of_adamw_and_dormant_only_where_it_is_needed() -> None:
+def test_state_has_the_keys_of_adamw_and_dormant_whatever_the_weights() -> None:
+    """torch.distributed.checkpoint loads what the state of an optimizer has that stepped the weights as they are."""
     parameters = [torch.nn.Parameter(torch.tensor(v)) for v in ([0.0, 0.0], [0.0, 1.0])]
     optimizer = AdamWLp(parameters)
     for parameter in parameters:
         parameter.grad = torch.ones(2)
     optimizer.step()
-    assert set(optimizer.state[parameters[0]]) == {"step", "exp_avg", "exp_avg_sq", "dormant"}
-    assert set(optimizer.state[parameters[1]]) == {"step", "exp_avg", "exp_avg_sq"}
+    for parameter, dormant in zip(parameters, (True, False), strict=True):
+        assert set(optimizer.state[parameter]) == {"step", "exp_avg", "exp_avg_sq", "dormant"}
+        assert bool(optimizer.state[parameter]["dormant"]) == dormant
     step = optimizer.state[parameters[1]]["step"]
     assert step.dtype == torch.float32 and step.shape == ()
 

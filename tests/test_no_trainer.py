@@ -21,7 +21,9 @@ from hf_pdecay.control import SparsityControl
 
 
 ROOT = Path(__file__).parents[1]
-CPU_DDP = ("-m", "accelerate.commands.launch", "--config_file", "examples/accelerate_configs/cpu_ddp.yaml")
+# Port 0 is any that is free: tests run beside one another.
+ACCELERATE = ("-m", "accelerate.commands.launch", "--main_process_port=0")
+CPU_DDP = (*ACCELERATE, "--config_file", "examples/accelerate_configs/cpu_ddp.yaml")
 STEPS = 20
 
 

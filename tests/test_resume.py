@@ -54,7 +54,7 @@ def test_a_killed_run_resumes_to_the_very_same_weights(dtype: str, tmp_path: Pat
 
 
 def test_two_processes_write_one_report(tmp_path: Path) -> None:
-    launcher = ("-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "-m")
+    launcher = ("-m", "accelerate.commands.launch", "--main_process_port=0", "--multi_gpu", "--num_processes=2", "-m")
     done = _run(str(tmp_path / "out"), "--dtype", "bfloat16", launcher=launcher)
     assert done.returncode == 0, done.stderr[-3000:]
     saved = load_file(tmp_path / "out" / "model.safetensors")

@@ -368,16 +368,3 @@ class TestBadInput:
         args = make_args(resume_from_checkpoint=folder, lp_rules={"attn": "off"})
         with pytest.raises(ValueError, match="resume_from_checkpoint: the optimizer in .* lp_rules"):
             PDecayTrainer(model=tiny_gpt2(), args=args, train_dataset=tokens)
-
-    def test_sharded_runs_are_refused(self, make_args: MakeArgs, tokens: Any) -> None:
-        # No sharded engine runs on a CPU inside HF's Trainer, so its flag is set by hand.
-        class Flagged(Trainer):
-            def __init__(self, *args: Any, **kwargs: Any) -> None:
-                super().__init__(*args, **kwargs)
-                self.is_fsdp_enabled = True
-
-        class SparseFlagged(PDecayTrainerMixin, Flagged):
-            pass
-
-        with pytest.raises(ValueError, match="FSDP or DeepSpeed"):
-            SparseFlagged(model=tiny_gpt2(), args=make_args(), train_dataset=tokens)

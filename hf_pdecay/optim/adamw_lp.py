@@ -87,6 +87,8 @@ class AdamWLp(Optimizer):
         # Whoever has taken the norm of all gradients, to clip them, may leave it here before a step: a finite norm
         # saves the look at the gradients, which is an eighth of a step.
         self.grad_norm: Tensor | float | None = None
+        # Whether no tensor is dormant, which saves asking each; None where they must be asked again.
+        self._all_awake: bool | None = None
         defaults: dict[str, Any] = {
             "lr": lr,
             "betas": betas,
@@ -140,7 +142,8 @@ class AdamWLp(Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         """Return what a pickle or a copy holds: the backend too, which a checkpoint does not."""
-        return {**super().__getstate__(), "_backend": Backend(self._backend.name), "grad_norm": None}
+        fresh = {"_backend": Backend(self._backend.name), "grad_norm": None, "_all_awake": None}
+        return {**super().__getstate__(), **fresh}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> AdamWLp:
         """Return a copy of the optimizer and of its parameters."""
@@ -158,6 +161,10 @@ class AdamWLp(Optimizer):
         super().__setstate__(state)
         self.__dict__.setdefault("_backend", Backend())
         self.__dict__.setdefault("grad_norm", None)
+        self._all_awake = None
+        for values in self.state.values():
+            if values:
+                values.setdefault("dormant", torch.zeros((), dtype=torch.bool))
         self.defaults.setdefault("moments", None)
         for group in self.param_groups:
             for key, value in self.defaults.items():
@@ -194,10 +201,13 @@ class AdamWLp(Optimizer):
                 for name in ("exp_avg", "exp_avg_sq"):
                     state[name] = as_stored(saved[name], param, group["moments"], signed=name == "exp_avg")
                 if "dormant" in state:
-                    state["dormant"] = state["dormant"].bool()
+                    state["dormant"] = _placed(state["dormant"].bool())
                 elif "lambda_p" not in theirs:
                     # AdamW does not say which tensors have been zero from the start: those that still are.
                     _mark_dormant(param, state)
+                else:
+                    state["dormant"] = torch.zeros((), dtype=torch.bool)
+        self._all_awake = None
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -219,6 +229,8 @@ class AdamWLp(Optimizer):
                 loss = closure()
         for group in self.param_groups:
             _check_group(group)
+        if self._all_awake is None:
+            self._all_awake = not any(state["dormant"].item() for state in self.state.values() if state)
         steps: list[TensorStep] = []
         for index, group in enumerate(self.param_groups):
             steps += self._tensor_steps(index, group)
@@ -254,7 +266,7 @@ class AdamWLp(Optimizer):
                 self._init_state(param, group)
             elif not param.is_cpu and state["step"].device != param.device:
                 state["step"] = state["step"].to(param.device)
-            awake = _wake(param, state["dormant"]) if "dormant" in state else True
+            awake = True if self._all_awake else self._is_awake(param, state["dormant"])
             exp_avg, exp_avg_sq = state["exp_avg"], state["exp_avg_sq"]
             if is_dtensor(param):
                 # Autograd looks at the DTensor; the step below changes the shard that it holds.
@@ -296,6 +308,15 @@ class AdamWLp(Optimizer):
         state["exp_avg"] = zero_moment(param, group["moments"], signed=True)
         state["exp_avg_sq"] = zero_moment(param, group["moments"], signed=False)
         _mark_dormant(param, state)
+        self._all_awake = None
+
+    def _is_awake(self, param: Tensor, dormant: Tensor) -> bool | Tensor:
+        if dormant.is_cpu and not dormant.item():
+            return True
+        awake = _wake(param, dormant)
+        if awake is True:
+            self._all_awake = None
+        return awake
 
 
 def adamw_lp(
@@ -370,9 +391,15 @@ def _check_group(group: dict[str, Any]) -> None:
 
 
 def _mark_dormant(param: Tensor, state: dict[str, Any]) -> None:
-    # The only look at the weights that waits for the device, once in a tensor's life.
-    if param.numel() and not any_nonzero(param):
-        state["dormant"] = torch.ones((), dtype=torch.bool, device=param.device)
+    # The only look at the weights that waits for the device, once in a tensor's life. Every tensor has the entry, as
+    # torch.distributed.checkpoint loads into the state of an optimizer that has stepped the weights as they are now.
+    dormant = bool(param.numel()) and not any_nonzero(param)
+    state["dormant"] = _placed(torch.full((), dormant, dtype=torch.bool, device=param.device))
+
+
+def _placed(dormant: Tensor) -> Tensor:
+    """Where the entry is looked at: on the device for a tensor that may wake there, else on the host for good."""
+    return dormant if dormant.is_cpu or dormant.item() else dormant.cpu()
 
 
 def _wake(param: Tensor, dormant: Tensor, on_device: bool | None = None) -> bool | Tensor:

@@ -21,7 +21,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, set_seed
 
 from hf_pdecay import PDecayTrainer, PDecayTrainingArguments
 
-from .on_cpu import deepspeed_on_cpu, fsdp_on_cpu
+from .on_cpu import deepspeed_on_cpu, fsdp_on_cpu, tensor_parallel_on_cpu
 
 
 BATCH = 8
@@ -38,7 +38,7 @@ FSDP2 = {
 def zero_config(stage: int, bf16: bool) -> dict[str, Any]:
     return {
         "zero_optimization": {"stage": stage, "stage3_gather_16bit_weights_on_model_save": True}
-        | ({"stage3_param_persistence_threshold": 100, "sub_group_size": 20_000} if stage == 3 else {}),
+        | ({"stage3_param_persistence_threshold": 2000, "sub_group_size": 20_000} if stage == 3 else {}),
         "bf16": {"enabled": bf16},
         "gradient_accumulation_steps": "auto",
         "train_batch_size": "auto",
@@ -79,6 +79,14 @@ def model(seed: int) -> LlamaForCausalLM:
     return LlamaForCausalLM(config)
 
 
+def divided(folder: Path) -> LlamaForCausalLM:
+    """The same model, its tensors divided among the processes by transformers' own plan."""
+    if torch.distributed.get_rank() == 0:
+        model(0).save_pretrained(folder)
+    torch.distributed.barrier()
+    return LlamaForCausalLM.from_pretrained(folder, tp_plan="auto")
+
+
 def data() -> Dataset:
     generator = torch.Generator().manual_seed(0)
     starts = torch.randint(0, 64, (1024, 1), generator=generator)
@@ -90,6 +98,9 @@ def data() -> Dataset:
 def run(folder: Path, engine: str, case: dict[str, Any]) -> None:
     """Train as a case says, and leave the model and what was found in the case's folder."""
     options = dict(case)
+    differing = options.pop("differing", {})
+    if os.environ.get("RANK", "0") != "0":
+        options |= differing
     out = folder / options.pop("name")
     zeroed, resume, nan_at = (options.pop(name, None) for name in ("zeroed", "resume", "nan_at"))
     world = int(os.environ.get("WORLD_SIZE", "1"))
@@ -109,11 +120,11 @@ def run(folder: Path, engine: str, case: dict[str, Any]) -> None:
         "learning_rate": 1e-2,
         "warmup_steps": 5,
         "lr_scheduler_type": "cosine",
-        "per_device_train_batch_size": BATCH // world // accumulate,
+        "per_device_train_batch_size": BATCH // (1 if engine == "tp" else world) // accumulate,
         "disable_tqdm": True,
     }
     args = PDecayTrainingArguments(str(out), **(settings | options))
-    trained = model(0)
+    trained = divided(out / "start") if engine == "tp" else model(0)
     if zeroed is not None:
         torch.nn.init.zeros_(trained.get_parameter(zeroed))
     trainer = InOrder(model=trained, args=args, train_dataset=data())
@@ -133,6 +144,8 @@ def main() -> None:
         fsdp_on_cpu()
     elif engine.startswith("zero"):
         deepspeed_on_cpu()
+    elif engine == "tp":
+        tensor_parallel_on_cpu()
     for case in cases:
         run(Path(folder), engine, json.loads(case))
 

@@ -1,8 +1,8 @@
-"""FSDP and DeepSpeed on a CPU: ``… -m tests.distributed.on_cpu SCRIPT ARGS…``, under ``accelerate launch`` or torchrun.
+"""Engines on a CPU: ``… -m tests.distributed.on_cpu SCRIPT ARGS…``, under ``accelerate launch`` or torchrun.
 
-Accelerate takes both for matters of accelerators: on a CPU it leaves FSDP off without a word, and under DeepSpeed each
-process alone. Here it is told otherwise, by patches of what it thinks of the processes; all else is what runs on a GPU
-too.
+Accelerate takes FSDP and DeepSpeed for matters of accelerators: on a CPU it leaves FSDP off without a word, and under
+DeepSpeed each process alone. Here it is told otherwise, by patches of what it thinks of the processes; all else is what
+runs on a GPU too.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from accelerate.parallelism_config import ParallelismConfig
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
 from transformers import training_args
@@ -41,6 +42,11 @@ def deepspeed_on_cpu() -> None:
     PartialState._prepare_backend = with_gloo  # type: ignore[method-assign]
     # The Trainer asks this of GPUs only, unless use_cpu is set.
     training_args.is_torch_bf16_gpu_available = lambda: True
+
+
+def tensor_parallel_on_cpu() -> None:
+    # It asks for processes with a device each.
+    ParallelismConfig._validate_accelerator = lambda self, accelerator: None  # type: ignore[method-assign]
 
 
 def main() -> None:

@@ -174,6 +174,16 @@ def test_a_step_with_nan_on_one_process_harms_none(layout: Layout, runs: Runs) -
     assert run.found["eval_loss"] == pytest.approx(runs[ALONE.name]["nan"].found["eval_loss"], abs=0.05)
 
 
+def test_tensor_parallel(runs: Runs, tmp_path: Path) -> None:
+    launch(tmp_path, Layout("TP × 2", "tp", 2), {"name": "target", **TARGET}, {"name": "rules", **RULES})
+    for name in ("target", "rules"):
+        alone, run = runs[ALONE.name][name], Run(tmp_path / name)
+        run.check()
+        assert "DTensor" in run.found["kinds"]
+        assert run.counted == pytest.approx(alone.counted, abs=5e-4)
+        assert run.found["eval_loss"] == pytest.approx(alone.found["eval_loss"], abs=1e-3)
+
+
 @pytest.mark.parametrize("engine", ["zero1", "zero2", "zero3"])
 def test_deepspeed_in_bfloat16(engine: str, tmp_path: Path) -> None:
     pytest.importorskip("deepspeed")
@@ -213,6 +223,11 @@ def test_checkpoints_of_another_engine_are_refused(
     case = {"name": "moved", **TARGET, "resume": str(runs[begun]["target"].folder / "checkpoint-50")}
     with pytest.raises(AssertionError, match=complaint):
         launch(tmp_path, layout, case)
+
+
+def test_settings_that_differ_between_processes_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(AssertionError, match=r"p_norm=0\.8 in process 0 and 0\.5 in process 1"):
+        launch(tmp_path, LAYOUTS[1], {"name": "mixed", **TARGET, "differing": {"p_norm": 0.5}})
 
 
 def test_deepspeed_does_not_divide_anew(runs: Runs, tmp_path: Path) -> None:
