@@ -63,7 +63,8 @@ def _add_estimate(commands: Commands) -> None:
 
 
 def _estimate(options: argparse.Namespace) -> int:
-    from .estimate import Setup, estimate, from_parameters, from_pretrained
+    from .estimate import Setup, estimate
+    from .model_size import from_parameters, from_pretrained
 
     if (options.model is None) == (options.parameters is None):
         raise ValueError("Name a folder with config.json, or give --parameters N, such as 8e9: one of the two.")

@@ -6,17 +6,13 @@ Activations, layers that FSDP2 and ZeRO-3 gather for a while, and DeepSpeed's bu
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from .control import BEGIN, END, Schedule
+from .model_size import ModelSize, TensorSize
 from .optim.moments import BLOCK, MIN_QUANTIZED, MOMENTS
-from .rules import clean_name, decayable_parameter_names
 from .selection import DEVICE_CHUNK, DIGIT, SAMPLE, bracket_margin, sample_stride
 from .sparsity import CHUNK
 
@@ -33,9 +29,6 @@ _STEP_SHARDED = ("fsdp2", "zero2", "zero3")  # processes step different weights
 _MODEL_SHARDED = ("fsdp2", "zero3")  # and hold different weights of the model
 _ZERO = ("zero2", "zero3")
 
-# Of a number of parameters alone nothing is known of its tensors: about as many as a Llama of 8 B has.
-_ASSUMED_TENSORS = 300
-
 _INT64 = _FLOAT64 = 8
 _SCORE = 4  # scores are float32, unless weights are float64
 _SCORE_BITS = 31  # of which the sign is none
@@ -44,49 +37,6 @@ _SCORE_BITS = 31  # of which the sign is none
 _RANKED, _BRACKETED = 40, 20
 # For each weight of a chunk that is counted: its magnitude and a mask; and a mask of a whole tensor on a GPU.
 _COUNTED, _MASK = 5, 1
-
-
-@dataclass(frozen=True)
-class TensorSize:
-    """A parameter: its shape, and whether it decays."""
-
-    shape: tuple[int, ...]
-    decayed: bool
-
-    @property
-    def numel(self) -> int:
-        """Number of weights."""
-        return math.prod(self.shape)
-
-
-@dataclass(frozen=True)
-class ModelSize:
-    """What the arithmetic needs of a model.
-
-    Args:
-        name: What it is called in the output.
-        tensors: Its trainable floating-point parameters, shared ones once.
-        assumed: Whether the tensors are assumed, as only their number of weights is known.
-    """
-
-    name: str
-    tensors: Sequence[TensorSize]
-    assumed: bool = False
-
-    @property
-    def parameters(self) -> int:
-        """Number of weights."""
-        return sum(each.numel for each in self.tensors)
-
-    @property
-    def decayed(self) -> list[TensorSize]:
-        """The tensors that decay."""
-        return [each for each in self.tensors if each.decayed]
-
-    @property
-    def decayed_parameters(self) -> int:
-        """Number of weights that decay."""
-        return sum(each.numel for each in self.decayed)
 
 
 @dataclass(frozen=True)
@@ -311,63 +261,6 @@ def estimate(size: ModelSize, setup: Setup, layout: str = "all") -> Estimate:
     taken = [each for each in refusals if each not in left_out]
     memory = {each: memory_of(size, each, setup) for each in taken}
     return Estimate(size, setup, memory, {each: added_by(size, each, setup.gpus) for each in taken}, left_out)
-
-
-def from_parameters(parameters: float) -> ModelSize:
-    """Return a model of which only the number of parameters is known; all of them decay.
-
-    Raises:
-        ValueError: If it is not a finite number of at least 1.
-    """
-    if not 1 <= parameters < math.inf:
-        raise ValueError(f"Invalid parameters: parameters={parameters!r}; it must be a number such as 8e9.")
-    numel = int(parameters)
-    tensors = min(_ASSUMED_TENSORS, numel)
-    sizes = [numel // tensors + (place < numel % tensors) for place in range(tensors)]
-    return ModelSize(f"{numel:.3g} parameters", [TensorSize((each,), True) for each in sizes], assumed=True)
-
-
-def from_pretrained(name: str) -> ModelSize:
-    """Return the size of a model by its config; it is built on the meta device, without weights.
-
-    Args:
-        name: A folder with ``config.json``, that file, or a name on the Hub. The class is the first of the config's
-            ``architectures``, and a causal LM where there is none.
-
-    Raises:
-        ValueError: If there is no such config, or transformers has no model for it.
-    """
-    import transformers
-
-    path = Path(name)
-    try:
-        config = transformers.AutoConfig.from_pretrained(path.parent if path.name == "config.json" else name)
-    except (OSError, ValueError, KeyError) as error:
-        reason = str(error).strip().split("\n")[0]
-        raise ValueError(
-            f"Invalid model: {name!r} has no config that can be read ({reason}); name a folder with config.json, a "
-            "model on the Hub, or give --parameters."
-        ) from error
-    known = [getattr(transformers, each, None) for each in config.architectures or ()]
-    try:
-        with torch.device("meta"):
-            if known and known[0] is not None:
-                model = known[0](config)
-            else:
-                model = transformers.AutoModelForCausalLM.from_config(config)
-    except ValueError as error:
-        raise ValueError(
-            f"Invalid model: {name!r} is of type {config.model_type!r}, which has no causal LM; name the class in "
-            "'architectures' of its config.json."
-        ) from error
-    return of_model(model, name)
-
-
-def of_model(model: torch.nn.Module, name: str = "model") -> ModelSize:
-    """Return the size of a model, whatever device it is on."""
-    decayed = set(decayable_parameter_names(model))
-    trained = [each for each in model.named_parameters() if each[1].requires_grad and each[1].is_floating_point()]
-    return ModelSize(name, [TensorSize(tuple(param.shape), clean_name(key) in decayed) for key, param in trained])
 
 
 def memory_of(size: ModelSize, layout: str, setup: Setup) -> Memory:

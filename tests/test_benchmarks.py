@@ -18,7 +18,18 @@ from .reference.adamw_lp64 import Hyper, Reference
 
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
-MODULES = ("contenders", "figure", "memory", "overhead", "probes", "rivals", "step_speed", "tables", "timing")
+MODULES = (
+    "contenders",
+    "figure",
+    "memory",
+    "overhead",
+    "probes",
+    "rivals",
+    "scaling",
+    "step_speed",
+    "tables",
+    "timing",
+)
 
 
 @pytest.fixture(scope="module")
@@ -229,3 +240,15 @@ def test_bad_options_are_refused(
     with pytest.raises(SystemExit, match="2"):
         bench[script].main(argv)
     assert named in capsys.readouterr().err
+
+
+def test_scaling_measures_every_part(bench: dict[str, ModuleType]) -> None:
+    scaling = bench["scaling"]
+    size = scaling.measure(tensors=2, width=64, rounds=3)
+    assert size["weights"] == 2 * 64 * 64
+    assert set(size["ratio_to_step"]) == {"step", "cut", "lambda_p", "log"}
+    assert all(math.isfinite(value) and value > 0 for value in numbers(size))
+    assert size["ratio_to_step"]["step"]["median"] == 1
+    record = {"command": "python", "sizes": {"tiny": size}, "interval": size["interval"]}
+    text = scaling.text(record | bench["tables"].conditions("cpu", ("torch",)))
+    assert "| tiny in 2 tensors" in text

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from hf_pdecay import AdamWLp, measure_sparsity, selection
 from hf_pdecay import estimate as est
 from hf_pdecay.control import SparsityControl
-from hf_pdecay.estimate import ModelSize, Setup, TensorSize, added_by, estimate, memory_of, of_model
+from hf_pdecay.estimate import Setup, added_by, estimate, memory_of
+from hf_pdecay.model_size import ModelSize, TensorSize, from_parameters, from_pretrained, of_model
 from hf_pdecay.rules import build_param_groups
 from hf_pdecay.selection import Ranked, Ranking, zero_least
 
@@ -49,7 +50,7 @@ def test_a_folder_gives_the_sizes_of_the_real_model(name: str, tmp_path: Path) -
     model = build(name)
     model.config.architectures = [type(model).__name__]
     model.config.save_pretrained(tmp_path)
-    size = est.from_pretrained(str(tmp_path))
+    size = from_pretrained(str(tmp_path))
     assert size.parameters == sum(param.numel() for param in model.parameters())
     assert size.decayed_parameters == measure_sparsity(model).decayed.parameters
     assert len(size.tensors) == len(list(model.parameters()))
@@ -59,7 +60,7 @@ def test_without_architectures_it_is_a_causal_lm(tmp_path: Path) -> None:
     model = tiny_gpt2()
     values = {key: value for key, value in model.config.to_dict().items() if key != "architectures"}
     (tmp_path / "config.json").write_text(json.dumps(values))
-    sizes = [est.from_pretrained(str(path)) for path in (tmp_path, tmp_path / "config.json")]
+    sizes = [from_pretrained(str(path)) for path in (tmp_path, tmp_path / "config.json")]
     assert [each.parameters for each in sizes] == [model.num_parameters()] * 2
 
 
@@ -83,10 +84,10 @@ def test_nothing_stays_that_adamw_does_not_keep() -> None:
     expected = state_bytes(theirs, *names)
     ours = stepped(model, AdamWLp(build_param_groups(model, p_norm=0.8, lambda_p=0.1), lr=1e-3))
     assert state_bytes(ours, *names) == expected
-    # But for a byte for each tensor that began wholly zero.
+    # But for a byte for each tensor.
     others = {key for state in ours.state.values() for key in state} - set(names)
-    assert others <= {"dormant"}
-    assert all(nbytes(state["dormant"]) == 1 for state in ours.state.values() if "dormant" in state)
+    assert others == {"dormant"}
+    assert all(nbytes(state["dormant"]) == 1 for state in ours.state.values())
 
 
 def test_8bit_moments_are_as_torchao_stores_them() -> None:
@@ -125,14 +126,14 @@ def test_fsdp2_holds_rows_and_zero3_holds_pieces(gpus: int) -> None:
     ],
 )
 def test_bytes_per_parameter(layout: str, setup: Setup, bytes_per_parameter: tuple[float, ...]) -> None:
-    size = est.from_parameters(3 * 300 * 8)
+    size = from_parameters(3 * 300 * 8)
     found = memory_of(size, layout, setup)
     each = (found.weights, found.gradients, found.moments, found.master, found.buckets)
     assert [value / size.parameters for value in each] == list(bytes_per_parameter)
 
 
 def test_all_layouts_leave_out_what_cannot_be() -> None:
-    found = estimate(est.from_parameters(1000), Setup(moments="8bit"))
+    found = estimate(from_parameters(1000), Setup(moments="8bit"))
     assert list(found.memory) == ["single", "ddp"] == list(found.added)
     assert list(found.left_out) == ["fsdp2", "zero2", "zero3"]
     json.dumps(found.to_dict())
@@ -140,8 +141,9 @@ def test_all_layouts_leave_out_what_cannot_be() -> None:
 
 def test_whole_tensors_need_no_communication() -> None:
     for layout in ("single", "ddp"):
-        added = added_by(est.from_parameters(1e9), layout, 8)
-        assert [each.all_reduces for each in (added.step, added.cut, added.lambda_p, added.log)] == [0] * 4
+        added = added_by(from_parameters(1e9), layout, 8)
+        parts = added.step, added.cut, added.ties, added.lambda_p, added.log
+        assert [each.all_reduces for each in parts] == [0] * 5
 
 
 @pytest.mark.parametrize("max_steps", [20, 100, 1000, 4321])
@@ -180,12 +182,12 @@ def test_temporaries_of_a_cut_are_bounded_as_stated(
         (lambda: Setup(mixed_precision="fp8"), "mixed_precision='fp8'"),
         (lambda: Setup(dtype="int8"), "dtype='int8'"),
         (lambda: Setup(moments="4bit"), "moments='4bit'"),
-        (lambda: est.from_parameters(0), "parameters=0"),
-        (lambda: est.from_parameters(math.inf), "parameters=inf"),
-        (lambda: estimate(est.from_parameters(9), Setup(), "fsdp3"), "layout='fsdp3'"),
-        (lambda: estimate(est.from_parameters(9), Setup(moments="8bit"), "zero2"), "moments='8bit' under"),
+        (lambda: from_parameters(0), "parameters=0"),
+        (lambda: from_parameters(math.inf), "parameters=inf"),
+        (lambda: estimate(from_parameters(9), Setup(), "fsdp3"), "layout='fsdp3'"),
+        (lambda: estimate(from_parameters(9), Setup(moments="8bit"), "zero2"), "moments='8bit' under"),
         (
-            lambda: estimate(est.from_parameters(9), Setup(dtype="bfloat16", mixed_precision="no"), "zero3"),
+            lambda: estimate(from_parameters(9), Setup(dtype="bfloat16", mixed_precision="no"), "zero3"),
             "dtype='bfloat16' without",
         ),
     ],
@@ -225,6 +227,7 @@ def test_communication_is_that_of_real_processes(traffic: list[dict[str, Any]], 
         }
         assert len(found["cut"]) == rank[case]["cuts"] > 3
         assert found["cut"] == [expected["cut"]] * len(found["cut"])
+        assert rank[case]["tied"] == [a + b for a, b in zip(expected["cut"], expected["ties"], strict=True)]
         assert set(map(tuple, found["no cut"])) == {(0, 0)}
         assert found["log"] == [expected["log"]] * len(found["log"])
         # The first step also looks which tensors are wholly zero; the bias of the norm is, until the second step.
