@@ -218,6 +218,7 @@ def main() -> None:
         except (ValueError, RuntimeError, NotImplementedError) as error:
             results[name] = {"error": f"{type(error).__name__}: {error}"}
     torch.save(results, Path(sys.argv[1]) / f"rank{dist.get_rank()}.pt")
+    dist.barrier()
     dist.destroy_process_group()
 
 

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +19,7 @@ from hf_pdecay.model_size import ModelSize, TensorSize, from_parameters, from_pr
 from hf_pdecay.rules import build_param_groups
 from hf_pdecay.selection import Ranked, Ranking, zero_least
 
+from .launching import launch
 from .models import ARCHITECTURES, build, tiny_gpt2
 
 
@@ -201,19 +199,7 @@ def test_what_is_wrong_is_named(build_it: Any, words: str) -> None:
 def traffic(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """What each of two processes sent in a run under FSDP2."""
     folder = tmp_path_factory.mktemp("traffic")
-    done = subprocess.run(
-        [
-            *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"),
-            *("-m", "tests.traffic_run", str(folder)),
-        ],
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=240,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    launch("tests.traffic_run", folder)
     return [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(2)]
 
 

@@ -6,17 +6,14 @@ stated tolerance of FSDP2, whose gradients are averages of two, is 1e-5.
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from .launching import launch
 
-ROOT = Path(__file__).parent.parent
+
 BACKENDS = ["compiled", "foreach"]
 
 pytestmark = [
@@ -31,19 +28,7 @@ Ranks = list[dict[str, Any]]
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> Ranks:
     """What each of the two processes found."""
     folder = tmp_path_factory.mktemp("sharded")
-    done = subprocess.run(
-        [
-            *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"),
-            *("-m", "tests.sharded_run", str(folder)),
-        ],
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=240,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    launch("tests.sharded_run", folder)
     return [torch.load(folder / f"rank{rank}.pt", weights_only=False) for rank in range(2)]
 
 

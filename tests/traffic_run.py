@@ -95,6 +95,7 @@ def main() -> None:
     dist.init_process_group("gloo")
     results = {name: run(width) for name, width in WIDTHS.items()}
     (Path(sys.argv[1]) / f"rank{dist.get_rank()}.json").write_text(json.dumps(results))
+    dist.barrier()
     dist.destroy_process_group()
 
 

@@ -123,6 +123,7 @@ def main() -> None:
         counts.append([round(fraction * numel), sum(int((whole(each.detach()) == 0).sum()) for each in columns)])
     results["columns"] = counts
     (Path(sys.argv[1]) / f"rank{dist.get_rank()}.json").write_text(json.dumps(results))
+    dist.barrier()
     dist.destroy_process_group()
 
 

@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.launching import launch
 
-ROOT = Path(__file__).parents[2]
 
 pytestmark = pytest.mark.distributed
 
@@ -21,18 +17,7 @@ pytestmark = pytest.mark.distributed
 def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """What each of four processes found."""
     folder = tmp_path_factory.mktemp("cuts")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=4", "-m"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [*command, "tests.distributed.cuts_run", str(folder)],
-        cwd=ROOT,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=600,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
+    launch("tests.distributed.cuts_run", folder, processes=4)
     return [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(4)]
 
 

@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
-import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,8 +16,8 @@ import pytest
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+from tests.launching import launch
 
-ROOT = Path(__file__).parents[2]
 
 pytestmark = pytest.mark.distributed
 
@@ -57,14 +55,10 @@ LAYOUTS = [
 ALONE = LAYOUTS[0]
 
 
-def launch(folder: Path, layout: Layout, *cases: dict[str, Any]) -> None:
-    command = [sys.executable, "-m"]
-    if layout.engine != "single":
-        command += ["torch.distributed.run", "--standalone", f"--nproc_per_node={layout.processes}", "-m"]
-    command += ["tests.distributed.layout_run", str(folder), layout.engine, *map(json.dumps, cases)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "MPLBACKEND": "Agg"}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900, check=False)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
+def run_in(folder: Path, layout: Layout, *cases: dict[str, Any]) -> None:
+    processes = None if layout.engine == "single" else layout.processes
+    words = map(json.dumps, cases)
+    launch("tests.distributed.layout_run", folder, layout.engine, *words, processes=processes, timeout=900)
 
 
 class Run:
@@ -110,7 +104,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
         folder = base / str(number)
         saved = {"save_strategy": "steps", "save_steps": 50}
         resumed = {"resume": str(folder / "target" / "checkpoint-50")}
-        launch(
+        run_in(
             folder,
             layout,
             {"name": "target", **TARGET, **saved},
@@ -175,7 +169,7 @@ def test_a_step_with_nan_on_one_process_harms_none(layout: Layout, runs: Runs) -
 
 
 def test_tensor_parallel(runs: Runs, tmp_path: Path) -> None:
-    launch(tmp_path, Layout("TP × 2", "tp", 2), {"name": "target", **TARGET}, {"name": "rules", **RULES})
+    run_in(tmp_path, Layout("TP × 2", "tp", 2), {"name": "target", **TARGET}, {"name": "rules", **RULES})
     for name in ("target", "rules"):
         alone, run = runs[ALONE.name][name], Run(tmp_path / name)
         run.check()
@@ -189,7 +183,7 @@ def test_deepspeed_in_bfloat16(engine: str, tmp_path: Path) -> None:
     pytest.importorskip("deepspeed")
     layout = Layout(engine, engine, 2)
     resumed = {"resume": str(tmp_path / "target" / "checkpoint-50")}
-    launch(
+    run_in(
         tmp_path,
         layout,
         {"name": "target", **TARGET, "bf16": True, "save_strategy": "steps", "save_steps": 50},
@@ -222,19 +216,19 @@ def test_checkpoints_of_another_engine_are_refused(
     layout = next(each for each in LAYOUTS if each.name == ended)
     case = {"name": "moved", **TARGET, "resume": str(runs[begun]["target"].folder / "checkpoint-50")}
     with pytest.raises(AssertionError, match=complaint):
-        launch(tmp_path, layout, case)
+        run_in(tmp_path, layout, case)
 
 
 def test_settings_that_differ_between_processes_are_refused(tmp_path: Path) -> None:
     with pytest.raises(AssertionError, match=r"p_norm=0\.8 in process 0 and 0\.5 in process 1"):
-        launch(tmp_path, LAYOUTS[1], {"name": "mixed", **TARGET, "differing": {"p_norm": 0.5}})
+        run_in(tmp_path, LAYOUTS[1], {"name": "mixed", **TARGET, "differing": {"p_norm": 0.5}})
 
 
 def test_deepspeed_does_not_divide_anew(runs: Runs, tmp_path: Path) -> None:
     pytest.importorskip("deepspeed")
     case = {"name": "moved", **TARGET, "resume": str(runs["ZeRO-2 × 2"]["target"].folder / "checkpoint-50")}
     with pytest.raises(AssertionError, match="written by 2 processes, and DeepSpeed cannot divide it anew among 1"):
-        launch(tmp_path, Layout("ZeRO-2 × 1", "zero2", 1), case)
+        run_in(tmp_path, Layout("ZeRO-2 × 1", "zero2", 1), case)
 
 
 @each_layout()
@@ -252,7 +246,7 @@ def test_a_resumed_run_is_the_very_same(layout: Layout, runs: Runs) -> None:
 def test_resumed_in_another_layout(begun: str, ended: str, runs: Runs, tmp_path: Path) -> None:
     whole = runs[begun]["target"]
     layout = next(each for each in LAYOUTS if each.name == ended)
-    launch(tmp_path, layout, {"name": "moved", **TARGET, "resume": str(whole.folder / "checkpoint-50")})
+    run_in(tmp_path, layout, {"name": "moved", **TARGET, "resume": str(whole.folder / "checkpoint-50")})
     moved = Run(tmp_path / "moved")
     moved.check()
     assert moved.counted == pytest.approx(whole.counted, abs=5e-4)
