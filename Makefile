@@ -21,7 +21,7 @@ help: ## say what the targets do
 # pip takes torch from constraints.txt by name and version first: an unpinned torch may bring gigabytes of CUDA packages.
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python $(PIP_INSTALL) -c constraints.txt "$$(grep '^torch==' constraints.txt)" -e '.[test,dev]'
+	$(BIN)/python $(PIP_INSTALL) -c constraints.txt "$$(grep '^torch==' constraints.txt)" -e '.[test,integrations,dev,docs]'
 	@touch $@
 
 $(FLOOR)/.installed: pyproject.toml constraints-floor.txt
