@@ -21,12 +21,21 @@ def engine_of(trainer: Trainer) -> str:
     return "FSDP" if trainer.is_fsdp_enabled else "DeepSpeed" if trainer.is_deepspeed_enabled else ""
 
 
-def check_engine(trainer: Trainer) -> None:
+def check_engine(trainer: Trainer, moments: str | None = None) -> None:
     """Check how a Trainer's run is sharded.
+
+    Args:
+        trainer: The Trainer, whose optimizer need not be there yet.
+        moments: What that will store its moments as.
 
     Raises:
         ValueError: If it is in a way in which the decay would be wrong or do nothing.
     """
+    if moments == "8bit" and engine_of(trainer):
+        raise ValueError(
+            f"Invalid moments: moments='8bit' under {engine_of(trainer)}, whose shards torchao cannot quantise; take "
+            "moments=bfloat16, or train on one process or under DDP."
+        )
     if trainer.is_fsdp_enabled:
         _check_fsdp(trainer)
     if trainer.is_deepspeed_enabled:

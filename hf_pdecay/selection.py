@@ -213,28 +213,38 @@ def zero_least(tensors: Sequence[Ranked], cut: Cut) -> None:
         return
     dtype = _score_dtype(tensors)
     flat = [_flat(each) for each in tensors]
-    starts = [0] * len(flat)
-    if cut.ties != cut.equal:
-        equal = [sum(int((scores(piece, dtype) == cut.score).sum()) for piece in _pieces(each)) for each in flat]
-        starts, _ = _starts(flat, equal)
-    for tensor, own, seen in zip(tensors, flat, starts, strict=True):
-        for piece in _pieces(own):
-            seen = _zero_piece(piece, scores(piece, dtype), cut, seen)
+    amid_equals = cut.ties != cut.equal
+    equals = [_zero_below(each, cut.score, dtype, keep_equals=amid_equals) for each in flat]
+    if amid_equals:
+        starts, _ = _starts(flat, [sum(each) for each in equals])
+        for own, counts, seen in zip(flat, equals, starts, strict=True):
+            for piece, count in zip(_pieces(own), counts, strict=True):
+                if count:
+                    _zero_share(piece, scores(piece, dtype), cut, seen)
+                seen += count
+    for tensor, own in zip(tensors, flat, strict=True):
         if own.weight.data_ptr() != tensor.weight.data_ptr():
             tensor.weight.copy_(own.weight.view(tensor.weight.shape))
 
 
-def _zero_piece(piece: Ranked, score: Tensor, cut: Cut, seen: int) -> int:
-    """Zero what belongs to a cut, given how many scores equal to its have been seen; return how many now have."""
-    if cut.ties == cut.equal:
-        piece.weight.masked_fill_(score <= cut.score, 0)
-        return seen
-    equal = score == cut.score
-    number = equal.cumsum(0) + seen
+def _zero_below(flat: Ranked, limit: float, dtype: torch.dtype, keep_equals: bool) -> list[int]:
+    """Zero scores up to a limit; those equal to it may stay, and then return how many of them each piece has."""
+    equals = []
+    for piece in _pieces(flat):
+        score = scores(piece, dtype)
+        piece.weight.masked_fill_(score < limit if keep_equals else score <= limit, 0)
+        if keep_equals:
+            equals.append((score == limit).count_nonzero())
+    return torch.stack(equals).tolist() if equals else []
+
+
+def _zero_share(piece: Ranked, score: Tensor, cut: Cut, seen: int) -> None:
+    """Zero the cut's share of the weights whose scores are equal to its, given how many came before these."""
+    places = (score == cut.score).nonzero().view(-1)
+    number = torch.arange(seen, seen + len(places), device=places.device)
     # The n-th of them is taken where the share of n goes over the next whole number.
-    taken = equal & (number * cut.ties // cut.equal > (number - 1) * cut.ties // cut.equal)
-    piece.weight.masked_fill_(taken | (score < cut.score), 0)
-    return seen + int(equal.sum())
+    taken = (number + 1) * cut.ties // cut.equal > number * cut.ties // cut.equal
+    piece.weight.index_fill_(0, places[taken], 0)
 
 
 def _starts(tensors: Sequence[Ranked], counts: Sequence[int]) -> tuple[list[int], int]:

@@ -70,7 +70,7 @@ class PDecayTrainerMixin(_Base):
         self._card_kwargs: dict[str, Any] = {}
         if not self._decays:
             return
-        check_engine(self)
+        check_engine(self, self.args.step_options.get("moments"))
         same = ("p_norm", "lambda_p", "lp_rules", "weight_decay", "optim_args", "skip_nonfinite")
         check_same({name: getattr(self.args, name) for name in same} | self.args.control_options)
         groups = self._param_groups(self.model)

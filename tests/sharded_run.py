@@ -202,6 +202,7 @@ def main() -> None:
         "replicated weights": partial(trained, mesh, Replicate(), "compiled"),
         "fsdp": partial(fsdp, mesh, None),
         "fsdp bfloat16": partial(fsdp, mesh, "bfloat16"),
+        "fsdp 8bit": partial(fsdp, mesh, "8bit"),
     }
     for backend in ("compiled", "foreach"):
         cases[f"trained {backend}"] = partial(trained, mesh, Shard(0), backend)

@@ -45,6 +45,14 @@ def test_an_optimizer_of_deepspeed_is_refused() -> None:
         check_engine(trainer(deepspeed=config))
 
 
+@pytest.mark.parametrize(("each", "name"), [(trainer(fsdp=2), "FSDP"), (trainer(deepspeed={}), "DeepSpeed")])
+def test_moments_that_cannot_be_sharded_are_refused(each: Any, name: str) -> None:
+    with pytest.raises(ValueError, match=f"moments='8bit' under {name}, whose shards"):
+        check_engine(each, "8bit")
+    check_engine(trainer(), "8bit")
+    check_engine(each, "bfloat16")
+
+
 @pytest.mark.parametrize("part", ["offload_optimizer", "offload_param"])
 def test_nvme_is_refused(part: str) -> None:
     with pytest.raises(ValueError, match=f"{part}.device='nvme'"):

@@ -100,6 +100,11 @@ def test_fsdp2_with_bfloat16_moments_is_near_one_process(ranks: Ranks) -> None:
             torch.testing.assert_close(sharded, whole, rtol=0.02, atol=0.002)
 
 
+def test_8bit_moments_of_shards_are_refused(ranks: Ranks) -> None:
+    for rank in range(2):
+        assert ranks[rank]["fsdp 8bit"]["error"].startswith("ValueError: Invalid moments: moments='8bit' with sharded")
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("case", ["summand", "sharded", "replicated"])
 def test_gradient_of_another_placement_is_understood_or_refused(ranks: Ranks, case: str, backend: str) -> None:

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .distributed import is_dtensor
+
 
 MOMENTS = ("float32", "bfloat16", "8bit")
 BLOCK = 256  # elements that share a scale
@@ -42,7 +44,15 @@ def zero_moment(param: Tensor, moments: str | None, *, signed: bool) -> Tensor:
         param: The parameter; a DTensor gives a DTensor.
         moments: One of :data:`MOMENTS`, or None for the dtype of the parameter.
         signed: Whether the moment can be negative: the first is, the second is not.
+
+    Raises:
+        ValueError: If it is to be 8 bit and the parameter is sharded.
     """
+    if moments == "8bit" and is_dtensor(param):
+        raise ValueError(
+            "Invalid moments: moments='8bit' with sharded weights, which torchao cannot quantise; take "
+            "moments='bfloat16'."
+        )
     if moments == "8bit" and can_quantize(param):
         return _state_class().zeros(param.shape, signed=signed, block_size=BLOCK, device=param.device)
     dtype = moment_dtype(param, moments)
