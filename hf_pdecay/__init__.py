@@ -14,6 +14,7 @@ from ._version import __version__
 if TYPE_CHECKING:
     from .arguments import PDecayTrainingArguments
     from .callback import SparsityCallback
+    from .inference import to_dense_inference, to_sparse_inference
     from .optim import AdamWLp
     from .sparsity import SparsityReport, measure_sparsity
     from .trainer import PDecayTrainer, PDecayTrainerMixin
@@ -26,6 +27,8 @@ _MODULES = {
     "SparsityCallback": "callback",
     "SparsityReport": "sparsity",
     "measure_sparsity": "sparsity",
+    "to_dense_inference": "inference",
+    "to_sparse_inference": "inference",
 }
 
 __all__ = [
@@ -37,6 +40,8 @@ __all__ = [
     "SparsityReport",
     "__version__",
     "measure_sparsity",
+    "to_dense_inference",
+    "to_sparse_inference",
 ]
 
 

@@ -1,17 +1,13 @@
 """The step on a CPU, by one C++ function that is compiled on first use and kept.
 
-torch's Inductor finds the compiler, chooses the instruction set and keeps the result on disk for the processes that
-come after. The function takes addresses and numbers, so nothing is compiled again for another shape, learning rate, p
-or λ_p, and one call does the step of all tensors, however many.
+The function takes addresses and numbers, so nothing is compiled again for another shape, learning rate, p or λ_p, and
+one call does the step of all tensors, however many.
 """
 
 from __future__ import annotations
 
 import ctypes
 import functools
-import logging
-import os
-import time
 from array import array
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,11 +15,10 @@ from typing import Any
 
 import torch
 
+from ..native import load
 from .moments import is_quantized
 from .tensor_step import TensorStep, is_flat
 
-
-logger = logging.getLogger(__name__)
 
 SOURCE = Path(__file__).with_name("adamw_lp.cpp")
 
@@ -37,9 +32,6 @@ _PAIRS = {
     (torch.float16, torch.float16),
     (torch.float64, torch.float64),
 }
-# Inductor asks for traps and errno to be kept, drops the sign of zeros, and has GCC leave loops as they are.
-_FLAGS = ("-fno-trapping-math", "-fno-math-errno", "-fsigned-zeros")
-_GCC_FLAGS = ("-ftree-loop-vectorize",)
 
 
 def unavailable() -> str | None:
@@ -150,24 +142,10 @@ def _library() -> ctypes.CDLL:
 @functools.cache
 def _load() -> tuple[ctypes.CDLL | None, str | None]:
     """Load the function, compiling it if need be; it and None, or None and why not."""
-    started = time.time()
-    try:
-        # Inductor's parts below have no public names. Whatever they raise, a run goes on with plain torch operations.
-        from torch._inductor.codecache import CppCodeCache
-        from torch._inductor.cpp_builder import is_gcc
-
-        flags = _FLAGS + (_GCC_FLAGS if is_gcc() else ())
-        library: ctypes.CDLL = CppCodeCache.load_async(SOURCE.read_text(encoding="utf-8"), extra_flags=flags)()
+    library, reason = load(SOURCE, "AdamWLp", "step")
+    if library is not None:
         library.hf_pdecay_step.restype = library.hf_pdecay_all_finite.restype = ctypes.c_int
         pointer, count, threads = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
         library.hf_pdecay_step.argtypes = (pointer, count, pointer, threads)
         library.hf_pdecay_all_finite.argtypes = (pointer, count, threads)
-    except Exception as error:
-        lines = str(error).strip().splitlines()
-        return None, f"its C++ source could not be compiled ({type(error).__name__}: {lines[0] if lines else ''})"
-    seconds = time.time() - started
-    if os.path.getmtime(library._name) >= started:
-        logger.warning("AdamWLp compiled its step in %.1f s. It is kept in %s.", seconds, Path(library._name).parent)
-    else:
-        logger.info("AdamWLp loaded its compiled step in %.1f s.", seconds)
-    return library, None
+    return library, reason

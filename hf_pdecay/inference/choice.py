@@ -1,0 +1,166 @@
+"""Which linear layers of a model to swap for sparse ones, by a measurement on this machine."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from .sparse_linear import SparseLinear, refusal
+
+
+logger = logging.getLogger(__name__)
+
+# With fewer zeros values and places are more bytes than the dense float32 weight.
+LEAST_SPARSITY = 0.5
+_SECONDS = 0.02  # that a measurement of a layer takes
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A linear layer and what became of it.
+
+    Attributes:
+        name: Its name in the model.
+        shape: (out_features, in_features).
+        sparsity: Fraction of its weights that are zero.
+        speedup: Time of the dense layer over that of the sparse one, or None if it was not measured.
+        swapped: Whether it is sparse now.
+        reason: Why not, or an empty text.
+    """
+
+    name: str
+    shape: tuple[int, int]
+    sparsity: float
+    speedup: float | None
+    swapped: bool
+    reason: str = ""
+
+
+@torch.no_grad()
+def to_sparse_inference(model: nn.Module, *, rows: int = 16, min_sparsity: float | None = None) -> list[Choice]:
+    """Swap the linear layers of a model, in place, for sparse ones where those are faster on this CPU.
+
+    ``nn.Linear`` and HF's ``Conv1D`` are looked at. Layers whose weight another module shares, that carry hooks or that
+    hold something else than float32, bfloat16 or float16 stay as they are. ``generate``, ``pipeline`` and
+    ``save_pretrained`` go on working, the last with an ordinary dense model; training needs :func:`to_dense_inference`.
+
+    Args:
+        model: A model on a CPU.
+        rows: How many rows a layer mostly sees at a time, for the measurement: batch size × tokens.
+        min_sparsity: Swap every layer of at least this fraction of zeros, and measure nothing; None measures.
+
+    Returns:
+        What became of each linear layer.
+
+    Raises:
+        ValueError: If an argument is out of its range, or the model is not on a CPU.
+
+    Example:
+        >>> model = AutoModelForCausalLM.from_pretrained("out").eval()
+        >>> to_sparse_inference(model)
+        >>> model.generate(**inputs)
+    """
+    if rows < 1:
+        raise ValueError(f"Invalid rows: rows={rows}; it must be at least 1.")
+    if min_sparsity is not None and not 0 <= min_sparsity <= 1:
+        raise ValueError(f"Invalid min_sparsity: min_sparsity={min_sparsity}; it must be in [0, 1].")
+    device = next((param.device for param in model.parameters() if param.device.type != "cpu"), None)
+    if device is not None:
+        raise ValueError(f"Invalid model: it is on {device}; sparse inference works on a CPU. Call model.cpu() first.")
+    owners = Counter(id(param) for _, param in model.named_parameters(remove_duplicate=False))
+    measured: dict[tuple[object, ...], float] = {}
+    choices = []
+    for parent, key, name, module in list(_linears(model)):
+        shared = owners[id(module.weight)] > 1
+        choice, sparse = _choose(name, module, rows, min_sparsity, measured, shared)
+        choices.append(choice)
+        if sparse is not None:
+            setattr(parent, key, sparse.train(module.training))
+    swapped = [each for each in choices if each.swapped]
+    logger.info("%d of %d linear layers are sparse now.", len(swapped), len(choices))
+    return choices
+
+
+@torch.no_grad()
+def to_dense_inference(model: nn.Module) -> nn.Module:
+    """Swap the sparse layers of a model back, in place, and return it; it can be trained again."""
+    for parent in model.modules():
+        for key, module in list(parent.named_children()):
+            if isinstance(module, SparseLinear):
+                setattr(parent, key, _dense(module))
+    return model
+
+
+def _linears(model: nn.Module) -> Iterator[tuple[nn.Module, str, str, nn.Linear | Conv1D]]:
+    """Layers that are linear and nothing more: the module that holds each, its key there, its name, and itself."""
+    for path, parent in model.named_modules():
+        for key, module in parent.named_children():
+            if type(module) in (nn.Linear, Conv1D):
+                yield parent, key, f"{path}.{key}" if path else key, module
+
+
+def _choose(
+    name: str,
+    module: nn.Linear | Conv1D,
+    rows: int,
+    min_sparsity: float | None,
+    measured: dict[tuple[object, ...], float],
+    shared: bool,
+) -> tuple[Choice, SparseLinear | None]:
+    transposed = isinstance(module, Conv1D)
+    weight = module.weight.t() if transposed else module.weight
+    reason = "its weight is shared with another module" if shared else refusal(weight)
+    if reason is None and (module._forward_hooks or module._forward_pre_hooks):
+        reason = "it carries hooks"
+    out, size = weight.shape[0], weight.shape[-1]
+    if reason is not None:
+        return Choice(name, (out, size), 0.0, None, False, reason), None
+    sparsity = 1 - int(weight.count_nonzero()) / max(weight.numel(), 1)
+    least = LEAST_SPARSITY if min_sparsity is None else min_sparsity
+    if sparsity < least:
+        return Choice(name, (out, size), sparsity, None, False, f"fewer than {least:.0%} of its weights are zero"), None
+    sparse = SparseLinear(weight, module.bias, transposed=transposed)
+    if min_sparsity is not None:
+        return Choice(name, (out, size), sparsity, None, True), sparse
+    kind = out, size, weight.dtype, module.bias is None, transposed, round(sparsity, 2)
+    if kind not in measured:
+        measured[kind] = _speedup(module, sparse, torch.randn(rows, size).to(weight.dtype))
+    speedup = measured[kind]
+    if speedup <= 1:
+        return Choice(name, (out, size), sparsity, speedup, False, "the dense layer is faster"), None
+    return Choice(name, (out, size), sparsity, speedup, True), sparse
+
+
+def _speedup(dense: nn.Module, sparse: nn.Module, x: Tensor) -> float:
+    """The least time of the dense layer over that of the sparse one, of calls in turn."""
+    least = [float("inf"), float("inf")]
+    for layer in (dense, sparse):
+        layer(x)
+    end = time.perf_counter() + _SECONDS
+    while time.perf_counter() < end:
+        for side, layer in enumerate((dense, sparse)):
+            began = time.perf_counter()
+            layer(x)
+            least[side] = min(least[side], time.perf_counter() - began)
+    return least[0] / least[1]
+
+
+def _dense(sparse: SparseLinear) -> nn.Module:
+    weight = sparse.dense_weight()
+    with torch.device("meta"):
+        module: nn.Linear | Conv1D
+        if sparse.transposed:
+            module = Conv1D(sparse.out_features, sparse.in_features)
+        else:
+            module = nn.Linear(sparse.in_features, sparse.out_features, bias=sparse.bias is not None)
+    module.weight = nn.Parameter(weight)
+    if sparse.bias is not None:
+        module.bias = nn.Parameter(sparse.bias.detach())
+    return module.train(sparse.training)

@@ -1,0 +1,141 @@
+// Product of rows of activations with a sparse weight: y = x Wᵀ + b, for sparse_linear.py.
+//
+//   - W is in compressed sparse rows (CSR): of each row the values that are not zero, and their columns.
+//   - Rows of x are taken kMost at a time, transposed, so that a value of W meets as many activations as vectors hold,
+//     which lie side by side. Several values are in flight at once: a single sum would wait for its own last addition.
+//   - Threads share ranges of rows of W that hold about as many values each.
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+#include <vector>
+
+namespace {
+
+#ifdef __AVX512F__
+constexpr int kLane = 16;
+#else
+constexpr int kLane = 8;
+#endif
+constexpr int kMost = 4 * kLane;  // rows of x in a block
+constexpr int kTile = 16;         // rows of W whose results are written together
+
+typedef float Vector __attribute__((vector_size(4 * kLane), aligned(4), may_alias));
+
+struct Weight {
+  const int32_t* starts;   // [out + 1]
+  const int32_t* columns;  // [values]
+  const float* values;
+  const float* bias;  // [out], or null
+  int64_t out, in;
+};
+
+// Results of rows first to last of W for `count` rows of x, which lie in `block` as [in][kVectors * kLane].
+template <int kVectors, int kFlight>
+void many_rows(const Weight& w, const float* block, int64_t first, int64_t last, float* y, int64_t count) {
+  constexpr int kWidth = kVectors * kLane;
+  float tile[kTile][kWidth];
+  for (int64_t row = first; row < last; row += kTile) {
+    const int64_t rows = std::min<int64_t>(kTile, last - row);
+    for (int64_t i = 0; i < rows; i++) {
+      Vector sum[kFlight][kVectors];
+      for (int f = 0; f < kFlight; f++)
+        for (int v = 0; v < kVectors; v++) sum[f][v] = Vector{} + (f == 0 && w.bias ? w.bias[row + i] : 0.0f);
+      int64_t k = w.starts[row + i];
+      const int64_t end = w.starts[row + i + 1];
+      for (; k + kFlight <= end; k += kFlight)
+#pragma GCC unroll 8
+        for (int f = 0; f < kFlight; f++) {
+          const Vector* x = reinterpret_cast<const Vector*>(block + int64_t{w.columns[k + f]} * kWidth);
+#pragma GCC unroll 8
+          for (int v = 0; v < kVectors; v++) sum[f][v] += w.values[k + f] * x[v];
+        }
+      for (; k < end; k++) {
+        const Vector* x = reinterpret_cast<const Vector*>(block + int64_t{w.columns[k]} * kWidth);
+        for (int v = 0; v < kVectors; v++) sum[0][v] += w.values[k] * x[v];
+      }
+      for (int f = 1; f < kFlight; f++)
+        for (int v = 0; v < kVectors; v++) sum[0][v] += sum[f][v];
+      std::memcpy(tile[i], sum[0], sizeof(float) * kWidth);
+    }
+    for (int64_t j = 0; j < count; j++)
+      for (int64_t i = 0; i < rows; i++) y[j * w.out + row + i] = tile[i][j];
+  }
+}
+
+// The same for one row of x. Left to itself GCC would gather into vectors, which is slower.
+#if defined(__GNUC__) && !defined(__clang__)
+__attribute__((optimize("no-tree-vectorize", "no-tree-slp-vectorize"), noinline))
+#endif
+void one_row(const Weight& w, const float* x, int64_t first, int64_t last, float* y) {
+  for (int64_t row = first; row < last; row++) {
+    float sum[8] = {w.bias ? w.bias[row] : 0.0f};
+    int64_t k = w.starts[row];
+    const int64_t end = w.starts[row + 1];
+    for (; k + 8 <= end; k += 8)
+#pragma GCC unroll 8
+      for (int f = 0; f < 8; f++) sum[f] += w.values[k + f] * x[w.columns[k + f]];
+    for (; k < end; k++) sum[0] += w.values[k] * x[w.columns[k]];
+    y[row] = ((sum[0] + sum[1]) + (sum[2] + sum[3])) + ((sum[4] + sum[5]) + (sum[6] + sum[7]));
+  }
+}
+
+// Rows of x as [in][width]; rows that are not there are zeros.
+void transpose(const float* x, int64_t count, int64_t in, int64_t width, float* block) {
+  for (int64_t first = 0; first < in; first += 16) {
+    const int64_t last = std::min(in, first + 16);
+    for (int64_t j = 0; j < width; j++)
+      for (int64_t column = first; column < last; column++)
+        block[column * width + j] = j < count ? x[j * in + column] : 0.0f;
+  }
+}
+
+}  // namespace
+
+extern "C" {
+
+// The most rows of x that are taken together: scratch has room for threads * in * so many floats.
+int hf_pdecay_block_rows() { return kMost; }
+
+void hf_pdecay_sparse_product(const int32_t* starts, const int32_t* columns, const float* values, const float* bias,
+                              int64_t out, int64_t in, const float* x, int64_t count, float* y, float* scratch,
+                              int threads) {
+  const Weight w{starts, columns, values, bias, out, in};
+  const int64_t held = starts[out];
+  const int parts = threads * 4;
+  std::vector<int64_t> ends(parts + 1, out);  // ranges of rows of W
+  for (int part = 0; part < parts; part++)
+    ends[part] = part ? std::lower_bound(starts, starts + out, static_cast<int32_t>(held * part / parts)) - starts : 0;
+  const bool alone = threads == 1 || held * count < (1 << 15);
+  if (count == 1) {
+#pragma omp parallel for num_threads(threads) schedule(dynamic) if (!alone)
+    for (int part = 0; part < parts; part++) one_row(w, x, ends[part], ends[part + 1], y);
+    return;
+  }
+  const int64_t width = count > 2 * kLane ? 4 * kLane : count > kLane ? 2 * kLane : kLane;
+  const int64_t blocks = (count + width - 1) / width;
+#pragma omp parallel num_threads(threads) if (!alone)
+  for (int64_t group = 0; group < blocks; group += threads) {  // as many blocks as scratch has room for
+    const int64_t here = std::min<int64_t>(threads, blocks - group);
+#pragma omp for schedule(static)
+    for (int64_t b = 0; b < here; b++) {
+      const int64_t row = (group + b) * width;
+      transpose(x + row * in, std::min(width, count - row), in, width, scratch + b * in * width);
+    }
+#pragma omp for schedule(dynamic) collapse(2)
+    for (int64_t b = 0; b < here; b++)
+      for (int part = 0; part < parts; part++) {
+        const int64_t row = (group + b) * width;
+        const int64_t rows = std::min(width, count - row);
+        const float* block = scratch + b * in * width;
+        float* results = y + row * out;
+        if (width == 4 * kLane)
+          many_rows<4, 2>(w, block, ends[part], ends[part + 1], results, rows);
+        else if (width == 2 * kLane)
+          many_rows<2, 4>(w, block, ends[part], ends[part + 1], results, rows);
+        else
+          many_rows<1, 8>(w, block, ends[part], ends[part + 1], results, rows);
+      }
+  }
+}
+
+}  // extern "C"

@@ -1,0 +1,53 @@
+"""C++ functions that are compiled on first use and kept.
+
+torch's Inductor finds the compiler, chooses the instruction set and keeps the result on disk for the processes that
+come after.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import logging
+import os
+import time
+from pathlib import Path
+
+
+logger = logging.getLogger(__name__)
+
+# Inductor asks for traps and errno to be kept, drops the sign of zeros, and has GCC leave loops as they are.
+_FLAGS = ("-fno-trapping-math", "-fno-math-errno", "-fsigned-zeros")
+_GCC_FLAGS = ("-ftree-loop-vectorize",)
+
+
+@functools.cache
+def load(source: Path, who: str, what: str) -> tuple[ctypes.CDLL | None, str | None]:
+    """Load the functions of a C++ file, compiling it if need be, once in a process.
+
+    Args:
+        source: The file.
+        who: Who asks for it, for the sentence that says how long it took.
+        what: What it computes, for that sentence.
+
+    Returns:
+        The library and None, or None and why it cannot be had.
+    """
+    started = time.time()
+    try:
+        # Inductor's parts below have no public names. Whatever they raise, a run goes on with plain torch operations.
+        from torch._inductor.codecache import CppCodeCache
+        from torch._inductor.cpp_builder import is_gcc
+
+        flags = _FLAGS + (_GCC_FLAGS if is_gcc() else ())
+        library: ctypes.CDLL = CppCodeCache.load_async(source.read_text(encoding="utf-8"), extra_flags=flags)()
+    except Exception as error:
+        lines = str(error).strip().splitlines()
+        return None, f"its C++ source could not be compiled ({type(error).__name__}: {lines[0] if lines else ''})"
+    seconds = time.time() - started
+    if os.path.getmtime(library._name) >= started:
+        folder = Path(library._name).parent
+        logger.warning("%s compiled its %s in %.1f s. It is kept in %s.", who, what, seconds, folder)
+    else:
+        logger.info("%s loaded its compiled %s in %.1f s.", who, what, seconds)
+    return library, None
