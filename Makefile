@@ -54,7 +54,7 @@ $(VENV)/.deepspeed: $(VENV)/.installed
 	@touch $@
 
 test-distributed: $(VENV)/.deepspeed ## train under DDP, FSDP2 and DeepSpeed and compare, on several processes of this CPU
-	$(BIN)/python -m pytest -q tests/distributed $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -q -o faulthandler_timeout=900 tests/distributed $(PYTEST_ARGS)
 
 test-faults: $(VENV)/.installed ## kill training runs at 40 random moments, resume them, and compare to the bit (12 minutes)
 	$(BIN)/python -m tests.faults $(FAULTS_ARGS)
