@@ -154,17 +154,18 @@ def planned(config: dict[str, Any], results: list[dict[str, Any]], name: str) ->
         if method == "dense":
             continue
         how = config["methods"][method]
+        values = task.get("values", {}).get(method, how["values"])
         if how.get("free"):
             reported += [
                 Run(**common, method=method, target=None, knob=value, seed=seed)
-                for value in how["values"]
+                for value in values
                 for seed in task["seeds"]
             ]
             continue
         trials = [
             Run(**common | {"learning_rate": rate}, method=method, target=tune["target"], knob=value, seed=tune["seed"])
             for rate in task.get("sparse_learning_rates", [chosen.learning_rate])
-            for value in how["values"]
+            for value in values
         ]
         if len(trials) == 1:  # nothing to choose
             winner: Run | None = trials[0]
