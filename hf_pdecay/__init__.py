@@ -14,12 +14,13 @@ from ._version import __version__
 if TYPE_CHECKING:
     from .arguments import PDecayTrainingArguments
     from .callback import SparsityCallback
-    from .optim import AdamWLp
+    from .optim import AdamWLp, LpDecay
     from .sparsity import SparsityReport, measure_sparsity
     from .trainer import PDecayTrainer, PDecayTrainerMixin
 
 _MODULES = {
     "AdamWLp": "optim",
+    "LpDecay": "optim",
     "PDecayTrainer": "trainer",
     "PDecayTrainerMixin": "trainer",
     "PDecayTrainingArguments": "arguments",
@@ -30,6 +31,7 @@ _MODULES = {
 
 __all__ = [
     "AdamWLp",
+    "LpDecay",
     "PDecayTrainer",
     "PDecayTrainerMixin",
     "PDecayTrainingArguments",

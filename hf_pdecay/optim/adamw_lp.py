@@ -13,12 +13,12 @@ from torch.optim.optimizer import Optimizer, ParamsT
 from ..decay import check_lambda_p, check_p_norm
 from .backends import Backend, Part, all_finite
 from .distributed import agreed_finite, is_dtensor, local, local_grad, shard_place
-from .dormancy import mark_dormant, placed, wake
+from .dormancy import dormant_entry, placed, wake
 from .functional import adamw_lp
 from .gradients import check_dense, count_skipped, finite_by_norm, skipped_steps
 from .moments import as_stored, clone, is_quantized, zero_moment
 from .tensor_step import Hyperparameters, TensorStep
-from .validation import FOREIGN_KEYS, check_hyperparameters, check_state_dict
+from .validation import FOREIGN_KEYS, check_hyperparameters, check_real, check_state_dict
 
 
 __all__ = ["AdamWLp", "adamw_lp"]
@@ -119,13 +119,11 @@ class AdamWLp(Optimizer):
         """
         check_hyperparameters({**self.defaults, **param_group})
         super().add_param_group(param_group)
-        for param in self.param_groups[-1]["params"]:
-            if not param.is_floating_point():
-                group = self.param_groups.pop()
-                raise ValueError(
-                    f"AdamWLp takes real floating-point parameters, not {param.dtype} (shape {tuple(param.shape)}, "
-                    f"group of {len(group['params'])}); leave it out, or split a complex one by torch.view_as_real."
-                )
+        try:
+            check_real(self.param_groups[-1]["params"], "AdamWLp")
+        except ValueError:
+            self.param_groups.pop()
+            raise
 
     @property
     def backends(self) -> dict[str, tuple[str, str]]:
@@ -209,7 +207,7 @@ class AdamWLp(Optimizer):
                     state["dormant"] = placed(state["dormant"].bool())
                 elif "lambda_p" not in theirs:
                     # AdamW does not say which tensors have been zero from the start: those that still are.
-                    mark_dormant(param, state)
+                    state["dormant"] = dormant_entry(param)
                 else:
                     state["dormant"] = torch.zeros((), dtype=torch.bool)
         self._all_awake = None
@@ -299,7 +297,7 @@ class AdamWLp(Optimizer):
         state["step"] = torch.zeros((), dtype=torch.float32, device=param.device)
         state["exp_avg"] = zero_moment(param, group["moments"], signed=True)
         state["exp_avg_sq"] = zero_moment(param, group["moments"], signed=False)
-        mark_dormant(param, state)
+        state["dormant"] = dormant_entry(param)
         self._all_awake = None
 
     def _is_awake(self, param: Tensor, dormant: Tensor) -> bool | Tensor:

@@ -5,20 +5,18 @@ Zero absorbs, so that such a tensor (LoRA's B, a zero-initialised head) could ne
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from .distributed import any_nonzero
 
 
-def mark_dormant(param: Tensor, state: dict[str, Any]) -> None:
-    """Enter into a tensor's state whether it is wholly zero."""
+def dormant_entry(param: Tensor) -> Tensor:
+    """Return the entry of a tensor's state that says whether it is wholly zero now."""
     # The only look at the weights that waits for the device, once in a tensor's life. Every tensor has the entry, as
     # torch.distributed.checkpoint loads into the state of an optimizer that has stepped the weights as they are now.
     dormant = bool(param.numel()) and not any_nonzero(param)
-    state["dormant"] = placed(torch.full((), dormant, dtype=torch.bool, device=param.device))
+    return placed(torch.full((), dormant, dtype=torch.bool, device=param.device))
 
 
 def placed(dormant: Tensor) -> Tensor:
