@@ -67,7 +67,7 @@ def test_around_adamw_it_is_adamw_lp(p_norm: float, dtype: torch.dtype) -> None:
         torch.testing.assert_close(one, other, rtol=100 * torch.finfo(dtype).eps, atol=1e-30)
         assert torch.equal(one == 0, other == 0)
     if p_norm == 0.5:
-        assert all(bool((param == 0).any()) for param in ours if param.numel() > 1), "the zeros compared are some"
+        assert bool((ours[0] == 0).any()), "the zeros compared are some"
 
 
 @pytest.mark.parametrize("nesterov", [False, True])

@@ -156,11 +156,13 @@ class LpDecay(Optimizer):
                 floating-point.
         """
         check_decay_settings({**self.defaults, **param_group})
+        before = len(self.param_groups)
         self.base.add_param_group(param_group)
         try:
-            check_real(self.param_groups[-1]["params"], "LpDecay")
+            for group in self.param_groups[before:]:
+                check_real(group["params"], "LpDecay")
         except ValueError:
-            self.param_groups.pop()
+            del self.param_groups[before:]
             raise
 
     def zero_grad(self, set_to_none: bool = True) -> None:
