@@ -6,13 +6,11 @@ under FSDP2, whose gradients are averages of two.
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
 
 from .launching import launch
-from .test_sharded_step import Ranks, close
+from .test_sharded_step import Ranks, close, result
 
 
 pytestmark = [
@@ -27,12 +25,6 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> Ranks:
     folder = tmp_path_factory.mktemp("sharded")
     launch("tests.sharded_wrapper_run", folder)
     return [torch.load(folder / f"rank{rank}.pt", weights_only=False) for rank in range(2)]
-
-
-def result(ranks: Ranks, rank: int, case: str) -> dict[str, Any]:
-    found: dict[str, Any] = ranks[rank][case]
-    assert "error" not in found, found["error"]
-    return found
 
 
 @pytest.mark.parametrize("rank", [0, 1])

@@ -12,9 +12,11 @@ import torch
 from torch import Tensor
 
 from ..decay import shrink_factor
+from . import compiled
+from .backends import MIN_COMPILED
 from .foreach import chunk_size, chunks
 from .rounding import LOW_PRECISION, noise_bits, stochastic_round
-from .tensor_step import shrink_
+from .tensor_step import Decay, is_flat, shrink_, smallest
 
 
 class Stepped(NamedTuple):
@@ -33,24 +35,6 @@ class Stepped(NamedTuple):
     averaged: Tensor | None
     awake: bool | Tensor
     place: int
-
-
-class Decay(NamedTuple):
-    """What the shrink of a param group's weights takes beside the weights.
-
-    Attributes:
-        p_norm: p.
-        alpha_lambda: α λ_p, a float, or a 0-dim tensor on the device of the weights.
-        keep_zeros: Whether weights that were zero before the step stay zero.
-        step: Number of the step, from which the random bits come.
-        finite: Whether the base did step, which on an accelerator is not known to the host.
-    """
-
-    p_norm: float
-    alpha_lambda: float | Tensor
-    keep_zeros: bool
-    step: int
-    finite: bool | Tensor
 
 
 class _Part(NamedTuple):
@@ -73,9 +57,36 @@ def copies(weights: Sequence[Tensor]) -> list[Tensor]:
 
 
 def shrink(tensors: Sequence[Stepped], decay: Decay) -> None:
-    """Shrink the weights of a param group, in place, after the base optimizer's step."""
+    """Shrink the weights of a param group, in place, after the base optimizer's step.
+
+    On a CPU one C++ function does it where there is enough to do, as it does AdamWLp's step.
+    """
+    taken = _compiled(tensors, decay)
+    if taken:
+        weights, copied, places = zip(*((each.weight, each.before, each.place) for each in taken), strict=True)
+        compiled.shrink(weights, copied, places, decay)
+        chosen = {id(each) for each in taken}
+        tensors = [each for each in tensors if id(each) not in chosen]
     for some in _batches(tensors):
         _shrink_batch(some, decay)
+
+
+def _compiled(tensors: Sequence[Stepped], decay: Decay) -> list[Stepped]:
+    """The tensors that the C++ function takes."""
+    if isinstance(decay.finite, Tensor) or isinstance(decay.alpha_lambda, Tensor):
+        return []
+    taken = [
+        each
+        for each in tensors
+        if each.weight.is_cpu
+        and each.weight.dtype in compiled.CODES
+        and each.awake is True
+        and each.averaged is None
+        and decay.alpha_lambda >= smallest(each.weight.dtype)
+        and is_flat(each.weight, each.before)
+    ]
+    enough = sum(each.weight.numel() for each in taken) >= MIN_COMPILED
+    return taken if enough and compiled.unavailable() is None else []
 
 
 def _batches(tensors: Sequence[Stepped]) -> Iterator[list[_Part]]:

@@ -15,7 +15,8 @@ from .bases import check_base, is_schedule_free
 from .distributed import agreed_finite, is_dtensor, local, shard_place
 from .dormancy import dormant_entry, is_awake, placed
 from .gradients import check_dense, count_skipped, finite_by_norm, grads_finite, skipped_steps
-from .shrinking import Decay, Stepped, copies, shrink
+from .shrinking import Stepped, copies, shrink
+from .tensor_step import Decay, smallest
 from .validation import check_decay_settings, check_real, check_saved_groups
 
 
@@ -351,9 +352,7 @@ def _may_shrink(group: dict[str, Any]) -> bool:
     lr, lambda_p = group["lr"], group["lambda_p"]
     if _on_device(lr):
         return bool(lambda_p != 0)
-    double = any(param.dtype == torch.float64 for param in group["params"])
-    # Below this the factor is 1 for every weight. Low-precision weights shrink in float32.
-    return bool(float(lr) * lambda_p >= torch.finfo(torch.float64 if double else torch.float32).tiny)
+    return bool(float(lr) * lambda_p >= min((smallest(param.dtype) for param in group["params"]), default=1.0))
 
 
 def _on_device(lr: float | Tensor) -> bool:
