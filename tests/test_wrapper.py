@@ -191,6 +191,30 @@ def test_low_precision_weights_shrink_on_average(dtype: torch.dtype) -> None:
     assert abs(float(torch.corrcoef(torch.stack(moved))[0, 1])) < 0.05, "tensors round independently"
 
 
+class Replacing(torch.optim.SGD):
+    """Gives each parameter another tensor, and lays it out anew."""
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        super().step()
+        for group in self.param_groups:
+            for param in group["params"]:
+                param.data = param.detach().t().contiguous().t()
+
+
+@pytest.mark.usefixtures("backend")
+def test_a_base_that_replaces_the_weights() -> None:
+    params = parameters((30, 40), (600, 700))
+    rivals = clones(params)
+    optimizers = [
+        LpDecay(kind(some, lr=0.05), lambda_p=0.5) for kind, some in ((Replacing, params), (torch.optim.SGD, rivals))
+    ]
+    for seed in range(3):
+        for some, optimizer in zip((params, rivals), optimizers, strict=True):
+            give_grads(some, seed)
+            optimizer.step()
+    torch.testing.assert_close(params, rivals, rtol=1e-4, atol=1e-7)
+
+
 def test_how_it_is_computed(monkeypatch: pytest.MonkeyPatch) -> None:
     """One tensor is rounded by the same bits whichever way, so that no weight differs by more than its last bit."""
     if reason := compiled.unavailable():
@@ -420,6 +444,26 @@ def _with(key: str, value: Any) -> torch.optim.Optimizer:
 def test_a_base_that_cannot_work_is_refused(make: Callable[[Any], Any], sentence: str) -> None:
     with pytest.raises(ValueError, match=sentence):
         LpDecay(make(parameters((3,))))
+
+
+def test_stand_ins_of_transformers_and_accelerate_are_refused() -> None:
+    from accelerate.optimizer import AcceleratedOptimizer
+    from transformers import Adafactor
+    from transformers.trainer_pt_utils import LayerWiseDummyOptimizer
+
+    params = parameters((3, 4))
+    for made, sentence in (
+        (LayerWiseDummyOptimizer(lr=0.1), "it steps within backward"),
+        (AcceleratedOptimizer(sgd(params), device_placement=False), "it is prepared already"),
+        (Adafactor(params), "Give it an lr"),
+    ):
+        with pytest.raises(ValueError, match=sentence):
+            LpDecay(made)
+    fixed = LpDecay(Adafactor(params, lr=0.1, relative_step=False, scale_parameter=False), p_norm=0.3, lambda_p=3.0)
+    for seed in range(10):
+        give_grads(params, seed)
+        fixed.step()
+    assert bool((params[0] == 0).any())
 
 
 def test_a_fused_backward_is_refused() -> None:

@@ -190,8 +190,9 @@ def test_torchao_quantised_moments(kind: str) -> None:
 
 def test_a_trainer_run_counts_cuts_saves_and_resumes(make_args: Any, tokens: Any, tmp_path: Path) -> None:
     def trainer(**overrides: Any) -> PDecayTrainer:
+        # 12 steps are two epochs: a shuffled epoch that transformers 4.57 resumes goes on with other batches.
         args = make_args(
-            **{"target_sparsity": 0.6, "max_steps": 30, "save_strategy": "steps", "save_steps": 10, **overrides}
+            **{"target_sparsity": 0.6, "max_steps": 30, "save_strategy": "steps", "save_steps": 12, **overrides}
         )
         model = tiny_gpt2()
         groups = build_param_groups(model, p_norm=0.8, lambda_p=0.01)
@@ -203,9 +204,26 @@ def test_a_trainer_run_counts_cuts_saves_and_resumes(make_args: Any, tokens: Any
     report = SparsityReport.load(tmp_path / "out" / "sparsity.json")
     assert report.decayed.zeros == round(0.6 * report.decayed.parameters)
     resumed = trainer(output_dir=str(tmp_path / "again"))
-    resumed.train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-20"))
+    resumed.train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-12"))
     for (name, one), other in zip(whole.model.named_parameters(), resumed.model.parameters(), strict=True):
         assert torch.equal(one, other), name
+
+
+def test_a_trainer_run_with_schedule_free_weights(make_args: Any, tokens: Any) -> None:
+    schedulefree = pytest.importorskip("schedulefree")
+    model = tiny_gpt2()
+    groups = build_param_groups(model, p_norm=0.8, lambda_p=0.01)
+    optimizer = LpDecay(schedulefree.AdamWScheduleFree(groups, lr=0.01))
+    args = make_args(target_sparsity=0.6, max_steps=30, lr_scheduler_type="constant", sparsity_end=1.0)
+    trainer = PDecayTrainer(
+        model=model, args=args, train_dataset=tokens, eval_dataset=tokens, optimizers=(optimizer, None)
+    )
+    trainer.train()
+    assert optimizer.param_groups[0]["train_mode"]
+    trainer.evaluate()
+    assert not optimizer.param_groups[0]["train_mode"], "what is evaluated are the averaged weights"
+    report = trainer.measure_sparsity()
+    assert report.decayed.zeros == round(0.6 * report.decayed.parameters)
 
 
 def test_accelerate_prepares_saves_and_loads_it(tmp_path: Path) -> None:
