@@ -299,6 +299,36 @@ def test_a_base_that_looks_on_the_device_is_told_there(monkeypatch: pytest.Monke
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-7)
 
 
+def test_what_an_accelerator_leaves_on_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whether gradients are finite, whether a tensor is awake, and the rate: tensors that the host does not read."""
+    results = []
+    for on_device in (False, True):
+        if on_device:
+            awake, finite = wrapper.is_awake, gradients.grads_finite
+            monkeypatch.setattr(wrapper, "grads_finite", lambda some: torch.as_tensor(finite(some)))  # noqa: B023
+            monkeypatch.setattr(wrapper, "is_awake", lambda *some: torch.as_tensor(awake(*some)))  # noqa: B023
+            monkeypatch.setattr(wrapper, "_on_device", lambda lr: isinstance(lr, torch.Tensor))
+        params = parameters((40, 30), (9,), dtype=torch.float64)
+        params += [nn.Parameter(torch.zeros(6, dtype=torch.float64)), nn.Parameter(normal(50))]
+        params[0].data[::2] = 0
+        rate = torch.tensor(0.05, dtype=torch.float64)
+        base = torch.optim.Adam(
+            [{"params": params[:2]}, {"params": params[2:], "keep_zeros": False}], lr=rate, fused=True
+        )
+        optimizer = LpDecay(base, p_norm=0.4, lambda_p=3.0)
+        for seed in range(6):
+            give_grads(params, seed)
+            if seed == 3:
+                params[1].grad[0] = math.nan  # type: ignore[index]
+            if seed == 0:
+                params[2].grad.zero_()  # type: ignore[union-attr]
+            optimizer.step()
+        assert optimizer.skipped_steps == 1 and bool((params[0] == 0).any()) and bool((params[2] != 0).any())
+        results.append([param.detach().double() for param in params])
+    for host, device in zip(*results, strict=True):
+        torch.testing.assert_close(device, host, rtol=1e-5 if host.numel() == 50 else 1e-12, atol=1e-30)
+
+
 def test_a_norm_that_is_known_spares_the_look(monkeypatch: pytest.MonkeyPatch) -> None:
     params = parameters((4,))
     optimizer = LpDecay(sgd(params))
@@ -400,98 +430,3 @@ def test_grad_scaler_unscales_for_it() -> None:
         optimizer.zero_grad()
         rival.zero_grad()
     torch.testing.assert_close(params, rivals, rtol=1e-6, atol=1e-8)
-
-
-# --- what is refused
-
-
-class NeedsClosure(torch.optim.SGD):
-    def step(self, closure: Any) -> Any:  # type: ignore[override]
-        return super().step(closure)
-
-
-class Lomo(torch.optim.SGD):
-    """Known by its name."""
-
-
-class Prodigy(torch.optim.SGD):
-    """Known by its name."""
-
-
-def _with(key: str, value: Any) -> torch.optim.Optimizer:
-    optimizer = sgd(parameters((3,)))
-    optimizer.defaults[key] = optimizer.param_groups[0][key] = value
-    return optimizer
-
-
-@pytest.mark.parametrize(
-    ("make", "sentence"),
-    [
-        (lambda p: torch.optim.LBFGS(p), "LBFGS: it calls the closure many times"),
-        (lambda p: torch.optim.SparseAdam(p), "SparseAdam: it takes sparse gradients alone"),
-        (lambda p: AdamWLp(p), "AdamWLp: it decays by p norm already"),
-        (lambda p: LpDecay(sgd(p)), "LpDecay: it decays by p norm already"),
-        (lambda p: NeedsClosure(p, lr=0.1), "its step needs a closure"),
-        (lambda p: Lomo(p, lr=0.1), "Lomo: it steps within backward"),
-        (lambda p: Prodigy(p, lr=1.0), "Prodigy: its step size is not the group's lr"),
-        (lambda p: _with("gradient_release", True), "it steps within backward"),
-        (lambda p: _with("differentiable", True), "differentiates through the step"),
-        (lambda p: _with("lr", None), "its step size is not the group's lr"),
-        (lambda p: _with("p_norm", -1.0), "Invalid p_norm: p_norm=-1.0"),
-        (lambda p: sgd([p[0].detach().to(torch.complex64)]), "real floating-point parameters, not torch.complex64"),
-    ],
-)
-def test_a_base_that_cannot_work_is_refused(make: Callable[[Any], Any], sentence: str) -> None:
-    with pytest.raises(ValueError, match=sentence):
-        LpDecay(make(parameters((3,))))
-
-
-def test_stand_ins_of_transformers_and_accelerate_are_refused() -> None:
-    from accelerate.optimizer import AcceleratedOptimizer
-    from transformers import Adafactor
-    from transformers.trainer_pt_utils import LayerWiseDummyOptimizer
-
-    params = parameters((3, 4))
-    for made, sentence in (
-        (LayerWiseDummyOptimizer(lr=0.1), "it steps within backward"),
-        (AcceleratedOptimizer(sgd(params), device_placement=False), "it is prepared already"),
-        (Adafactor(params), "Give it an lr"),
-    ):
-        with pytest.raises(ValueError, match=sentence):
-            LpDecay(made)
-    fixed = LpDecay(Adafactor(params, lr=0.1, relative_step=False, scale_parameter=False), p_norm=0.3, lambda_p=3.0)
-    for seed in range(10):
-        give_grads(params, seed)
-        fixed.step()
-    assert bool((params[0] == 0).any())
-
-
-def test_a_fused_backward_is_refused() -> None:
-    from torch.distributed.optim import _apply_optimizer_in_backward
-
-    params = parameters((3,))
-    _apply_optimizer_in_backward(torch.optim.SGD, params, {"lr": 0.1})
-    with pytest.raises(ValueError, match="it steps within backward"):
-        LpDecay(sgd(params))
-
-
-@pytest.mark.parametrize("made", [torch.optim.SGD, nn.Linear(2, 2)])
-def test_what_is_no_optimizer_is_refused(made: Any) -> None:
-    with pytest.raises(TypeError, match=r"must be a torch.optim.Optimizer, not (the class SGD|a torch.nn)"):
-        LpDecay(made)
-
-
-@pytest.mark.parametrize("bad", [{"p_norm": 0}, {"lambda_p": math.nan}, {"keep_zeros": 1}, {"skip_nonfinite": None}])
-def test_bad_settings_are_refused_and_leave_the_base_alone(bad: dict[str, Any]) -> None:
-    base = sgd(parameters((3,)))
-    with pytest.raises(ValueError, match=f"Invalid {next(iter(bad))}"):
-        LpDecay(base, **bad)
-    assert "p_norm" not in base.defaults and "p_norm" not in base.param_groups[0]
-
-
-def test_sparse_gradients_are_refused() -> None:
-    embedding = nn.Embedding(5, 3, sparse=True)
-    optimizer = LpDecay(torch.optim.SGD(embedding.parameters(), lr=0.1))
-    embedding(torch.tensor([1])).sum().backward()
-    with pytest.raises(ValueError, match="LpDecay does not take sparse gradients"):
-        optimizer.step()

@@ -120,6 +120,7 @@ _TORCHAO_OPTIONS = {"block_size": _number(1, whole=True), "bf16_stochastic_round
 ADAMW_LP = "adamw_lp"
 
 OPTIMIZERS: dict[str, Named] = {
+    # Made by itself, as it needs no decay around it.
     ADAMW_LP: Named(AdamWLp, {"backend": _one_of(*BACKENDS), "moments": _one_of(*MOMENTS)}),
     "sgd_lp": Named(_sgd, {**_MOMENTUM, "dampening": _number(0)}),
     "muon_lp": Named(
