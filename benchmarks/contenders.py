@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_pdecay.optim import AdamWLp, compiled
+from hf_pdecay.optim import AdamWLp, LpDecay, compiled
 from hf_pdecay.optim.moments import BLOCK
 from rivals import authors_adamw, missing, optimi_adamw, prune_optimizer, torch_adamw
 
@@ -105,6 +105,11 @@ def our_name(p_norm: float, backend: str = "auto", note: str = "") -> str:
     return f"AdamWLp {backend}, p = {p_norm:g}" + (f", {note}" if note else "")
 
 
+def wrapped_adamw(params: list[Tensor]) -> LpDecay:
+    """Return the decay around torch's fused AdamW."""
+    return LpDecay(torch_adamw(params, lr=LR, fused=True), p_norm=USUAL_P, lambda_p=LAMBDA_P)
+
+
 def contenders_for(size: Size, device: str, quick: bool = False) -> list[Contender]:
     """Return what is measured on a size, the baseline first."""
     baseline = Contender(BASELINE, partial(torch_adamw, lr=LR, fused=True))
@@ -128,6 +133,7 @@ def contenders_for(size: Size, device: str, quick: bool = False) -> list[Contend
         *(ours(p_norm, "reference") for p_norm in some_p),
         ours(USUAL_P, note="bfloat16 moments", moments="bfloat16"),
         ours(USUAL_P, note="8-bit moments", moments="8bit", absent=eight),
+        Contender(f"LpDecay on fused AdamW, p = {USUAL_P:g}", wrapped_adamw, USUAL_P, plain_state=False),
         authors,
         Contender("torchao PruneOptimizer on fused AdamW, p = 1", prune, 1.0, plain_state=False, missing=torchao),
         Contender("optimi AdamW", partial(optimi_adamw, lr=LR), plain_state=False, missing=missing("optimi")),

@@ -15,12 +15,13 @@ if TYPE_CHECKING:
     from .arguments import PDecayTrainingArguments
     from .callback import SparsityCallback
     from .inference import to_dense_inference, to_sparse_inference
-    from .optim import AdamWLp
+    from .optim import AdamWLp, LpDecay
     from .sparsity import SparsityReport, measure_sparsity
     from .trainer import PDecayTrainer, PDecayTrainerMixin
 
 _MODULES = {
     "AdamWLp": "optim",
+    "LpDecay": "optim",
     "PDecayTrainer": "trainer",
     "PDecayTrainerMixin": "trainer",
     "PDecayTrainingArguments": "arguments",
@@ -33,6 +34,7 @@ _MODULES = {
 
 __all__ = [
     "AdamWLp",
+    "LpDecay",
     "PDecayTrainer",
     "PDecayTrainerMixin",
     "PDecayTrainingArguments",

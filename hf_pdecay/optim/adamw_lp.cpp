@@ -286,6 +286,33 @@ void step_chunk(const Row& row, const Scalars<T>& shared, int64_t begin, int64_t
   }
 }
 
+// --- the decay alone, of weights that another optimizer has stepped: `grad` is their copy from before that
+
+template <class P, class T>
+void shrink_chunk(const Row& row, const Scalars<T>& shared, int64_t begin, int64_t end) {
+  const Scalars<T> s = shared;
+  P* const param = static_cast<P*>(row.param);
+  const P* const before = static_cast<const P*>(row.grad);
+  T divisor[kBlock];
+  for (int64_t at = begin; at < end; at += kBlock) {
+    P* const __restrict p = param + at;
+    const int n = static_cast<int>(std::min<int64_t>(kBlock, end - at));
+    for (int i = 0; i < kBlock; i += 16) {
+      PREFETCH(p + kPrefetch + i);
+      PREFETCH(before + at + kPrefetch + i);
+    }
+    divisors(before + at, n, s, divisor);
+    const uint32_t first = static_cast<uint32_t>(at);
+#pragma omp simd
+    for (int i = 0; i < n; ++i) {
+      T result = load(p[i]) / divisor[i];
+      const T least = divisor[i] > T(1) ? std::numeric_limits<T>::min() : T(0);
+      result = std::fabs(result) < least ? T(0) : result + T(0);
+      store(p[i], result, noise_at(first + static_cast<uint32_t>(i), s.noise_a, s.noise_b), 0);
+    }
+  }
+}
+
 struct Chunk {
   int64_t row, begin, end;
 };
@@ -314,6 +341,14 @@ void run_wide(const Row& row, const Plan& plan, int64_t begin, int64_t end) {
   step_chunk<kDecay, double, double>(row, plan.wide, begin, end);
 }
 
+template <class P>
+void shrink_single(const Row& row, const Plan& plan, int64_t begin, int64_t end) {
+  shrink_chunk<P>(row, plan.single, begin, end);
+}
+void shrink_wide(const Row& row, const Plan& plan, int64_t begin, int64_t end) {
+  shrink_chunk<double>(row, plan.wide, begin, end);
+}
+
 template <class P, class M>
 void plan_single(Plan* plan, const Hyper& hyper, const Row& row, double least) {
   bool decays;
@@ -338,6 +373,32 @@ bool make_plan(Plan* plan, const Hyper& hyper, const Row& row) {
       return true;
     }
     default: return false;
+  }
+}
+
+// Of a row whose moments, which there are none of, are said to be of the dtype of its weights.
+bool make_shrink_plan(Plan* plan, const Hyper& hyper, const Row& row) {
+  if (!make_plan(plan, hyper, row)) return false;
+  switch (row.param_dtype) {
+    case kFloat32: plan->run = shrink_single<float>; break;
+    case kBFloat16: plan->run = shrink_single<bfloat16>; break;
+    case kFloat16: plan->run = shrink_single<float16>; break;
+    default: plan->run = shrink_wide;
+  }
+  return true;
+}
+
+void run_all(const Row* rows, int64_t count, const std::vector<Plan>& plans, int threads) {
+  static_assert(sizeof(Row) == 11 * sizeof(int64_t), "a row is eleven numbers of 64 bits");
+  int64_t numel = 0;
+  for (int64_t i = 0; i < count; ++i) numel += rows[i].numel;
+  const int64_t share = numel / (8 * std::max(threads, 1)) / kBlock * kBlock;  // a few chunks for each thread
+  const auto chunks = chunks_of(&rows->numel, 11, count, std::min(std::max(share, kLeastChunk), kMostChunk));
+  const int64_t total = static_cast<int64_t>(chunks.size());
+#pragma omp parallel for num_threads(threads) schedule(dynamic) if (total > 1)
+  for (int64_t i = 0; i < total; ++i) {
+    const Chunk& chunk = chunks[i];
+    plans[chunk.row].run(rows[chunk.row], plans[chunk.row], chunk.begin, chunk.end);
   }
 }
 
@@ -379,17 +440,17 @@ int hf_pdecay_step(const Row* rows, int64_t count, const Hyper* hypers, int thre
     if (!make_plan(&plans[i], hypers[rows[i].hyper], counted)) return 1;
   }
   for (int64_t i = 0; i < count; ++i) *rows[i].step += 1;
-  static_assert(sizeof(Row) == 11 * sizeof(int64_t), "a row is eleven numbers of 64 bits");
-  int64_t numel = 0;
-  for (int64_t i = 0; i < count; ++i) numel += rows[i].numel;
-  const int64_t share = numel / (8 * std::max(threads, 1)) / kBlock * kBlock;  // a few chunks for each thread
-  const auto chunks = chunks_of(&rows->numel, 11, count, std::min(std::max(share, kLeastChunk), kMostChunk));
-  const int64_t total = static_cast<int64_t>(chunks.size());
-#pragma omp parallel for num_threads(threads) schedule(dynamic) if (total > 1)
-  for (int64_t i = 0; i < total; ++i) {
-    const Chunk& chunk = chunks[i];
-    plans[chunk.row].run(rows[chunk.row], plans[chunk.row], chunk.begin, chunk.end);
+  run_all(rows, count, plans, threads);
+  return 0;
+}
+
+// Shrinks the weights of each row by what `grad`, their copy from before a step, gives. Returns as hf_pdecay_step does.
+int hf_pdecay_shrink(const Row* rows, int64_t count, const Hyper* hypers, int threads) {
+  std::vector<Plan> plans(count);
+  for (int64_t i = 0; i < count; ++i) {
+    if (!make_shrink_plan(&plans[i], hypers[rows[i].hyper], rows[i])) return 1;
   }
+  run_all(rows, count, plans, threads);
   return 0;
 }
 

@@ -1,9 +1,9 @@
-"""AdamW with weight decay for any p norm: the optimizer and its functional."""
+"""AdamW with weight decay for any p norm: the optimizer."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -11,12 +11,17 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
 from ..decay import check_lambda_p, check_p_norm
-from . import foreach
 from .backends import Backend, Part, all_finite
-from .distributed import agreed_finite, any_nonzero, is_dtensor, local, local_grad, shard_place
+from .distributed import agreed_finite, is_dtensor, local, local_grad, shard_place
+from .dormancy import dormant_entry, placed, wake
+from .functional import adamw_lp
+from .gradients import check_dense, count_skipped, finite_by_norm, skipped_steps
 from .moments import as_stored, clone, is_quantized, zero_moment
 from .tensor_step import Hyperparameters, TensorStep
-from .validation import FOREIGN_KEYS, check_hyperparameters, check_state_dict
+from .validation import FOREIGN_KEYS, check_hyperparameters, check_real, check_state_dict
+
+
+__all__ = ["AdamWLp", "adamw_lp"]
 
 
 class AdamWLp(Optimizer):
@@ -114,13 +119,11 @@ class AdamWLp(Optimizer):
         """
         check_hyperparameters({**self.defaults, **param_group})
         super().add_param_group(param_group)
-        for param in self.param_groups[-1]["params"]:
-            if not param.is_floating_point():
-                group = self.param_groups.pop()
-                raise ValueError(
-                    f"AdamWLp takes real floating-point parameters, not {param.dtype} (shape {tuple(param.shape)}, "
-                    f"group of {len(group['params'])}); leave it out, or split a complex one by torch.view_as_real."
-                )
+        try:
+            check_real(self.param_groups[-1]["params"], "AdamWLp")
+        except ValueError:
+            self.param_groups.pop()
+            raise
 
     @property
     def backends(self) -> dict[str, tuple[str, str]]:
@@ -138,7 +141,7 @@ class AdamWLp(Optimizer):
     @property
     def skipped_steps(self) -> int:
         """Number of steps skipped for NaN or infinite gradients. Reading it synchronises with the device."""
-        return max((int(group["skipped_steps"]) for group in self.param_groups), default=0)
+        return skipped_steps(self.param_groups)
 
     def __getstate__(self) -> dict[str, Any]:
         """Return what a pickle or a copy holds: the backend too, which a checkpoint does not."""
@@ -201,10 +204,10 @@ class AdamWLp(Optimizer):
                 for name in ("exp_avg", "exp_avg_sq"):
                     state[name] = as_stored(saved[name], param, group["moments"], signed=name == "exp_avg")
                 if "dormant" in state:
-                    state["dormant"] = _placed(state["dormant"].bool())
+                    state["dormant"] = placed(state["dormant"].bool())
                 elif "lambda_p" not in theirs:
                     # AdamW does not say which tensors have been zero from the start: those that still are.
-                    _mark_dormant(param, state)
+                    state["dormant"] = dormant_entry(param)
                 else:
                     state["dormant"] = torch.zeros((), dtype=torch.bool)
         self._all_awake = None
@@ -280,133 +283,34 @@ class AdamWLp(Optimizer):
         """Whether all gradients of these parts are finite: known by the norm of all, or looked at here."""
         if not parts:
             return True
-        if norm is not None and not (isinstance(norm, Tensor) and is_dtensor(norm)):
-            finite = torch.as_tensor(norm).isfinite()
-            if finite.device.type != "cpu":
-                return finite
-            if finite:
-                return True
+        known = finite_by_norm(norm)
+        if known is not None:
+            return known
         sharded = [param for group in self.param_groups for param in group["params"] if is_dtensor(param)]
         return agreed_finite(all_finite(parts), sharded)
 
     def _count_skipped(self, finite: bool | Tensor) -> None:
-        for group in self.param_groups:
-            if not group["skip_nonfinite"]:
-                continue
-            skipped = group["skipped_steps"]
-            if isinstance(finite, Tensor):
-                # In place, so that the replays of a CUDA graph count too.
-                if not isinstance(skipped, Tensor):
-                    skipped = torch.full((), skipped, dtype=torch.int64, device=finite.device)
-                group["skipped_steps"] = skipped.to(finite.device).add_(~finite)
-            else:
-                group["skipped_steps"] = skipped + 1
+        count_skipped(self.param_groups, finite)
 
     def _init_state(self, param: Tensor, group: dict[str, Any]) -> None:
         state = self.state[param]
         state["step"] = torch.zeros((), dtype=torch.float32, device=param.device)
         state["exp_avg"] = zero_moment(param, group["moments"], signed=True)
         state["exp_avg_sq"] = zero_moment(param, group["moments"], signed=False)
-        _mark_dormant(param, state)
+        state["dormant"] = dormant_entry(param)
         self._all_awake = None
 
     def _is_awake(self, param: Tensor, dormant: Tensor) -> bool | Tensor:
         if dormant.is_cpu and not dormant.item():
             return True
-        awake = _wake(param, dormant)
+        awake = wake(param, dormant)
         if awake is True:
             self._all_awake = None
         return awake
-
-
-def adamw_lp(
-    params: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    exp_avgs: Sequence[Tensor],
-    exp_avg_sqs: Sequence[Tensor],
-    steps: Sequence[Tensor],
-    dormants: Sequence[Tensor | None],
-    *,
-    lr: float | Tensor,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    weight_decay: float,
-    p_norm: float,
-    lambda_p: float,
-    keep_zeros: bool,
-    maximize: bool,
-    finite: bool | Tensor = True,
-    capturable: bool | None = None,
-    backend: str | Backend = "auto",
-) -> None:
-    """Functional of :class:`AdamWLp`: one step on lists of tensors, in place.
-
-    Args:
-        params: Weights, of any shapes.
-        grads: Gradients of the same shapes.
-        exp_avgs: First moments of the same shapes.
-        exp_avg_sqs: Second moments of the same shapes.
-        steps: 0-dim float32 counters on the devices of the weights.
-        dormants: For each tensor None, or a 0-dim bool that is true while a tensor that began wholly zero still is.
-        lr: Learning rate α.
-        beta1: Decay of the first moment.
-        beta2: Decay of the second moment.
-        eps: Added to the denominator.
-        weight_decay: λ₂.
-        p_norm: p.
-        lambda_p: λ_p.
-        keep_zeros: Whether weights that are zero stay zero.
-        maximize: Whether to maximise.
-        finite: Whether the gradients are finite; where not, nothing is written.
-        capturable: Whether all scalars stay on the device, so that the host never waits. By default that is left to the
-            backend, which does so everywhere but on a CPU, where there is nothing to wait for; given, the step is done
-            by plain torch operations.
-        backend: As of the class, or the :class:`~hf_pdecay.optim.backends.Backend` that made an earlier choice.
-    """
-    hyper = Hyperparameters(lr, beta1, beta2, eps, weight_decay, p_norm, lambda_p, keep_zeros, maximize)
-    tensor_steps = []
-    lists = zip(params, grads, exp_avgs, exp_avg_sqs, steps, dormants, strict=True)
-    for index, (param, grad, exp_avg, exp_avg_sq, step, dormant) in enumerate(lists):
-        awake = True if dormant is None else _wake(param, dormant, capturable)
-        moments = local(exp_avg), local(exp_avg_sq)
-        tensor_steps.append(TensorStep(local(param), local(grad), *moments, step, awake, hyper, index))
-    if capturable is None:
-        for part in (backend if isinstance(backend, Backend) else Backend(backend)).assign(tensor_steps):
-            part.run(finite)
-    else:
-        foreach.step(tensor_steps, finite, capturable)
 
 
 def _check_group(group: dict[str, Any]) -> None:
     """Check what may have changed since the group was added: the decay's settings, and the gradients."""
     check_p_norm(group["p_norm"])
     check_lambda_p(group["lambda_p"])
-    for param in group["params"]:
-        if param.grad is not None and param.grad.is_sparse:
-            raise ValueError(
-                "AdamWLp does not take sparse gradients: set sparse=False on the embedding, or give its parameters "
-                "to torch.optim.SparseAdam."
-            )
-
-
-def _mark_dormant(param: Tensor, state: dict[str, Any]) -> None:
-    # The only look at the weights that waits for the device, once in a tensor's life. Every tensor has the entry, as
-    # torch.distributed.checkpoint loads into the state of an optimizer that has stepped the weights as they are now.
-    dormant = bool(param.numel()) and not any_nonzero(param)
-    state["dormant"] = _placed(torch.full((), dormant, dtype=torch.bool, device=param.device))
-
-
-def _placed(dormant: Tensor) -> Tensor:
-    """Where the entry is looked at: on the device for a tensor that may wake there, else on the host for good."""
-    return dormant if dormant.is_cpu or dormant.item() else dormant.cpu()
-
-
-def _wake(param: Tensor, dormant: Tensor, on_device: bool | None = None) -> bool | Tensor:
-    """Note whether a tensor that began wholly zero still is, and return whether it is awake."""
-    if param.device.type != "cpu" if on_device is None else on_device:
-        dormant.logical_and_(~any_nonzero(param))
-        return ~dormant
-    if dormant.item():
-        dormant.logical_and_(~any_nonzero(param))
-    return not dormant.item()
+    check_dense(group["params"], "AdamWLp")

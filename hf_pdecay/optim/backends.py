@@ -5,13 +5,12 @@ from __future__ import annotations
 import functools
 import importlib.util
 import logging
-import math
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from . import compiled, foreach, reference
+from .gradients import grads_finite
 from .tensor_step import TensorStep
 
 
@@ -65,13 +64,7 @@ def all_finite(parts: Sequence[Part]) -> bool | Tensor:
     """Whether all gradients are finite: a bool on a CPU, else a 0-dim tensor, for which the host does not wait."""
     if not all(part.batch.all_finite() for part in parts if part.batch is not None):
         return False
-    grads = [each.grad for part in parts if part.batch is None for each in part.steps if each.grad.numel()]
-    # NaN and infinity come through a sum, and this one is the cheapest reduction that torch has. A sum that overflowed
-    # by itself is looked at again below.
-    if all(grad.is_cpu for grad in grads) and math.isfinite(sum(grad.sum().item() for grad in grads)):
-        return True
-    finite = torch.nn.utils.get_total_norm(grads, norm_type=math.inf).isfinite()
-    return bool(finite) if finite.is_cpu else finite
+    return grads_finite([each.grad for part in parts if part.batch is None for each in part.steps])
 
 
 class Backend:

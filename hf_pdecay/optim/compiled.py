@@ -14,10 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ..native import load
 from .moments import is_quantized
-from .tensor_step import TensorStep, is_flat
+from .tensor_step import Decay, TensorStep, is_flat
 
 
 SOURCE = Path(__file__).with_name("adamw_lp.cpp")
@@ -128,6 +129,28 @@ class Batch:
         torch.autograd.graph.increment_version([each.param for each in self._steps])
 
 
+def shrink(weights: Sequence[Tensor], before: Sequence[Tensor], places: Sequence[int], decay: Decay) -> None:
+    """Shrink weights that another optimizer has stepped, in place, by the C++ function for that.
+
+    Args:
+        weights: Tensors on a CPU, of dtypes in :data:`CODES`.
+        before: Their copies from before the step, which lie in memory alike and without gaps, see
+            :func:`~.tensor_step.is_flat`.
+        places: Their places in the optimizer.
+        decay: With a float α λ_p that is not 0 in the dtype of any of them.
+    """
+    library = _library()
+    rows, count = array("q"), array("f", [decay.step])
+    hyper = array("d", (float(decay.alpha_lambda), 0.5, 0.5, 0.0, 0.0, decay.p_norm, 1.0, decay.keep_zeros, False))
+    step = count.buffer_info()[0]
+    for weight, copy, place in zip(weights, before, places, strict=True):
+        code = CODES[weight.dtype]
+        rows.extend((weight.data_ptr(), copy.data_ptr(), 0, 0, step, weight.numel(), 0, place, code, code, 0))
+    if library.hf_pdecay_shrink(_address(rows), len(weights), _address(hyper), torch.get_num_threads()):
+        raise RuntimeError("The compiled shrink met a dtype that it does not know.")
+    torch.autograd.graph.increment_version(list(weights))
+
+
 def _address(numbers: array[Any]) -> ctypes.c_void_p:
     return ctypes.c_void_p(numbers.buffer_info()[0])
 
@@ -147,5 +170,7 @@ def _load() -> tuple[ctypes.CDLL | None, str | None]:
         library.hf_pdecay_step.restype = library.hf_pdecay_all_finite.restype = ctypes.c_int
         pointer, count, threads = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
         library.hf_pdecay_step.argtypes = (pointer, count, pointer, threads)
+        library.hf_pdecay_shrink.restype = ctypes.c_int
+        library.hf_pdecay_shrink.argtypes = (pointer, count, pointer, threads)
         library.hf_pdecay_all_finite.argtypes = (pointer, count, threads)
     return library, reason

@@ -102,7 +102,7 @@ def _step_tensor(each: TensorStep, scalars: StepScalars, finite: bool | Tensor) 
     working = torch.float64 if dtype == torch.float64 else torch.float32
 
     first = 0
-    for stored_p, g, stored_m, stored_v in _chunks(each.param, each.grad, each.exp_avg, each.exp_avg_sq):
+    for stored_p, g, stored_m, stored_v in chunks(each.param, each.grad, each.exp_avg, each.exp_avg_sq):
         if upcast:
             p, m, v = stored_p.to(working, copy=True), dequantize(stored_m, working), dequantize(stored_v, working)
             g = g.to(working)
@@ -163,10 +163,15 @@ def _rounded(values: Tensor, stored: Tensor, noise: Tensor | None) -> Tensor:
     return stochastic_round(values.to(torch.float32), stored.dtype, noise)
 
 
-def _chunks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """Yield matching views of tensors of one shape, of a bounded number of elements each."""
+def chunk_size(device: torch.device) -> int:
+    """Return the number of elements worked on at a time on a device."""
+    return CPU_CHUNK if device.type == "cpu" else DEVICE_CHUNK
+
+
+def chunks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Yield matching views of tensors of one shape and device, of a bounded number of elements each."""
     numel = tensors[0].numel()
-    size = CPU_CHUNK if tensors[0].device.type == "cpu" else DEVICE_CHUNK
+    size = chunk_size(tensors[0].device)
     if any(is_quantized(tensor) for tensor in tensors):
         for start in range(0, numel, size):
             length = min(size, numel - start)

@@ -96,8 +96,11 @@ def is_quantized(moment: Tensor) -> bool:
 
 
 def dequantize(moment: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return the values of a moment as a plain tensor of ``dtype``: a copy if it is quantised or of another dtype."""
-    if is_quantized(moment):
+    """Return the values of a moment as a plain tensor of ``dtype``: a copy if it is quantised or of another dtype.
+
+    Those of 4 bits and of float8 too, which torchao's optimizers keep.
+    """
+    if type(moment).__name__ in ("OptimState8bit", "OptimState4bit", "OptimStateFp8"):
         values: Any = moment.dequantize()
         return values.to(dtype)
     return moment.to(dtype)

@@ -51,6 +51,29 @@ class TensorStep(NamedTuple):
     place: int
 
 
+class Decay(NamedTuple):
+    """What the shrink of a param group's weights takes beside the weights.
+
+    Attributes:
+        p_norm: p.
+        alpha_lambda: α λ_p, a float, or a 0-dim tensor on the device of the weights.
+        keep_zeros: Whether weights that were zero before the step stay zero.
+        step: Number of the step, from which the random bits come.
+        finite: Whether the base did step, which on an accelerator is not known to the host.
+    """
+
+    p_norm: float
+    alpha_lambda: float | Tensor
+    keep_zeros: bool
+    step: int
+    finite: bool | Tensor
+
+
+def smallest(dtype: torch.dtype) -> float:
+    """Return the least α λ_p that weights of a dtype feel: low-precision ones shrink in float32."""
+    return torch.finfo(torch.float64 if dtype == torch.float64 else torch.float32).tiny
+
+
 def flat_views(tensors: Sequence[Tensor]) -> tuple[Tensor, ...] | None:
     """Return tensors of one shape as flat views in the order of memory, or None if that differs or has gaps.
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import math
+from collections.abc import Sequence
 from numbers import Real
 from typing import Any
 
@@ -26,38 +28,57 @@ FOREIGN_KEYS = (
 
 def check_hyperparameters(group: dict[str, Any]) -> None:
     """Raise ValueError, naming the argument, its value and what would be right."""
-
-    def check(name: str, ok: bool, right: str) -> None:
-        if not ok:
-            raise ValueError(f"Invalid {name}: {name}={group[name]!r}; it must be {right}.")
-
-    def number(value: Any, low: float, high: float = math.inf) -> bool:
-        return isinstance(value, Real) and low <= float(value) < high
-
-    lr = group["lr"]
-    single = isinstance(lr, Tensor) and lr.numel() == 1
-    check("lr", number(lr.item() if single else lr, 0), "a finite number of at least 0, or a tensor of one")
+    check = functools.partial(_check, group)
+    check_decay_settings(group)
     betas = group["betas"]
     right = "two numbers in [0, 1), such as (0.9, 0.999)"
     check("betas", isinstance(betas, (tuple, list)) and len(betas) == 2 and all(number(b, 0, 1) for b in betas), right)
     check("eps", number(group["eps"], 0), "a finite number of at least 0, such as 1e-8")
     check("weight_decay", number(group["weight_decay"], 0), "a finite number of at least 0")
+    check("maximize", isinstance(group["maximize"], bool), "True or False")
+    check_moments(group["moments"])
+
+
+def check_decay_settings(group: dict[str, Any]) -> None:
+    """Check what p-norm decay reads of a group, whatever the optimizer.
+
+    Raises:
+        ValueError: Naming the argument, its value and what would be right.
+    """
+    lr = group["lr"]
+    single = isinstance(lr, Tensor) and lr.numel() == 1
+    right = "a finite number of at least 0, or a tensor of one"
+    _check(group, "lr", number(lr.item() if single else lr, 0), right)
     check_p_norm(group["p_norm"])
     check_lambda_p(group["lambda_p"])
-    for name in ("keep_zeros", "maximize", "skip_nonfinite"):
-        check(name, isinstance(group[name], bool), "True or False")
-    check_moments(group["moments"])
+    for name in ("keep_zeros", "skip_nonfinite"):
+        _check(group, name, isinstance(group[name], bool), "True or False")
+
+
+def number(value: Any, low: float, high: float = math.inf) -> bool:
+    """Whether a value is a number of at least ``low`` and below ``high``."""
+    return isinstance(value, Real) and low <= float(value) < high
+
+
+def _check(group: dict[str, Any], name: str, ok: bool, right: str) -> None:
+    if not ok:
+        raise ValueError(f"Invalid {name}: {name}={group[name]!r}; it must be {right}.")
+
+
+def check_real(params: Sequence[Tensor], name: str) -> None:
+    """Raise ValueError, in the name of the optimizer, if a parameter is not of a real floating-point dtype."""
+    for param in params:
+        if not param.is_floating_point():
+            raise ValueError(
+                f"{name} takes real floating-point parameters, not {param.dtype} (shape {tuple(param.shape)}, group "
+                f"of {len(params)}); leave it out, or split a complex one by torch.view_as_real."
+            )
 
 
 def check_state_dict(state_dict: dict[str, Any], groups: list[dict[str, Any]]) -> None:
     """Raise ValueError if a checkpoint cannot be one of an AdamW over the same parameters."""
+    check_saved_groups(state_dict, groups)
     saved = state_dict["param_groups"]
-    sizes, saved_sizes = ([len(group["params"]) for group in some] for some in (groups, saved))
-    if sizes != saved_sizes:
-        raise ValueError(
-            f"The optimizer checkpoint has param groups of {saved_sizes} tensors, this optimizer has {sizes}: it is of "
-            "another model, or of other lp_rules."
-        )
     if any(group.get("amsgrad") for group in saved):
         raise ValueError("The optimizer checkpoint is of AdamW with amsgrad=True, which AdamWLp does not do.")
     params = [param for group in groups for param in group["params"]]
@@ -78,3 +99,14 @@ def check_state_dict(state_dict: dict[str, Any], groups: list[dict[str, Any]]) -
                     f"The optimizer checkpoint holds {name} of shape {tuple(state[name].shape)} for parameter {key}, "
                     f"whose shape is {tuple(param.shape)}: it is of another model."
                 )
+
+
+def check_saved_groups(state_dict: dict[str, Any], groups: list[dict[str, Any]]) -> None:
+    """Raise ValueError if a checkpoint has other param groups than an optimizer."""
+    saved = state_dict["param_groups"]
+    sizes, saved_sizes = ([len(group["params"]) for group in some] for some in (groups, saved))
+    if sizes != saved_sizes:
+        raise ValueError(
+            f"The optimizer checkpoint has param groups of {saved_sizes} tensors, this optimizer has {sizes}: it is of "
+            "another model, or of other lp_rules."
+        )

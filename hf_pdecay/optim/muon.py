@@ -1,0 +1,135 @@
+"""Muon for matrices and AdamW for everything else, in one optimizer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import Optimizer, ParamsT
+
+
+class MuonWithAdamW(Optimizer):
+    """``torch.optim.Muon`` on matrices and ``torch.optim.AdamW`` on all other parameters.
+
+    Muon (https://kellerjordan.github.io/posts/muon/) is for the hidden matrices of a model: embeddings, heads, norms
+    and biases are left to AdamW. A group says by ``use_muon`` which of the two it is for. One that does not say is
+    parted: its matrices are for Muon if p-norm decay acts on it (its entry ``decayed``, else its ``lambda_p``, else
+    yes), the rest is for AdamW.
+
+    Args:
+        params: Parameters, or dicts of param groups.
+        lr: Learning rate of both.
+        betas: AdamW's.
+        eps: AdamW's. Muon's own stays at its default.
+        weight_decay: λ₂ of both, decoupled.
+        momentum: Muon's.
+        nesterov: Muon's.
+        ns_steps: Muon's Newton-Schulz steps.
+        adjust_lr_fn: How Muon's rate depends on the shape of a matrix: ``"match_rms_adamw"``, with which one rate
+            suits both, or ``"original"``.
+
+    Raises:
+        ImportError: If torch has no Muon.
+        ValueError: If a group with ``use_muon`` holds anything but matrices, or a hyperparameter is out of its range.
+    """
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        *,
+        momentum: float = 0.95,
+        nesterov: bool = True,
+        ns_steps: int = 5,
+        adjust_lr_fn: str = "match_rms_adamw",
+    ) -> None:
+        if not hasattr(torch.optim, "Muon"):
+            raise ImportError(f"Muon needs torch 2.9 or later, not {torch.__version__}: pip install -U torch.")
+        both: dict[str, Any] = {"lr": lr, "weight_decay": weight_decay}
+        muon = torch.optim.Muon(
+            [torch.zeros(1, 1)],
+            momentum=momentum,
+            nesterov=nesterov,
+            ns_steps=ns_steps,
+            adjust_lr_fn=adjust_lr_fn,
+            **both,
+        )
+        adamw = torch.optim.AdamW([torch.zeros(1)], betas=betas, eps=eps, **both)
+        self._own = {True: dict(muon.defaults), False: dict(adamw.defaults)}
+        super().__init__(params, both)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what a pickle or a copy holds."""
+        return {**super().__getstate__(), "_own": self._own}
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group of parameters, parted in two if it does not say which optimizer it is for.
+
+        Raises:
+            ValueError: If it is for Muon and holds anything but matrices.
+        """
+        for group in parted([param_group]):
+            for param in group["params"] if group["use_muon"] else ():
+                if param.dim() != 2:
+                    raise ValueError(
+                        f"Muon takes matrices alone, and a group with use_muon=True holds a tensor of shape "
+                        f"{tuple(param.shape)}; leave use_muon out, and the group is parted."
+                    )
+            for name, value in self._own[group["use_muon"]].items():
+                group.setdefault(name, value)
+            super().add_param_group(group)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Do one step.
+
+        Args:
+            closure: Recomputes the loss and returns it, with gradients enabled.
+
+        Returns:
+            What the closure returned, or None.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        parts: tuple[tuple[bool, Optimizer], ...] = (
+            (True, torch.optim.Muon([torch.zeros(1, 1)])),
+            (False, torch.optim.AdamW([torch.zeros(1)])),
+        )
+        for use_muon, part in parts:
+            # Both lend nothing but their step: groups and state are those of this optimizer, as they are now.
+            part.param_groups = [group for group in self.param_groups if group["use_muon"] is use_muon]
+            part.state = self.state
+            if part.param_groups:
+                part.step()
+        return loss
+
+
+def parted(param_groups: Iterable[Mapping[str, Any] | Tensor]) -> list[dict[str, Any]]:
+    """Return copies of param groups, each of which says by ``use_muon`` which of the two optimizers it is for."""
+    groups: list[dict[str, Any]] = []
+    loose: list[Any] = []
+    for each in param_groups:
+        if isinstance(each, Mapping):
+            groups += _parted(each)
+        else:
+            loose.append(each)
+    return groups + (_parted({"params": loose}) if loose else [])
+
+
+def _parted(group: Mapping[str, Any]) -> list[dict[str, Any]]:
+    params = [group["params"]] if isinstance(group["params"], Tensor) else list(group["params"])
+    if "use_muon" in group:
+        return [{**group, "params": params}]
+    decayed = group.get("decayed", group.get("lambda_p", 1) != 0)
+    matrices = [param for param in params if decayed and param.dim() == 2]
+    chosen = {id(param) for param in matrices}
+    others = [param for param in params if id(param) not in chosen]
+    some = ((True, matrices), (False, others))
+    return [{**group, "params": each, "use_muon": use_muon} for use_muon, each in some if each]

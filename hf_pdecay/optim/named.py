@@ -1,0 +1,238 @@
+"""Optimizers with p-norm decay by name, as ``--optim`` and ``--optim_args`` give them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from importlib import import_module
+from typing import Any
+
+from torch import Tensor
+from torch.optim import Optimizer
+
+from .adamw_lp import AdamWLp
+from .backends import BACKENDS
+from .moments import MOMENTS
+from .muon import MuonWithAdamW, parted
+from .wrapper import LpDecay
+
+
+Groups = list[dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Option:
+    """An option of an optimizer.
+
+    Args:
+        parse: Makes a value of the text, or raises ValueError.
+        right: What would be right, as a sentence goes on: "it must be …".
+    """
+
+    parse: Callable[[str], Any]
+    right: str
+
+
+@dataclass(frozen=True)
+class Named:
+    """What a name stands for.
+
+    Args:
+        make: Makes the base optimizer of groups, the hyperparameters that all have, and options.
+        options: What it takes in ``--optim_args``.
+        package: The package that it comes from, if that is not torch, and the extra of hf-pdecay that installs it.
+        arrange: How it arranges param groups.
+    """
+
+    make: Callable[..., Optimizer]
+    options: Mapping[str, Option] = field(default_factory=dict)
+    package: tuple[str, str] | None = None
+    arrange: Callable[[Iterable[Any]], Groups] | None = None
+
+
+def _number(low: float, high: float = math.inf, *, whole: bool = False) -> Option:
+    def parse(text: str) -> float:
+        value = int(text) if whole else float(text)
+        if not low <= value < high:
+            raise ValueError
+        return value
+
+    kind = "a whole number" if whole else "a number"
+    span = f"of at least {low:g}" if high == math.inf else f"in [{low:g}, {high:g})"
+    return Option(parse, f"{kind} {span}" if low > -math.inf else f"{kind} below {high:g}")
+
+
+def _one_of(*names: str) -> Option:
+    def parse(text: str) -> str:
+        if text not in names:
+            raise ValueError
+        return text
+
+    return Option(parse, f"one of {', '.join(names)}")
+
+
+def _parse_switch(text: str) -> bool:
+    return {"true": True, "1": True, "false": False, "0": False}[text.lower()]
+
+
+_SWITCH = Option(_parse_switch, "true or false")
+
+
+def _sgd(groups: Groups, *, lr: Any, weight_decay: float, options: dict[str, Any], **_: Any) -> Optimizer:
+    import torch
+
+    return torch.optim.SGD(groups, lr=lr, weight_decay=weight_decay, **options)
+
+
+def _muon(groups: Groups, *, options: dict[str, Any], **given: Any) -> Optimizer:
+    return MuonWithAdamW(groups, **given, **options)
+
+
+def _adafactor(groups: Groups, *, lr: Any, weight_decay: float, options: dict[str, Any], **_: Any) -> Optimizer:
+    import torch
+
+    return torch.optim.Adafactor(groups, lr=lr, weight_decay=weight_decay, **options)
+
+
+def _adamw_of(module: str, kind: str) -> Callable[..., Optimizer]:
+    def make(groups: Groups, *, options: dict[str, Any], **given: Any) -> Optimizer:
+        made: Optimizer = getattr(import_module(module), kind)(groups, **given, **options)
+        return made
+
+    return make
+
+
+def _lion_of(module: str, kind: str) -> Callable[..., Optimizer]:
+    def make(groups: Groups, *, eps: float, options: dict[str, Any], **given: Any) -> Optimizer:
+        made: Optimizer = getattr(import_module(module), kind)(groups, **given, **options)
+        return made
+
+    return make
+
+
+_MOMENTUM = {"momentum": _number(0, 1), "nesterov": _SWITCH}
+_BNB = ("bitsandbytes", "bitsandbytes")
+_TORCHAO = ("torchao", "8bit")
+_BNB_8BIT = {"min_8bit_size": _number(0, whole=True), "is_paged": _SWITCH}
+_TORCHAO_OPTIONS = {"block_size": _number(1, whole=True), "bf16_stochastic_round": _SWITCH}
+
+ADAMW_LP = "adamw_lp"
+
+OPTIMIZERS: dict[str, Named] = {
+    # Made by itself, as it needs no decay around it.
+    ADAMW_LP: Named(AdamWLp, {"backend": _one_of(*BACKENDS), "moments": _one_of(*MOMENTS)}),
+    "sgd_lp": Named(_sgd, {**_MOMENTUM, "dampening": _number(0)}),
+    "muon_lp": Named(
+        _muon,
+        {
+            **_MOMENTUM,
+            "ns_steps": _number(1, 100, whole=True),
+            "adjust_lr_fn": _one_of("match_rms_adamw", "original"),
+        },
+        arrange=parted,
+    ),
+    "adafactor_lp": Named(_adafactor, {"beta2_decay": _number(-math.inf, 0), "d": _number(1)}),
+    "lion_lp": Named(_lion_of("bitsandbytes.optim", "Lion"), package=_BNB),
+    "lion_8bit_lp": Named(_lion_of("bitsandbytes.optim", "Lion8bit"), _BNB_8BIT, _BNB),
+    "adamw_bnb_8bit_lp": Named(_adamw_of("bitsandbytes.optim", "AdamW8bit"), _BNB_8BIT, _BNB),
+    "adamw_torch_8bit_lp": Named(_adamw_of("torchao.optim", "AdamW8bit"), _TORCHAO_OPTIONS, _TORCHAO),
+    "adamw_torch_4bit_lp": Named(_adamw_of("torchao.optim", "AdamW4bit"), _TORCHAO_OPTIONS, _TORCHAO),
+    "schedule_free_adamw_lp": Named(
+        _adamw_of("schedulefree", "AdamWScheduleFree"),
+        {"warmup_steps": _number(0, whole=True), "r": _number(0), "weight_lr_power": _number(0)},
+        ("schedulefree", "schedulefree"),
+    ),
+}
+"""What ``--optim NAME`` can name: the names are those of transformers with ``_lp`` behind them."""
+
+
+def parse_options(name: str, options: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Check the options of an optimizer and return their values; needs no model.
+
+    Args:
+        name: One of :data:`OPTIMIZERS`.
+        options: Option → text, as ``--optim_args "momentum=0.9,nesterov=true"`` gives them.
+
+    Raises:
+        ValueError: If the name or an option is unknown, or a value cannot be read or is out of its range.
+        ImportError: If the optimizer is of a package that is not installed.
+    """
+    named = _named(name)
+    if named.package is not None:
+        _check_package(f"optim={name!r}", *named.package)
+    values = {}
+    for key, text in (options or {}).items():
+        if key not in named.options:
+            has = f"it has {', '.join(sorted(named.options))}" if named.options else "it has none"
+            raise ValueError(f"Invalid optim_args: optim={name!r} has no option {key!r}; {has}.")
+        try:
+            values[key] = named.options[key].parse(str(text).strip())
+        except (ValueError, KeyError) as error:
+            raise ValueError(
+                f"Invalid optim_args: {key}={text!r} for optim={name!r}; it must be {named.options[key].right}."
+            ) from error
+    if values.get("nesterov") and name == "sgd_lp" and (not values.get("momentum") or values.get("dampening")):
+        raise ValueError(
+            "Invalid optim_args: nesterov=true for optim='sgd_lp' takes a momentum above 0 and no dampening, such as "
+            "momentum=0.9,nesterov=true."
+        )
+    return values
+
+
+def arranged(name: str, param_groups: Iterable[Any]) -> list[Any]:
+    """Return param groups as the optimizer of a name will have them: Muon's matrices are in groups of their own.
+
+    Raises:
+        ValueError: If the name is unknown.
+    """
+    arrange = _named(name).arrange
+    return list(param_groups) if arrange is None else arrange(param_groups)
+
+
+def make_optimizer(
+    name: str,
+    param_groups: Iterable[Tensor] | Iterable[dict[str, Any]],
+    *,
+    lr: float | Tensor,
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = 1e-8,
+    weight_decay: float = 0.0,
+    options: Mapping[str, Any] | None = None,
+    **decay: Any,
+) -> AdamWLp | LpDecay:
+    """Make the optimizer that a name stands for.
+
+    Args:
+        name: One of :data:`OPTIMIZERS`.
+        param_groups: Parameters or param groups, such as :func:`hf_pdecay.rules.build_param_groups` returns.
+        lr: Learning rate.
+        betas: For the optimizers that have them.
+        eps: For Adam and its kin.
+        weight_decay: λ₂ of the groups that name none. SGD's is not decoupled.
+        options: Option → text, see :func:`parse_options`.
+        **decay: ``p_norm``, ``lambda_p``, ``keep_zeros`` and ``skip_nonfinite``, as of :class:`LpDecay`.
+
+    Raises:
+        ValueError: If the name, an option or a hyperparameter is unknown or out of its range.
+        ImportError: If the optimizer is of a package that is not installed.
+    """
+    values = parse_options(name, options)
+    groups = arranged(name, param_groups)
+    if name == ADAMW_LP:
+        return AdamWLp(groups, lr, betas, eps, weight_decay, **decay, **values)
+    base = OPTIMIZERS[name].make(groups, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, options=values)
+    return LpDecay(base, **decay)
+
+
+def _named(name: str) -> Named:
+    if name not in OPTIMIZERS:
+        raise ValueError(f"Invalid optim: optim={name!r}; with p-norm decay there are {', '.join(OPTIMIZERS)}.")
+    return OPTIMIZERS[name]
+
+
+def _check_package(what: str, package: str, extra: str) -> None:
+    try:
+        import_module(package)
+    except ImportError as error:
+        raise ImportError(f"{what} needs {package}: pip install 'hf-pdecay[{extra}]' ({error}).") from error
