@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from .arguments import PDecayTrainingArguments
     from .callback import SparsityCallback
     from .optim import AdamWLp
+    from .plugin import register, unregister
     from .sparsity import SparsityReport, measure_sparsity
     from .trainer import PDecayTrainer, PDecayTrainerMixin
 
@@ -26,6 +27,8 @@ _MODULES = {
     "SparsityCallback": "callback",
     "SparsityReport": "sparsity",
     "measure_sparsity": "sparsity",
+    "register": "plugin",
+    "unregister": "plugin",
 }
 
 __all__ = [
@@ -37,6 +40,8 @@ __all__ = [
     "SparsityReport",
     "__version__",
     "measure_sparsity",
+    "register",
+    "unregister",
 ]
 
 
