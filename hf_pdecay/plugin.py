@@ -142,6 +142,6 @@ def _names() -> type[Enum]:
 
 def _moved(what: str) -> RuntimeError:
     return RuntimeError(
-        f"register() cannot hook into transformers {transformers.__version__}: {what}. It is known to work with 4.57 to "
-        "5.23; take one of those, a newer hf-pdecay, or PDecayTrainer and PDecayTrainingArguments."
+        f"register() cannot hook into transformers {transformers.__version__}: {what}. It works with 4.57 to 5.23; "
+        "take one of those, a newer hf-pdecay, or PDecayTrainer and PDecayTrainingArguments."
     )

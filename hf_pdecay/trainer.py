@@ -30,7 +30,7 @@ from .checkpoints import (
 from .control import plan
 from .control_callback import SparsityControlCallback
 from .engines import check_engine, check_same, check_world_size, engine_of, whole_model
-from .model_card import SparsityCard, picture_in
+from .model_card import SparsityCard, add_section, command_line, picture_in, render_section
 from .optim import AdamWLp
 from .optimizers import OPTIMIZERS, decay_groups, name_of, optimizer_class
 from .rules import decayed_parameter_names
@@ -206,15 +206,23 @@ class PDecayTrainerMixin(_Base):
             self.accelerator.wait_for_everyone()
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """Write the card into ``output_dir``; takes what ``Trainer.create_model_card`` takes."""
-        if not self._decays:
+        """Write the card into ``output_dir``; takes what ``Trainer.create_model_card`` takes.
+
+        The card of a subclass of Trainer that writes its own, such as TRL's, is written by it and gets our section.
+        """
+        if not self._decays or self._writes_own_card:
             super().create_model_card(*args, **kwargs)
         else:
             self._card_kwargs.update(zip(("language", "license", "tags", "model_name"), args, strict=False))
             self._card_kwargs.update({key: value for key, value in kwargs.items() if value is not None})
+        if self._decays:
             report = self._measured()
             if report is not None and self.is_world_process_zero():
                 self._write_card(self._output_dir, report)
+
+    @property
+    def _writes_own_card(self) -> bool:
+        return getattr(super().create_model_card, "__func__", None) is not Trainer.create_model_card
 
     def measure_sparsity(self) -> SparsityReport:
         """Count the zeros of the model; the decayed weights are those of the optimizer, once there is one.
@@ -241,6 +249,14 @@ class PDecayTrainerMixin(_Base):
         return None
 
     def _write_card(self, folder: Path, report: SparsityReport) -> None:
+        groups = [] if self.optimizer is None else self.optimizer.param_groups
+        picture = picture_in(folder, PICTURE_FILE)
+        skipped = max((int(group.get("skipped_steps", 0)) for group in groups), default=0)
+        file = folder / "README.md"
+        if self._writes_own_card and file.is_file():
+            section = render_section(report, groups, command_line(), picture, skipped)
+            write_text(file, add_section(file.read_text(encoding="utf-8"), section))
+            return
         kwargs = dict(self._card_kwargs)
         license = kwargs.pop("license", None)
         if not hasattr(self.model, "config"):  # a plain module, of which HF's summary would ask it
@@ -253,7 +269,6 @@ class PDecayTrainerMixin(_Base):
         if summary.dataset_tags == [None]:
             summary.dataset_tags = summary.dataset_args = summary.dataset_metadata = None
             summary.dataset = None if summary.dataset == [None] else summary.dataset
-        groups = [] if self.optimizer is None else self.optimizer.param_groups
         summary.hyperparameters = {
             **(summary.hyperparameters or {}),
             "optimizer": f"{name_of(self.args)} with betas=({self.args.adam_beta1},{self.args.adam_beta2}) and "
@@ -266,10 +281,10 @@ class PDecayTrainerMixin(_Base):
             report=report,
             log_history=self.state.log_history,
             param_groups=groups,
-            picture=picture_in(folder, PICTURE_FILE),
-            skipped_steps=max((int(group.get("skipped_steps", 0)) for group in groups), default=0),
+            picture=picture,
+            skipped_steps=skipped,
         )
-        write_text(folder / "README.md", card.render())
+        write_text(file, card.render())
 
 
 class PDecayTrainer(PDecayTrainerMixin, Trainer):
