@@ -11,7 +11,7 @@ from datasets import Dataset
 
 from hf_pdecay import SparsityReport
 
-from .local_files import bert, sentences, zeros_on_disk
+from .local_files import bert, run_example, sentences, zeros_on_disk
 
 
 st = pytest.importorskip("sentence_transformers")
@@ -81,3 +81,7 @@ def test_weights_of_a_loss_are_trained_undecayed_and_learning_rates_by_name_hold
         )
     assert not torch.equal(loss.classifier.weight, before["classifier.weight"])
     assert (loss.classifier.weight != 0).all()
+
+
+def test_the_example(tmp_path: Path) -> None:
+    run_example("sentence_embeddings", tmp_path / "out", 0.8)

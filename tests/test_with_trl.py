@@ -11,7 +11,7 @@ from datasets import Dataset
 
 from hf_pdecay import PDecayTrainerMixin, PDecayTrainingArguments, SparsityReport
 
-from .local_files import llama, sentences, zeros_on_disk
+from .local_files import llama, run_example, sentences, zeros_on_disk
 
 
 trl = pytest.importorskip("trl")
@@ -99,3 +99,7 @@ def test_sft_by_mixin(model: str, common: dict[str, Any], tmp_path: Path) -> Non
     rates = [config(str(tmp_path), bf16=False).learning_rate for config in (SparseSFTConfig, trl.SFTConfig)]
     assert rates[0] == rates[1] != PDecayTrainingArguments.learning_rate  # TRL's defaults stay
     _check(SparseSFTTrainer(model=model, args=args, train_dataset=data), tmp_path / "out")
+
+
+def test_the_example(tmp_path: Path) -> None:
+    run_example("sft_trl", tmp_path / "out", 0.5)
