@@ -11,12 +11,11 @@ import pydoc_data.topics
 import tempfile
 from dataclasses import dataclass
 
-import torch
 from datasets import Dataset, load_dataset
 from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer, SentenceTransformerTrainingArguments
 from sentence_transformers.losses import MultipleNegativesRankingLoss
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
-from transformers import BertConfig, BertModel, HfArgumentParser, PreTrainedTokenizerFast
+from transformers import BertConfig, BertModel, HfArgumentParser, PreTrainedTokenizerFast, set_seed
 
 import hf_pdecay
 
@@ -28,14 +27,14 @@ class Options:  # noqa: D101
 
 
 def small(data: Dataset) -> SentenceTransformer:
-    """Return a BERT of about 0.6 M parameters with mean pooling, and a tokenizer made from the data."""
+    """Return a BERT of about 2 M parameters with mean pooling, and a tokenizer made from the data."""
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel()
     bpe.train_from_iterator(data["positive"], trainers.BpeTrainer(vocab_size=2000, special_tokens=["<pad>"]))
-    torch.manual_seed(0)
-    shape = {"hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 256}
+    set_seed(0)
+    config = BertConfig(vocab_size=2000, hidden_size=128, num_hidden_layers=2, num_attention_heads=4)
     with tempfile.TemporaryDirectory() as folder:
-        BertModel(BertConfig(vocab_size=2000, **shape)).save_pretrained(folder)
+        BertModel(config).save_pretrained(folder)
         PreTrainedTokenizerFast(tokenizer_object=bpe, pad_token="<pad>", model_max_length=64).save_pretrained(folder)
         return SentenceTransformer(folder)
 
