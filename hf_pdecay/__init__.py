@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from .callback import SparsityCallback
     from .inference import to_dense_inference, to_sparse_inference
     from .optim import AdamWLp, LpDecay
+    from .plugin import register, unregister
     from .sparsity import SparsityReport, measure_sparsity
     from .trainer import PDecayTrainer, PDecayTrainerMixin
 
@@ -30,6 +31,8 @@ _MODULES = {
     "measure_sparsity": "sparsity",
     "to_dense_inference": "inference",
     "to_sparse_inference": "inference",
+    "register": "plugin",
+    "unregister": "plugin",
 }
 
 __all__ = [
@@ -44,6 +47,8 @@ __all__ = [
     "measure_sparsity",
     "to_dense_inference",
     "to_sparse_inference",
+    "register",
+    "unregister",
 ]
 
 

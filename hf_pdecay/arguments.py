@@ -9,16 +9,10 @@ from typing import Any
 from transformers import TrainingArguments
 from transformers.training_args import OptimizerNames
 
-from .control import BEGIN, DECAY, END, SHAPES, check_decay, check_schedule
-from .decay import check_lambda_p, check_p_norm
-from .optim.backends import check_backend
-from .optim.moments import check_moments
-from .rules import load_rules
-from .targets import BUDGETS, check_budget, check_p_norms, check_target
-
-
-ADAMW_LP = "adamw_lp"
-SPARSITY_LOGGING = ("overall", "layer")
+from .control import SHAPES
+from .optimizers import ADAMW_LP, OPTIMIZERS
+from .settings import SPARSITY_LOGGING, DecaySettings, split_optim_args
+from .targets import BUDGETS
 
 
 @dataclass
@@ -65,105 +59,90 @@ class PDecayTrainingArguments(TrainingArguments):
         default=ADAMW_LP,
         metadata={
             "help": "The optimizer: adamw_lp (AdamW with p-norm weight decay) or any other name that HF accepts.",
-            "choices": list(dict.fromkeys([ADAMW_LP, *(name.value for name in OptimizerNames)])),
+            "choices": list(dict.fromkeys([*OPTIMIZERS, *(name.value for name in OptimizerNames)])),
         },
     )
     p_norm: float = field(
-        default=0.8,
+        default=DecaySettings.p_norm,
         metadata={"help": "p of the p-norm weight decay, above 0. Below 2 weights become exactly zero."},
     )
     lambda_p: float = field(
-        default=0.01,
+        default=DecaySettings.lambda_p,
         metadata={"help": "Strength of the p-norm weight decay, at least 0; 0 is AdamW."},
     )
     target_sparsity: float | None = field(
-        default=None,
+        default=DecaySettings.target_sparsity,
         metadata={
             "help": "Fraction of exact zeros in the decayed weights at the end, such as 0.9; sets lambda_p itself."
         },
     )
     sparsity_begin: float = field(
-        default=BEGIN,
+        default=DecaySettings.sparsity_begin,
         metadata={"help": "Fraction of the run after which zeros begin, for target_sparsity and p_norm_begin."},
     )
     sparsity_end: float = field(
-        default=END,
+        default=DecaySettings.sparsity_end,
         metadata={"help": "Fraction of the run after which the target is reached and zeros stay."},
     )
     sparsity_schedule: str = field(
-        default="cubic",
+        default=DecaySettings.sparsity_schedule,
         metadata={"help": "How the sparsity grows from begin to end.", "choices": list(SHAPES)},
     )
     sparsity_budget: str = field(
-        default="global",
+        default=DecaySettings.sparsity_budget,
         metadata={
             "help": "What the target is for: all decayed weights together (global), or every tensor (tensor).",
             "choices": list(BUDGETS),
         },
     )
     sparsity_decay: float = field(
-        default=DECAY,
+        default=DecaySettings.sparsity_decay,
         metadata={"help": "Strength of the decay that goes with target_sparsity, at least 0; 0 for cuts alone."},
     )
     p_norm_begin: float | None = field(
-        default=None,
+        default=DecaySettings.p_norm_begin,
         metadata={"help": "p at the beginning, from where it goes to p_norm between sparsity_begin and sparsity_end."},
     )
     keep_zeros: bool = field(
-        default=False,
+        default=DecaySettings.keep_zeros,
         metadata={"help": "Whether decayed weights that are zero at the start stay zero."},
     )
     lp_rules: dict | str | None = field(
-        default=None,
+        default=DecaySettings.lp_rules,
         metadata={
             "help": "Rules by parameter name, as JSON text or a JSON file: "
             '{"regex": {"p_norm": 0.5, "lambda_p": 0.02}, "other": "off"}. The first match wins.'
         },
     )
     skip_nonfinite: bool = field(
-        default=True,
+        default=DecaySettings.skip_nonfinite,
         metadata={"help": "Whether a step with NaN or infinite gradients is skipped and counted."},
     )
     sparsity_logging: str = field(
-        default="overall",
+        default=DecaySettings.sparsity_logging,
         metadata={
             "help": "What sparsity to log: overall, or layer for that of each decayed tensor as well.",
             "choices": list(SPARSITY_LOGGING),
         },
     )
     near_zero_threshold: float = field(
-        default=1e-13,
+        default=DecaySettings.near_zero_threshold,
         metadata={"help": "Magnitude below which a non-zero weight counts as near zero in reports."},
     )
 
     def __post_init__(self) -> None:
         """Check the fields; the parent's are checked by the parent."""
-        self.p_norm = check_p_norm(self.p_norm)
-        self.lambda_p = check_lambda_p(self.lambda_p)
-        self.lp_rules = load_rules(self.lp_rules) or None
-        self.target_sparsity = check_target(self.target_sparsity)
-        check_schedule(self.sparsity_begin, self.sparsity_end, self.sparsity_schedule)
-        check_budget(self.sparsity_budget)
-        check_decay(self.sparsity_decay)
-        check_p_norms(self.p_norm, self.p_norm_begin, targeted=self.target_sparsity is not None)
-        if self.sparsity_logging not in SPARSITY_LOGGING:
-            raise ValueError(
-                f"Invalid sparsity_logging: sparsity_logging={self.sparsity_logging!r}; it must be one of "
-                f"{', '.join(SPARSITY_LOGGING)}."
-            )
-        if not self.near_zero_threshold >= 0:
-            raise ValueError(
-                f"Invalid near_zero_threshold: near_zero_threshold={self.near_zero_threshold!r}; it must be at least 0."
-            )
-        # The parent casts the name to an enum that does not know this one.
-        ours = self.optim == ADAMW_LP
-        if ours:
-            _ = self.step_options  # which checks them
+        settings = self.decay_settings
+        for name in own_fields():
+            setattr(self, name, getattr(settings, name))
+        # The parent casts the name to an enum that need not know this one.
+        name = self.optim
+        if name in OPTIMIZERS:
             self.optim = OptimizerNames.ADAMW_TORCH
             self._check_adamw()
         super().__post_init__()
-        if ours:
-            self.optim = ADAMW_LP
+        if name in OPTIMIZERS:
+            self.optim = name
 
     def _check_adamw(self) -> None:
         """Check the inherited fields that the optimizer takes, under the names that the user knows."""
@@ -179,30 +158,38 @@ class PDecayTrainingArguments(TrainingArguments):
         """How the optimizer computes its step, from ``optim_args``: ``"backend=foreach,moments=bfloat16"``.
 
         Raises:
-            ValueError: If ``optim_args`` cannot be read, or names something else or a value that there is not.
+            ValueError: If ``optim_args`` cannot be read or names something else.
+        """
+        try:
+            options = split_optim_args(self.optim_args)
+        except ValueError:
+            options = {"": ""}
+        if not options.keys() <= {"backend", "moments"}:
+            raise ValueError(
+                f"Invalid optim_args: optim_args={self.optim_args!r}; for optim='adamw_lp' it takes backend=NAME "
+                "and moments=NAME, such as backend=foreach,moments=bfloat16. p_norm, lambda_p and the rest are "
+                "arguments of their own."
+            )
+        return dict(options)
+
+    @property
+    def decay_settings(self) -> DecaySettings:
+        """The settings of the decay as they are now.
+
+        Raises:
+            ValueError: If one is out of its range.
             ImportError: If ``moments=8bit`` and torchao is not installed.
         """
-        checks = {"backend": check_backend, "moments": check_moments}
-        options: dict[str, Any] = {}
-        for part in (self.optim_args or "").replace(" ", "").split(","):
-            key, _, value = part.partition("=")
-            if not part:
-                continue
-            if key not in checks or not value:
-                raise ValueError(
-                    f"Invalid optim_args: optim_args={self.optim_args!r}; for optim='adamw_lp' it takes backend=NAME "
-                    "and moments=NAME, such as backend=foreach,moments=bfloat16. p_norm, lambda_p and the rest are "
-                    "arguments of their own."
-                )
-            checks[key](value)
-            options[key] = value
-        return options
+        return DecaySettings(
+            **{name: getattr(self, name) for name in own_fields()},
+            **(self.step_options if self.optim in OPTIMIZERS else {}),
+            target_modules=self.optim_target_modules,
+        )
 
     @property
     def control_options(self) -> dict[str, Any]:
         """Keyword arguments of :class:`~hf_pdecay.control.SparsityControl`."""
-        names = ("target_sparsity", "sparsity_begin", "sparsity_end", "sparsity_schedule", "sparsity_budget")
-        return {name: getattr(self, name) for name in (*names, "sparsity_decay", "p_norm_begin", "keep_zeros")}
+        return self.decay_settings.control_options
 
     @property
     def uses_adamw_lp(self) -> bool:
@@ -211,9 +198,9 @@ class PDecayTrainingArguments(TrainingArguments):
 
     def set_optimizer(self, name: str = ADAMW_LP, *args: Any, **kwargs: Any) -> PDecayTrainingArguments:
         """Set the optimizer and its hyperparameters, as ``TrainingArguments.set_optimizer`` does."""
-        super().set_optimizer(OptimizerNames.ADAMW_TORCH if name == ADAMW_LP else name, *args, **kwargs)
-        if name == ADAMW_LP:
-            self.optim = ADAMW_LP
+        super().set_optimizer(OptimizerNames.ADAMW_TORCH if name in OPTIMIZERS else name, *args, **kwargs)
+        if name in OPTIMIZERS:
+            self.optim = name
         return self
 
 
@@ -221,3 +208,23 @@ def own_fields() -> list[str]:
     """Return the names of the fields that ``PDecayTrainingArguments`` adds to ``TrainingArguments``."""
     inherited = {each.name for each in fields(TrainingArguments)}
     return [each.name for each in fields(PDecayTrainingArguments) if each.name not in inherited]
+
+
+def settings_of(args: TrainingArguments) -> DecaySettings | None:
+    """Return a run's settings of the decay, from the fields that are made for them or from ``optim_args``.
+
+    Args:
+        args: ``PDecayTrainingArguments``, or any other once :func:`hf_pdecay.register` was called.
+
+    Returns:
+        The settings; None for arguments without any: another optimizer in stock ``TrainingArguments``.
+
+    Raises:
+        ValueError: If ``optim_args`` cannot be read, or a value is out of its range.
+        ImportError: If ``moments=8bit`` and torchao is not installed.
+    """
+    if isinstance(args, PDecayTrainingArguments):
+        return args.decay_settings
+    if args.optim not in OPTIMIZERS:
+        return None
+    return DecaySettings.from_optim_args(args.optim_args, args.optim_target_modules)

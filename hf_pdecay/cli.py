@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from ._version import __version__
@@ -33,14 +33,37 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="hf-pdecay", description="Sparse models from ordinary training.")
     parser.add_argument("--version", action="version", version=f"hf-pdecay {__version__}")
     commands = parser.add_subparsers(title="commands", dest="command", metavar="COMMAND", required=True)
+    _add_run(commands)
     _add_estimate(commands)
+    _add_env(commands)
     options = parser.parse_args(argv)
     try:
-        code: int = options.run(options)
+        done: int | Callable[[], int] = options.run(options)
     except ValueError as error:
         sys.stderr.write(f"hf-pdecay {options.command}: {error}\n")
         return _USAGE
-    return code
+    # What a user's script raises is not ours to word.
+    return done() if callable(done) else done
+
+
+def _add_run(commands: Commands) -> None:
+    parser = commands.add_parser(
+        "run",
+        usage="hf-pdecay run SCRIPT ARGS…  |  hf-pdecay run -m MODULE ARGS…",
+        help="run a script that knows nothing of hf_pdecay, with --optim adamw_lp known to it",
+        description="Runs a script as Python would, with optim='adamw_lp' known to TrainingArguments, HfArgumentParser "
+        "and every Trainer: --optim adamw_lp --optim_args p_norm=0.8,target_sparsity=0.9. On several processes: "
+        "accelerate launch -m hf_pdecay run SCRIPT ARGS…",
+    )
+    parser.add_argument("-m", dest="module", nargs=argparse.REMAINDER, help="a module and its arguments")
+    parser.add_argument("script", nargs=argparse.REMAINDER, help="a script and its arguments")
+    parser.set_defaults(run=_run)
+
+
+def _run(options: argparse.Namespace) -> Callable[[], int]:
+    from .run import prepare
+
+    return prepare(options.script, options.module)
 
 
 def _add_estimate(commands: Commands) -> None:
@@ -80,4 +103,20 @@ def _estimate(options: argparse.Namespace) -> int:
         from rich.console import Console
 
         Console().print(found)
+    return 0
+
+
+def _add_env(commands: Commands) -> None:
+    parser = commands.add_parser(
+        "env",
+        help="print versions, devices and the backend of the step, ready to paste into a bug report",
+        description="Prints versions, devices, the C++ compiler and the backend of the step. No network is used.",
+    )
+    parser.set_defaults(run=_env)
+
+
+def _env(options: argparse.Namespace) -> int:
+    from .environment import describe
+
+    sys.stdout.write("".join(f"- {name}: {what}\n" for name, what in describe().items()))
     return 0

@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from .arguments import PDecayTrainingArguments
+from .arguments import settings_of
 from .control import SparsityControl
-from .rules import load_rules, parse_rules
+from .rules import parse_rules
+from .settings import DecaySettings
 
 
 if TYPE_CHECKING:
@@ -19,10 +20,10 @@ logger = logging.getLogger(__name__)
 
 
 class SparsityControlCallback(TrainerCallback):
-    """Drives a :class:`~hf_pdecay.control.SparsityControl` through a run, as its ``PDecayTrainingArguments`` say.
+    """Drives a :class:`~hf_pdecay.control.SparsityControl` through a run, as its arguments say.
 
-    ``PDecayTrainer`` adds it. Without ``target_sparsity``, in the arguments or in a rule, and without ``p_norm_begin``
-    it does nothing.
+    ``PDecayTrainer`` adds it, and after :func:`hf_pdecay.register` so does every Trainer with ``optim="adamw_lp"``.
+    Without ``target_sparsity``, in the arguments or in a rule, and without ``p_norm_begin`` it does nothing.
     """
 
     def __init__(self) -> None:
@@ -41,11 +42,12 @@ class SparsityControlCallback(TrainerCallback):
         Raises:
             ValueError: If the target cannot be reached in the steps of the run.
         """
-        if not isinstance(args, PDecayTrainingArguments):
+        settings = settings_of(args)
+        if settings is None:
             return
-        self._control = SparsityControl(kwargs["optimizer"], state.max_steps, **args.control_options)
+        self._control = SparsityControl(kwargs["optimizer"], state.max_steps, **settings.control_options)
         self._control.before_step(state.global_step + 1)
-        overruled = _overruled(args) if self._control.budgets and state.is_world_process_zero else []
+        overruled = _overruled(settings) if self._control.budgets and state.is_world_process_zero else []
         if overruled:
             logger.warning(
                 "target_sparsity wins over %s: it sets λ_p from the weights, step by step.", " and ".join(overruled)
@@ -79,11 +81,11 @@ class SparsityControlCallback(TrainerCallback):
             )
 
 
-def _overruled(args: PDecayTrainingArguments) -> list[str]:
+def _overruled(settings: DecaySettings) -> list[str]:
     """The λ_p that the user gave and that a target makes void."""
-    given = [f"lambda_p={args.lambda_p:g}"] if args.lambda_p != PDecayTrainingArguments.lambda_p else []
-    for rule in parse_rules(load_rules(args.lp_rules)):
-        target = args.target_sparsity if rule.target_sparsity is None else rule.target_sparsity
+    given = [f"lambda_p={settings.lambda_p:g}"] if settings.lambda_p != DecaySettings.lambda_p else []
+    for rule in parse_rules(settings.lp_rules if isinstance(settings.lp_rules, dict) else {}):
+        target = settings.target_sparsity if rule.target_sparsity is None else rule.target_sparsity
         if rule.lambda_p is not None and target:
             given.append(f"lambda_p={rule.lambda_p:g} in the rule {rule.pattern.pattern!r}")
     return given

@@ -24,6 +24,10 @@ if TYPE_CHECKING:
 
 TAGS = ("hf-pdecay", "sparse", "p-norm-weight-decay")
 
+# Between these stands what we add to a card that another library writes.
+_ADDED_FROM, _ADDED_TO = "<!-- hf_pdecay -->", "<!-- /hf_pdecay -->"
+_ADDED = re.compile(f"{_ADDED_FROM}.*?{_ADDED_TO}\n?", flags=re.DOTALL)
+
 _TIMES = re.compile(r"_(runtime|samples_per_second|steps_per_second|model_preparation_time)$")
 _SECRET = re.compile(r"(?:^|[-_])(?:token|password|secret|api[-_]?key)$", re.IGNORECASE)
 _HUB_METRICS = {"loss": "loss", "accuracy": "accuracy", "perplexity": "perplexity", "f1": "f1"}
@@ -80,7 +84,6 @@ class SparsityCard:
     def render(self) -> str:
         """Return the card as Markdown with its YAML header."""
         from huggingface_hub import ModelCardData
-        from jinja2 import Environment
 
         metadata = self.summary.create_metadata()
         metadata.pop("model-index", None)
@@ -91,23 +94,7 @@ class SparsityCard:
         data = ModelCardData(**metadata, model_name=self.summary.model_name, eval_results=self.eval_results())
 
         body = re.sub(r"\A---\n.*?\n---\n", "", self.summary.to_model_card(), flags=re.DOTALL)
-        environment = Environment(keep_trailing_newline=True, autoescape=False)
-        section = environment.from_string(_template("model_card.md.jinja")).render(
-            report=self.report,
-            picture=self.picture,
-            command=self.command,
-            skipped_steps=self.skipped_steps,
-            groups=[
-                {
-                    **group,
-                    "tensors": len(group["params"]),
-                    "strength": strength(group),
-                    "parameters": sum(param.numel() for param in group["params"]),
-                }
-                for group in self.param_groups
-                if "rule" in group
-            ],
-        )
+        section = render_section(self.report, self.param_groups, self.command, self.picture, self.skipped_steps)
         before, heading, after = body.partition("\n## Model description")
         versions = "".join(
             f"- {name} {number}\n"
@@ -120,17 +107,77 @@ class SparsityCard:
         return f"---\n{data.to_yaml()}\n---\n{before}\n{section}{heading}{after}{versions}{_template('citation.md')}"
 
 
+def render_section(
+    report: SparsityReport,
+    param_groups: Iterable[Mapping[str, Any]],
+    command: str,
+    picture: str | None,
+    skipped_steps: int,
+) -> str:
+    """Return what a card says of the sparsity, as Markdown; for the arguments see :class:`SparsityCard`."""
+    from jinja2 import Environment
+
+    environment = Environment(keep_trailing_newline=True, autoescape=False)
+    return environment.from_string(_template("model_card.md.jinja")).render(
+        report=report,
+        picture=picture,
+        command=command,
+        skipped_steps=skipped_steps,
+        groups=[
+            {
+                **group,
+                "tensors": len(group["params"]),
+                "strength": strength(group),
+                "parameters": sum(param.numel() for param in group["params"]),
+            }
+            for group in param_groups
+            if "rule" in group
+        ],
+    )
+
+
+def add_section(card: str, section: str) -> str:
+    """Return a card that another library wrote, with our tags, and with a section at its end.
+
+    Args:
+        card: Markdown, with or without a YAML header; a section that was added before is replaced.
+        section: From :func:`render_section`.
+    """
+    import yaml
+
+    header = re.match(r"---\n(.*?)\n---\n", card, flags=re.DOTALL)
+    metadata = (yaml.safe_load(header[1]) if header else None) or {}
+    tags = metadata.get("tags") or []
+    metadata["tags"] = list(dict.fromkeys([*([tags] if isinstance(tags, str) else tags), *TAGS]))
+    body = _ADDED.sub("", card[header.end() :] if header else card).rstrip()
+    text = yaml.safe_dump(metadata, sort_keys=False, allow_unicode=True)
+    added = f"{_ADDED_FROM}\n{section}{_template('citation.md')}\n{_ADDED_TO}\n"
+    return f"---\n{text}---\n{body}\n\n{added}"
+
+
 def command_line() -> str:
     """Return the command of this process, without what may be a secret."""
+    prefix, given = _launched_by_run() or ([], sys.argv)
     words, hide = [], False
-    for word in sys.argv:
+    for word in given:
         name, equals, _ = word.partition("=")
         secret = word.startswith("-") and bool(_SECRET.search(name))
         words.append("***" if hide else f"{name}=***" if secret and equals else word)
         hide = secret and not equals
     script = words[0] if words else ""
-    prefix = ["python"] if script.endswith(".py") else []
+    if not prefix and script.endswith(".py"):
+        prefix = ["python"]
     return shlex.join([*prefix, *words])
+
+
+def _launched_by_run() -> tuple[list[str], list[str]] | None:
+    """What stands before the script and its own words, if ``hf-pdecay run`` runs it."""
+    words = sys.orig_argv
+    for number, (word, after) in enumerate(zip(words, words[1:], strict=False)):
+        module = word == "hf_pdecay" and words[number - 1] == "-m"
+        if after == "run" and (module or Path(word).stem == "hf-pdecay"):
+            return ["hf-pdecay", "run"], words[number + 2 :]
+    return None
 
 
 def _template(name: str) -> str:

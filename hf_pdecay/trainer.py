@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import copy
+import logging
 import os
 import tempfile
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch.optim import Optimizer
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.modelcard import TrainingSummary
+from transformers.training_args import OptimizerNames
 
-from .arguments import PDecayTrainingArguments
+from .arguments import PDecayTrainingArguments, settings_of
 from .callback import PICTURE_FILE, REPORT_FILE, SparsityCallback
 from .checkpoints import (
     STATE_FILE,
@@ -25,9 +30,11 @@ from .checkpoints import (
 from .control import plan
 from .control_callback import SparsityControlCallback
 from .engines import check_engine, check_same, check_world_size, engine_of, whole_model
-from .model_card import SparsityCard, picture_in
+from .model_card import SparsityCard, add_section, command_line, picture_in, render_section
 from .optim import AdamWLp
-from .rules import build_param_groups, decayed_parameter_names, load_rules
+from .optimizers import OPTIMIZERS, decay_groups, name_of, optimizer_class
+from .rules import decayed_parameter_names
+from .settings import DecaySettings
 from .shards import group_params, is_sharded, settle
 from .sparsity import SparsityReport, measure_sparsity, remove_leftovers, write_text
 
@@ -39,51 +46,68 @@ if TYPE_CHECKING:
 else:
     _Base = object
 
+logger = logging.getLogger(__name__)
+
 
 class PDecayTrainerMixin(_Base):
     """Weight decay for any p norm for a Trainer or a subclass of it; stands before it among the bases.
 
         class SparseSeq2SeqTrainer(PDecayTrainerMixin, Seq2SeqTrainer): ...
 
-    With ``args.optim == "adamw_lp"`` in a :class:`PDecayTrainingArguments` it makes an :class:`~hf_pdecay.AdamWLp`,
-    adds a :class:`SparsityCallback` as the first callback, and writes ``sparsity.json`` and the model card beside every
-    model that it saves. With any other optimizer it changes nothing.
+    With ``args.optim == "adamw_lp"`` it makes an :class:`~hf_pdecay.AdamWLp`, adds a :class:`SparsityCallback` as the
+    first callback, and writes ``sparsity.json`` and the model card beside every model that it saves. With any other
+    optimizer it changes nothing. The arguments are a :class:`PDecayTrainingArguments`, or after
+    :func:`hf_pdecay.register` any others.
 
     Raises:
-        ValueError: Before any training, if ``lp_rules`` match nothing, the checkpoint to resume from is of another
-            model, FSDP or DeepSpeed is set up in a way that cannot work (:func:`.engines.check_engine`), or, with any
-            optimizer, if several processes were started that do not find each other.
+        ValueError: Before any training, if ``lp_rules`` or ``optim_target_modules`` match nothing, the checkpoint to
+            resume from is of another model, FSDP or DeepSpeed is set up in a way that cannot work
+            (:func:`.engines.check_engine`), or, with any optimizer, if several processes were started that do not find
+            each other.
         OSError: If ``output_dir`` cannot be written to.
     """
 
     if TYPE_CHECKING:
-        args: PDecayTrainingArguments
+        args: TrainingArguments
         model: nn.Module
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        given = kwargs.get("args", args[1] if len(args) > 1 else None)
-        if isinstance(given, PDecayTrainingArguments):
-            check_world_size(given)
-        if isinstance(given, PDecayTrainingArguments) and given.uses_adamw_lp and given.should_save:
-            _check_writable(Path(str(given.output_dir)))
+        check_arguments(kwargs.get("args", args[1] if len(args) > 1 else None))
         super().__init__(*args, **kwargs)
+        self._join()
+        if self._decays:
+            self._check_checkpoint(self.args.resume_from_checkpoint)
+
+    def _join(self) -> None:
+        """Check what was asked of the decay, and add the callbacks; a Trainer of any class is complete by then."""
         self._card_kwargs: dict[str, Any] = {}
         if not self._decays:
             return
-        check_engine(self, self.args.step_options.get("moments"))
-        same = ("p_norm", "lambda_p", "lp_rules", "weight_decay", "optim_args", "skip_nonfinite")
-        check_same({name: getattr(self.args, name) for name in same} | self.args.control_options)
-        groups = self._param_groups(self.model)
+        settings = self._settings
+        check_engine(self, settings.moments)
+        check_same(asdict(settings) | {"optim": name_of(self.args), "weight_decay": self.args.weight_decay})
+        groups = decay_groups(self.model, self.args, settings)
         # The number of steps that epochs come to is known later, and is checked then.
-        plan(groups, self.args.max_steps if self.args.max_steps > 0 else 1 << 40, **self.args.control_options)
-        self._check_checkpoint(self.args.resume_from_checkpoint)
-        SparsityCallback(self.args.sparsity_logging, self.args.near_zero_threshold).attach(self)
+        plan(groups, self.args.max_steps if self.args.max_steps > 0 else 1 << 40, **settings.control_options)
+        SparsityCallback(settings.sparsity_logging, settings.near_zero_threshold).attach(self)
         SparsityControlCallback().attach(self)  # before the other, which then counts what was cut
         self.add_callback(_CardCallback(self))
 
     @property
     def _decays(self) -> bool:
-        return isinstance(self.args, PDecayTrainingArguments) and self.args.uses_adamw_lp
+        return self.args.optim in OPTIMIZERS
+
+    @property
+    def _settings(self) -> DecaySettings:
+        """The settings of the decay; a file of rules that stock arguments name is read once."""
+        if isinstance(self.args, PDecayTrainingArguments):
+            return self.args.decay_settings
+        key = self.args.optim_args, self.args.optim_target_modules
+        if self._settings_read is None or self._settings_read[0] != key:
+            self._settings_read = key, DecaySettings.from_optim_args(*key)
+        return self._settings_read[1]
+
+    _settings_read: tuple[Any, DecaySettings] | None = None
 
     @property
     def _output_dir(self) -> Path:
@@ -112,19 +136,18 @@ class PDecayTrainerMixin(_Base):
     def create_optimizer(self, model: nn.Module | None = None) -> Optimizer:
         """Make the optimizer; an :class:`~hf_pdecay.AdamWLp` if that is what ``args.optim`` names."""
         if not self._decays or self.optimizer is not None or self.optimizer_cls_and_kwargs is not None:
-            return super().create_optimizer() if model is None else super().create_optimizer(model)
-        target = self.model if model is None else model
-        self.optimizer = AdamWLp(
-            self._param_groups(target),
-            lr=self.args.learning_rate,
-            betas=(self.args.adam_beta1, self.args.adam_beta2),
-            eps=self.args.adam_epsilon,
-            p_norm=self.args.p_norm,
-            lambda_p=self.args.lambda_p,
-            skip_nonfinite=self.args.skip_nonfinite,
-            **self.args.step_options,
-        )
-        if not self.is_deepspeed_enabled:  # which has stepped by the time that the Trainer learns of a norm
+            given: Optimizer = super().create_optimizer() if model is None else super().create_optimizer(model)
+            if self._decays and not any("p_norm" in group for group in given.param_groups):
+                logger.warning(
+                    "optim=%r is not in use: the Trainer was given a %s, so no weight decays by p norm.",
+                    name_of(self.args),
+                    type(given).__name__,
+                )
+            return given
+        made, kwargs = optimizer_class(self.args, self._settings)
+        self.optimizer = made(self._param_groups(self.model if model is None else model), **kwargs)
+        if isinstance(self.optimizer, AdamWLp) and not self.is_deepspeed_enabled:
+            # DeepSpeed has stepped by the time that the Trainer learns of a norm.
             self._share_grad_norm(self.optimizer)
         return self.optimizer
 
@@ -139,16 +162,22 @@ class PDecayTrainerMixin(_Base):
         self.accelerator.clip_grad_norm_ = clip_and_tell
 
     def _param_groups(self, model: nn.Module) -> list[dict[str, Any]]:
-        return build_param_groups(
+        return decay_groups(
             model,
-            p_norm=self.args.p_norm,
-            lambda_p=self.args.lambda_p,
-            weight_decay=self.args.weight_decay,
-            keep_zeros=self.args.keep_zeros,
-            rules=load_rules(self.args.lp_rules),
+            self.args,
+            self._settings,
             weight_decay_names=self.get_decay_parameter_names(model),
             isolate_zero=self.is_deepspeed_enabled,
+            theirs=self._their_groups(model),
         )
+
+    def _their_groups(self, model: nn.Module) -> Sequence[Mapping[str, Any]] | None:
+        """The param groups that a subclass of Trainer has in place of Hugging Face's, as it would give AdamW them."""
+        plain = copy.copy(self.args)
+        plain.optim, plain.optim_args, plain.optim_target_modules = OptimizerNames.ADAMW_TORCH, None, None
+        _, kwargs = super().get_optimizer_cls_and_kwargs(plain, model)  # type: ignore[arg-type]
+        found = next((kwargs[key] for key in ("params", "model", "optimizer_dict") if key in kwargs), None)
+        return found if isinstance(found, list) else None
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save the model, and beside it its sparsity and, unless it is a checkpoint, its card.
@@ -177,15 +206,23 @@ class PDecayTrainerMixin(_Base):
             self.accelerator.wait_for_everyone()
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """Write the card into ``output_dir``; takes what ``Trainer.create_model_card`` takes."""
-        if not self._decays:
+        """Write the card into ``output_dir``; takes what ``Trainer.create_model_card`` takes.
+
+        The card of a subclass of Trainer that writes its own, such as TRL's, is written by it and gets our section.
+        """
+        if not self._decays or self._writes_own_card:
             super().create_model_card(*args, **kwargs)
         else:
             self._card_kwargs.update(zip(("language", "license", "tags", "model_name"), args, strict=False))
             self._card_kwargs.update({key: value for key, value in kwargs.items() if value is not None})
+        if self._decays:
             report = self._measured()
             if report is not None and self.is_world_process_zero():
                 self._write_card(self._output_dir, report)
+
+    @property
+    def _writes_own_card(self) -> bool:
+        return getattr(super().create_model_card, "__func__", None) is not Trainer.create_model_card
 
     def measure_sparsity(self) -> SparsityReport:
         """Count the zeros of the model; the decayed weights are those of the optimizer, once there is one.
@@ -197,7 +234,12 @@ class PDecayTrainerMixin(_Base):
         if self.optimizer is not None and any("rule" in group for group in self.optimizer.param_groups):
             groups = self.optimizer.param_groups
             decayed = decayed_parameter_names(self.model, groups, group_params(self.optimizer))
-        return measure_sparsity(self.model, decayed=decayed, near_zero_threshold=self.args.near_zero_threshold)
+        return measure_sparsity(self.model, decayed=decayed, near_zero_threshold=self._near_zero_threshold)
+
+    @property
+    def _near_zero_threshold(self) -> float:
+        settings = self._settings if self._decays else settings_of(self.args)
+        return DecaySettings.near_zero_threshold if settings is None else settings.near_zero_threshold
 
     def _measured(self) -> SparsityReport | None:
         """Count where this process is to write, or others need it in order to count."""
@@ -207,6 +249,14 @@ class PDecayTrainerMixin(_Base):
         return None
 
     def _write_card(self, folder: Path, report: SparsityReport) -> None:
+        groups = [] if self.optimizer is None else self.optimizer.param_groups
+        picture = picture_in(folder, PICTURE_FILE)
+        skipped = max((int(group.get("skipped_steps", 0)) for group in groups), default=0)
+        file = folder / "README.md"
+        if self._writes_own_card and file.is_file():
+            section = render_section(report, groups, command_line(), picture, skipped)
+            write_text(file, add_section(file.read_text(encoding="utf-8"), section))
+            return
         kwargs = dict(self._card_kwargs)
         license = kwargs.pop("license", None)
         if not hasattr(self.model, "config"):  # a plain module, of which HF's summary would ask it
@@ -219,22 +269,22 @@ class PDecayTrainerMixin(_Base):
         if summary.dataset_tags == [None]:
             summary.dataset_tags = summary.dataset_args = summary.dataset_metadata = None
             summary.dataset = None if summary.dataset == [None] else summary.dataset
-        groups = [] if self.optimizer is None else self.optimizer.param_groups
         summary.hyperparameters = {
             **(summary.hyperparameters or {}),
-            "optimizer": f"adamw_lp with betas=({self.args.adam_beta1},{self.args.adam_beta2}) and "
+            "optimizer": f"{name_of(self.args)} with betas=({self.args.adam_beta1},{self.args.adam_beta2}) and "
             f"epsilon={self.args.adam_epsilon}",
-            **_decay_settings(self.args),
+            "weight_decay": self.args.weight_decay,
+            **self._settings.effective,
         }
         card = SparsityCard(
             summary=summary,
             report=report,
             log_history=self.state.log_history,
             param_groups=groups,
-            picture=picture_in(folder, PICTURE_FILE),
-            skipped_steps=max((int(group.get("skipped_steps", 0)) for group in groups), default=0),
+            picture=picture,
+            skipped_steps=skipped,
         )
-        write_text(folder / "README.md", card.render())
+        write_text(file, card.render())
 
 
 class PDecayTrainer(PDecayTrainerMixin, Trainer):
@@ -257,21 +307,27 @@ class _CardCallback(TrainerCallback):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self._trainer.create_model_card()
+        if self._trainer._decays:
+            self._trainer.create_model_card()
 
 
-def _decay_settings(args: PDecayTrainingArguments) -> dict[str, Any]:
-    """The settings of the decay that have an effect, for the card."""
-    names = ["p_norm", "weight_decay", "keep_zeros"]
-    control = ["sparsity_begin", "sparsity_end", "sparsity_schedule"]
-    if args.p_norm_begin is not None:
-        names += ["p_norm_begin", *control[:2]]
-    names += (
-        ["lambda_p"]
-        if args.target_sparsity is None
-        else ["target_sparsity", *control, "sparsity_budget", "sparsity_decay"]
-    )
-    return {name: getattr(args, name) for name in dict.fromkeys(names)}
+def check_arguments(args: Any) -> None:
+    """Check, before a Trainer is made, what would otherwise fail in it or after it, and less plainly.
+
+    Args:
+        args: What it was given for ``args``; None and what knows nothing of the decay passes.
+
+    Raises:
+        ValueError: If a setting of the decay is wrong, or processes were started that do not find each other.
+        OSError: If ``output_dir`` cannot be written to.
+    """
+    decays = isinstance(args, TrainingArguments) and args.optim in OPTIMIZERS
+    if decays:
+        settings_of(args)
+    if decays or isinstance(args, PDecayTrainingArguments):
+        check_world_size(args)
+    if decays and args.should_save:
+        _check_writable(Path(str(args.output_dir)))
 
 
 def _check_writable(folder: Path) -> None:

@@ -75,3 +75,13 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setattr(triton_step, "prepare", prepare)
     monkeypatch.setattr(triton_step, "update", update)
     return prepare, update
+
+
+@pytest.fixture
+def registered() -> Iterator[None]:
+    """Our optimizers known to stock code, until the test ends."""
+    import hf_pdecay
+
+    hf_pdecay.register()
+    yield
+    hf_pdecay.unregister()

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import json
+import platform
+import shutil
 import subprocess
 import sys
+from importlib import metadata
 from pathlib import Path
 
 import pytest
+import torch
 
 import hf_pdecay
+from hf_pdecay import AdamWLp, __version__
 from hf_pdecay.cli import main
 
 from .models import tiny_gpt2
@@ -98,3 +103,40 @@ def test_processes(folder: str) -> None:
     bad = subprocess.run([*command, folder, "--gpus", "-3"], capture_output=True, text=True, check=False)
     assert bad.returncode == 2
     assert "gpus=-3" in bad.stderr and "Traceback" not in bad.stderr
+
+
+def test_env_says_what_a_bug_report_needs(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_network(*args: object) -> None:
+        raise AssertionError("env asked a network")
+
+    monkeypatch.setattr("socket.socket.connect", no_network)
+    assert main(["env"]) == 0
+    said = dict(line.removeprefix("- ").split(": ", 1) for line in capsys.readouterr().out.splitlines())
+    for name in ("torch", "transformers", "accelerate", "datasets", "safetensors"):
+        assert said[name] == metadata.version(name)
+    assert said["hf-pdecay"] == __version__ and said["python"] == platform.python_version()
+    assert {"peft", "trl", "deepspeed", "torchao", "triton", "bitsandbytes", "platform"} <= said.keys()
+    assert f"{torch.get_num_threads()} threads" in said["devices"]
+    optimizer = AdamWLp([torch.nn.Parameter(torch.ones(1 << 16))])
+    assert said["backend auto on cpu"] == "{}, as {}".format(*optimizer.backends["cpu"])
+    compiler = said["C++ compiler"].partition(" (")[0]
+    assert compiler == "none found" or shutil.which(compiler)
+
+
+def test_env_without_a_compiler_and_packages(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from torch._inductor import cpp_builder
+    from torch._inductor.exc import InvalidCxxCompiler
+
+    def none(*args: object) -> str:
+        raise InvalidCxxCompiler
+
+    def missing(name: str) -> str:
+        raise metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(cpp_builder, "get_cpp_compiler", none)
+    monkeypatch.setattr("hf_pdecay.environment.version", missing)
+    assert main(["env"]) == 0
+    said = capsys.readouterr().out
+    assert "- C++ compiler: none found\n" in said and "- trl: not installed\n" in said

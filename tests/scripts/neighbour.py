@@ -1,0 +1,1 @@
+"""Imported by the script beside it."""
