@@ -10,7 +10,8 @@ from transformers import TrainingArguments
 from transformers.training_args import OptimizerNames
 
 from .control import SHAPES
-from .optimizers import ADAMW_LP, OPTIMIZERS
+from .optim.named import ADAMW_LP, OPTIMIZERS
+from .optimizers import name_of
 from .settings import SPARSITY_LOGGING, DecaySettings, split_optim_args
 from .targets import BUDGETS
 
@@ -136,7 +137,7 @@ class PDecayTrainingArguments(TrainingArguments):
         for name in own_fields():
             setattr(self, name, getattr(settings, name))
         # The parent casts the name to an enum that need not know this one.
-        name = self.optim
+        name = name_of(self)
         if name in OPTIMIZERS:
             self.optim = OptimizerNames.ADAMW_TORCH
             self._check_adamw()
@@ -160,15 +161,16 @@ class PDecayTrainingArguments(TrainingArguments):
         Raises:
             ValueError: If ``optim_args`` cannot be read or names something else.
         """
+        known = OPTIMIZERS[name_of(self)].options
         try:
             options = split_optim_args(self.optim_args)
         except ValueError:
             options = {"": ""}
-        if not options.keys() <= {"backend", "moments"}:
+        if not options.keys() <= known.keys():
+            takes = " and ".join(f"{name}=NAME" if name in ("backend", "moments") else f"{name}=…" for name in known)
             raise ValueError(
-                f"Invalid optim_args: optim_args={self.optim_args!r}; for optim='adamw_lp' it takes backend=NAME "
-                "and moments=NAME, such as backend=foreach,moments=bfloat16. p_norm, lambda_p and the rest are "
-                "arguments of their own."
+                f"Invalid optim_args: optim_args={self.optim_args!r}; for optim={self.optim!r} it takes "
+                f"{takes or 'nothing'}. p_norm, lambda_p and the rest are arguments of their own."
             )
         return dict(options)
 
@@ -178,13 +180,12 @@ class PDecayTrainingArguments(TrainingArguments):
 
         Raises:
             ValueError: If one is out of its range.
-            ImportError: If ``moments=8bit`` and torchao is not installed.
+            ImportError: If the optimizer or an option of it needs a package that is not installed.
         """
-        return DecaySettings(
-            **{name: getattr(self, name) for name in own_fields()},
-            **(self.step_options if self.optim in OPTIMIZERS else {}),
-            target_modules=self.optim_target_modules,
-        )
+        name = name_of(self)
+        ours: dict[str, Any] = {"optim": name, "options": self.step_options} if name in OPTIMIZERS else {}
+        values = {name: getattr(self, name) for name in own_fields()}
+        return DecaySettings(**values, **ours, target_modules=self.optim_target_modules)
 
     @property
     def control_options(self) -> dict[str, Any]:
@@ -221,10 +222,10 @@ def settings_of(args: TrainingArguments) -> DecaySettings | None:
 
     Raises:
         ValueError: If ``optim_args`` cannot be read, or a value is out of its range.
-        ImportError: If ``moments=8bit`` and torchao is not installed.
+        ImportError: If the optimizer or an option of it needs a package that is not installed.
     """
     if isinstance(args, PDecayTrainingArguments):
         return args.decay_settings
-    if args.optim not in OPTIMIZERS:
+    if name_of(args) not in OPTIMIZERS:
         return None
-    return DecaySettings.from_optim_args(args.optim_args, args.optim_target_modules)
+    return DecaySettings.from_optim_args(args.optim_args, args.optim_target_modules, name_of(args))

@@ -1,16 +1,16 @@
-"""The names that ``optim`` takes, and what stands behind each: a class, its keyword arguments and its param groups."""
+"""The optimizer of a run and its param groups, from the run's arguments and the settings of the decay."""
 
 from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
-from torch.optim import Optimizer
 
-from .optim import AdamWLp
+from .optim import AdamWLp, LpDecay
+from .optim.named import arranged, make_optimizer
 from .rules import build_param_groups, clean_name
 from .settings import DecaySettings
 
@@ -18,38 +18,26 @@ from .settings import DecaySettings
 if TYPE_CHECKING:
     from transformers import TrainingArguments
 
-ADAMW_LP = "adamw_lp"
 
-Made = tuple[type[Optimizer], dict[str, Any]]
-
-
-def _adamw_lp(args: TrainingArguments, settings: DecaySettings) -> Made:
-    return AdamWLp, {
-        "lr": args.learning_rate,
-        "betas": (args.adam_beta1, args.adam_beta2),
-        "eps": args.adam_epsilon,
-        "p_norm": settings.p_norm,
-        "lambda_p": settings.lambda_p,
-        "skip_nonfinite": settings.skip_nonfinite,
-        "moments": settings.moments,
-        "backend": settings.backend,
-    }
-
-
-# The one place where a name becomes an optimizer.
-_MAKERS: Mapping[str, Callable[[TrainingArguments, DecaySettings], Made]] = {ADAMW_LP: _adamw_lp}
-
-OPTIMIZERS = tuple(_MAKERS)
-
-
-def optimizer_class(args: TrainingArguments, settings: DecaySettings) -> Made:
-    """Return the class that ``args.optim``, one of :data:`OPTIMIZERS`, names, and its keyword arguments but ``params``.
+def make(args: TrainingArguments, settings: DecaySettings, groups: list[dict[str, Any]]) -> AdamWLp | LpDecay:
+    """Make the optimizer of a run.
 
     Args:
         args: Arguments of the run, from which learning rate, betas and eps are taken.
         settings: Those of the decay.
+        groups: What :func:`decay_groups` returned.
     """
-    return _MAKERS[name_of(args)](args, settings)
+    return make_optimizer(
+        settings.optim,
+        groups,
+        lr=args.learning_rate,
+        betas=(args.adam_beta1, args.adam_beta2),
+        eps=args.adam_epsilon,
+        options=settings.options,
+        p_norm=settings.p_norm,
+        lambda_p=settings.lambda_p,
+        skip_nonfinite=settings.skip_nonfinite,
+    )
 
 
 def name_of(args: TrainingArguments) -> str:
@@ -92,7 +80,7 @@ def decay_groups(
     )
     if settings.target_modules is not None:
         groups = _in_target_modules(model, groups, settings.target_modules)
-    return groups if theirs is None else _adopted(groups, theirs)
+    return arranged(settings.optim, groups if theirs is None else _adopted(groups, theirs))
 
 
 def _undecayed(group: Mapping[str, Any], params: list[nn.Parameter], rule: str = "not decayed") -> dict[str, Any]:

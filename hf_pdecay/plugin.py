@@ -19,7 +19,8 @@ import transformers
 from aenum import extend_enum
 from transformers import Trainer, TrainingArguments
 
-from .optimizers import OPTIMIZERS, name_of
+from .optim.named import OPTIMIZERS
+from .optimizers import name_of
 from .trainer import PDecayTrainerMixin, check_arguments
 
 
@@ -102,7 +103,7 @@ def _joining(stock: _Init) -> _Init:
             return
         check_arguments(kwargs.get("args", args[1] if len(args) > 1 else None))
         stock(self, *args, **kwargs)
-        if self.args.optim in OPTIMIZERS:
+        if name_of(self.args) in OPTIMIZERS:
             self.__class__ = _with_mixin(type(self))
             self._join()
         else:

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from .control import BEGIN, DECAY, END, check_decay, check_schedule
 from .decay import check_lambda_p, check_p_norm
-from .optim.backends import check_backend
-from .optim.moments import check_moments
+from .optim.named import ADAMW_LP, OPTIMIZERS, parse_options
 from .rules import load_rules
 from .targets import check_budget, check_p_norms, check_target
 
 
 SPARSITY_LOGGING = ("overall", "layer")
 
+_GIVEN_ELSEWHERE = ("optim", "options", "target_modules")
 _BOOLEANS = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
 
 
@@ -40,14 +40,14 @@ class DecaySettings:
         skip_nonfinite: See there.
         sparsity_logging: See there.
         near_zero_threshold: See there.
-        backend: How the step is computed; see :class:`~hf_pdecay.AdamWLp`.
-        moments: What the moments are stored as; see :class:`~hf_pdecay.AdamWLp`.
+        optim: Which optimizer, one of :data:`.optim.named.OPTIMIZERS`.
+        options: What that one takes beside the decay, as texts: ``{"moments": "bfloat16"}``.
         target_modules: Hugging Face's ``optim_target_modules``: which modules' weights decay, None for all that do by
             default.
 
     Raises:
         ValueError: If a value is out of its range or the rules cannot be read.
-        ImportError: If ``moments="8bit"`` and torchao is not installed.
+        ImportError: If the optimizer or an option of it needs a package that is not installed.
     """
 
     p_norm: float = 0.8
@@ -64,8 +64,8 @@ class DecaySettings:
     skip_nonfinite: bool = True
     sparsity_logging: str = "overall"
     near_zero_threshold: float = 1e-13
-    backend: str = "auto"
-    moments: str | None = None
+    optim: str = ADAMW_LP
+    options: Mapping[str, str] = field(default_factory=dict)
     target_modules: str | Sequence[str] | None = None
 
     def __post_init__(self) -> None:
@@ -88,34 +88,38 @@ class DecaySettings:
             raise ValueError(
                 f"Invalid near_zero_threshold: near_zero_threshold={self.near_zero_threshold!r}; it must be at least 0."
             )
-        check_backend(self.backend)
-        check_moments(self.moments)
+        parse_options(self.optim, self.options)
 
     @classmethod
     def from_optim_args(
-        cls, optim_args: str | None, target_modules: str | Sequence[str] | None = None
+        cls, optim_args: str | None, target_modules: str | Sequence[str] | None = None, optim: str = ADAMW_LP
     ) -> DecaySettings:
         """Read ``optim_args``: ``"p_norm=0.8,target_sparsity=0.9"``, with ``lp_rules`` as the path of a JSON file.
 
         Args:
-            optim_args: Text of ``KEY=VALUE``, separated by commas; the keys are the arguments of this class.
+            optim_args: Text of ``KEY=VALUE``, separated by commas; the keys are the arguments of this class and the
+                options of the optimizer.
             target_modules: ``optim_target_modules``.
+            optim: Which optimizer.
 
         Raises:
             ValueError: If a key is not known or is there twice, or a value is not of its type or out of its range.
-            ImportError: If ``moments=8bit`` and torchao is not installed.
+            ImportError: If the optimizer or an option of it needs a package that is not installed.
         """
-        kinds = {each.name: str(each.type) for each in fields(cls) if each.name != "target_modules"}
+        kinds = {each.name: str(each.type) for each in fields(cls) if each.name not in _GIVEN_ELSEWHERE}
+        known = [*kinds, *OPTIMIZERS[optim].options]
         given = split_optim_args(optim_args)
         for key in given:
-            if key not in kinds:
-                near = difflib.get_close_matches(key, kinds, n=1, cutoff=0.5)
+            if key not in known:
+                near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
                 hint = f"did you mean {near[0]!r}? Known keys" if near else "known keys"
                 raise ValueError(
                     f"Invalid optim_args: the key {key!r} in optim_args={optim_args!r} is not known; {hint} are "
-                    f"{', '.join(kinds)}."
+                    f"{', '.join(known)}."
                 )
-        return cls(**{key: _value(key, text, kinds[key]) for key, text in given.items()}, target_modules=target_modules)
+        values = {key: _value(key, text, kinds[key]) for key, text in given.items() if key in kinds}
+        options = {key: text for key, text in given.items() if key not in kinds}
+        return cls(**values, optim=optim, options=options, target_modules=target_modules)
 
     @property
     def control_options(self) -> dict[str, Any]:
@@ -135,7 +139,7 @@ class DecaySettings:
             if self.target_sparsity is None
             else ["target_sparsity", *control, "sparsity_budget", "sparsity_decay"]
         )
-        return {name: getattr(self, name) for name in dict.fromkeys(names)}
+        return {name: getattr(self, name) for name in dict.fromkeys(names)} | dict(self.options)
 
 
 def split_optim_args(optim_args: str | None) -> dict[str, str]:

@@ -31,8 +31,9 @@ from .control import plan
 from .control_callback import SparsityControlCallback
 from .engines import check_engine, check_same, check_world_size, engine_of, whole_model
 from .model_card import SparsityCard, add_section, command_line, picture_in, render_section
-from .optim import AdamWLp
-from .optimizers import OPTIMIZERS, decay_groups, name_of, optimizer_class
+from .optim import AdamWLp, LpDecay
+from .optim.named import OPTIMIZERS
+from .optimizers import decay_groups, make, name_of
 from .rules import decayed_parameter_names
 from .settings import DecaySettings
 from .shards import group_params, is_sharded, settle
@@ -54,10 +55,10 @@ class PDecayTrainerMixin(_Base):
 
         class SparseSeq2SeqTrainer(PDecayTrainerMixin, Seq2SeqTrainer): ...
 
-    With ``args.optim == "adamw_lp"`` it makes an :class:`~hf_pdecay.AdamWLp`, adds a :class:`SparsityCallback` as the
-    first callback, and writes ``sparsity.json`` and the model card beside every model that it saves. With any other
-    optimizer it changes nothing. The arguments are a :class:`PDecayTrainingArguments`, or after
-    :func:`hf_pdecay.register` any others.
+    With ``args.optim == "adamw_lp"``, or another of :data:`.optim.named.OPTIMIZERS`, it makes that optimizer, adds a
+    :class:`SparsityCallback` as the first callback, and writes ``sparsity.json`` and the model card beside every model
+    that it saves. With any other optimizer it changes nothing. The arguments are a :class:`PDecayTrainingArguments`,
+    or after :func:`hf_pdecay.register` any others.
 
     Raises:
         ValueError: Before any training, if ``lp_rules`` or ``optim_target_modules`` match nothing, the checkpoint to
@@ -84,7 +85,7 @@ class PDecayTrainerMixin(_Base):
         if not self._decays:
             return
         settings = self._settings
-        check_engine(self, settings.moments)
+        check_engine(self, settings.options.get("moments"))
         check_same(asdict(settings) | {"optim": name_of(self.args), "weight_decay": self.args.weight_decay})
         groups = decay_groups(self.model, self.args, settings)
         # The number of steps that epochs come to is known later, and is checked then.
@@ -95,14 +96,14 @@ class PDecayTrainerMixin(_Base):
 
     @property
     def _decays(self) -> bool:
-        return self.args.optim in OPTIMIZERS
+        return name_of(self.args) in OPTIMIZERS
 
     @property
     def _settings(self) -> DecaySettings:
         """The settings of the decay; a file of rules that stock arguments name is read once."""
         if isinstance(self.args, PDecayTrainingArguments):
             return self.args.decay_settings
-        key = self.args.optim_args, self.args.optim_target_modules
+        key = self.args.optim_args, self.args.optim_target_modules, name_of(self.args)
         if self._settings_read is None or self._settings_read[0] != key:
             self._settings_read = key, DecaySettings.from_optim_args(*key)
         return self._settings_read[1]
@@ -144,14 +145,14 @@ class PDecayTrainerMixin(_Base):
                     type(given).__name__,
                 )
             return given
-        made, kwargs = optimizer_class(self.args, self._settings)
-        self.optimizer = made(self._param_groups(self.model if model is None else model), **kwargs)
-        if isinstance(self.optimizer, AdamWLp) and not self.is_deepspeed_enabled:
+        groups = self._param_groups(self.model if model is None else model)
+        self.optimizer = made = make(self.args, self._settings, groups)
+        if not self.is_deepspeed_enabled:
             # DeepSpeed has stepped by the time that the Trainer learns of a norm.
-            self._share_grad_norm(self.optimizer)
-        return self.optimizer
+            self._share_grad_norm(made)
+        return made
 
-    def _share_grad_norm(self, optimizer: AdamWLp) -> None:
+    def _share_grad_norm(self, optimizer: AdamWLp | LpDecay) -> None:
         """Let the optimizer know the norm that the Trainer clips by, so that it need not look for NaN itself."""
         clip = self.accelerator.clip_grad_norm_
 
@@ -321,7 +322,7 @@ def check_arguments(args: Any) -> None:
         ValueError: If a setting of the decay is wrong, or processes were started that do not find each other.
         OSError: If ``output_dir`` cannot be written to.
     """
-    decays = isinstance(args, TrainingArguments) and args.optim in OPTIMIZERS
+    decays = isinstance(args, TrainingArguments) and name_of(args) in OPTIMIZERS
     if decays:
         settings_of(args)
     if decays or isinstance(args, PDecayTrainingArguments):

@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 
 from .adamw_lp import AdamWLp
 from .backends import BACKENDS
-from .moments import MOMENTS
+from .moments import MOMENTS, check_moments
 from .muon import MuonWithAdamW, parted
 from .wrapper import LpDecay
 
@@ -76,6 +76,13 @@ def _parse_switch(text: str) -> bool:
     return {"true": True, "1": True, "false": False, "0": False}[text.lower()]
 
 
+def _parse_moments(text: str) -> str:
+    if text not in MOMENTS:
+        raise ValueError
+    check_moments(text)  # for its package
+    return text
+
+
 _SWITCH = Option(_parse_switch, "true or false")
 
 
@@ -112,6 +119,7 @@ def _lion_of(module: str, kind: str) -> Callable[..., Optimizer]:
 
 
 _MOMENTUM = {"momentum": _number(0, 1), "nesterov": _SWITCH}
+_MOMENTS = Option(_parse_moments, f"one of {', '.join(MOMENTS)}")
 _BNB = ("bitsandbytes", "bitsandbytes")
 _TORCHAO = ("torchao", "8bit")
 _BNB_8BIT = {"min_8bit_size": _number(0, whole=True), "is_paged": _SWITCH}
@@ -121,7 +129,7 @@ ADAMW_LP = "adamw_lp"
 
 OPTIMIZERS: dict[str, Named] = {
     # Made by itself, as it needs no decay around it.
-    ADAMW_LP: Named(AdamWLp, {"backend": _one_of(*BACKENDS), "moments": _one_of(*MOMENTS)}),
+    ADAMW_LP: Named(AdamWLp, {"backend": _one_of(*BACKENDS), "moments": _MOMENTS}),
     "sgd_lp": Named(_sgd, {**_MOMENTUM, "dampening": _number(0)}),
     "muon_lp": Named(
         _muon,
