@@ -12,9 +12,11 @@ from ._version import __version__
 
 
 if TYPE_CHECKING:
+    from .adapters import cut_ranks, mask_adapters, merge_keep_zeros, rank_sparsity
     from .arguments import PDecayTrainingArguments
     from .callback import SparsityCallback
     from .optim import AdamWLp
+    from .rank_decay import RankDecayCallback
     from .sparsity import SparsityReport, measure_sparsity
     from .trainer import PDecayTrainer, PDecayTrainerMixin
 
@@ -23,9 +25,14 @@ _MODULES = {
     "PDecayTrainer": "trainer",
     "PDecayTrainerMixin": "trainer",
     "PDecayTrainingArguments": "arguments",
+    "RankDecayCallback": "rank_decay",
     "SparsityCallback": "callback",
     "SparsityReport": "sparsity",
+    "cut_ranks": "adapters",
+    "mask_adapters": "adapters",
     "measure_sparsity": "sparsity",
+    "merge_keep_zeros": "adapters",
+    "rank_sparsity": "adapters",
 }
 
 __all__ = [
@@ -33,10 +40,15 @@ __all__ = [
     "PDecayTrainer",
     "PDecayTrainerMixin",
     "PDecayTrainingArguments",
+    "RankDecayCallback",
     "SparsityCallback",
     "SparsityReport",
     "__version__",
+    "cut_ranks",
+    "mask_adapters",
     "measure_sparsity",
+    "merge_keep_zeros",
+    "rank_sparsity",
 ]
 
 
