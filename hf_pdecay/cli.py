@@ -34,6 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--version", action="version", version=f"hf-pdecay {__version__}")
     commands = parser.add_subparsers(title="commands", dest="command", metavar="COMMAND", required=True)
     _add_estimate(commands)
+    _add_report(commands)
     options = parser.parse_args(argv)
     try:
         code: int = options.run(options)
@@ -76,6 +77,31 @@ def _estimate(options: argparse.Namespace) -> int:
     )
     if options.json:
         sys.stdout.write(json.dumps(found.to_dict(), indent=2) + "\n")
+    else:
+        from rich.console import Console
+
+        Console().print(found)
+    return 0
+
+
+def _add_report(commands: Commands) -> None:
+    parser = commands.add_parser(
+        "report",
+        help="say how sparse a saved model is, or draw the Pareto front of a hyperparameter search",
+        description="Exact zeros of a model or an adapter, counted from its files one tensor at a time; in a folder "
+        "with search.jsonl the trials that no other beats in loss and sparsity, drawn as pareto.png.",
+    )
+    parser.add_argument("folder", metavar="MODEL_OR_RUN", help="a folder, or an optuna storage such as sqlite:///x.db")
+    parser.add_argument("--json", action="store_true", help="print JSON in place of tables")
+    parser.set_defaults(run=_report)
+
+
+def _report(options: argparse.Namespace) -> int:
+    from .report import report, to_json
+
+    found = report(options.folder)
+    if options.json:
+        sys.stdout.write(to_json(found) + "\n")
     else:
         from rich.console import Console
 

@@ -28,6 +28,7 @@ from .engines import check_engine, check_same, check_world_size, engine_of, whol
 from .model_card import SparsityCard, picture_in
 from .optim import AdamWLp
 from .rules import build_param_groups, decayed_parameter_names, load_rules
+from .search import SearchMixin
 from .shards import group_params, is_sharded, settle
 from .sparsity import SparsityReport, measure_sparsity, remove_leftovers, write_text
 
@@ -40,7 +41,7 @@ else:
     _Base = object
 
 
-class PDecayTrainerMixin(_Base):
+class PDecayTrainerMixin(SearchMixin, _Base):
     """Weight decay for any p norm for a Trainer or a subclass of it; stands before it among the bases.
 
         class SparseSeq2SeqTrainer(PDecayTrainerMixin, Seq2SeqTrainer): ...

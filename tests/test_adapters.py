@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -20,7 +21,7 @@ peft = pytest.importorskip("peft")
 from hf_pdecay import PDecayTrainer, RankDecayCallback, cut_ranks, mask_adapters, merge_keep_zeros, rank_sparsity  # noqa: E402
 from hf_pdecay.rules import assign  # noqa: E402
 
-from .models import build  # noqa: E402
+from .models import build, tiny_gpt2  # noqa: E402
 
 
 def lora(model: nn.Module, **settings: Any) -> Any:
@@ -413,3 +414,27 @@ class TestRankDecay:
         trainer.model.to(torch.bfloat16)
         with pytest.raises(ValueError, match="float32"):
             trainer.train()
+
+
+@pytest.mark.slow
+def test_the_example(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "examples"))
+    example = importlib.import_module("lora_peft")
+    (tmp_path / "text.txt").write_text("".join(f"{number} bottles of beer on the wall.\n" for number in range(300)))
+    base = sparse(tiny_gpt2(vocab_size=256, n_positions=64))
+    base.save_pretrained(tmp_path / "base")
+    words = {
+        "output_dir": tmp_path / "out",
+        "train_file": tmp_path / "text.txt",
+        "model_name_or_path": tmp_path / "base",
+    }
+    words |= {"max_steps": 30, "learning_rate": 0.01, "r": 4, "use_cpu": "true", "disable_tqdm": "true"}
+    found = example.main([f"--{name}={value}" for name, value in words.items()])
+    assert found["adapter"] < found["base"] - 0.1
+    assert found["merged"] == pytest.approx(found["adapter"], abs=1e-4)
+    assert found["sparsity"] == pytest.approx(0.5, abs=1e-3)
+    merged = load_file(tmp_path / "out" / "merged" / "model.safetensors")
+    for name, value in base.state_dict().items():
+        assert name not in merged or not merged[name][value == 0].any()
+    loaded = peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), tmp_path / "out")
+    assert rank_sparsity(loaded).ranks == 4 * 8 // 2
