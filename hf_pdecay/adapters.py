@@ -206,7 +206,8 @@ def cut_ranks(peft_model: PeftModel, adapter_name: str = "default") -> PeftModel
     for factors, keep in zip(found, kept, strict=True):
         name, layer = factors.name, factors.layer
         if not len(keep):
-            if adapter_name not in layer.lora_variant and not layer.lora_bias.get(adapter_name):
+            variant = layer.lora_variant.get(adapter_name)
+            if (variant is None or isinstance(variant, _MaskedLora)) and not layer.lora_bias.get(adapter_name):
                 layer.delete_adapter(adapter_name)
                 gone.append(name)
                 continue
