@@ -122,14 +122,15 @@ class RankSparsity:
 def lora_factors(model: nn.Module, adapter_name: str = "default") -> Iterator[LoraFactors]:
     """Yield the factors of a LoRA adapter, layer by layer.
 
-    Layers whose factors are no pair of A (rank, …) and B (outputs, rank, …), as on fused experts, are left out.
+    Layers whose factors are no pair of A (rank, …) and B (outputs, rank, …), as on fused experts or of AdaLoRA, are left
+    out.
 
     Args:
         model: A PEFT model, or any module that holds LoRA layers.
         adapter_name: Which adapter.
     """
     for name, layer in _lora_layers(model):
-        if adapter_name in layer.lora_A:
+        if adapter_name in layer.lora_A and isinstance(layer.lora_A[adapter_name], nn.Module):
             a, b = layer.lora_A[adapter_name].weight, layer.lora_B[adapter_name].weight
         elif adapter_name in layer.lora_embedding_A:
             a, b = layer.lora_embedding_A[adapter_name], layer.lora_embedding_B[adapter_name]
@@ -165,10 +166,10 @@ def alive(factors: LoraFactors) -> Tensor:
 def _factors(model: nn.Module, adapter_name: str) -> list[LoraFactors]:
     found = list(lora_factors(model, adapter_name))
     if not found:
-        there = sorted({name for each in model.modules() if isinstance(each, LoraLayer) for name in each.r})
+        there = sorted({name for _, layer in _lora_layers(model) for name in layer.r if any(lora_factors(model, name))})
         raise ValueError(
             f"Invalid adapter_name: adapter_name={adapter_name!r}; the model has "
-            f"{'the LoRA adapters ' + ', '.join(there) if there else 'no LoRA adapter'}."
+            f"{'the LoRA adapters ' + ', '.join(there) if there else 'no LoRA adapter of pairs A and B'}."
         )
     return found
 

@@ -75,3 +75,12 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setattr(triton_step, "prepare", prepare)
     monkeypatch.setattr(triton_step, "update", update)
     return prepare, update
+
+
+@pytest.fixture
+def lora_beside_torchao(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keep PEFT 0.18 from looking at torchao 0.18, from which it would import a name that is no longer there."""
+    torchao = pytest.importorskip("torchao.quantization")
+    peft = pytest.importorskip("peft")
+    if peft.__version__.startswith("0.18.") and not hasattr(torchao, "LinearActivationQuantizedTensor"):
+        monkeypatch.setattr("peft.tuners.lora.torchao.is_torchao_available", lambda: False)

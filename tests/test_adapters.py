@@ -24,6 +24,9 @@ from hf_pdecay.rules import assign  # noqa: E402
 from .models import build, tiny_gpt2  # noqa: E402
 
 
+pytestmark = pytest.mark.usefixtures("lora_beside_torchao")
+
+
 def lora(model: nn.Module, **settings: Any) -> Any:
     torch.manual_seed(1)
     return peft.get_peft_model(model, peft.LoraConfig(**{"r": 4, "target_modules": "all-linear", **settings}))
@@ -240,8 +243,10 @@ class TestMerging:
             merge_keep_zeros(model, ["mine"])
         with pytest.raises(ValueError, match="adapter_name='mine'; the model has the LoRA adapters default"):
             rank_sparsity(model, "mine")
-        with pytest.raises(ValueError, match="no LoRA adapter"):
-            rank_sparsity(build("llama"))
+        adalora = peft.AdaLoraConfig(target_modules=["q_proj"], total_step=10)
+        for other in (build("llama"), peft.get_peft_model(build("llama"), adalora)):
+            with pytest.raises(ValueError, match="no LoRA adapter"):
+                rank_sparsity(other)
         with pytest.raises(ValueError, match="all ranks of the adapter are dead"):
             cut_ranks(model)
         with pytest.raises(ValueError, match="a variant of LoRA"):
@@ -393,11 +398,11 @@ class TestRankDecay:
         assert rank_sparsity(loaded).ranks == counted.ranks - counted.dead
 
     def test_a_resumed_run_goes_on_to_the_bit(self, tmp_path: Path, tokens: Any) -> None:
-        settings = {"save_strategy": "steps", "save_steps": 15, "steps": 30}
+        settings = {"save_strategy": "steps", "save_steps": 18, "steps": 30}  # at the end of an epoch
         whole = self.run(tmp_path, tokens, RankDecayCallback(target_rank_sparsity=0.5), **settings)
         whole.train()
         resumed = self.run(tmp_path, tokens, RankDecayCallback(target_rank_sparsity=0.5), **settings)
-        resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-15"))
+        resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-18"))
         other = dict(resumed.model.named_parameters())
         assert all(torch.equal(param, other[name]) for name, param in whole.model.named_parameters())
 

@@ -64,6 +64,7 @@ def test_a_model_that_no_run_of_ours_has_written(name: str, tmp_path: Path) -> N
     assert 0 <= found.decayed.zeros - expected.decayed.zeros <= unknown
 
 
+@pytest.mark.usefixtures("lora_beside_torchao")
 def test_an_adapter(
     make_args: Callable[..., Any], tokens: Any, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:

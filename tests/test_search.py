@@ -45,6 +45,7 @@ class Grid:
         return self.values[trial.number]
 
 
+@pytest.mark.slow
 def test_two_objectives_with_a_folder_of_its_own_for_each_trial(
     searcher: Callable[..., PDecayTrainer], tmp_path: Path
 ) -> None:
@@ -74,6 +75,7 @@ def test_two_objectives_with_a_folder_of_its_own_for_each_trial(
     }
 
 
+@pytest.mark.slow
 def test_one_objective_by_default_and_a_fresh_state_for_each_trial(searcher: Callable[..., PDecayTrainer]) -> None:
     trainer = searcher(eval_strategy="steps", eval_steps=10)
     space = Grid(*({"lambda_p": strength} for strength in (0.5, 1e-6, 0.5)))
