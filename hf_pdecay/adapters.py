@@ -122,8 +122,8 @@ class RankSparsity:
 def lora_factors(model: nn.Module, adapter_name: str = "default") -> Iterator[LoraFactors]:
     """Yield the factors of a LoRA adapter, layer by layer.
 
-    Layers whose factors are no pair of A (rank, …) and B (outputs, rank, …), as on fused experts or of AdaLoRA, are left
-    out.
+    Layers whose factors are no pair of A (rank, …) and B (outputs, rank, …), as on fused experts or of AdaLoRA, are
+    left out.
 
     Args:
         model: A PEFT model, or any module that holds LoRA layers.
