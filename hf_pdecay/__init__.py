@@ -12,11 +12,14 @@ from ._version import __version__
 
 
 if TYPE_CHECKING:
-    from .adapters import cut_ranks, mask_adapters, merge_keep_zeros, rank_sparsity
+    from .adapters import cut_ranks as cut_ranks
+    from .adapters import mask_adapters as mask_adapters
+    from .adapters import merge_keep_zeros as merge_keep_zeros
+    from .adapters import rank_sparsity as rank_sparsity
     from .arguments import PDecayTrainingArguments
     from .callback import SparsityCallback
     from .optim import AdamWLp
-    from .rank_decay import RankDecayCallback
+    from .rank_decay import RankDecayCallback as RankDecayCallback
     from .sparsity import SparsityReport, measure_sparsity
     from .trainer import PDecayTrainer, PDecayTrainerMixin
 
@@ -35,20 +38,16 @@ _MODULES = {
     "rank_sparsity": "adapters",
 }
 
+# Without the names that take PEFT, so that `from hf_pdecay import *` does not.
 __all__ = [
     "AdamWLp",
     "PDecayTrainer",
     "PDecayTrainerMixin",
     "PDecayTrainingArguments",
-    "RankDecayCallback",
     "SparsityCallback",
     "SparsityReport",
     "__version__",
-    "cut_ranks",
-    "mask_adapters",
     "measure_sparsity",
-    "merge_keep_zeros",
-    "rank_sparsity",
 ]
 
 
@@ -61,4 +60,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted(__all__)
+    return sorted({*__all__, *_MODULES})
