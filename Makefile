@@ -13,7 +13,7 @@ PIP_INSTALL := -m pip install -qq --disable-pip-version-check
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-floor test-distributed test-faults lint format clean
+.PHONY: help demo test test-floor test-distributed test-faults lint format docs clean
 
 help: ## say what the targets do
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-16s %s\n", $$1, $$2}'
@@ -69,6 +69,10 @@ format: $(VENV)/.installed ## put the code into the house's format
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
 
+docs: export NO_MKDOCS_2_WARNING := 1
+docs: $(VENV)/.installed ## build the documentation into site/; a link or a name that leads nowhere is an error
+	$(BIN)/mkdocs build --strict --quiet
+
 clean: ## delete the environments, the caches, the demo's output and what was built
-	rm -rf $(VENV) $(FLOOR) demo_output build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	rm -rf $(VENV) $(FLOOR) demo_output site build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -12,11 +12,16 @@ from ._version import __version__
 
 
 if TYPE_CHECKING:
+    from .adapters import cut_ranks as cut_ranks
+    from .adapters import mask_adapters as mask_adapters
+    from .adapters import merge_keep_zeros as merge_keep_zeros
+    from .adapters import rank_sparsity as rank_sparsity
     from .arguments import PDecayTrainingArguments
     from .callback import SparsityCallback
     from .inference import to_dense_inference, to_sparse_inference
     from .optim import AdamWLp, LpDecay
     from .plugin import register, unregister
+    from .rank_decay import RankDecayCallback as RankDecayCallback
     from .sparsity import SparsityReport, measure_sparsity
     from .trainer import PDecayTrainer, PDecayTrainerMixin
 
@@ -26,15 +31,21 @@ _MODULES = {
     "PDecayTrainer": "trainer",
     "PDecayTrainerMixin": "trainer",
     "PDecayTrainingArguments": "arguments",
+    "RankDecayCallback": "rank_decay",
     "SparsityCallback": "callback",
     "SparsityReport": "sparsity",
+    "cut_ranks": "adapters",
+    "mask_adapters": "adapters",
     "measure_sparsity": "sparsity",
     "to_dense_inference": "inference",
     "to_sparse_inference": "inference",
     "register": "plugin",
     "unregister": "plugin",
+    "merge_keep_zeros": "adapters",
+    "rank_sparsity": "adapters",
 }
 
+# Without the names that take PEFT, so that `from hf_pdecay import *` does not.
 __all__ = [
     "AdamWLp",
     "LpDecay",
@@ -61,4 +72,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted(__all__)
+    return sorted({*__all__, *_MODULES})

@@ -36,6 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     _add_run(commands)
     _add_estimate(commands)
     _add_env(commands)
+    _add_report(commands)
     options = parser.parse_args(argv)
     try:
         done: int | Callable[[], int] = options.run(options)
@@ -119,4 +120,29 @@ def _env(options: argparse.Namespace) -> int:
     from .environment import describe
 
     sys.stdout.write("".join(f"- {name}: {what}\n" for name, what in describe().items()))
+    return 0
+
+
+def _add_report(commands: Commands) -> None:
+    parser = commands.add_parser(
+        "report",
+        help="say how sparse a saved model is, or draw the Pareto front of a hyperparameter search",
+        description="Exact zeros of a model or an adapter, counted from its files one tensor at a time; in a folder "
+        "with search.jsonl the trials that no other beats in loss and sparsity, drawn as pareto.png.",
+    )
+    parser.add_argument("folder", metavar="MODEL_OR_RUN", help="a folder, or an optuna storage such as sqlite:///x.db")
+    parser.add_argument("--json", action="store_true", help="print JSON in place of tables")
+    parser.set_defaults(run=_report)
+
+
+def _report(options: argparse.Namespace) -> int:
+    from .report import report, to_json
+
+    found = report(options.folder)
+    if options.json:
+        sys.stdout.write(to_json(found) + "\n")
+    else:
+        from rich.console import Console
+
+        Console().print(found)
     return 0

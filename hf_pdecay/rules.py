@@ -173,7 +173,7 @@ def _embeddings_and_heads(model: nn.Module) -> Iterator[nn.Module]:
         elif isinstance(module, PreTrainedModel):
             head = module.get_output_embeddings()
             if isinstance(head, nn.Module):
-                yield head
+                yield from head.modules()  # PEFT wraps a head that it adapts or trains
 
 
 def _matrices(module: nn.Module) -> Iterator[Tensor]:

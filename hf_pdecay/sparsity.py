@@ -318,6 +318,12 @@ def _count(param: Tensor, near_zero_threshold: float) -> Tensor:
     return torch.stack([zeros, below, norm.double().square().view(torch.int64)])
 
 
+def count_tensor(tensor: Tensor, near_zero_threshold: float = NEAR_ZERO_THRESHOLD) -> tuple[int, int, int, float]:
+    """Return number of weights, exact zeros, near-zeros and Euclidean norm of one whole tensor."""
+    zeros, below, square = _to_host([_count(tensor, near_zero_threshold)])[0]
+    return tensor.numel(), zeros, max(below - zeros, 0), math.sqrt(_float_from_bits(square))
+
+
 def _add_shards(params: Sequence[Tensor], counts: list[Tensor]) -> None:
     """Add up the counts of parameters over the processes that hold shards of them, in place in the list."""
     places: dict[Groups, list[int]] = {}

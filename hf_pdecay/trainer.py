@@ -35,6 +35,7 @@ from .optim import AdamWLp, LpDecay
 from .optim.named import OPTIMIZERS
 from .optimizers import decay_groups, make, name_of
 from .rules import decayed_parameter_names
+from .search import SearchMixin
 from .settings import DecaySettings
 from .shards import group_params, is_sharded, settle
 from .sparsity import SparsityReport, measure_sparsity, remove_leftovers, write_text
@@ -50,7 +51,7 @@ else:
 logger = logging.getLogger(__name__)
 
 
-class PDecayTrainerMixin(_Base):
+class PDecayTrainerMixin(SearchMixin, _Base):
     """Weight decay for any p norm for a Trainer or a subclass of it; stands before it among the bases.
 
         class SparseSeq2SeqTrainer(PDecayTrainerMixin, Seq2SeqTrainer): ...

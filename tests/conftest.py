@@ -85,3 +85,12 @@ def registered() -> Iterator[None]:
     hf_pdecay.register()
     yield
     hf_pdecay.unregister()
+
+
+@pytest.fixture
+def lora_beside_torchao(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keep PEFT 0.18 from looking at torchao 0.18, from which it would import a name that is no longer there."""
+    torchao = pytest.importorskip("torchao.quantization")
+    peft = pytest.importorskip("peft")
+    if peft.__version__.startswith("0.18.") and not hasattr(torchao, "LinearActivationQuantizedTensor"):
+        monkeypatch.setattr("peft.tuners.lora.torchao.is_torchao_available", lambda: False)

@@ -32,6 +32,14 @@ def test_the_trainer_loads_no_drawing_and_no_measuring() -> None:
     assert not (loaded - before) & {"matplotlib", "evaluate", "jinja2", "pandas", "rich"}
 
 
+def test_without_peft() -> None:
+    hidden = "sys.modules['peft'] = None"
+    _loaded_after(f"{hidden}; from hf_pdecay import *")
+    with pytest.raises(subprocess.CalledProcessError) as failed:
+        _loaded_after(f"{hidden}; from hf_pdecay import cut_ranks")
+    assert "pip install 'hf-pdecay[peft]'" in failed.value.stderr
+
+
 def test_help_of_the_command_line_loads_nothing_heavy() -> None:
     loaded = _loaded_after("from hf_pdecay.cli import main")
     assert not loaded & {"torch", "transformers", "rich", "hf_pdecay.estimate"}
@@ -41,5 +49,8 @@ def test_public_names() -> None:
     for name in hf_pdecay.__all__:
         assert getattr(hf_pdecay, name) is not None
     assert set(hf_pdecay.__all__) <= set(dir(hf_pdecay))
+    assert {"RankDecayCallback", "cut_ranks", "mask_adapters", "merge_keep_zeros", "rank_sparsity"} <= set(
+        dir(hf_pdecay)
+    )
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         _ = hf_pdecay.nothing

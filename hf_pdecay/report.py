@@ -1,0 +1,208 @@
+"""The report of a folder: the zeros of the model in it, read tensor by tensor, or the front of the search in it."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from .callback import REPORT_FILE
+from .checkpoints import newest_whole
+from .pareto import PARETO_FILE, SEARCH_FILE, Trial, pareto_front, plot_pareto, read_trials
+from .rules import decayable_parameter_names
+from .sparsity import NEAR_ZERO_THRESHOLD, SparsityReport, TensorSparsity, count_tensor
+
+
+if TYPE_CHECKING:
+    from rich.console import Console, ConsoleOptions, RenderResult
+
+_RANK = re.compile(r"(.*)\.lora_(?:embedding_)?([AB])(?:\.weight)?$")
+_ADAPTER = re.compile(r"(\.lora_(?:embedding_)?[AB])\.[^.]+")
+
+
+@dataclass(frozen=True)
+class FolderReport:
+    """What is in a folder of a model; prints as a table.
+
+    Args:
+        folder: The folder that was read.
+        sparsity: Zeros of its tensors. Which of them decayed, the run's ``sparsity.json`` says, or else the model's
+            class.
+        ranks: Of a LoRA adapter, number of ranks and of dead ones by layer.
+    """
+
+    folder: Path
+    sparsity: SparsityReport
+    ranks: dict[str, tuple[int, int]] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the report as plain JSON types."""
+        found = {"folder": str(self.folder), **self.sparsity.to_dict()}
+        if self.ranks:
+            found["ranks"] = {name: {"ranks": ranks, "dead": dead} for name, (ranks, dead) in self.ranks.items()}
+        return found
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        """Render as a table, and for an adapter a sentence."""
+        yield self.sparsity.to_table()
+        if self.ranks:
+            ranks, dead = (sum(each[place] for each in self.ranks.values()) for place in (0, 1))
+            yield f"{dead} of {ranks} ranks in {len(self.ranks)} layers are dead; hf_pdecay.cut_ranks takes them out."
+
+
+@dataclass(frozen=True)
+class SearchReport:
+    """A hyperparameter search; prints as a table of its front.
+
+    Args:
+        trials: All trials.
+        picture: Where the front was drawn.
+    """
+
+    trials: list[Trial]
+    picture: Path
+
+    @property
+    def front(self) -> list[Trial]:
+        """The trials that no other beats, by rising sparsity."""
+        return pareto_front(self.trials)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the report as plain JSON types."""
+        front = {each.name for each in self.front}
+        return {
+            "picture": str(self.picture),
+            "trials": [{**vars(each), "front": each.name in front} for each in self.trials],
+        }
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        """Render as a table."""
+        from rich.table import Table
+
+        front = self.front
+        names = list(dict.fromkeys(name for each in front for name in each.params))
+        table = Table(title=f"Pareto front: {len(front)} of {len(self.trials)} trials")
+        table.add_column("trial", overflow="fold")
+        for heading in ("loss", "sparsity", *names):
+            table.add_column(heading, justify="right", overflow="fold")
+        for each in front:
+            params = (each.params.get(name, "") for name in names)
+            cells = (f"{value:.4g}" if isinstance(value, float) else str(value) for value in params)
+            table.add_row(each.name, f"{each.loss:.4f}", f"{each.sparsity:.2%}", *cells)
+        yield table
+        yield f"Drawn as {self.picture}"
+
+
+def report(source: str | os.PathLike[str]) -> FolderReport | SearchReport:
+    """Return the report of a folder; draws ``pareto.png`` into that of a search.
+
+    Args:
+        source: A folder of a model or an adapter in safetensors, of a run (whose newest whole checkpoint is taken if
+            there is no model), or of a search; or an optuna storage such as ``sqlite:///search.db``, whose picture
+            comes into the current folder.
+
+    Raises:
+        ValueError: If there is nothing of the kind.
+    """
+    storage = "://" in str(source)
+    if storage or (Path(source) / SEARCH_FILE).is_file():
+        trials = read_trials(source)
+        if not pareto_front(trials):
+            raise ValueError(f"The search in {str(source)!r} has no trial that was evaluated.")
+        picture = Path(PARETO_FILE) if storage else Path(source) / PARETO_FILE
+        plot_pareto(trials, picture)
+        return SearchReport(trials, picture)
+    return report_folder(source)
+
+
+@torch.no_grad()
+def report_folder(folder: str | os.PathLike[str], near_zero_threshold: float = NEAR_ZERO_THRESHOLD) -> FolderReport:
+    """Count the zeros of a saved model, one tensor in memory at a time.
+
+    Args:
+        folder: A folder with a model or an adapter in safetensors, or a run's with checkpoints.
+        near_zero_threshold: Magnitude below which a non-zero weight counts as near zero.
+
+    Raises:
+        ValueError: If there is no such model, or a file of it is cut short.
+    """
+    path = Path(folder)
+    if not any(path.glob("*.safetensors")):
+        newest = newest_whole(path) if path.is_dir() else None
+        if newest is None or not any(Path(newest).glob("*.safetensors")):
+            raise ValueError(
+                f"Invalid folder: {str(folder)!r} holds no model in safetensors, no checkpoint and no {SEARCH_FILE}; "
+                "name a folder that save_model() or a search has written."
+            )
+        path = Path(newest)
+    decayed = _decayed(path)
+    tensors: list[TensorSparsity] = []
+    alive: dict[str, dict[str, Tensor]] = {}
+    for name, tensor in _tensors(path):
+        if not tensor.is_floating_point():
+            continue
+        counted = count_tensor(tensor, near_zero_threshold)
+        matrix = tensor.ndim > 1 and "embed" not in name  # the guess where nothing is known
+        tensors.append(TensorSparsity(name, tuple(tensor.shape), *counted, decayed.get(name, matrix)))
+        factor = _RANK.match(name)
+        if factor and tensor.ndim > 1:
+            rows = tensor if factor[2] == "A" else tensor.movedim(1, 0)
+            alive.setdefault(factor[1], {})[factor[2]] = rows.flatten(1).any(1)
+    ranks = {
+        name: (len(both["A"]), int((~(both["A"] & both["B"])).sum()))
+        for name, both in alive.items()
+        if len(both) == 2 and len(both["A"]) == len(both["B"])
+    }
+    return FolderReport(path, SparsityReport(tensors, near_zero_threshold), ranks)
+
+
+def _tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
+    for path in sorted(folder.glob("*.safetensors")):
+        try:
+            with safe_open(path, framework="pt") as file:
+                for name in sorted(file.keys(), key=_natural):
+                    yield name, file.get_tensor(name)
+        except SafetensorError as error:
+            raise ValueError(f"{str(path)!r} cannot be read ({error}); it may be cut short.") from error
+
+
+def _natural(name: str) -> list[Any]:
+    """A key by which layer 10 comes after layer 9."""
+    return [(int(part), "") if part.isdecimal() else (-1, part) for part in name.split(".")]
+
+
+def _decayed(folder: Path) -> dict[str, bool]:
+    """Whether each tensor decayed, by name: as the run says, or else whether it does by default in a model's class.
+
+    Names that a model's files have and its parameters do not, as of experts that are fused in memory, are missing.
+    """
+    if (folder / REPORT_FILE).is_file():
+        tensors = SparsityReport.load(folder / REPORT_FILE).tensors
+        # PEFT saves an adapter without its name.
+        return {name: each.decayed for each in tensors for name in (each.name, _ADAPTER.sub(r"\1", each.name))}
+    try:
+        import transformers
+
+        config = transformers.AutoConfig.from_pretrained(folder)
+        known = getattr(transformers, (config.architectures or [""])[0], None)
+        if known is None:
+            return {}
+        with torch.device("meta"):
+            model = known(config)
+    except (OSError, ValueError, KeyError):
+        return {}
+    decayed = set(decayable_parameter_names(model))
+    return {name: name in decayed for name, _ in model.named_parameters()}
+
+
+def to_json(found: FolderReport | SearchReport) -> str:
+    """Return a report as JSON text."""
+    return json.dumps(found.to_dict(), indent=2)

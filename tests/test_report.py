@@ -1,0 +1,120 @@
+"""The report of a folder: real models, adapters and searches, counted again from their files."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.numpy import load_file
+
+from hf_pdecay import PDecayTrainer, measure_sparsity
+from hf_pdecay.cli import main
+from hf_pdecay.report import report_folder
+
+from .models import ARCHITECTURES, build, tiny_gpt2
+
+
+def as_json(capsys: pytest.CaptureFixture[str], folder: Path) -> Any:
+    capsys.readouterr()
+    assert main(["report", str(folder), "--json"]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def test_a_run_and_its_checkpoints(
+    make_args: Callable[..., Any], tokens: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    args = make_args(max_steps=20, save_strategy="steps", save_steps=10, target_sparsity=0.7, lp_rules={"mlp": "off"})
+    trainer = PDecayTrainer(model=tiny_gpt2(), args=args, train_dataset=tokens)
+    trainer.train()
+    out = Path(args.output_dir)
+    newest = as_json(capsys, out)  # there are checkpoints only
+    assert newest["folder"] == str(out / "checkpoint-20")
+    trainer.save_model()
+    found = as_json(capsys, out)
+    arrays = load_file(out / "model.safetensors")
+    decayed = {name: array for name, array in arrays.items() if ".attn.c_" in name and name.endswith("weight")}
+    assert {each["name"] for each in found["tensors"] if each["decayed"]} == set(decayed)
+    zeros = sum(int((array == 0).sum()) for array in decayed.values())
+    assert found["decayed"]["zeros"] == newest["decayed"]["zeros"] == zeros
+    assert found["sparsity"] == pytest.approx(0.7, abs=1e-3)
+    assert found["model"]["parameters"] == sum(array.size for array in arrays.values())
+    (out / "sparsity.json").unlink()  # then all that decays by default counts
+    assert as_json(capsys, out)["decayed"]["tensors"] == 2 * len(decayed)
+    assert main(["report", str(out)]) == 0
+    assert "decayed weights" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_a_model_that_no_run_of_ours_has_written(name: str, tmp_path: Path) -> None:
+    model = build(name)
+    with torch.no_grad():
+        for param in model.parameters():
+            param[torch.rand(param.shape, generator=torch.Generator().manual_seed(param.numel())) < 0.3] = 0
+    model.save_pretrained(tmp_path, max_shard_size="50KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 1
+    found, expected = report_folder(tmp_path).sparsity, measure_sparsity(model)
+    assert found.model.zeros == expected.model.zeros
+    # Experts are fused in memory and not in the file, where a router has another name too, and counts.
+    unknown = 256 if name == "mixtral" else 0
+    assert 0 <= found.decayed.parameters - expected.decayed.parameters <= unknown
+    assert 0 <= found.decayed.zeros - expected.decayed.zeros <= unknown
+
+
+@pytest.mark.usefixtures("lora_beside_torchao")
+def test_an_adapter(
+    make_args: Callable[..., Any], tokens: Any, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    peft = pytest.importorskip("peft")
+    from hf_pdecay import RankDecayCallback
+
+    model = peft.get_peft_model(build("llama"), peft.LoraConfig(r=4, target_modules="all-linear"))
+    args = make_args(max_steps=20, lambda_p=0)
+    trainer = PDecayTrainer(model=model, args=args, train_dataset=tokens)
+    RankDecayCallback(target_rank_sparsity=0.25).attach(trainer)
+    trainer.train()
+    trainer.save_model()
+    found = as_json(capsys, Path(args.output_dir))
+    assert len(found["ranks"]) == 14
+    assert sum(each["ranks"] for each in found["ranks"].values()) == 56
+    assert sum(each["dead"] for each in found["ranks"].values()) == 14
+    assert found["decayed"]["tensors"] == 28
+    assert main(["report", args.output_dir]) == 0
+    assert "14 of 56 ranks in 14 layers are dead" in " ".join(capsys.readouterr().out.split())
+    (Path(args.output_dir) / "sparsity.json").unlink()
+    assert as_json(capsys, Path(args.output_dir))["decayed"]["tensors"] == 28
+
+
+def test_a_search(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    points = [(2.0, 0.1), (2.1, 0.5), (2.05, 0.6), (3.0, 0.9)]
+    lines = [
+        {"trial": f"run-{number}", "loss": loss, "sparsity": sparsity, "params": {"p_norm": 0.5 + number / 10}}
+        for number, (loss, sparsity) in enumerate(points)
+    ]
+    (tmp_path / "search.jsonl").write_text(
+        "".join(json.dumps(line) + "\n" for line in [{**lines[0], "loss": 9}, *lines])
+    )
+    found = as_json(capsys, tmp_path)
+    assert [each["front"] for each in found["trials"]] == [True, False, True, True]
+    assert (tmp_path / "pareto.png").read_bytes().startswith(b"\x89PNG")
+    assert main(["report", str(tmp_path)]) == 0
+    out = capsys.readouterr().out
+    assert "3 of 4 trials" in out and "60.00%" in out and "50.00%" not in out
+
+
+def test_what_cannot_be_reported_is_said_in_a_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    build("bert").save_pretrained(tmp_path / "model")
+    path = tmp_path / "model" / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-10])
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "search").mkdir()
+    (tmp_path / "search" / "search.jsonl").write_text("")
+    wrong = {"nowhere": "holds no model", "empty": "holds no model", "model": "cut short", "search": "no trial"}
+    capsys.readouterr()
+    for folder, said in wrong.items():
+        assert main(["report", str(tmp_path / folder)]) == 2
+        printed = capsys.readouterr()
+        assert said in printed.err and printed.err.count("\n") == 1 and not printed.out
