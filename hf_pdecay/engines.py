@@ -16,17 +16,22 @@ if TYPE_CHECKING:
     from transformers import Trainer, TrainingArguments
 
 
+# Optimizers whose step looks at each weight by itself.
+_ON_FLAT_SHARDS = ("adamw_lp", "sgd_lp", "lion_lp")
+
+
 def engine_of(trainer: Trainer) -> str:
     """Return the name of the engine that shards a run: ``"FSDP"``, ``"DeepSpeed"``, or ``""`` for none."""
     return "FSDP" if trainer.is_fsdp_enabled else "DeepSpeed" if trainer.is_deepspeed_enabled else ""
 
 
-def check_engine(trainer: Trainer, moments: str | None = None) -> None:
+def check_engine(trainer: Trainer, optim: str = "adamw_lp", moments: str | None = None) -> None:
     """Check how a Trainer's run is sharded.
 
     Args:
         trainer: The Trainer, whose optimizer need not be there yet.
-        moments: What that will store its moments as.
+        optim: The name of that optimizer.
+        moments: What it will store its moments as.
 
     Raises:
         ValueError: If it is in a way in which the decay would be wrong or do nothing.
@@ -39,6 +44,11 @@ def check_engine(trainer: Trainer, moments: str | None = None) -> None:
     if trainer.is_fsdp_enabled:
         _check_fsdp(trainer)
     if trainer.is_deepspeed_enabled:
+        if optim not in _ON_FLAT_SHARDS:
+            raise ValueError(
+                f"Invalid optim: optim={optim!r} under DeepSpeed, which gives an optimizer flat pieces of the weights, "
+                f"not their shapes; take one of {', '.join(_ON_FLAT_SHARDS)}, or FSDP2."
+            )
         _check_deepspeed(trainer)
 
 

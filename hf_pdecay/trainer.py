@@ -86,7 +86,7 @@ class PDecayTrainerMixin(SearchMixin, _Base):
         if not self._decays:
             return
         settings = self._settings
-        check_engine(self, settings.options.get("moments"))
+        check_engine(self, settings.optim, settings.options.get("moments"))
         check_same(asdict(settings) | {"optim": name_of(self.args), "weight_decay": self.args.weight_decay})
         groups = decay_groups(self.model, self.args, settings)
         # The number of steps that epochs come to is known later, and is checked then.

@@ -48,9 +48,16 @@ def test_an_optimizer_of_deepspeed_is_refused() -> None:
 @pytest.mark.parametrize(("each", "name"), [(trainer(fsdp=2), "FSDP"), (trainer(deepspeed={}), "DeepSpeed")])
 def test_moments_that_cannot_be_sharded_are_refused(each: Any, name: str) -> None:
     with pytest.raises(ValueError, match=f"moments='8bit' under {name}, whose shards"):
-        check_engine(each, "8bit")
-    check_engine(trainer(), "8bit")
-    check_engine(each, "bfloat16")
+        check_engine(each, moments="8bit")
+    check_engine(trainer(), moments="8bit")
+    check_engine(each, moments="bfloat16")
+
+
+def test_optimizers_that_need_shapes_are_refused_where_there_are_none() -> None:
+    with pytest.raises(ValueError, match="optim='muon_lp' under DeepSpeed, which gives .* flat pieces"):
+        check_engine(trainer(deepspeed=zero(2)), "muon_lp")
+    check_engine(trainer(fsdp=2), "muon_lp")
+    check_engine(trainer(deepspeed=zero(2)), "sgd_lp")
 
 
 @pytest.mark.parametrize("part", ["offload_optimizer", "offload_param"])

@@ -90,7 +90,16 @@ class Run:
             assert sparsity == float((self.weights[name] == 0).double().mean())
 
 
+SGD = {
+    "optim": "sgd_lp",
+    "optim_args": "momentum=0.9",
+    "learning_rate": 0.3,
+    "target_sparsity": 0.8,
+    "max_steps": 60,
+}
 NAN = {"target_sparsity": 0.8, "max_steps": 60, "nan_at": 10}
+
+CASES = ("target", "resumed", "rules", "fixed", "sgd", "nan")
 
 Runs = dict[str, dict[str, Run]]
 
@@ -111,9 +120,10 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
             {"name": "resumed", **TARGET, **resumed},
             {"name": "rules", **RULES},
             {"name": "fixed", **FIXED},
+            {"name": "sgd", **SGD},
             {"name": "nan", **NAN},
         )
-        found[layout.name] = {name: Run(folder / name) for name in ("target", "resumed", "rules", "fixed", "nan")}
+        found[layout.name] = {name: Run(folder / name) for name in CASES}
     return found
 
 
@@ -127,13 +137,13 @@ def each_layout(others: bool = False) -> pytest.MarkDecorator:
 
 
 @each_layout()
-@pytest.mark.parametrize("case", ["target", "resumed", "rules", "fixed", "nan"])
+@pytest.mark.parametrize("case", CASES)
 def test_what_is_logged_is_what_is_saved(layout: Layout, case: str, runs: Runs) -> None:
     runs[layout.name][case].check()
 
 
 @each_layout(others=True)
-@pytest.mark.parametrize(("case", "zeros"), [("target", 5e-4), ("rules", 5e-4), ("fixed", 5e-3)])
+@pytest.mark.parametrize(("case", "zeros"), [("target", 5e-4), ("rules", 5e-4), ("fixed", 5e-3), ("sgd", 5e-4)])
 def test_layouts_agree(layout: Layout, case: str, zeros: float, runs: Runs) -> None:
     alone, run = runs[ALONE.name][case], runs[layout.name][case]
     assert run.counted == pytest.approx(alone.counted, abs=zeros)
