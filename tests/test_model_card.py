@@ -10,7 +10,7 @@ from huggingface_hub import ModelCard
 
 import hf_pdecay
 from hf_pdecay import PDecayTrainer
-from hf_pdecay.model_card import command_line
+from hf_pdecay.model_card import TAGS, add_section, command_line
 
 from .models import tiny_gpt2
 
@@ -90,3 +90,23 @@ def test_the_command_hides_secrets(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", words)
     shown = "python train.py --hub_token '***' '--api-key=***' --p_norm 0.5 --tokenizer_name gpt2 --generate_tokens=9"
     assert command_line() == f"{shown} --text 'a b'"
+
+
+@pytest.mark.parametrize(
+    ("card", "tags"),
+    [
+        ("---\ntags:\n- trl\n- sparse\nlicense: mit\n---\n# Theirs\n\ntext\n", ["trl", *TAGS[1:2], TAGS[0], TAGS[2]]),
+        ("---\ntags: trl\nlicense: mit\n---\n# Theirs\n\ntext\n", ["trl", *TAGS]),
+        ("# Theirs\n\ntext\n", [*TAGS]),
+    ],
+)
+def test_a_section_in_a_card_of_another_library(card: str, tags: list[str]) -> None:
+    once = add_section(card, "## Sparsity\n\nfirst\n")
+    twice = add_section(once, "## Sparsity\n\nsecond\n")
+    data = ModelCard(twice).data
+    assert data.tags == tags
+    assert data.license == ("mit" if "license" in card else None)
+    assert "# Theirs\n\ntext\n" in twice
+    assert twice.count("## Sparsity") == twice.count("@article{outmezguine2024decoupled") == 1
+    assert "second" in twice and "first" not in twice
+    assert add_section(twice, "## Sparsity\n\nsecond\n") == twice

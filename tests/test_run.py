@@ -125,6 +125,20 @@ def test_another_optimizer_is_said_once(run: Run, training: list[str], texts: Pa
 
 
 @pytest.mark.slow
+def test_an_optimizer_in_the_deepspeed_config_is_refused(run: Run, training: list[str], texts: Path) -> None:
+    if importlib.util.find_spec("deepspeed") is None:
+        pytest.skip("deepspeed is not installed")
+    config = texts.with_name("deepspeed.json")
+    config.write_text(
+        '{"zero_optimization": {"stage": 2}, "optimizer": {"type": "AdamW"}, "train_micro_batch_size_per_gpu": "auto"}'
+    )
+    words = [*training, "--train_file", texts, "--deepspeed", config]
+    done = run("-m", "hf_pdecay", "run", SCRIPTS / "clm_style.py", *words)
+    assert done.returncode == 1
+    assert "its entry 'optimizer' would take the place of optim='adamw_lp'" in done.stderr.splitlines()[-1]
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("as_module", [False, True])
 @pytest.mark.parametrize(("ending", "code"), [("exit", 7), ("fail", 1), ("return", 0)])
 def test_a_script_is_run_as_python_runs_it(as_module: bool, ending: str, code: int, run: Run, tmp_path: Path) -> None:
