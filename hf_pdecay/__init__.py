@@ -9,6 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from ._version import __version__
+from .storage.hook import install
 
 
 if TYPE_CHECKING:
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from .callback import SparsityCallback
     from .optim import AdamWLp
     from .sparsity import SparsityReport, measure_sparsity
+    from .storage import compress, decompress, push_to_hub, save_compressed
     from .trainer import PDecayTrainer, PDecayTrainerMixin
 
 _MODULES = {
@@ -25,7 +27,11 @@ _MODULES = {
     "PDecayTrainingArguments": "arguments",
     "SparsityCallback": "callback",
     "SparsityReport": "sparsity",
+    "compress": "storage",
+    "decompress": "storage",
     "measure_sparsity": "sparsity",
+    "push_to_hub": "storage",
+    "save_compressed": "storage",
 }
 
 __all__ = [
@@ -36,7 +42,11 @@ __all__ = [
     "SparsityCallback",
     "SparsityReport",
     "__version__",
+    "compress",
+    "decompress",
     "measure_sparsity",
+    "push_to_hub",
+    "save_compressed",
 ]
 
 
@@ -50,3 +60,7 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted(__all__)
+
+
+# From here on transformers, whenever it is imported, loads what `compress` writes.
+install()
