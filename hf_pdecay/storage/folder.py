@@ -6,7 +6,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -125,10 +125,15 @@ def check_index(placed: dict[str, str], headers: dict[str, Header]) -> None:
         raise FormatError(f"{INDEX} and the files differ in where {tensor!r} is: {name} is named or has it alone.")
 
 
-def copy_along(folder: Path, out: Path) -> list[str]:
+def copy_along(folder: Path, out: Path, weights: Iterable[str]) -> list[str]:
     """Copy what is not weights of the model: config, tokenizer, card and so on, subfolders too.
 
     Left out are hidden files, checkpoints of a run, and weights of the model in other formats.
+
+    Args:
+        folder: Of the model.
+        out: Where to.
+        weights: Names of the files that hold its weights.
 
     Returns:
         The names of the weights in other formats that were left out.
@@ -136,9 +141,9 @@ def copy_along(folder: Path, out: Path) -> list[str]:
     Raises:
         FormatError: If something is no regular file, or is a link that leads out of the folder.
     """
-    left_out = []
+    left_out, skipped = [], {CONFIG, INDEX, *weights}
     for each in sorted(folder.iterdir()):
-        if each.name.startswith(".") or each.name == CONFIG or (_CHECKPOINT.fullmatch(each.name) and each.is_dir()):
+        if each.name.startswith(".") or each.name in skipped or (_CHECKPOINT.fullmatch(each.name) and each.is_dir()):
             continue
         if _OTHER_WEIGHTS.fullmatch(each.name):
             left_out.append(each.name)

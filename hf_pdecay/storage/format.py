@@ -13,9 +13,8 @@ from typing import Any, NamedTuple, NoReturn
 import numpy as np
 
 from .container import DIMENSIONS_LIMIT, ITEMSIZES, FormatError, tensor_bytes
+from .packing import Bytes, Sections, check_frame, pack, unpack
 
-
-Bytes = np.ndarray[Any, np.dtype[np.uint8]]
 
 MAGIC = b"hfpdblob"
 VERSION = 1
@@ -28,8 +27,6 @@ _UNSIGNED: dict[int, Any] = {1: np.dtype("<u1"), 2: np.dtype("<u2"), 4: np.dtype
 _GAP_WIDTHS = (1, 2, 4)
 # Elements that are looked at together: what this module takes beside its input and its result is a few of these.
 _CHUNK = 1 << 18
-# On values of neural networks higher levels take longer and give no smaller files, see docs/compressed.md.
-_ZSTD_LEVEL = 1
 
 
 class Blob(NamedTuple):
@@ -70,9 +67,14 @@ class Blob(NamedTuple):
         return self.dense // self.itemsize
 
     @property
+    def sections(self) -> Sections:
+        """Bytes of the payload that say where the values are, and of the values; with the bytes of an element."""
+        return _sections(self.encoding, self.numel, self.values, self.width, self.itemsize)
+
+    @property
     def places(self) -> int:
         """Bytes of the payload that say where the values are."""
-        return self.raw - self.values * self.itemsize
+        return self.sections[0][0]
 
 
 def encode(data: Bytes, dtype: str, shape: tuple[int, ...], zstd: bool = False) -> tuple[int, Bytes | None]:
@@ -98,36 +100,31 @@ def encode(data: Bytes, dtype: str, shape: tuple[int, ...], zstd: bool = False) 
     itemsize = ITEMSIZES[dtype]
     elements = data.view(_UNSIGNED[itemsize])
     count, largest_gap = _look(elements)
-    sizes = {DENSE: dense, BITMASK: -(-elements.size // 8) + count * itemsize}
     width = next((each for each in _GAP_WIDTHS if largest_gap < 1 << 8 * each), 0)
-    if width:
-        sizes[GAPS] = count * (width + itemsize)
-    # A block is told from a tensor by its dtype, and tensors must lie where their elements may.
-    plain = dtype != "U8" and dense % 8 == 0
-    head = _FIXED.size + 8 * len(shape)
-    choices = [(size, False, encoding) for encoding, size in sizes.items()]
+    ways = {DENSE: (elements.size, 0), BITMASK: (count, 0)} | ({GAPS: (count, width)} if width else {})
+    sections = {each: _sections(each, elements.size, *way, itemsize) for each, way in ways.items()}
+    choices = [(sum(size for size, _ in parts), False, each) for each, parts in sections.items()]
     packed: dict[int, Bytes] = {}
     if zstd:
-        compressor = _zstandard().ZstdCompressor(level=_ZSTD_LEVEL)
-        for each, size in sizes.items():
-            planes = _planes(_payload(elements, each, width), size, count, each, width, itemsize)
-            packed[each] = np.frombuffer(compressor.compress(planes), dtype=np.uint8)
-            choices.append((packed[each].nbytes, True, each))
+        packed = {each: pack(_payload(elements, each, width), parts) for each, parts in sections.items()}
+        choices += [(found.nbytes, True, each) for each, found in packed.items()]
     size, is_packed, best = min(choices)
-    if plain and dense <= _padded(head + size):
+    head = _FIXED.size + 8 * len(shape)
+    # A block is told from a tensor by its dtype, and tensors must lie where their elements may.
+    if dtype != "U8" and dense % 8 == 0 and dense <= _padded(head + size):
         return DENSE, None
     payload = packed[best] if is_packed else _payload(elements, best, width)
-    stored = elements.size if best == DENSE else count
+    values, width = ways[best]
     blob = np.zeros(_padded(head + payload.nbytes), dtype=np.uint8)
     fixed = _FIXED.pack(
         MAGIC,
         VERSION,
         best,
         _ZSTD if is_packed else 0,
-        width if best == GAPS else 0,
+        width,
         len(shape),
         dtype.encode(),
-        stored,
+        values,
         payload.nbytes,
     )
     blob[:head] = np.frombuffer(fixed + struct.pack(f"<{len(shape)}Q", *shape), dtype=np.uint8)
@@ -177,8 +174,7 @@ def parse(head: bytes | Bytes, size: int, what: str) -> Blob:
         refuse(f"gaps of {width} bytes do not go with its encoding {ENCODINGS[encoding]}")
     if count > numel or (encoding == DENSE and count != numel):
         refuse(f"it would hold {count} values of {numel} elements")
-    places = {DENSE: 0, BITMASK: -(-numel // 8), GAPS: count * width}[encoding]
-    raw = places + count * itemsize
+    raw = sum(part for part, _ in _sections(encoding, numel, count, width, itemsize))
     begin = _FIXED.size + 8 * dimensions
     if not flags and stored != raw:
         refuse(f"its payload has {stored} bytes where {count} values of {numel} elements need {raw}")
@@ -202,7 +198,7 @@ def check(blob: Bytes, what: str) -> Blob:
     if blob[head.begin + head.stored :].any():
         raise FormatError(f"{what} is damaged or forged: there is something behind its payload.")
     if head.zstd:
-        _check_frame(payload, head.raw, what)
+        check_frame(payload, head.sections, what)
     else:
         _check_places(payload[: head.places], head, what)
     return head
@@ -228,7 +224,7 @@ def decode(blob: Bytes, limit: int, what: str) -> tuple[Bytes, Blob]:
         raise FormatError(f"{what} tells of a tensor of {head.dense} bytes, and no more than {limit} can be its size.")
     payload = blob[head.begin : head.begin + head.stored]
     if head.zstd:
-        payload = _unpack(payload, head, what)
+        payload = unpack(payload, head.sections, what)
         _check_places(payload[: head.places], head, what)
     unsigned = _UNSIGNED[head.itemsize]
     if head.encoding == DENSE:
@@ -256,6 +252,11 @@ def _look(elements: Any) -> tuple[int, int]:
     return count, largest
 
 
+def _sections(encoding: int, numel: int, values: int, width: int, itemsize: int) -> Sections:
+    places = {DENSE: 0, BITMASK: -(-numel // 8), GAPS: values * width}[encoding]
+    return [(places, width or 1), (values * itemsize, itemsize)]
+
+
 def _payload(elements: Any, encoding: int, width: int) -> Bytes:
     if encoding == DENSE:
         return elements.view(np.uint8)
@@ -271,43 +272,6 @@ def _payload(elements: Any, encoding: int, width: int) -> Bytes:
             places.append(gaps.astype(_UNSIGNED[width]).view(np.uint8))
             last = int(indices[-1]) + begin
     return np.concatenate([*places, *(part.view(np.uint8) for part in values)] or [np.zeros(0, np.uint8)])
-
-
-def _planes(
-    payload: Bytes, raw: int, count: int, encoding: int, width: int, itemsize: int, back: bool = False
-) -> Bytes:
-    """Put first bytes beside first bytes and so on, which zstd packs better; or, if ``back``, apart again."""
-    values = raw if encoding == DENSE else count * itemsize
-    places = payload[: raw - values]
-    sections = [(places, width if encoding == GAPS else 1), (payload[raw - values :], itemsize)]
-    shuffled = [
-        (part.reshape(size, -1) if back else part.reshape(-1, size)).T.reshape(-1) if size > 1 and part.size else part
-        for part, size in sections
-    ]
-    return np.concatenate(shuffled)
-
-
-def _unpack(payload: Bytes, head: Blob, what: str) -> Bytes:
-    library = _zstandard()
-    try:
-        raw = library.ZstdDecompressor().decompress(payload.tobytes(), max_output_size=head.raw, allow_extra_data=False)
-    except library.ZstdError as error:
-        raise FormatError(f"{what} is damaged or forged: zstd cannot unpack it ({error}).") from None
-    if len(raw) != head.raw:
-        raise FormatError(f"{what} is damaged or forged: it unpacks to {len(raw)} bytes where {head.raw} are due.")
-    found = np.frombuffer(raw, dtype=np.uint8)
-    return _planes(found, head.raw, head.values, head.encoding, head.width, head.itemsize, back=True)
-
-
-def _check_frame(payload: Bytes, raw: int, what: str) -> None:
-    """Check that a zstd frame says that it unpacks to what it should; no more than that is unpacked."""
-    library = _zstandard()
-    try:
-        size = library.get_frame_parameters(payload[:18].tobytes()).content_size
-    except library.ZstdError as error:
-        raise FormatError(f"{what} is damaged or forged: its payload is no zstd frame ({error}).") from None
-    if size != raw:
-        raise FormatError(f"{what} is damaged or forged: its zstd frame would unpack to {size} bytes, not {raw}.")
 
 
 def _check_places(places: Bytes, head: Blob, what: str) -> None:
@@ -351,11 +315,3 @@ def _indices(places: Bytes, head: Blob) -> Iterator[tuple[int, Any]]:
 
 def _padded(size: int) -> int:
     return -(-size // 8) * 8
-
-
-def _zstandard() -> Any:
-    try:
-        import zstandard
-    except ImportError:
-        raise ValueError("zstd needs the package zstandard: pip install 'hf-pdecay[zstd]'.") from None
-    return zstandard

@@ -10,6 +10,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 import transformers
 from packaging.version import Version
 from transformers.quantizers.auto import (
@@ -27,7 +28,6 @@ from .settings import METHOD, check_settings
 
 
 if TYPE_CHECKING:
-    import torch
     from transformers import PreTrainedModel
 
 # The first with HfQuantizer.get_new_dtype, by which a block comes as the bytes that it is.
@@ -69,6 +69,12 @@ class CompressedWeightsQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(
         self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **kwargs: Any
     ) -> None:
+        # Neither is in a config or a model that is loaded in the ordinary way.
+        if vars(model.config).get("distributed_config") is not None:
+            raise ValueError(
+                "A compressed model cannot be loaded in parts, by tp_plan or distributed_config: `hf-pdecay decompress "
+                "MODEL OUT` gives a plain one that can."
+            )
         shards = check_settings(self.quantization_config.to_dict())
         files = [Path(each) for each in checkpoint_files or []]
         if {each.name for each in files} != shards.keys() or len({each.parent for each in files}) > 1:
@@ -84,6 +90,12 @@ class CompressedWeightsQuantizer(HfQuantizer):
         self._converters: dict[int, Any] = {}
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
+        if model.all_tied_weights_keys and "disk" in vars(model).get("hf_device_map", {}).values():
+            # transformers looks for tied weights that are on disk in the checkpoint, where there are blocks.
+            raise ValueError(
+                "A compressed model with tied weights cannot be offloaded to disk: `hf-pdecay decompress MODEL OUT` "
+                "gives a plain one that can."
+            )
         loading: Any = model
         plain = [self._converters[id(each)] for each in loading._weight_conversions]
         loading._weight_conversions = [each for each in plain if each is not None]
@@ -110,7 +122,9 @@ class CompressedWeightsQuantizer(HfQuantizer):
 
     def get_new_dtype(self, converter: Any, param: Any, dtype: torch.dtype | None) -> torch.dtype | None:
         """Read a block as the bytes that it is; its tensor takes the dtype once it is decoded."""
-        if param.get_dtype() != "U8":
+        # A tensor where files are read whole (disable_mmap), else the library's handle of one.
+        stored = param.dtype if isinstance(param, torch.Tensor) else param.get_dtype()
+        if stored not in (torch.uint8, "U8"):
             return dtype
         converter.operations[0].dtype = dtype
         return None

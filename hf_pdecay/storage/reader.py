@@ -102,7 +102,7 @@ def decompress(model: str | os.PathLike[str], out: str | os.PathLike[str], *, ov
     plans = {name: _plain_tensors(folder / name, header, report) for name, header in headers.items()}
     with written_folder(out, overwrite) as aside:
         _check_fits(report, aside)
-        report.left_out = copy_along(folder, aside)
+        report.left_out = copy_along(folder, aside, headers)
         for name, header in headers.items():
             _write_plain(folder / name, header, plans[name], aside / name)
         if (folder / INDEX).exists():

@@ -79,7 +79,7 @@ def compress(
     check_apart(folder, out)
     report = StorageReport()
     with written_folder(out, overwrite) as aside:
-        report.left_out = copy_along(folder, aside)
+        report.left_out = copy_along(folder, aside, headers)
         shards = _Shards(aside, limit, report, zstd, next(iter(headers.values())).metadata)
         for name, header in headers.items():
             for tensor, entry, data in _tensors(folder / name, header):
