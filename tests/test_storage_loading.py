@@ -26,8 +26,8 @@ from .storage_models import bits, files_of, same_state, saved, sparsified
 from .test_storage_hostile import edit_json, with_huge_tensor
 
 
-LOADS = Version(tf.__version__) >= Version("5.22")
-loads = pytest.mark.skipif(not LOADS, reason="loading needs transformers 5.22")
+LOADS = Version(tf.__version__) >= Version("5.23")
+loads = pytest.mark.skipif(not LOADS, reason="loading needs transformers 5.23")
 
 
 @pytest.fixture
@@ -40,7 +40,7 @@ def gpt2(tmp_path: Path) -> tuple[Any, Path, Path]:
 
 @pytest.mark.skipif(LOADS, reason="this transformers can load")
 def test_an_older_transformers_is_told_which_is_needed(gpt2: tuple[Any, Path, Path]) -> None:
-    with pytest.raises(ImportError, match=r"needs transformers>=5\.22, and this is .*hf-pdecay decompress MODEL OUT"):
+    with pytest.raises(ImportError, match=r"needs transformers>=5\.23, and this is .*hf-pdecay decompress MODEL OUT"):
         tf.AutoModelForCausalLM.from_pretrained(gpt2[2])
 
 

@@ -30,8 +30,9 @@ from .settings import METHOD, check_settings
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-# The first with HfQuantizer.get_new_dtype, by which a block comes as the bytes that it is.
-_TRANSFORMERS = "5.22"
+# HfQuantizer.get_new_dtype, by which a block comes as the bytes that it is, came in 5.22, which takes tensors of wrong
+# shapes where there is a quantizer.
+_TRANSFORMERS = "5.23"
 
 
 class CompressedWeightsConfig(QuantizationConfigMixin):
@@ -69,7 +70,7 @@ class CompressedWeightsQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(
         self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **kwargs: Any
     ) -> None:
-        # Neither is in a config or a model that is loaded in the ordinary way.
+        # Where from_pretrained is to divide weights among processes it notes so in the config: it would divide blocks.
         if vars(model.config).get("distributed_config") is not None:
             raise ValueError(
                 "A compressed model cannot be loaded in parts, by tp_plan or distributed_config: `hf-pdecay decompress "
@@ -96,9 +97,12 @@ class CompressedWeightsQuantizer(HfQuantizer):
                 "A compressed model with tied weights cannot be offloaded to disk: `hf-pdecay decompress MODEL OUT` "
                 "gives a plain one that can."
             )
-        loading: Any = model
-        plain = [self._converters[id(each)] for each in loading._weight_conversions]
-        loading._weight_conversions = [each for each in plain if each is not None]
+
+    def remove_quantization_config(self, model: Any) -> None:
+        """Make the model an ordinary one, which ``save_pretrained`` saves by the conversions that the plain one has."""
+        plain = [self._converters[id(each)] for each in model._weight_conversions]
+        super().remove_quantization_config(model)
+        model._weight_conversions = [each for each in plain if each is not None]
 
     def update_weight_conversions(self, weight_conversions: list[Any], model: PreTrainedModel) -> list[Any]:
         """Have blocks decoded before the model's own conversions, which see tensors, and where there are none."""
