@@ -57,6 +57,7 @@ VALUES: tuple[Any, ...] = (
     [[]],
     "\0",
     "é",
+    "\ud800",
 )
 # A tensor may be this large. The process may take so much more memory than it has when fuzzing begins.
 LIMIT = 1 << 22

@@ -161,7 +161,12 @@ HEADERS: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     "a list for a dtype": (lambda h: entries(h)[0].update(dtype=["U8"]), "of a wrong kind"),
     "something more": (lambda h: entries(h)[0].update(code="import os"), "not exactly dtype, shape and data_offsets"),
     "a number for a tensor": (lambda h: h.update(more=5), "not exactly dtype"),
-    "metadata of numbers": (lambda h: h["__metadata__"].update(a=5), "something else than strings"),
+    "metadata of numbers": (lambda h: h["__metadata__"].update(a=5), "something else than text"),
+    "half a character in a name": (
+        lambda h: h.update({"\ud800": h.pop(list(h)[-1])}),
+        "a name in its header is no text",
+    ),
+    "half a character in metadata": (lambda h: h["__metadata__"].update(a="\udfff"), "something else than text"),
     "no manifest": (lambda h: h["__metadata__"].pop("hf_pdecay"), "has no manifest"),
     "a manifest of text": (lambda h: h["__metadata__"].update(hf_pdecay="text"), "cannot be read as JSON"),
     "a manifest of a list": (

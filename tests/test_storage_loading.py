@@ -380,3 +380,20 @@ def test_an_unsparse_model_needs_nothing_of_ours(tmp_path: Path) -> None:
     report = save_compressed(model, tmp_path / "small")
     assert list(report.encodings) == ["dense"]
     assert same_state(tf.AutoModelForCausalLM.from_pretrained(tmp_path / "small"), model)
+
+
+@loads
+def test_adapters_on_a_compressed_model(tmp_path: Path) -> None:
+    """LoRA saves the name of its base, which is loaded with it."""
+    import peft
+
+    saved("llama", tmp_path / "plain")
+    compress(tmp_path / "plain", tmp_path / "small")
+    config = peft.LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=False)
+    adapted = peft.get_peft_model(tf.AutoModelForCausalLM.from_pretrained(tmp_path / "small"), config).eval()
+    adapted.save_pretrained(tmp_path / "adapter")
+    tokens = torch.arange(8)[None]
+    with torch.no_grad():
+        expected = adapted(tokens).logits
+        found = tf.AutoModelForCausalLM.from_pretrained(tmp_path / "adapter").eval()
+        assert torch.equal(found(tokens).logits, expected)

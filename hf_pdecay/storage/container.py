@@ -132,9 +132,11 @@ def read_header(file: str | os.PathLike[str]) -> Header:
         refuse(f"its header cannot be read ({error})")
     if not isinstance(parsed, dict):
         refuse("its header is no table of tensors")
+    if not all(map(_is_text, parsed)):
+        refuse("a name in its header is no text")
     metadata = parsed.pop("__metadata__", {})
-    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
-        refuse("its __metadata__ holds something else than strings")
+    if not isinstance(metadata, dict) or not all(map(_is_text, [*metadata, *metadata.values()])):
+        refuse("its __metadata__ holds something else than text")
     spans: list[tuple[int, int, str]] = []
     entries: dict[str, Entry] = {}
     for name, entry in parsed.items():
@@ -201,6 +203,11 @@ def settle(handle: BinaryIO) -> None:
     """Wait until a file's bytes are on the disk."""
     handle.flush()
     os.fsync(handle.fileno())
+
+
+def _is_text(value: object) -> bool:
+    """Whether a value is a string that can be written: JSON lets one escape halves of a character."""
+    return isinstance(value, str) and not any("\ud800" <= each <= "\udfff" for each in value)
 
 
 def _no_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -242,7 +242,7 @@ def _look(elements: Any) -> tuple[int, int]:
     """The number of elements that are not zero, and the most zeros in front of one of them."""
     count, largest, last = 0, 0, -1
     for begin in range(0, elements.size, _CHUNK):
-        indices = np.flatnonzero(elements[begin : begin + _CHUNK])
+        indices = np.flatnonzero(elements[begin : begin + _CHUNK] != 0)
         if indices.size:
             largest = max(largest, int(indices[0]) + begin - last - 1)
             if indices.size > 1:
@@ -263,10 +263,11 @@ def _payload(elements: Any, encoding: int, width: int) -> Bytes:
     places, values, last = [], [], -1
     for begin in range(0, elements.size, _CHUNK):
         part = elements[begin : begin + _CHUNK]
-        indices = np.flatnonzero(part)
+        marks = part != 0
+        indices = np.flatnonzero(marks)
         values.append(part[indices])
         if encoding == BITMASK:
-            places.append(np.packbits(part != 0, bitorder="little"))
+            places.append(np.packbits(marks, bitorder="little"))
         elif indices.size:
             gaps = np.diff(indices, prepend=last - begin) - 1
             places.append(gaps.astype(_UNSIGNED[width]).view(np.uint8))
@@ -303,7 +304,7 @@ def _indices(places: Bytes, head: Blob) -> Iterator[tuple[int, Any]]:
     if head.encoding == BITMASK:
         for begin in range(0, head.numel, _CHUNK):
             marks = np.unpackbits(places[begin // 8 : (begin + _CHUNK) // 8], bitorder="little")
-            yield begin, np.flatnonzero(marks)
+            yield begin, np.flatnonzero(marks.view(np.bool_))  # which numpy finds faster than other numbers
         return
     begin = 0
     for first in range(0, places.size, _CHUNK * head.width):
