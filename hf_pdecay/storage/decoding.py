@@ -57,7 +57,10 @@ class Decode(ConversionOps):
         return {name: next(iter(found.values()))} if target_patterns == [_ANY] else found
 
     def _decode(self, tensor: torch.Tensor, name: str) -> torch.Tensor:
-        return tensor if tensor.dtype != torch.uint8 else to_tensor(tensor, self.limit, repr(name)).to(self.dtype)
+        if tensor.dtype != torch.uint8:
+            return tensor
+        decoded = to_tensor(tensor, self.limit, repr(name))
+        return decoded if self.dtype is None else decoded.to(self.dtype)
 
 
 def decode_any(limit: int) -> WeightConverter:
