@@ -265,6 +265,16 @@ class TestDamage:
             tf.AutoModelForCausalLM.from_pretrained(tmp_path / "small")
 
 
+@loads
+def test_a_new_model_from_the_config_of_a_compressed_one(gpt2: tuple[Any, Path, Path], tmp_path: Path) -> None:
+    config = tf.AutoConfig.from_pretrained(gpt2[2])
+    tf.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "new")
+    with pytest.raises(FormatError, match="its weights are plain. .* delete quantization_config from its config.json"):
+        tf.AutoModelForCausalLM.from_pretrained(tmp_path / "new")
+    edit_json(tmp_path / "new" / "config.json", lambda value: value.pop("quantization_config"))
+    tf.AutoModelForCausalLM.from_pretrained(tmp_path / "new")
+
+
 def run(code: str, *words: str, **env: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-c", code, *words]
     return subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ, **env})

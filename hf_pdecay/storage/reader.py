@@ -42,12 +42,12 @@ def check_file(file: Path, header_checksum: str, checksums: bool) -> Header:
         FormatError: If it is damaged or forged.
     """
     header = read_header(file)
+    manifest = read_manifest(header, file.name)
     if checksums and sha256(header.raw) != header_checksum:
         raise FormatError(
             f"{file.name} is not the file that {CONFIG} tells of: the checksum of its header differs. Fetch the model "
             "again."
         )
-    manifest = read_manifest(header, file.name)
     for name, entry in header.entries.items():
         part = _mapped(file, entry)
         what = f"{name!r} in {file.name}"

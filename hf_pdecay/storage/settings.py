@@ -76,7 +76,10 @@ def read_manifest(header: Header, name: str) -> dict[str, str]:
     """
     where = f"The manifest in {name}"
     if MANIFEST not in header.metadata:
-        raise FormatError(f"{name} has no manifest of hf_pdecay in its __metadata__.")
+        raise FormatError(
+            f"{name} has no manifest of hf_pdecay in its __metadata__: its weights are plain. If the model was made "
+            "anew from the config of a compressed one, delete quantization_config from its config.json."
+        )
     try:
         manifest = json.loads(header.metadata[MANIFEST])
     except (ValueError, RecursionError) as error:

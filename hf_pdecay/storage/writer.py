@@ -109,7 +109,8 @@ def save_compressed(
 ) -> StorageReport:
     """Save a model as ``save_pretrained`` does, with compressed weights.
 
-    The plain model is on disk beside ``folder`` in the meantime.
+    The plain model is on disk beside ``folder`` in the meantime. Of several processes one calls it; where they hold a
+    model in shards, save that by the Trainer first and :func:`compress` the folder.
 
     Args:
         model: A model of transformers, or anything with its ``save_pretrained``.
