@@ -303,7 +303,7 @@ def test_an_index_that_differs_from_the_files(tmp_path: Path) -> None:
         index.write_text(before)
 
 
-@pytest.mark.parametrize("name", ["README.md", "sub/notes.txt", "model.safetensors", "linked"])
+@pytest.mark.parametrize("name", ["README.md", "sub/notes.txt", "model.safetensors", "config.json", "linked"])
 def test_links_that_lead_out_of_the_folder_are_not_followed(tmp_path: Path, name: str) -> None:
     saved("gpt2", tmp_path / "plain")
     (tmp_path / "secret").mkdir()

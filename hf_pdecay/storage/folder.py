@@ -32,14 +32,12 @@ def read_json(file: Path) -> dict[str, Any]:
     """Read a JSON file that holds an object.
 
     Raises:
-        FormatError: If it is missing, too large or none.
+        FormatError: If it is too large or none.
     """
     try:
         if file.stat().st_size > _JSON_LIMIT:
             raise FormatError(f"{file.name} has {file.stat().st_size} bytes, which no such file has.")
         found = json.loads(file.read_bytes())
-    except FileNotFoundError:
-        raise FormatError(f"{str(file.parent)!r} has no {file.name}; name the folder of a model.") from None
     except (ValueError, RecursionError) as error:
         if isinstance(error, FormatError):
             raise
@@ -47,6 +45,17 @@ def read_json(file: Path) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise FormatError(f"{file.name} holds no object.")
     return found
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """Read the config of a model's folder.
+
+    Raises:
+        FormatError: If there is none, or it is a link that leads out of the folder.
+    """
+    if not os.path.lexists(folder / CONFIG):
+        raise FormatError(f"{str(folder)!r} has no {CONFIG}; name the folder of a model.")
+    return read_json(inside(folder / CONFIG, folder))
 
 
 def write_json(file: Path, value: dict[str, Any], sort_keys: bool = False) -> None:
@@ -251,7 +260,7 @@ def _remove_leftovers(target: Path) -> None:
 
 
 def _is_alive(process: int) -> bool:
-    import psutil
+    import psutil  # which comes with accelerate
 
     return psutil.pid_exists(process)
 

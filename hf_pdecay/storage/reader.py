@@ -10,7 +10,18 @@ from pathlib import Path
 import numpy as np
 
 from .container import Entry, FormatError, Header, header_bytes, layout, read_header, settle, write_header
-from .folder import CONFIG, INDEX, check_apart, copy_along, read_json, read_weights, write_json, written_folder
+from .folder import (
+    CONFIG,
+    INDEX,
+    WEIGHTS,
+    check_apart,
+    copy_along,
+    read_config,
+    read_json,
+    read_weights,
+    write_json,
+    written_folder,
+)
 from .format import HEAD_LIMIT, Bytes, blob_shape, check, decode, parse
 from .hub import local_folder
 from .report import StorageReport
@@ -67,7 +78,7 @@ def is_blob(entry: Entry) -> bool:
 
 def memory_limit() -> int:
     """Bytes that are free on this machine, beyond which no tensor is made."""
-    import psutil
+    import psutil  # which comes with accelerate
 
     return int(psutil.virtual_memory().available)
 
@@ -87,7 +98,7 @@ def decompress(model: str | os.PathLike[str], out: str | os.PathLike[str], *, ov
         ValueError: If the model is not a compressed one or is damaged (as a ``FormatError``), or does not fit.
     """
     folder = local_folder(model)
-    config = read_json(folder / CONFIG)
+    config = read_config(folder)
     settings = config.pop("quantization_config", None)
     shards = check_settings(settings)
     if isinstance(settings, dict) and settings.get("dtype_added"):
@@ -105,7 +116,7 @@ def decompress(model: str | os.PathLike[str], out: str | os.PathLike[str], *, ov
         report.left_out = copy_along(folder, aside, headers)
         for name, header in headers.items():
             _write_plain(folder / name, header, plans[name], aside / name)
-        if (folder / INDEX).exists():
+        if WEIGHTS not in found:
             write_json(aside / INDEX, read_json(folder / INDEX), sort_keys=True)
         write_json(aside / CONFIG, config)
     return report

@@ -18,6 +18,7 @@ from .folder import (
     check_apart,
     check_target,
     copy_along,
+    read_config,
     read_json,
     read_weights,
     scratch_folder,
@@ -67,7 +68,7 @@ def compress(
     """
     limit = parse_size(max_shard_size)
     folder = local_folder(model)
-    config = read_json(folder / CONFIG)
+    config = read_config(folder)
     settings = config.get("quantization_config")
     if settings is not None:
         method = settings.get("quant_method") if isinstance(settings, dict) else settings
@@ -81,14 +82,17 @@ def compress(
     with written_folder(out, overwrite) as aside:
         report.left_out = copy_along(folder, aside, headers)
         shards = _Shards(aside, limit, report, zstd, next(iter(headers.values())).metadata)
-        for name, header in headers.items():
-            for tensor, entry, data in _tensors(folder / name, header):
-                shards.add(tensor, entry, data)
-            if limit is None:
-                shards.close(name)
-        placed, checksums = shards.finish()
+        try:
+            for name, header in headers.items():
+                for tensor, entry, data in _tensors(folder / name, header):
+                    shards.add(tensor, entry, data)
+                if limit is None:
+                    shards.close(name)
+            placed, checksums = shards.finish()
+        finally:
+            shards.handle.close()
         if len(checksums) > 1 or WEIGHTS not in checksums:
-            metadata = read_json(folder / INDEX).get("metadata") if (folder / INDEX).exists() else None
+            metadata = read_json(folder / INDEX).get("metadata") if WEIGHTS not in headers else None
             metadata = metadata if isinstance(metadata, dict) else {"total_size": report.before}
             write_json(aside / INDEX, {"metadata": metadata, "weight_map": placed}, sort_keys=True)
         dtype = None if "dtype" in config or "torch_dtype" in config else _dtype_of(next(iter(headers.values())))
