@@ -407,3 +407,18 @@ def test_adapters_on_a_compressed_model(tmp_path: Path) -> None:
         expected = adapted(tokens).logits
         found = tf.AutoModelForCausalLM.from_pretrained(tmp_path / "adapter").eval()
         assert torch.equal(found(tokens).logits, expected)
+
+
+@loads
+def test_a_name_on_the_hub(gpt2: tuple[Any, Path, Path], tmp_path: Path) -> None:
+    """From the Hub's cache, as a download leaves it: links to files that are named by their checksums."""
+    repo = tmp_path / "cache" / "models--me--small"
+    snapshot = repo / "snapshots" / ("1" * 40)
+    for folder in (snapshot, repo / "blobs", repo / "refs"):
+        folder.mkdir(parents=True)
+    (repo / "refs" / "main").write_text("1" * 40)
+    for number, file in enumerate(sorted(gpt2[2].iterdir())):
+        (repo / "blobs" / str(number)).write_bytes(file.read_bytes())
+        (snapshot / file.name).symlink_to(f"../../blobs/{number}")
+    found = tf.AutoModelForCausalLM.from_pretrained("me/small", cache_dir=tmp_path / "cache", local_files_only=True)
+    assert same_state(found, gpt2[0])
