@@ -9,6 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from ._version import __version__
+from .storage.hook import install
 
 
 if TYPE_CHECKING:
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from .plugin import register, unregister
     from .rank_decay import RankDecayCallback as RankDecayCallback
     from .sparsity import SparsityReport, measure_sparsity
+    from .storage import compress, decompress, push_to_hub, save_compressed
     from .trainer import PDecayTrainer, PDecayTrainerMixin
 
 _MODULES = {
@@ -43,6 +45,10 @@ _MODULES = {
     "unregister": "plugin",
     "merge_keep_zeros": "adapters",
     "rank_sparsity": "adapters",
+    "compress": "storage",
+    "decompress": "storage",
+    "push_to_hub": "storage",
+    "save_compressed": "storage",
 }
 
 # Without the names that take PEFT, so that `from hf_pdecay import *` does not.
@@ -55,11 +61,15 @@ __all__ = [
     "SparsityCallback",
     "SparsityReport",
     "__version__",
+    "compress",
+    "decompress",
     "measure_sparsity",
     "to_dense_inference",
     "to_sparse_inference",
     "register",
     "unregister",
+    "push_to_hub",
+    "save_compressed",
 ]
 
 
@@ -73,3 +83,7 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted({*__all__, *_MODULES})
+
+
+# From here on transformers, whenever it is imported, loads what `compress` writes.
+install()

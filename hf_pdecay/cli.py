@@ -37,6 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     _add_estimate(commands)
     _add_env(commands)
     _add_report(commands)
+    _add_storage(commands)
     options = parser.parse_args(argv)
     try:
         done: int | Callable[[], int] = options.run(options)
@@ -146,3 +147,25 @@ def _report(options: argparse.Namespace) -> int:
 
         Console().print(found)
     return 0
+
+
+def _add_storage(commands: Commands) -> None:
+    for name, text in (
+        ("compress", "write a model without its zeros; from_pretrained gives it back after import hf_pdecay"),
+        ("decompress", "give the plain folder of a compressed model back"),
+    ):
+        parser = commands.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.")
+        parser.add_argument("model", metavar="MODEL", help="a folder with config.json and safetensors, or a Hub name")
+        parser.add_argument("out", metavar="OUT", help="the folder to write, which appears when it is whole")
+        parser.add_argument("--overwrite", action="store_true", help="replace OUT if it is a model's folder")
+        parser.set_defaults(run=_storage)
+        if name == "compress":
+            parser.add_argument("--zstd", action="store_true", help="compress by zstd too; needs zstandard")
+            parser.add_argument("--max-shard-size", metavar="SIZE", help="of a file, such as 5GB (as the model has it)")
+            parser.add_argument("--push-to-hub", metavar="REPO", help="upload OUT to this repository of the Hub")
+
+
+def _storage(options: argparse.Namespace) -> int:
+    from .storage.commands import run_compress, run_decompress
+
+    return run_compress(options) if options.command == "compress" else run_decompress(options)

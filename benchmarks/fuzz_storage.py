@@ -1,0 +1,403 @@
+"""Feed damaged and forged compressed files to the readers, and count what they do.
+
+    python benchmarks/fuzz_storage.py
+
+Changes valid blocks, files and folders at random: flipped bits, bytes set to telling values, parts cut out, doubled and
+exchanged, numbers in JSON replaced. Each input must be refused by a `FormatError`, or give the tensors back to the bit;
+without checksums, or with checksums that a forger has made right, it may also give other values of the shape that is
+told. Anything else is a crash: other errors, more memory than the process is allowed, a process that dies. Where
+`atheris` is installed, `--atheris` lets it choose the inputs by coverage. Takes about a minute.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import hashlib
+import json
+import os
+import random
+import resource
+import shutil
+import struct
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import FunctionType
+from typing import Any
+
+import numpy as np
+
+from hf_pdecay.storage import FormatError, compress, container, decompress, format, packing
+from hf_pdecay.storage.container import header_bytes, layout, read_header
+from hf_pdecay.storage.format import decode, encode
+from hf_pdecay.storage.reader import check_file, is_blob
+from tables import command, conditions, describe, table, write
+
+
+ROOT = Path(__file__).resolve().parent
+NUMBERS = (0, 1, 7, 8, 255, 256, 2**16, 2**31 - 1, 2**31, 2**32 - 1, 2**32, 2**40, 2**62, 2**63 - 1, 2**63, 2**64 - 1)
+VALUES: tuple[Any, ...] = (
+    *NUMBERS,
+    -1,
+    1.5,
+    1e308,
+    None,
+    True,
+    "",
+    "..",
+    "/etc/passwd",
+    "U8",
+    "F32",
+    [],
+    {},
+    [[]],
+    "\0",
+    "é",
+    "\ud800",
+)
+# A tensor may be this large. The process may take so much more memory than it has when fuzzing begins.
+LIMIT = 1 << 22
+MEMORY = 1 << 30
+
+Outcome = str
+
+
+def changed(data: bytes, others: Sequence[bytes], chance: random.Random) -> bytes:
+    """Return bytes with 1 to 3 changes."""
+    result = bytearray(data)
+    kinds = chance.choice((4, 9))  # half of them of the same length, which come further
+    for _ in range(chance.randint(1, 3)):
+        place, length = chance.randrange(len(result) + 1), chance.choice((1, 4, 8, 64, 1000))
+        match chance.randrange(kinds):
+            case 0 | 1 if place < len(result):
+                result[place] ^= 1 << chance.randrange(8)
+            case 2 if place < len(result):
+                result[place] = chance.choice((0, 1, 127, 128, 255))
+            case 3 if len(result) >= 8:
+                form, size = chance.choice((("<Q", 8), ("<I", 4), ("<H", 2)))
+                at = chance.randrange(len(result) - size + 1) // size * size
+                struct.pack_into(form, result, at, chance.choice(NUMBERS) % (1 << 8 * size))
+            case 4:
+                del result[place : place + length]
+            case 5:
+                result[place:place] = result[place : place + length]
+            case 6:
+                result = result[:place]
+            case 7:
+                result[place:place] = bytes(length)
+            case 8:
+                other = chance.choice(others)
+                result[place : place + length] = other[place : place + length]
+    return bytes(result)
+
+
+def changed_json(value: Any, chance: random.Random) -> Any:
+    """Return JSON's values with something in it replaced, taken out or doubled."""
+    if isinstance(value, dict) and value and chance.random() < 0.9:
+        key = chance.choice(list(value))
+        result = dict(value)
+        match chance.randrange(6):
+            case 0:
+                del result[key]
+            case 1:
+                result[str(chance.choice(VALUES))] = result[key]
+            case _:
+                result[key] = changed_json(value[key], chance)
+        return result
+    if isinstance(value, list) and value and chance.random() < 0.9:
+        place = chance.randrange(len(value))
+        return [*value[:place], changed_json(value[place], chance), *value[place + 1 :]]
+    if isinstance(value, str) and chance.random() < 0.3:
+        with contextlib.suppress(ValueError):
+            return json.dumps(changed_json(json.loads(value), chance))
+    return chance.choice(VALUES)
+
+
+def judge(read: Callable[[], bool]) -> Outcome:
+    """Say what became of an input; ``read`` returns whether it gave back what had been written."""
+    try:
+        return "identical" if read() else "other values"
+    except FormatError as error:
+        return "refused" if str(error).endswith(".") else f"crash: no sentence: {error}"
+    except Exception as error:  # noqa: BLE001  what else there may be is what is looked for
+        return f"crash: {type(error).__name__}: {error}"
+
+
+class Blocks:
+    """Blocks of one tensor, of each encoding, with and without zstd, as :func:`decode` gets them."""
+
+    name = "a block, no checksum"
+    may_differ = True
+
+    def __init__(self, folder: Path) -> None:
+        self.seeds: list[tuple[bytes, bytes]] = []
+        for dtype, size, shape in (("F32", 4, (60, 50)), ("BF16", 2, (3001,)), ("U8", 1, (10, 3, 7)), ("F64", 8, ())):
+            for zeros in (0.0, 0.5, 0.9, 0.995, 1.0):
+                for zstd in (False, True):
+                    data = sparse(int(np.prod(shape, dtype=int)), size, zeros)
+                    _, block = encode(data, dtype, shape, zstd)
+                    if block is not None:
+                        self.seeds.append((block.tobytes(), data.tobytes()))
+        self.blocks = [block for block, _ in self.seeds]
+
+    def try_one(self, chance: random.Random) -> Outcome:
+        """Decode a changed block."""
+        block, data = chance.choice(self.seeds)
+        return self.feed(changed(block, self.blocks, chance), data)
+
+    def feed(self, block: bytes, data: bytes) -> Outcome:
+        """Decode a block."""
+
+        def read() -> bool:
+            found, head = decode(np.frombuffer(block, dtype=np.uint8), LIMIT, "it")
+            if found.nbytes != head.dense or head.dense > LIMIT:
+                raise AssertionError("a tensor of another size than is told")
+            return found.tobytes() == data
+
+        return judge(read)
+
+
+class Files:
+    """Whole files of weights as the loader checks and decodes them."""
+
+    def __init__(self, folder: Path, forged: bool) -> None:
+        self.name = "a file, checksums made right" if forged else "a file"
+        self.may_differ = self.forged = forged
+        make_folder(folder / "plain", folder / "small")
+        self.work = folder / "model.safetensors"
+        self.files = [each.read_bytes() for each in sorted((folder / "small").glob("*.safetensors"))]
+        self.sums, self.tensors = [], []
+        for each in self.files:
+            self.work.write_bytes(each)
+            self.sums.append(hashlib.sha256(read_header(self.work).raw).hexdigest())
+            self.tensors.append(self.read(self.sums[-1]))
+
+    def read(self, checksum: str) -> dict[str, tuple[str, tuple[int, ...], bytes]]:
+        """Check a file and decode its tensors."""
+        header = check_file(self.work, checksum, checksums=True)
+        data = self.work.read_bytes()
+        found = {}
+        for name, entry in header.entries.items():
+            part = data[entry.begin : entry.begin + entry.size]
+            if is_blob(entry):
+                decoded, head = decode(np.frombuffer(part, dtype=np.uint8), LIMIT, name)
+                found[name] = (head.dtype, head.shape, decoded.tobytes())
+            else:
+                found[name] = (entry.dtype, entry.shape, part)
+        return found
+
+    def try_one(self, chance: random.Random) -> Outcome:
+        """Read a changed file."""
+        which = chance.randrange(len(self.files))
+        data, checksum = self.files[which], self.sums[which]
+        end = 8 + int.from_bytes(data[:8], "little")
+        if chance.random() < 0.4:
+            raw = json.dumps(changed_json(json.loads(data[8:end]), chance)).encode("utf-8", "surrogatepass")
+            data = struct.pack("<Q", len(raw)) + raw + data[end:]
+        elif self.forged:
+            data = data[:end] + changed(data[end:], self.files, chance)
+        else:
+            data = changed(data, self.files, chance)
+        self.work.write_bytes(data)
+        if self.forged:
+            with contextlib.suppress(FormatError, ValueError):
+                checksum = make_right(self.work)
+        return judge(lambda: self.read(checksum) == self.tensors[which])
+
+
+class Folders:
+    """Folders as :func:`decompress` reads them, with one of their files changed."""
+
+    name = "a folder"
+    may_differ = False
+
+    def __init__(self, folder: Path) -> None:
+        self.plain, self.small, self.out = folder / "plain", folder / "small", folder / "out"
+        make_folder(self.plain, self.small)
+        self.files = {each: each.read_bytes() for each in sorted(self.small.iterdir())}
+        # What the config says beside quantization_config is the model's, and comes back as it is.
+        self.compared = [each.name for each in sorted(self.plain.iterdir()) if each.name != "config.json"]
+
+    def try_one(self, chance: random.Random) -> Outcome:
+        """Decompress a folder with a changed file."""
+        file = chance.choice(list(self.files))
+        data = self.files[file]
+        if file.suffix == ".json" and chance.random() < 0.7:
+            value = json.loads(data)
+            if "quantization_config" in value and chance.random() < 0.9:
+                value["quantization_config"] = changed_json(value["quantization_config"], chance)
+            else:
+                value = changed_json(value, chance)
+            file.write_bytes(json.dumps(value).encode("utf-8", "surrogatepass"))
+        else:
+            file.write_bytes(changed(data, [data], chance))
+
+        def read() -> bool:
+            decompress(self.small, self.out)
+            index = "model.safetensors.index.json"
+            same = [name for name in self.compared if name != index or file.name != index]
+            return all((self.out / name).read_bytes() == (self.plain / name).read_bytes() for name in same)
+
+        try:
+            return judge(read)
+        finally:
+            file.write_bytes(data)
+            shutil.rmtree(self.out, ignore_errors=True)
+
+
+def sparse(numel: int, size: int, zeros: float) -> Any:
+    """Random elements of which a share is zero, as bytes."""
+    generator = np.random.default_rng(numel + size)
+    data = generator.integers(0, 256, (numel, size), dtype=np.uint8)
+    data[generator.random(numel) < zeros] = 0
+    return data.reshape(-1)
+
+
+def make_folder(plain: Path, small: Path) -> None:
+    """Write a model of two small files, and compress it."""
+    plain.mkdir(parents=True, exist_ok=True)
+    placed: dict[str, str] = {}
+    for number in (1, 2):
+        name = f"model-{number:05d}-of-00002.safetensors"
+        shapes = {"weight": (40, 25), "ids": (3,), "bias": (7,), "scale": (), "none": (0, 4)}
+        tensors = {f"{part}.{number}": ("I64" if part == "ids" else "F32", shape) for part, shape in shapes.items()}
+        ordered = {name: tensors[name] for name in layout(tensors)}
+        raw = header_bytes(ordered, {"format": "pt"})
+        data = [
+            sparse(int(np.prod(shape, dtype=int)), 8 if kind == "I64" else 4, 0.9) for kind, shape in ordered.values()
+        ]
+        (plain / name).write_bytes(struct.pack("<Q", len(raw)) + raw + b"".join(each.tobytes() for each in data))
+        placed |= dict.fromkeys(tensors, name)
+    index = {"metadata": {"total_size": 1}, "weight_map": placed}
+    (plain / "model.safetensors.index.json").write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+    (plain / "config.json").write_text('{\n  "dtype": "float32"\n}\n')
+    compress(plain, small, zstd=True, overwrite=True)
+
+
+def make_right(file: Path) -> str:
+    """Make a file's checksums right, as a forger would, and return that of its header."""
+    data = file.read_bytes()
+    end = 8 + int.from_bytes(data[:8], "little")
+    parsed = json.loads(data[8:end])
+    sums = {
+        name: hashlib.sha256(data[entry.begin : entry.begin + entry.size]).hexdigest()
+        for name, entry in read_header(file).entries.items()
+    }
+    if isinstance(parsed.get("__metadata__"), dict):
+        parsed["__metadata__"]["hf_pdecay"] = json.dumps({"format_version": 1, "sha256": sums})
+    raw = json.dumps(parsed).encode("utf-8", "surrogatepass")
+    file.write_bytes(struct.pack("<Q", len(raw)) + raw + data[end:])
+    return hashlib.sha256(raw).hexdigest()
+
+
+def fuzz(target: Any, inputs: int, seed: int) -> dict[str, Any]:
+    """Try so many inputs."""
+    chance = random.Random(seed)
+    counts: Counter[str] = Counter()
+    crashes: list[str] = []
+    begin = time.perf_counter()
+    for _ in range(inputs):
+        outcome = target.try_one(chance)
+        if outcome == "other values" and not target.may_differ:
+            outcome = "crash: other values in spite of checksums"
+        if outcome.startswith("crash"):
+            crashes.append(outcome)
+        counts[outcome.split(":")[0]] += 1
+    kinds = ("refused", "identical", "other values", "crash")
+    figures = {kind: counts[kind] for kind in kinds}
+    return {
+        "name": target.name,
+        "inputs": inputs,
+        "seconds": time.perf_counter() - begin,
+        **figures,
+        "crashes": crashes[:20],
+    }
+
+
+def with_atheris(folder: Path, inputs: int) -> None:
+    """Let atheris choose blocks by coverage; it ends the process."""
+    import atheris
+
+    for module in (container, format, packing):
+        for each in vars(module).values():
+            if isinstance(each, FunctionType) and each.__module__ == module.__name__:
+                atheris.instrument_func(each)
+    blocks = Blocks(folder)
+
+    def one(data: bytes) -> None:
+        outcome = blocks.feed(data, b"")
+        if outcome.startswith("crash"):
+            raise RuntimeError(outcome)
+
+    corpus = folder / "corpus"
+    corpus.mkdir()
+    for number, block in enumerate(blocks.blocks):
+        (corpus / str(number)).write_bytes(block)
+    atheris.Setup([sys.argv[0], f"-runs={inputs}", str(corpus)], one)
+    atheris.Fuzz()
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Fuzz, print the table and write it; 1 if there was a crash."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0] if __doc__ else None)
+    parser.add_argument("--inputs", type=int, default=50_000, help="for each kind; a fifth of it for folders (50000)")
+    parser.add_argument("--seed", type=int, default=0, help="of the changes (0)")
+    parser.add_argument("--atheris", action="store_true", help="let atheris choose blocks, and nothing else")
+    parser.add_argument("--output", type=Path, default=ROOT / "results", help="folder of the results")
+    words = sys.argv[1:] if argv is None else list(argv)
+    options = parser.parse_args(words)
+    shared = Path("/dev/shm")
+    with tempfile.TemporaryDirectory(dir=shared if os.access(shared, os.W_OK) else None) as name:
+        folder = Path(name)
+        if options.atheris:
+            with_atheris(folder, options.inputs)
+        targets = [Blocks(folder), Files(folder / "a", False), Files(folder / "b", True), Folders(folder / "c")]
+        size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+        limits = resource.getrlimit(resource.RLIMIT_AS)
+        resource.setrlimit(resource.RLIMIT_AS, (size + MEMORY, limits[1]))
+        try:
+            found = [
+                fuzz(target, options.inputs // (5 if isinstance(target, Folders) else 1), options.seed)
+                for target in targets
+            ]
+        finally:
+            resource.setrlimit(resource.RLIMIT_AS, limits)
+    record = {
+        **conditions("cpu", ["numpy", "zstandard"]),
+        "command": command("fuzz_storage.py", words),
+        "targets": found,
+    }
+    text = report(record)
+    write(record, text, options.output, "fuzz_storage")
+    print(text)
+    return int(any(each["crash"] for each in found))
+
+
+def report(record: dict[str, Any]) -> str:
+    """Return the figures in Markdown."""
+    kinds = ("inputs", "refused", "identical", "other values", "crash")
+    rows = [
+        [each["name"], *(f"{each[kind]:,}" for kind in kinds), f"{each['seconds']:.0f}"] for each in record["targets"]
+    ]
+    sums = [f"{sum(each[kind] for each in record['targets']):,}" for kind in kinds]
+    rows.append(["all", *sums, f"{sum(each['seconds'] for each in record['targets']):.0f}"])
+    parts = ["# Damaged and forged compressed files", describe(record)]
+    parts.append(table(["changed at random", "inputs tried", *kinds[1:-1], "crashes", "seconds"], rows))
+    parts.append(
+        "*refused*: by a `FormatError`, a sentence. *identical*: what was changed is of no account, such as a space in "
+        "JSON. *other values*: a changed value under a checksum that is made right, or under none."
+    )
+    parts += [
+        f"- {name}: {crash}"
+        for each in record["targets"]
+        for name, crash in ((each["name"], c) for c in each["crashes"])
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,221 @@
+"""Files in safetensors' format, read by their headers and written in one pass.
+
+The safetensors library writes a file from tensors that are all in memory. Here a file's tensors come one at a time, so
+that a model larger than memory can pass through. Reading is strict: what a header says is checked against the length of
+the file before anything is allocated.
+
+The format is described at https://huggingface.co/docs/safetensors.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import struct
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple, NoReturn
+
+
+# Bytes of an element, by the names that safetensors has for dtypes; in the order in which the library lays tensors out.
+ITEMSIZES = {
+    "BOOL": 1,
+    "U8": 1,
+    "I8": 1,
+    "F8_E5M2": 1,
+    "F8_E4M3": 1,
+    "F8_E8M0": 1,
+    "F8_E4M3FNUZ": 1,
+    "F8_E5M2FNUZ": 1,
+    "I16": 2,
+    "U16": 2,
+    "F16": 2,
+    "BF16": 2,
+    "I32": 4,
+    "U32": 4,
+    "F32": 4,
+    "C64": 8,
+    "F64": 8,
+    "I64": 8,
+    "U64": 8,
+}
+_ORDER = {dtype: place for place, dtype in enumerate(ITEMSIZES)}
+
+# What the library takes at most.
+_HEADER_LIMIT = 100_000_000
+_CHUNK = 1 << 20
+# No tensor has more bytes or dimensions than this in any library; larger figures are forged.
+_BYTES_LIMIT = 1 << 62
+DIMENSIONS_LIMIT = 64
+
+
+class FormatError(ValueError):
+    """A file of weights that is damaged or forged, or of a kind that is not read; a sentence says what is wrong."""
+
+
+class Entry(NamedTuple):
+    """What a header says of a tensor.
+
+    Attributes:
+        dtype: Its dtype, by safetensors' name: ``"F32"``.
+        shape: Its shape.
+        begin: Where its bytes begin in the file.
+        size: How many bytes it has.
+    """
+
+    dtype: str
+    shape: tuple[int, ...]
+    begin: int
+    size: int
+
+
+class Header(NamedTuple):
+    """The header of a file.
+
+    Attributes:
+        entries: Of each tensor, by name, in the order of their bytes.
+        metadata: The file's strings.
+        raw: The header as it is in the file, for its checksum.
+    """
+
+    entries: dict[str, Entry]
+    metadata: dict[str, str]
+    raw: bytes
+
+
+def tensor_bytes(dtype: str, shape: Iterable[int], what: str) -> int:
+    """Return how many bytes a tensor takes.
+
+    Raises:
+        FormatError: If the dtype is not known, a dimension is negative, or there are more bytes or dimensions than any
+            tensor has.
+    """
+    if dtype not in ITEMSIZES:
+        raise FormatError(f"{what} has the dtype {dtype!r}; those that are read are {', '.join(ITEMSIZES)}.")
+    total, empty, count = ITEMSIZES[dtype], False, 0
+    for size in shape:
+        count += 1
+        if type(size) is not int or size < 0:
+            raise FormatError(f"{what} has a dimension of {size!r}; it must be a whole number of at least 0.")
+        # Libraries multiply the sizes that are not zero, for strides.
+        empty |= size == 0
+        total *= max(size, 1)
+        if total > _BYTES_LIMIT or count > DIMENSIONS_LIMIT:
+            raise FormatError(f"{what} has a shape that no tensor can have: more than 2^62 bytes or 64 dimensions.")
+    return 0 if empty else total
+
+
+def read_header(file: str | os.PathLike[str]) -> Header:
+    """Read and check the header of a file of tensors.
+
+    Raises:
+        FormatError: If the file is cut short or too long, or the header is not one.
+    """
+    path = Path(file)
+
+    def refuse(reason: str) -> NoReturn:
+        raise FormatError(f"{path.name} is not a whole file of safetensors: {reason}.")
+
+    with open(path, "rb") as handle:
+        length = handle.read(8)
+        whole = os.fstat(handle.fileno()).st_size
+        if len(length) < 8:
+            refuse(f"it has {whole} bytes")
+        (size,) = struct.unpack("<Q", length)
+        if size > min(whole - 8, _HEADER_LIMIT):
+            refuse(f"its header would have {size} bytes and the file has {whole}")
+        raw = handle.read(size)
+    try:
+        parsed = json.loads(raw, object_pairs_hook=_no_repeats, parse_constant=_no_constant)
+    except (ValueError, RecursionError) as error:
+        refuse(f"its header cannot be read ({error})")
+    if not isinstance(parsed, dict):
+        refuse("its header is no table of tensors")
+    if not all(map(_is_text, parsed)):
+        refuse("a name in its header is no text")
+    metadata = parsed.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(map(_is_text, [*metadata, *metadata.values()])):
+        refuse("its __metadata__ holds something else than text")
+    spans: list[tuple[int, int, str]] = []
+    entries: dict[str, Entry] = {}
+    for name, entry in parsed.items():
+        if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
+            refuse(f"its entry {name!r} has not exactly dtype, shape and data_offsets")
+        dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+        if not isinstance(dtype, str) or not isinstance(shape, list):
+            refuse(f"the dtype or the shape of {name!r} is of a wrong kind")
+        if not isinstance(offsets, list) or [type(each) for each in offsets] != [int, int]:
+            refuse(f"data_offsets of {name!r} are not two whole numbers")
+        expected = tensor_bytes(dtype, shape, f"{name!r} in {path.name}")
+        if offsets[1] - offsets[0] != expected:
+            refuse(f"{name!r} has {offsets[1] - offsets[0]} bytes where its dtype and shape need {expected}")
+        spans.append((offsets[0], offsets[1], name))
+        entries[name] = Entry(dtype, tuple(shape), 8 + size + offsets[0], expected)
+    end = 0
+    for begin, stop, name in sorted(spans):
+        if begin != end:
+            refuse(f"{name!r} begins at {begin} where the tensor before it ends at {end}")
+        end = stop
+    if 8 + size + end != whole:
+        refuse(f"it has {whole} bytes and its header tells of {8 + size + end}")
+    return Header({name: entries[name] for _, _, name in sorted(spans)}, metadata, raw)
+
+
+def layout(tensors: Mapping[str, tuple[str, tuple[int, ...]]]) -> list[str]:
+    """Return names of tensors in the order in which the safetensors library writes them: wide dtypes first."""
+    return sorted(tensors, key=lambda name: (-_ORDER[tensors[name][0]], name))
+
+
+def header_bytes(tensors: Mapping[str, tuple[str, tuple[int, ...]]], metadata: Mapping[str, str]) -> bytes:
+    """Return a header, padded as the library pads it.
+
+    Args:
+        tensors: The dtype and shape of each tensor, in the order of their bytes.
+        metadata: The file's strings.
+    """
+    header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    begin = 0
+    for name, (dtype, shape) in tensors.items():
+        end = begin + tensor_bytes(dtype, shape, repr(name))
+        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [begin, end]}
+        begin = end
+    raw = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    return raw + b" " * (-len(raw) % 8)
+
+
+def write_header(handle: BinaryIO, raw: bytes) -> None:
+    """Begin a file of tensors; their bytes are to follow."""
+    handle.write(struct.pack("<Q", len(raw)))
+    handle.write(raw)
+
+
+def write_file(target: Path, raw: bytes, data: Path) -> None:
+    """Put a file together from its header and a file that has the tensors' bytes, and see to it that it is on disk."""
+    with open(target, "wb") as handle:
+        write_header(handle, raw)
+        with open(data, "rb") as source:
+            shutil.copyfileobj(source, handle, _CHUNK)
+        settle(handle)
+
+
+def settle(handle: BinaryIO) -> None:
+    """Wait until a file's bytes are on the disk."""
+    handle.flush()
+    os.fsync(handle.fileno())
+
+
+def _is_text(value: object) -> bool:
+    """Whether a value is a string that can be written: JSON lets one escape halves of a character."""
+    return isinstance(value, str) and not any("\ud800" <= each <= "\udfff" for each in value)
+
+
+def _no_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError("a name comes twice")
+    return found
+
+
+def _no_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is no number")

@@ -1,0 +1,90 @@
+"""What compressing came to."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from .format import ENCODINGS
+
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+
+@dataclass
+class EncodingTotal:
+    """The tensors that are stored in one encoding.
+
+    Attributes:
+        tensors: How many there are.
+        before: Their bytes in the plain model.
+        after: Their bytes in the compressed one.
+    """
+
+    tensors: int = 0
+    before: int = 0
+    after: int = 0
+
+
+@dataclass
+class StorageReport:
+    """Bytes of a model's weights before and after, by encoding.
+
+    Attributes:
+        encodings: Totals for ``"dense"``, ``"bitmask"`` and ``"index"``, where there are any.
+        headers: Bytes of the headers of the compressed files, manifests included.
+        left_out: Files with weights in other formats, which were not copied.
+    """
+
+    encodings: dict[str, EncodingTotal] = field(default_factory=dict)
+    headers: int = 0
+    left_out: list[str] = field(default_factory=list)
+
+    def add(self, encoding: int, before: int, after: int) -> None:
+        """Count a tensor."""
+        total = self.encodings.setdefault(ENCODINGS[encoding], EncodingTotal())
+        total.tensors += 1
+        total.before += before
+        total.after += after
+
+    @property
+    def before(self) -> int:
+        """Bytes of all tensors in the plain model."""
+        return sum(each.before for each in self.encodings.values())
+
+    @property
+    def after(self) -> int:
+        """Bytes of the compressed files of weights, headers included."""
+        return self.headers + sum(each.after for each in self.encodings.values())
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the figures as plain values."""
+        return {
+            "before": self.before,
+            "after": self.after,
+            "headers": self.headers,
+            "encodings": {name: vars(each).copy() for name, each in self.encodings.items()},
+            "left_out": list(self.left_out),
+        }
+
+    def __rich__(self) -> Table:
+        from rich.table import Table
+
+        table = Table(title="Bytes of the weights")
+        table.add_column("encoding")
+        for heading in ("tensors", "before", "after", "share"):
+            table.add_column(heading, justify="right")
+        for name, each in sorted(self.encodings.items()):
+            table.add_row(
+                name, f"{each.tensors:,}", f"{each.before:,}", f"{each.after:,}", _share(each.after, each.before)
+            )
+        table.add_row("headers", "", "", f"{self.headers:,}", _share(self.headers, self.before))
+        tensors = sum(each.tensors for each in self.encodings.values())
+        table.add_section()
+        table.add_row("all", f"{tensors:,}", f"{self.before:,}", f"{self.after:,}", _share(self.after, self.before))
+        return table
+
+
+def _share(part: int, whole: int) -> str:
+    return f"{part / whole:.1%}" if whole else "-"
