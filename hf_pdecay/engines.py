@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from transformers import Trainer, TrainingArguments
 
 
+# Optimizers that know no DTensor: torch 2.13's Adafactor stops at the norm of one, bitsandbytes at any.
+_NOT_ON_DTENSORS = ("adafactor_lp", "lion_lp", "lion_8bit_lp", "adamw_bnb_8bit_lp")
 # Optimizers whose step looks at each weight by itself.
 _ON_FLAT_SHARDS = ("adamw_lp", "sgd_lp", "lion_lp")
 
@@ -42,6 +44,11 @@ def check_engine(trainer: Trainer, optim: str = "adamw_lp", moments: str | None 
             "moments=bfloat16, or train on one process or under DDP."
         )
     if trainer.is_fsdp_enabled:
+        if optim in _NOT_ON_DTENSORS:
+            raise ValueError(
+                f"Invalid optim: optim={optim!r} under FSDP, whose shards it does not know; take adamw_lp, sgd_lp or "
+                "muon_lp, or train on one process or under DDP."
+            )
         _check_fsdp(trainer)
     if trainer.is_deepspeed_enabled:
         if optim not in _ON_FLAT_SHARDS:

@@ -56,6 +56,8 @@ def test_moments_that_cannot_be_sharded_are_refused(each: Any, name: str) -> Non
 def test_optimizers_that_need_shapes_are_refused_where_there_are_none() -> None:
     with pytest.raises(ValueError, match="optim='muon_lp' under DeepSpeed, which gives .* flat pieces"):
         check_engine(trainer(deepspeed=zero(2)), "muon_lp")
+    with pytest.raises(ValueError, match="optim='lion_lp' under FSDP, whose shards it does not know"):
+        check_engine(trainer(fsdp=2), "lion_lp")
     check_engine(trainer(fsdp=2), "muon_lp")
     check_engine(trainer(deepspeed=zero(2)), "sgd_lp")
 
