@@ -24,6 +24,8 @@ from .sparsity import NEAR_ZERO_THRESHOLD, SparsityReport, TensorSparsity, count
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderResult
 
+# From about here on a sparse layer is faster, see docs/inference.md.
+_WORTHWHILE = 0.8
 _RANK = re.compile(r"(.*)\.lora_(?:embedding_)?([AB])(?:\.weight)?$")
 _ADAPTER = re.compile(r"(\.lora_(?:embedding_)?[AB])\.[^.]+")
 
@@ -37,25 +39,40 @@ class FolderReport:
         sparsity: Zeros of its tensors. Which of them decayed, the run's ``sparsity.json`` says, or else the model's
             class.
         ranks: Of a LoRA adapter, number of ranks and of dead ones by layer.
+        stored: Bytes of its tensors.
+        compressed: About how many bytes ``hf-pdecay compress`` would store them in, without zstd.
     """
 
     folder: Path
     sparsity: SparsityReport
     ranks: dict[str, tuple[int, int]] = field(default_factory=dict)
+    stored: int = 0
+    compressed: int = 0
 
     def to_dict(self) -> dict[str, Any]:
         """Return the report as plain JSON types."""
-        found = {"folder": str(self.folder), **self.sparsity.to_dict()}
+        sizes = {"bytes": self.stored, "compressed_bytes": self.compressed}
+        found = {"folder": str(self.folder), **self.sparsity.to_dict(), **sizes}
         if self.ranks:
             found["ranks"] = {name: {"ranks": ranks, "dead": dead} for name, (ranks, dead) in self.ranks.items()}
         return found
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        """Render as a table, and for an adapter a sentence."""
+        """Render as a table, and what the zeros are good for as sentences."""
         yield self.sparsity.to_table()
         if self.ranks:
             ranks, dead = (sum(each[place] for each in self.ranks.values()) for place in (0, 1))
             yield f"{dead} of {ranks} ranks in {len(self.ranks)} layers are dead; hf_pdecay.cut_ranks takes them out."
+            return
+        if self.compressed < self.stored:
+            share = self.compressed / self.stored
+            yield f"hf-pdecay compress MODEL OUT stores it in about {share:.1%} of its {self.stored / 1e6:,.1f} MB."
+        layers = [each for each in self.sparsity.tensors if each.decayed and each.sparsity >= _WORTHWHILE]
+        if layers:
+            yield (
+                f"{len(layers)} weights have at least {_WORTHWHILE:.0%} zeros: hf_pdecay.to_sparse_inference(model) "
+                "measures which of their layers are faster sparse on a CPU, and swaps those."
+            )
 
 
 @dataclass(frozen=True)
@@ -146,7 +163,10 @@ def report_folder(folder: str | os.PathLike[str], near_zero_threshold: float = N
     decayed = _decayed(path)
     tensors: list[TensorSparsity] = []
     alive: dict[str, dict[str, Tensor]] = {}
+    stored = compressed = 0
     for name, tensor in _tensors(path):
+        stored += tensor.nbytes
+        compressed += _compressed(tensor)
         if not tensor.is_floating_point():
             continue
         counted = count_tensor(tensor, near_zero_threshold)
@@ -161,7 +181,14 @@ def report_folder(folder: str | os.PathLike[str], near_zero_threshold: float = N
         for name, both in alive.items()
         if len(both) == 2 and len(both["A"]) == len(both["B"])
     }
-    return FolderReport(path, SparsityReport(tensors, near_zero_threshold), ranks)
+    return FolderReport(path, SparsityReport(tensors, near_zero_threshold), ranks, stored, compressed)
+
+
+def _compressed(tensor: Tensor) -> int:
+    """Bytes of the smallest of a bitmask and values, gaps of a byte and values, and the tensor as it is."""
+    size, numel = tensor.element_size(), tensor.numel()
+    values = int(tensor.count_nonzero())
+    return min(numel * size, -(-numel // 8) + values * size, values * (1 + size))
 
 
 def _tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:

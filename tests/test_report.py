@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.numpy import load_file
 
-from hf_pdecay import PDecayTrainer, measure_sparsity
+from hf_pdecay import PDecayTrainer, compress, measure_sparsity
 from hf_pdecay.cli import main
 from hf_pdecay.report import report_folder
 
@@ -62,6 +62,26 @@ def test_a_model_that_no_run_of_ours_has_written(name: str, tmp_path: Path) -> N
     unknown = 256 if name == "mixtral" else 0
     assert 0 <= found.decayed.parameters - expected.decayed.parameters <= unknown
     assert 0 <= found.decayed.zeros - expected.decayed.zeros <= unknown
+
+
+def test_it_says_what_the_zeros_are_good_for(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = build("llama")
+    with torch.no_grad():
+        for name, param in model.named_parameters():
+            if ".mlp." in name:
+                param.mul_(torch.rand(param.shape) < 0.1)
+    model.save_pretrained(tmp_path / "model")
+    found = as_json(capsys, tmp_path / "model")
+    assert found["bytes"] == sum(array.nbytes for array in load_file(tmp_path / "model" / "model.safetensors").values())
+    compress(tmp_path / "model", tmp_path / "small")
+    # Heads, names and checksums come on top, which weigh in a model of 25,000 weights.
+    written = sum(array.nbytes for array in load_file(tmp_path / "small" / "model.safetensors").values())
+    assert found["compressed_bytes"] < written < found["compressed_bytes"] + 100 * len(found["tensors"])
+    assert main(["report", str(tmp_path / "model")]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    share = found["compressed_bytes"] / found["bytes"]
+    assert f"hf-pdecay compress MODEL OUT stores it in about {share:.1%}" in said
+    assert "6 weights have at least 80% zeros: hf_pdecay.to_sparse_inference" in said
 
 
 @pytest.mark.usefixtures("lora_beside_torchao")
