@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import hashlib
+import itertools
 import json
 import os
 import random
@@ -136,9 +137,9 @@ class Blocks:
     def __init__(self, folder: Path) -> None:
         self.seeds: list[tuple[bytes, bytes]] = []
         for dtype, size, shape in (("F32", 4, (60, 50)), ("BF16", 2, (3001,)), ("U8", 1, (10, 3, 7)), ("F64", 8, ())):
-            for zeros in (0.0, 0.5, 0.9, 0.995, 1.0):
+            for zeros, negative in itertools.product((0.0, 0.5, 0.9, 0.995, 1.0), (0.0, 0.5)):
                 for zstd in (False, True):
-                    data = sparse(int(np.prod(shape, dtype=int)), size, zeros)
+                    data = sparse(int(np.prod(shape, dtype=int)), size, zeros, negative)
                     _, block = encode(data, dtype, shape, zstd)
                     if block is not None:
                         self.seeds.append((block.tobytes(), data.tobytes()))
@@ -249,11 +250,13 @@ class Folders:
             shutil.rmtree(self.out, ignore_errors=True)
 
 
-def sparse(numel: int, size: int, zeros: float) -> Any:
-    """Random elements of which a share is zero, as bytes."""
+def sparse(numel: int, size: int, zeros: float, negative: float = 0.0) -> Any:
+    """Random elements of which a share is zero, as bytes; so many of those have the sign of a float."""
     generator = np.random.default_rng(numel + size)
     data = generator.integers(0, 256, (numel, size), dtype=np.uint8)
-    data[generator.random(numel) < zeros] = 0
+    zero = generator.random(numel) < zeros
+    data[zero] = 0
+    data[zero & (generator.random(numel) < negative), -1] = 0x80
     return data.reshape(-1)
 
 

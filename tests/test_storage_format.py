@@ -28,10 +28,13 @@ def array(data: bytes) -> Bytes:
     return np.frombuffer(data, dtype=np.uint8)
 
 
-def sparse_bytes(elements: int, size: int, zeros: float, seed: int) -> bytes:
+def sparse_bytes(elements: int, size: int, zeros: float, seed: int, negative: float = 0.0) -> bytes:
+    """Random bytes; so many of the elements that are zeros have the first bit, a float's sign."""
     generator = np.random.default_rng(seed)
     data = generator.integers(0, 256, (elements, size), dtype=np.uint8)
-    data[generator.random(elements) < zeros] = 0
+    zero = generator.random(elements) < zeros
+    data[zero] = 0
+    data[zero & (generator.random(elements) < negative), -1] = 0x80
     return data.tobytes()
 
 
@@ -40,8 +43,9 @@ def tensors(draw: st.DrawFn) -> tuple[str, tuple[int, ...], bytes]:
     """Of any dtype, of few elements, with any share of zeros: none, some, all; no dimension, or one of 0, too."""
     dtype = draw(st.sampled_from(sorted(SIZES)))
     shape = tuple(draw(st.lists(st.integers(0, 9), max_size=4)))
-    zeros = draw(st.sampled_from([0.0, 0.5, 0.9, 0.99, 1.0]))
-    return dtype, shape, sparse_bytes(math.prod(shape), SIZES[dtype], zeros, draw(st.integers(0, 2**32 - 1)))
+    zeros, negative = draw(st.sampled_from([0.0, 0.5, 0.9, 0.99, 1.0])), draw(st.sampled_from([0.0, 0.5, 1.0]))
+    seed = draw(st.integers(0, 2**32 - 1))
+    return dtype, shape, sparse_bytes(math.prod(shape), SIZES[dtype], zeros, seed, negative)
 
 
 @pytest.mark.parametrize("chunk", [16, 1 << 18])
@@ -66,10 +70,11 @@ def test_round_trip_by_two_readers(chunk: int, tensor: tuple[str, tuple[int, ...
 
 
 @pytest.mark.parametrize("zeros", [0.0, 0.2, 0.5, 0.9, 0.97, 0.99, 0.999, 1.0])
+@pytest.mark.parametrize("negative", [0.0, 0.001, 0.5])
 @pytest.mark.parametrize("dtype", ["I8", "BF16", "F32", "F64"])
-def test_the_smallest_encoding_is_taken(dtype: str, zeros: float) -> None:
-    data = sparse_bytes(4096, SIZES[dtype], zeros, seed=1)
-    expected = sizes(data, SIZES[dtype])
+def test_the_smallest_encoding_is_taken(dtype: str, negative: float, zeros: float) -> None:
+    data = sparse_bytes(4096, SIZES[dtype], zeros, seed=1, negative=negative)
+    expected = sizes(data, dtype)
     encoding, block = encode(array(data), dtype, (4096,))
     if block is None:
         assert len(data) <= min(expected.values()) + HEAD + 8 + 7
@@ -96,6 +101,19 @@ def test_signs_of_zero_and_payloads_of_nan_come_back() -> None:
     assert decode(block, LIMIT, "it")[0].view("<u4")[::150].tolist() == bits
 
 
+@pytest.mark.parametrize("zstd", [False, True])
+def test_a_product_with_a_mask_is_stored_small(zstd: bool) -> None:
+    """It makes zeros of both signs. 90% of them as a bitmask and a bit for each: 1/32 + 0.9/32 + 0.1 of float32."""
+    generator = np.random.default_rng(0)
+    values = generator.standard_normal(100_000).astype("<f4")
+    values *= generator.random(100_000) >= 0.9
+    assert np.signbit(values[values == 0]).mean() > 0.4
+    _, block = encode(values.view(np.uint8), "F32", values.shape, zstd)
+    assert block is not None
+    assert block.nbytes / values.nbytes < (0.16 if not zstd else 0.15)
+    assert decode(block, LIMIT, "it")[0].tobytes() == values.tobytes()
+
+
 def test_planes_make_zstd_smaller() -> None:
     import zstandard
 
@@ -115,11 +133,11 @@ def test_a_dtype_or_a_length_that_does_not_go_with_the_data_is_refused() -> None
         encode(array(bytes(4)), "F32", (2,))
 
 
-def block_of(encoding: int, zstd: bool = False) -> bytearray:
+def block_of(encoding: int, zstd: bool = False, negative: float = 0.0) -> bytearray:
     """A block of 100 × 10 elements of 4 bytes in an encoding, small enough to be read by eye."""
     zeros = {blocks.DENSE: 0.0, blocks.BITMASK: 0.6, blocks.GAPS: 0.98}[encoding]
     dtype = "U8" if encoding == blocks.DENSE else "F32"
-    data = sparse_bytes(1000, SIZES[dtype], zeros, seed=2)
+    data = sparse_bytes(1000, SIZES[dtype], zeros, seed=2, negative=negative)
     found, block = encode(array(data), dtype, (100, 10), zstd)
     assert block is not None and (found == encoding or zstd)
     return bytearray(block.tobytes())
@@ -128,6 +146,26 @@ def block_of(encoding: int, zstd: bool = False) -> bytearray:
 def put(block: bytearray, place: int, form: str, *values: int) -> bytearray:
     struct.pack_into(form, block, place, *values)
     return block
+
+
+def signs_of(dtype: str) -> bytearray:
+    block = block_of(1, negative=0.5)
+    block[16:32] = dtype.encode().ljust(16, b"\0")
+    return block
+
+
+def last_sign(byte: int) -> bytearray:
+    block = block_of(1, negative=0.5)
+    head = parse(array(bytes(block)), len(block), "it")
+    assert head.signs and (head.numel - head.values) % 8
+    block[head.begin + head.stored - 1] = byte
+    return block
+
+
+def zero_value() -> bytearray:
+    block = block_of(1, negative=0.5)
+    head = parse(array(bytes(block)), len(block), "it")
+    return put(block, head.begin + head.places, "<I", 0)
 
 
 # Payloads begin at 64: two dimensions.
@@ -141,7 +179,15 @@ FORGED: dict[str, tuple[Callable[[], bytearray], str]] = {
     "version": (lambda: put(block_of(1), 8, "<B", 2), "version 2; this hf_pdecay reads version 1"),
     "encoding": (lambda: put(block_of(1), 9, "<B", 3), "encoding 3"),
     "other encoding": (lambda: put(block_of(2), 9, "<B", 1), "gaps of 1 bytes"),
-    "flags": (lambda: put(block_of(1), 10, "<B", 2), "flags 2"),
+    "flags": (lambda: put(block_of(1), 10, "<B", 4), "flags 4"),
+    "signs of none": (
+        lambda: put(block_of(1), 10, "<B", 2),
+        "has 1797 bytes where 418 values of 1000 elements",
+    ),
+    "signs of bytes": (lambda: put(block_of(0), 10, "<B", 2), "signs of zeros do not go with its encoding dense"),
+    "signs of integers": (lambda: signs_of("I32"), "signs of zeros do not go with its encoding bitmask and dtype I32"),
+    "signs beyond": (lambda: last_sign(0xFF), "signs of more zeros than there are"),
+    "zero value": (lambda: zero_value(), "zeros are among its values"),
     "width 0": (lambda: put(block_of(2), 11, "<B", 0), "gaps of 0 bytes"),
     "width 3": (lambda: put(block_of(2), 11, "<B", 3), "gaps of 3 bytes"),
     "width 8": (lambda: put(block_of(2), 11, "<B", 8), "gaps of 8 bytes"),

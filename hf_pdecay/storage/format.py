@@ -1,7 +1,7 @@
 """One tensor as a block of bytes that tells of itself: a bitmask or gaps, and the values that are not zero.
 
-`docs/compressed.md` is the specification. An element is zero if all of its bits are: the sign of a zero and the payload
-of a NaN are bits like others and come back.
+`docs/compressed.md` is the specification. Signs of zeros and payloads of NaNs are bits like others and come back: an
+element is zero if all of its bits are, or, in a block that stores the signs of its zeros, all but the sign.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ VERSION = 1
 DENSE, BITMASK, GAPS = 0, 1, 2
 ENCODINGS = {DENSE: "dense", BITMASK: "bitmask", GAPS: "index"}
 
-_ZSTD = 1
+_ZSTD, _SIGNS = 1, 2
+_SIGNED = ("F16", "BF16", "F32", "F64")
 _FIXED = struct.Struct("<8sBBBBB3x16sQQ")
 _UNSIGNED: dict[int, Any] = {1: np.dtype("<u1"), 2: np.dtype("<u2"), 4: np.dtype("<u4"), 8: np.dtype("<u8")}
 _GAP_WIDTHS = (1, 2, 4)
@@ -35,6 +36,7 @@ class Blob(NamedTuple):
     Attributes:
         encoding: ``DENSE``, ``BITMASK`` or ``GAPS``.
         zstd: Whether the payload is compressed by zstd.
+        signs: Whether it has the signs of the zeros.
         width: Bytes of a gap, 0 for other encodings.
         dtype: safetensors' name.
         shape: Shape of the tensor.
@@ -47,6 +49,7 @@ class Blob(NamedTuple):
 
     encoding: int
     zstd: bool
+    signs: bool
     width: int
     dtype: str
     shape: tuple[int, ...]
@@ -68,8 +71,8 @@ class Blob(NamedTuple):
 
     @property
     def sections(self) -> Sections:
-        """Bytes of the payload that say where the values are, and of the values; with the bytes of an element."""
-        return _sections(self.encoding, self.numel, self.values, self.width, self.itemsize)
+        """Bytes of the payload's parts: where the values are, the values, the signs; each with those of an element."""
+        return _sections(self.encoding, self.numel, self.values, self.width, self.itemsize, self.signs)
 
     @property
     def places(self) -> int:
@@ -99,37 +102,35 @@ def encode(data: Bytes, dtype: str, shape: tuple[int, ...], zstd: bool = False) 
         raise FormatError(f"The tensor has {data.nbytes} bytes where its dtype and shape need {dense}.")
     itemsize = ITEMSIZES[dtype]
     elements = data.view(_UNSIGNED[itemsize])
-    count, largest_gap = _look(elements)
-    width = next((each for each in _GAP_WIDTHS if largest_gap < 1 << 8 * each), 0)
-    ways = {DENSE: (elements.size, 0), BITMASK: (count, 0)} | ({GAPS: (count, width)} if width else {})
-    sections = {each: _sections(each, elements.size, *way, itemsize) for each, way in ways.items()}
-    choices = [(sum(size for size, _ in parts), False, each) for each, parts in sections.items()]
-    packed: dict[int, Bytes] = {}
+    ways = _ways(elements, dtype)
+    sections = {way: _sections(way.encoding, elements.size, *way[1:3], itemsize, way.signs) for way in ways}
+    choices = [(sum(size for size, _ in parts), number, False) for number, parts in enumerate(sections.values())]
+    packed: list[Bytes] = []
     if zstd:
-        packed = {each: pack(_payload(elements, each, width), parts) for each, parts in sections.items()}
-        choices += [(found.nbytes, True, each) for each, found in packed.items()]
-    size, is_packed, best = min(choices)
+        packed = [pack(_payload(elements, way), parts) for way, parts in sections.items()]
+        choices += [(found.nbytes, number, True) for number, found in enumerate(packed)]
+    size, number, is_packed = min(choices)
+    best = ways[number]
     head = _FIXED.size + 8 * len(shape)
     # A block is told from a tensor by its dtype, and tensors must lie where their elements may.
     if dtype != "U8" and dense % 8 == 0 and dense <= _padded(head + size):
         return DENSE, None
-    payload = packed[best] if is_packed else _payload(elements, best, width)
-    values, width = ways[best]
+    payload = packed[number] if is_packed else _payload(elements, best)
     blob = np.zeros(_padded(head + payload.nbytes), dtype=np.uint8)
     fixed = _FIXED.pack(
         MAGIC,
         VERSION,
-        best,
-        _ZSTD if is_packed else 0,
-        width,
+        best.encoding,
+        (_ZSTD if is_packed else 0) | (_SIGNS if best.signs else 0),
+        best.width,
         len(shape),
         dtype.encode(),
-        values,
+        best.values,
         payload.nbytes,
     )
     blob[:head] = np.frombuffer(fixed + struct.pack(f"<{len(shape)}Q", *shape), dtype=np.uint8)
     blob[head : head + payload.nbytes] = payload
-    return best, blob
+    return best.encoding, blob
 
 
 def blob_shape(blob: Bytes, shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -161,7 +162,7 @@ def parse(head: bytes | Bytes, size: int, what: str) -> Blob:
     _, version, encoding, flags, width, dimensions, name, count, stored = _FIXED.unpack_from(head)
     if version != VERSION:
         raise FormatError(f"{what} has format version {version}; this hf_pdecay reads version {VERSION}.")
-    if encoding not in ENCODINGS or flags not in (0, _ZSTD) or head[13:16] != b"\0\0\0":
+    if encoding not in ENCODINGS or flags & ~(_ZSTD | _SIGNS) or head[13:16] != b"\0\0\0":
         refuse(f"its encoding {encoding}, flags {flags} or reserved bytes are none that there are")
     if dimensions > DIMENSIONS_LIMIT or len(head) < _FIXED.size + 8 * dimensions:
         refuse(f"it tells of {dimensions} dimensions and is cut short")
@@ -172,15 +173,18 @@ def parse(head: bytes | Bytes, size: int, what: str) -> Blob:
     numel = dense // itemsize
     if width not in (_GAP_WIDTHS if encoding == GAPS else (0,)):
         refuse(f"gaps of {width} bytes do not go with its encoding {ENCODINGS[encoding]}")
+    signs = bool(flags & _SIGNS)
+    if signs and (encoding == DENSE or dtype not in _SIGNED):
+        refuse(f"signs of zeros do not go with its encoding {ENCODINGS[encoding]} and dtype {dtype}")
     if count > numel or (encoding == DENSE and count != numel):
         refuse(f"it would hold {count} values of {numel} elements")
-    raw = sum(part for part, _ in _sections(encoding, numel, count, width, itemsize))
+    raw = sum(part for part, _ in _sections(encoding, numel, count, width, itemsize, signs))
     begin = _FIXED.size + 8 * dimensions
-    if not flags and stored != raw:
+    if not flags & _ZSTD and stored != raw:
         refuse(f"its payload has {stored} bytes where {count} values of {numel} elements need {raw}")
     if size != _padded(begin + stored):
         refuse(f"it has {size} bytes where its head tells of {_padded(begin + stored)}")
-    return Blob(encoding, bool(flags), width, dtype, shape, count, begin, stored, raw, dense)
+    return Blob(encoding, bool(flags & _ZSTD), signs, width, dtype, shape, count, begin, stored, raw, dense)
 
 
 # The longest head: what a reader needs of a block before anything else.
@@ -200,7 +204,7 @@ def check(blob: Bytes, what: str) -> Blob:
     if head.zstd:
         check_frame(payload, head.sections, what)
     else:
-        _check_places(payload[: head.places], head, what)
+        _check_places(payload, head, what)
     return head
 
 
@@ -225,24 +229,72 @@ def decode(blob: Bytes, limit: int, what: str) -> tuple[Bytes, Blob]:
     payload = blob[head.begin : head.begin + head.stored]
     if head.zstd:
         payload = unpack(payload, head.sections, what)
-        _check_places(payload[: head.places], head, what)
+        _check_places(payload, head, what)
     unsigned = _UNSIGNED[head.itemsize]
     if head.encoding == DENSE:
         return payload.copy(), head
-    values = payload[head.places :].view(unsigned)
+    values = payload[head.places : head.places + head.values * head.itemsize].view(unsigned)
     result = np.zeros(head.numel, dtype=unsigned)
     taken = 0
     for begin, indices in _indices(payload[: head.places], head):
         result[begin:][indices] = values[taken : taken + indices.size]
         taken += indices.size
+    if head.signs:
+        _sign_zeros(result, payload, head)
     return result.view(np.uint8), head
 
 
-def _look(elements: Any) -> tuple[int, int]:
-    """The number of elements that are not zero, and the most zeros in front of one of them."""
+class _Way(NamedTuple):
+    """A way to store a tensor: how many values, the bytes of a gap, and whether zeros have signs."""
+
+    encoding: int
+    values: int
+    width: int
+    signs: bool
+
+
+def _ways(elements: Any, dtype: str) -> list[_Way]:
+    """The ways that there are to store some elements."""
+    found = [_Way(DENSE, elements.size, 0, False)]
+    plain = _look(elements, 0)
+    looks = [(False, plain)]
+    if dtype in _SIGNED:
+        signed = _look(elements, _sign_bit(elements.itemsize))
+        if signed != plain:  # there are zeros with a sign, as a product with a mask makes them
+            looks.append((True, signed))
+    for signs, (count, largest_gap) in looks:
+        width = next((each for each in _GAP_WIDTHS if largest_gap < 1 << 8 * each), 0)
+        found.append(_Way(BITMASK, count, 0, signs))
+        if width:
+            found.append(_Way(GAPS, count, width, signs))
+    return found
+
+
+def _sign_bit(itemsize: int) -> int:
+    return 1 << 8 * itemsize - 1
+
+
+def _is_value(part: Any, sign: int) -> Any:
+    """Which elements have more bits than that of the sign, if any are left out."""
+    return part & part.dtype.type(sign - 1) != 0 if sign else part != 0
+
+
+def _sign_zeros(result: Any, payload: Bytes, head: Blob) -> None:
+    """Give the zeros of a tensor, in place, the signs that its block has."""
+    signs = np.unpackbits(payload[payload.size - head.sections[2][0] :], bitorder="little")
+    taken = 0
+    for begin in range(0, result.size, _CHUNK):
+        part = result[begin : begin + _CHUNK]
+        zeros = np.flatnonzero(part == 0)
+        part[zeros] = signs[taken : taken + zeros.size].astype(part.dtype) << 8 * head.itemsize - 1
+        taken += zeros.size
+
+
+def _look(elements: Any, sign: int) -> tuple[int, int]:
+    """The number of elements that are values, and the most zeros in front of one of them."""
     count, largest, last = 0, 0, -1
     for begin in range(0, elements.size, _CHUNK):
-        indices = np.flatnonzero(elements[begin : begin + _CHUNK] != 0)
+        indices = np.flatnonzero(_is_value(elements[begin : begin + _CHUNK], sign))
         if indices.size:
             largest = max(largest, int(indices[0]) + begin - last - 1)
             if indices.size > 1:
@@ -252,31 +304,45 @@ def _look(elements: Any) -> tuple[int, int]:
     return count, largest
 
 
-def _sections(encoding: int, numel: int, values: int, width: int, itemsize: int) -> Sections:
+def _sections(encoding: int, numel: int, values: int, width: int, itemsize: int, signs: bool) -> Sections:
     places = {DENSE: 0, BITMASK: -(-numel // 8), GAPS: values * width}[encoding]
-    return [(places, width or 1), (values * itemsize, itemsize)]
+    found = [(places, width or 1), (values * itemsize, itemsize)]
+    return [*found, (-(-(numel - values) // 8), 1)] if signs else found
 
 
-def _payload(elements: Any, encoding: int, width: int) -> Bytes:
-    if encoding == DENSE:
+def _payload(elements: Any, way: _Way) -> Bytes:
+    if way.encoding == DENSE:
         return elements.view(np.uint8)
-    places, values, last = [], [], -1
+    sign = _sign_bit(elements.itemsize) if way.signs else 0
+    places, values, signs, last = [], [], [], -1
     for begin in range(0, elements.size, _CHUNK):
         part = elements[begin : begin + _CHUNK]
-        marks = part != 0
+        marks = _is_value(part, sign)
         indices = np.flatnonzero(marks)
         values.append(part[indices])
-        if encoding == BITMASK:
+        if way.signs:
+            signs.append(part[~marks] != 0)
+        if way.encoding == BITMASK:
             places.append(np.packbits(marks, bitorder="little"))
         elif indices.size:
             gaps = np.diff(indices, prepend=last - begin) - 1
-            places.append(gaps.astype(_UNSIGNED[width]).view(np.uint8))
+            places.append(gaps.astype(_UNSIGNED[way.width]).view(np.uint8))
             last = int(indices[-1]) + begin
-    return np.concatenate([*places, *(part.view(np.uint8) for part in values)] or [np.zeros(0, np.uint8)])
+    packed = [np.packbits(np.concatenate(signs), bitorder="little")] if signs else []
+    return np.concatenate([*places, *(part.view(np.uint8) for part in values), *packed] or [np.zeros(0, np.uint8)])
 
 
-def _check_places(places: Bytes, head: Blob, what: str) -> None:
+def _check_places(payload: Bytes, head: Blob, what: str) -> None:
     """Check that a bitmask has as many bits as there are values, or that gaps do not lead out of the tensor."""
+    places = payload[: head.places]
+    zeros = head.numel - head.values
+    if head.signs:
+        if zeros % 8 and payload[-1] >> zeros % 8:
+            raise FormatError(f"{what} is damaged or forged: it has signs of more zeros than there are.")
+        values = payload[head.places : head.places + head.values * head.itemsize].view(_UNSIGNED[head.itemsize])
+        for begin in range(0, values.size, _CHUNK):
+            if not _is_value(values[begin : begin + _CHUNK], _sign_bit(head.itemsize)).all():
+                raise FormatError(f"{what} is damaged or forged: zeros are among its values.")
     if head.encoding == BITMASK:
         bits = sum(
             int(np.bitwise_count(places[begin : begin + _CHUNK]).sum(dtype=np.int64))

@@ -31,12 +31,14 @@ def read_block(block: bytes) -> tuple[str, tuple[int, ...], bytes]:
     for each in shape:
         elements *= each
     places = {0: 0, 1: (elements + 7) // 8, 2: values * width}[encoding]
+    signs = (elements - values + 7) // 8 if flags & 2 else 0
     if flags & 1:
         import zstandard
 
         payload = zstandard.ZstdDecompressor().decompress(payload)
         where = unplaned(payload[:places], width) if encoding == 2 else payload[:places]
-        payload = where + unplaned(payload[places:], size)
+        end = len(payload) - signs
+        payload = where + unplaned(payload[places:end], size) + payload[end:]
     found = [payload[places + size * each : places + size * (each + 1)] for each in range(values)]
     if encoding == 0:
         return dtype, shape, b"".join(found)
@@ -50,17 +52,31 @@ def read_block(block: bytes) -> tuple[str, tuple[int, ...], bytes]:
             marked.append(place)
     for place, value in zip(marked, found, strict=True):
         result[place] = value
+    if flags & 2:
+        zeros = [place for place in range(elements) if place not in set(marked)]
+        for each, place in enumerate(zeros):
+            if payload[len(payload) - signs + each // 8] >> each % 8 & 1:
+                result[place] = bytes(size - 1) + b"\x80"
     return dtype, shape, b"".join(result)
 
 
-def sizes(data: bytes, size: int) -> dict[str, int]:
+def sizes(data: bytes, dtype: str) -> dict[str, int]:
     """Bytes of the payload in each way, counted by loops; index is missing where no gap of 4 bytes is wide enough."""
+    size = SIZES[dtype]
     elements = [data[begin : begin + size] for begin in range(0, len(data), size)]
-    count, zeros, widest = 0, 0, 0
-    for element in elements:
-        if any(element):
-            count, widest, zeros = count + 1, max(widest, zeros), 0
-        else:
-            zeros += 1
-    width = 1 if widest < 256 else 2 if widest < 65536 else 4
-    return {"dense": len(data), "bitmask": (len(elements) + 7) // 8 + count * size, "index": count * (width + size)}
+    found = {"dense": len(data)}
+    negative = bytes(size - 1) + b"\x80"
+    for signs in (False, True):
+        count, zeros, widest = 0, 0, 0
+        for element in elements:
+            if any(element) and not (signs and element == negative):
+                count, widest, zeros = count + 1, max(widest, zeros), 0
+            else:
+                zeros += 1
+        width = 1 if widest < 256 else 2 if widest < 65536 else 4
+        more = (len(elements) - count + 7) // 8 if signs else 0
+        ways = {"bitmask": (len(elements) + 7) // 8 + count * size + more, "index": count * (width + size) + more}
+        for name, length in ways.items():
+            if not signs or dtype in ("F16", "BF16", "F32", "F64"):
+                found[name] = min(length, found.get(name, length))
+    return found
