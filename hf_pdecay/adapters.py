@@ -180,8 +180,8 @@ def cut_ranks(peft_model: PeftModel, adapter_name: str = "default") -> PeftModel
 
     What is left computes the same. Layers come to have different ranks, which stand in the adapter's ``rank_pattern``
     and ``alpha_pattern``, so that plain PEFT loads what ``save_pretrained`` writes; a layer with no rank left is taken
-    out of the adapter (``exclude_modules``), or keeps one if it does more than add B A, as DoRA does. An optimizer made
-    before holds the old weights.
+    out of the adapter (``exclude_modules``), or keeps one if it does more than add B A, as DoRA and biases that are
+    trained do. An optimizer made before holds the old weights.
 
     Args:
         peft_model: A PEFT model whose adapter is not merged.
@@ -208,7 +208,8 @@ def cut_ranks(peft_model: PeftModel, adapter_name: str = "default") -> PeftModel
         name, layer = factors.name, factors.layer
         if not len(keep):
             variant = layer.lora_variant.get(adapter_name)
-            if (variant is None or isinstance(variant, _MaskedLora)) and not layer.lora_bias.get(adapter_name):
+            more = layer.lora_bias.get(adapter_name) or config.bias != "none"
+            if (variant is None or isinstance(variant, _MaskedLora)) and not more:
                 layer.delete_adapter(adapter_name)
                 gone.append(name)
                 continue

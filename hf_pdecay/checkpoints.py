@@ -20,6 +20,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
+from safetensors import safe_open
+from transformers import PreTrainedModel
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from .shards import full_shape
 
@@ -275,3 +278,28 @@ def _is_whole_zip(file: Path) -> bool:
             return True
     except zipfile.BadZipFile:
         return False
+
+
+def load_converted(model: nn.Module, folder: str) -> None:
+    """Load the model of a checkpoint that names its weights otherwise than the model does.
+
+    transformers 5 saves some models, such as ViT and GPT-NeoX, under the names that their files had before. Its Trainer
+    looks for names as they are, and leaves weights that it does not find as they happen to be.
+
+    Args:
+        model: The model, into which the Trainer has loaded the checkpoint.
+        folder: The checkpoint. Nothing is done if it has no model in safetensors, or the names are those of the model.
+    """
+    if not isinstance(model, PreTrainedModel) or set(_saved_names(Path(folder))) <= model.state_dict().keys():
+        return
+    model.load_state_dict(type(model).from_pretrained(folder, config=model.config, dtype=model.dtype).state_dict())
+
+
+def _saved_names(folder: Path) -> list[str]:
+    """The names of a saved model's weights; none without safetensors."""
+    if (folder / SAFE_WEIGHTS_INDEX_NAME).is_file():
+        return list(json.loads((folder / SAFE_WEIGHTS_INDEX_NAME).read_text(encoding="utf-8"))["weight_map"])
+    if not (folder / SAFE_WEIGHTS_NAME).is_file():
+        return []
+    with safe_open(folder / SAFE_WEIGHTS_NAME, framework="pt") as file:
+        return list(file.keys())

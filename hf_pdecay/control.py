@@ -247,8 +247,9 @@ class SparsityControl:
 
 def _same(some: Sequence[Sequence[Tensor]], others: Sequence[Sequence[Tensor]]) -> bool:
     """Whether two lists of lists hold the very same tensors."""
-    pairs = zip(some, others, strict=True)
-    return all(len(a) == len(b) and all(x is y for x, y in zip(a, b, strict=True)) for a, b in pairs)
+    if [len(each) for each in some] != [len(each) for each in others]:
+        return False
+    return all(x is y for a, b in zip(some, others, strict=True) for x, y in zip(a, b, strict=True))
 
 
 def plan(
@@ -273,6 +274,11 @@ def plan(
     check_budget(sparsity_budget)
     schedule = Schedule(round(sparsity_begin * total_steps), round(sparsity_end * total_steps), sparsity_schedule)
     found = budgets(groups, target_sparsity, sparsity_budget, params)
+    if target_sparsity and not any(decayed_groups(groups)):
+        raise ValueError(
+            f"Invalid target_sparsity: target_sparsity={target_sparsity!r}, and nothing that is trained decays by p "
+            "norm. Train layers that do, bring weights in by lp_rules, or take AdamWLp or LpDecay."
+        )
     controlled = {id(group) for budget in found for group, _ in budget.members}
     for group in decayed_groups(groups):
         check_p_norms(group.get("p_norm_end", group["p_norm"]), p_norm_begin, targeted=id(group) in controlled)

@@ -35,6 +35,8 @@ _METHODS = (
     "save_model",
     "create_model_card",
     "_save_rng_state",
+    "_load_from_checkpoint",
+    "_load_best_model",
 )
 
 _Init = Callable[..., None]

@@ -16,6 +16,7 @@ from .callback import append_line
 from .control import check_decay
 from .decay import check_lambda_p, check_p_norm
 from .pareto import SEARCH_FILE
+from .settings import SETTINGS, split_optim_args
 from .targets import check_target
 
 
@@ -170,6 +171,7 @@ class SearchMixin(_Base):
         def measure_sparsity(self) -> SparsityReport: ...  # noqa: D102
 
     _search_folder: str | None = None
+    _users_optim_args: str | None = None
     _users_objective: Callable[[dict[str, float]], Any] | None = None
 
     def hyperparameter_search(
@@ -185,16 +187,29 @@ class SearchMixin(_Base):
         self._search_folder, self._users_objective = str(self.args.output_dir), compute_objective
         if not kwargs.get("load_if_exists") and self.is_world_process_zero():
             (Path(self._search_folder) / SEARCH_FILE).unlink(missing_ok=True)
+        space = hp_space and (lambda trial: self._folded(hp_space(trial)))
         try:
-            return super().hyperparameter_search(hp_space, self._objective_of, *args, **kwargs)
+            return super().hyperparameter_search(space, self._objective_of, *args, **kwargs)
         finally:
             self.args.output_dir, self._search_folder = self._search_folder, None
 
     def _hp_search_setup(self, trial: Any) -> None:
-        super()._hp_search_setup(trial)
+        # optuna asks the space; others hand over the values.
+        super()._hp_search_setup(self._folded(trial) if isinstance(trial, dict) else trial)
         if self._search_folder is not None and trial is not None:
             self.args.output_dir = self._search_folder
             self.args.output_dir = super()._get_output_dir(trial)
+
+    def _folded(self, params: dict[str, Any]) -> dict[str, Any]:
+        """Put settings of the decay into ``optim_args`` where the arguments have no fields for them."""
+        ours = {key: value for key, value in params.items() if key in SETTINGS and not hasattr(self.args, key)}
+        if not ours:
+            return params
+        if self._users_optim_args is None:
+            self._users_optim_args = self.args.optim_args or ""
+        given = {**split_optim_args(self._users_optim_args), **ours}
+        text = ",".join(f"{key}={value}" for key, value in given.items())
+        return {**{key: value for key, value in params.items() if key not in ours}, "optim_args": text}
 
     def _get_output_dir(self, trial: Any) -> str:
         return super()._get_output_dir(trial if self._search_folder is None else None)

@@ -79,6 +79,9 @@ class DecaySettings:
         check_budget(self.sparsity_budget)
         check_decay(self.sparsity_decay)
         check_p_norms(self.p_norm, self.p_norm_begin, targeted=self.target_sparsity is not None)
+        for name in ("keep_zeros", "skip_nonfinite"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"Invalid {name}: {name}={getattr(self, name)!r}; it must be True or False.")
         if self.sparsity_logging not in SPARSITY_LOGGING:
             raise ValueError(
                 f"Invalid sparsity_logging: sparsity_logging={self.sparsity_logging!r}; it must be one of "
@@ -140,6 +143,10 @@ class DecaySettings:
             else ["target_sparsity", *control, "sparsity_budget", "sparsity_decay"]
         )
         return {name: getattr(self, name) for name in dict.fromkeys(names)} | dict(self.options)
+
+
+SETTINGS = tuple(each.name for each in fields(DecaySettings) if each.name not in _GIVEN_ELSEWHERE)
+"""Names of the settings that ``optim_args`` can give, whatever the optimizer."""
 
 
 def split_optim_args(optim_args: str | None) -> dict[str, str]:

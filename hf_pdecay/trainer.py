@@ -26,6 +26,7 @@ from .checkpoints import (
     check_engine_of,
     check_optimizer_state,
     check_whole,
+    load_converted,
 )
 from .control import plan
 from .control_callback import SparsityControlCallback
@@ -86,11 +87,17 @@ class PDecayTrainerMixin(SearchMixin, _Base):
         if not self._decays:
             return
         settings = self._settings
+        if self.train_dataset is None:  # to evaluate, or to be given data later: what trains is checked by then
+            self._attach(settings)
+            return
         check_engine(self, settings.optim, settings.options.get("moments"))
         check_same(asdict(settings) | {"optim": name_of(self.args), "weight_decay": self.args.weight_decay})
         groups = decay_groups(self.model, self.args, settings)
         # The number of steps that epochs come to is known later, and is checked then.
         plan(groups, self.args.max_steps if self.args.max_steps > 0 else 1 << 40, **settings.control_options)
+        self._attach(settings)
+
+    def _attach(self, settings: DecaySettings) -> None:
         SparsityCallback(settings.sparsity_logging, settings.near_zero_threshold).attach(self)
         SparsityControlCallback().attach(self)  # before the other, which then counts what was cut
         self.add_callback(_CardCallback(self))
@@ -115,17 +122,24 @@ class PDecayTrainerMixin(SearchMixin, _Base):
     def _output_dir(self) -> Path:
         return Path(str(self.args.output_dir))
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+    def train(self, *args: Any, **kwargs: Any) -> Any:
         """Train; takes what ``Trainer.train`` takes, and resumes only from a checkpoint that is whole.
 
         Raises:
             ValueError: If the checkpoint to resume from is cut short or of another model, or there is no whole one.
         """
         if self._decays:
-            if resume_from_checkpoint is True:
-                resume_from_checkpoint = agreed_newest_whole(self._output_dir)
-            self._check_checkpoint(resume_from_checkpoint)
-        return super().train(resume_from_checkpoint, *args, **kwargs)
+            # A subclass's own `train` gets what it was given, in the way that it was given.
+            by_name = "resume_from_checkpoint" in kwargs
+            resume = kwargs.get("resume_from_checkpoint", args[0] if args else None)
+            if resume is True:
+                resume = agreed_newest_whole(self._output_dir)
+                if by_name:
+                    kwargs["resume_from_checkpoint"] = resume
+                else:
+                    args = (resume, *args[1:])
+            self._check_checkpoint(resume)
+        return super().train(*args, **kwargs)
 
     def _check_checkpoint(self, folder: str | bool | None) -> None:
         if not isinstance(folder, str) or not os.path.isdir(folder):
@@ -134,6 +148,16 @@ class PDecayTrainerMixin(SearchMixin, _Base):
         check_whole(folder)
         check_engine_of(folder, engine_of(self), self.args.world_size)
         check_optimizer_state(self._param_groups(self.model), folder)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, *args, **kwargs)
+        if self._decays and not engine_of(self):
+            load_converted(self.model, resume_from_checkpoint)
+
+    def _load_best_model(self) -> None:
+        super()._load_best_model()
+        if self._decays and not engine_of(self) and self.state.best_model_checkpoint:
+            load_converted(self.model, self.state.best_model_checkpoint)
 
     def create_optimizer(self, model: nn.Module | None = None) -> Optimizer:
         """Make the optimizer; an :class:`~hf_pdecay.AdamWLp` if that is what ``args.optim`` names."""
@@ -146,6 +170,14 @@ class PDecayTrainerMixin(SearchMixin, _Base):
                     type(given).__name__,
                 )
             return given
+        own = getattr(super().create_optimizer, "__func__", None)
+        if own is not None and own not in (Trainer.create_optimizer, PDecayTrainerMixin.create_optimizer):
+            logger.warning(
+                "optim=%r: %s is not asked for an optimizer or its param groups, since p-norm decay needs its own. "
+                "Rules by name go into lp_rules, learning rates by group into get_optimizer_cls_and_kwargs.",
+                name_of(self.args),
+                own.__qualname__,
+            )
         groups = self._param_groups(self.model if model is None else model)
         self.optimizer = made = make(self.args, self._settings, groups)
         if not self.is_deepspeed_enabled:
@@ -191,7 +223,10 @@ class PDecayTrainerMixin(SearchMixin, _Base):
             (Path(output_dir) / STATE_FILE).unlink(missing_ok=True)
             remove_leftovers(output_dir)
         with whole_model(self) if self._decays and not _internal_call else nullcontext():
-            super().save_model(output_dir, _internal_call=_internal_call)
+            if _internal_call:
+                super().save_model(output_dir, _internal_call=True)
+            else:  # as a subclass may have it that knows of no internal calls
+                super().save_model(output_dir)
         if not self._decays:
             return
         report = self._measured()

@@ -21,6 +21,7 @@ from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distr
 
 from hf_pdecay import AdamWLp
 from hf_pdecay.optim import compiled
+from tests.launching import leave
 
 
 STEPS = 8
@@ -219,8 +220,7 @@ def main() -> None:
         except (ValueError, RuntimeError, NotImplementedError) as error:
             results[name] = {"error": f"{type(error).__name__}: {error}"}
     torch.save(results, Path(sys.argv[1]) / f"rank{dist.get_rank()}.pt")
-    dist.barrier()
-    dist.destroy_process_group()
+    leave()
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ from torch.distributed.tensor import Shard, distribute_tensor
 
 from hf_pdecay import LpDecay
 from hf_pdecay.control import SparsityControl
+from tests.launching import leave
 
 from .sharded_run import full, normal, weights
 
@@ -139,8 +140,7 @@ def main() -> None:
         except (ValueError, RuntimeError, NotImplementedError) as error:
             results[name] = {"error": f"{type(error).__name__}: {error}"}
     torch.save(results, folder / f"rank{dist.get_rank()}.pt")
-    dist.barrier()
-    dist.destroy_process_group()
+    leave()
 
 
 if __name__ == "__main__":

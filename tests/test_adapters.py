@@ -339,6 +339,19 @@ class TestRanks:
         torch.testing.assert_close(model(x), before)
         torch.testing.assert_close(peft.PeftModel.from_pretrained(Convolutions(), tmp_path).eval()(x), before)
 
+    @pytest.mark.parametrize("bias", ["lora_only", "all"])
+    def test_trained_biases_are_kept_where_no_rank_is_left(self, bias: str, tmp_path: Path) -> None:
+        model = fill(lora(tiny_gpt2(), target_modules=["c_attn", "c_proj"], fan_in_fan_out=True, bias=bias))
+        with torch.no_grad():
+            for name, param in model.named_parameters():
+                if "bias" in name and param.requires_grad:
+                    param.add_(0.3)
+        self.kill(model)
+        before = logits(model)
+        cut_ranks(model).save_pretrained(tmp_path)
+        loaded = peft.PeftModel.from_pretrained(tiny_gpt2(), tmp_path)
+        torch.testing.assert_close(logits(loaded), before, rtol=1e-5, atol=1e-6)
+
     def test_one_adapter_of_two_is_cut(self) -> None:
         model = lora(build("llama"))
         model.add_adapter("other", peft.LoraConfig(r=2, target_modules=["q_proj"]))

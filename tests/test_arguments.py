@@ -137,6 +137,8 @@ def test_set_optimizer(tmp_path: Path) -> None:
             "moments='4bit' for optim='adamw_lp'; it must be one of float32, bf",
         ),
         ("lp_rules", "{", "lp_rules"),
+        ("keep_zeros", "no", "keep_zeros='no'; it must be True or False"),
+        ("skip_nonfinite", 3, "skip_nonfinite=3; it must be True or False"),
         ("learning_rate", -1.0, "learning_rate=-1.0; it must be a finite number of at least 0"),
         ("learning_rate", float("nan"), "learning_rate=nan"),
         ("weight_decay", float("inf"), "weight_decay=inf"),

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -259,3 +260,28 @@ def test_a_long_run_does_not_get_ahead_of_its_schedule() -> None:
     loop = Loop(lr=1e-3, p_norm=0.4, target_sparsity=0.95, steps=12_000).run()
     assert max(zeros - loop.control.asked(step) for step, zeros in enumerate(loop.history, 1)) <= 5e-3
     assert loop.history[-1] == pytest.approx(0.95, abs=1e-3)
+
+
+def test_an_optimizer_that_decays_nothing_is_refused() -> None:
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.ones(4, 4))], lr=0.1)
+    with pytest.raises(ValueError, match="nothing that is trained decays by p norm.* AdamWLp or LpDecay"):
+        SparsityControl(optimizer, 60, target_sparsity=0.5)
+
+
+def test_a_group_that_is_added_later_is_cut_too() -> None:
+    def group(seed: int) -> dict[str, Any]:
+        param = torch.nn.Parameter(torch.randn(40, 25, generator=torch.Generator().manual_seed(seed)))
+        return {"params": [param], "p_norm": 0.8, "lambda_p": 0.0, "decayed": True}
+
+    optimizer = AdamWLp([group(0)], lr=1e-3)
+    control = SparsityControl(optimizer, 60, target_sparsity=0.5)
+    for step in range(1, 61):
+        if step == 3:
+            optimizer.add_param_group(group(1))
+        control.before_step(step)
+        for each in optimizer.param_groups:
+            each["params"][0].grad = torch.randn(40, 25, generator=torch.Generator().manual_seed(step)) * 1e-3
+        optimizer.step()
+        control.after_step(step)
+    zeros = [int((each["params"][0] == 0).sum()) for each in optimizer.param_groups]
+    assert sum(zeros) == 1000 and min(zeros) > 300

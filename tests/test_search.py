@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from transformers import Trainer, TrainingArguments
 
 from hf_pdecay import PDecayTrainer
 from hf_pdecay.pareto import Trial, pareto_front, plot_pareto, read_trials
@@ -76,6 +77,35 @@ def test_two_objectives_with_a_folder_of_its_own_for_each_trial(
 
 
 @pytest.mark.slow
+def test_a_search_by_flag_uses_what_it_tries(registered: None, tokens: Any, tmp_path: Path) -> None:
+    """Stock arguments have no fields for our settings: a trial's go into optim_args, beside what was there."""
+    args = TrainingArguments(
+        str(tmp_path),
+        optim="adamw_lp",
+        optim_args="sparsity_schedule=linear,target_sparsity=0.1",
+        max_steps=20,
+        eval_strategy="steps",
+        eval_steps=20,
+        save_strategy="no",
+        report_to="none",
+        use_cpu=True,
+        disable_tqdm=True,
+    )
+    trainer = Trainer(model_init=tiny_gpt2, args=args, train_dataset=tokens, eval_dataset=tokens)
+    trainer.hyperparameter_search(
+        optuna_space(learning_rate=(1e-4, 1e-3), target_sparsity=(0.3, 0.9)),
+        loss_and_sparsity,
+        n_trials=2,
+        backend="optuna",
+        direction=["minimize", "maximize"],
+    )
+    lines = [json.loads(line) for line in (tmp_path / "search.jsonl").read_text().splitlines()]
+    assert len(lines) == 2
+    for line in lines:
+        assert line["sparsity"] == pytest.approx(line["params"]["target_sparsity"], abs=1e-3)
+    assert trainer.args.optim_args.startswith("sparsity_schedule=linear,target_sparsity=0.")
+
+
 def test_one_objective_by_default_and_a_fresh_state_for_each_trial(searcher: Callable[..., PDecayTrainer]) -> None:
     trainer = searcher(eval_strategy="steps", eval_steps=10)
     space = Grid(*({"lambda_p": strength} for strength in (0.5, 1e-6, 0.5)))

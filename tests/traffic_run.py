@@ -24,6 +24,7 @@ from hf_pdecay.control import SparsityControl
 from hf_pdecay.estimate import added_by, cuts
 from hf_pdecay.model_size import of_model
 from hf_pdecay.rules import build_param_groups
+from tests.launching import leave
 
 
 STEPS = 60
@@ -95,8 +96,7 @@ def main() -> None:
     dist.init_process_group("gloo")
     results = {name: run(width) for name, width in WIDTHS.items()}
     (Path(sys.argv[1]) / f"rank{dist.get_rank()}.json").write_text(json.dumps(results))
-    dist.barrier()
-    dist.destroy_process_group()
+    leave()
 
 
 if __name__ == "__main__":

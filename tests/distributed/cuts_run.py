@@ -21,6 +21,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 from hf_pdecay import AdamWLp, measure_sparsity
 from hf_pdecay.selection import Ranked, Ranking, zero_least
 from hf_pdecay.shards import held, ranked
+from tests.launching import leave
 
 
 FRACTIONS = (0.0001, 0.37, 0.9, 0.9999)
@@ -123,8 +124,7 @@ def main() -> None:
         counts.append([round(fraction * numel), sum(int((whole(each.detach()) == 0).sum()) for each in columns)])
     results["columns"] = counts
     (Path(sys.argv[1]) / f"rank{dist.get_rank()}.json").write_text(json.dumps(results))
-    dist.barrier()
-    dist.destroy_process_group()
+    leave()
 
 
 if __name__ == "__main__":

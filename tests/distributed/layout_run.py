@@ -20,6 +20,7 @@ from torch.utils.data import SequentialSampler
 from transformers import LlamaConfig, LlamaForCausalLM, set_seed
 
 from hf_pdecay import PDecayTrainer, PDecayTrainingArguments
+from tests.launching import leave
 
 from .on_cpu import deepspeed_on_cpu, fsdp_on_cpu, tensor_parallel_on_cpu
 
@@ -148,6 +149,7 @@ def main() -> None:
         tensor_parallel_on_cpu()
     for case in cases:
         run(Path(folder), engine, json.loads(case))
+    leave()
 
 
 if __name__ == "__main__":

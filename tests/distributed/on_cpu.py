@@ -18,6 +18,8 @@ from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
 from transformers import training_args
 
+from tests.launching import leave
+
 
 def fsdp_on_cpu() -> None:
     begin = AcceleratorState.__init__
@@ -57,7 +59,12 @@ def main() -> None:
         fsdp_on_cpu()
     sys.argv = [script, *words]
     sys.path.insert(0, str(Path(script).parent))
-    runpy.run_path(script, run_name="__main__")
+    try:
+        runpy.run_path(script, run_name="__main__")
+    except SystemExit as ended:
+        if ended.code:
+            raise
+    leave()
 
 
 if __name__ == "__main__":
