@@ -87,7 +87,8 @@ class PDecayTrainerMixin(SearchMixin, _Base):
         if not self._decays:
             return
         settings = self._settings
-        if self.train_dataset is None:  # to evaluate, or to be given data later: what trains is checked by then
+        if self.train_dataset is None and not any(param.requires_grad for param in self.model.parameters()):
+            # Only to evaluate; what trains would be checked when it does.
             self._attach(settings)
             return
         check_engine(self, settings.optim, settings.options.get("moments"))

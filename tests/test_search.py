@@ -91,7 +91,7 @@ def test_a_search_by_flag_uses_what_it_tries(registered: None, tokens: Any, tmp_
         use_cpu=True,
         disable_tqdm=True,
     )
-    trainer = Trainer(model_init=tiny_gpt2, args=args, train_dataset=tokens, eval_dataset=tokens)
+    trainer = Trainer(model_init=lambda: tiny_gpt2(), args=args, train_dataset=tokens, eval_dataset=tokens)
     trainer.hyperparameter_search(
         optuna_space(learning_rate=(1e-4, 1e-3), target_sparsity=(0.3, 0.9)),
         loss_and_sparsity,

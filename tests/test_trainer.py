@@ -310,6 +310,8 @@ def test_nothing_else_is_overridden() -> None:
     own = {name for name in vars(PDecayTrainerMixin) if callable(getattr(Trainer, name, None))}
     assert own - {"__init__", "__doc__", "__dict__", "__weakref__"} <= {
         "train",  # which checkpoint to go on from
+        "_load_from_checkpoint",  # models whose files have other names, which the Trainer does not find
+        "_load_best_model",
         "create_optimizer",
         "save_model",
         "_save_rng_state",  # the processes wait for each other, so that trainer_state.json is written last of all
