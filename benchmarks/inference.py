@@ -205,8 +205,8 @@ def text(record: dict[str, Any]) -> str:
     for name in dict.fromkeys(row["model"] for row in record["rows"]):
         headings = ["workload", "zeros", "engine", "ms", "tokens/s", "times dense", "10-90%", "of the least"]
         rows = [
-            [row["workload"], f"{row['sparsity']:.0%}", row["engine"], f"{row['median_ms']:.3g}"]
-            + [f"{row['tokens_per_s']:.3g}", f"{row['speedup']['median']:.2f}"]
+            [row["workload"], f"{row['sparsity']:.0%}", row["engine"], _short(row["median_ms"])]
+            + [_short(row["tokens_per_s"]), f"{row['speedup']['median']:.2f}"]
             + [f"{row['speedup']['q10']:.2f}-{row['speedup']['q90']:.2f}", f"{row['speedup_of_least']:.2f}"]
             for row in record["rows"]
             if row["model"] == name
@@ -221,13 +221,17 @@ def text(record: dict[str, Any]) -> str:
     return "\n\n".join(parts) + "\n"
 
 
+def _short(number: float) -> str:
+    return f"{number:,.0f}" if number >= 100 else f"{number:.3g}"
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure, print and write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="95%% zeros only, few rounds")
     parser.add_argument("--sparsity", type=float, nargs="+", default=[0.8, 0.9, 0.95, 0.99], help="fractions of zeros")
     parser.add_argument("--rounds", type=int, default=None, help="rounds of each workload")
-    parser.add_argument("--output", type=Path, default=ROOT / "results", help="folder of inference.json and .md")
+    parser.add_argument("--output", type=Path, default=ROOT / "results", help="folder of the results")
     args = parser.parse_args(argv)
     warnings.filterwarnings("ignore")
     tf.utils.logging.set_verbosity_error()
@@ -243,7 +247,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 print(f"{work.model}, {work.name}, {sparsity:.0%}: {ours['speedup']['median']:.2f}", file=sys.stderr)
     report = text(record)
     print(report)
-    write(record, report, args.output, "inference")
+    write(record, report, args.output, "inference_quick" if args.quick else "inference")
     return 0
 
 
