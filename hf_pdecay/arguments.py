@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -11,7 +10,7 @@ from transformers.training_args import OptimizerNames
 
 from .control import SHAPES
 from .optim.named import ADAMW_LP, OPTIMIZERS
-from .optimizers import name_of
+from .optimizers import check_hyperparameters, name_of
 from .settings import SPARSITY_LOGGING, DecaySettings, split_optim_args
 from .targets import BUDGETS
 
@@ -140,19 +139,10 @@ class PDecayTrainingArguments(TrainingArguments):
         name = name_of(self)
         if name in OPTIMIZERS:
             self.optim = OptimizerNames.ADAMW_TORCH
-            self._check_adamw()
+            check_hyperparameters(self)
         super().__post_init__()
         if name in OPTIMIZERS:
             self.optim = name
-
-    def _check_adamw(self) -> None:
-        """Check the inherited fields that the optimizer takes, under the names that the user knows."""
-        most = {"learning_rate": math.inf, "weight_decay": math.inf, "adam_epsilon": math.inf}
-        for name, limit in {**most, "adam_beta1": 1, "adam_beta2": 1}.items():
-            value = getattr(self, name)
-            if not 0 <= value < limit:
-                right = "a finite number of at least 0" if limit == math.inf else "at least 0 and below 1"
-                raise ValueError(f"Invalid {name}: {name}={value!r}; it must be {right}.")
 
     @property
     def step_options(self) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 import re
 from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -38,6 +39,20 @@ def make(args: TrainingArguments, settings: DecaySettings, groups: list[dict[str
         lambda_p=settings.lambda_p,
         skip_nonfinite=settings.skip_nonfinite,
     )
+
+
+def check_hyperparameters(args: TrainingArguments) -> None:
+    """Check Hugging Face's own arguments that the optimizer takes, under the names that the user knows.
+
+    Raises:
+        ValueError: If one is out of its range.
+    """
+    most = {"learning_rate": math.inf, "weight_decay": math.inf, "adam_epsilon": math.inf}
+    for name, limit in {**most, "adam_beta1": 1, "adam_beta2": 1}.items():
+        value = getattr(args, name)
+        if not 0 <= value < limit:
+            right = "a finite number of at least 0" if limit == math.inf else "at least 0 and below 1"
+            raise ValueError(f"Invalid {name}: {name}={value!r}; it must be {right}.")
 
 
 def name_of(args: TrainingArguments) -> str:

@@ -34,7 +34,7 @@ from .engines import check_engine, check_same, check_world_size, engine_of, whol
 from .model_card import SparsityCard, add_section, command_line, picture_in, render_section
 from .optim import AdamWLp, LpDecay
 from .optim.named import OPTIMIZERS
-from .optimizers import decay_groups, make, name_of
+from .optimizers import check_hyperparameters, decay_groups, make, name_of
 from .rules import decayed_parameter_names
 from .search import SearchMixin
 from .settings import DecaySettings
@@ -362,6 +362,7 @@ def check_arguments(args: Any) -> None:
     decays = isinstance(args, TrainingArguments) and name_of(args) in OPTIMIZERS
     if decays:
         settings_of(args)
+        check_hyperparameters(args)
     if decays or isinstance(args, PDecayTrainingArguments):
         check_world_size(args)
     if decays and args.should_save:

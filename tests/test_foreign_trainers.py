@@ -83,6 +83,17 @@ def test_a_target_for_nothing_is_refused(registered: None, tokens: Any, tmp_path
         Trainer(model=model, args=arguments(tmp_path), train_dataset=tokens)
 
 
+@pytest.mark.parametrize(
+    ("optim", "name", "value"),
+    [("sgd_lp", "weight_decay", -1.0), ("muon_lp", "weight_decay", float("nan")), ("adamw_lp", "learning_rate", -1.0)],
+)
+def test_values_of_their_arguments_are_checked_under_their_names(
+    optim: str, name: str, value: float, registered: None, tokens: Any, tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match=f"Invalid {name}: {name}={value}; it must be a finite number of at least 0"):
+        Trainer(model=tiny_gpt2(), args=arguments(tmp_path, optim=optim, **{name: value}), train_dataset=tokens)
+
+
 def vit() -> nn.Module:
     return build("vit")
 
