@@ -240,6 +240,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if held_out is not None:
         loop.log(eval_loss=loop.evaluate(held_out))
     loop.save()
+    # gloo's threads let go of what they hold while this waits; at the end they might wait for Python, and it for them.
+    loop.accelerator.wait_for_everyone()
     loop.accelerator.end_training()
     return 0
 
