@@ -66,11 +66,11 @@ def threads() -> Iterator[Callable[[int], None]]:
 
 @pytest.fixture
 def launches(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """The launches of the first and of the second Triton kernel, which are done only in Triton's interpreter."""
+    """The launches of the first and of the second Triton kernel, which are done in Triton's interpreter or on a GPU."""
     from hf_pdecay.optim import triton_step
-    from tests.triton_made import Launches
+    from tests.triton_made import DEVICE, INTERPRETED, Launches
 
-    does = os.environ.get("TRITON_INTERPRET") == "1"
+    does = INTERPRETED or DEVICE == "cuda"
     prepare, update = Launches(triton_step.prepare, does), Launches(triton_step.update, does)
     monkeypatch.setattr(triton_step, "prepare", prepare)
     monkeypatch.setattr(triton_step, "update", update)

@@ -1,7 +1,7 @@
 """The Triton kernel: tests/triton_cases.py and tests/triton_launch_cases.py in processes of their own.
 
 Whether Triton interprets or compiles is settled when it is imported, for the whole process. So each class of cases runs
-in one that has it so, and no other test notices.
+in one that has it so, and no other test notices. Where there is a GPU, they run on it too.
 """
 
 from __future__ import annotations
@@ -14,25 +14,33 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
+import torch
 
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 
 ROOT = Path(__file__).parents[1]
+ARITHMETIC = ["triton_cases.py::TestArithmetic"]
+OTHERS = ["triton_cases.py::TestRounding", "triton_launch_cases.py::TestLaunches"]
+
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 
 @pytest.mark.parametrize(
-    ("cases", "interpret"),
+    ("cases", "interpret", "gpu"),
     [
-        (["triton_cases.py::TestArithmetic"], True),
-        (["triton_cases.py::TestRounding", "triton_launch_cases.py::TestLaunches"], True),
-        (["triton_launch_cases.py::TestCompiled"], False),
+        (ARITHMETIC, True, False),
+        (OTHERS, True, False),
+        (["triton_launch_cases.py::TestCompiled"], False, False),
+        pytest.param([*ARITHMETIC, *OTHERS], False, True, marks=needs_gpu),
     ],
     ids=str,
 )
-def test_kernel(cases: list[str], interpret: bool, tmp_path: Path) -> None:
+def test_kernel(cases: list[str], interpret: bool, gpu: bool, tmp_path: Path) -> None:
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
     environment |= {"TRITON_INTERPRET": str(int(interpret)), "TRITON_CACHE_DIR": str(tmp_path / "cache")}
+    if not gpu:
+        environment["CUDA_VISIBLE_DEVICES"] = ""
     report = tmp_path / "report.xml"
     # The interpreter divides by 0 and overflows in numpy, as a GPU does, but numpy warns of it.
     command = [sys.executable, "-W", "ignore", "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--junitxml={report}"]

@@ -1,6 +1,7 @@
 """What the Triton kernel computes: cases that tests/test_triton.py runs in processes of their own.
 
-The kernel runs in Triton's interpreter, on tensors of a CPU, which TRITON_INTERPRET decides when triton is imported.
+The kernel runs in Triton's interpreter, on tensors of a CPU, or compiled on a GPU, which TRITON_INTERPRET decides when
+triton is imported.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from tests.triton_made import (
     cloned,
     hyper,
     made,
-    needs_interpreter,
+    needs_kernel,
     normal,
     ulp,
 )
@@ -47,15 +48,15 @@ def check_against_reference(weights: torch.Tensor, settings: Hyper, dtype: torch
     for seed in range(2):
         grad = normal(weights.numel(), seed + 10).to(dtype)
         state = optimizer.state[parameter]
-        before = parameter.detach().double().numpy()
+        before = parameter.detach().double().cpu().numpy()
         reference = Reference(before)
         if state:
-            moments = state["exp_avg"].double().numpy(), state["exp_avg_sq"].double().numpy()
+            moments = state["exp_avg"].double().cpu().numpy(), state["exp_avg_sq"].double().cpu().numpy()
             reference = Reference(before, *moments, int(state["step"]), dormant=False)
         expected = torch.from_numpy(reference.step(grad.double().tolist(), settings))
         parameter.grad = grad
         optimizer.step()
-        actual = parameter.detach().double()
+        actual = parameter.detach().double().cpu()
         eps, rtol, atol = (2.3e-16, 1e-11, 1e-280) if dtype == F64 else (1e-7, 5e-5, 1e-22)
         scale, factor = torch.from_numpy(reference.scale), torch.from_numpy(reference.factor)
         allowed = 16 * eps * scale * factor + rtol * expected.abs() + atol
@@ -68,11 +69,11 @@ def check_against_reference(weights: torch.Tensor, settings: Hyper, dtype: torch
             exact = torch.from_numpy(getattr(reference, name))
             found = optimizer.state[parameter][name]
             assert found.dtype == dtype
-            span = 4 * torch.finfo(dtype).eps * (exact.abs() + grad.double().abs()) + torch.finfo(dtype).tiny
-            assert bool(((found.double() - exact).abs() <= span).all()), name
+            span = 4 * torch.finfo(dtype).eps * (exact.abs() + grad.double().cpu().abs()) + torch.finfo(dtype).tiny
+            assert bool(((found.double().cpu() - exact).abs() <= span).all()), name
 
 
-@needs_interpreter
+@needs_kernel
 class TestArithmetic:
     @pytest.mark.parametrize(
         ("dtype", "p_norm"),
@@ -229,7 +230,7 @@ class TestArithmetic:
 # --- rounding
 
 
-@needs_interpreter
+@needs_kernel
 class TestRounding:
     @pytest.mark.parametrize("pair", [pair for pair in PAIRS if set(pair) & set(LOW_PRECISION)], ids=str)
     def test_random_bits_are_those_of_foreach(self, pair: tuple[torch.dtype, torch.dtype]) -> None:

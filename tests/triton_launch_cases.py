@@ -1,7 +1,7 @@
 """How the Triton kernels are launched and compiled: cases that tests/test_triton.py runs in processes of their own.
 
-In the first class they run in Triton's interpreter. In the last they are compiled for GPUs that need not be there.
-"""
+In the first class they run, in Triton's interpreter or on a GPU. In the last they are compiled for GPUs that need not be
+there.
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from hf_pdecay.optim.adamw_lp import adamw_lp
 from hf_pdecay.optim.tensor_step import Hyperparameters
 from tests.triton_made import (
     BF16,
+    DEVICE,
     F16,
     F32,
     F64,
@@ -32,12 +33,12 @@ from tests.triton_made import (
     hyper,
     made,
     needs_compiler,
-    needs_interpreter,
+    needs_kernel,
     normal,
 )
 
 
-@needs_interpreter
+@needs_kernel
 class TestLaunches:
     def test_many_tensors_take_one_launch(self, launches: tuple[Launches, Launches]) -> None:
         prepare, update = launches
@@ -161,7 +162,7 @@ class TestLaunches:
     def test_a_table_filled_by_kernels_is_the_same(self, monkeypatch: pytest.MonkeyPatch) -> None:
         steps = [made(size, seed=size) for size in (1, 7, 5000)]
         words, _ = triton_step._words(steps)
-        device = torch.device("cpu")
+        device = torch.device(DEVICE)
         assert torch.equal(triton_step._filled_table(words, device), triton_step._table(words, device))
         large = triton_step.array("q", [2**57 + 1, -3, 2**63 - 1, 0])
         assert triton_step._filled_table(large, device).tolist() == large.tolist()
@@ -188,8 +189,8 @@ class TestLaunches:
             (each._replace(grad=torch.zeros(2 * 4096)[::2]), "gaps"),
             (each._replace(step=each.step.double()), "float32"),
             (each._replace(step=torch.zeros(2)), "counter"),
-            (each._replace(step=each.step.to("meta")), "must be on cpu"),
-            (each._replace(awake=torch.tensor(True, device="meta")), "must be on cpu"),
+            (each._replace(step=each.step.to("meta")), f"must be on {each.param.device}"),
+            (each._replace(awake=torch.tensor(True, device="meta")), f"must be on {each.param.device}"),
             (each._replace(exp_avg=each.exp_avg[:-1]), "shape"),
             (each._replace(grad=torch._neg_view(each.grad)), "as they are in memory"),
         ):
@@ -219,7 +220,7 @@ class TestLaunches:
                 optimizer.step()
                 schedule.step()
             models.append(parameters)
-            assert optimizer.backends["cpu"][0] == backend
+            assert optimizer.backends[DEVICE][0] == backend
         for ours, theirs in zip(*models, strict=True):
             close = (ours - theirs).abs() <= 2e-5 if dtype == F32 else ours == theirs
             assert float(close.double().mean()) >= (1.0 if dtype == F32 else 0.99)

@@ -23,8 +23,13 @@ SOME_PAIRS = [(F32, F32), (F32, BF16), (BF16, BF16), (F16, F16), (F64, F64)]
 PLAIN = Hyperparameters(1e-2, 0.9, 0.999, 1e-8, 0.1, 0.8, 0.05, keep_zeros=False, maximize=False)
 WRITTEN = ("param", "exp_avg", "exp_avg_sq", "step")
 
-needs_interpreter = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="needs TRITON_INTERPRET=1")
-needs_compiler = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="needs TRITON_INTERPRET=0")
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
+if DEVICE == "cuda":  # these cases have their process to themselves
+    torch.set_default_device(DEVICE)
+
+needs_kernel = pytest.mark.skipif(not INTERPRETED and DEVICE == "cpu", reason="needs TRITON_INTERPRET=1 or a GPU")
+needs_compiler = pytest.mark.skipif(INTERPRETED or DEVICE != "cpu", reason="needs TRITON_INTERPRET=0 and no GPU")
 
 
 def hyper(**changes: Any) -> Hyperparameters:
@@ -32,7 +37,8 @@ def hyper(**changes: Any) -> Hyperparameters:
 
 
 def normal(numel: int, seed: int, scale: float = 1.0) -> torch.Tensor:
-    return torch.randn(numel, generator=torch.Generator().manual_seed(seed)) * scale
+    generator = torch.Generator("cpu").manual_seed(seed)
+    return (torch.randn(numel, generator=generator, device="cpu") * scale).to(DEVICE)
 
 
 def made(

@@ -1,0 +1,194 @@
+"""What only a GPU can show: nobody waits for it, CUDA graphs, its memory, and whole runs on it."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from hf_pdecay import AdamWLp, LpDecay, PDecayTrainer
+from tests.models import tiny_gpt2
+from tests.reference.adamw_lp64 import Hyper, Reference
+
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+SIZES = (5, 1000, 4097, 300_000)
+
+
+def params(dtype: torch.dtype, seed: int = 0) -> list[torch.nn.Parameter]:
+    generator = torch.Generator("cuda").manual_seed(seed)
+    made = []
+    for size in SIZES:
+        weight, grad = (torch.randn(size, generator=generator, device="cuda") for _ in range(2))
+        made.append(torch.nn.Parameter((0.1 * weight).to(dtype)))
+        made[-1].grad = grad.to(dtype)
+    return made
+
+
+@pytest.fixture
+def no_waiting() -> Any:
+    """After its first call, whatever waits for the device is an error."""
+    yield lambda: torch.cuda.set_sync_debug_mode("error")
+    torch.cuda.set_sync_debug_mode("default")
+
+
+class TestStep:
+    @pytest.mark.parametrize("backend", ["auto", "triton", "foreach"])
+    @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+    @pytest.mark.parametrize("moments", [None, "bfloat16"])
+    def test_the_host_never_waits(
+        self, moments: str | None, dtype: torch.dtype, backend: str, no_waiting: Callable[[], None]
+    ) -> None:
+        optimizer = AdamWLp(params(dtype), moments=moments, backend=backend)
+        for _ in range(2):
+            optimizer.step()
+        no_waiting()
+        for _ in range(3):
+            optimizer.step()
+        optimizer.param_groups[0]["lambda_p"] = 0.5
+        optimizer.step()
+
+    def test_auto_is_the_kernel(self) -> None:
+        optimizer = AdamWLp(params(torch.float32))
+        optimizer.step()
+        assert optimizer.backends["cuda"][0] == "triton"
+
+    @pytest.mark.parametrize("backend", ["triton", "foreach", "reference"])
+    @pytest.mark.parametrize("p_norm", [0.5, 0.8, 1.0, 1.2, 2.0, 3.0])
+    def test_equals_the_reference(self, p_norm: float, backend: str) -> None:
+        settings = Hyper(lr=0.01, weight_decay=0.1, p_norm=p_norm, lambda_p=0.5)
+        options = dataclasses.asdict(settings)
+        betas = options.pop("beta1"), options.pop("beta2")
+        weights = params(torch.float32)[:3]
+        references = [Reference(each.detach().double().cpu().numpy()) for each in weights]
+        optimizer = AdamWLp(weights, betas=betas, backend=backend, **options)
+        for _ in range(3):
+            optimizer.step()
+            for each, reference in zip(weights, references, strict=True):
+                assert each.grad is not None
+                reference.step(each.grad.double().cpu().tolist(), settings)
+        for each, reference in zip(weights, references, strict=True):
+            expected = torch.from_numpy(reference.weight)
+            torch.testing.assert_close(each.detach().double().cpu(), expected, rtol=2e-4, atol=2e-6)
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+    def test_a_graph_replays_what_steps_do(self, dtype: torch.dtype) -> None:
+        captured, plain = params(dtype), params(dtype)
+        lr = torch.tensor(1e-2, device="cuda")
+        optimizer, other = (AdamWLp(some, lr=lr, lambda_p=0.1) for some in (captured, plain))
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(2):
+                optimizer.step()
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            optimizer.step()
+        for _ in range(2):
+            other.step()
+        for k in range(3):
+            lr.fill_(1e-2 / (k + 1))
+            graph.replay()
+            other.step()
+        for ours, theirs in zip(captured, plain, strict=True):
+            assert torch.equal(ours, theirs)
+            assert float(optimizer.state[ours]["step"]) == 5
+
+    def test_memory_and_launches(self) -> None:
+        weights = params(torch.float32)
+        optimizer = AdamWLp(weights)
+        for _ in range(2):
+            optimizer.step()
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+            optimizer.step()
+            torch.cuda.synchronize()
+        assert torch.cuda.max_memory_allocated() - before < 1 << 20
+        names = [event.name for event in profile.events()]
+        assert sum("update" in name for name in names) == 1
+        assert sum("prepare" in name for name in names) == 1
+
+    def test_a_step_with_nan_is_skipped_and_counted(self) -> None:
+        weights = params(torch.bfloat16)
+        optimizer = AdamWLp(weights)
+        optimizer.step()
+        before = [each.detach().clone() for each in weights]
+        assert weights[2].grad is not None
+        weights[2].grad[7] = float("nan")
+        optimizer.step()
+        assert all(torch.equal(a, b) for a, b in zip(weights, before, strict=True))
+        assert optimizer.skipped_steps == 1
+
+    def test_eight_bit_moments(self) -> None:
+        pytest.importorskip("torchao")
+        weights = [torch.nn.Parameter(torch.randn(256, 256, device="cuda") * 0.1)]
+        target = torch.randn(256, 256, device="cuda") * 0.1
+        optimizer = AdamWLp(weights, lr=1e-3, lambda_p=1e-4, moments="8bit")
+        losses = []
+        for _ in range(50):
+            loss = (weights[0] - target).square().sum()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+        assert losses[-1] < 0.5 * losses[0]
+        assert type(optimizer.state[weights[0]]["exp_avg"]) is not torch.Tensor
+
+    @pytest.mark.parametrize("fused", [True, False])
+    def test_around_torchs_adamw(self, fused: bool) -> None:
+        around, ours = params(torch.float32), params(torch.float32)
+        options: dict[str, Any] = {"lr": 1e-2, "weight_decay": 0.1}
+        wrapper = LpDecay(torch.optim.AdamW(around, **options, fused=fused), p_norm=0.8, lambda_p=0.1)
+        optimizer = AdamWLp(ours, **options, lambda_p=0.1)
+        for _ in range(3):
+            wrapper.step()
+            optimizer.step()
+        for a, b in zip(around, ours, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+
+class TestRuns:
+    def run(self, make_args: Any, tokens: Any, folder: Path, resume: str | None = None, **options: Any) -> Any:
+        torch.manual_seed(0)
+        arguments = {"use_cpu": False, "max_steps": 40, "lambda_p": 0.01, "p_norm": 0.8, **options}
+        args = make_args(output_dir=str(folder), **arguments)
+        trainer = PDecayTrainer(model=tiny_gpt2(), args=args, train_dataset=tokens)
+        trainer.train(resume_from_checkpoint=resume)
+        trainer.save_model()
+        return trainer
+
+    @pytest.mark.parametrize("precision", [{}, {"bf16": True}, {"fp16": True}], ids=str)
+    def test_the_sparsity_asked_for(self, precision: Any, make_args: Any, tokens: Any, tmp_path: Path) -> None:
+        trainer = self.run(make_args, tokens, tmp_path, target_sparsity=0.9, **precision)
+        assert next(trainer.model.parameters()).is_cuda
+        saved = load_file(tmp_path / "model.safetensors")
+        decayed = [each.name for each in trainer.measure_sparsity().tensors if each.decayed]
+        zeros = sum(int((saved[name] == 0).sum()) for name in decayed)
+        assert abs(zeros / sum(saved[name].numel() for name in decayed) - 0.9) < 1e-3
+
+    def test_a_resumed_run_ends_with_the_same_weights(self, make_args: Any, tokens: Any, tmp_path: Path) -> None:
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        try:
+            options = {
+                "target_sparsity": 0.8,
+                "save_strategy": "steps",
+                "save_steps": 12,
+                "per_device_train_batch_size": 4,
+            }
+            self.run(make_args, tokens, tmp_path / "whole", **options)
+            checkpoint = str(tmp_path / "whole" / "checkpoint-24")
+            self.run(make_args, tokens, tmp_path / "resumed", resume=checkpoint, **options)
+        finally:
+            torch.use_deterministic_algorithms(False)
+        left, right = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "resumed"))
+        assert all(torch.equal(left[name], right[name]) for name in left)
