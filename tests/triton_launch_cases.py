@@ -2,6 +2,7 @@
 
 In the first class they run, in Triton's interpreter or on a GPU. In the last they are compiled for GPUs that need not be
 there.
+"""
 
 from __future__ import annotations
 
