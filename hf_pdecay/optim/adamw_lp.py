@@ -16,6 +16,7 @@ from .distributed import agreed_finite, is_dtensor, local, local_grad, shard_pla
 from .dormancy import dormant_entry, placed, wake
 from .functional import adamw_lp
 from .gradients import check_dense, count_skipped, finite_by_norm, skipped_steps
+from .grouped import ELEMENT, UNFELT, Shrinkage, check_structure, kind_of
 from .moments import as_stored, clone, is_quantized, zero_moment
 from .tensor_step import Hyperparameters, TensorStep
 from .validation import FOREIGN_KEYS, check_hyperparameters, check_real, check_state_dict
@@ -40,6 +41,10 @@ class AdamWLp(Optimizer):
     - bfloat16 and float16 weights that decay are computed in float32 and rounded stochastically, as are such moments.
       The random bits depend on the step and the place of the weight only, so runs resume exactly and replicas agree.
     - A step with a NaN or infinite gradient is skipped and counted, see :attr:`skipped_steps`.
+    - A param group may say in ``group`` what decays as one: ``"element"`` (the default), ``"row"``, ``"column"``,
+      ``"neuron"``, ``"head"``, ``"rank"``, or N:M such as ``"2:4"``, where the weakest of each M weights decay. Where
+      the groups lie is in ``couplings``, see :func:`~hf_pdecay.optim.grouped.couplings_of`; without them a row is an
+      index of dimension 0 and a column one of dimension 1, as in ``nn.Linear`` and convolutions.
 
     Every hyperparameter lives in ``param_groups``, so a group may have its own and a scheduler may move them.
 
@@ -115,12 +120,13 @@ class AdamWLp(Optimizer):
         """Add a group of parameters, whose missing hyperparameters are the optimizer's defaults.
 
         Raises:
-            ValueError: If a hyperparameter is out of its range or a parameter is complex.
+            ValueError: If a hyperparameter is out of its range, a parameter is complex, or ``couplings`` do not fit.
         """
         check_hyperparameters({**self.defaults, **param_group})
         super().add_param_group(param_group)
         try:
             check_real(self.param_groups[-1]["params"], "AdamWLp")
+            check_structure(self.param_groups[-1])
         except ValueError:
             self.param_groups.pop()
             raise
@@ -239,11 +245,34 @@ class AdamWLp(Optimizer):
             steps += self._tensor_steps(index, group)
         parts = self._backend.assign(steps)
         finite = self._finite(norm, [part for part in parts if part.careful])
+        shrinkages = {
+            index: Shrinkage(group)
+            for index, group in enumerate(self.param_groups)
+            if kind_of(group) != ELEMENT and group["lambda_p"] != 0
+        }
         for part in parts:
             part.run(finite if part.careful else True)
+        for index, shrinkage in shrinkages.items():
+            self._shrink(index, shrinkage, finite)
         if finite is not True:
             self._count_skipped(finite)
         return loss
+
+    def _shrink(self, group_index: int, shrinkage: Shrinkage, finite: bool | Tensor) -> None:
+        group = self.param_groups[group_index]
+
+        def alpha_lambda(device: torch.device) -> float | Tensor:
+            lr, lambda_p = group["lr"], group["lambda_p"]
+            if not isinstance(lr, Tensor) or device.type == "cpu":
+                return float(lr) * float(lambda_p)
+            return lr.reshape(()).to(device, non_blocking=True) * lambda_p
+
+        def step_of(index: int) -> int | Tensor:
+            step = self.state[group["params"][index]].get("step", 0)
+            return int(step.item()) if isinstance(step, Tensor) and step.is_cpu else step
+
+        careful = group["skip_nonfinite"]
+        shrinkage.apply(alpha_lambda, step_of, group_index << 20, finite if careful else True)
 
     def _tensor_steps(self, group_index: int, group: dict[str, Any]) -> list[TensorStep]:
         beta1, beta2 = group["betas"]
@@ -254,7 +283,8 @@ class AdamWLp(Optimizer):
             group["eps"],
             group["weight_decay"],
             group["p_norm"],
-            group["lambda_p"],
+            # What decays by groups is multiplied after the step.
+            group["lambda_p"] if kind_of(group) == ELEMENT or group["lambda_p"] == 0 else UNFELT,
             group["keep_zeros"],
             group["maximize"],
             group["skip_nonfinite"],
@@ -297,7 +327,8 @@ class AdamWLp(Optimizer):
         state["step"] = torch.zeros((), dtype=torch.float32, device=param.device)
         state["exp_avg"] = zero_moment(param, group["moments"], signed=True)
         state["exp_avg_sq"] = zero_moment(param, group["moments"], signed=False)
-        state["dormant"] = dormant_entry(param)
+        whole = kind_of(group) == ELEMENT  # else groups are dormant, not tensors
+        state["dormant"] = dormant_entry(param) if whole else torch.zeros((), dtype=torch.bool)
         self._all_awake = None
 
     def _is_awake(self, param: Tensor, dormant: Tensor) -> bool | Tensor:

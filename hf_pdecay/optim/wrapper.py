@@ -15,6 +15,7 @@ from .bases import check_base, is_schedule_free
 from .distributed import agreed_finite, is_dtensor, local, shard_place
 from .dormancy import dormant_entry, is_awake, placed
 from .gradients import check_dense, count_skipped, finite_by_norm, grads_finite, skipped_steps
+from .grouped import ELEMENT, Shrinkage, check_structure, kind_of
 from .shrinking import Stepped, copies, shrink
 from .tensor_step import Decay, smallest
 from .validation import check_decay_settings, check_real, check_saved_groups
@@ -97,6 +98,7 @@ class LpDecay(Optimizer):
         for group in base_optimizer.param_groups:
             check_decay_settings({**settings, **group})
             check_real(group["params"], "LpDecay")
+            check_structure(group)
         base_optimizer.defaults.update(settings)
         for group in base_optimizer.param_groups:
             for name, value in settings.items():
@@ -162,6 +164,7 @@ class LpDecay(Optimizer):
         try:
             for group in self.param_groups[before:]:
                 check_real(group["params"], "LpDecay")
+                check_structure(group)
         except ValueError:
             del self.param_groups[before:]
             raise
@@ -258,13 +261,20 @@ class LpDecay(Optimizer):
             return loss
         dormant: dict[Tensor, Tensor] = {}
         copied = [self._copied(number, group, dormant) for number, group in enumerate(self.param_groups)]
+        shrinkages = {
+            number: Shrinkage(group)
+            for number, group in enumerate(self.param_groups)
+            if kind_of(group) != ELEMENT and group["lambda_p"] != 0
+        }
         self._step_base(finite)
         for param, entry in dormant.items():
             # Not before, as bases make their state where there is none.
             self.state[param]["dormant"] = entry
-        for group, some in zip(self.param_groups, copied, strict=True):
+        for number, (group, some) in enumerate(zip(self.param_groups, copied, strict=True)):
             group["decay_steps"] += 1
             self._shrink(group, some, finite)
+            if number in shrinkages:
+                self._shrink_groups(number, group, shrinkages[number], finite)
         if finite is not True:
             count_skipped(self.param_groups, finite)
         return loss
@@ -297,13 +307,15 @@ class LpDecay(Optimizer):
         """Copy what is to shrink of a group, and note in ``dormant`` what has not stepped before."""
         params = [param for param in group["params"] if param.grad is not None]
         places = {param: place for place, param in enumerate(group["params"], number << 20)}
-        awake = {}
+        awake: dict[Tensor, bool | Tensor] = {}
+        # What decays by groups only keeps its zeros here, if it is to.
+        whole = kind_of(group) == ELEMENT
         for param in params:
             state = self.state.get(param) or {}
             entry = state.get("dormant")
             if entry is None:
-                entry = dormant[param] = dormant_entry(param)
-            awake[param] = is_awake(param, entry)
+                entry = dormant[param] = dormant_entry(param) if whole else torch.zeros((), dtype=torch.bool)
+            awake[param] = is_awake(param, entry) if whole else False
         shrinks = _may_shrink(group)
         chosen = [each for each in params if group["keep_zeros"] or (shrinks and awake[each] is not False)]
         by_kind: dict[Any, list[Tensor]] = {}
@@ -314,6 +326,20 @@ class LpDecay(Optimizer):
             for param, before in zip(some, copies([local(each) for each in some]), strict=True):
                 found.append(_Copied(param, before, awake[param], places[param]))
         return found
+
+    def _shrink_groups(
+        self, number: int, group: dict[str, Any], shrinkage: Shrinkage, finite: bool | Tensor
+    ) -> None:
+        averaging = is_schedule_free(self.base)
+        lr = group["scheduled_lr"] if averaging else group["lr"]
+
+        def alpha_lambda(device: torch.device) -> float | Tensor:
+            return _rate(lr, device) * float(group["lambda_p"])
+
+        def averaged(index: int) -> Tensor | None:
+            return self.state[group["params"][index]].get("z") if averaging else None
+
+        shrinkage.apply(alpha_lambda, lambda _: group["decay_steps"], number << 20, finite, averaged)
 
     def _shrink(self, group: dict[str, Any], copied: list[_Copied], finite: bool | Tensor) -> None:
         averaging = is_schedule_free(self.base)
@@ -329,8 +355,7 @@ class LpDecay(Optimizer):
             stepped = Stepped(local(param), before, z, awake, place)
             by_device.setdefault(before.device, []).append(stepped)
         for device, tensors in by_device.items():
-            rate = lr.reshape(()).to(device, non_blocking=True) if _on_device(lr) else float(lr)
-            decay = Decay(group["p_norm"], rate * group["lambda_p"], group["keep_zeros"], group["decay_steps"], finite)
+            decay = Decay(group["p_norm"], _rate(lr, device) * group["lambda_p"], group["keep_zeros"], group["decay_steps"], finite)
             shrink(tensors, decay)
 
 
@@ -357,6 +382,10 @@ def _may_shrink(group: dict[str, Any]) -> bool:
 
 def _on_device(lr: float | Tensor) -> bool:
     return isinstance(lr, Tensor) and not lr.is_cpu
+
+
+def _rate(lr: float | Tensor, device: torch.device) -> float | Tensor:
+    return lr.reshape(()).to(device, non_blocking=True) if _on_device(lr) else float(lr)  # type: ignore[union-attr]
 
 
 def _takes_found_inf(base: Optimizer) -> bool:
