@@ -10,14 +10,14 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
-from ..decay import check_lambda_p, check_p_norm
-from .backends import Backend, Part, all_finite
+from .backends import Backend, all_finite
 from .distributed import agreed_finite, is_dtensor, local, local_grad, shard_place
 from .dormancy import dormant_entry, placed, wake
 from .functional import adamw_lp
 from .gradients import check_dense, count_skipped, finite_by_norm, skipped_steps
-from .grouped import ELEMENT, UNFELT, Shrinkage, check_structure, kind_of
+from .grouped import ELEMENT, Shrinkage, check_structure, kind_of
 from .moments import as_stored, clone, is_quantized, zero_moment
+from .plan import Plan, hyper_of
 from .tensor_step import Hyperparameters, TensorStep
 from .validation import FOREIGN_KEYS, check_hyperparameters, check_real, check_state_dict
 
@@ -99,6 +99,8 @@ class AdamWLp(Optimizer):
         self.grad_norm: Tensor | float | None = None
         # Whether no tensor is dormant, which saves asking each; None where they must be asked again.
         self._all_awake: bool | None = None
+        # What the last step did, for the next one to do again.
+        self._plan: Plan | None = None
         defaults: dict[str, Any] = {
             "lr": lr,
             "betas": betas,
@@ -151,7 +153,7 @@ class AdamWLp(Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         """Return what a pickle or a copy holds: the backend too, which a checkpoint does not."""
-        fresh = {"_backend": Backend(self._backend.name), "grad_norm": None, "_all_awake": None}
+        fresh = {"_backend": Backend(self._backend.name), "grad_norm": None, "_all_awake": None, "_plan": None}
         return {**super().__getstate__(), **fresh}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> AdamWLp:
@@ -170,7 +172,7 @@ class AdamWLp(Optimizer):
         super().__setstate__(state)
         self.__dict__.setdefault("_backend", Backend())
         self.__dict__.setdefault("grad_norm", None)
-        self._all_awake = None
+        self._all_awake = self._plan = None
         for values in self.state.values():
             if values:
                 values.setdefault("dormant", torch.zeros((), dtype=torch.bool))
@@ -216,7 +218,7 @@ class AdamWLp(Optimizer):
                     state["dormant"] = dormant_entry(param)
                 else:
                     state["dormant"] = torch.zeros((), dtype=torch.bool)
-        self._all_awake = None
+        self._all_awake = self._plan = None
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -236,22 +238,18 @@ class AdamWLp(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        for group in self.param_groups:
-            _check_group(group)
-        if self._all_awake is None:
-            self._all_awake = not any(state["dormant"].item() for state in self.state.values() if state)
-        steps: list[TensorStep] = []
-        for index, group in enumerate(self.param_groups):
-            steps += self._tensor_steps(index, group)
-        parts = self._backend.assign(steps)
-        finite = self._finite(norm, [part for part in parts if part.careful])
+        plan, self._plan = self._plan, None
+        if plan is None or not plan.follow(self.param_groups, self.state):
+            plan = self._planned()
+        finite = self._finite(norm, plan)
         shrinkages = {
             index: Shrinkage(group)
             for index, group in enumerate(self.param_groups)
             if kind_of(group) != ELEMENT and group["lambda_p"] != 0
         }
-        for part in parts:
+        for part in plan.parts:
             part.run(finite if part.careful else True)
+        self._plan = plan if plan.lasts else None  # others hold gradients
         for index, shrinkage in shrinkages.items():
             self._shrink(index, shrinkage, finite)
         if finite is not True:
@@ -274,21 +272,21 @@ class AdamWLp(Optimizer):
         careful = group["skip_nonfinite"]
         shrinkage.apply(alpha_lambda, step_of, group_index << 20, finite if careful else True)
 
-    def _tensor_steps(self, group_index: int, group: dict[str, Any]) -> list[TensorStep]:
-        beta1, beta2 = group["betas"]
-        hyper = Hyperparameters(
-            group["lr"],
-            beta1,
-            beta2,
-            group["eps"],
-            group["weight_decay"],
-            group["p_norm"],
-            # What decays by groups is multiplied after the step.
-            group["lambda_p"] if kind_of(group) == ELEMENT or group["lambda_p"] == 0 else UNFELT,
-            group["keep_zeros"],
-            group["maximize"],
-            group["skip_nonfinite"],
-        )
+    def _planned(self) -> Plan:
+        """Find out who does what, and make the state of tensors that have none yet."""
+        for group in self.param_groups:
+            check_dense(group["params"], "AdamWLp")
+        if self._all_awake is None:
+            self._all_awake = not any(state["dormant"].item() for state in self.state.values() if state)
+        hypers = [hyper_of(group) for group in self.param_groups]
+        steps: list[TensorStep] = []
+        for index, (group, hyper) in enumerate(zip(self.param_groups, hypers, strict=True)):
+            steps += self._tensor_steps(index, group, hyper)
+        sharded = [param for group in self.param_groups for param in group["params"] if is_dtensor(param)]
+        parts = self._backend.assign(steps)
+        return Plan(self.param_groups, self.state, hypers, parts, sharded, lasts=bool(self._all_awake))
+
+    def _tensor_steps(self, group_index: int, group: dict[str, Any], hyper: Hyperparameters) -> list[TensorStep]:
         steps = []
         for place, param in enumerate(group["params"], group_index << 20):
             grad = param.grad
@@ -309,15 +307,13 @@ class AdamWLp(Optimizer):
             steps.append(TensorStep(param, grad, exp_avg, exp_avg_sq, state["step"], awake, hyper, place))
         return steps
 
-    def _finite(self, norm: Tensor | float | None, parts: list[Part]) -> bool | Tensor:
-        """Whether all gradients of these parts are finite: known by the norm of all, or looked at here."""
+    def _finite(self, norm: Tensor | float | None, plan: Plan) -> bool | Tensor:
+        """Whether all gradients of careful parts are finite: known by the norm of all, or looked at here."""
+        parts = [part for part in plan.parts if part.careful]
         if not parts:
             return True
         known = finite_by_norm(norm)
-        if known is not None:
-            return known
-        sharded = [param for group in self.param_groups for param in group["params"] if is_dtensor(param)]
-        return agreed_finite(all_finite(parts), sharded)
+        return agreed_finite(all_finite(parts), plan.sharded) if known is None else known
 
     def _count_skipped(self, finite: bool | Tensor) -> None:
         count_skipped(self.param_groups, finite)
@@ -338,10 +334,3 @@ class AdamWLp(Optimizer):
         if awake is True:
             self._all_awake = None
         return awake
-
-
-def _check_group(group: dict[str, Any]) -> None:
-    """Check what may have changed since the group was added: the decay's settings, and the gradients."""
-    check_p_norm(group["p_norm"])
-    check_lambda_p(group["lambda_p"])
-    check_dense(group["params"], "AdamWLp")

@@ -6,6 +6,7 @@ import functools
 import importlib.util
 import logging
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 
@@ -13,6 +14,9 @@ from . import compiled, foreach, reference
 from .gradients import grads_finite
 from .tensor_step import TensorStep
 
+
+if TYPE_CHECKING:
+    from . import triton_step
 
 logger = logging.getLogger(__name__)
 
@@ -39,21 +43,27 @@ class Part:
         name: The backend.
         steps: The tensors, none of which it refuses.
         careful: Whether they are spared a step with NaN or infinite gradients.
+        indices: Which of the tensors of the step they are.
+
+    Attributes:
+        batch: What can be done again while the tensors are the same, and holds no gradient; None for the backends of
+            plain operations.
     """
 
-    def __init__(self, name: str, steps: Sequence[TensorStep], careful: bool) -> None:
+    def __init__(self, name: str, steps: Sequence[TensorStep], careful: bool, indices: Sequence[int] = ()) -> None:
         self.name = name
-        self.steps = steps
         self.careful = careful
-        self.batch = compiled.Batch(steps) if name == "compiled" else None
+        self.indices = indices
+        self.batch: compiled.Batch | triton_step.Batch | None = None
+        self.steps: Sequence[TensorStep] = steps
+        if name in ("compiled", "triton"):
+            self.batch = compiled.Batch(steps) if name == "compiled" else _triton().Batch(steps)
+            self.steps = ()
 
     def run(self, finite: bool | Tensor = True) -> None:
         """Do one step on each tensor, in place; where ``finite`` is false nothing is written."""
         if self.batch is not None:
-            if finite:
-                self.batch.step()
-        elif self.name == "triton":
-            _triton().step(self.steps, finite)
+            self.batch.step(finite)
         elif self.name == "reference":
             reference.step(self.steps, finite)
         else:
@@ -62,9 +72,16 @@ class Part:
 
 def all_finite(parts: Sequence[Part]) -> bool | Tensor:
     """Whether all gradients are finite: a bool on a CPU, else a 0-dim tensor, for which the host does not wait."""
-    if not all(part.batch.all_finite() for part in parts if part.batch is not None):
-        return False
-    return grads_finite([each.grad for part in parts if part.batch is None for each in part.steps])
+    found: bool | Tensor = True
+    for part in parts:
+        finite = grads_finite([each.grad for each in part.steps]) if part.batch is None else part.batch.all_finite()
+        if isinstance(finite, Tensor) and isinstance(found, Tensor):
+            found = found & finite.to(found.device)
+        elif isinstance(finite, Tensor):
+            found = finite if found else found
+        elif not finite:
+            return False
+    return found
 
 
 class Backend:
@@ -107,35 +124,36 @@ class Backend:
         Raises:
             ValueError: If a backend other than ``auto`` was asked for and cannot do a tensor.
         """
-        alike: dict[tuple[str, bool], list[TensorStep]] = {}
-        for each in steps:
+        alike: dict[tuple[str, bool], list[int]] = {}
+        for index, each in enumerate(steps):
             device = "cpu" if each.param.is_cpu else each.param.device.type
-            alike.setdefault((device, each.hyper.skip_nonfinite), []).append(each)
+            alike.setdefault((device, each.hyper.skip_nonfinite), []).append(index)
         # Of all tensors of the step: a group without decay beside one with it takes the same backend.
         decays = any(each.hyper.lambda_p != 0 or each.hyper.keep_zeros for each in steps)
         splits = []
         for (device, careful), some in alike.items():
             numel = 0 if device in self.chosen else sum(e.param.numel() for e in steps if e.param.device.type == device)
             name, _ = self.choice(device, numel, decays)
-            splits += [(*split, careful) for split in self._split(name, some)]
-        return [Part(*split) for split in splits]
+            splits += [(*split, careful) for split in self._split(name, steps, some)]
+        return [Part(name, [steps[index] for index in some], careful, some) for name, some, careful in splits]
 
-    def _split(self, name: str, steps: list[TensorStep]) -> list[tuple[str, list[TensorStep]]]:
+    def _split(self, name: str, steps: Sequence[TensorStep], some: list[int]) -> list[tuple[str, list[int]]]:
         """Part the tensors that a backend does from those that it refuses, which `auto` leaves to `foreach`."""
         if name in ("foreach", "reference"):
-            return [(name, steps)]
+            return [(name, some)]
         refusal = compiled.refusal if name == "compiled" else _triton().refusal
-        taken: list[TensorStep] = []
-        refused: list[TensorStep] = []
-        for each in steps:
+        taken: list[int] = []
+        refused: list[int] = []
+        for index in some:
+            each = steps[index]
             reason = refusal(each)
             if reason is not None and self.name != "auto":
                 raise ValueError(
                     f"backend={name!r} cannot do the step of a tensor of shape {tuple(each.param.shape)}: {reason}. "
                     "Take backend='auto' or 'foreach'."
                 )
-            (taken if reason is None else refused).append(each)
-        return [(each, some) for each, some in ((name, taken), ("foreach", refused)) if some]
+            (taken if reason is None else refused).append(index)
+        return [(each, those) for each, those in ((name, taken), ("foreach", refused)) if those]
 
 
 @functools.cache

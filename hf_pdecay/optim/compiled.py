@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..native import load
 from .moments import is_quantized
-from .tensor_step import Decay, TensorStep, is_flat
+from .tensor_step import Decay, Hyperparameters, TensorStep, is_flat
 
 
 SOURCE = Path(__file__).with_name("adamw_lp.cpp")
@@ -67,8 +67,11 @@ def refusal(each: TensorStep) -> str | None:
     return None
 
 
+_COLUMNS = 11  # numbers in a row
+
+
 class Batch:
-    """Steps as the C++ function reads them: addresses, sizes and numbers.
+    """Steps as the C++ function reads them: addresses, sizes and numbers. It holds no gradient.
 
     Args:
         steps: Tensors none of which :func:`refusal` refuses.
@@ -79,28 +82,16 @@ class Batch:
 
     def __init__(self, steps: Sequence[TensorStep]) -> None:
         self._library = _library()
-        self._steps = steps
+        self._params = [each.param for each in steps]
         self._rows = array("q")
-        self._hypers = array("d")
+        self._hypers: list[Hyperparameters] = []
         places: dict[int, int] = {}
         append = self._rows.extend
         for param, grad, exp_avg, exp_avg_sq, count, awake, hyper, place in steps:
             group = places.get(id(hyper))
             if group is None:
                 group = places[id(hyper)] = len(places)
-                self._hypers.extend(
-                    (
-                        float(hyper.lr),
-                        hyper.beta1,
-                        hyper.beta2,
-                        hyper.eps,
-                        hyper.weight_decay,
-                        hyper.p_norm,
-                        hyper.lambda_p,
-                        hyper.keep_zeros,
-                        hyper.maximize,
-                    )
-                )
+                self._hypers.append(hyper)
             append(
                 (
                     param.data_ptr(),
@@ -117,16 +108,28 @@ class Batch:
                 )
             )
 
+    def point(self, addresses: Sequence[int]) -> None:
+        """Take the gradients at these addresses, all else being as it was."""
+        self._rows[1::_COLUMNS] = array("q", addresses)
+
     def all_finite(self) -> bool:
         """Whether all gradients are finite."""
-        return bool(self._library.hf_pdecay_all_finite(_address(self._rows), len(self._steps), torch.get_num_threads()))
+        return bool(
+            self._library.hf_pdecay_all_finite(_address(self._rows), len(self._params), torch.get_num_threads())
+        )
 
-    def step(self) -> None:
-        """Do the step on each tensor, in place."""
-        rows, hypers = _address(self._rows), _address(self._hypers)
-        if self._library.hf_pdecay_step(rows, len(self._steps), hypers, torch.get_num_threads()):
+    def step(self, finite: bool | Tensor = True) -> None:
+        """Do the step on each tensor, in place; where ``finite`` is false nothing is written."""
+        if not finite:
+            return
+        hypers = array("d")
+        for each in self._hypers:
+            numbers = float(each.lr), each.beta1, each.beta2, each.eps, each.weight_decay, each.p_norm, each.lambda_p
+            hypers.extend((*numbers, each.keep_zeros, each.maximize))
+        rows = _address(self._rows)
+        if self._library.hf_pdecay_step(rows, len(self._params), _address(hypers), torch.get_num_threads()):
             raise RuntimeError("The compiled step met a dtype that it does not know; take backend='foreach'.")
-        torch.autograd.graph.increment_version([each.param for each in self._steps])
+        torch.autograd.graph.increment_version(self._params)
 
 
 def shrink(weights: Sequence[Tensor], before: Sequence[Tensor], places: Sequence[int], decay: Decay) -> None:

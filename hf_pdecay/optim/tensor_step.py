@@ -10,9 +10,12 @@ import torch
 from torch import Tensor
 
 
-@dataclass(frozen=True)
+@dataclass
 class Hyperparameters:
-    """What a param group says of its step; see :class:`~hf_pdecay.AdamWLp`."""
+    """What a param group says of its step; see :class:`~hf_pdecay.AdamWLp`.
+
+    One object for all tensors of a group, which takes on what the group says in later steps.
+    """
 
     lr: float | Tensor
     beta1: float

@@ -2,7 +2,8 @@
 
 The arithmetic is that of adamw_lp.cpp. :func:`update` finds its tensors by a table of addresses on the device, so that
 many small tensors cost one launch. :func:`prepare`, with one thread a tensor, goes before it, counts the step and
-computes in float64 what all weights of a tensor share. No hyperparameter is a constant of a kernel: when one changes,
+computes in float64 what all weights of a tensor share. :func:`look` goes before both where somebody wants to know
+whether the gradients are finite. No hyperparameter is a constant of a kernel: when one changes,
 nothing is compiled again. Where a product and a sum are fused is said here, so that all compilers agree.
 """
 
@@ -116,26 +117,72 @@ def update(
     BLOCK: tl.constexpr,
 ) -> None:
     """Do the step of one chunk of one tensor."""
-    program = tl.program_id(0)
+    row = _row(table, rows)
+    words = table + row * COLUMNS
+    scalars = shared + row * SHARED
+    if tl.load(scalars) != 0:
+        begin, whole, end = _chunk(words, CHUNK, BLOCK)
+        _run(words, scalars, begin, whole, PARAM, MOMENT, DECAY, NEAREST, BLOCK, True)
+        _run(words, scalars, whole, end, PARAM, MOMENT, DECAY, NEAREST, BLOCK, False)
+
+
+@triton.jit(do_not_specialize=["rows"])
+def look(
+    table: tl.tensor,
+    finite: tl.tensor,
+    rows: tl.int32,
+    PARAM: tl.constexpr,
+    CHUNK: tl.constexpr,
+    BLOCK: tl.constexpr,
+) -> None:
+    """Set ``finite``, a bool, to false if a gradient of one chunk of one tensor is NaN or infinite."""
+    words = table + _row(table, rows) * COLUMNS
+    begin, whole, end = _chunk(words, CHUNK, BLOCK)
+    most = tl.maximum(
+        _largest(tl.load(words + 2), begin, whole, PARAM, BLOCK, True),
+        _largest(tl.load(words + 2), whole, end, PARAM, BLOCK, False),
+    )
+    if most == float("inf"):
+        tl.store(finite.to(tl.pointer_type(tl.int8)), 0)
+
+
+@triton.jit
+def _largest(
+    grad: tl.tensor, begin: tl.tensor, end: tl.tensor, PARAM: tl.constexpr, BLOCK: tl.constexpr, WHOLE: tl.constexpr
+) -> tl.tensor:
+    """The largest magnitude from ``begin`` to ``end``, with NaN as infinity."""
+    lane = tl.arange(0, BLOCK)
+    most = tl.zeros([BLOCK], tl.float64 if PARAM == tl.float64 else tl.float32)
+    for at in range(begin, end, BLOCK):
+        g = tl.abs(_load(grad, at, lane, lane < tl.minimum(end - at, BLOCK).to(tl.int32), PARAM, WHOLE))
+        most = tl.maximum(most, tl.where(g == g, g, float("inf")))
+    return tl.max(most, 0)
+
+
+@triton.jit
+def _row(table: tl.tensor, rows: tl.tensor) -> tl.tensor:
+    """The row of the tensor that the chunk of this program belongs to."""
     # The last row whose first chunk is not beyond this one. Rows without weights have the first chunk of the next.
     low = tl.program_id(1)  # 0
     high = rows
     while high - low > 1:
         middle = (low + high) // 2
-        before = tl.load(table + middle * COLUMNS) <= program
+        before = tl.load(table + middle * COLUMNS) <= tl.program_id(0)
         low = tl.where(before, middle, low)
         high = tl.where(before, high, middle)
-    words = table + low * COLUMNS
-    scalars = shared + low * SHARED
-    if tl.load(scalars) != 0:
-        numel = tl.load(words + 7)
-        begin = (program - tl.load(words)) * CHUNK
-        end = tl.minimum(begin + CHUNK, numel)
-        # The same code twice: with a mask, or addresses of which it does not know that they are multiples of 16, the
-        # compiler loads one element at a time.
-        whole = begin + (end - begin) // BLOCK * BLOCK * tl.load(words + 9)
-        _run(words, scalars, begin, whole, PARAM, MOMENT, DECAY, NEAREST, BLOCK, True)
-        _run(words, scalars, whole, end, PARAM, MOMENT, DECAY, NEAREST, BLOCK, False)
+    return low
+
+
+@triton.jit
+def _chunk(words: tl.tensor, CHUNK: tl.constexpr, BLOCK: tl.constexpr) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
+    """Where this program's chunk of a tensor begins, where the part of it ends that is whole blocks, and its end.
+
+    The same code is to run twice: with a mask, or addresses of which it does not know that they are multiples of 16,
+    the compiler loads one element at a time.
+    """
+    begin = (tl.program_id(0) - tl.load(words)) * CHUNK
+    end = tl.minimum(begin + CHUNK, tl.load(words + 7))
+    return begin, begin + (end - begin) // BLOCK * BLOCK * tl.load(words + 9), end
 
 
 @triton.jit

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from .moments import is_quantized
 from .tensor_step import TensorStep, is_flat
-from .triton_kernels import SHARED, prepare, update
+from .triton_kernels import COLUMNS, SHARED, look, prepare, update
 
 
 _TYPES = {
@@ -33,11 +33,14 @@ _OPTIONS = {"num_warps": 4, "enable_fp_fusion": False, "sanitize_overflow": Fals
 _BLOCK = 1024  # elements that a program works on at a time: eight a thread, so that half precision loads 16 bytes
 _CHUNK = 4 * _BLOCK  # elements of a program, over which finding their tensor is spread
 _ROWS = 128  # tensors that a program of the first kernel prepares
+_GRAD, _ALIGNED = 2, 9  # columns of the table
 _ALIGNMENT = 16  # bytes that a thread loads at once where the addresses allow it
 
 # Whether the kernels run in Python, on tensors of a CPU: so they do if TRITON_INTERPRET was set when triton saw them.
 _INTERPRETED = not isinstance(update, triton.JITFunction)
 _DEVICES = ("cuda", "xpu", "cpu") if _INTERPRETED else ("cuda", "xpu")
+
+_NOTHING: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
 
 
 def refusal(each: TensorStep) -> str | None:
@@ -64,41 +67,102 @@ def refusal(each: TensorStep) -> str | None:
     return None
 
 
+class Batch:
+    """Steps as the kernels read them: tables of addresses, kept on the host. It holds no gradient.
+
+    Args:
+        steps: Tensors none of which :func:`refusal` refuses.
+    """
+
+    def __init__(self, steps: Sequence[TensorStep]) -> None:
+        kinds: dict[tuple[Any, ...], list[int]] = {}
+        for index, each in enumerate(steps):
+            decays = each.hyper.lambda_p != 0 and each.awake is not False
+            kind = each.param.device, each.param.dtype, each.exp_avg.dtype, id(each.hyper), decays
+            kinds.setdefault(kind, []).append(index)
+        self._params = [each.param for each in steps]
+        self._launches = [
+            _Launch([steps[index] for index in some], some, decays) for (*_, decays), some in kinds.items()
+        ]
+
+    def point(self, addresses: Sequence[int]) -> None:
+        """Take the gradients at these addresses, all else being as it was."""
+        for launch in self._launches:
+            launch.point([addresses[index] for index in launch.indices])
+
+    def all_finite(self) -> bool | Tensor:
+        """Whether all gradients are finite, as a 0-dim tensor: the host does not wait."""
+        found: dict[torch.device, Tensor] = {}
+        for launch in self._launches:
+            if launch.device not in found:
+                found[launch.device] = torch.ones((), dtype=torch.bool, device=launch.device)
+            launch.look(found[launch.device])
+        flags = list(found.values())
+        return functools.reduce(lambda one, other: one & other.to(one.device), flags) if flags else True
+
+    def step(self, finite: bool | Tensor = True) -> None:
+        """Do one step on each tensor, in place; see :func:`hf_pdecay.optim.foreach.step`."""
+        if finite is False:
+            return
+        for launch in self._launches:
+            launch.step(finite)
+        torch.autograd.graph.increment_version(self._params)
+
+
 def step(steps: Sequence[TensorStep], finite: bool | Tensor = True) -> None:
     """Do one step on each tensor, in place; see :func:`hf_pdecay.optim.foreach.step`."""
-    if not steps or finite is False:
-        return
-    launches: dict[tuple[Any, ...], list[TensorStep]] = {}
-    for each in steps:
-        decays = each.hyper.lambda_p != 0 and each.awake is not False
-        kind = each.param.device, each.param.dtype, each.exp_avg.dtype, id(each.hyper), decays
-        launches.setdefault(kind, []).append(each)
-    for (device, *_, decays), some in launches.items():
-        with _guard(device):
-            _launch(some, finite, decays)
-    torch.autograd.graph.increment_version([each.param for each in steps])
+    Batch(steps).step(finite)
 
 
-def _launch(some: Sequence[TensorStep], finite: bool | Tensor, decays: bool) -> None:
-    """Do the step of tensors that share their device, dtypes and hyperparameters."""
-    hyper, device = some[0].hyper, some[0].param.device
-    param, moment = some[0].param.dtype, some[0].exp_avg.dtype
-    words, chunks = _words(some)
-    table = _table(words, device)
-    wide = param == torch.float64
-    shared = torch.empty(len(some) * SHARED.value, dtype=param if wide else torch.float32, device=device)
-    flag = finite.to(device, non_blocking=True) if isinstance(finite, Tensor) else None
-    rate, lr = _rate(hyper.lr, device)
-    numbers = lr, hyper.beta1, hyper.beta2, hyper.eps, hyper.weight_decay, hyper.p_norm, hyper.lambda_p
-    flags = int(hyper.maximize) + 2 * int(hyper.keep_zeros)
-    options = {"MOMENT": _TYPES[moment], **_OPTIONS}
-    grid = (triton.cdiv(len(some), _ROWS),)
-    prepare[grid](table, shared, flag, rate, len(some), *map(_bits, numbers), flags, ROWS=_ROWS, **options)
-    if chunks:
+class _Launch:
+    """The step of tensors that share their device, dtypes and hyperparameters."""
+
+    def __init__(self, some: Sequence[TensorStep], indices: Sequence[int], decays: bool) -> None:
+        self.indices = indices
+        self.device = some[0].param.device
+        self._hyper = some[0].hyper
+        self._rows = len(some)
+        self._words, self._chunks = _words(some)
+        self._bytes = self._words.tobytes()
+        param, moment = some[0].param.dtype, some[0].exp_avg.dtype
         # What neither decays nor has moments of another dtype is rounded as torch does.
-        nearest = wide or param == moment and (hyper.lambda_p == 0 or param == torch.float32)
-        options |= {"PARAM": _TYPES[param], "DECAY": decays, "NEAREST": nearest, "CHUNK": _CHUNK, "BLOCK": _BLOCK}
-        update[(chunks,)](table, shared, len(some), **options)
+        nearest = param == torch.float64 or (param == moment and (self._hyper.lambda_p == 0 or param == torch.float32))
+        self._shared_dtype = param if param == torch.float64 else torch.float32
+        self._prepare = {"MOMENT": _TYPES[moment], "ROWS": _ROWS, **_OPTIONS}
+        self._look = {"PARAM": _TYPES[param], "CHUNK": _CHUNK, "BLOCK": _BLOCK, **_OPTIONS}
+        self._update = {**self._look, "MOMENT": _TYPES[moment], "DECAY": decays, "NEAREST": nearest}
+
+    def point(self, addresses: Sequence[int]) -> None:
+        self._words[_GRAD :: COLUMNS.value] = array("q", addresses)
+        aligned = [
+            all(address % _ALIGNMENT == 0 for address in self._words[start + 1 : start + 5])
+            for start in range(0, len(self._words), COLUMNS.value)
+        ]
+        self._words[_ALIGNED :: COLUMNS.value] = array("q", aligned)
+        self._bytes = self._words.tobytes()
+
+    def look(self, finite: Tensor) -> None:
+        """Set a flag to false if a gradient is not finite."""
+        if self._chunks:
+            with _guard(self.device):
+                look[(self._chunks,)](self._table(), finite, self._rows, **self._look)
+
+    def step(self, finite: bool | Tensor) -> None:
+        device, hyper = self.device, self._hyper
+        with _guard(device):
+            table = self._table()
+            shared = torch.empty(self._rows * SHARED.value, dtype=self._shared_dtype, device=device)
+            flag = finite.to(device, non_blocking=True) if isinstance(finite, Tensor) else None
+            rate, lr = _rate(hyper.lr, device)
+            numbers = lr, hyper.beta1, hyper.beta2, hyper.eps, hyper.weight_decay, hyper.p_norm, hyper.lambda_p
+            flags = int(hyper.maximize) + 2 * int(hyper.keep_zeros)
+            grid = (triton.cdiv(self._rows, _ROWS),)
+            prepare[grid](table, shared, flag, rate, self._rows, *_bits(numbers), flags, **self._prepare)
+            if self._chunks:
+                update[(self._chunks,)](table, shared, self._rows, **self._update)
+
+    def _table(self) -> Tensor:
+        return _table(self._words, self.device, self._bytes)
 
 
 def _words(some: Sequence[TensorStep]) -> tuple[array[int], int]:
@@ -115,12 +179,12 @@ def _words(some: Sequence[TensorStep]) -> tuple[array[int], int]:
     return words, chunks
 
 
-def _table(words: array[int], device: torch.device) -> Tensor:
+def _table(words: array[int], device: torch.device, as_bytes: bytes | None = None) -> Tensor:
     if _is_capturing(device):
         return _filled_table(words, device)
     # Memory is given back to the stream that it was taken on, so each stream has tables of its own.
     stream = None if device.type == "cpu" else torch.get_device_module(device).current_stream()
-    return _copied_table(words.tobytes(), device, stream)
+    return _copied_table(words.tobytes() if as_bytes is None else as_bytes, device, stream)
 
 
 @functools.lru_cache(maxsize=128)
@@ -149,8 +213,10 @@ def _is_capturing(device: torch.device) -> bool:
 
 
 def _guard(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    if device.type == "cpu":
+        return _NOTHING
     module: Any = torch.get_device_module(device)
-    return contextlib.nullcontext() if device.type == "cpu" else module.device(device)
+    return _NOTHING if module.current_device() == device.index else module.device(device)
 
 
 def _rate(lr: float | Tensor, device: torch.device) -> tuple[Tensor | None, float]:
@@ -162,6 +228,6 @@ def _rate(lr: float | Tensor, device: torch.device) -> tuple[Tensor | None, floa
     return lr.to(device, non_blocking=True), 0.0
 
 
-def _bits(number: float) -> int:
-    """Return the bits of a float64 as an integer, which a kernel takes whole."""
-    return int(struct.unpack("<q", struct.pack("<d", number))[0])
+def _bits(numbers: Sequence[float]) -> tuple[int, ...]:
+    """Return the bits of float64 numbers as integers, which a kernel takes whole."""
+    return struct.unpack(f"<{len(numbers)}q", struct.pack(f"<{len(numbers)}d", *numbers))
