@@ -1,0 +1,143 @@
+"""What a step has in common with the one before it: found out once, and checked by addresses before each step.
+
+Finding out which backend does which tensor costs the host several times what the step itself costs it. For models of
+many small tensors, and on a GPU, that is what a step takes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from ..decay import check_lambda_p, check_p_norm
+from .backends import Part
+from .grouped import ELEMENT, UNFELT, kind_of
+from .tensor_step import Hyperparameters
+
+
+_STATE = ("exp_avg", "exp_avg_sq", "step")
+
+
+def hyper_of(group: Mapping[str, Any]) -> Hyperparameters:
+    """Return the hyperparameters of a param group, after a look at those that may have changed.
+
+    Raises:
+        ValueError: If p or λ_p is out of its range.
+    """
+    check_p_norm(group["p_norm"])
+    check_lambda_p(group["lambda_p"])
+    beta1, beta2 = group["betas"]
+    # What decays by groups is multiplied after the step.
+    whole = group["lambda_p"] == 0 or kind_of(group) == ELEMENT
+    return Hyperparameters(
+        group["lr"],
+        beta1,
+        beta2,
+        group["eps"],
+        group["weight_decay"],
+        group["p_norm"],
+        group["lambda_p"] if whole else UNFELT,
+        group["keep_zeros"],
+        group["maximize"],
+        group["skip_nonfinite"],
+    )
+
+
+class Plan:
+    """Which backend does which tensors of a step.
+
+    Args:
+        groups: The optimizer's param groups.
+        state: Its state.
+        hypers: The hyperparameters of each group, which the parts look at in each step.
+        parts: What the backends do.
+        sharded: The parameters whose shards lie on several processes.
+        lasts: Whether the next step may be done by the same parts, if it has the same tensors.
+    """
+
+    def __init__(
+        self,
+        groups: Sequence[Mapping[str, Any]],
+        state: Mapping[Tensor, Mapping[str, Any]],
+        hypers: list[Hyperparameters],
+        parts: list[Part],
+        sharded: list[Tensor],
+        lasts: bool,
+    ) -> None:
+        self.parts = parts
+        self.sharded = sharded
+        self._hypers = hypers
+        self._flags = [_flags(hyper) for hyper in hypers]
+        params = _params(groups)
+        grads = [param.grad for param in params]
+        self.lasts = lasts and not sharded and _are_plain(params, grads) and all(part.batch for part in parts)
+        if self.lasts:
+            self._owners, self._grads = _owners(params, state), _addresses(grads)
+
+    def follow(self, groups: Sequence[Mapping[str, Any]], state: Mapping[Tensor, Mapping[str, Any]]) -> bool:
+        """Take over what may change from one step to the next, and return whether all else is as it was.
+
+        Args:
+            groups: The optimizer's param groups.
+            state: Its state.
+        """
+        if not self.lasts or len(groups) != len(self._hypers):
+            return False
+        for group, hyper, flags in zip(groups, self._hypers, self._flags, strict=True):
+            fresh = hyper_of(group)
+            if _flags(fresh) != flags:
+                return False
+            vars(hyper).update(vars(fresh))
+        params = _params(groups)
+        grads = [param.grad for param in params]
+        if any(grad is not None and grad.is_sparse for grad in grads):
+            return False
+        addresses = _addresses(grads)
+        if addresses == self._grads:
+            return _are_contiguous(grads) and _owners(params, state) == self._owners
+        stepped = [grad for grad in grads if grad is not None]
+        same = [address < 0 for address in addresses] == [address < 0 for address in self._grads]
+        if not same or not _are_plain(params, grads) or _owners(params, state) != self._owners:
+            return False
+        for part in self.parts:
+            if part.batch is not None:
+                part.batch.point([stepped[index].data_ptr() for index in part.indices])
+        self._grads = addresses
+        return True
+
+
+def _flags(hyper: Hyperparameters) -> tuple[bool, ...]:
+    """What decides who does a step, and how it is parted."""
+    return hyper.lambda_p != 0, hyper.keep_zeros, hyper.skip_nonfinite, isinstance(hyper.lr, Tensor)
+
+
+def _params(groups: Sequence[Mapping[str, Any]]) -> list[Tensor]:
+    return [param for group in groups for param in group["params"]]
+
+
+def _addresses(grads: Sequence[Tensor | None]) -> list[int]:
+    return [-1 if grad is None else grad.data_ptr() for grad in grads]
+
+
+def _owners(params: Sequence[Tensor], state: Mapping[Tensor, Mapping[str, Any]]) -> list[int] | None:
+    """Which parameters there are, and where they and the state of the optimizer lie; None where state is missing."""
+    try:
+        moments = [each[name].data_ptr() for each in state.values() for name in _STATE]
+    except (KeyError, AttributeError):
+        return None
+    return [id(param) for param in params] + [param.data_ptr() for param in params] + moments
+
+
+def _are_contiguous(grads: Sequence[Tensor | None]) -> bool:
+    return all(grad is None or (grad.is_contiguous() and not grad.is_neg()) for grad in grads)
+
+
+def _are_plain(params: Sequence[Tensor], grads: Sequence[Tensor | None]) -> bool:
+    """Whether gradients are such that their addresses say all of them."""
+    return _are_contiguous(grads) and all(
+        param.is_contiguous() and grad.dtype == param.dtype and grad.shape == param.shape
+        for param, grad in zip(params, grads, strict=True)
+        if grad is not None
+    )
