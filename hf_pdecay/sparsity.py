@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from .names import clean_name
+from .optim.backends import has_triton
 from .optim.distributed import Groups, all_sum
 from .rules import decayable_parameter_names
 from .shards import full_numel, full_shape, held, is_sharded
@@ -269,7 +270,7 @@ def measure_with_extra(
     chosen = {clean_name(name) for name in (decayable_parameter_names(model) if decayed is None else decayed)}
     named = list(_distinct_parameters(model))
     with torch.no_grad():
-        counts = [_count(param, near_zero_threshold) for _, param in named]
+        counts = _counts([held(param).weight for _, param in named], near_zero_threshold)
         _add_shards([param for _, param in named], counts)
     rows = _to_host([*counts, *(value.reshape(1) for value in extra if isinstance(value, Tensor))])
     from_device = iter(rows[len(counts) :])
@@ -305,12 +306,29 @@ def _distinct_parameters(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
         yield clean_name(name), param
 
 
-def _count(param: Tensor, near_zero_threshold: float) -> Tensor:
-    """Exact zeros, weights below the threshold and the bits of the norm's square, on the parameter's device.
+def _counts(tensors: Sequence[Tensor], near_zero_threshold: float) -> list[Tensor]:
+    """Exact zeros, weights below the threshold and the bits of the norm's square of each, on its device, in int64."""
+    alike: dict[tuple[torch.device, torch.dtype], list[int]] = {}
+    for number, tensor in enumerate(tensors):
+        alike.setdefault((tensor.device, tensor.dtype), []).append(number)
+    found: dict[int, Tensor] = {}
+    for (device, dtype), numbers in alike.items():
+        if not has_triton(device):
+            continue
+        from .optim.triton_count import count_zeros, countable  # imports triton, which takes its time
 
-    They are of what this process holds, in int64.
-    """
-    weights = held(param).weight
+        some = [number for number in numbers if countable(tensors[number])]
+        if some:
+            weights = [tensors[number] for number in some]
+            norms = torch._foreach_norm(weights, 2, dtype=torch.promote_types(dtype, torch.float32))
+            squares = torch.stack(norms).double().square().view(torch.int64)
+            rows = torch.cat([count_zeros(weights, near_zero_threshold), squares.unsqueeze(1)], 1)
+            found |= dict(zip(some, rows.unbind(0), strict=True))
+    return [found[n] if n in found else _count(each, near_zero_threshold) for n, each in enumerate(tensors)]
+
+
+def _count(weights: Tensor, near_zero_threshold: float) -> Tensor:
+    """What :func:`_counts` returns of one tensor, by plain operations."""
     zeros = weights.numel() - torch.count_nonzero(weights)
     below = torch.zeros((), dtype=torch.int64, device=weights.device)
     for piece in weights.reshape(-1).split(CHUNK):
@@ -321,7 +339,7 @@ def _count(param: Tensor, near_zero_threshold: float) -> Tensor:
 
 def count_tensor(tensor: Tensor, near_zero_threshold: float = NEAR_ZERO_THRESHOLD) -> tuple[int, int, int, float]:
     """Return number of weights, exact zeros, near-zeros and Euclidean norm of one whole tensor."""
-    zeros, below, square = _to_host([_count(tensor, near_zero_threshold)])[0]
+    zeros, below, square = _to_host(_counts([held(tensor).weight], near_zero_threshold))[0]
     return tensor.numel(), zeros, max(below - zeros, 0), math.sqrt(_float_from_bits(square))
 
 

@@ -21,7 +21,11 @@ pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reas
 
 ROOT = Path(__file__).parents[1]
 ARITHMETIC = ["triton_cases.py::TestArithmetic"]
-OTHERS = ["triton_cases.py::TestRounding", "triton_launch_cases.py::TestLaunches"]
+OTHERS = [
+    "triton_cases.py::TestRounding",
+    "triton_launch_cases.py::TestLaunches",
+    "triton_launch_cases.py::TestOthers",
+]
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 

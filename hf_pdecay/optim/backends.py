@@ -8,6 +8,7 @@ import logging
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 
 from . import compiled, foreach, reference
@@ -170,10 +171,16 @@ def _automatic(device: str, numel: int) -> tuple[str, str]:
             return "compiled", f"one C++ function does the step of {numel:,} weights in one pass over memory"
         return "foreach", f"{reason}; with a C++ compiler the step takes about a third of the time"
     if device in ("cuda", "xpu"):
-        if importlib.util.find_spec("triton") is not None:
+        if has_triton(device):
             return "triton", f"one kernel does the step of {numel:,} weights in one pass over memory"
         return "foreach", "triton is not installed; with it the step takes one pass over memory"
     return "foreach", f"no kernel was written for {device}"
+
+
+def has_triton(device: torch.device | str | None) -> bool:
+    """Whether there are Triton kernels for a device, or a type of it."""
+    kind = getattr(device, "type", device)
+    return kind in ("cuda", "xpu") and importlib.util.find_spec("triton") is not None
 
 
 def _triton():  # type: ignore[no-untyped-def]

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..decay import shrink_factor
 from . import compiled
-from .backends import MIN_COMPILED
+from .backends import MIN_COMPILED, has_triton
 from .foreach import chunk_size, chunks
 from .rounding import LOW_PRECISION, noise_bits, stochastic_round
 from .tensor_step import Decay, is_flat, shrink_, smallest
@@ -59,16 +59,26 @@ def copies(weights: Sequence[Tensor]) -> list[Tensor]:
 def shrink(tensors: Sequence[Stepped], decay: Decay) -> None:
     """Shrink the weights of a param group, in place, after the base optimizer's step.
 
-    On a CPU one C++ function does it where there is enough to do, as it does AdamWLp's step.
+    On a CPU one C++ function does it where there is enough to do, and on a GPU one Triton kernel, as they do AdamWLp's
+    step.
     """
     taken = _compiled(tensors, decay)
     if taken:
         weights, copied, places = zip(*((each.weight, each.before, each.place) for each in taken), strict=True)
         compiled.shrink(weights, copied, places, decay)
-        chosen = {id(each) for each in taken}
-        tensors = [each for each in tensors if id(each) not in chosen]
-    for some in _batches(tensors):
-        _shrink_batch(some, decay)
+    elif has_triton(tensors[0].weight.device if tensors else None):
+        from . import triton_shrink  # imports triton, which takes its time
+
+        taken = [each for each in tensors if triton_shrink.takes(each)]
+        by_dtype: dict[torch.dtype, list[Stepped]] = {}
+        for each in taken:
+            by_dtype.setdefault(each.weight.dtype, []).append(each)
+        for some in by_dtype.values():
+            triton_shrink.shrink_all(some, decay)
+    chosen = {id(each) for each in taken}
+    tensors = [each for each in tensors if id(each) not in chosen]
+    for batch in _batches(tensors):
+        _shrink_batch(batch, decay)
 
 
 def _compiled(tensors: Sequence[Stepped], decay: Decay) -> list[Stepped]:

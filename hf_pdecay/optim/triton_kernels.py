@@ -55,19 +55,19 @@ def prepare(
     if rate is not None:
         alpha = tl.load(rate).to(tl.float64)
     else:
-        alpha = _float64(lr)
-    weight1, weight2, epsilon = 1.0 - _float64(beta1), 1.0 - _float64(beta2), _float64(eps)
+        alpha = float64_of(lr)
+    weight1, weight2, epsilon = 1.0 - float64_of(beta1), 1.0 - float64_of(beta2), float64_of(eps)
     times = count.to(tl.float64)
-    correction1 = 1.0 - tl.exp2(times * tl.log2(_float64(beta1)))
-    correction2 = 1.0 - tl.exp2(times * tl.log2(_float64(beta2)))
+    correction1 = 1.0 - tl.exp2(times * tl.log2(float64_of(beta1)))
+    correction2 = 1.0 - tl.exp2(times * tl.log2(float64_of(beta2)))
     # What is below float16's smallest number is stored as 0, and the fast root takes what is below float32's smallest
     # normal number for 0; and m / (0 + eps) is no step that anyone wants.
     if MOMENT == tl.float16:
         least = tl.where(epsilon < 2.0**-25, 2.0**-12, 0.0)
     else:
         least = 0.0 if MOMENT == tl.float64 else 2.0**-63
-    x = 2.0 - _float64(p_norm)
-    alpha_lambda = tl.where(awake, alpha * _float64(lambda_p), 0.0)
+    x = 2.0 - float64_of(p_norm)
+    alpha_lambda = tl.where(awake, alpha * float64_of(lambda_p), 0.0)
     # Where α λ_p is not even a normal number its logarithm is set to that of 0, which makes every factor 1.
     tiny = 2.0**-1022 if shared.dtype.element_ty == tl.float64 else 2.0**-126
     decays = alpha_lambda >= tiny
@@ -75,20 +75,20 @@ def prepare(
     at_zero = tl.where(x > 0, 0.0, tl.where(x == 0, 1.0 / (1.0 + alpha_lambda), 1.0))
     keeps_zeros = (flags >> 1) != 0
     place = tl.load(words + 8, mask=mask, other=0).to(tl.uint32)
-    noise = _mix(count.to(tl.int64).to(tl.uint32) + place * 0x9E3779B9)
+    noise = mix(count.to(tl.int64).to(tl.uint32) + place * 0x9E3779B9)
 
     out = shared + row * SHARED
     tl.store(out + 0, going.to(tl.float32), mask=mask)
     tl.store(out + 1, 1.0 - 2.0 * (flags & 1).to(tl.float32), mask=mask)
     # torch's lerp works from the nearer end, to which the sign says how far.
     tl.store(out + 2, tl.where(weight1 < 0.5, weight1, weight1 - 1.0), mask=mask)
-    tl.store(out + 3, _float64(beta2), mask=mask)
+    tl.store(out + 3, float64_of(beta2), mask=mask)
     tl.store(out + 4, weight2, mask=mask)
     tl.store(out + 5, 1.0 / tl.sqrt(correction2), mask=mask)
     tl.store(out + 6, epsilon, mask=mask)
     tl.store(out + 7, least, mask=mask)
     tl.store(out + 8, -alpha / correction1, mask=mask)
-    tl.store(out + 9, 1.0 - alpha * _float64(weight_decay), mask=mask)
+    tl.store(out + 9, 1.0 - alpha * float64_of(weight_decay), mask=mask)
     tl.store(out + 10, -x, mask=mask)
     tl.store(out + 11, log2_alpha_lambda, mask=mask)
     tl.store(out + 12, tl.where(keeps_zeros, 0.0, tl.where(decays, at_zero, 1.0)), mask=mask)
@@ -96,11 +96,12 @@ def prepare(
     tl.store(out + 13, tl.where(keeps_zeros, 0.0, float("nan")), mask=mask)
     # The bits of two integers, for which float64 weights have no use.
     tl.store(out + 14, noise.to(tl.float32, bitcast=True), mask=mask)
-    tl.store(out + 15, _mix(noise ^ 0x68E31DA4).to(tl.float32, bitcast=True), mask=mask)
+    tl.store(out + 15, mix(noise ^ 0x68E31DA4).to(tl.float32, bitcast=True), mask=mask)
 
 
 @triton.jit
-def _float64(bits: tl.tensor) -> tl.tensor:
+def float64_of(bits: tl.tensor) -> tl.tensor:
+    """Return the number that has these bits."""
     return bits.to(tl.int64).to(tl.float64, bitcast=True)
 
 
@@ -117,11 +118,11 @@ def update(
     BLOCK: tl.constexpr,
 ) -> None:
     """Do the step of one chunk of one tensor."""
-    row = _row(table, rows)
+    row = row_of(table, rows)
     words = table + row * COLUMNS
     scalars = shared + row * SHARED
     if tl.load(scalars) != 0:
-        begin, whole, end = _chunk(words, CHUNK, BLOCK)
+        begin, whole, end = chunk_of(words, CHUNK, BLOCK)
         _run(words, scalars, begin, whole, PARAM, MOMENT, DECAY, NEAREST, BLOCK, True)
         _run(words, scalars, whole, end, PARAM, MOMENT, DECAY, NEAREST, BLOCK, False)
 
@@ -136,8 +137,8 @@ def look(
     BLOCK: tl.constexpr,
 ) -> None:
     """Set ``finite``, a bool, to false if a gradient of one chunk of one tensor is NaN or infinite."""
-    words = table + _row(table, rows) * COLUMNS
-    begin, whole, end = _chunk(words, CHUNK, BLOCK)
+    words = table + row_of(table, rows) * COLUMNS
+    begin, whole, end = chunk_of(words, CHUNK, BLOCK)
     most = tl.maximum(
         _largest(tl.load(words + 2), begin, whole, PARAM, BLOCK, True),
         _largest(tl.load(words + 2), whole, end, PARAM, BLOCK, False),
@@ -154,14 +155,14 @@ def _largest(
     lane = tl.arange(0, BLOCK)
     most = tl.zeros([BLOCK], tl.float64 if PARAM == tl.float64 else tl.float32)
     for at in range(begin, end, BLOCK):
-        g = tl.abs(_load(grad, at, lane, lane < tl.minimum(end - at, BLOCK).to(tl.int32), PARAM, WHOLE))
+        g = tl.abs(load_block(grad, at, lane, lane < tl.minimum(end - at, BLOCK).to(tl.int32), PARAM, WHOLE))
         most = tl.maximum(most, tl.where(g == g, g, float("inf")))
     return tl.max(most, 0)
 
 
 @triton.jit
-def _row(table: tl.tensor, rows: tl.tensor) -> tl.tensor:
-    """The row of the tensor that the chunk of this program belongs to."""
+def row_of(table: tl.tensor, rows: tl.tensor) -> tl.tensor:
+    """Return the row of the tensor that the chunk of this program belongs to."""
     # The last row whose first chunk is not beyond this one. Rows without weights have the first chunk of the next.
     low = tl.program_id(1)  # 0
     high = rows
@@ -174,8 +175,8 @@ def _row(table: tl.tensor, rows: tl.tensor) -> tl.tensor:
 
 
 @triton.jit
-def _chunk(words: tl.tensor, CHUNK: tl.constexpr, BLOCK: tl.constexpr) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
-    """Where this program's chunk of a tensor begins, where the part of it ends that is whole blocks, and its end.
+def chunk_of(words: tl.tensor, CHUNK: tl.constexpr, BLOCK: tl.constexpr) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
+    """Return where this program's chunk of a tensor begins, where its part of whole blocks ends, and where it ends.
 
     The same code is to run twice: with a mask, or addresses of which it does not know that they are multiples of 16,
     the compiler loads one element at a time.
@@ -211,10 +212,10 @@ def _run(
     lane = tl.arange(0, BLOCK)
     for at in range(begin, end, BLOCK):
         mask = lane < tl.minimum(end - at, BLOCK).to(tl.int32)
-        w = _load(param, at, lane, mask, PARAM, WHOLE)
-        g = _load(grad, at, lane, mask, PARAM, WHOLE) * sign
-        m = _load(exp_avg, at, lane, mask, MOMENT, WHOLE)
-        v = _load(exp_avg_sq, at, lane, mask, MOMENT, WHOLE)
+        w = load_block(param, at, lane, mask, PARAM, WHOLE)
+        g = load_block(grad, at, lane, mask, PARAM, WHOLE) * sign
+        m = load_block(exp_avg, at, lane, mask, MOMENT, WHOLE)
+        v = load_block(exp_avg_sq, at, lane, mask, MOMENT, WHOLE)
 
         m = tl.fma(g - m, lerp, tl.where(lerp > 0, m, g))
         v = tl.fma(g * weight2, g, v * beta2)
@@ -225,7 +226,7 @@ def _run(
         denominator = tl.where(denominator < least, least, denominator)
         result = tl.fma(w, shrink_l2, m * step_size / denominator)
         if DECAY:
-            factor = _factor(tl.abs(w), minus_x, log2_alpha_lambda, PARAM == tl.float64)
+            factor = factor_of(tl.abs(w), minus_x, log2_alpha_lambda, PARAM == tl.float64)
             factor = tl.where(w == 0, at_zero, factor)
             result = result * factor
             # What decays to a subnormal number, which processors are slow to multiply, becomes 0; so does -0.
@@ -236,15 +237,15 @@ def _run(
 
         noise = tl.zeros([BLOCK], tl.uint32)
         if not NEAREST:
-            noise = _noise((at + lane).to(tl.uint32), noise_a, noise_b)
+            noise = noise_of((at + lane).to(tl.uint32), noise_a, noise_b)
         # Each rounding gets bits of its own: the low half, the high half, and both together.
-        _store(param, at, lane, mask, result, noise, PARAM, NEAREST, WHOLE)
-        _store(exp_avg, at, lane, mask, m, noise ^ (noise >> 16), MOMENT, NEAREST, WHOLE)
-        _store(exp_avg_sq, at, lane, mask, v, noise >> 16, MOMENT, NEAREST, WHOLE)
+        store_block(param, at, lane, mask, result, noise, PARAM, NEAREST, WHOLE)
+        store_block(exp_avg, at, lane, mask, m, noise ^ (noise >> 16), MOMENT, NEAREST, WHOLE)
+        store_block(exp_avg_sq, at, lane, mask, v, noise >> 16, MOMENT, NEAREST, WHOLE)
 
 
 @triton.jit
-def _factor(magnitude: tl.tensor, minus_x: tl.tensor, log2_alpha_lambda: tl.tensor, WIDE: tl.constexpr) -> tl.tensor:
+def factor_of(magnitude: tl.tensor, minus_x: tl.tensor, log2_alpha_lambda: tl.tensor, WIDE: tl.constexpr) -> tl.tensor:
     """Return s / (s + α λ_p) with s = |w|^x, which is 1 / (1 + α λ_p |w|^-x) for every p; of a weight other than 0."""
     if WIDE:
         y = tl.fma(tl.log2(tl.where(magnitude == 0, 1.0, magnitude)), minus_x, log2_alpha_lambda)
@@ -275,14 +276,15 @@ def _factor(magnitude: tl.tensor, minus_x: tl.tensor, log2_alpha_lambda: tl.tens
 
 
 @triton.jit
-def _mix(x: tl.tensor) -> tl.tensor:
+def mix(x: tl.tensor) -> tl.tensor:
+    """Return a hash of 32 bits to 32 bits, see rounding.py."""
     x = (x ^ (x >> 16)) * 0x21F0AAAD
     x = (x ^ (x >> 15)) * 0xD35A2D97
     return x ^ (x >> 15)
 
 
 @triton.jit
-def _noise(element: tl.tensor, a: tl.tensor, b: tl.tensor) -> tl.tensor:
+def noise_of(element: tl.tensor, a: tl.tensor, b: tl.tensor) -> tl.tensor:
     """Return 32 random bits for each element, see rounding.py."""
     x = element + a.to(tl.uint32, bitcast=True)
     x = (x ^ (x >> 16)) * 0x21F0AAAD
@@ -291,7 +293,7 @@ def _noise(element: tl.tensor, a: tl.tensor, b: tl.tensor) -> tl.tensor:
 
 
 @triton.jit
-def _load(
+def load_block(
     address: tl.tensor, at: tl.tensor, lane: tl.tensor, mask: tl.tensor, TYPE: tl.constexpr, WHOLE: tl.constexpr
 ) -> tl.tensor:
     """Load a block; bfloat16 and float16 become float32."""
@@ -310,7 +312,7 @@ def _load(
 
 
 @triton.jit
-def _store(
+def store_block(
     address: tl.tensor,
     at: tl.tensor,
     lane: tl.tensor,

@@ -22,23 +22,23 @@ from .tensor_step import TensorStep, is_flat
 from .triton_kernels import COLUMNS, SHARED, look, prepare, update
 
 
-_TYPES = {
+TYPES = {
     torch.float32: tl.float32,
     torch.float64: tl.float64,
     torch.bfloat16: tl.bfloat16,
     torch.float16: tl.float16,
 }
 # The kernels say where a product and a sum are fused. Hashes overflow.
-_OPTIONS = {"num_warps": 4, "enable_fp_fusion": False, "sanitize_overflow": False}
-_BLOCK = 1024  # elements that a program works on at a time: eight a thread, so that half precision loads 16 bytes
-_CHUNK = 4 * _BLOCK  # elements of a program, over which finding their tensor is spread
+OPTIONS = {"num_warps": 4, "enable_fp_fusion": False, "sanitize_overflow": False}
+BLOCK = 1024  # elements that a program works on at a time: eight a thread, so that half precision loads 16 bytes
+_CHUNK = 4 * BLOCK  # elements of a program, over which finding their tensor is spread
 _ROWS = 128  # tensors that a program of the first kernel prepares
 _GRAD, _ALIGNED = 2, 9  # columns of the table
-_ALIGNMENT = 16  # bytes that a thread loads at once where the addresses allow it
+ALIGNMENT = 16  # bytes that a thread loads at once where the addresses allow it
 
 # Whether the kernels run in Python, on tensors of a CPU: so they do if TRITON_INTERPRET was set when triton saw them.
 _INTERPRETED = not isinstance(update, triton.JITFunction)
-_DEVICES = ("cuda", "xpu", "cpu") if _INTERPRETED else ("cuda", "xpu")
+DEVICES = ("cuda", "xpu", "cpu") if _INTERPRETED else ("cuda", "xpu")
 
 _NOTHING: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
 
@@ -46,12 +46,12 @@ _NOTHING: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
 def refusal(each: TensorStep) -> str | None:
     """Return why the kernel cannot do the step of this tensor, or None. It believes every address that it is given."""
     param, grad, moment, second = each.param, each.grad, each.exp_avg, each.exp_avg_sq
-    if param.device.type not in _DEVICES:
+    if param.device.type not in DEVICES:
         return f"it works on a GPU, not on {param.device.type}"
     if is_quantized(moment) or is_quantized(second):
         return "it does not know 8-bit moments"
     dtypes = {param.dtype, moment.dtype}
-    if not dtypes <= _TYPES.keys() or (torch.float64 in dtypes and len(dtypes) > 1) or second.dtype != moment.dtype:
+    if not dtypes <= TYPES.keys() or (torch.float64 in dtypes and len(dtypes) > 1) or second.dtype != moment.dtype:
         return f"it does not know weights of {param.dtype} with moments of {moment.dtype} and {second.dtype}"
     if grad.dtype != param.dtype or grad.is_neg():
         return f"it takes gradients of the weights' dtype {param.dtype} as they are in memory, not of {grad.dtype}"
@@ -128,14 +128,14 @@ class _Launch:
         # What neither decays nor has moments of another dtype is rounded as torch does.
         nearest = param == torch.float64 or (param == moment and (self._hyper.lambda_p == 0 or param == torch.float32))
         self._shared_dtype = param if param == torch.float64 else torch.float32
-        self._prepare = {"MOMENT": _TYPES[moment], "ROWS": _ROWS, **_OPTIONS}
-        self._look = {"PARAM": _TYPES[param], "CHUNK": _CHUNK, "BLOCK": _BLOCK, **_OPTIONS}
-        self._update = {**self._look, "MOMENT": _TYPES[moment], "DECAY": decays, "NEAREST": nearest}
+        self._prepare = {"MOMENT": TYPES[moment], "ROWS": _ROWS, **OPTIONS}
+        self._look = {"PARAM": TYPES[param], "CHUNK": _CHUNK, "BLOCK": BLOCK, **OPTIONS}
+        self._update = {**self._look, "MOMENT": TYPES[moment], "DECAY": decays, "NEAREST": nearest}
 
     def point(self, addresses: Sequence[int]) -> None:
         self._words[_GRAD :: COLUMNS.value] = array("q", addresses)
         aligned = [
-            all(address % _ALIGNMENT == 0 for address in self._words[start + 1 : start + 5])
+            all(address % ALIGNMENT == 0 for address in self._words[start + 1 : start + 5])
             for start in range(0, len(self._words), COLUMNS.value)
         ]
         self._words[_ALIGNED :: COLUMNS.value] = array("q", aligned)
@@ -144,12 +144,12 @@ class _Launch:
     def look(self, finite: Tensor) -> None:
         """Set a flag to false if a gradient is not finite."""
         if self._chunks:
-            with _guard(self.device):
+            with guard(self.device):
                 look[(self._chunks,)](self._table(), finite, self._rows, **self._look)
 
     def step(self, finite: bool | Tensor) -> None:
         device, hyper = self.device, self._hyper
-        with _guard(device):
+        with guard(device):
             table = self._table()
             shared = torch.empty(self._rows * SHARED.value, dtype=self._shared_dtype, device=device)
             flag = finite.to(device, non_blocking=True) if isinstance(finite, Tensor) else None
@@ -157,12 +157,12 @@ class _Launch:
             numbers = lr, hyper.beta1, hyper.beta2, hyper.eps, hyper.weight_decay, hyper.p_norm, hyper.lambda_p
             flags = int(hyper.maximize) + 2 * int(hyper.keep_zeros)
             grid = (triton.cdiv(self._rows, _ROWS),)
-            prepare[grid](table, shared, flag, rate, self._rows, *_bits(numbers), flags, **self._prepare)
+            prepare[grid](table, shared, flag, rate, self._rows, *bits(numbers), flags, **self._prepare)
             if self._chunks:
                 update[(self._chunks,)](table, shared, self._rows, **self._update)
 
     def _table(self) -> Tensor:
-        return _table(self._words, self.device, self._bytes)
+        return table_of(self._words, self.device, self._bytes)
 
 
 def _words(some: Sequence[TensorStep]) -> tuple[array[int], int]:
@@ -173,13 +173,14 @@ def _words(some: Sequence[TensorStep]) -> tuple[array[int], int]:
         numel = each.param.numel()
         addresses = each.param.data_ptr(), each.grad.data_ptr(), each.exp_avg.data_ptr(), each.exp_avg_sq.data_ptr()
         awake = each.awake.data_ptr() if isinstance(each.awake, Tensor) else 0
-        aligned = all(address % _ALIGNMENT == 0 for address in addresses)
+        aligned = all(address % ALIGNMENT == 0 for address in addresses)
         words.extend((chunks, *addresses, each.step.data_ptr(), awake, numel, each.place, aligned))
         chunks += triton.cdiv(numel, _CHUNK)
     return words, chunks
 
 
-def _table(words: array[int], device: torch.device, as_bytes: bytes | None = None) -> Tensor:
+def table_of(words: array[int], device: torch.device, as_bytes: bytes | None = None) -> Tensor:
+    """Return a table on the device; the host does not wait."""
     if _is_capturing(device):
         return _filled_table(words, device)
     # Memory is given back to the stream that it was taken on, so each stream has tables of its own.
@@ -212,7 +213,8 @@ def _is_capturing(device: torch.device) -> bool:
     return capturing is not None and bool(capturing())
 
 
-def _guard(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+def guard(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """Return a context in which launches go to a device."""
     if device.type == "cpu":
         return _NOTHING
     module: Any = torch.get_device_module(device)
@@ -228,6 +230,6 @@ def _rate(lr: float | Tensor, device: torch.device) -> tuple[Tensor | None, floa
     return lr.to(device, non_blocking=True), 0.0
 
 
-def _bits(numbers: Sequence[float]) -> tuple[int, ...]:
+def bits(numbers: Sequence[float]) -> tuple[int, ...]:
     """Return the bits of float64 numbers as integers, which a kernel takes whole."""
     return struct.unpack(f"<{len(numbers)}q", struct.pack(f"<{len(numbers)}d", *numbers))
