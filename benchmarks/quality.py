@@ -136,6 +136,11 @@ def best(results: list[dict[str, Any]], runs: list[Run]) -> Run | None:
     return runs[scores.index(max(scores))]
 
 
+def _choice(results: list[dict[str, Any]], trials: list[Run]) -> Run | None:
+    """The best of some trials; where there is but one it need not be made."""
+    return trials[0] if len(trials) == 1 else best(results, trials)
+
+
 def planned(config: dict[str, Any], results: list[dict[str, Any]], name: str) -> tuple[list[Run], list[Run]]:
     """Return the runs of a task that can be made now: those to choose by and those to report, in the order of use."""
     task = config["tasks"][name]
@@ -145,9 +150,11 @@ def planned(config: dict[str, Any], results: list[dict[str, Any]], name: str) ->
         Run(**common, method="dense", target=None, learning_rate=rate, knob=None, seed=tune["seed"])
         for rate in task["learning_rates"]
     ]
-    chosen = best(results, choosing)
+    chosen = _choice(results, choosing)
     if chosen is None:
         return choosing, []
+    if len(choosing) == 1:
+        choosing = []
     common["learning_rate"] = chosen.learning_rate
     reported = [Run(**common, method="dense", target=None, knob=None, seed=seed) for seed in task["seeds"]]
     for method in task.get("methods", ["dense", *config["methods"]]):
@@ -162,20 +169,19 @@ def planned(config: dict[str, Any], results: list[dict[str, Any]], name: str) ->
                 for seed in task["seeds"]
             ]
             continue
-        trials = [
-            Run(**common | {"learning_rate": rate}, method=method, target=tune["target"], knob=value, seed=tune["seed"])
-            for rate in task.get("sparse_learning_rates", [chosen.learning_rate])
-            for value in values
-        ]
-        if len(trials) == 1:  # nothing to choose
-            winner: Run | None = trials[0]
-        else:
-            choosing += trials
-            winner = best(results, trials)
-        if winner is not None:
-            reported += [
-                replace(winner, target=target, seed=seed) for target in task["targets"] for seed in task["seeds"]
+        rates = task.get("sparse_learning_rates", [chosen.learning_rate])
+        for target in task["targets"]:
+            at = target if tune["target"] == "each" else tune["target"]
+            trials = [
+                Run(**common | {"learning_rate": rate}, method=method, target=at, knob=value, seed=tune["seed"])
+                for rate in rates
+                for value in values
             ]
+            if len(trials) > 1:
+                choosing += [trial for trial in trials if trial not in choosing]
+            winner = _choice(results, trials)
+            if winner is not None:
+                reported += [replace(winner, target=target, seed=seed) for seed in task["seeds"]]
     # Every row gets its first seed before any gets its second.
     return choosing, sorted(reported, key=lambda run: run.seed)
 
