@@ -12,7 +12,7 @@ from torch import Tensor
 
 from hf_pdecay.optim import AdamWLp, LpDecay, compiled
 from hf_pdecay.optim.moments import BLOCK
-from rivals import authors_adamw, missing, optimi_adamw, prune_optimizer, torch_adamw
+from rivals import InductorAdamWLp, authors_adamw, missing, optimi_adamw, prune_optimizer, torch_adamw
 
 
 P_NORMS = (0.5, 0.8, 1.0, 1.2, 1.5, 2.0, 3.0)
@@ -68,7 +68,7 @@ SIZES = {
         Size("7B-bf16", (*_llama(32, 4096, 11008, 4096, 32000), (32000, 4096)), torch.bfloat16),
     )
 }
-DEFAULT_SIZES = {"cpu": ("1M", "25M", "250M"), "cuda": ("25M", "1B", "7B-bf16")}
+DEFAULT_SIZES = {"cpu": ("1M", "25M", "250M"), "cuda": ("1M", "25M", "1B", "7B-bf16")}
 QUICK_SIZES = {"cpu": ("1M", "25M"), "cuda": ("25M",)}
 
 
@@ -123,6 +123,9 @@ def contenders_for(size: Size, device: str, quick: bool = False) -> list[Contend
     eight = torchao or (None if quantized else f"no tensor here has whole blocks of {BLOCK} weights")
     some_p = (USUAL_P,) if quick else P_NORMS
     prune = partial(prune_optimizer, lr=LR)
+    inductor = partial(InductorAdamWLp, lr=LR, p_norm=USUAL_P, lambda_p=LAMBDA_P)
+    # Compiling it takes a second a tensor.
+    slow = f"{len(size.shapes)} tensors take too long to compile" if device == "cpu" or len(size.shapes) > 24 else None
     return [
         baseline,
         Contender("torch AdamW, foreach", partial(torch_adamw, lr=LR, fused=False)),
@@ -133,6 +136,7 @@ def contenders_for(size: Size, device: str, quick: bool = False) -> list[Contend
         *(ours(p_norm, "reference") for p_norm in some_p),
         ours(USUAL_P, note="bfloat16 moments", moments="bfloat16"),
         ours(USUAL_P, note="8-bit moments", moments="8bit", absent=eight),
+        Contender(f"AdamWLp's formulas by torch.compile, p = {USUAL_P:g}", inductor, USUAL_P, None, False, slow),
         Contender(f"LpDecay on fused AdamW, p = {USUAL_P:g}", wrapped_adamw, USUAL_P, plain_state=False),
         authors,
         Contender("torchao PruneOptimizer on fused AdamW, p = 1", prune, 1.0, plain_state=False, missing=torchao),

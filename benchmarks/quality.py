@@ -98,6 +98,7 @@ def execute(run: Run, data: str) -> dict[str, Any]:
         "sparsity": zeros,
         **picture,
         "seconds": round(seconds, 1),
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU",
         "date": time.strftime("%Y-%m-%d"),
         "versions": {
             "python": platform.python_version(),

@@ -45,13 +45,20 @@ def write(results: Sequence[Line], runs: Sequence[Run], path: Path) -> str:
     ]
     for task, some in _begun(results, runs).items():
         parts += _task(results, some, task)
-    hours = sum(line["seconds"] for line in results) / 3600
     versions = sorted({", ".join(f"{name} {value}" for name, value in line["versions"].items()) for line in results})
     dates = sorted({line["date"] for line in results})
     if results:
+        hours: dict[str, float] = {}
+        for line in results:
+            place = line.get("device", "CPU")
+            hours[place] = hours.get(place, 0.0) + line["seconds"] / 3600
+        spent = [
+            f"{each:.1f} hours on " + ("one CPU core each" if place == "CPU" else f"an {place} shared by several runs")
+            for place, each in hours.items()
+        ]
         parts.append(
-            f"{len(results)} runs so far, those by which knobs and learning rates were chosen included, of {hours:.1f} "
-            f"hours on one CPU core each, {dates[0]} to {dates[-1]}. {'; '.join(versions)}."
+            f"{len(results)} runs so far, those by which knobs and learning rates were chosen included, of "
+            f"{' and '.join(spent)}, {dates[0]} to {dates[-1]}. {'; '.join(versions)}."
         )
     text = "\n\n".join(parts) + "\n"
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -77,11 +84,8 @@ def _task(results: Sequence[Line], runs: Sequence[Run], task: str) -> list[str]:
     rows = ["| method | knob | " + " | ".join(f"{target:.0%} zeros" for target in targets) + " |"]
     rows.append("|---|---|" + "---:|" * len(targets))
     for method in methods:
-        one = next(run for run in runs if run.method == method and run.target is not None)
-        settings = [] if one.knob is None else [f"{one.knob:g}"]
-        if one.learning_rate != first.learning_rate:
-            settings.append(f"learning rate {one.learning_rate:g}")
-        row = [NAMES[method], ", ".join(settings)]
+        chosen = dict.fromkeys(_setting(run, first) for run in runs if run.method == method and run.target is not None)
+        row = [NAMES[method], "; ".join(chosen)]
         for column in columns.values():
             if not column[method]:
                 row.append("not run yet")
@@ -106,6 +110,14 @@ def _task(results: Sequence[Line], runs: Sequence[Run], task: str) -> list[str]:
                 rows.append(f"| {NAMES[method]} | {knob:g} | {zeros:.1%} | {_summary(lines, accurate)} |")
         parts.append("\n".join(rows))
     return parts
+
+
+def _setting(run: Run, first: Run) -> str:
+    """The knob of a run, and its learning rate where that is not the dense model's."""
+    parts = [] if run.knob is None else [f"{run.knob:g}"]
+    if run.learning_rate != first.learning_rate:
+        parts.append(f"learning rate {run.learning_rate:g}")
+    return ", ".join(parts)
 
 
 def _begun(results: Sequence[Line], runs: Sequence[Run]) -> dict[str, list[Run]]:

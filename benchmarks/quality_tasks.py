@@ -65,7 +65,19 @@ class Task:
     accuracy: bool
 
 
-def shakespeare(data: Path, seed: int, steps: int) -> Task:
+def shakespeare(
+    data: Path,
+    seed: int,
+    steps: int,
+    *,
+    layers: int = 4,
+    heads: int = 4,
+    width: int = 128,
+    block: int = 64,
+    batch: int = 12,
+    dropout: float = 0.0,
+    bf16: bool = False,
+) -> Task:
     """Tiny Shakespeare by characters: GPT-2 of 4 layers × 128, batches of 12 × 64.
 
     The last tenth is the test part; the last tenth of the rest is held out as dev.
@@ -74,17 +86,16 @@ def shakespeare(data: Path, seed: int, steps: int) -> Task:
     numbers = {character: number for number, character in enumerate(sorted(set(text)))}
     ids = torch.tensor([numbers[character] for character in text])
     held, end = int(0.81 * len(ids)), int(0.9 * len(ids))
-    block, batch = 64, 12
     set_seed(seed)
     config = GPT2Config(
         vocab_size=len(numbers),
         n_positions=block,
-        n_embd=128,
-        n_layer=4,
-        n_head=4,
-        resid_pdrop=0.0,
-        embd_pdrop=0.0,
-        attn_pdrop=0.0,
+        n_embd=width,
+        n_layer=layers,
+        n_head=heads,
+        resid_pdrop=dropout,
+        embd_pdrop=dropout,
+        attn_pdrop=dropout,
         bos_token_id=0,
         eos_token_id=0,
     )
@@ -102,6 +113,7 @@ def shakespeare(data: Path, seed: int, steps: int) -> Task:
         "per_device_eval_batch_size": 64,
         "warmup_steps": min(100, steps // 5),
         "adam_beta2": 0.99,
+        "bf16": bf16,
         "max_steps": steps,
     }
     return Task(
@@ -208,6 +220,10 @@ def fashion_mnist(data: Path, seed: int, steps: int, build: Callable[[], nn.Modu
 
 TASKS: dict[str, Callable[[Path, int, int], Task]] = {
     "shakespeare": shakespeare,
+    # The model, batches, dropout and warm-up of nanoGPT's example for this text, which the method's paper takes too.
+    "nanogpt": partial(
+        shakespeare, layers=6, heads=6, width=384, block=256, batch=64, dropout=0.2, bf16=torch.cuda.is_available()
+    ),
     "sst2": sst2,
     "fashion_mnist": fashion_mnist,
     "fashion_mnist_vit": partial(fashion_mnist, build=small_vit),

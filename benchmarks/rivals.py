@@ -92,3 +92,40 @@ def optimi_adamw(params: Sequence[Tensor], lr: float) -> Any:
 def missing(module: str) -> str | None:
     """Return why a package cannot be measured here, or None."""
     return None if importlib.util.find_spec(module) is not None else "not installed"
+
+
+class InductorAdamWLp:
+    """The step of AdamWLp from its formulas, as one function of all tensors that ``torch.compile`` fuses.
+
+    The numbers that change from step to step are 0-dim tensors, so that nothing is compiled again.
+    """
+
+    def __init__(self, params: Sequence[Tensor], lr: float, p_norm: float, lambda_p: float) -> None:
+        self._params = list(params)
+        self._weights = [param.detach() for param in params]
+        self.state = {
+            param: {name: torch.zeros_like(param.detach()) for name in ("exp_avg", "exp_avg_sq")} for param in params
+        }
+        self._lr, self._steps, self._betas = lr, 0, (0.9, 0.999)
+        beta1, beta2 = self._betas
+
+        def step(params: Any, grads: Any, firsts: Any, seconds: Any, step_size: Tensor, root: Tensor) -> None:
+            for w, g, m, v in zip(params, grads, firsts, seconds, strict=True):
+                s = torch.exp2(torch.log2(w.abs()) * (2 - p_norm))
+                m.lerp_(g, 1 - beta1)
+                v.mul_(beta2).addcmul_(g, g, value=1 - beta2)
+                result = w - step_size * m / (v.sqrt() * root + 1e-8)
+                w.copy_(result * (s / (s + lr * lambda_p)))
+
+        self._step = torch.compile(step, fullgraph=True)
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """Do one step."""
+        self._steps += 1
+        beta1, beta2 = self._betas
+        moments = [[state[name] for state in self.state.values()] for name in ("exp_avg", "exp_avg_sq")]
+        numbers = self._lr / (1 - beta1**self._steps), (1 - beta2**self._steps) ** -0.5
+        step_size, root = (torch.full((), number, device=self._weights[0].device) for number in numbers)
+        grads = [param.grad for param in self._params]
+        self._step(self._weights, grads, moments[0], moments[1], step_size, root)

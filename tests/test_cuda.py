@@ -9,9 +9,11 @@ from typing import Any
 
 import pytest
 import torch
+import transformers as tf
 from safetensors.torch import load_file
 
 from hf_pdecay import AdamWLp, LpDecay, PDecayTrainer
+from hf_pdecay.inference import to_dense_inference, to_sparse_inference
 from tests.models import tiny_gpt2
 from tests.reference.adamw_lp64 import Hyper, Reference
 
@@ -133,7 +135,7 @@ class TestStep:
         pytest.importorskip("torchao")
         weights = [torch.nn.Parameter(torch.randn(256, 256, device="cuda") * 0.1)]
         target = torch.randn(256, 256, device="cuda") * 0.1
-        optimizer = AdamWLp(weights, lr=1e-3, lambda_p=1e-4, moments="8bit")
+        optimizer = AdamWLp(weights, lr=1e-2, lambda_p=1e-4, moments="8bit")
         losses = []
         for _ in range(50):
             loss = (weights[0] - target).square().sum()
@@ -192,3 +194,44 @@ class TestRuns:
             torch.use_deterministic_algorithms(False)
         left, right = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "resumed"))
         assert all(torch.equal(left[name], right[name]) for name in left)
+
+
+class TestTwoOfFour:
+    def model(self) -> Any:
+        torch.manual_seed(0)
+        shape: dict[str, Any] = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2}
+        shape |= {"num_attention_heads": 4, "num_key_value_heads": 4, "vocab_size": 64, "initializer_range": 0.1}
+        model = tf.LlamaForCausalLM(tf.LlamaConfig(**shape)).eval().to("cuda", torch.bfloat16)
+        for name, module in model.named_modules():
+            if isinstance(module, torch.nn.Linear) and name != "lm_head":
+                weight = module.weight.data.unflatten(-1, (-1, 4))
+                least = weight.abs().topk(2, -1, largest=False).indices
+                weight.scatter_(-1, least, 0.0)
+        return model
+
+    @torch.no_grad()
+    def test_same_outputs_and_back(self, tmp_path: Path) -> None:
+        model = self.model()
+        state = {name: value.clone() for name, value in model.state_dict().items()}
+        ids = torch.randint(0, 64, (3, 17), device="cuda")
+        expected = model(ids).logits.float()
+        choices = to_sparse_inference(model, min_sparsity=0.4)
+        assert sum(each.swapped for each in choices) == 14
+        assert [each.reason for each in choices if not each.swapped] == ["its weights are not 2:4"]
+        found = model(ids).logits.float()
+        torch.testing.assert_close(found, expected, rtol=0.05, atol=0.05)
+        assert float((found - expected).norm() / expected.norm()) < 0.02
+        assert model.generate(ids, max_new_tokens=4, do_sample=False).shape == (3, 21)
+        model.save_pretrained(tmp_path)
+        saved = load_file(tmp_path / "model.safetensors")
+        assert all(torch.equal(saved[name], state[name].cpu()) for name in saved)
+        with pytest.raises(RuntimeError, match="to_dense_inference"):
+            model.float()
+        to_dense_inference(model)
+        assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+
+    def test_measured(self) -> None:
+        choices = to_sparse_inference(self.model(), rows=64)
+        assert all(
+            each.speedup is not None and each.speedup > 0 for each in choices if not each.reason.startswith("its")
+        )

@@ -1,4 +1,7 @@
-"""Which linear layers of a model to swap for sparse ones, by a measurement on this machine."""
+"""Which linear layers of a model to swap for sparse ones, by a measurement on this machine.
+
+On a CPU they multiply the weights that are not zero, on a GPU those of a 2:4 pattern.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,9 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from .sparse_linear import SparseLinear, refusal
+from . import semi_structured, sparse_linear
+from .semi_structured import SemiStructuredLinear
+from .sparse_linear import SparseLinear
 
 
 logger = logging.getLogger(__name__)
@@ -45,14 +50,15 @@ class Choice:
 
 @torch.no_grad()
 def to_sparse_inference(model: nn.Module, *, rows: int = 16, min_sparsity: float | None = None) -> list[Choice]:
-    """Swap the linear layers of a model, in place, for sparse ones where those are faster on this CPU.
+    """Swap the linear layers of a model, in place, for sparse ones where those are faster on this machine.
 
-    ``nn.Linear`` and HF's ``Conv1D`` are looked at. Layers whose weight another module shares, that carry hooks or that
-    hold something else than float32, bfloat16 or float16 stay as they are. ``generate``, ``pipeline`` and
+    On a CPU any zeros count, on a GPU of NVIDIA's those of layers in float16 or bfloat16 whose weights are all 2:4 (see
+    ``group`` in ``lp_rules``). ``nn.Linear`` and HF's ``Conv1D`` are looked at. Layers whose weight another module
+    shares, that carry hooks or that hold something else stay as they are. ``generate``, ``pipeline`` and
     ``save_pretrained`` go on working, the last with an ordinary dense model; training needs :func:`to_dense_inference`.
 
     Args:
-        model: A model on a CPU.
+        model: A model on a CPU or on one GPU.
         rows: How many rows a layer mostly sees at a time, for the measurement: batch size × tokens.
         min_sparsity: Swap every layer of at least this fraction of zeros, and measure nothing; None measures.
 
@@ -60,7 +66,7 @@ def to_sparse_inference(model: nn.Module, *, rows: int = 16, min_sparsity: float
         What became of each linear layer.
 
     Raises:
-        ValueError: If an argument is out of its range, or the model is not on a CPU.
+        ValueError: If an argument is out of its range, or the model is on another device, or on several.
 
     Example:
         >>> model = AutoModelForCausalLM.from_pretrained("out").eval()
@@ -71,9 +77,12 @@ def to_sparse_inference(model: nn.Module, *, rows: int = 16, min_sparsity: float
         raise ValueError(f"Invalid rows: rows={rows}; it must be at least 1.")
     if min_sparsity is not None and not 0 <= min_sparsity <= 1:
         raise ValueError(f"Invalid min_sparsity: min_sparsity={min_sparsity}; it must be in [0, 1].")
-    device = next((param.device for param in model.parameters() if param.device.type != "cpu"), None)
-    if device is not None:
-        raise ValueError(f"Invalid model: it is on {device}; sparse inference works on a CPU. Call model.cpu() first.")
+    devices = sorted({str(param.device) for param in model.parameters()})
+    if len(devices) > 1 or not (devices or ["cpu"])[0].startswith(("cpu", "cuda")):
+        raise ValueError(
+            f"Invalid model: it is on {' and '.join(devices)}; sparse inference works on a CPU or on one GPU. Call "
+            "model.cpu() or model.cuda() first."
+        )
     owners = Counter(id(param) for _, param in model.named_parameters(remove_duplicate=False))
     measured: dict[tuple[object, ...], float] = {}
     choices = []
@@ -93,7 +102,7 @@ def to_dense_inference(model: nn.Module) -> nn.Module:
     """Swap the sparse layers of a model back, in place, and return it; it can be trained again."""
     for parent in model.modules():
         for key, module in list(parent.named_children()):
-            if isinstance(module, SparseLinear):
+            if isinstance(module, (SparseLinear, SemiStructuredLinear)):
                 setattr(parent, key, _dense(module))
     return model
 
@@ -113,7 +122,9 @@ def _choose(
     min_sparsity: float | None,
     measured: dict[tuple[object, ...], float],
     shared: bool,
-) -> tuple[Choice, SparseLinear | None]:
+) -> tuple[Choice, SparseLinear | SemiStructuredLinear | None]:
+    on_gpu = module.weight.is_cuda
+    refusal = semi_structured.refusal if on_gpu else sparse_linear.refusal
     transposed = isinstance(module, Conv1D)
     weight = module.weight.t() if transposed else module.weight
     reason = "its weight is shared with another module" if shared else refusal(weight)
@@ -126,12 +137,14 @@ def _choose(
     least = LEAST_SPARSITY if min_sparsity is None else min_sparsity
     if sparsity < least:
         return Choice(name, (out, size), sparsity, None, False, f"fewer than {least:.0%} of its weights are zero"), None
-    sparse = SparseLinear(weight, module.bias, transposed=transposed)
+    made = SemiStructuredLinear if on_gpu else SparseLinear
+    sparse = made(weight, module.bias, transposed=transposed)
     if min_sparsity is not None:
         return Choice(name, (out, size), sparsity, None, True), sparse
     kind = out, size, weight.dtype, module.bias is None, transposed, round(sparsity, 2)
     if kind not in measured:
-        measured[kind] = _speedup(module, sparse, torch.randn(rows, size).to(weight.dtype))
+        x = torch.randn(rows, size, device=weight.device).to(weight.dtype)
+        measured[kind] = _speedup(module, sparse, x)
     speedup = measured[kind]
     if speedup <= 1:
         return Choice(name, (out, size), sparsity, speedup, False, "the dense layer is faster"), None
@@ -141,18 +154,27 @@ def _choose(
 def _speedup(dense: nn.Module, sparse: nn.Module, x: Tensor) -> float:
     """The least time of the dense layer over that of the sparse one, of calls in turn."""
     least = [float("inf"), float("inf")]
+    calls = 1 if x.is_cpu else 10  # on a GPU as many as hide what starting one costs the host
     for layer in (dense, sparse):
         layer(x)
     end = time.perf_counter() + _SECONDS
     while time.perf_counter() < end:
         for side, layer in enumerate((dense, sparse)):
+            _wait(x)
             began = time.perf_counter()
-            layer(x)
+            for _ in range(calls):
+                layer(x)
+            _wait(x)
             least[side] = min(least[side], time.perf_counter() - began)
     return least[0] / least[1]
 
 
-def _dense(sparse: SparseLinear) -> nn.Module:
+def _wait(x: Tensor) -> None:
+    if x.is_cuda:
+        torch.cuda.synchronize(x.device)
+
+
+def _dense(sparse: SparseLinear | SemiStructuredLinear) -> nn.Module:
     weight = sparse.dense_weight()
     with torch.device("meta"):
         module: nn.Linear | Conv1D

@@ -1,0 +1,130 @@
+"""Time a Llama-like model of 2:4 weights on a GPU, by its sparse matrix units and dense.
+
+    python benchmarks/semi_structured.py
+    python benchmarks/semi_structured.py --layers 2 --rounds 5
+
+Layers of Llama 7B's size in bfloat16, drawn, with the smaller two of each four weights set to 0: what a pattern is
+worth does not depend on what a model has learned. Both models do each workload in turn, in every round.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers as tf
+from torch import nn
+
+from hf_pdecay.inference import Choice, to_sparse_inference
+from tables import command, conditions, describe, table, write
+from timing import clock, spread
+
+
+ROOT = Path(__file__).resolve().parent
+PACKAGES = ("torch", "transformers")
+# Name, sequences, tokens of each: what a prompt takes, and what a step of decoding takes.
+WORKLOADS = (("prompts", 8, 1024), ("prompts", 1, 512), ("decoding without a cache's past", 64, 1))
+
+
+def build(layers: int) -> nn.Module:
+    """Return a drawn model whose linear layers are 2:4."""
+    torch.manual_seed(0)
+    shape: dict[str, Any] = {"hidden_size": 4096, "intermediate_size": 11008, "num_attention_heads": 32}
+    shape |= {"num_hidden_layers": layers, "vocab_size": 32000}
+    with torch.device("cuda"):
+        model = tf.LlamaForCausalLM(tf.LlamaConfig(**shape)).to(torch.bfloat16).eval()
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear) and name != "lm_head":
+            blocks = module.weight.data.unflatten(-1, (-1, 4))
+            blocks.scatter_(-1, blocks.abs().topk(2, -1, largest=False).indices, 0.0)
+    return model
+
+
+@torch.no_grad()
+def measure(name: str, batch: int, tokens: int, model: nn.Module, rounds: int) -> dict[str, Any]:
+    """Time one workload and return the figures."""
+    sparse = copy.deepcopy(model)
+    choices = to_sparse_inference(sparse, rows=batch * tokens)
+    forced = copy.deepcopy(model)
+    to_sparse_inference(forced, min_sparsity=0.0)
+    ids = torch.randint(0, 32000, (batch, tokens), device="cuda")
+    expected, found = (each(ids, use_cache=False).logits.float() for each in (model, forced))
+    calls: dict[str, Callable[[], Any]] = {
+        "dense": lambda: model(ids, use_cache=False, logits_to_keep=1),
+        "chosen": lambda: sparse(ids, use_cache=False, logits_to_keep=1),
+        "all 2:4": lambda: forced(ids, use_cache=False, logits_to_keep=1),
+    }
+    seconds: dict[str, list[float]] = {each: [] for each in calls}
+    for _ in range(rounds):
+        for each, call in calls.items():
+            seconds[each].append(clock(call, 5, "cuda"))
+    ratios = {
+        each: spread([dense / own for dense, own in zip(seconds["dense"], some, strict=True)])
+        for each, some in seconds.items()
+    }
+    return {
+        "workload": f"{name}, {batch} × {tokens} tokens",
+        "milliseconds": {each: 1e3 * spread(some)["median"] for each, some in seconds.items()},
+        "speedup": ratios,
+        "swapped": sum(each.swapped for each in choices),
+        "linear_layers": len(choices),
+        "layers": layer_speedups(choices),
+        "relative_difference": float((found - expected).norm() / expected.norm()),
+    }
+
+
+def layer_speedups(choices: Sequence[Choice]) -> dict[str, float]:
+    """Return what was measured of each shape of a layer."""
+    return {f"{each.shape[0]} × {each.shape[1]}": each.speedup for each in choices if each.speedup is not None}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the benchmark; return its exit code."""
+    argv = sys.argv[1:] if argv is None else argv
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--layers", type=int, default=8, help="layers of the model (8)")
+    parser.add_argument("--rounds", type=int, default=10, help="rounds of each workload (10)")
+    parser.add_argument("--output", type=Path, default=ROOT / "results", help="folder of the tables (results here)")
+    options = parser.parse_args(argv)
+    if not torch.cuda.is_available():
+        parser.error("torch sees no GPU, and no other device has sparse matrix units")
+    begin = time.perf_counter()
+    record: dict[str, Any] = {"benchmark": "semi_structured", "command": command("semi_structured.py", argv)}
+    record |= conditions("cuda", PACKAGES)
+    model = build(options.layers)
+    record["workloads"] = [measure(*workload, model, options.rounds) for workload in WORKLOADS]
+    record["seconds"] = time.perf_counter() - begin
+    rows = [
+        [
+            each["workload"],
+            f"{each['milliseconds']['dense']:.2f}",
+            f"{each['milliseconds']['all 2:4']:.2f}",
+            *(
+                f"{each['speedup'][name]['median']:.2f} ({each['speedup'][name]['q10']:.2f}-"
+                f"{each['speedup'][name]['q90']:.2f})"
+                for name in ("all 2:4", "chosen")
+            ),
+            f"{each['swapped']} of {each['linear_layers']}",
+            ", ".join(f"{shape}: {speedup:.2f}" for shape, speedup in each["layers"].items()),
+            f"{each['relative_difference']:.1e}",
+        ]
+        for each in record["workloads"]
+    ]
+    headings = ["workload", "dense, ms", "all 2:4, ms", "times dense: all 2:4", "those that measured faster"]
+    headings += ["of them", "layer by layer", "difference of the logits"]
+    text = (
+        f"# 2:4 on a GPU\n\n`{record['command']}`, {record['date']}\n\n{describe(record)}\n\n{table(headings, rows)}\n"
+    )
+    write(record, text, options.output, "semi_structured")
+    print(text)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
