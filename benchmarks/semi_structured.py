@@ -38,7 +38,7 @@ def build(layers: int) -> nn.Module:
     shape: dict[str, Any] = {"hidden_size": 4096, "intermediate_size": 11008, "num_attention_heads": 32}
     shape |= {"num_hidden_layers": layers, "vocab_size": 32000}
     with torch.device("cuda"):
-        model = tf.LlamaForCausalLM(tf.LlamaConfig(**shape)).to(torch.bfloat16).eval()
+        model = tf.LlamaForCausalLM(tf.LlamaConfig(**shape)).bfloat16().eval()
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear) and name != "lm_head":
             blocks = module.weight.data.unflatten(-1, (-1, 4))
