@@ -119,6 +119,11 @@ class RankSparsity:
         yield table
 
 
+def lora_names(model: nn.Module) -> list[str]:
+    """Return the names of the LoRA adapters of a model, in the order in which they come."""
+    return list(dict.fromkeys(name for _, layer in _lora_layers(model) for name in layer.r))
+
+
 def lora_factors(model: nn.Module, adapter_name: str = "default") -> Iterator[LoraFactors]:
     """Yield the factors of a LoRA adapter, layer by layer.
 

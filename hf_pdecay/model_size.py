@@ -9,7 +9,8 @@ from pathlib import Path
 
 import torch
 
-from .rules import clean_name, decayable_parameter_names
+from .names import clean_name
+from .rules import decayable_parameter_names
 
 
 # Of a number of parameters alone nothing is known of its tensors: about as many as a Llama of 8 B has.

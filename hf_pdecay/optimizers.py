@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from .names import clean_name
 from .optim import AdamWLp, LpDecay
 from .optim.named import arranged, make_optimizer
-from .rules import build_param_groups, clean_name
+from .rules import build_param_groups
 from .settings import DecaySettings
 
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from .decay import check_lambda_p, check_p_norm
+from .names import clean_name
 from .shards import full_numel, full_shape, wholly_zero
 from .targets import check_target
 
@@ -28,7 +29,6 @@ if TYPE_CHECKING:
 RuleSpec = Mapping[str, Any]
 
 _RULE_KEYS = ("p_norm", "lambda_p", "target_sparsity")
-_WRAPPERS = re.compile(r"(^|\.)(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)(?=\.)|^module(?=\.)")
 
 
 @dataclass(frozen=True)
@@ -60,13 +60,6 @@ class Assignment:
     lambda_p: float
     rule: str
     target_sparsity: float | None = None
-
-
-def clean_name(name: str) -> str:
-    """Return a parameter's name without what ``torch.compile``, DDP and FSDP put before it."""
-    while (shorter := _WRAPPERS.sub(r"\1", name).replace("..", ".").lstrip(".")) != name:
-        name = shorter
-    return name
 
 
 def load_rules(spec: str | RuleSpec | None) -> dict[str, Any]:

@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from .names import clean_name
 from .optim.distributed import Groups, all_sum
-from .rules import clean_name, decayable_parameter_names
+from .rules import decayable_parameter_names
 from .shards import full_numel, full_shape, held, is_sharded
 
 

@@ -1,0 +1,209 @@
+"""Finding the groups of weights of a model that live and die together."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import reduce
+from typing import Any
+
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from ..groups import Coupling, Member
+from ..names import clean_name
+from ..shards import full_shape
+from .tables import Heads, Neurons, Row, rows_of
+
+
+KINDS = ("row", "column", "neuron", "head", "rank")
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A coupling, and the modules in which it lies.
+
+    Args:
+        coupling: The groups.
+        row: The entry of the table; None for rows, columns and ranks.
+        modules: The modules of the entry's class, by their clean names.
+        parts: What each member is, in the order of ``coupling.members``: ``"up0"``, ``"up1"``, ``"down"``, ``"query"``,
+            ``"key"``, ``"value"``, ``"output"``, ``"bias"``, or the same before ``".bias"``.
+    """
+
+    coupling: Coupling
+    row: Row | None = None
+    modules: tuple[tuple[str, nn.Module], ...] = ()
+    parts: tuple[str, ...] = ()
+
+
+def find(model: nn.Module, kind: str) -> list[Coupling]:
+    """Find the groups of weights of a model that live and die together.
+
+    Args:
+        model: A model, whatever device it is on, the meta device included. Names are without the wrappers of
+            ``torch.compile``, DDP and FSDP.
+        kind: ``"row"`` or ``"column"`` of each linear layer: what feeds one of its outputs, bias included, or takes
+            one of its inputs; ``"neuron"`` of each feed-forward layer; ``"head"`` of each attention layer, with grouped
+            queries a head of keys and values and the queries that share it; ``"rank"`` of each LoRA adapter.
+
+    Returns:
+        A coupling for each layer, in the model's order.
+
+    Raises:
+        ValueError: If there is no such kind, or the model's architecture is not in the table.
+    """
+    return [layer.coupling for layer in find_layers(model, kind)]
+
+
+def find_layers(model: nn.Module, kind: str) -> list[Layer]:
+    """Find the same as :func:`find`, with the modules."""
+    if kind not in KINDS:
+        raise ValueError(f"Invalid kind: kind={kind!r}; it must be one of {', '.join(KINDS)}.")
+    names = {id(param): clean_name(name) for name, param in model.named_parameters()}
+    if kind in ("row", "column"):
+        found = [Layer(each) for each in _sides(model, kind, names)]
+    elif kind == "rank":
+        found = [Layer(each) for each in _ranks(model, names)]
+    else:
+        found = _declared(model, kind, names)
+    if not found:
+        raise ValueError(_unknown(model, kind))
+    return found
+
+
+def _sides(model: nn.Module, kind: str, names: dict[int, str]) -> Iterator[Coupling]:
+    for name, module in model.named_modules():
+        if isinstance(module, (nn.Linear, Conv1D)) and id(module.weight) in names:
+            dim = int((kind == "row") == isinstance(module, Conv1D))
+            members = [Member(names[id(module.weight)], dim)]
+            if kind == "row" and module.bias is not None:
+                members.append(Member(names[id(module.bias)], 0))
+            yield Coupling(kind, full_shape(module.weight)[dim], tuple(members), clean_name(name))
+
+
+def _ranks(model: nn.Module, names: dict[int, str]) -> Iterator[Coupling]:
+    from ..adapters import lora_factors, lora_names
+
+    for adapter in lora_names(model):
+        for each in lora_factors(model, adapter):
+            members = Member(names[id(each.a)], 0), Member(names[id(each.b)], 1)
+            yield Coupling("rank", full_shape(each.a)[0], members, clean_name(each.name))
+
+
+def _declared(model: nn.Module, kind: str, names: dict[int, str]) -> list[Layer]:
+    modules = dict(model.named_modules())
+    together: dict[tuple[str, int], list[tuple[str, nn.Module]]] = {}
+    rows: dict[int, Row] = {}
+    for name, module in modules.items():
+        row = next((row for row in rows_of(module, kind) if _fits(module, row)), None)
+        if row is not None:
+            rows[id(row)] = row
+            owner = name if row.ancestor is None else _owner(modules, name, row.ancestor)
+            together.setdefault((owner, id(row)), []).append((name, module))
+    return [_layer(owner, rows[row], found, names) for (owner, row), found in together.items()]
+
+
+def _owner(modules: dict[str, nn.Module], name: str, ancestor: str) -> str:
+    """The name of the nearest module around another one that is of a class."""
+    while name:
+        name = name.rpartition(".")[0]
+        if any(each.__name__ == ancestor for each in type(modules[name]).__mro__):
+            return name
+    return ""
+
+
+def _layer(owner: str, row: Row, modules: list[tuple[str, nn.Module]], names: dict[int, str]) -> Layer:
+    count = 0
+    members, parts = [], []
+    for name, module in modules:
+        places = _places(row)
+        counting = _Part(module, name, places["key" if isinstance(row, Heads) else "up0"], False)
+        groups = counting.length // (attribute(module, row.dim) if isinstance(row, Heads) else 1)
+        if count not in (0, groups):
+            raise ValueError(
+                f"{clean_name(name)} has {groups} groups of the kind {row.kind} where others that share them with it "
+                f"have {count}."
+            )
+        count = groups
+        for part, place in places.items():
+            found = _Part(module, name, place, part in ("down", "output"))
+            size, rest = divmod(found.length, count)
+            if rest:
+                raise ValueError(
+                    f"{found.name} has {found.length} indices, which {count} groups of the kind {row.kind} cannot "
+                    "share equally."
+                )
+            members.append(Member(names[id(found.linear.weight)], found.dim, size, found.offset))
+            parts.append(part)
+            if part not in ("down", "output") and found.linear.bias is not None:
+                members.append(Member(names[id(found.linear.bias)], 0, size, found.offset))
+                parts.append(f"{part}.bias")
+        if isinstance(row, Heads) and row.bias is not None and has(module, row.bias):
+            weight = attribute(module, f"{row.bias}.weight")
+            members.append(Member(names[id(weight)], 1, full_shape(weight)[1] // count))
+            parts.append("bias")
+    found_modules = tuple((clean_name(name), module) for name, module in modules)
+    return Layer(Coupling(row.kind, count, tuple(members), clean_name(owner)), row, found_modules, tuple(parts))
+
+
+class _Part:
+    """A part of a layer: a linear layer's rows or columns, or an equal share of its rows."""
+
+    def __init__(self, module: nn.Module, name: str, place: str, columns: bool) -> None:
+        path, _, share = place.partition(":")
+        index, parts = map(int, share.split("/")) if share else (0, 1)
+        self.linear = attribute(module, path)
+        self.name = clean_name(f"{name}.{path}")
+        if not isinstance(self.linear, (nn.Linear, Conv1D)):
+            raise ValueError(
+                f"{self.name} is a {type(self.linear).__name__}; groups are found in nn.Linear and Conv1D. "
+                "If it holds an adapter, merge that first."
+            )
+        self.dim = int(columns != isinstance(self.linear, Conv1D))
+        self.length = full_shape(self.linear.weight)[self.dim] // parts
+        self.offset = index * self.length
+
+
+def attribute(module: nn.Module, path: str) -> Any:
+    """Return what is at a path of attributes from a module."""
+    return reduce(getattr, path.split("."), module)
+
+
+def has(module: nn.Module, path: str) -> bool:
+    """Whether there is something at a path of attributes from a module."""
+    found: Any = module
+    for each in path.split("."):
+        if not hasattr(found, each):
+            return False
+        found = getattr(found, each)
+    return True
+
+
+def _places(row: Row) -> dict[str, str]:
+    if isinstance(row, Neurons):
+        return {f"up{place}": part for place, part in enumerate(row.up)} | {"down": row.down}
+    return {"query": row.query, "key": row.key, "value": row.value, "output": row.output}
+
+
+def _fits(module: nn.Module, row: Row) -> bool:
+    """Whether a module has the parts of a row; releases of transformers differ in them."""
+    more = row.activation if isinstance(row, Neurons) else row.dim
+    return all(has(module, each.partition(":")[0]) for each in (*_places(row).values(), more))
+
+
+def _unknown(model: nn.Module, kind: str) -> str:
+    if kind in ("row", "column"):
+        return f"{type(model).__name__} has no linear layer, so no groups of the kind {kind}."
+    if kind == "rank":
+        return f"{type(model).__name__} has no LoRA adapter, so no groups of the kind rank."
+    owners = {
+        f"{type(module).__module__}.{type(module).__qualname__}": None
+        for module in model.modules()
+        if any(isinstance(each, (nn.Linear, Conv1D)) for each in module.children())
+    }
+    return (
+        f"{type(model).__name__} is of an architecture of which hf_pdecay does not know where the groups of the kind "
+        f"{kind} lie. Say so for the class of the module that holds them, with hf_pdecay.coupling.add(Class, "
+        f"{'Neurons' if kind == 'neuron' else 'Heads'}(...)); its linear layers are in: {', '.join(owners)}."
+    )
