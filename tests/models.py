@@ -55,6 +55,35 @@ def build(name: str) -> nn.Module:
             return tf.LlamaForCausalLM(tf.LlamaConfig(**_LLAMA_LIKE, tie_word_embeddings=False))
         case "qwen3":
             return tf.Qwen3ForCausalLM(tf.Qwen3Config(**_LLAMA_LIKE, head_dim=8, tie_word_embeddings=True))
+        case "mistral":
+            return tf.MistralForCausalLM(tf.MistralConfig(**_LLAMA_LIKE, sliding_window=None))
+        case "qwen2":
+            return tf.Qwen2ForCausalLM(tf.Qwen2Config(**_LLAMA_LIKE))
+        case "gemma":
+            return tf.GemmaForCausalLM(tf.GemmaConfig(**_LLAMA_LIKE, head_dim=8))
+        case "gemma2":
+            return tf.Gemma2ForCausalLM(tf.Gemma2Config(**_LLAMA_LIKE, head_dim=8))
+        case "roberta":
+            return tf.RobertaForMaskedLM(tf.RobertaConfig(**_BERT_LIKE))
+        case "distilbert":
+            return tf.DistilBertForMaskedLM(
+                tf.DistilBertConfig(dim=32, hidden_dim=48, n_layers=2, n_heads=2, vocab_size=64)
+            )
+        case "gpt2-cross":
+            return tiny_gpt2(add_cross_attention=True)
+        case "t5-plain":
+            return tf.T5ForConditionalGeneration(
+                tf.T5Config(
+                    d_model=32,
+                    d_kv=8,
+                    d_ff=48,
+                    num_layers=2,
+                    num_heads=4,
+                    vocab_size=64,
+                    feed_forward_proj="gelu",
+                    decoder_start_token_id=0,
+                )
+            )
         case "mixtral":
             return tf.MixtralForCausalLM(tf.MixtralConfig(**_LLAMA_LIKE, num_local_experts=4))
         case "bert":

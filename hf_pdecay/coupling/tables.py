@@ -100,20 +100,94 @@ def _hf(name: str, module: str, *rows: Row) -> dict[str, tuple[Row, ...]]:
 
 _GATED = Neurons(("gate_proj", "up_proj"), "down_proj", "act_fn")
 _PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
-_LLAMA = Heads(
+_GROUPED = Heads(
     *_PROJECTIONS, "head_dim", {"heads": "num_attention_heads", "key_heads": "num_key_value_heads", "dim": "head_dim"}
 )
+_LLAMA_LIKE = {
+    "gemma": "Gemma",
+    "gemma2": "Gemma2",
+    "llama": "Llama",
+    "mistral": "Mistral",
+    "qwen2": "Qwen2",
+    "qwen3": "Qwen3",
+}
+_BERT_HEADS = Heads(
+    "self.query",
+    "self.key",
+    "self.value",
+    "output.dense",
+    "self.attention_head_size",
+    attributes={"self.num_attention_heads": "heads", "self.all_head_size": "width"},
+)
+_BERT_NEURONS = Neurons(("intermediate.dense",), "output.dense", "intermediate.intermediate_act_fn")
+_DISTILBERT = Heads(
+    "q_lin", "k_lin", "v_lin", "out_lin", "attention_head_size", attributes={"n_heads": "heads", "dim": "width"}
+)
+_GPT2 = {"num_heads": "heads", "split_size": "width"}
 
 _ROWS: dict[str, tuple[Row, ...]] = {
     key: rows
-    for name, prefix in {"llama": "Llama"}.items()
-    for key, rows in (_hf(name, f"{prefix}MLP", _GATED) | _hf(name, f"{prefix}Attention", _LLAMA)).items()
+    for name, prefix in _LLAMA_LIKE.items()
+    for key, rows in (_hf(name, f"{prefix}MLP", _GATED) | _hf(name, f"{prefix}Attention", _GROUPED)).items()
 }
 _ROWS |= _hf("gpt2", "GPT2MLP", Neurons(("c_fc",), "c_proj", "act", ("n_inner",)))
-_GPT2 = {"num_heads": "heads", "split_size": "width"}
 _ROWS |= _hf(
     "gpt2",
     "GPT2Attention",
     Heads("q_attn", "c_attn:0/2", "c_attn:1/2", "c_proj", "head_dim", attributes=_GPT2),  # to an encoder
     Heads("c_attn:0/3", "c_attn:1/3", "c_attn:2/3", "c_proj", "head_dim", attributes=_GPT2),
 )
+for _name, _prefix in (("bert", "Bert"), ("roberta", "Roberta")):
+    _ROWS |= _hf(_name, f"{_prefix}Layer", _BERT_NEURONS) | _hf(_name, f"{_prefix}Attention", _BERT_HEADS)
+_ROWS |= _hf("distilbert", "FFN", Neurons(("lin1",), "lin2", "activation", ("hidden_dim",)))
+_ROWS |= _hf("distilbert", "DistilBertSelfAttention", _DISTILBERT)
+_ROWS |= _hf("distilbert", "MultiHeadSelfAttention", _DISTILBERT)
+_ROWS |= _hf("vit", "ViTMLP", Neurons(("fc1",), "fc2", "activation_fn")) | _hf("vit", "ViTLayer", _BERT_NEURONS)
+_ROWS |= _hf(
+    "vit",
+    "ViTAttention",
+    Heads(*_PROJECTIONS, "head_dim", {"heads": "num_attention_heads", "dim": "head_dim"}),
+    Heads(
+        "attention.query",
+        "attention.key",
+        "attention.value",
+        "output.dense",
+        "attention.attention_head_size",
+        attributes={"attention.num_attention_heads": "heads", "attention.all_head_size": "width"},
+    ),
+)
+_ROWS |= _hf("modernbert", "ModernBertMLP", Neurons(("Wi:0/2", "Wi:1/2"), "Wo", "act"))
+_ROWS |= _hf(
+    "modernbert",
+    "ModernBertAttention",
+    Heads(
+        "Wqkv:0/3",
+        "Wqkv:1/3",
+        "Wqkv:2/3",
+        "Wo",
+        "head_dim",
+        attributes={"num_heads": "heads", "all_head_size": "width"},
+    ),
+)
+_ROWS |= _hf("t5", "T5DenseGatedActDense", Neurons(("wi_0", "wi_1"), "wo", "act", ("d_ff",)))
+_ROWS |= _hf("t5", "T5DenseActDense", Neurons(("wi",), "wo", "act", ("d_ff",)))
+for _name, _path, _ancestor in (
+    # One bias of positions serves all layers of a stack, so a head is the same one in all of them.
+    ("T5LayerSelfAttention", "SelfAttention", "T5Stack"),
+    ("T5LayerCrossAttention", "EncDecAttention", None),
+):
+    _ROWS |= _hf(
+        "t5",
+        _name,
+        Heads(
+            f"{_path}.q",
+            f"{_path}.k",
+            f"{_path}.v",
+            f"{_path}.o",
+            f"{_path}.key_value_proj_dim",
+            {"heads": "num_heads"},
+            {f"{_path}.n_heads": "heads", f"{_path}.inner_dim": "width"},
+            f"{_path}.relative_attention_bias" if _ancestor else None,
+            _ancestor,
+        ),
+    )
