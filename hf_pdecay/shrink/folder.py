@@ -67,7 +67,9 @@ def shrink_folder(
     if not report.shrunk:
         found = sum(each.dead for each in report.layers)
         raise ValueError(
-            " ".join([f"Nothing of {str(folder)!r} can be cut: {found} of its neurons and heads are dead.", *report.notes])
+            " ".join(
+                [f"Nothing of {str(folder)!r} can be cut: {found} of its neurons and heads are dead.", *report.notes]
+            )
         )
     with written_folder(out, overwrite) as aside:
         loaded.save_pretrained(str(aside))
@@ -98,9 +100,8 @@ def _load(folder: Path, config: dict[str, Any]) -> Any:
             f"{CONFIG} of {str(folder)!r} names {name!r} in architectures, which is no model of transformers "
             f"{transformers.__version__}."
         )
-    model, info = known.from_pretrained(
-        str(folder), dtype="auto", use_safetensors=True, local_files_only=True, output_loading_info=True
-    )
+    load: Any = known.from_pretrained
+    model, info = load(str(folder), dtype="auto", use_safetensors=True, local_files_only=True, output_loading_info=True)
     wrong = sorted(map(str, [*info["missing_keys"], *info.get("mismatched_keys", ())]))
     if wrong:
         raise FormatError(
