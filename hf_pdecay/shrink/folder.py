@@ -54,6 +54,10 @@ def shrink_folder(
     check_layout(layers, multiple_of)
     check_target(out, overwrite)
     folder = local_folder(model)
+    if (folder / "adapter_config.json").is_file():
+        raise ValueError(
+            f"{str(folder)!r} is an adapter; hf_pdecay.cut_ranks cuts its dead ranks, once it is loaded with its base."
+        )
     config = read_config(folder)
     if config.get("quantization_config") is not None:
         raise FormatError(
