@@ -29,10 +29,10 @@ import torch
 import transformers as tf
 from torch import Tensor, nn
 
+from clocks import spread
 from hf_pdecay.inference import sparse_linear, to_sparse_inference
 from hf_pdecay.rules import build_param_groups
 from tables import command, conditions, describe, table, write
-from timing import spread
 
 
 ROOT = Path(__file__).resolve().parent

@@ -35,10 +35,10 @@ from transformers import (
     set_seed,
 )
 
+from clocks import spread
 from hf_pdecay import PDecayTrainer, PDecayTrainingArguments, SparsityCallback
 from probes import compile_seconds
 from tables import command, conditions, overhead_text, write
-from timing import spread
 
 
 ROOT = Path(__file__).resolve().parent

@@ -21,12 +21,13 @@ from typing import Any
 import torch
 from torch import nn
 
+from clocks import spread
 from hf_pdecay import AdamWLp, measure_sparsity
 from hf_pdecay.control import SparsityControl
 from hf_pdecay.rules import build_param_groups
 from memory import extra_bytes
 from tables import command, conditions, describe, table, write
-from timing import no_garbage_collection, spread
+from timing import no_garbage_collection
 
 
 ROOT = Path(__file__).resolve().parent

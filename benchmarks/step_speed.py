@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 
+from clocks import spread
 from contenders import (
     AUTHORS,
     BASELINE,
@@ -37,7 +38,7 @@ from contenders import (
 from figure import plot_speed
 from probes import compile_seconds, rss_growth
 from tables import command, conditions, short_lines, speed_text, write
-from timing import Entrant, NotEnoughMemoryError, Race, race, spread
+from timing import Entrant, NotEnoughMemoryError, Race, race
 
 
 PACKAGES = ("torch", "triton", "torchao", "torch-optimi", "numpy")

@@ -25,9 +25,10 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
+from clocks import spread
 from hf_pdecay.storage import compress, decompress
 from tables import command, conditions, describe, table, write
-from timing import no_garbage_collection, spread
+from timing import no_garbage_collection
 
 
 ROOT = Path(__file__).resolve().parent

@@ -12,7 +12,6 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 
 from hf_pdecay import __version__
@@ -31,12 +30,21 @@ def conditions(device: str, packages: Sequence[str]) -> dict[str, Any]:
         except PackageNotFoundError:
             continue
     facts: dict[str, Any] = {"device": device, "name": device_name(device), "cores": os.cpu_count()}
-    facts |= {"threads": torch.get_num_threads(), "memory_gb": round(psutil.virtual_memory().total / 1e9)}
+    facts |= {"threads": torch.get_num_threads(), "memory_gb": round(memory_bytes() / 1e9)}
     if device == "cuda":
         facts["device_memory_gb"] = round(torch.cuda.get_device_properties(0).total_memory / 1e9)
     else:
         facts["instructions"] = torch.backends.cpu.get_cpu_capability()
     return {"machine": facts, "versions": versions, "date": datetime.date.today().isoformat()}
+
+
+def memory_bytes() -> int:
+    """Return how much memory the machine has; psutil is needed on Windows only."""
+    if "SC_PHYS_PAGES" in getattr(os, "sysconf_names", {}):
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    import psutil
+
+    return int(psutil.virtual_memory().total)
 
 
 def device_name(device: str) -> str:

@@ -12,11 +12,11 @@ from dataclasses import dataclass, field
 from statistics import median
 from typing import Any
 
-import numpy as np
 import psutil
 import torch
 from torch import Tensor
 
+from clocks import clock
 from contenders import Contender, Size
 from memory import MOMENTS, extra_bytes, least_bytes, state_bytes
 
@@ -184,23 +184,6 @@ def lend_moments(
         optimizer.state[param] = {**counters, **dict(zip(MOMENTS, moments, strict=True))}
 
 
-def clock(step: Callable[[], Any], steps: int, device: str) -> float:
-    """Return the seconds that a step takes, by doing several."""
-    if device == "cuda":
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        torch.cuda.synchronize()
-        start.record()
-        for _ in range(steps):
-            step()
-        end.record()
-        end.synchronize()
-        return start.elapsed_time(end) / 1000 / steps
-    begin = time.perf_counter()
-    for _ in range(steps):
-        step()
-    return (time.perf_counter() - begin) / steps
-
-
 def line_up(contenders: Sequence[Contender], size: Size, device: str) -> tuple[list[Entrant], dict[str, str], str]:
     """Make the optimizers and warm them up; return them, those that cannot run and why, and what they share."""
     left_out = {each.name: each.missing for each in contenders if each.missing is not None}
@@ -344,9 +327,3 @@ def race(
 
 def _over() -> None:
     raise RuntimeError("The race is over.")
-
-
-def spread(values: Sequence[float]) -> dict[str, float]:
-    """Return the median and the quantiles of 10% and 90%."""
-    low, middle, high = np.quantile(np.asarray(values, dtype=float), [0.1, 0.5, 0.9])
-    return {"median": float(middle), "q10": float(low), "q90": float(high)}

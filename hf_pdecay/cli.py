@@ -38,6 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     _add_env(commands)
     _add_report(commands)
     _add_storage(commands)
+    _add_shrink(commands)
     options = parser.parse_args(argv)
     try:
         done: int | Callable[[], int] = options.run(options)
@@ -169,3 +170,32 @@ def _storage(options: argparse.Namespace) -> int:
     from .storage.commands import run_compress, run_decompress
 
     return run_compress(options) if options.command == "compress" else run_decompress(options)
+
+
+def _add_shrink(commands: Commands) -> None:
+    parser = commands.add_parser(
+        "shrink",
+        help="cut dead neurons and attention heads out of a model, which then loads anywhere as a smaller one",
+        description="Cuts the neurons and attention heads that contribute nothing, as their weights are zero, out of a "
+        "model. With as many left in each layer the config of the smaller model is an ordinary one, and it loads with "
+        "nothing of hf_pdecay installed.",
+    )
+    parser.add_argument("model", metavar="MODEL", help="a folder with config.json and safetensors, or a Hub name")
+    parser.add_argument("out", metavar="OUT", help="the folder to write, which appears when it is whole")
+    parser.add_argument(
+        "--layers",
+        default="uniform",
+        help="uniform: as many groups left in each layer, by an ordinary config (the default); ragged: in each layer "
+        "what is alive, for loading after import hf_pdecay",
+    )
+    parser.add_argument(
+        "--multiple-of", type=int, default=1, metavar="N", help="of which the number of neurons is one, as 64 (1)"
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace OUT if it is a model's folder")
+    parser.set_defaults(run=_shrink)
+
+
+def _shrink(options: argparse.Namespace) -> int:
+    from .shrink.commands import run_shrink
+
+    return run_shrink(options)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -18,6 +19,7 @@ from .callback import REPORT_FILE
 from .checkpoints import newest_whole
 from .pareto import PARETO_FILE, SEARCH_FILE, Trial, pareto_front, plot_pareto, read_trials
 from .rules import decayable_parameter_names
+from .shrink.estimate import Estimator, ShrinkEstimate
 from .sparsity import NEAR_ZERO_THRESHOLD, SparsityReport, TensorSparsity, count_tensor
 
 
@@ -41,6 +43,8 @@ class FolderReport:
         ranks: Of a LoRA adapter, number of ranks and of dead ones by layer.
         stored: Bytes of its tensors.
         compressed: About how many bytes ``hf-pdecay compress`` would store them in, without zstd.
+        shrunk: What ``hf-pdecay shrink`` would leave; None where the architecture is not known, or the tensors have
+            other names than the model's parameters.
     """
 
     folder: Path
@@ -48,6 +52,7 @@ class FolderReport:
     ranks: dict[str, tuple[int, int]] = field(default_factory=dict)
     stored: int = 0
     compressed: int = 0
+    shrunk: ShrinkEstimate | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Return the report as plain JSON types."""
@@ -55,6 +60,8 @@ class FolderReport:
         found = {"folder": str(self.folder), **self.sparsity.to_dict(), **sizes}
         if self.ranks:
             found["ranks"] = {name: {"ranks": ranks, "dead": dead} for name, (ranks, dead) in self.ranks.items()}
+        if self.shrunk is not None:
+            found["shrink"] = self.shrunk.to_dict()
         return found
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
@@ -67,6 +74,8 @@ class FolderReport:
         if self.compressed < self.stored:
             share = self.compressed / self.stored
             yield f"hf-pdecay compress MODEL OUT stores it in about {share:.1%} of its {self.stored / 1e6:,.1f} MB."
+        if self.shrunk is not None and str(self.shrunk):
+            yield str(self.shrunk)
         layers = [each for each in self.sparsity.tensors if each.decayed and each.sparsity >= _WORTHWHILE]
         if layers:
             yield (
@@ -160,13 +169,17 @@ def report_folder(folder: str | os.PathLike[str], near_zero_threshold: float = N
                 "name a folder that save_model() or a search has written."
             )
         path = Path(newest)
-    decayed = _decayed(path)
+    model = _on_meta(path)
+    decayed = _decayed(path, model)
+    estimator = _estimator(model)
     tensors: list[TensorSparsity] = []
     alive: dict[str, dict[str, Tensor]] = {}
     stored = compressed = 0
     for name, tensor in _tensors(path):
         stored += tensor.nbytes
         compressed += _compressed(tensor)
+        if estimator is not None:
+            estimator.see(name, tensor)
         if not tensor.is_floating_point():
             continue
         counted = count_tensor(tensor, near_zero_threshold)
@@ -181,7 +194,8 @@ def report_folder(folder: str | os.PathLike[str], near_zero_threshold: float = N
         for name, both in alive.items()
         if len(both) == 2 and len(both["A"]) == len(both["B"])
     }
-    return FolderReport(path, SparsityReport(tensors, near_zero_threshold), ranks, stored, compressed)
+    shrunk = None if estimator is None else estimator.estimate()
+    return FolderReport(path, SparsityReport(tensors, near_zero_threshold), ranks, stored, compressed, shrunk)
 
 
 def _compressed(tensor: Tensor) -> int:
@@ -206,7 +220,30 @@ def _natural(name: str) -> list[Any]:
     return [(int(part), "") if part.isdecimal() else (-1, part) for part in name.split(".")]
 
 
-def _decayed(folder: Path) -> dict[str, bool]:
+def _on_meta(folder: Path) -> Any:
+    """The model of a folder without weights; None where its config names no class of transformers."""
+    if not (folder / "config.json").is_file():
+        return None
+    try:
+        import transformers
+
+        config = transformers.AutoConfig.from_pretrained(folder)
+        known = getattr(transformers, (config.architectures or [""])[0], None)
+        with torch.device("meta"):
+            return None if known is None else known(config)
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, ImportError, StrictDataclassError):
+        return None  # a config that is of another release, or wrong
+
+
+def _estimator(model: Any) -> Estimator | None:
+    """What looks for dead neurons and heads; None where it is not known where a model has them."""
+    try:
+        return None if model is None else Estimator(model)
+    except ValueError:
+        return None
+
+
+def _decayed(folder: Path, model: Any) -> dict[str, bool]:
     """Whether each tensor decayed, by name: as the run says, or else whether it does by default in a model's class.
 
     Names that a model's files have and its parameters do not, as of experts that are fused in memory, are missing.
@@ -215,16 +252,7 @@ def _decayed(folder: Path) -> dict[str, bool]:
         tensors = SparsityReport.load(folder / REPORT_FILE).tensors
         # PEFT saves an adapter without its name.
         return {name: each.decayed for each in tensors for name in (each.name, _ADAPTER.sub(r"\1", each.name))}
-    try:
-        import transformers
-
-        config = transformers.AutoConfig.from_pretrained(folder)
-        known = getattr(transformers, (config.architectures or [""])[0], None)
-        if known is None:
-            return {}
-        with torch.device("meta"):
-            model = known(config)
-    except (OSError, ValueError, KeyError):
+    if model is None:
         return {}
     decayed = set(decayable_parameter_names(model))
     return {name: name in decayed for name, _ in model.named_parameters()}

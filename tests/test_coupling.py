@@ -95,8 +95,8 @@ def test_a_group_is_what_acts_through_it_and_nothing_else(name: str, kind: str) 
     for layer in find_layers(lively(name), kind):
         found, group = layer.coupling, layer.coupling.count - 1
         sides: dict[bool, list[Member]] = {True: [], False: []}
-        for member, what in zip(found.members, layer.parts, strict=True):
-            sides[what in OUTGOING].append(member)
+        for member, what in zip(found.members, layer.places, strict=True):
+            sides[what.part in OUTGOING].append(member)
         for outgoing in (True, False):
             model = lively(name)
             before = {key: grad.abs() > 1e-9 for key, grad in gradients(model).items()}
@@ -165,6 +165,7 @@ def test_rows_and_columns_are_what_feeds_and_what_takes(name: str) -> None:
                     each.copy_(value)
 
 
+@pytest.mark.usefixtures("lora_beside_torchao")
 def test_ranks_are_those_of_lora() -> None:
     peft = pytest.importorskip("peft")
     config = peft.LoraConfig(r=3, target_modules=["q_proj", "down_proj"])
@@ -210,15 +211,18 @@ def test_an_unknown_architecture_is_named_and_can_be_added(monkeypatch: pytest.M
 def test_what_cannot_be_is_said_in_a_sentence() -> None:
     with pytest.raises(ValueError, match="kind='heads'; it must be one of row, column"):
         coupling.find(build("llama"), "heads")
-    with pytest.raises(ValueError, match="no LoRA adapter"):
-        pytest.importorskip("peft")
-        coupling.find(build("llama"), "rank")
     with pytest.raises(ValueError, match="give one Neurons or Heads"):
         coupling.add(Own)
     mixtral = build("mixtral")
     with pytest.raises(ValueError, match=r"MixtralForCausalLM.*Heads\(\.\.\.\).*MixtralAttention"):
         coupling.find(mixtral, "head")
+
+
+@pytest.mark.usefixtures("lora_beside_torchao")
+def test_adapters_are_to_be_merged_first() -> None:
     peft = pytest.importorskip("peft")
+    with pytest.raises(ValueError, match="no LoRA adapter"):
+        coupling.find(build("llama"), "rank")
     adapted = peft.get_peft_model(build("llama"), peft.LoraConfig(target_modules=["down_proj"]))
     with pytest.raises(ValueError, match=r"down_proj is a Linear.*merge that first"):
         coupling.find(adapted, "neuron")

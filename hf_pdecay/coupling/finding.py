@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import reduce
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import nn
 from transformers.pytorch_utils import Conv1D
@@ -19,6 +19,20 @@ from .tables import Heads, Neurons, Row, rows_of
 KINDS = ("row", "column", "neuron", "head", "rank")
 
 
+class Place(NamedTuple):
+    """What a member of a coupling is.
+
+    Attributes:
+        module: Which of the layer's modules it belongs to.
+        part: ``"up0"``, ``"up1"``, ``"down"``, ``"query"``, ``"key"``, ``"value"``, ``"output"`` or ``"position"``.
+        bias: Whether it is the bias of the part.
+    """
+
+    module: int
+    part: str
+    bias: bool = False
+
+
 @dataclass(frozen=True)
 class Layer:
     """A coupling, and the modules in which it lies.
@@ -27,14 +41,13 @@ class Layer:
         coupling: The groups.
         row: The entry of the table; None for rows, columns and ranks.
         modules: The modules of the entry's class, by their clean names.
-        parts: What each member is, in the order of ``coupling.members``: ``"up0"``, ``"up1"``, ``"down"``, ``"query"``,
-            ``"key"``, ``"value"``, ``"output"``, ``"bias"``, or the same before ``".bias"``.
+        places: What each member is, in the order of ``coupling.members``.
     """
 
     coupling: Coupling
     row: Row | None = None
     modules: tuple[tuple[str, nn.Module], ...] = ()
-    parts: tuple[str, ...] = ()
+    places: tuple[Place, ...] = ()
 
 
 def find(model: nn.Module, kind: str) -> list[Coupling]:
@@ -115,10 +128,11 @@ def _owner(modules: dict[str, nn.Module], name: str, ancestor: str) -> str:
 
 def _layer(owner: str, row: Row, modules: list[tuple[str, nn.Module]], names: dict[int, str]) -> Layer:
     count = 0
-    members, parts = [], []
-    for name, module in modules:
-        places = _places(row)
-        counting = _Part(module, name, places["key" if isinstance(row, Heads) else "up0"], False)
+    members: list[Member] = []
+    is_what: list[Place] = []
+    for index, (name, module) in enumerate(modules):
+        shares = _shares(row)
+        counting = _Part(module, name, shares["key" if isinstance(row, Heads) else "up0"], False)
         groups = counting.length // (attribute(module, row.dim) if isinstance(row, Heads) else 1)
         if count not in (0, groups):
             raise ValueError(
@@ -126,8 +140,8 @@ def _layer(owner: str, row: Row, modules: list[tuple[str, nn.Module]], names: di
                 f"have {count}."
             )
         count = groups
-        for part, place in places.items():
-            found = _Part(module, name, place, part in ("down", "output"))
+        for part, share in shares.items():
+            found = _Part(module, name, share, part in ("down", "output"))
             size, rest = divmod(found.length, count)
             if rest:
                 raise ValueError(
@@ -135,23 +149,23 @@ def _layer(owner: str, row: Row, modules: list[tuple[str, nn.Module]], names: di
                     "share equally."
                 )
             members.append(Member(names[id(found.linear.weight)], found.dim, size, found.offset))
-            parts.append(part)
+            is_what.append(Place(index, part))
             if part not in ("down", "output") and found.linear.bias is not None:
                 members.append(Member(names[id(found.linear.bias)], 0, size, found.offset))
-                parts.append(f"{part}.bias")
+                is_what.append(Place(index, part, True))
         if isinstance(row, Heads) and row.bias is not None and has(module, row.bias):
             weight = attribute(module, f"{row.bias}.weight")
             members.append(Member(names[id(weight)], 1, full_shape(weight)[1] // count))
-            parts.append("bias")
+            is_what.append(Place(index, "position"))
     found_modules = tuple((clean_name(name), module) for name, module in modules)
-    return Layer(Coupling(row.kind, count, tuple(members), clean_name(owner)), row, found_modules, tuple(parts))
+    return Layer(Coupling(row.kind, count, tuple(members), clean_name(owner)), row, found_modules, tuple(is_what))
 
 
 class _Part:
     """A part of a layer: a linear layer's rows or columns, or an equal share of its rows."""
 
-    def __init__(self, module: nn.Module, name: str, place: str, columns: bool) -> None:
-        path, _, share = place.partition(":")
+    def __init__(self, module: nn.Module, name: str, part: str, columns: bool) -> None:
+        path, _, share = part.partition(":")
         index, parts = map(int, share.split("/")) if share else (0, 1)
         self.linear = attribute(module, path)
         self.name = clean_name(f"{name}.{path}")
@@ -180,7 +194,7 @@ def has(module: nn.Module, path: str) -> bool:
     return True
 
 
-def _places(row: Row) -> dict[str, str]:
+def _shares(row: Row) -> dict[str, str]:
     if isinstance(row, Neurons):
         return {f"up{place}": part for place, part in enumerate(row.up)} | {"down": row.down}
     return {"query": row.query, "key": row.key, "value": row.value, "output": row.output}
@@ -189,7 +203,7 @@ def _places(row: Row) -> dict[str, str]:
 def _fits(module: nn.Module, row: Row) -> bool:
     """Whether a module has the parts of a row; releases of transformers differ in them."""
     more = row.activation if isinstance(row, Neurons) else row.dim
-    return all(has(module, each.partition(":")[0]) for each in (*_places(row).values(), more))
+    return all(has(module, each.partition(":")[0]) for each in (*_shares(row).values(), more))
 
 
 def _unknown(model: nn.Module, kind: str) -> str:

@@ -23,7 +23,7 @@ class Neurons:
         up: Parts whose rows are the neurons; the activation acts on the first.
         down: The part whose columns are the neurons.
         activation: Path of the activation, a module or function of one tensor.
-        config: Keys of the model's config with the number of neurons, in all layers alike; the first that it has.
+        config: Keys of the model's config with the number of neurons, in all layers alike.
         ancestor: Class of the module whose layers have their groups in common; None where each has its own.
     """
 
@@ -52,6 +52,7 @@ class Heads:
         bias: Path of an ``nn.Embedding`` with a column a head, which only some of the layers have; None if there is
             none.
         ancestor: Class of the module whose layers have their heads in common; None where each has its own.
+        alike: Whether all layers must have equally many heads, as where each hands something for every head on.
     """
 
     query: str
@@ -63,6 +64,7 @@ class Heads:
     attributes: Mapping[str, str] = field(default_factory=dict)
     bias: str | None = None
     ancestor: str | None = None
+    alike: bool = False
     kind: str = field(default="head", init=False)
 
 
@@ -189,5 +191,6 @@ for _name, _path, _ancestor in (
             {f"{_path}.n_heads": "heads", f"{_path}.inner_dim": "width"},
             f"{_path}.relative_attention_bias" if _ancestor else None,
             _ancestor,
+            alike=True,
         ),
     )

@@ -198,6 +198,14 @@ def written_folder(out: str | os.PathLike[str], overwrite: bool) -> Iterator[Pat
         shutil.rmtree(aside, ignore_errors=True)
 
 
+def settle_files(folder: Path) -> None:
+    """Wait until the bytes of a folder's files are on the disk."""
+    for each in folder.rglob("*"):
+        if each.is_file():
+            with open(each, "rb") as handle:
+                os.fsync(handle.fileno())
+
+
 @contextmanager
 def scratch_folder(out: str | os.PathLike[str]) -> Iterator[Path]:
     """Give a folder beside another one for the meantime."""

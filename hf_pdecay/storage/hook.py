@@ -1,4 +1,4 @@
-"""Teaches transformers to load compressed models, without importing it.
+"""Teaches transformers to load compressed models, and shrunk ones whose layers differ, without importing it.
 
 ``import hf_pdecay`` calls :func:`install`. If transformers has not been imported by then, a finder waits at the front
 of ``sys.meta_path`` for the module that has transformers' tables of quantizers, and adds ours once that module has run.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from importlib import import_module
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec
 from importlib.util import find_spec
@@ -17,10 +18,12 @@ from typing import Any
 
 # The module of transformers that has the tables.
 TABLES = "transformers.quantizers.auto"
+# Those that enter something in them; by name, as shrinking lies above storage.
+_QUANTIZERS = ("hf_pdecay.storage.quantizer", "hf_pdecay.shrink.quantizer")
 
 
 def install() -> None:
-    """Let ``from_pretrained`` load compressed models: at once if transformers is there, else once it comes."""
+    """Let ``from_pretrained`` load what this package writes: at once if transformers is there, else once it comes."""
     if TABLES in sys.modules:
         _register()
     elif not any(isinstance(finder, _Finder) for finder in sys.meta_path):
@@ -31,15 +34,13 @@ def uninstall() -> None:
     """Undo :func:`install`."""
     sys.meta_path[:] = [finder for finder in sys.meta_path if not isinstance(finder, _Finder)]
     if TABLES in sys.modules:
-        from .quantizer import unregister
-
-        unregister()
+        for name in _QUANTIZERS:
+            import_module(name).unregister()
 
 
 def _register() -> None:
-    from .quantizer import register
-
-    register()
+    for name in _QUANTIZERS:
+        import_module(name).register()
 
 
 class _Finder(MetaPathFinder):

@@ -1,0 +1,118 @@
+"""Shrinking a model's folder."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from ..sparsity import SparsityReport, measure_sparsity
+from ..storage.container import FormatError
+from ..storage.folder import (
+    CONFIG,
+    check_apart,
+    check_target,
+    copy_along,
+    read_config,
+    read_weights,
+    settle_files,
+    write_json,
+    written_folder,
+)
+from ..storage.hub import local_folder
+from .model import check_layout, shrink_model
+from .report import ShrinkReport
+
+
+_SPARSITY = "sparsity.json"
+
+
+def shrink_folder(
+    model: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    *,
+    layers: str = "uniform",
+    multiple_of: int = 1,
+    overwrite: bool = False,
+) -> ShrinkReport:
+    """Cut the dead neurons and heads out of a saved model, and copy what else is in its folder.
+
+    Args:
+        model: A folder with ``config.json`` and safetensors, or a name on the Hub, which is downloaded.
+        out: The folder to write. It appears when it is whole.
+        layers: See :func:`~hf_pdecay.shrink.shrink`.
+        multiple_of: See :func:`~hf_pdecay.shrink.shrink`.
+        overwrite: Replace ``out`` if it is a model's folder.
+
+    Returns:
+        What was cut.
+
+    Raises:
+        ValueError: If the model's weights are not plain safetensors, its architecture is not known, there is nothing to
+            cut, or an argument is wrong.
+    """
+    check_layout(layers, multiple_of)
+    check_target(out, overwrite)
+    folder = local_folder(model)
+    if (folder / "adapter_config.json").is_file():
+        raise ValueError(
+            f"{str(folder)!r} is an adapter; hf_pdecay.cut_ranks cuts its dead ranks, once it is loaded with its base."
+        )
+    config = read_config(folder)
+    if config.get("quantization_config") is not None:
+        raise FormatError(
+            f"{str(folder)!r} has a quantization_config: its weights are compressed, quantized or shrunk already. Give "
+            "the plain model back first, as `hf-pdecay decompress` does."
+        )
+    headers = read_weights(folder)
+    check_apart(folder, out)
+    loaded = _load(folder, config)
+    report = shrink_model(loaded, layers=layers, multiple_of=multiple_of)
+    if not report.shrunk:
+        found = sum(each.dead for each in report.layers)
+        raise ValueError(
+            " ".join(
+                [f"Nothing of {str(folder)!r} can be cut: {found} of its neurons and heads are dead.", *report.notes]
+            )
+        )
+    with written_folder(out, overwrite) as aside:
+        loaded.save_pretrained(str(aside))
+        report.left_out = copy_along(folder, aside, headers)
+        # The config as it was, so that what else is in it reads as before.
+        settings = getattr(loaded.config, "quantization_config", None)
+        more = {} if settings is None else {"quantization_config": settings}
+        write_json(aside / CONFIG, config | report.config | more)
+        if (aside / _SPARSITY).is_file():
+            old = SparsityReport.load(aside / _SPARSITY)
+            decayed = [each.name for each in old.tensors if each.decayed]
+            threshold = old.near_zero_threshold
+            measure_sparsity(loaded, decayed=decayed, near_zero_threshold=threshold).save(aside / _SPARSITY)
+        settle_files(aside)
+        report.bytes = _weights_bytes(folder, headers), _weights_bytes(aside, read_weights(aside))
+    return report
+
+
+def _load(folder: Path, config: dict[str, Any]) -> Any:
+    """The model of a folder, by the class that its config names, which must be one of transformers' own."""
+    import transformers
+
+    names = config.get("architectures")
+    name = names[0] if isinstance(names, list) and names else None
+    known: Any = getattr(transformers, name, None) if isinstance(name, str) else None
+    if not isinstance(known, type) or not issubclass(known, transformers.PreTrainedModel):
+        raise ValueError(
+            f"{CONFIG} of {str(folder)!r} names {name!r} in architectures, which is no model of transformers "
+            f"{transformers.__version__}."
+        )
+    load: Any = known.from_pretrained
+    model, info = load(str(folder), dtype="auto", use_safetensors=True, local_files_only=True, output_loading_info=True)
+    wrong = sorted(map(str, [*info["missing_keys"], *info.get("mismatched_keys", ())]))
+    if wrong:
+        raise FormatError(
+            f"{str(folder)!r} is no whole {name}: {wrong[0]} is missing from its weights or has another shape."
+        )
+    return model.eval()
+
+
+def _weights_bytes(folder: Path, names: Any) -> int:
+    return sum((folder / name).stat().st_size for name in names)
