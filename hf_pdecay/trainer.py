@@ -30,7 +30,7 @@ from .checkpoints import (
 )
 from .control import plan
 from .control_callback import SparsityControlCallback
-from .engines import check_engine, check_same, check_world_size, engine_of, whole_model
+from .engines import check_engine, check_same, check_structured, check_world_size, engine_of, whole_model
 from .model_card import SparsityCard, add_section, command_line, picture_in, render_section
 from .optim import AdamWLp, LpDecay
 from .optim.named import OPTIMIZERS
@@ -94,6 +94,7 @@ class PDecayTrainerMixin(SearchMixin, _Base):
         check_engine(self, settings.optim, settings.options.get("moments"))
         check_same(asdict(settings) | {"optim": name_of(self.args), "weight_decay": self.args.weight_decay})
         groups = decay_groups(self.model, self.args, settings)
+        check_structured(self, groups)
         # The number of steps that epochs come to is known later, and is checked then.
         plan(groups, self.args.max_steps if self.args.max_steps > 0 else 1 << 40, **settings.control_options)
         self._attach(settings)

@@ -327,9 +327,7 @@ class LpDecay(Optimizer):
                 found.append(_Copied(param, before, awake[param], places[param]))
         return found
 
-    def _shrink_groups(
-        self, number: int, group: dict[str, Any], shrinkage: Shrinkage, finite: bool | Tensor
-    ) -> None:
+    def _shrink_groups(self, number: int, group: dict[str, Any], shrinkage: Shrinkage, finite: bool | Tensor) -> None:
         averaging = is_schedule_free(self.base)
         lr = group["scheduled_lr"] if averaging else group["lr"]
 
@@ -355,7 +353,13 @@ class LpDecay(Optimizer):
             stepped = Stepped(local(param), before, z, awake, place)
             by_device.setdefault(before.device, []).append(stepped)
         for device, tensors in by_device.items():
-            decay = Decay(group["p_norm"], _rate(lr, device) * group["lambda_p"], group["keep_zeros"], group["decay_steps"], finite)
+            decay = Decay(
+                group["p_norm"],
+                _rate(lr, device) * group["lambda_p"],
+                group["keep_zeros"],
+                group["decay_steps"],
+                finite,
+            )
             shrink(tensors, decay)
 
 
