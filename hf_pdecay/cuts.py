@@ -6,7 +6,7 @@ order that removing all of them costs where they do not interact, over their num
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -49,12 +49,12 @@ def magnitudes(budget: Budget, optimizer: Any) -> Ranking:
     return Ranking([each._replace(exp_avg_sq=None) for each in tensors])
 
 
-def root_mean_squares(coupled: Coupled, params: list[Tensor]) -> Tensor:
+def root_mean_squares(coupled: Coupled, params: Sequence[Tensor]) -> Tensor:
     """Return the root mean square of the weights of each group, of shape ``(count,)``."""
     return _rms(coupled, params, params)
 
 
-def _rms(coupled: Coupled, params: list[Tensor], values: list[Tensor] | dict[int, Tensor]) -> Tensor:
+def _rms(coupled: Coupled, params: Sequence[Tensor], values: Sequence[Tensor] | dict[int, Tensor]) -> Tensor:
     total: Tensor | float = 0.0
     device = params[coupled.places[0].param].device
     for place in coupled.places:

@@ -222,18 +222,20 @@ def alive(coupled: Coupled, params: Sequence[Tensor]) -> Tensor:
 
 
 @torch.no_grad()
-def measure_groups(
+def count_groups(
     groups: Iterable[Mapping[str, Any]], params: Iterable[Sequence[Tensor]] | None = None
-) -> list[GroupSparsity]:
-    """Count the dead groups of each kind that an optimizer decays, with one wait for each device.
+) -> dict[str, tuple[int, Tensor]]:
+    """Count the groups of each kind that an optimizer decays, without a wait for the device.
 
     Args:
         groups: An optimizer's ``param_groups``.
         params: The model's parameters in each, where the groups hold others.
+
+    Returns:
+        Kind → how many groups there are, and how many are dead (:class:`GroupSparsity`) as a 0-dim tensor.
     """
     groups = list(groups)
-    totals: dict[str, list[int]] = {}
-    dead: dict[str, list[Tensor]] = {}
+    found: dict[str, tuple[int, Tensor]] = {}
     for group, some in zip(groups, [g["params"] for g in groups] if params is None else params, strict=True):
         kind = kind_of(group)
         if kind == ELEMENT:
@@ -244,10 +246,7 @@ def measure_groups(
                 died = ~alive(each, some)
             else:
                 weights = some[each.places[0].param].detach().movedim(each.places[0].dim, -1)
-                died = ((weights != 0).unflatten(-1, (-1, blocks[1])).sum(-1) <= blocks[0]).flatten()
-            totals.setdefault(kind, []).append(died.numel())
-            dead.setdefault(kind, []).append(died.sum())
-    return [
-        GroupSparsity(kind, sum(totals[kind]), int(torch.stack([each.to(some[0].device) for each in some]).sum()))
-        for kind, some in dead.items()
-    ]
+                died = (weights != 0).unflatten(-1, (-1, blocks[1])).sum(-1) <= blocks[0]
+            total, dead = found.get(kind, (0, died.new_zeros((), dtype=torch.int64)))
+            found[kind] = total + died.numel(), dead + died.sum().to(dead.device)
+    return found

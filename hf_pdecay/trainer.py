@@ -40,6 +40,7 @@ from .search import SearchMixin
 from .settings import DecaySettings
 from .shards import group_params, is_sharded, settle
 from .sparsity import SparsityReport, measure_sparsity, remove_leftovers, write_text
+from .structure import count_groups
 
 
 if TYPE_CHECKING:
@@ -269,11 +270,14 @@ class PDecayTrainerMixin(SearchMixin, _Base):
         Under FSDP2 and ZeRO-3, where processes hold shards of the model, all of them must call.
         """
         settle(self.model)
-        decayed = None
+        decayed = counted = None
         if self.optimizer is not None and any("rule" in group for group in self.optimizer.param_groups):
             groups = self.optimizer.param_groups
-            decayed = decayed_parameter_names(self.model, groups, group_params(self.optimizer))
-        return measure_sparsity(self.model, decayed=decayed, near_zero_threshold=self._near_zero_threshold)
+            params = group_params(self.optimizer)
+            decayed, counted = decayed_parameter_names(self.model, groups, params), count_groups(groups, params)
+        return measure_sparsity(
+            self.model, decayed=decayed, near_zero_threshold=self._near_zero_threshold, groups=counted
+        )
 
     @property
     def _near_zero_threshold(self) -> float:
