@@ -42,7 +42,8 @@ def claimed(
     """Decide which groups each rule takes.
 
     A rule takes, whole, each layer's groups of its kind of which it matches a weight that decays by default, or any
-    parameter if it matches none that does. Of a layer whose weights all belong to rules before it, it takes nothing.
+    parameter if it matches none that does. A layer whose weights all belong to rules before it, without groups or with
+    the same kind, it leaves to them.
 
     Args:
         model: Any module, wrapped or not.
@@ -54,8 +55,8 @@ def claimed(
         For each rule what it takes, nothing for those without groups.
 
     Raises:
-        ValueError: If a rule finds no groups, a parameter would be in groups of two rules, or belongs to one and in
-            part to groups of another, or a group has weights that are not trained.
+        ValueError: If a rule finds no groups, a parameter would be in groups of two kinds or a layer's weights belong
+            to several rules, or a group has weights that are not trained.
     """
     owners: dict[str, Claim] = {}
     taken: list[list[Coupling]] = []
@@ -148,7 +149,8 @@ def _belongs_to_others(
         )
     others = {name: owners[name] for name in sorted(names & owners.keys())}
     matrices = {name for name in names if len(full_shape(trainable[name])) > 1}
-    if others and all(other.kind == ELEMENT for other in others.values()) and matrices <= others.keys():
+    alike = all(other.kind in (ELEMENT, claim.kind) for other in others.values())
+    if others and alike and matrices <= others.keys():
         return True
     for name, other in others.items():
         raise ValueError(

@@ -90,9 +90,12 @@ def budgets(
             f"Invalid target_sparsity: target_sparsity={target:g} where all that decays has group={kind!r}, which is "
             f"{implied:g} by itself; leave the target out."
         )
+    open_kinds = [kind for kind, by_target in by_kind.items() if kind == ELEMENT or None in by_target]
     found: list[Budget] = []
     for kind, by_target in by_kind.items():
-        left = 0.0 if target is None or blocks[kind] is not None else _left(kind, target, by_target)
+        # Where rules set all groups of a kind, the target is that of the others, if there are any.
+        bound = kind == ELEMENT or None in by_target or not open_kinds
+        left = _left(kind, target, by_target) if target is not None and blocks[kind] is None and bound else 0.0
         for own, members in by_target.items():
             found += _divided(kind, left if own is None else own, members, scope)
     return [budget for budget in found if budget.numel]
