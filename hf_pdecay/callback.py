@@ -15,10 +15,12 @@ from accelerate.scheduler import AcceleratedScheduler
 from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from .cuts import root_mean_squares
 from .decay import forecast_threshold, lambda_for_threshold
 from .optim import AdamWLp
+from .optim.grouped import COUPLED, couplings_of, kind_of
 from .rules import decayed_parameter_names, group_table
-from .selection import Ranking
+from .selection import Ranked, Ranking
 from .shards import group_params, held, is_sharded, settle
 from .sparsity import (
     NEAR_ZERO_THRESHOLD,
@@ -28,6 +30,7 @@ from .sparsity import (
     remove_leftovers,
     write_text,
 )
+from .structure import count_groups
 from .targets import is_decayed
 
 
@@ -50,7 +53,8 @@ _SCHEDULE_SAMPLES = 1000
 class SparsityCallback(TrainerCallback):
     """Logs the exact zeros of a model while it trains, and reports them at the end.
 
-    With every log event of the training loss it adds ``sparsity/overall`` (decayed weights) and ``sparsity/model`` to
+    With every log event of the training loss it adds ``sparsity/overall`` (decayed weights), ``sparsity/model`` and,
+    where weights decay by groups, the fraction of dead ones, such as ``sparsity/neurons``, to
     what ``Trainer.log`` hands out, and appends a line to ``sparsity.jsonl`` in ``output_dir``; counting waits for the
     device once. At the end it writes ``sparsity.json`` and ``sparsity.png`` and prints a table.
 
@@ -128,6 +132,7 @@ class SparsityCallback(TrainerCallback):
         values: dict[str, Any] = {"sparsity/overall": report.sparsity, "sparsity/model": report.model_sparsity}
         if self.sparsity_logging == "layer":
             values |= {f"sparsity/layer/{each.name}": each.sparsity for each in report.tensors if each.decayed}
+        values |= {f"sparsity/{each.label.replace(' ', '_')}": each.sparsity for each in report.groups}
         if self._skipped_steps:
             values["skipped_steps"] = self._skipped_steps
         # The Trainer has copied the dict into its history before it calls; the trackers after this get the dict itself.
@@ -179,6 +184,7 @@ class SparsityCallback(TrainerCallback):
             "model_sparsity": report.model_sparsity,
             "near_zeros": report.decayed.near_zeros,
             "skipped_steps": self._skipped_steps,
+            **({"groups": {each.label: each.sparsity for each in report.groups}} if report.groups else {}),
             "layers": {each.name: each.sparsity for each in report.tensors if each.decayed},
         }
 
@@ -193,6 +199,7 @@ class SparsityCallback(TrainerCallback):
             decayed=_names(model, groups) if groups else None,
             near_zero_threshold=self.near_zero_threshold,
             extra=[each.settings.get("skipped_steps", 0) for each in groups],
+            groups=count_groups([each.settings for each in groups], [each.params for each in groups]),
         )
         self._skipped_steps = max(skipped, default=0)
         return report if state.is_world_process_zero else None
@@ -264,15 +271,26 @@ def forecast(groups: Sequence[DecayingGroup], lr_sums: Sequence[float]) -> list[
         if p_norm >= 2:
             sentences.append(f"{settings} give no zeros: for p >= 2 no weight reaches 0. Take p_norm below 2.")
             continue
-        ranking = Ranking([held(param) for param in params])
+        ranking = Ranking(_units(group, params))
         sparsity, half = ranking.below(forecast_threshold(p_norm, lambda_p, lr_sum)), ranking.quantile(0.5)
         if sparsity < _HARDLY_ANY:
             sentences.append(
-                f"{settings} can zero at most {sparsity:.1%} of these weights: the learning rates of this run add up "
-                f"to only {lr_sum:.3g}. For up to 50% take lambda_p of about "
+                f"{settings} can zero at most {sparsity:.1%} of these {_unit_name(group)}: the learning rates of this "
+                f"run add up to only {lr_sum:.3g}. For up to 50% take lambda_p of about "
                 f"{lambda_for_threshold(p_norm, half, lr_sum):.2g}, or raise the learning rate."
             )
     return sentences
+
+
+def _units(group: Mapping[str, Any], params: Sequence[Tensor]) -> list[Ranked]:
+    """What decays as one in a param group: the weights, or groups of them by their root mean square."""
+    if kind_of(group) not in COUPLED:
+        return [held(param) for param in params]
+    return [Ranked(root_mean_squares(each, params)) for each in couplings_of(group)]
+
+
+def _unit_name(group: Mapping[str, Any]) -> str:
+    return f"{kind_of(group)}s" if kind_of(group) in COUPLED else "weights"
 
 
 def _lr_sums(groups: Sequence[Mapping[str, Any]], lr_scheduler: Any, state: TrainerState) -> list[float]:

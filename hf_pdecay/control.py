@@ -7,6 +7,9 @@ sets the least salient weights to exactly 0, as many as the schedule asks for. O
 share of the one by which half of those that are to stay would be gone by the end of the run too, had they no gradient,
 and never such that more die by themselves than the next cut takes. After ``end`` zeros stay and the others train on
 ("healing").
+
+Of groups of weights that decay as one (``optim.grouped``) the same holds with a group for a weight: its root mean
+square for |w|, and the mean of w² √v for the saliency.
 """
 
 from __future__ import annotations
@@ -20,9 +23,10 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from .cuts import cut, magnitudes
 from .decay import lambda_for_threshold
-from .selection import Ranking, zero_least
-from .shards import group_params, publish, ranked
+from .optim.grouped import COUPLED, kind_of
+from .shards import group_params, publish
 from .targets import Budget, budgets, check_budget, check_p_norms, decayed_groups
 
 
@@ -102,12 +106,13 @@ class SparsityControl:
     Args:
         optimizer: An :class:`~hf_pdecay.AdamWLp`. A group may name a ``target_sparsity`` of its own.
         total_steps: Number of optimizer steps of the whole run.
-        target_sparsity: Fraction of exact zeros in all decayed weights at the end; None or 0 for what the groups' own
-            targets and λ_p give.
+        target_sparsity: Fraction of exact zeros in all decayed weights at the end, and of dead groups among those that
+            decay by groups; None or 0 for what the groups' own targets and λ_p give.
         sparsity_begin: Fraction of the run after which zeros begin; 0.1 by default.
         sparsity_end: Fraction of the run after which the target is reached and zeros stay; 0.75 by default.
         sparsity_schedule: ``"cubic"``, ``"linear"`` or ``"cosine"``.
-        sparsity_budget: ``"global"``, or ``"tensor"`` for the same sparsity in every tensor.
+        sparsity_budget: ``"global"``, or ``"tensor"`` for the same sparsity in every tensor, or of groups in every
+            layer.
         sparsity_decay: Strength of the decay on the way: 1 for the λ_p by which half of the weights that are to stay
             would be gone by the end too, had they no gradient; 0 for cuts alone.
         p_norm_begin: p until ``sparsity_begin``, from where it goes to the groups' p at ``sparsity_end``; None to keep
@@ -194,8 +199,10 @@ class SparsityControl:
             self._limit_lambda_p(budget, upcoming)
         for group in self._groups:
             # Zero absorbs while something decays, but for tensors that began as zeros and are to learn. While nothing
-            # does, what was cut must be held.
-            group["keep_zeros"] = self._keep_zeros or (step > schedule.begin and group["lambda_p"] == IDLE)
+            # does, what was cut must be held. Groups that are cut hold by themselves, and single zeros in others are
+            # no one's wish.
+            hold = kind_of(group) not in COUPLED and step > schedule.begin and group["lambda_p"] == IDLE
+            group["keep_zeros"] = self._keep_zeros or hold
 
     @torch.no_grad()
     def after_step(self, step: int) -> None:
@@ -207,11 +214,11 @@ class SparsityControl:
         if not self.schedule.cuts(step):
             return
         for budget in self.budgets:
-            tensors = [ranked(param, self._optimizer) for _, params in budget.members for param in params]
-            ranking = Ranking(tensors)
-            count = ranking.rank(budget.target * self.schedule.progress(step))
-            if count:
-                zero_least(tensors, ranking.least(count))
+            cut(budget, self._optimizer, self.schedule.progress(step))
+        for group in self._groups if step == self.schedule.end else ():
+            if kind_of(group) in COUPLED:
+                # What has not learned by now is among the zeros that were asked for.
+                group["dormant_groups"] = [None for _ in group.get("dormant_groups") or ()]
         publish(self._optimizer)
 
     def asked(self, step: int) -> float:
@@ -231,8 +238,7 @@ class SparsityControl:
             budget: Weights that share a target.
             upcoming: How much of the change the next cut will have made.
         """
-        tensors = [ranked(param, self._optimizer) for _, params in budget.members for param in params]
-        ranking = Ranking([each._replace(exp_avg_sq=None) for each in tensors])
+        ranking = magnitudes(budget, self._optimizer)
         median, next_cut = ranking.quantile((1 + budget.target) / 2), ranking.quantile(budget.target * upcoming)
         for group, _ in budget.members:
             # The highest that the rate will be: schedulers leave it in the group, OneCycleLR by another name.

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
+
+from .optim.grouped import ELEMENT, kind_of
 
 
 if TYPE_CHECKING:
@@ -57,6 +59,24 @@ def check_engine(trainer: Trainer, optim: str = "adamw_lp", moments: str | None 
                 f"not their shapes; take one of {', '.join(_ON_FLAT_SHARDS)}, or FSDP2."
             )
         _check_deepspeed(trainer)
+
+
+def check_structured(trainer: Trainer, groups: Iterable[Mapping[str, Any]]) -> None:
+    """Check that what decays by groups of weights is not sharded: each of them would lie in several processes.
+
+    Args:
+        trainer: The Trainer.
+        groups: The param groups of its run.
+
+    Raises:
+        ValueError: If it is.
+    """
+    kinds = [kind_of(group) for group in groups if kind_of(group) != ELEMENT]
+    if kinds and engine_of(trainer):
+        raise ValueError(
+            f"Invalid lp_rules: group={kinds[0]!r} under {engine_of(trainer)}, where a group of weights would lie in "
+            "several processes; structured decay takes one process, or several under DDP."
+        )
 
 
 def check_same(settings: Mapping[str, Any]) -> None:

@@ -12,6 +12,7 @@ from torch import nn
 
 from .names import clean_name
 from .optim import AdamWLp, LpDecay
+from .optim.grouped import ELEMENT, kind_of
 from .optim.named import arranged, make_optimizer
 from .rules import build_param_groups
 from .settings import DecaySettings
@@ -164,6 +165,13 @@ def _is_target(name: str, module: nn.Module, targets: str | Sequence[str]) -> bo
 
 def _adopted(ours: list[dict[str, Any]], theirs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Our groups, parted and ordered as another Trainer parts the parameters, each part with what it says of them."""
+    structured = [group for group in ours if kind_of(group) != ELEMENT]
+    if structured:
+        raise ValueError(
+            f"Invalid lp_rules: group={kind_of(structured[0])!r} in a Trainer that parts the parameters into param "
+            "groups of its own, across which groups of weights could lie; take a Trainer without, or rules without "
+            "group."
+        )
     place = {id(param): number for number, group in enumerate(ours) for param in group["params"]}
     found = []
     for group in theirs:

@@ -19,16 +19,20 @@ from torch.nn.modules.conv import _ConvNd
 
 from .decay import check_lambda_p, check_p_norm
 from .names import clean_name
+from .optim.grouped import ELEMENT, kind_of, n_of_m
 from .shards import full_numel, full_shape, wholly_zero
-from .targets import check_target
+from .structure import Claim, as_data, claimed
+from .targets import check_target, check_target_of
 
 
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from .groups import Coupling
+
 RuleSpec = Mapping[str, Any]
 
-_RULE_KEYS = ("p_norm", "lambda_p", "target_sparsity")
+_RULE_KEYS = ("p_norm", "lambda_p", "target_sparsity", "group")
 
 
 @dataclass(frozen=True)
@@ -41,6 +45,7 @@ class Rule:
         lambda_p: λ_p for them; None for the run's own.
         target_sparsity: Fraction of them that is to be zero, 0 to leave them to their λ_p; None for a share in
             the run's own target.
+        group: What decays as one: ``"element"``, ``"row"``, ``"column"``, ``"neuron"``, ``"head"``, ``"rank"`` or N:M.
         off: Whether they are left undecayed.
     """
 
@@ -48,6 +53,7 @@ class Rule:
     p_norm: float | None = None
     lambda_p: float | None = None
     target_sparsity: float | None = None
+    group: str = ELEMENT
     off: bool = False
 
 
@@ -60,6 +66,7 @@ class Assignment:
     lambda_p: float
     rule: str
     target_sparsity: float | None = None
+    group: str = ELEMENT
 
 
 def load_rules(spec: str | RuleSpec | None) -> dict[str, Any]:
@@ -67,8 +74,8 @@ def load_rules(spec: str | RuleSpec | None) -> dict[str, Any]:
 
     Args:
         spec: JSON text that starts with ``{``, the path of a JSON file, a mapping, or None for no rules. Keys are
-            regular expressions over parameter names; values are ``"off"`` or objects with ``p_norm``, ``lambda_p`` and
-            ``target_sparsity``.
+            regular expressions over parameter names; values are ``"off"`` or objects with ``p_norm``, ``lambda_p``,
+            ``target_sparsity`` and ``group``.
 
     Returns:
         The rules as a plain dict in their order, the first match of which wins.
@@ -129,8 +136,12 @@ def _parse_rule(pattern: str, settings: Any) -> Rule:
             f"Invalid lp_rules: {pattern!r} has the unknown key {unknown[0]!r}; known keys are {', '.join(_RULE_KEYS)}."
         )
     try:
+        group = settings.get("group", ELEMENT)
+        n_of_m(group)
+        check_target_of(group, settings.get("target_sparsity"))
         return Rule(
             compiled,
+            group=group,
             p_norm=check_p_norm(settings["p_norm"]) if "p_norm" in settings else None,
             lambda_p=check_lambda_p(settings["lambda_p"]) if "lambda_p" in settings else None,
             # None would be the run's own target; 0 is none at all.
@@ -186,8 +197,9 @@ def _matrices(module: nn.Module) -> Iterator[Tensor]:
 def assign(model: nn.Module, *, p_norm: float, lambda_p: float, rules: RuleSpec | None = None) -> dict[str, Assignment]:
     """Decide how each trainable parameter of a model decays.
 
-    A pattern that matches any matrix sets matrices only, so ``"attn"`` does not draw in the biases beside them; one
-    that matches nothing but biases and norms sets those. ``"off"`` acts on all that it matches.
+    A rule with a ``group`` takes whole groups of weights, biases included: see :func:`.structure.claimed`. Of the
+    others a pattern that matches any matrix sets matrices only, so ``"attn"`` does not draw in the biases beside them;
+    one that matches nothing but biases and norms sets those. ``"off"`` acts on all that it matches.
 
     Args:
         model: Any module, wrapped or not.
@@ -199,8 +211,16 @@ def assign(model: nn.Module, *, p_norm: float, lambda_p: float, rules: RuleSpec 
         Clean name → :class:`Assignment`, for every trainable parameter, shared ones once.
 
     Raises:
-        ValueError: If a pattern matches no trainable parameter; the message lists near matches.
+        ValueError: If a pattern matches no trainable parameter, where the message lists near matches, or its groups
+            cannot be had.
     """
+    return _assigned(model, p_norm, lambda_p, rules)[0]
+
+
+def _assigned(
+    model: nn.Module, p_norm: float, lambda_p: float, rules: RuleSpec | None
+) -> tuple[dict[str, Assignment], dict[str, list[Coupling]]]:
+    """What :func:`assign` returns, and the groups of weights that each rule takes, by its pattern."""
     default = set(decayable_parameter_names(model))
     trainable = _trainable(model)
     matches = {rule: _matches(rule, trainable) for rule in parse_rules(rules or {})}
@@ -208,10 +228,12 @@ def assign(model: nn.Module, *, p_norm: float, lambda_p: float, rules: RuleSpec 
         if not matched:
             aliases = [alias for _, some in trainable.values() for alias in some]
             raise ValueError(_no_match(each.pattern.pattern, aliases))
+    couplings, owners = _grouped(model, matches, trainable, default)
     result: dict[str, Assignment] = {}
     for key, (_, aliases) in trainable.items():
         name = aliases[0]
-        rule = next((rule for rule, matched in matches.items() if key in matched), None)
+        plain = (rule for rule, matched in matches.items() if key in matched and rule.group == ELEMENT)
+        rule = owners.get(name) or next(plain, None)
         if rule is None:
             on = name in default
             result[name] = Assignment(on, p_norm, lambda_p if on else 0.0, "default" if on else "not decayed")
@@ -222,8 +244,27 @@ def assign(model: nn.Module, *, p_norm: float, lambda_p: float, rules: RuleSpec 
                 lambda_p=0.0 if rule.off else lambda_p if rule.lambda_p is None else rule.lambda_p,
                 rule=rule.pattern.pattern,
                 target_sparsity=None if rule.off else rule.target_sparsity,
+                group=rule.group,
             )
-    return result
+    return result, couplings
+
+
+def _grouped(
+    model: nn.Module,
+    matches: Mapping[Rule, set[int]],
+    trainable: Mapping[int, tuple[Tensor, list[str]]],
+    default: set[str],
+) -> tuple[dict[str, list[Coupling]], dict[str, Rule]]:
+    """The groups of weights that each rule takes, and the rule of each parameter that lies in one."""
+    if all(rule.group == ELEMENT for rule in matches):
+        return {}, {}
+    claims = [
+        Claim(rule.pattern.pattern, rule.group, frozenset(trainable[key][1][0] for key in matched))
+        for rule, matched in matches.items()
+    ]
+    taken = claimed(model, claims, {names[0]: param for param, names in trainable.values()}, default)
+    owners = {m.name: rule for rule, some in zip(matches, taken, strict=True) for each in some for m in each.members}
+    return {rule.pattern.pattern: some for rule, some in zip(matches, taken, strict=True) if some}, owners
 
 
 def _trainable(model: nn.Module) -> dict[int, tuple[Tensor, list[str]]]:
@@ -269,13 +310,14 @@ def build_param_groups(
 
     Each holds beside the hyperparameters ``decayed``, whether its weights take part in p-norm decay (their λ_p may be 0
     at times), and ``rule``, what put them there. DTensors on different meshes, as under expert parallelism, are in
-    different groups.
+    different groups. A group whose weights decay by groups has ``group`` and ``couplings`` too.
 
     Args:
         model: Any module, wrapped or not.
         p_norm: The run's p.
         lambda_p: The run's λ_p.
-        weight_decay: λ₂ of the parameters in ``weight_decay_names``; the others get none.
+        weight_decay: λ₂ of the parameters in ``weight_decay_names``; the others get none. Where weights decay by groups
+            their biases have that of the matrices.
         keep_zeros: Whether decayed weights that are zero stay zero.
         rules: ``lp_rules``.
         weight_decay_names: Names of the parameters with L2 decay; those that decay by p norm if None.
@@ -285,16 +327,20 @@ def build_param_groups(
     Raises:
         ValueError: If a pattern matches no trainable parameter, or no parameter is trainable.
     """
-    assignments = assign(model, p_norm=p_norm, lambda_p=lambda_p, rules=rules)
+    assignments, couplings = _assigned(model, p_norm, lambda_p, rules)
     if not assignments:
         raise ValueError("The model has no trainable parameter: set requires_grad on what is to be trained.")
     l2_names = None if weight_decay_names is None else {clean_name(name) for name in weight_decay_names}
     groups: dict[tuple[Assignment, float, str, Any], dict[str, Any]] = {}
+    members: dict[str, list[str]] = {}
     named = [(name, param) for name, param in model.named_parameters() if param.requires_grad]
     alone = wholly_zero([param for _, param in named]) if isolate_zero else [False] * len(named)
     for (name, param), zero in zip(named, alone, strict=True):
         how = assignments[clean_name(name)]
         l2 = how.decayed if l2_names is None else clean_name(name) in l2_names
+        if how.group != ELEMENT:
+            l2 = l2_names is None or any(m.name in l2_names for each in couplings[how.rule] for m in each.members)
+            members.setdefault(how.rule, []).append(clean_name(name))
         group = groups.setdefault(
             (
                 how,
@@ -314,6 +360,11 @@ def build_param_groups(
             },
         )
         group["params"].append(param)
+        if how.group != ELEMENT:
+            group["group"] = how.group
+    for group in groups.values():
+        if kind_of(group) != ELEMENT:
+            group["couplings"] = as_data(couplings[group["rule"]], members[group["rule"]])
     return sorted(groups.values(), key=lambda group: not group["decayed"])
 
 
@@ -340,8 +391,10 @@ def decayed_parameter_names(
 
 def strength(group: Mapping[str, Any]) -> str:
     """Return a group's λ_p as text, or the sparsity that sets it."""
-    asked = group.get("asked_sparsity")
-    return f"{group['lambda_p']:g}" if asked is None else f"for {asked:.4g} zeros"
+    asked, kind = group.get("asked_sparsity"), kind_of(group)
+    if asked is None:
+        return f"{group['lambda_p']:g}"
+    return f"for {asked:.4g} zeros" if kind == ELEMENT or ":" in kind else f"for {asked:.4g} of the {kind}s"
 
 
 def group_table(groups: Sequence[Mapping[str, Any]], params: Sequence[Sequence[Tensor]] | None = None) -> Table:
@@ -355,12 +408,14 @@ def group_table(groups: Sequence[Mapping[str, Any]], params: Sequence[Sequence[T
 
     table = Table(title="Parameter groups")
     table.add_column("rule", overflow="fold")
-    for heading in ("tensors", "parameters", "p", "λ_p", "weight decay"):
+    structured = any(kind_of(group) != ELEMENT for group in groups)
+    for heading in (*(["group"] if structured else []), "tensors", "parameters", "p", "λ_p", "weight decay"):
         table.add_column(heading, justify="right")
     for number, (group, some) in enumerate(zip(groups, params or [group["params"] for group in groups], strict=True)):
         decayed = group.get("decayed", group["lambda_p"] > 0)
         table.add_row(
             group.get("rule", f"group {number}"),
+            *([kind_of(group) if decayed else "-"] if structured else []),
             f"{len(some):,}",
             f"{sum(full_numel(param) for param in some):,}",
             f"{group.get('p_norm_end', group['p_norm']):g}" if decayed else "-",

@@ -7,7 +7,7 @@ import math
 import os
 import re
 import struct
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -24,6 +24,7 @@ from .optim.backends import has_triton
 from .optim.distributed import Groups, all_sum
 from .rules import decayable_parameter_names
 from .shards import full_numel, full_shape, held, is_sharded
+from .structure import GroupSparsity
 
 
 if TYPE_CHECKING:
@@ -98,10 +99,12 @@ class SparsityReport:
     Args:
         tensors: One entry a floating-point parameter in the model's order; a shared parameter has one.
         near_zero_threshold: Magnitude below which a non-zero weight counts as near zero.
+        groups: Of each kind of groups that decay as one how many are dead.
     """
 
     tensors: list[TensorSparsity] = field(default_factory=list)
     near_zero_threshold: float = NEAR_ZERO_THRESHOLD
+    groups: list[GroupSparsity] = field(default_factory=list)
 
     @property
     def decayed(self) -> Totals:
@@ -144,6 +147,7 @@ class SparsityReport:
             "model_sparsity": self.model_sparsity,
             "decayed": asdict(self.decayed),
             "model": asdict(self.model),
+            **({"groups": [asdict(each) for each in self.groups]} if self.groups else {}),
             "tensors": [{**asdict(each), "shape": list(each.shape)} for each in self.tensors],
         }
 
@@ -156,7 +160,8 @@ class SparsityReport:
         """
         try:
             tensors = [TensorSparsity(**{**each, "shape": tuple(each["shape"])}) for each in values["tensors"]]
-            return cls(tensors, float(values["near_zero_threshold"]))
+            groups = [GroupSparsity(**each) for each in values.get("groups", [])]
+            return cls(tensors, float(values["near_zero_threshold"]), groups)
         except (KeyError, TypeError) as error:
             raise ValueError(f"This is no sparsity report: {error!r} is missing or wrong in it.") from error
 
@@ -206,6 +211,8 @@ class SparsityReport:
         table.add_section()
         table.add_row("decayed weights", *_cells(self.decayed), style="bold")
         table.add_row("whole model", *_cells(self.model))
+        if self.groups:
+            table.caption = "; ".join(map(str, self.groups))
         return table
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
@@ -236,6 +243,7 @@ def measure_sparsity(
     *,
     decayed: Collection[str] | None = None,
     near_zero_threshold: float = NEAR_ZERO_THRESHOLD,
+    groups: Mapping[str, tuple[int, Tensor]] | None = None,
 ) -> SparsityReport:
     """Count the zeros of a model.
 
@@ -245,11 +253,12 @@ def measure_sparsity(
             counts its own, and all get the report of the whole.
         decayed: Names of the parameters on which p-norm decay acts; those that decay by default if None.
         near_zero_threshold: Magnitude below which a non-zero weight counts as near zero.
+        groups: What :func:`.structure.count_groups` returned, if groups of weights decay as one.
 
     Returns:
         The report. Counting waits for each device once.
     """
-    return measure_with_extra(model, decayed=decayed, near_zero_threshold=near_zero_threshold)[0]
+    return measure_with_extra(model, decayed=decayed, near_zero_threshold=near_zero_threshold, groups=groups)[0]
 
 
 def measure_with_extra(
@@ -258,6 +267,7 @@ def measure_with_extra(
     decayed: Collection[str] | None = None,
     near_zero_threshold: float = NEAR_ZERO_THRESHOLD,
     extra: Sequence[int | Tensor] = (),
+    groups: Mapping[str, tuple[int, Tensor]] | None = None,
 ) -> tuple[SparsityReport, list[int]]:
     """:func:`measure_sparsity` that brings a few integers from the device along in the same transfer.
 
@@ -266,6 +276,7 @@ def measure_with_extra(
         decayed: See :func:`measure_sparsity`.
         near_zero_threshold: See :func:`measure_sparsity`.
         extra: Integers, or 0-dim integer tensors on any device.
+        groups: See :func:`measure_sparsity`.
 
     Returns:
         The report and the values of ``extra``.
@@ -275,8 +286,11 @@ def measure_with_extra(
     with torch.no_grad():
         counts = _counts([held(param).weight for _, param in named], near_zero_threshold)
         _add_shards([param for _, param in named], counts)
+    dead = {kind: count for kind, (_, count) in (groups or {}).items()}
+    extra = [*dead.values(), *extra]
     rows = _to_host([*counts, *(value.reshape(1) for value in extra if isinstance(value, Tensor))])
     from_device = iter(rows[len(counts) :])
+    numbers = [next(from_device)[0] if isinstance(value, Tensor) else int(value) for value in extra]
     report = SparsityReport(
         [
             TensorSparsity(
@@ -291,8 +305,12 @@ def measure_with_extra(
             for (name, param), (zeros, below, square) in zip(named, rows, strict=False)
         ],
         near_zero_threshold,
+        [
+            GroupSparsity(kind, total, number)
+            for (kind, (total, _)), number in zip((groups or {}).items(), numbers, strict=False)
+        ],
     )
-    return report, [next(from_device)[0] if isinstance(value, Tensor) else int(value) for value in extra]
+    return report, numbers[len(dead) :]
 
 
 def _distinct_parameters(model: nn.Module) -> Iterator[tuple[str, Tensor]]:

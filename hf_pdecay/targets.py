@@ -9,10 +9,14 @@ from typing import Any
 from torch import Tensor
 
 from .decay import check_p_norm
+from .optim.grouped import ELEMENT, Coupled, couplings_of, group_size, kind_of, n_of_m
 from .shards import full_numel
 
 
 BUDGETS = ("global", "tensor")
+
+
+Members = list[tuple[dict[str, Any], list[Tensor]]]
 
 
 @dataclass(frozen=True)
@@ -20,17 +24,30 @@ class Budget:
     """Weights that share a target.
 
     Args:
-        target: Fraction of them that is to be zero.
+        target: Fraction of them that is to be zero; for groups of weights the fraction of the groups.
         members: Param groups, each with those of its parameters that are meant.
+        kind: What decays as one: ``"element"``, ``"row"`` and the like, or N:M.
+        coupled: The groups of weights that are meant, each with the parameters of its param group; none for elements.
     """
 
     target: float
     members: Sequence[tuple[dict[str, Any], list[Tensor]]]
+    kind: str = ELEMENT
+    coupled: Sequence[tuple[Coupled, list[Tensor]]] = ()
 
     @property
     def numel(self) -> int:
         """Number of weights."""
+        if self.kind != ELEMENT:
+            return sum(each.count * group_size(each, params) for each, params in self.coupled)
         return sum(full_numel(param) for _, params in self.members for param in params)
+
+    @property
+    def units(self) -> int:
+        """Number of what is counted: groups, or weights for elements and N:M."""
+        if self.kind == ELEMENT or n_of_m(self.kind) is not None:
+            return self.numel
+        return sum(each.count for each, _ in self.coupled)
 
 
 def budgets(
@@ -41,44 +58,98 @@ def budgets(
 ) -> list[Budget]:
     """Divide the weights that groups decay into budgets, each with the target that is left for it.
 
+    A budget has units of one kind, and a target holds for each kind by itself: half of the weights that decay alone,
+    half of the neurons. N:M has the target that it implies.
+
     Args:
         groups: Param groups; one with ``target_sparsity`` above 0 has that target, one with 0 is left to its λ_p.
         target: Fraction of zeros for the weights of all groups but those with 0; None or 0 where only the groups' own
             targets count.
-        scope: ``"global"`` or ``"tensor"``.
+        scope: ``"global"``, or ``"tensor"`` for each tensor by itself, and of groups of weights for each layer.
         params: The model's parameters in each group, where the groups hold others.
 
     Raises:
-        ValueError: If a target is outside of [0, 1), or the groups' own targets leave no such target to the others.
+        ValueError: If a target is outside of [0, 1), the groups' own targets leave no such target to the others, or it
+            is not the one that N:M implies.
     """
     target = check_target(target)
-    by_target: dict[float | None, list[tuple[dict[str, Any], list[Tensor]]]] = {}
+    by_kind: dict[str, dict[float | None, Members]] = {}
     for group, some in zip(groups, params or [group["params"] for group in groups], strict=True):
         own: float | None = group.get("target_sparsity")
-        if is_decayed(group) and own != 0 and (own is not None or target is not None):
-            by_target.setdefault(check_target(own), []).append((group, list(some)))
-    rest = 0.0 if target is None else _left(target, by_target)
-    found = []
-    for own, members in by_target.items():
-        aim = rest if own is None else own
-        if scope == "global":
-            found.append(Budget(aim, members))
-        else:
-            found += [Budget(aim, [(group, [param])]) for group, some in members for param in some]
+        kind = kind_of(group)
+        if not is_decayed(group) or own == 0:
+            continue
+        implied = check_target_of(kind, own)
+        if own is not None or implied is not None or target is not None:
+            aim = check_target(own) if implied is None else implied
+            by_kind.setdefault(kind, {}).setdefault(aim, []).append((group, list(some)))
+    blocks = {kind: check_target_of(kind, None) for kind in by_kind}
+    if target is not None and by_kind and all(each not in (None, target) for each in blocks.values()):
+        kind, implied = next(iter(blocks.items()))
+        raise ValueError(
+            f"Invalid target_sparsity: target_sparsity={target:g} where all that decays has group={kind!r}, which is "
+            f"{implied:g} by itself; leave the target out."
+        )
+    open_kinds = [kind for kind, by_target in by_kind.items() if kind == ELEMENT or None in by_target]
+    found: list[Budget] = []
+    for kind, by_target in by_kind.items():
+        # Where rules set all groups of a kind, the target is that of the others, if there are any.
+        bound = kind == ELEMENT or None in by_target or not open_kinds
+        left = _left(kind, target, by_target) if target is not None and blocks[kind] is None and bound else 0.0
+        for own, members in by_target.items():
+            found += _divided(kind, left if own is None else own, members, scope)
     return [budget for budget in found if budget.numel]
 
 
-def _left(target: float, by_target: Mapping[float | None, Sequence[tuple[dict[str, Any], list[Tensor]]]]) -> float:
-    """The target of the groups without one of their own, such that all of them together come to ``target``."""
-    sizes = {own: Budget(0.0, members).numel for own, members in by_target.items()}
+def check_target_of(kind: str, own: float | None) -> float | None:
+    """Return the target that N:M has by itself; None for other kinds.
+
+    Args:
+        kind: What decays as one.
+        own: What was asked for; None or 0 for nothing.
+
+    Raises:
+        ValueError: If another one was asked for.
+    """
+    blocks = n_of_m(kind)
+    if blocks is None:
+        return None
+    implied = 1 - blocks[0] / blocks[1]
+    if own and abs(own - implied) > 1e-9:
+        raise ValueError(
+            f"Invalid target_sparsity: target_sparsity={own!r} with group={kind!r}, which is {implied:g} by itself; "
+            "leave the target out, or give 0 for what λ_p alone comes to."
+        )
+    return implied
+
+
+def _divided(kind: str, target: float, members: Members, scope: str) -> list[Budget]:
+    if kind == ELEMENT:
+        if scope == "global":
+            return [Budget(target, members)]
+        return [Budget(target, [(group, [param])]) for group, some in members for param in some]
+    if scope == "global":
+        coupled = [(each, some) for group, some in members for each in couplings_of(group)]
+        return [Budget(target, members, kind, coupled)]
+    return [
+        Budget(target, [(group, some)], kind, [(each, some)]) for group, some in members for each in couplings_of(group)
+    ]
+
+
+def _left(kind: str, target: float, by_target: Mapping[float | None, Members]) -> float:
+    """The target of the groups without one of their own, such that all of a kind together come to ``target``."""
+    sizes = {
+        own: sum(each.units for each in _divided(kind, 0.0, members, "global")) for own, members in by_target.items()
+    }
     total, free = sum(sizes.values()), sizes.get(None, 0)
     ruled = sum(own * size for own, size in sizes.items() if own is not None)
     left = target * total - ruled
     # Rules may leave nothing to the others, but not less; and a weight must be left of those others.
     if total and not -0.5 <= left <= max(free - 1, 0) + 0.5:
+        what = "decayed weights" if kind == ELEMENT else f"{kind}s"
         raise ValueError(
             f"Invalid target_sparsity: target_sparsity={target:g} cannot be met: with the targets in lp_rules the "
-            f"decayed weights can be from {ruled / total:.1%} to {(ruled + free) / total:.1%} zeros. Change the "
+            f"{what} can be from {ruled / total:.1%} to {(ruled + free) / total:.1%} zeros. Change the "
             "target, or those of the rules."
         )
     return max(left, 0.0) / free if free else 0.0

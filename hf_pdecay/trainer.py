@@ -30,7 +30,7 @@ from .checkpoints import (
 )
 from .control import plan
 from .control_callback import SparsityControlCallback
-from .engines import check_engine, check_same, check_world_size, engine_of, whole_model
+from .engines import check_engine, check_same, check_structured, check_world_size, engine_of, whole_model
 from .model_card import SparsityCard, add_section, command_line, picture_in, render_section
 from .optim import AdamWLp, LpDecay
 from .optim.named import OPTIMIZERS
@@ -40,6 +40,7 @@ from .search import SearchMixin
 from .settings import DecaySettings
 from .shards import group_params, is_sharded, settle
 from .sparsity import SparsityReport, measure_sparsity, remove_leftovers, write_text
+from .structure import count_groups
 
 
 if TYPE_CHECKING:
@@ -94,6 +95,7 @@ class PDecayTrainerMixin(SearchMixin, _Base):
         check_engine(self, settings.optim, settings.options.get("moments"))
         check_same(asdict(settings) | {"optim": name_of(self.args), "weight_decay": self.args.weight_decay})
         groups = decay_groups(self.model, self.args, settings)
+        check_structured(self, groups)
         # The number of steps that epochs come to is known later, and is checked then.
         plan(groups, self.args.max_steps if self.args.max_steps > 0 else 1 << 40, **settings.control_options)
         self._attach(settings)
@@ -268,11 +270,14 @@ class PDecayTrainerMixin(SearchMixin, _Base):
         Under FSDP2 and ZeRO-3, where processes hold shards of the model, all of them must call.
         """
         settle(self.model)
-        decayed = None
+        decayed = counted = None
         if self.optimizer is not None and any("rule" in group for group in self.optimizer.param_groups):
             groups = self.optimizer.param_groups
-            decayed = decayed_parameter_names(self.model, groups, group_params(self.optimizer))
-        return measure_sparsity(self.model, decayed=decayed, near_zero_threshold=self._near_zero_threshold)
+            params = group_params(self.optimizer)
+            decayed, counted = decayed_parameter_names(self.model, groups, params), count_groups(groups, params)
+        return measure_sparsity(
+            self.model, decayed=decayed, near_zero_threshold=self._near_zero_threshold, groups=counted
+        )
 
     @property
     def _near_zero_threshold(self) -> float:

@@ -56,7 +56,8 @@ class Place(NamedTuple):
     offset: int = 0
 
 
-class Coupled(NamedTuple):
+@dataclass(frozen=True)
+class Coupled:
     """As many groups as one layer has, and where they lie in the parameters of a param group."""
 
     count: int
@@ -169,8 +170,8 @@ def _check_place(
     spans.append((place.offset, end))
     if blocks is not None and shape[place.dim] % blocks[1]:
         raise ValueError(
-            f"Invalid group: group='{blocks[0]}:{blocks[1]}' on {coupled.name or 'a parameter'} of shape {shape}, whose "
-            f"dimension {place.dim} is not divisible by {blocks[1]}."
+            f"Invalid group: group='{blocks[0]}:{blocks[1]}' on {coupled.name or 'a parameter'} of shape {shape}, "
+            f"whose dimension {place.dim} is not divisible by {blocks[1]}."
         )
 
 
@@ -439,7 +440,7 @@ def weakest(scores: Tensor, blocks: tuple[int, int], *, exact: bool = False) -> 
     n, m = blocks
     split = scores.unflatten(-1, (-1, m))
     if exact:
-        order = split.argsort(-1, descending=True, stable=True)
+        order = split.argsort(dim=-1, descending=True, stable=True)
         return torch.zeros_like(split, dtype=torch.bool).scatter_(-1, order[..., n:], True).flatten(-2)
     if blocks == (2, 4):
         a, b, c, d = split.unbind(-1)

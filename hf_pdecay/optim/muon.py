@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
+from .grouped import ELEMENT, kind_of
+
 
 class MuonWithAdamW(Optimizer):
     """``torch.optim.Muon`` on matrices and ``torch.optim.AdamW`` on all other parameters.
@@ -127,6 +129,11 @@ def _parted(group: Mapping[str, Any]) -> list[dict[str, Any]]:
     params = [group["params"]] if isinstance(group["params"], Tensor) else list(group["params"])
     if "use_muon" in group:
         return [{**group, "params": params}]
+    if kind_of(group) != ELEMENT:
+        raise ValueError(
+            f"Invalid group: group={kind_of(group)!r} with Muon, which parts the parameters of a group into matrices "
+            "and others; take another optimizer, such as adamw_lp."
+        )
     decayed = group.get("decayed", group.get("lambda_p", 1) != 0)
     matrices = [param for param in params if decayed and param.dim() == 2]
     chosen = {id(param) for param in matrices}

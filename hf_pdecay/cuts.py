@@ -1,0 +1,122 @@
+"""The cuts of a target: the least salient weights of a budget, or its least salient groups, become exactly 0.
+
+A weight's saliency is that of ``control``, w² √v. A group's is the sum of those of its weights, the loss to second
+order that removing all of them costs where they do not interact, over their number.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .optim.grouped import ELEMENT, Coupled, Place, group_size, n_of_m, square_sums, weakest
+from .selection import Ranked, Ranking, scores, zero_least
+from .shards import ranked
+from .targets import Budget
+
+
+@torch.no_grad()
+def cut(budget: Budget, optimizer: Any, progress: float) -> None:
+    """Set the least salient units of a budget to 0, in place.
+
+    Args:
+        budget: The weights.
+        optimizer: Their optimizer, in whose state the second moments are.
+        progress: How much of the target is asked for now, in [0, 1].
+    """
+    if budget.kind == ELEMENT:
+        tensors = [ranked(param, optimizer) for _, params in budget.members for param in params]
+        ranking = Ranking(tensors)
+        count = ranking.rank(budget.target * progress)
+        if count:
+            zero_least(tensors, ranking.least(count))
+        return
+    blocks = n_of_m(budget.kind)
+    if blocks is None:
+        _cut_groups(budget, optimizer, round(budget.target * progress * budget.units))
+    else:
+        _cut_blocks(budget, optimizer, progress, blocks)
+
+
+def magnitudes(budget: Budget, optimizer: Any) -> Ranking:
+    """Return what the decay acts on in a budget: |w| of its weights, or the root mean square of its groups."""
+    if budget.kind != ELEMENT and n_of_m(budget.kind) is None:
+        return Ranking([Ranked(root_mean_squares(each, params)) for each, params in budget.coupled])
+    tensors = [ranked(param, optimizer) for _, params in budget.members for param in params]
+    return Ranking([each._replace(exp_avg_sq=None) for each in tensors])
+
+
+def root_mean_squares(coupled: Coupled, params: Sequence[Tensor]) -> Tensor:
+    """Return the root mean square of the weights of each group, of shape ``(count,)``."""
+    return _rms(coupled, params, params)
+
+
+def _rms(coupled: Coupled, params: Sequence[Tensor], values: Sequence[Tensor] | dict[int, Tensor]) -> Tensor:
+    total: Tensor | float = 0.0
+    device = params[coupled.places[0].param].device
+    for place in coupled.places:
+        total = square_sums(values[place.param], place, coupled.count).to(device) + total
+    return (total / group_size(coupled, params)).sqrt()  # type: ignore[union-attr]
+
+
+def _cut_groups(budget: Budget, optimizer: Any, count: int) -> None:
+    if not count:
+        return
+    seconds = _has_second_moments(budget, optimizer)
+    found = []
+    for each, params in budget.coupled:
+        salient = {
+            place.param: _saliency(params[place.param], optimizer, seconds) for place in each.places
+        }  # fmt: skip
+        found.append(_rms(each, params, salient).double().cpu())
+    flat = torch.cat(found)
+    dead = torch.zeros(len(flat), dtype=torch.bool)
+    dead[flat.argsort(stable=True)[:count]] = True
+    for (each, params), some in zip(budget.coupled, dead.split([len(one) for one in found]), strict=True):
+        for place in each.places:
+            weights = params[place.param].detach()
+            lost = some.nonzero().view(-1, 1) * place.size + torch.arange(place.size) + place.offset
+            weights.index_fill_(place.dim, lost.view(-1).to(weights.device), 0)
+
+
+def _cut_blocks(budget: Budget, optimizer: Any, progress: float, blocks: tuple[int, int]) -> None:
+    """Set the least salient of each block's M - N least salient to 0; all of them if the target is asked for whole."""
+    seconds = _has_second_moments(budget, optimizer)
+    candidates = []
+    for weights, place in _blocks(budget):
+        salient = _saliency(weights, optimizer, seconds).movedim(place.dim, -1)
+        stays = ~weakest(salient, blocks, exact=True)
+        candidates.append(Ranked(salient.masked_fill(stays, torch.inf).contiguous()))
+    ranking = Ranking(candidates)
+    count = ranking.rank(budget.target * progress)
+    if not count:
+        return
+    zero_least(candidates, ranking.least(count))
+    for (weights, place), chosen in zip(_blocks(budget), candidates, strict=True):
+        weights.detach().movedim(place.dim, -1).masked_fill_(chosen.weight == 0, 0)
+
+
+def _blocks(budget: Budget) -> Iterator[tuple[Tensor, Place]]:
+    for each, params in budget.coupled:
+        for place in each.places:
+            yield params[place.param], place
+
+
+def _has_second_moments(budget: Budget, optimizer: Any) -> bool:
+    return any(
+        ranked(params[place.param], optimizer).exp_avg_sq is not None
+        for each, params in budget.coupled
+        for place in each.places
+    )
+
+
+def _saliency(param: Tensor, optimizer: Any, seconds: bool) -> Tensor:
+    """Scores of the weights of a parameter; where others have second moments, those without one have 0."""
+    own = ranked(param, optimizer)
+    if seconds and own.exp_avg_sq is None:
+        own = own._replace(exp_avg_sq=torch.zeros_like(own.weight, dtype=torch.float32))
+    dtype = torch.promote_types(param.dtype, torch.float32)
+    return scores(own._replace(weight=own.weight.detach()), dtype)

@@ -1,0 +1,254 @@
+"""Structured decay of a model: which rule takes which groups of weights, and how many of them are dead.
+
+The groups themselves, such as the neurons of a layer, are found in ``coupling``; how they decay is in
+``optim.grouped``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+
+from .groups import Coupling, Member
+from .names import clean_name
+from .optim.grouped import ELEMENT, Coupled, couplings_of, kind_of, n_of_m
+from .shards import full_shape
+
+
+@dataclass(frozen=True)
+class Claim:
+    """What a rule says of groups.
+
+    Args:
+        pattern: The rule's pattern, for messages.
+        kind: What is to decay as one; ``"element"`` for a rule that has no groups, which comes first where it comes
+            first.
+        names: Names of the parameters that it matches.
+    """
+
+    pattern: str
+    kind: str
+    names: frozenset[str]
+
+
+def claimed(
+    model: nn.Module, claims: Sequence[Claim], trainable: Mapping[str, Tensor], default: Collection[str]
+) -> list[list[Coupling]]:
+    """Decide which groups each rule takes.
+
+    A rule takes, whole, each layer's groups of its kind of which it matches a weight that decays by default, or any
+    parameter if it matches none that does. A layer whose weights all belong to rules before it, without groups or with
+    the same kind, it leaves to them.
+
+    Args:
+        model: Any module, wrapped or not.
+        claims: The rules in their order.
+        trainable: Trainable parameters by name.
+        default: Names of those that decay by default.
+
+    Returns:
+        For each rule what it takes, nothing for those without groups.
+
+    Raises:
+        ValueError: If a rule finds no groups, a parameter would be in groups of two kinds or a layer's weights belong
+            to several rules, or a group has weights that are not trained.
+    """
+    owners: dict[str, Claim] = {}
+    taken: list[list[Coupling]] = []
+    for claim in claims:
+        if claim.kind == ELEMENT:
+            for name in claim.names:
+                owners.setdefault(name, claim)
+            taken.append([])
+            continue
+        wanted = claim.names & set(default) or claim.names
+        found = [each for each in _find(model, claim, wanted) if any(m.name in wanted for m in each.members)]
+        own = [each for each in found if not _belongs_to_others(each, claim, owners, trainable)]
+        if not own:
+            raise ValueError(
+                f"Invalid lp_rules: {claim.pattern!r} has group={claim.kind!r}, and "
+                + (
+                    "rules before it have all that it matches."
+                    if found
+                    else f"what it matches is in no {claim.kind}: {', '.join(sorted(wanted)[:3])}."
+                )
+            )
+        for each in own:
+            for member in each.members:
+                owners[member.name] = claim
+        taken.append(own)
+    return taken
+
+
+def _find(model: nn.Module, claim: Claim, wanted: Collection[str]) -> list[Coupling]:
+    from .coupling import find
+
+    blocks = n_of_m(claim.kind)
+    if blocks is not None:
+        return _layers(model, claim.kind, wanted)
+    if claim.kind not in ("row", "column"):
+        return find(model, claim.kind)
+    convolutions = _layers(model, claim.kind, wanted, convolutions=True)
+    try:
+        return [*find(model, claim.kind), *convolutions]
+    except ValueError:  # no linear layer
+        if convolutions:
+            return convolutions
+        raise
+
+
+def _layers(model: nn.Module, kind: str, wanted: Collection[str], convolutions: bool = False) -> list[Coupling]:
+    """Each wanted weight of a layer by itself: its outputs or inputs, or the blocks along its inputs.
+
+    Args:
+        model: The model.
+        kind: ``"row"``, ``"column"`` or N:M.
+        wanted: Names of parameters.
+        convolutions: Whether only convolutions are meant.
+    """
+    from transformers.pytorch_utils import Conv1D
+
+    names = {id(param): clean_name(name) for name, param in model.named_parameters()}
+    blocks = n_of_m(kind)
+    found: dict[str, Coupling] = {}
+    for path, module in model.named_modules():
+        if not isinstance(module, _ConvNd if convolutions else (nn.Linear, Conv1D, _ConvNd)):
+            continue
+        name = names.get(id(module.weight))
+        if name is None or name not in wanted or name in found:
+            continue
+        turned = isinstance(module, (Conv1D, _ConvTransposeNd))
+        dim = int((kind == "row") == turned)
+        count = full_shape(module.weight)[dim]
+        if blocks is not None and count % blocks[1]:
+            raise ValueError(
+                f"Invalid lp_rules: group={kind!r} on {name}, whose {count} inputs are not divisible by {blocks[1]}; "
+                "leave it out of the rule."
+            )
+        members = [Member(name, dim)]
+        if kind == "row" and module.bias is not None:
+            members.append(Member(names[id(module.bias)], 0))
+        found[name] = Coupling(kind, count, tuple(members), clean_name(path))
+    return list(found.values())
+
+
+def _belongs_to_others(
+    coupling: Coupling, claim: Claim, owners: Mapping[str, Claim], trainable: Mapping[str, Tensor]
+) -> bool:
+    names = {member.name for member in coupling.members}
+    frozen = sorted(names - trainable.keys())
+    if frozen:
+        raise ValueError(
+            f"Invalid lp_rules: {claim.pattern!r} has group={claim.kind!r}, and {frozen[0]}, in which groups of "
+            f"{coupling.name} lie, is not trained; set requires_grad, or leave {coupling.name} out of the rule."
+        )
+    others = {name: owners[name] for name in sorted(names & owners.keys())}
+    matrices = {name for name in names if len(full_shape(trainable[name])) > 1}
+    alike = all(other.kind in (ELEMENT, claim.kind) for other in others.values())
+    if others and alike and matrices <= others.keys():
+        return True
+    for name, other in others.items():
+        raise ValueError(
+            f"Invalid lp_rules: {name} is in groups of {claim.pattern!r} (group={claim.kind!r}) and belongs to "
+            f"{other.pattern!r} (group={other.kind!r}) too; it can be in one of the two only. Make one of the patterns "
+            "narrower."
+        )
+    return False
+
+
+def as_data(couplings: Iterable[Coupling], names: Sequence[str]) -> list[dict[str, Any]]:
+    """Return couplings as a param group carries them: plain data, with parameters by their index.
+
+    Args:
+        couplings: The groups.
+        names: Names of the parameters of the param group, in order.
+    """
+    index = {name: number for number, name in enumerate(names)}
+    return [
+        {
+            "kind": each.kind,
+            "count": each.count,
+            "name": each.name,
+            "members": [
+                {"param": index[m.name], "dim": m.dim, "size": m.size, "offset": m.offset} for m in each.members
+            ],
+        }
+        for each in couplings
+    ]
+
+
+@dataclass(frozen=True)
+class GroupSparsity:
+    """How many groups of a kind are dead, or for N:M how many blocks have at most N weights that are not zero.
+
+    Args:
+        kind: ``"row"``, ``"column"``, ``"neuron"``, ``"head"``, ``"rank"`` or N:M.
+        groups: How many there are.
+        dead: How many of them have no weight but exact zeros; for N:M how many blocks fit.
+    """
+
+    kind: str
+    groups: int
+    dead: int
+
+    @property
+    def sparsity(self) -> float:
+        """Fraction of dead groups, in [0, 1]."""
+        return self.dead / self.groups if self.groups else 0.0
+
+    @property
+    def label(self) -> str:
+        """The groups in the plural."""
+        return f"{self.kind} blocks" if ":" in self.kind else f"{self.kind}s"
+
+    def __str__(self) -> str:
+        """Return a part of a sentence: "neurons: 50.0% of 2,048 dead"."""
+        return f"{self.label}: {self.sparsity:.1%} of {self.groups:,} {'fit' if ':' in self.kind else 'dead'}"
+
+
+def alive(coupled: Coupled, params: Sequence[Tensor]) -> Tensor:
+    """Return which groups of a coupling have a weight that is not zero, as a bool tensor on the first one's device."""
+    found: Tensor | None = None
+    for place in coupled.places:
+        part = params[place.param].detach().narrow(place.dim, place.offset, coupled.count * place.size)
+        own = (part != 0).transpose(0, place.dim).reshape(coupled.count, -1).any(1)
+        found = own if found is None else found | own.to(found.device)
+    if found is None:
+        raise ValueError(f"{coupled!r} has no members.")
+    return found
+
+
+@torch.no_grad()
+def count_groups(
+    groups: Iterable[Mapping[str, Any]], params: Iterable[Sequence[Tensor]] | None = None
+) -> dict[str, tuple[int, Tensor]]:
+    """Count the groups of each kind that an optimizer decays, without a wait for the device.
+
+    Args:
+        groups: An optimizer's ``param_groups``.
+        params: The model's parameters in each, where the groups hold others.
+
+    Returns:
+        Kind → how many groups there are, and how many are dead (:class:`GroupSparsity`) as a 0-dim tensor.
+    """
+    groups = list(groups)
+    found: dict[str, tuple[int, Tensor]] = {}
+    for group, some in zip(groups, [g["params"] for g in groups] if params is None else params, strict=True):
+        kind = kind_of(group)
+        if kind == ELEMENT:
+            continue
+        blocks = n_of_m(kind)
+        for each in couplings_of(group):
+            if blocks is None:
+                died = ~alive(each, some)
+            else:
+                weights = some[each.places[0].param].detach().movedim(each.places[0].dim, -1)
+                died = (weights != 0).unflatten(-1, (-1, blocks[1])).sum(-1) <= blocks[0]
+            total, dead = found.get(kind, (0, died.new_zeros((), dtype=torch.int64)))
+            found[kind] = total + died.numel(), dead + died.sum().to(dead.device)
+    return found
