@@ -17,10 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from .names import clean_name
-<<<<<<< HEAD
 from .optim.backends import has_triton
-=======
->>>>>>> shrink
 from .optim.distributed import Groups, all_sum
 from .rules import decayable_parameter_names
 from .shards import full_numel, full_shape, held, is_sharded
