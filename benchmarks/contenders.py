@@ -27,6 +27,9 @@ AUTHORS = f"authors' algorithm on fused AdamW, p = {USUAL_P:g}"
 # On a CPU, from this many weights on only what is asked for most: a step takes a second.
 _MANY = 100_000_000
 
+# Tensors up to which torch.compile has to show what it makes of the formulas; it takes a second for each.
+_COMPILED = 24
+
 Shapes = tuple[tuple[int, ...], ...]
 
 
@@ -124,8 +127,7 @@ def contenders_for(size: Size, device: str, quick: bool = False) -> list[Contend
     some_p = (USUAL_P,) if quick else P_NORMS
     prune = partial(prune_optimizer, lr=LR)
     inductor = partial(InductorAdamWLp, lr=LR, p_norm=USUAL_P, lambda_p=LAMBDA_P)
-    # Compiling it takes a second a tensor.
-    slow = f"{len(size.shapes)} tensors take too long to compile" if device == "cpu" or len(size.shapes) > 24 else None
+    formulas = Contender(f"AdamWLp's formulas by torch.compile, p = {USUAL_P:g}", inductor, USUAL_P, plain_state=False)
     return [
         baseline,
         Contender("torch AdamW, foreach", partial(torch_adamw, lr=LR, fused=False)),
@@ -136,7 +138,7 @@ def contenders_for(size: Size, device: str, quick: bool = False) -> list[Contend
         *(ours(p_norm, "reference") for p_norm in some_p),
         ours(USUAL_P, note="bfloat16 moments", moments="bfloat16"),
         ours(USUAL_P, note="8-bit moments", moments="8bit", absent=eight),
-        Contender(f"AdamWLp's formulas by torch.compile, p = {USUAL_P:g}", inductor, USUAL_P, None, False, slow),
+        *([formulas] if device == "cuda" and len(size.shapes) <= _COMPILED else []),
         Contender(f"LpDecay on fused AdamW, p = {USUAL_P:g}", wrapped_adamw, USUAL_P, plain_state=False),
         authors,
         Contender("torchao PruneOptimizer on fused AdamW, p = 1", prune, 1.0, plain_state=False, missing=torchao),

@@ -21,9 +21,9 @@ import torch
 import transformers as tf
 from torch import nn
 
+from clocks import clock, spread
 from hf_pdecay.inference import Choice, to_sparse_inference
 from tables import command, conditions, describe, table, write
-from timing import clock, spread
 
 
 ROOT = Path(__file__).resolve().parent
