@@ -119,11 +119,25 @@ def contenders_for(size: Size, device: str, quick: bool = False) -> list[Contend
     authors = Contender(AUTHORS, partial(authors_adamw, lr=LR, p_norm=USUAL_P, lambda_p=LAMBDA_P), USUAL_P)
     if device == "cpu" and size.weights >= _MANY:
         return [baseline, *(ours(p_norm) for p_norm in (0.5, USUAL_P, 1.2)), authors]
+    prune = partial(prune_optimizer, lr=LR)
+    rivals = [
+        authors,
+        Contender(
+            "torchao PruneOptimizer on fused AdamW, p = 1", prune, 1.0, plain_state=False, missing=missing("torchao")
+        ),
+        Contender("optimi AdamW", partial(optimi_adamw, lr=LR), plain_state=False, missing=missing("optimi")),
+    ]
+    dense = Contender("torch AdamW, foreach", partial(torch_adamw, lr=LR, fused=False))
+    unchecked = ours(USUAL_P, note="gradients not checked", skip_nonfinite=False)
+    wrapped = Contender(f"LpDecay on fused AdamW, p = {USUAL_P:g}", wrapped_adamw, USUAL_P, plain_state=False)
+    if device == "cuda" and size.name != "25M":
+        # The backends of plain operations take a thousand launches, and show no more than on the 25M.
+        low = ours(USUAL_P, note="bfloat16 moments", moments="bfloat16")
+        return [baseline, dense, *(ours(p_norm) for p_norm in P_NORMS), unchecked, low, wrapped, *rivals]
     kernel = "compiled" if device == "cpu" else "triton"
     absent = compiled.unavailable() if device == "cpu" else missing("triton")
-    torchao = missing("torchao")
     quantized = any(torch.Size(shape).numel() % BLOCK == 0 for shape in size.shapes)
-    eight = torchao or (None if quantized else f"no tensor here has whole blocks of {BLOCK} weights")
+    eight = missing("torchao") or (None if quantized else f"no tensor here has whole blocks of {BLOCK} weights")
     some_p = (USUAL_P,) if quick else P_NORMS
     prune = partial(prune_optimizer, lr=LR)
     inductor = partial(InductorAdamWLp, lr=LR, p_norm=USUAL_P, lambda_p=LAMBDA_P)
@@ -139,8 +153,6 @@ def contenders_for(size: Size, device: str, quick: bool = False) -> list[Contend
         ours(USUAL_P, note="bfloat16 moments", moments="bfloat16"),
         ours(USUAL_P, note="8-bit moments", moments="8bit", absent=eight),
         *([formulas] if device == "cuda" and len(size.shapes) <= _COMPILED else []),
-        Contender(f"LpDecay on fused AdamW, p = {USUAL_P:g}", wrapped_adamw, USUAL_P, plain_state=False),
-        authors,
-        Contender("torchao PruneOptimizer on fused AdamW, p = 1", prune, 1.0, plain_state=False, missing=torchao),
-        Contender("optimi AdamW", partial(optimi_adamw, lr=LR), plain_state=False, missing=missing("optimi")),
+        wrapped,
+        *rivals,
     ]

@@ -112,11 +112,18 @@ def process_growth(result: Race, size: Size, device: str, quick: bool) -> Mappin
     return rss_growth(size, [contender.name for contender in present if wanted(contender)])
 
 
-def notes_on(device: str, compiling: Mapping[str, float]) -> list[str]:
+def save(record: dict[str, Any], begin: float, folder: Path) -> str:
+    """Write what there is so far, and return it as text."""
+    device, compiling = record["machine"]["device"], record.get("compile_seconds")
+    record = record | {"notes": notes_on(device, compiling), "seconds": time.perf_counter() - begin}
+    text = speed_text(record)
+    write(record, text, folder, f"step_speed_{device}" + ("_quick" if record["quick"] else ""))
+    return text
+
+
+def notes_on(device: str, compiling: Mapping[str, float] | None) -> list[str]:
     """Return what a reader has to know of the figures."""
     notes = [
-        f"Compiling, once: the first step takes {compiling['cold']:.1f} s more than the second with nothing compiled "
-        f"before, and {compiling['warm']:.1f} s more in later processes. No time above contains it.",
         "Visits last at least 10 ms, by several steps where one is shorter, after one that is not timed: 1M weights "
         "are in the cache for all optimizers alike. 25M weights and more are in no cache when a step begins, as the "
         "steps of the others lie in between.",
@@ -125,6 +132,12 @@ def notes_on(device: str, compiling: Mapping[str, float]) -> list[str]:
         "noise. AdamW does not look whether gradients are finite; AdamWLp does, and without that in the row "
         "'gradients not checked', which is also what a Trainer that clips gradients makes it do.",
     ]
+    if compiling is not None:
+        notes.insert(
+            0,
+            f"Compiling, once: the first step takes {compiling['cold']:.1f} s more than the second with nothing "
+            f"compiled before, and {compiling['warm']:.1f} s more in later processes. No time above contains it.",
+        )
     if device == "cpu":
         notes += [
             "GB/s counts what a step cannot do without moving (28 bytes a float32 weight). The copy counts what it "
@@ -172,8 +185,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     device, quick = options.device, options.quick
     record: dict[str, Any] = {"benchmark": "step_speed", "command": command("step_speed.py", argv), "quick": quick}
     record |= {**conditions(device, PACKAGES), "baseline": BASELINE, "sizes": [], "skipped_sizes": []}
-    record["compile_seconds"] = compile_seconds(device)
-    record["notes"] = notes_on(device, record["compile_seconds"])
     for name in options.sizes or (QUICK_SIZES if quick else DEFAULT_SIZES)[device]:
         size = SIZES[name]
         usual = QUICK_ROUNDS if quick else _ROUNDS_OF_MANY if size.weights >= _MANY else ROUNDS
@@ -182,9 +193,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             record["sizes"].append(measure(size, device, options.rounds or usual, quick))
         except NotEnoughMemoryError as error:
             record["skipped_sizes"].append(str(error))
-    record["seconds"] = time.perf_counter() - begin
-    text = speed_text(record)
-    write(record, text, options.output, f"step_speed_{device}" + ("_quick" if quick else ""))
+        save(record, begin, options.output)
+    text = save(record | {"compile_seconds": compile_seconds(device)}, begin, options.output)
     print(text.split("## In short")[0].rstrip(), "", *short_lines(record), sep="\n")
     return 0
 
