@@ -173,6 +173,23 @@ def test_a_config_may_ask_for_more_heads_than_are_alive() -> None:
         type(model)(type(model.config).from_dict(model.config.to_dict()))
 
 
+def test_a_shrunk_model_is_shrunk_again(tmp_path: Path) -> None:
+    model, _ = half_dead("llama")
+    shrink(model, layers="ragged").save_pretrained(tmp_path / "first")
+    for layers, kept in (("ragged", 20), ("uniform", 24)):
+        again = loaded(tmp_path / "first", model)
+        for layer in find_layers(again, "neuron"):
+            for group in range(layer.coupling.count - 20):
+                kill(again, layer, group)
+        expected = outputs(again).detach()
+        found = shrink_model(again, layers=layers)
+        again.save_pretrained(tmp_path / layers)
+        assert close(outputs(loaded(tmp_path / layers, model)), expected)
+        counts = [each.kept for each in found.layers if each.kind == "neuron"]
+        # No config tells of layers that were ragged before.
+        assert counts == ([20, 20] if layers == "ragged" else [24, 25]), kept
+
+
 def test_neurons_to_a_multiple() -> None:
     for layers in ("uniform", "ragged"):
         model, _ = half_dead("llama")
@@ -267,7 +284,18 @@ def _bad_folders(folder: Path) -> Iterator[tuple[str, str]]:
     yield save("own", half_dead("gpt2")[0], architectures=["OwnModel"]), "names 'OwnModel' in architectures"
     yield save("os", half_dead("gpt2")[0], architectures=["logging"]), "names 'logging' in architectures"
     yield save("quantized", half_dead("gpt2")[0], quantization_config={"quant_method": "x"}), "quantization_config"
-    yield save("larger", half_dead("gpt2")[0], n_layer=3), "is missing from its weights"
+    yield (
+        save("larger", half_dead("gpt2")[0], n_layer=3),
+        "tells of 41,248 weights, and its files have 28,544",
+    )
+    yield save("forged", half_dead("gpt2")[0], n_inner=10**12), "tells of 130,000,000,011,904 weights"
+    yield save("narrower", half_dead("llama")[0], intermediate_size=40), "cannot be loaded as a LlamaForCausalLM"
+    yield save("wrong", half_dead("gpt2")[0], n_head=3), "must be divisible by num_heads"
+    yield save("typed", half_dead("llama")[0], hidden_act="none such"), "none such"
+    model = half_dead("gpt2")[0]
+    model.transformer.h[1].mlp.c_fc.extra = nn.Parameter(torch.zeros(32, 128))
+    del model.transformer.h[1].mlp.c_fc.weight
+    yield save("renamed", model), "h.1.mlp.c_fc.weight is missing from its weights"
     (folder / "adapter").mkdir()
     (folder / "adapter/adapter_config.json").write_text("{}")
     yield str(folder / "adapter"), "is an adapter; hf_pdecay.cut_ranks"
