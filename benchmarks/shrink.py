@@ -147,7 +147,7 @@ class Step(nn.Module):
         self.model, self.work = model, work
         self.ids = torch.randint(0, vocabulary, (work.batch, work.tokens), generator=generator).to(device)
         self.past = torch.randint(0, vocabulary, (work.batch, work.past), generator=generator).to(device)
-        self.cache = model(self.past, use_cache=True).past_key_values if work.past else None
+        self.cache = model(self.past, use_cache=True, logits_to_keep=1).past_key_values if work.past else None
 
     def forward(self) -> Tensor:
         """Return the logits of the last tokens."""

@@ -190,9 +190,9 @@ def test_names_are_clean_and_the_meta_device_will_do() -> None:
 class Own(nn.Module):
     """A layer of an architecture of one's own."""
 
-    def __init__(self) -> None:
+    def __init__(self, inputs: int = 4, width: int = 6) -> None:
         super().__init__()
-        self.first, self.second, self.act = nn.Linear(4, 6), nn.Linear(6, 4), nn.ReLU()
+        self.first, self.second, self.act = nn.Linear(inputs, width), nn.Linear(width, inputs), nn.ReLU()
 
 
 def test_an_unknown_architecture_is_named_and_can_be_added(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -208,9 +208,13 @@ def test_an_unknown_architecture_is_named_and_can_be_added(monkeypatch: pytest.M
     )
 
 
-def test_what_cannot_be_is_said_in_a_sentence() -> None:
+def test_what_cannot_be_is_said_in_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match="kind='heads'; it must be one of row, column"):
         coupling.find(build("llama"), "heads")
+    monkeypatch.setattr(coupling.tables, "_ROWS", dict(coupling.tables._ROWS))
+    coupling.add(Own, coupling.Heads("first", "first", "first", "second", "first.in_features"))
+    with pytest.raises(ValueError, match="first has 3 rows, which are less than one head"):
+        coupling.find(nn.Sequential(Own(4, 3)), "head")
     with pytest.raises(ValueError, match="give one Neurons or Heads"):
         coupling.add(Own)
     mixtral = build("mixtral")

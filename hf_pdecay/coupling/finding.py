@@ -139,6 +139,8 @@ def _layer(owner: str, row: Row, modules: list[tuple[str, nn.Module]], names: di
                 f"{clean_name(name)} has {groups} groups of the kind {row.kind} where others that share them with it "
                 f"have {count}."
             )
+        if not groups:
+            raise ValueError(f"{counting.name} has {counting.length} rows, which are less than one {row.kind}.")
         count = groups
         for part, share in shares.items():
             found = _Part(module, name, share, part in ("down", "output"))

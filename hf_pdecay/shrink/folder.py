@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import math
 import os
 from pathlib import Path
 from typing import Any
 
+import torch
+from huggingface_hub.errors import StrictDataclassError
+
 from ..sparsity import SparsityReport, measure_sparsity
-from ..storage.container import FormatError
+from ..storage.container import FormatError, Header
 from ..storage.folder import (
     CONFIG,
     check_apart,
@@ -20,7 +24,7 @@ from ..storage.folder import (
     written_folder,
 )
 from ..storage.hub import local_folder
-from .model import check_layout, shrink_model
+from .model import check_layout, count_parameters, shrink_model
 from .report import ShrinkReport
 
 
@@ -66,7 +70,7 @@ def shrink_folder(
         )
     headers = read_weights(folder)
     check_apart(folder, out)
-    loaded = _load(folder, config)
+    loaded = _load(folder, config, headers)
     report = shrink_model(loaded, layers=layers, multiple_of=multiple_of)
     if not report.shrunk:
         found = sum(each.dead for each in report.layers)
@@ -92,7 +96,7 @@ def shrink_folder(
     return report
 
 
-def _load(folder: Path, config: dict[str, Any]) -> Any:
+def _load(folder: Path, config: dict[str, Any], headers: dict[str, Header]) -> Any:
     """The model of a folder, by the class that its config names, which must be one of transformers' own."""
     import transformers
 
@@ -104,12 +108,25 @@ def _load(folder: Path, config: dict[str, Any]) -> Any:
             f"{CONFIG} of {str(folder)!r} names {name!r} in architectures, which is no model of transformers "
             f"{transformers.__version__}."
         )
-    load: Any = known.from_pretrained
-    model, info = load(str(folder), dtype="auto", use_safetensors=True, local_files_only=True, output_loading_info=True)
-    wrong = sorted(map(str, [*info["missing_keys"], *info.get("mismatched_keys", ())]))
-    if wrong:
+    cls: Any = known
+    try:
+        with torch.device("meta"):
+            wanted = count_parameters(cls(cls.config_class.from_pretrained(str(folder))))
+        there = sum(math.prod(each.shape) for header in headers.values() for each in header.entries.values())
+        # What is missing would be made, however large a forged config says that it is.
+        if wanted > there:
+            raise FormatError(
+                f"{str(folder)!r} is no whole {name}: its config tells of {wanted:,} weights, and its files have "
+                f"{there:,}."
+            )
+        model, info = cls.from_pretrained(
+            str(folder), dtype="auto", use_safetensors=True, local_files_only=True, output_loading_info=True
+        )
+    except (OSError, RuntimeError, TypeError, LookupError, StrictDataclassError) as error:
+        raise ValueError(f"{str(folder)!r} cannot be loaded as a {name} ({str(error).strip()}).") from error
+    if info["missing_keys"]:
         raise FormatError(
-            f"{str(folder)!r} is no whole {name}: {wrong[0]} is missing from its weights or has another shape."
+            f"{str(folder)!r} is no whole {name}: {min(info['missing_keys'])} is missing from its weights."
         )
     return model.eval()
 

@@ -14,6 +14,7 @@ from .dead import dead_groups
 from .planning import Plan, plan_ragged, plan_uniform
 from .report import LayerCount, ShrinkReport
 from .resize import Cut, resize, shapes_after
+from .settings import METHOD, make_settings
 
 
 if TYPE_CHECKING:
@@ -71,7 +72,8 @@ def shrink_model(model: Any, *, layers: str = "uniform", multiple_of: int = 1) -
     for config in configs_of(model):
         for key, value in plan.config.items():
             setattr(config, key, value)
-    if layers == "ragged":
+    before = getattr(model.config, "quantization_config", None)
+    if layers == "ragged" or (isinstance(before, dict) and before.get("quant_method") == METHOD):
         note_sizes(model, plan.cuts)
     report.parameters = report.parameters[0], count_parameters(model)
     return report
@@ -131,8 +133,6 @@ def planned(
 
 def note_sizes(model: Any, cuts: Sequence[Cut]) -> None:
     """Put what the layers have kept into the config, by which the model is loaded again."""
-    from .settings import make_settings
-
     sizes: dict[str, dict[str, int]] = {}
     for cut in cuts:
         sizes.setdefault(cut.layer.coupling.name, {})[cut.layer.coupling.kind] = cut.kept
