@@ -314,14 +314,23 @@ def race(
             visits += [baseline] * (_BASELINE_VISITS - 1)
             order.shuffle(visits)
             for entrant in visits:
-                if entrant.block > 1:
-                    entrant.step()
-                entrant.seconds.setdefault(number, []).append(clock(entrant.step, entrant.block, device))
+                if entrant.name in left_out:
+                    continue
+                try:
+                    if entrant.block > 1:
+                        entrant.step()
+                    entrant.seconds.setdefault(number, []).append(clock(entrant.step, entrant.block, device))
+                except torch.OutOfMemoryError:
+                    if entrant is baseline:
+                        raise NotEnoughMemoryError(f"{size.name}: not even {baseline.name} fits.") from None
+                    left_out[entrant.name] = "not enough memory beside the others"
+                    entrant.step = _over
+                    free_memory(device)
             done = number + 1
     for entrant in (*entrants, copy):
         entrant.step = _over  # the optimizers hold memory that what comes next may need
     free_memory(device)
-    others = [each for each in entrants if each is not baseline]
+    others = [each for each in entrants if each is not baseline and each.name not in left_out]
     return Race(baseline, others, copy, left_out, sharing, done)
 
 

@@ -57,6 +57,17 @@ class TestStep:
         optimizer.param_groups[0]["lambda_p"] = 0.5
         optimizer.step()
 
+    def test_tensors_that_began_as_zeros_do_not_hold_up_the_others(self, no_waiting: Callable[[], None]) -> None:
+        weights = [*params(torch.float32), torch.nn.Parameter(torch.zeros(100, device="cuda"))]
+        weights[-1].grad = torch.ones_like(weights[-1])
+        optimizer = AdamWLp(weights)
+        optimizer.step()
+        no_waiting()
+        for _ in range(5):
+            optimizer.step()
+            torch.cuda.current_stream().synchronize()
+        assert optimizer.state[weights[-1]]["dormant"].is_cpu and optimizer._plan is not None
+
     def test_auto_is_the_kernel(self) -> None:
         optimizer = AdamWLp(params(torch.float32))
         optimizer.step()

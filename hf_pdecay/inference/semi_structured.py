@@ -63,7 +63,10 @@ class SemiStructuredLinear(nn.Module):
         Returns:
             A tensor of shape (…, out_features).
         """
-        return functional.linear(x, self._packed, self.bias)
+        # Of more than two dimensions torch's linear makes operations that the compressed form does not know.
+        rows = x.reshape(-1, self.in_features)
+        y = functional.linear(rows, self._packed, self.bias)
+        return y.view(*x.shape[:-1], self.out_features)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SemiStructuredLinear:
         dtype, device = self._packed.dtype, self._packed.device

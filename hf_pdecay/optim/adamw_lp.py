@@ -12,7 +12,7 @@ from torch.optim.optimizer import Optimizer, ParamsT
 
 from .backends import Backend, all_finite
 from .distributed import agreed_finite, is_dtensor, local, local_grad, shard_place
-from .dormancy import dormant_entry, placed, wake
+from .dormancy import Awakening, dormant_entry, is_awake, is_awake_for_good, placed
 from .functional import adamw_lp
 from .gradients import check_dense, count_skipped, finite_by_norm, skipped_steps
 from .grouped import ELEMENT, Shrinkage, check_structure, kind_of
@@ -97,10 +97,9 @@ class AdamWLp(Optimizer):
         # Whoever has taken the norm of all gradients, to clip them, may leave it here before a step: a finite norm
         # saves the look at the gradients, which is an eighth of a step.
         self.grad_norm: Tensor | float | None = None
-        # Whether no tensor is dormant, which saves asking each; None where they must be asked again.
-        self._all_awake: bool | None = None
         # What the last step did, for the next one to do again.
         self._plan: Plan | None = None
+        self._awakening = Awakening()
         defaults: dict[str, Any] = {
             "lr": lr,
             "betas": betas,
@@ -153,7 +152,7 @@ class AdamWLp(Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         """Return what a pickle or a copy holds: the backend too, which a checkpoint does not."""
-        fresh = {"_backend": Backend(self._backend.name), "grad_norm": None, "_all_awake": None, "_plan": None}
+        fresh = {"_backend": Backend(self._backend.name), "grad_norm": None, "_plan": None, "_awakening": Awakening()}
         return {**super().__getstate__(), **fresh}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> AdamWLp:
@@ -172,7 +171,7 @@ class AdamWLp(Optimizer):
         super().__setstate__(state)
         self.__dict__.setdefault("_backend", Backend())
         self.__dict__.setdefault("grad_norm", None)
-        self._all_awake = self._plan = None
+        self._plan, self._awakening = None, Awakening()
         for values in self.state.values():
             if values:
                 values.setdefault("dormant", torch.zeros((), dtype=torch.bool))
@@ -218,7 +217,7 @@ class AdamWLp(Optimizer):
                     state["dormant"] = dormant_entry(param)
                 else:
                     state["dormant"] = torch.zeros((), dtype=torch.bool)
-        self._all_awake = self._plan = None
+        self._plan, self._awakening = None, Awakening()
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -276,15 +275,19 @@ class AdamWLp(Optimizer):
         """Find out who does what, and make the state of tensors that have none yet."""
         for group in self.param_groups:
             check_dense(group["params"], "AdamWLp")
-        if self._all_awake is None:
-            self._all_awake = not any(state["dormant"].item() for state in self.state.values() if state)
+        self._awakening.hear()
         hypers = [hyper_of(group) for group in self.param_groups]
         steps: list[TensorStep] = []
         for index, (group, hyper) in enumerate(zip(self.param_groups, hypers, strict=True)):
             steps += self._tensor_steps(index, group, hyper)
         sharded = [param for group in self.param_groups for param in group["params"] if is_dtensor(param)]
         parts = self._backend.assign(steps)
-        return Plan(self.param_groups, self.state, hypers, parts, sharded, lasts=bool(self._all_awake))
+        params = [param for group in self.param_groups for param in group["params"] if param.grad is not None]
+        states = [self.state[param] for param in params]
+        # All processes must learn in the same step that a sharded tensor is awake, which they do as they look at it.
+        self._awakening.ask([state for param, state in zip(params, states, strict=True) if not is_dtensor(param)])
+        lasts = all(is_awake_for_good(state["dormant"]) for state in states)
+        return Plan(self.param_groups, self.state, hypers, parts, sharded, lasts)
 
     def _tensor_steps(self, group_index: int, group: dict[str, Any], hyper: Hyperparameters) -> list[TensorStep]:
         steps = []
@@ -297,7 +300,7 @@ class AdamWLp(Optimizer):
                 self._init_state(param, group)
             elif not param.is_cpu and state["step"].device != param.device:
                 state["step"] = state["step"].to(param.device)
-            awake = True if self._all_awake else self._is_awake(param, state["dormant"])
+            awake = is_awake(param, state["dormant"])
             exp_avg, exp_avg_sq = state["exp_avg"], state["exp_avg_sq"]
             if is_dtensor(param):
                 # Autograd looks at the DTensor; the step below changes the shard that it holds.
@@ -325,12 +328,3 @@ class AdamWLp(Optimizer):
         state["exp_avg_sq"] = zero_moment(param, group["moments"], signed=False)
         whole = kind_of(group) == ELEMENT  # else groups are dormant, not tensors
         state["dormant"] = dormant_entry(param) if whole else torch.zeros((), dtype=torch.bool)
-        self._all_awake = None
-
-    def _is_awake(self, param: Tensor, dormant: Tensor) -> bool | Tensor:
-        if dormant.is_cpu and not dormant.item():
-            return True
-        awake = wake(param, dormant)
-        if awake is True:
-            self._all_awake = None
-        return awake

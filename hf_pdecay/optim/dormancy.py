@@ -5,6 +5,9 @@ Zero absorbs, so that such a tensor (LoRA's B, a zero-initialised head) could ne
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -36,6 +39,62 @@ def wake(param: Tensor, dormant: Tensor, on_device: bool | None = None) -> bool 
 
 def is_awake(param: Tensor, dormant: Tensor) -> bool | Tensor:
     """Whether a tensor decays in the step that is about to be made; no wait for the device."""
-    if dormant.is_cpu and not dormant.item():
-        return True
-    return wake(param, dormant)
+    return True if is_awake_for_good(dormant) else wake(param, dormant)
+
+
+def is_awake_for_good(dormant: Tensor) -> bool:
+    """Whether the host knows that a tensor is awake: no tensor falls asleep again."""
+    return dormant.is_cpu and not dormant.item()
+
+
+class Awakening:
+    """Lets the host know that tensors on a device have become non-zero, without a wait.
+
+    Their entries are copied to the host while it goes on, and read in a later step, when they have arrived. From then
+    on nobody looks at these weights any more.
+    """
+
+    def __init__(self) -> None:
+        self._asked: list[tuple[Any, Tensor, list[dict[str, Any]]]] = []
+
+    def ask(self, states: Sequence[dict[str, Any]]) -> None:
+        """Have the entries of tensors that may be asleep copied, unless an earlier question is still open.
+
+        Args:
+            states: The optimizer's state of each tensor, none of which is sharded.
+        """
+        if self._asked:
+            return
+        by_device: dict[torch.device, list[dict[str, Any]]] = {}
+        for state in states:
+            if not state["dormant"].is_cpu:
+                by_device.setdefault(state["dormant"].device, []).append(state)
+        for device, some in by_device.items():
+            module: Any = torch.get_device_module(device)
+            if not hasattr(module, "Event") or getattr(module, "is_current_stream_capturing", bool)():
+                continue
+            with module.device(device):
+                flags = torch.stack([state["dormant"] for state in some]).to("cpu", non_blocking=True)
+                event = module.Event()
+                event.record()
+            self._asked.append((event, flags, some))
+
+    def hear(self) -> None:
+        """Note what has arrived."""
+        if any(_is_capturing(state) for _, _, states in self._asked for state in states[:1]):
+            return
+        waiting = []
+        for event, flags, states in self._asked:
+            if event.query():
+                for state, dormant in zip(states, flags.tolist(), strict=True):
+                    if not dormant:
+                        state["dormant"] = torch.zeros((), dtype=torch.bool)
+            else:
+                waiting.append((event, flags, states))
+        self._asked = waiting
+
+
+def _is_capturing(state: dict[str, Any]) -> bool:
+    """Whether the device of a tensor is being recorded for a CUDA graph, in which no event may be asked."""
+    module: Any = torch.get_device_module(state["step"].device)
+    return bool(getattr(module, "is_current_stream_capturing", bool)())

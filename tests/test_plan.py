@@ -1,0 +1,202 @@
+"""A step that does again what the last one did: it notices whatever has changed since."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import gc
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from hf_pdecay import AdamWLp
+from hf_pdecay.optim.dormancy import Awakening
+from tests.steps import normal, snapshot
+
+
+SHAPES = [(300, 300), (7,), (64, 3, 3, 3), (40, 50)]
+
+
+class Twins:
+    """Two optimizers on equal weights, of which one finds out everything anew in each step."""
+
+    def __init__(self, dtype: torch.dtype = torch.float32, **options: Any) -> None:
+        self.params = [
+            [torch.nn.Parameter(normal(*shape, seed=seed).mul(0.1).to(dtype)) for seed, shape in enumerate(SHAPES)]
+            for _ in range(2)
+        ]
+        self.optimizers = []
+        for params in self.params:
+            groups = [{"params": params[:2]}, {"params": params[2:], "p_norm": 1.0, "weight_decay": 0.1}]
+            self.optimizers.append(AdamWLp(groups, lr=1e-2, lambda_p=0.1, **options))
+        self.seed = 10
+
+    def step(self, planned: bool) -> None:
+        """One step of both on new gradients.
+
+        Args:
+            planned: Whether the first is to have done again what its last step did.
+        """
+        self.seed += 10
+        for params in self.params:
+            for number, param in enumerate(params):
+                if param.grad is not None or self.seed == 20:
+                    fresh = normal(*param.shape, seed=self.seed + number).to(param.dtype)
+                    transposed = param.grad is not None and not param.grad.is_contiguous()
+                    param.grad = fresh.mT.contiguous().mT if transposed else fresh
+        first, second = self.optimizers
+        second._plan = None
+        plan = first._plan
+        first.step()
+        second.step()
+        assert (plan is not None and first._plan is plan) == planned
+        assert all(torch.equal(a, b) for a, b in zip(snapshot(first), snapshot(second), strict=True))
+
+    def each(self, change: Callable[[AdamWLp, list[torch.nn.Parameter]], object]) -> None:
+        for optimizer, params in zip(self.optimizers, self.params, strict=True):
+            change(optimizer, params)
+
+
+def begun(**options: Any) -> Twins:
+    twins = Twins(**options)
+    twins.step(planned=False)
+    assert twins.optimizers[0].backends["cpu"][0] == "compiled"
+    twins.step(planned=True)
+    return twins
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_numbers_may_change(dtype: torch.dtype) -> None:
+    twins = begun(dtype=dtype)
+    for key, value in (("lr", 0.5), ("p_norm", 0.3), ("lambda_p", 0.7), ("betas", (0.5, 0.9)), ("eps", 1e-3)):
+        twins.each(lambda optimizer, _, key=key, value=value: optimizer.param_groups[0].update({key: value}))
+        twins.step(planned=True)
+
+
+def change_data(_: AdamWLp, params: list[torch.nn.Parameter]) -> None:
+    params[0].data = params[0].data.clone()
+
+
+def change_moment(optimizer: AdamWLp, params: list[torch.nn.Parameter]) -> None:
+    state = optimizer.state[params[1]]
+    state["exp_avg"] = state["exp_avg"].clone() * 2
+
+
+def change_counter(optimizer: AdamWLp, params: list[torch.nn.Parameter]) -> None:
+    optimizer.state[params[3]]["step"] = torch.tensor(100.0)
+
+
+def drop_gradient(_: AdamWLp, params: list[torch.nn.Parameter]) -> None:
+    params[2].grad = None
+
+
+def no_decay(optimizer: AdamWLp, _: list[torch.nn.Parameter]) -> None:
+    optimizer.param_groups[1]["lambda_p"] = 0.0
+
+
+def keep_zeros(optimizer: AdamWLp, _: list[torch.nn.Parameter]) -> None:
+    optimizer.param_groups[1]["keep_zeros"] = True
+
+
+def transpose_gradient(_: AdamWLp, params: list[torch.nn.Parameter]) -> None:
+    grad = params[0].grad
+    assert grad is not None
+    params[0].grad = grad.mT.contiguous().mT
+
+
+def load(optimizer: AdamWLp, _: list[torch.nn.Parameter]) -> None:
+    optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+
+
+def add_group(optimizer: AdamWLp, params: list[torch.nn.Parameter]) -> None:
+    params.append(torch.nn.Parameter(normal(30, 20)))
+    params[-1].grad = normal(30, 20)
+    optimizer.add_param_group({"params": [params[-1]]})
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        *(change_data, change_moment, change_counter, drop_gradient, no_decay, keep_zeros, transpose_gradient, load),
+        add_group,
+    ],
+)
+def test_what_else_changes_is_noticed(change: Callable[[AdamWLp, list[torch.nn.Parameter]], object]) -> None:
+    twins = begun()
+    twins.each(change)
+    twins.step(planned=False)
+
+
+def test_a_gradient_that_is_not_finite_is_noticed() -> None:
+    twins = begun()
+    for optimizer, params in zip(twins.optimizers, twins.params, strict=True):
+        before = [param.detach().clone() for param in params]
+        assert params[1].grad is not None
+        params[1].grad[3] = float("nan")
+        optimizer.step()
+        assert all(torch.equal(param, old) for param, old in zip(params, before, strict=True))
+        assert optimizer.skipped_steps == 1
+
+
+def test_a_sparse_gradient_is_refused_in_a_later_step() -> None:
+    twins = begun()
+    twins.params[0][0].grad = torch.ones(300, 300).to_sparse()
+    with pytest.raises(ValueError, match="sparse gradients"):
+        twins.optimizers[0].step()
+
+
+def test_no_gradient_is_kept() -> None:
+    twins = begun()
+    for param in twins.params[0]:
+        reference = weakref.ref(param.grad)
+        param.grad = None
+        gc.collect()
+        assert reference() is None
+
+
+def test_copies_begin_anew() -> None:
+    twins = begun()
+    copied = copy.deepcopy(twins.optimizers[0])
+    assert copied._plan is None
+    for old, new in zip(twins.params[0], (p for group in copied.param_groups for p in group["params"]), strict=True):
+        assert old.grad is not None
+        new.grad = old.grad.clone()
+    copied.step()
+    twins.optimizers[0].step()
+    assert all(torch.equal(a, b) for a, b in zip(snapshot(copied), snapshot(twins.optimizers[0]), strict=True))
+
+
+class OnDevice(torch.Tensor):
+    """A tensor that says that it is on a device."""
+
+    is_cpu = False  # type: ignore[assignment]
+
+
+def test_the_host_learns_later_that_tensors_are_awake(monkeypatch: pytest.MonkeyPatch) -> None:
+    arrived = [False]
+
+    class Module:
+        class Event:
+            def record(self) -> None: ...
+            def query(self) -> bool:
+                return arrived[0]
+
+        device = staticmethod(lambda _: contextlib.nullcontext())
+
+    monkeypatch.setattr(torch, "get_device_module", lambda _: Module)
+    states = [{"step": torch.zeros(()), "dormant": torch.tensor(flag).as_subclass(OnDevice)} for flag in (True, False)]
+    awakening = Awakening()
+    awakening.ask(states)
+    awakening.hear()
+    assert not states[0]["dormant"].is_cpu and not states[1]["dormant"].is_cpu, "nobody waits"
+    arrived[0] = True
+    awakening.hear()
+    assert not states[0]["dormant"].is_cpu and states[1]["dormant"].is_cpu
+    assert bool(states[0]["dormant"]) and not bool(states[1]["dormant"])
+    awakening.ask(states)
+    states[0]["dormant"].fill_(False)
+    awakening.hear()
+    assert not states[0]["dormant"].is_cpu, "what was asked before it woke"
