@@ -123,7 +123,13 @@ struct Row {  // one tensor
   int64_t param_dtype;
   int64_t moment_dtype;
   int64_t asleep;  // whether the tensor was wholly zero at the start and still is
+  // Of a tensor that decays by groups what each index of a dimension is divided by, of the working dtype; else null.
+  const void* divisors;
+  int64_t inner, length;  // elements from one index of that dimension to the next, and how many indices there are
+  int64_t by_four;        // whether of each 4 consecutive weights only the 2 weakest decay
 };
+
+constexpr int64_t kRow = 15;
 
 struct Hyper {  // one param group
   double lr, beta1, beta2, eps, weight_decay, p_norm, lambda_p, keep_zeros, maximize;
@@ -224,6 +230,52 @@ inline void divisors(const double* p, int n, const Scalars<double>& s, double* d
   }
 }
 
+// The divisors of a block of weights that decay by groups.
+template <class P, class T>
+inline void group_divisors(const Row& row, const P* p, int64_t at, int n, bool keep_zeros, T* divisor) {
+  const T* const table = static_cast<const T*>(row.divisors);
+  int64_t index = at / row.inner % row.length, left = row.inner - at % row.inner;
+  for (int i = 0; i < n;) {
+    if (row.inner == 1) {
+      const int run = static_cast<int>(std::min<int64_t>(n - i, row.length - index));
+      std::copy(table + index, table + index + run, divisor + i);
+      index = index + run == row.length ? 0 : index + run;
+      i += run;
+    } else {
+      const int run = static_cast<int>(std::min<int64_t>(n - i, left));
+      std::fill(divisor + i, divisor + i + run, table[index]);
+      left -= run;
+      if (left == 0) {
+        left = row.inner;
+        index = index + 1 == row.length ? 0 : index + 1;
+      }
+      i += run;
+    }
+  }
+  if (!keep_zeros) return;
+  for (int i = 0; i < n; ++i) {
+    if (load(p[i]) == 0) divisor[i] = std::numeric_limits<T>::infinity();
+  }
+}
+
+// Of each 4 weights those that the second largest does not exceed are not divided.
+template <class P, class T>
+inline void spare_strongest(const P* __restrict p, int n, bool keep_zeros, T* __restrict divisor) {
+#pragma omp simd
+  for (int i = 0; i < n; i += 4) {
+    const T a = std::fabs(load(p[i])), b = std::fabs(load(p[i + 1]));
+    const T c = std::fabs(load(p[i + 2])), d = std::fabs(load(p[i + 3]));
+    const T ab = a > b ? a : b, ba = a > b ? b : a, cd = c > d ? c : d, dc = c > d ? d : c;
+    const T low = ab > cd ? cd : ab, high = ba > dc ? ba : dc;
+    T second = low > high ? low : high;
+    second = keep_zeros && second == T(0) ? std::numeric_limits<T>::min() : second;
+    divisor[i] = a < second ? divisor[i] : T(1);
+    divisor[i + 1] = b < second ? divisor[i + 1] : T(1);
+    divisor[i + 2] = c < second ? divisor[i + 2] : T(1);
+    divisor[i + 3] = d < second ? divisor[i + 3] : T(1);
+  }
+}
+
 // --- the step on a run of elements
 
 template <bool kDecay, class P, class M, class T>
@@ -260,7 +312,9 @@ inline void update(P* __restrict p, const P* __restrict g, M* __restrict m, M* _
   }
 }
 
-template <bool kDecay, class P, class M, class T>
+enum Decay { kNone, kElements, kGroups, kByFour };
+
+template <Decay kDecay, class P, class M, class T>
 void step_chunk(const Row& row, const Scalars<T>& shared, int64_t begin, int64_t end) {
   const Scalars<T> s = shared;  // a copy that no store to a tensor can change, as the compiler sees it
   P* const param = static_cast<P*>(row.param);
@@ -281,8 +335,13 @@ void step_chunk(const Row& row, const Scalars<T>& shared, int64_t begin, int64_t
       PREFETCH(m + kPrefetch + i);
       PREFETCH(v + kPrefetch + i);
     }
-    if (kDecay) divisors(p, n, s, divisor);
-    update<kDecay>(p, g, m, v, divisor, n, static_cast<uint32_t>(at), s);
+    if (kDecay == kGroups) {
+      group_divisors(row, p, at, n, s.keep_zeros, divisor);
+    } else if (kDecay != kNone) {
+      divisors(p, n, s, divisor);
+      if (kDecay == kByFour) spare_strongest(p, n, s.keep_zeros, divisor);
+    }
+    update<kDecay != kNone>(p, g, m, v, divisor, n, static_cast<uint32_t>(at), s);
   }
 }
 
@@ -332,11 +391,11 @@ struct Plan {  // everything about one tensor that its chunks share
   void (*run)(const Row&, const Plan&, int64_t, int64_t);
 };
 
-template <bool kDecay, class P, class M>
+template <Decay kDecay, class P, class M>
 void run_single(const Row& row, const Plan& plan, int64_t begin, int64_t end) {
   step_chunk<kDecay, P, M>(row, plan.single, begin, end);
 }
-template <bool kDecay>
+template <Decay kDecay>
 void run_wide(const Row& row, const Plan& plan, int64_t begin, int64_t end) {
   step_chunk<kDecay, double, double>(row, plan.wide, begin, end);
 }
@@ -353,7 +412,13 @@ template <class P, class M>
 void plan_single(Plan* plan, const Hyper& hyper, const Row& row, double least) {
   bool decays;
   plan->single = scalars_of<float>(hyper, row, least, 1.1754943508222875e-38, &decays);
-  plan->run = decays ? run_single<true, P, M> : run_single<false, P, M>;
+  if (row.divisors != nullptr) {
+    plan->run = run_single<kGroups, P, M>;
+  } else if (!decays) {
+    plan->run = run_single<kNone, P, M>;
+  } else {
+    plan->run = row.by_four ? run_single<kByFour, P, M> : run_single<kElements, P, M>;
+  }
 }
 
 bool make_plan(Plan* plan, const Hyper& hyper, const Row& row) {
@@ -369,7 +434,13 @@ bool make_plan(Plan* plan, const Hyper& hyper, const Row& row) {
     case kFloat64 * 4 + kFloat64: {
       bool decays;
       plan->wide = scalars_of<double>(hyper, row, 0, 2.2250738585072014e-308, &decays);
-      plan->run = decays ? run_wide<true> : run_wide<false>;
+      if (row.divisors != nullptr) {
+        plan->run = run_wide<kGroups>;
+      } else if (!decays) {
+        plan->run = run_wide<kNone>;
+      } else {
+        plan->run = row.by_four ? run_wide<kByFour> : run_wide<kElements>;
+      }
       return true;
     }
     default: return false;
@@ -389,11 +460,11 @@ bool make_shrink_plan(Plan* plan, const Hyper& hyper, const Row& row) {
 }
 
 void run_all(const Row* rows, int64_t count, const std::vector<Plan>& plans, int threads) {
-  static_assert(sizeof(Row) == 11 * sizeof(int64_t), "a row is eleven numbers of 64 bits");
+  static_assert(sizeof(Row) == kRow * sizeof(int64_t), "a row is fifteen numbers of 64 bits");
   int64_t numel = 0;
   for (int64_t i = 0; i < count; ++i) numel += rows[i].numel;
   const int64_t share = numel / (8 * std::max(threads, 1)) / kBlock * kBlock;  // a few chunks for each thread
-  const auto chunks = chunks_of(&rows->numel, 11, count, std::min(std::max(share, kLeastChunk), kMostChunk));
+  const auto chunks = chunks_of(&rows->numel, kRow, count, std::min(std::max(share, kLeastChunk), kMostChunk));
   const int64_t total = static_cast<int64_t>(chunks.size());
 #pragma omp parallel for num_threads(threads) schedule(dynamic) if (total > 1)
   for (int64_t i = 0; i < total; ++i) {
@@ -456,7 +527,7 @@ int hf_pdecay_shrink(const Row* rows, int64_t count, const Hyper* hypers, int th
 
 // Whether all gradients are finite.
 int hf_pdecay_all_finite(const Row* rows, int64_t count, int threads) {
-  const auto chunks = chunks_of(&rows->numel, 11, count, kCheckChunk);
+  const auto chunks = chunks_of(&rows->numel, kRow, count, kCheckChunk);
   const int64_t total = static_cast<int64_t>(chunks.size());
   int bad = 0;
   // From the last to the first: the step begins with the first, which is then still in the cache.

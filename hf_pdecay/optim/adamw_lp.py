@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,7 +20,7 @@ from .functional import adamw_lp
 from .gradients import check_dense, count_skipped, finite_by_norm, skipped_steps
 from .grouped import ELEMENT, UNFELT, Shrinkage, check_structure, kind_of
 from .moments import as_stored, clone, is_quantized, zero_moment
-from .tensor_step import Hyperparameters, TensorStep
+from .tensor_step import Hyperparameters, Structure, TensorStep
 from .validation import FOREIGN_KEYS, check_hyperparameters, check_real, check_state_dict
 
 
@@ -241,40 +243,40 @@ class AdamWLp(Optimizer):
         if self._all_awake is None:
             self._all_awake = not any(state["dormant"].item() for state in self.state.values() if state)
         steps: list[TensorStep] = []
-        for index, group in enumerate(self.param_groups):
-            steps += self._tensor_steps(index, group)
-        parts = self._backend.assign(steps)
-        finite = self._finite(norm, [part for part in parts if part.careful])
         shrinkages = {
             index: Shrinkage(group)
             for index, group in enumerate(self.param_groups)
             if kind_of(group) != ELEMENT and group["lambda_p"] != 0
         }
+        for index, group in enumerate(self.param_groups):
+            steps += self._tensor_steps(index, group, shrinkages.get(index))
+        parts = self._backend.assign(steps)
+        finite = self._finite(norm, [part for part in parts if part.careful])
+        done = {place for part in parts for place in part.shrunk}
+        for index, shrinkage in shrinkages.items():
+            shrinkage.remember({place - (index << 20) for place in done})
         for part in parts:
             part.run(finite if part.careful else True)
         for index, shrinkage in shrinkages.items():
-            self._shrink(index, shrinkage, finite)
+            self._shrink(index, shrinkage, finite, {place - (index << 20) for place in done})
         if finite is not True:
             self._count_skipped(finite)
         return loss
 
-    def _shrink(self, group_index: int, shrinkage: Shrinkage, finite: bool | Tensor) -> None:
+    def _shrink(self, group_index: int, shrinkage: Shrinkage, finite: bool | Tensor, done: set[int]) -> None:
         group = self.param_groups[group_index]
-
-        def alpha_lambda(device: torch.device) -> float | Tensor:
-            lr, lambda_p = group["lr"], group["lambda_p"]
-            if not isinstance(lr, Tensor) or device.type == "cpu":
-                return float(lr) * float(lambda_p)
-            return lr.reshape(()).to(device, non_blocking=True) * lambda_p
 
         def step_of(index: int) -> int | Tensor:
             step = self.state[group["params"][index]].get("step", 0)
             return int(step.item()) if isinstance(step, Tensor) and step.is_cpu else step
 
         careful = group["skip_nonfinite"]
-        shrinkage.apply(alpha_lambda, step_of, group_index << 20, finite if careful else True)
+        strength = partial(_alpha_lambda, group)
+        shrinkage.apply(strength, step_of, group_index << 20, finite if careful else True, done=done)
 
-    def _tensor_steps(self, group_index: int, group: dict[str, Any]) -> list[TensorStep]:
+    def _tensor_steps(
+        self, group_index: int, group: dict[str, Any], shrinkage: Shrinkage | None = None
+    ) -> list[TensorStep]:
         beta1, beta2 = group["betas"]
         hyper = Hyperparameters(
             group["lr"],
@@ -283,12 +285,15 @@ class AdamWLp(Optimizer):
             group["eps"],
             group["weight_decay"],
             group["p_norm"],
-            # What decays by groups is multiplied after the step.
-            group["lambda_p"] if kind_of(group) == ELEMENT or group["lambda_p"] == 0 else UNFELT,
+            group["lambda_p"],
             group["keep_zeros"],
             group["maximize"],
             group["skip_nonfinite"],
         )
+        structures: dict[int, Structure] = {}
+        if shrinkage is not None:
+            structures = shrinkage.structures(hyper, partial(_alpha_lambda, group))
+            hyper = replace(hyper, lambda_p=UNFELT)
         steps = []
         for place, param in enumerate(group["params"], group_index << 20):
             grad = param.grad
@@ -306,7 +311,8 @@ class AdamWLp(Optimizer):
                 torch.autograd.graph.increment_version(param)
                 grad, place = local_grad(param, grad), shard_place(param, place)
                 param, exp_avg, exp_avg_sq = map(local, (param, exp_avg, exp_avg_sq))
-            steps.append(TensorStep(param, grad, exp_avg, exp_avg_sq, state["step"], awake, hyper, place))
+            structure = structures.get(place - (group_index << 20))
+            steps.append(TensorStep(param, grad, exp_avg, exp_avg_sq, state["step"], awake, hyper, place, structure))
         return steps
 
     def _finite(self, norm: Tensor | float | None, parts: list[Part]) -> bool | Tensor:
@@ -338,6 +344,13 @@ class AdamWLp(Optimizer):
         if awake is True:
             self._all_awake = None
         return awake
+
+
+def _alpha_lambda(group: dict[str, Any], device: torch.device) -> float | Tensor:
+    lr, lambda_p = group["lr"], group["lambda_p"]
+    if not isinstance(lr, Tensor) or device.type == "cpu":
+        return float(lr) * float(lambda_p)
+    return lr.reshape(()).to(device, non_blocking=True) * lambda_p
 
 
 def _check_group(group: dict[str, Any]) -> None:

@@ -47,6 +47,11 @@ class Part:
         self.careful = careful
         self.batch = compiled.Batch(steps) if name == "compiled" else None
 
+    @property
+    def shrunk(self) -> list[int]:
+        """Places of the tensors whose structured decay is a part of their step here."""
+        return [each.place for each in self.steps if compiled.fuses(each)] if self.batch is not None else []
+
     def run(self, finite: bool | Tensor = True) -> None:
         """Do one step on each tensor, in place; where ``finite`` is false nothing is written."""
         if self.batch is not None:

@@ -67,6 +67,17 @@ def refusal(each: TensorStep) -> str | None:
     return None
 
 
+def fuses(each: TensorStep) -> bool:
+    """Whether the C++ function does the structured decay of a tensor that it steps, too."""
+    structure = each.structure
+    if structure is None:
+        return False
+    if structure.divisors is not None:
+        return True
+    # Of blocks only those of neighbours in memory.
+    return structure.blocks == (2, 4) and each.param.stride(structure.dim) == 1
+
+
 class Batch:
     """Steps as the C++ function reads them: addresses, sizes and numbers.
 
@@ -84,7 +95,12 @@ class Batch:
         self._hypers = array("d")
         places: dict[int, int] = {}
         append = self._rows.extend
-        for param, grad, exp_avg, exp_avg_sq, count, awake, hyper, place in steps:
+        for each in steps:
+            param, grad, exp_avg, exp_avg_sq, count, awake, hyper, place, structure = each
+            divisors, dim, by_four = None, 0, False
+            if structure is not None and fuses(each):
+                hyper, divisors, dim = structure.hyper, structure.divisors, structure.dim
+                by_four = divisors is None
             group = places.get(id(hyper))
             if group is None:
                 group = places[id(hyper)] = len(places)
@@ -114,6 +130,10 @@ class Batch:
                     CODES[param.dtype],
                     CODES[exp_avg.dtype],
                     not awake,
+                    0 if divisors is None else divisors.data_ptr(),
+                    param.stride(dim) if by_four or divisors is not None else 1,
+                    param.shape[dim] if by_four or divisors is not None else 1,
+                    by_four,
                 )
             )
 
@@ -145,7 +165,9 @@ def shrink(weights: Sequence[Tensor], before: Sequence[Tensor], places: Sequence
     step = count.buffer_info()[0]
     for weight, copy, place in zip(weights, before, places, strict=True):
         code = CODES[weight.dtype]
-        rows.extend((weight.data_ptr(), copy.data_ptr(), 0, 0, step, weight.numel(), 0, place, code, code, 0))
+        rows.extend(
+            (weight.data_ptr(), copy.data_ptr(), 0, 0, step, weight.numel(), 0, place, code, code, 0, 0, 1, 1, 0)
+        )
     if library.hf_pdecay_shrink(_address(rows), len(weights), _address(hyper), torch.get_num_threads()):
         raise RuntimeError("The compiled shrink met a dtype that it does not know.")
     torch.autograd.graph.increment_version(list(weights))

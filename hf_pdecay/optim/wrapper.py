@@ -266,6 +266,8 @@ class LpDecay(Optimizer):
             for number, group in enumerate(self.param_groups)
             if kind_of(group) != ELEMENT and group["lambda_p"] != 0
         }
+        for shrinkage in shrinkages.values():
+            shrinkage.remember(())
         self._step_base(finite)
         for param, entry in dormant.items():
             # Not before, as bases make their state where there is none.
