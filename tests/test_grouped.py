@@ -131,7 +131,7 @@ def test_rows_and_columns_of_any_layout(shape: Any, kind: str, p_norm: float, mo
     dim = 0 if kind == "row" else 1
     groups = [indices(param.shape, 0, dim, place, place + 1) for place in range(param.shape[dim])]
     hyper = dataclasses.replace(HYPER, p_norm=p_norm)
-    optimizer = adamw([{"params": [param], "group": kind}], hyper)
+    optimizer = adamw([{"params": [param], "group": kind}], hyper, backend)
     reference = GroupedReference(values([param]), groups)
     expected = reference.step(give_grads([param], 1), hyper)
     optimizer.step()

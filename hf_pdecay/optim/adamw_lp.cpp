@@ -3,15 +3,7 @@
 // The arithmetic is that of foreach.py. Two things differ from it:
 //   - |w|^x comes from two polynomials instead of log2 and exp2, see divisors.
 //   - Tensors are cut into chunks that all threads share, so many small tensors cost no more than a few large ones.
-// Without decay it is torch.optim.AdamW to rounding.
-
-#include <algorithm>
-#include <cmath>
-#include <cstdint>
-#include <cstring>
-#include <limits>
-#include <type_traits>
-#include <vector>
+// Without decay it is torch.optim.AdamW to rounding. Compiled together with weights.cpp and groups.cpp.
 
 namespace {
 
@@ -27,89 +19,7 @@ constexpr int kStreams = 4;  // places read at once in a check: one stream does 
 #define PREFETCH(address)
 #endif
 
-template <class To, class From>
-inline To bit_cast(From from) {
-  static_assert(sizeof(To) == sizeof(From), "bit_cast keeps the size");
-  To to;
-  std::memcpy(&to, &from, sizeof to);
-  return to;
-}
-
-// Fused where there is an instruction for it, as in torch's kernels; without one it would be a call.
-#if defined(__FMA__) || defined(__ARM_FEATURE_FMA) || defined(__aarch64__)
-inline float fma(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
-inline double fma(double a, double b, double c) { return __builtin_fma(a, b, c); }
-#else
-inline float fma(float a, float b, float c) { return a * b + c; }
-inline double fma(double a, double b, double c) { return a * b + c; }
-#endif
-
-// --- what tensors are stored as
-
-// Types of their own, and yet plain numbers to the compiler, which vectorises no structs.
-enum class bfloat16 : uint16_t {};
-enum class float16 : uint16_t {};
-
-inline float load(float x) { return x; }
-inline double load(double x) { return x; }
-inline float load(bfloat16 x) { return bit_cast<float>(static_cast<uint32_t>(x) << 16); }
-inline float load(float16 x) {
-  const uint32_t bits = static_cast<uint32_t>(x), magnitude = bits & 0x7fffu, sign = (bits & 0x8000u) << 16;
-  // Moving the exponent by a multiplication normalises subnormal numbers on the way.
-  const float small = bit_cast<float>(magnitude << 13) * bit_cast<float>(0x77800000u);  // 2^112
-  const uint32_t special = (magnitude << 13) | 0x7f800000u;                              // infinities and NaN
-  return bit_cast<float>((magnitude >= 0x7c00u ? special : bit_cast<uint32_t>(small)) | sign);
-}
-
-// Store with stochastic rounding: `noise` below the last kept bit is added and the rest cut off, see rounding.py. Or to
-// the nearest, as torch does for weights that do not decay.
-// `nearest` has all bits or none: a choice by a mask is no branch, which would keep a loop from being vectorised.
-inline void store(float& to, float x, uint32_t, uint32_t) { to = x; }
-inline void store(double& to, double x, uint32_t, uint32_t) { to = x; }
-inline void store(bfloat16& to, float x, uint32_t noise, uint32_t nearest) {
-  const uint32_t bits = bit_cast<uint32_t>(x), magnitude = bits & 0x7fffffffu;
-  const uint32_t added = (nearest & (0x7fffu + ((bits >> 16) & 1u))) | (~nearest & noise & 0xffffu);
-  const uint32_t most = 0x7f7fffffu + (nearest & 1u);  // at random a finite number stays one, else it may be infinite
-  const uint32_t rounded = std::min(magnitude + added, most);
-  const uint32_t kept = magnitude > 0x7f800000u ? 0x7fc00000u : rounded;           // a NaN stays one
-  to = static_cast<bfloat16>((kept | (bits & 0x80000000u)) >> 16);
-}
-inline void store(float16& to, float x, uint32_t noise, uint32_t nearest) {
-  const uint32_t bits = bit_cast<uint32_t>(x), magnitude = bits & 0x7fffffffu;
-  const float unit = 16777216.0f;  // subnormal numbers are multiples of 2^-24
-  const uint32_t below = (nearest & 0x1000u) | (~nearest & noise & 0x1fffu);
-  const float uniform = static_cast<float>(static_cast<int32_t>(below)) * (1.0f / 8192.0f);
-  const float a = bit_cast<float>(std::min(magnitude, 0x38800000u));
-  const uint32_t subnormal = static_cast<uint32_t>(static_cast<int32_t>(a * unit + uniform));
-  const uint32_t added = (nearest & (0xfffu + ((bits >> 13) & 1u))) | (~nearest & noise & 0x1fffu);
-  const uint32_t normal = std::min((magnitude + added - 0x38000000u) >> 13, 0x7bffu + (nearest & 1u));
-  const uint32_t kept = magnitude > 0x7f800000u ? 0x7e00u : magnitude < 0x38800000u ? subnormal : normal;
-  to = static_cast<float16>(kept | ((bits >> 16) & 0x8000u));
-}
-
-// --- 32 random bits for each element of each step, see rounding.py
-
-inline uint32_t mix(uint32_t x) {
-  x ^= x >> 16;
-  x *= 0x21f0aaadu;
-  x ^= x >> 15;
-  x *= 0xd35a2d97u;
-  return x ^ (x >> 15);
-}
-
-inline uint32_t noise_at(uint32_t element, uint32_t a, uint32_t b) {
-  uint32_t x = element + a;
-  x ^= x >> 16;
-  x *= 0x21f0aaadu;
-  x ^= x >> 15;
-  x += b;
-  x *= 0xd35a2d97u;
-  return x ^ (x >> 15);
-}
-
 // --- the interface: plain numbers, filled in by compiled.py
-
-enum Dtype : int64_t { kFloat32 = 0, kFloat64 = 1, kBFloat16 = 2, kFloat16 = 3 };
 
 struct Row {  // one tensor
   void* param;
@@ -230,52 +140,6 @@ inline void divisors(const double* p, int n, const Scalars<double>& s, double* d
   }
 }
 
-// The divisors of a block of weights that decay by groups.
-template <class P, class T>
-inline void group_divisors(const Row& row, const P* p, int64_t at, int n, bool keep_zeros, T* divisor) {
-  const T* const table = static_cast<const T*>(row.divisors);
-  int64_t index = at / row.inner % row.length, left = row.inner - at % row.inner;
-  for (int i = 0; i < n;) {
-    if (row.inner == 1) {
-      const int run = static_cast<int>(std::min<int64_t>(n - i, row.length - index));
-      std::copy(table + index, table + index + run, divisor + i);
-      index = index + run == row.length ? 0 : index + run;
-      i += run;
-    } else {
-      const int run = static_cast<int>(std::min<int64_t>(n - i, left));
-      std::fill(divisor + i, divisor + i + run, table[index]);
-      left -= run;
-      if (left == 0) {
-        left = row.inner;
-        index = index + 1 == row.length ? 0 : index + 1;
-      }
-      i += run;
-    }
-  }
-  if (!keep_zeros) return;
-  for (int i = 0; i < n; ++i) {
-    if (load(p[i]) == 0) divisor[i] = std::numeric_limits<T>::infinity();
-  }
-}
-
-// Of each 4 weights those that the second largest does not exceed are not divided.
-template <class P, class T>
-inline void spare_strongest(const P* __restrict p, int n, bool keep_zeros, T* __restrict divisor) {
-#pragma omp simd
-  for (int i = 0; i < n; i += 4) {
-    const T a = std::fabs(load(p[i])), b = std::fabs(load(p[i + 1]));
-    const T c = std::fabs(load(p[i + 2])), d = std::fabs(load(p[i + 3]));
-    const T ab = a > b ? a : b, ba = a > b ? b : a, cd = c > d ? c : d, dc = c > d ? d : c;
-    const T low = ab > cd ? cd : ab, high = ba > dc ? ba : dc;
-    T second = low > high ? low : high;
-    second = keep_zeros && second == T(0) ? std::numeric_limits<T>::min() : second;
-    divisor[i] = a < second ? divisor[i] : T(1);
-    divisor[i + 1] = b < second ? divisor[i + 1] : T(1);
-    divisor[i + 2] = c < second ? divisor[i + 2] : T(1);
-    divisor[i + 3] = d < second ? divisor[i + 3] : T(1);
-  }
-}
-
 // --- the step on a run of elements
 
 template <bool kDecay, class P, class M, class T>
@@ -336,7 +200,7 @@ void step_chunk(const Row& row, const Scalars<T>& shared, int64_t begin, int64_t
       PREFETCH(v + kPrefetch + i);
     }
     if (kDecay == kGroups) {
-      group_divisors(row, p, at, n, s.keep_zeros, divisor);
+      group_divisors(static_cast<const T*>(row.divisors), row.inner, row.length, p, at, n, s.keep_zeros, divisor);
     } else if (kDecay != kNone) {
       divisors(p, n, s, divisor);
       if (kDecay == kByFour) spare_strongest(p, n, s.keep_zeros, divisor);

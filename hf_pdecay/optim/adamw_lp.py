@@ -243,11 +243,15 @@ class AdamWLp(Optimizer):
         if self._all_awake is None:
             self._all_awake = not any(state["dormant"].item() for state in self.state.values() if state)
         steps: list[TensorStep] = []
-        shrinkages = {
-            index: Shrinkage(group)
+        structured = [
+            (index, group)
             for index, group in enumerate(self.param_groups)
             if kind_of(group) != ELEMENT and group["lambda_p"] != 0
-        }
+        ]
+        if structured and not self._backend.chosen:
+            _ = self.backends  # chosen from all weights, whether or not they have gradients in this step
+        by_compiled = self._backend.chosen.get("cpu", ("", ""))[0] == "compiled"
+        shrinkages = {index: Shrinkage(group, by_compiled) for index, group in structured}
         for index, group in enumerate(self.param_groups):
             steps += self._tensor_steps(index, group, shrinkages.get(index))
         parts = self._backend.assign(steps)

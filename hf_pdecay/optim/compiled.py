@@ -21,7 +21,7 @@ from .moments import is_quantized
 from .tensor_step import Decay, TensorStep, is_flat
 
 
-SOURCE = Path(__file__).with_name("adamw_lp.cpp")
+SOURCES = tuple(Path(__file__).with_name(name) for name in ("weights.cpp", "groups.cpp", "adamw_lp.cpp"))
 
 CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 _PAIRS = {
@@ -173,6 +173,31 @@ def shrink(weights: Sequence[Tensor], before: Sequence[Tensor], places: Sequence
     torch.autograd.graph.increment_version(list(weights))
 
 
+def square_sums(weights: Sequence[Tensor], dims: Sequence[int]) -> list[Tensor]:
+    """Return for each tensor the sums of the squares at each index of a dimension.
+
+    Args:
+        weights: Tensors on a CPU, of dtypes in :data:`CODES`, that lie in memory without gaps, see
+            :func:`~.tensor_step.is_flat`.
+        dims: The dimension of each.
+
+    Returns:
+        Vectors in float32, or float64 for such weights.
+    """
+    library = _library()
+    dtypes = (torch.promote_types(weight.dtype, torch.float32) for weight in weights)
+    sums = [
+        torch.zeros(weight.shape[dim], dtype=dtype) for weight, dim, dtype in zip(weights, dims, dtypes, strict=True)
+    ]
+    rows = array("q")
+    for weight, dim, summed in zip(weights, dims, sums, strict=True):
+        shape = weight.numel(), weight.stride(dim), weight.shape[dim]
+        rows.extend((weight.data_ptr(), summed.data_ptr(), *shape, CODES[weight.dtype]))
+    if library.hf_pdecay_square_sums(_address(rows), len(sums), torch.get_num_threads()):
+        raise RuntimeError("The compiled sums met a dtype that they do not know.")
+    return sums
+
+
 def _address(numbers: array[Any]) -> ctypes.c_void_p:
     return ctypes.c_void_p(numbers.buffer_info()[0])
 
@@ -187,7 +212,7 @@ def _library() -> ctypes.CDLL:
 @functools.cache
 def _load() -> tuple[ctypes.CDLL | None, str | None]:
     """Load the function, compiling it if need be; it and None, or None and why not."""
-    library, reason = load(SOURCE, "AdamWLp", "step")
+    library, reason = load(SOURCES, "AdamWLp", "step")
     if library is not None:
         library.hf_pdecay_step.restype = library.hf_pdecay_all_finite.restype = ctypes.c_int
         pointer, count, threads = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
@@ -195,4 +220,6 @@ def _load() -> tuple[ctypes.CDLL | None, str | None]:
         library.hf_pdecay_shrink.restype = ctypes.c_int
         library.hf_pdecay_shrink.argtypes = (pointer, count, pointer, threads)
         library.hf_pdecay_all_finite.argtypes = (pointer, count, threads)
+        library.hf_pdecay_square_sums.restype = ctypes.c_int
+        library.hf_pdecay_square_sums.argtypes = (pointer, count, threads)
     return library, reason

@@ -22,10 +22,11 @@ import torch
 from torch import Tensor
 
 from ..decay import shrink_factor
+from . import compiled
 from .distributed import is_dtensor
 from .foreach import chunk_size
 from .rounding import LOW_PRECISION, noise_bits, stochastic_round
-from .tensor_step import Hyperparameters, Structure
+from .tensor_step import Hyperparameters, Structure, is_flat
 
 
 ELEMENT = "element"
@@ -200,12 +201,14 @@ class Shrinkage:
 
     Args:
         group: The param group, with ``group`` other than ``"element"``.
+        by_compiled: Whether the C++ function adds up the squares of what lies on a CPU. It is not known to this class
+            whether there is one; the sums differ in their last bits.
 
     Raises:
         ValueError: If a parameter is a shard.
     """
 
-    def __init__(self, group: dict[str, Any]) -> None:
+    def __init__(self, group: dict[str, Any], by_compiled: bool = False) -> None:
         self._group = group
         self._params: list[Tensor] = [param.detach() for param in group["params"]]
         self._grads = [param.grad is not None for param in group["params"]]
@@ -219,7 +222,13 @@ class Shrinkage:
         self._norms: list[_Norms] = []
         self._before: dict[int, Tensor] = {}
         self._factors: list[tuple[Coupled, Tensor]] | None = None
+        self._sums: dict[int, Tensor] = {}
         if self._blocks is None:
+            if by_compiled:
+                dims = {place.param: place.dim for each in self._coupled for place in each.places}
+                known = [index for index in dims if _is_summed(self._params[index])]
+                sums = compiled.square_sums([self._params[index] for index in known], [dims[index] for index in known])
+                self._sums = dict(zip(known, sums, strict=True))
             self._take_norms()
 
     def _take_norms(self) -> None:
@@ -251,7 +260,12 @@ class Shrinkage:
     def _mean_squares(self, coupled: Coupled, device: torch.device) -> Tensor:
         total: Tensor | float = 0.0
         for place in coupled.places:
-            total = square_sums(self._params[place.param], place, coupled.count).to(device) + total
+            sums = self._sums.get(place.param)
+            if sums is None:
+                own = square_sums(self._params[place.param], place, coupled.count)
+            else:
+                own = _by_group(sums.narrow(0, place.offset, coupled.count * place.size), place.size)
+            total = own.to(device) + total
         return total / group_size(coupled, self._params)  # type: ignore[return-value]
 
     def structures(
@@ -403,7 +417,16 @@ def square_sums(weights: Tensor, place: Place, count: int) -> Tensor:
         found = torch.zeros(part.shape[dim], dtype=dtype)
         for piece, _ in _pieces(part, dim):
             found += piece.to(dtype).square().sum(others)
-    return found.view(count, place.size).sum(1) if place.size > 1 else found
+    return _by_group(found, place.size)
+
+
+def _by_group(sums: Tensor, size: int) -> Tensor:
+    """Sums of groups from those of indices, ``size`` of which are one group."""
+    return sums.view(-1, size).sum(1) if size > 1 else sums
+
+
+def _is_summed(weights: Tensor) -> bool:
+    return weights.is_cpu and weights.dtype in compiled.CODES and weights.numel() > 0 and is_flat(weights)
 
 
 def _pieces(part: Tensor, dim: int, block: int = 1) -> Iterator[tuple[Tensor, slice]]:
