@@ -116,8 +116,11 @@ def test_coupled_groups_shrink_as_one(how: str, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("p_norm", [0.5, 1.0, 1.3, 2.0, 3.0])
 @pytest.mark.parametrize("kind", ["row", "column"])
-@pytest.mark.parametrize("shape", [(6, 8), (700, 600), (5, 3, 2, 2), "channels last", "transposed"])
-def test_rows_and_columns_of_any_layout(shape: Any, kind: str, p_norm: float, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("shape", [(6, 8), (700, 600), (5, 3, 2, 2), (4, 3, 8, 9), "channels last", "transposed"])
+@pytest.mark.parametrize("backend", ["foreach", "compiled"])
+def test_rows_and_columns_of_any_layout(
+    backend: str, shape: Any, kind: str, p_norm: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Also in several chunks, and where the order in memory is another."""
     if shape == (700, 600) and p_norm != 0.5:
         pytest.skip("large ones by one p")
