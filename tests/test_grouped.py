@@ -326,6 +326,34 @@ def test_low_precision_shrinks_on_average_as_it_should() -> None:
     assert float(param.detach().double().mean()) == pytest.approx(0.99, abs=4 * 2**-9 * math.sqrt(10 / param.numel()))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", ["row", "column", "2:4"])
+def test_it_never_waits_for_the_device(kind: str, dtype: torch.dtype) -> None:
+    """On the meta device there are no values that the host could look at: it would be an error."""
+    param = nn.Parameter(torch.zeros(16, 16, device="meta", dtype=dtype))
+    param.grad = torch.zeros_like(param)
+    scalar = torch.zeros((), device="meta")
+    sleeping = [torch.zeros(16, dtype=torch.bool, device="meta")]
+    group = {"params": [param], "group": kind, "p_norm": 0.8, "dormant_groups": sleeping}
+    shrinkage = grouped.Shrinkage(group)
+    shrinkage.remember(())
+    shrinkage.apply(lambda _: scalar, lambda _: scalar, 0, scalar.bool())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", ["row", "2:4"])
+def test_a_step_that_the_device_knows_to_be_skipped(kind: str, dtype: torch.dtype) -> None:
+    """On an accelerator the host does not know whether there was a step: a tensor says so."""
+    param = nn.Parameter(normal(16, 16).to(dtype))
+    param.grad = torch.zeros_like(param)
+    before = bits(param)
+    for finite in (False, True):
+        shrinkage = grouped.Shrinkage({"params": [param], "group": kind, "p_norm": 0.8})
+        shrinkage.remember(())
+        shrinkage.apply(lambda _: torch.tensor(0.1), lambda _: torch.tensor(1.0), 0, torch.tensor(finite))
+        assert torch.equal(bits(param), before) == (not finite)
+
+
 def test_weak_rows_die_and_strong_ones_stay() -> None:
     """A regression whose target depends on 3 of 12 hidden rows' worth of outputs."""
     torch.manual_seed(0)
