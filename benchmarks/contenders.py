@@ -108,6 +108,31 @@ def our_name(p_norm: float, backend: str = "auto", note: str = "") -> str:
     return f"AdamWLp {backend}, p = {p_norm:g}" + (f", {note}" if note else "")
 
 
+def by_groups(params: list[Tensor], kind: str) -> AdamWLp:
+    """Return AdamWLp whose matrices decay by groups.
+
+    Args:
+        params: Tensors of any shapes; what has no groups of the kind decays weight by weight.
+        kind: ``"row"``, ``"2:4"``, or ``"neuron"``: of three matrices in a row a neuron is a row of the first two and a
+            column of the third, or a row of it too where that does not fit.
+    """
+    matrices = [param for param in params if param.dim() == 2 and (kind != "2:4" or param.shape[1] % 4 == 0)]
+    chosen = {id(param) for param in matrices}
+    group: dict[str, Any] = {"params": matrices, "group": kind}
+    if kind == "neuron":
+        group["couplings"] = [_neurons(matrices, first) for first in range(0, len(matrices), 3)]
+    rest = [{"params": others}] if (others := [param for param in params if id(param) not in chosen]) else []
+    return AdamWLp([group, *rest], lr=LR, p_norm=USUAL_P, lambda_p=LAMBDA_P)
+
+
+def _neurons(matrices: list[Tensor], first: int) -> dict[str, Any]:
+    some = range(first, min(first + 3, len(matrices)))
+    count = min(matrices[index].shape[0] for index in some)
+    columns = len(some) == 3 and matrices[some[2]].shape[1] >= count
+    members = [{"param": index, "dim": int(columns and index == some[-1])} for index in some]
+    return {"kind": "neuron", "count": count, "name": f"layer {first // 3}", "members": members}
+
+
 def wrapped_adamw(params: list[Tensor]) -> LpDecay:
     """Return the decay around torch's fused AdamW."""
     return LpDecay(torch_adamw(params, lr=LR, fused=True), p_norm=USUAL_P, lambda_p=LAMBDA_P)
@@ -152,6 +177,10 @@ def contenders_for(size: Size, device: str, quick: bool = False) -> list[Contend
         *(ours(p_norm, "reference") for p_norm in some_p),
         ours(USUAL_P, note="bfloat16 moments", moments="bfloat16"),
         ours(USUAL_P, note="8-bit moments", moments="8bit", absent=eight),
+        *(
+            Contender(our_name(USUAL_P, note=f"by {kind}"), partial(by_groups, kind=kind), USUAL_P)
+            for kind in ("row", "neuron", "2:4")
+        ),
         *([formulas] if device == "cuda" and len(size.shapes) <= _COMPILED else []),
         wrapped,
         *rivals,

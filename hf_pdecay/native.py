@@ -22,11 +22,11 @@ _GCC_FLAGS = ("-ftree-loop-vectorize",)
 
 
 @functools.cache
-def load(source: Path, who: str, what: str) -> tuple[ctypes.CDLL | None, str | None]:
-    """Load the functions of a C++ file, compiling it if need be, once in a process.
+def load(sources: tuple[Path, ...], who: str, what: str) -> tuple[ctypes.CDLL | None, str | None]:
+    """Load the functions of C++ files, compiling them if need be, once in a process.
 
     Args:
-        source: The file.
+        sources: The files, which are compiled as one, in their order.
         who: Who asks for it, for the sentence that says how long it took.
         what: What it computes, for that sentence.
 
@@ -39,8 +39,9 @@ def load(source: Path, who: str, what: str) -> tuple[ctypes.CDLL | None, str | N
         from torch._inductor.codecache import CppCodeCache
         from torch._inductor.cpp_builder import is_gcc
 
+        text = "\n".join(source.read_text(encoding="utf-8") for source in sources)
         flags = _FLAGS + (_GCC_FLAGS if is_gcc() else ())
-        library: ctypes.CDLL = CppCodeCache.load_async(source.read_text(encoding="utf-8"), extra_flags=flags)()
+        library: ctypes.CDLL = CppCodeCache.load_async(text, extra_flags=flags)()
     except Exception as error:
         lines = str(error).strip().splitlines()
         return None, f"its C++ source could not be compiled ({type(error).__name__}: {lines[0] if lines else ''})"

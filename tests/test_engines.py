@@ -12,7 +12,7 @@ import torch
 from accelerate.utils.deepspeed import HfDeepSpeedConfig
 
 from hf_pdecay.checkpoints import check_engine_of
-from hf_pdecay.engines import check_engine, check_world_size, engine_of
+from hf_pdecay.engines import check_engine, check_structured, check_world_size, engine_of
 
 
 def trainer(fsdp: int | None = None, deepspeed: dict[str, Any] | None = None) -> Any:
@@ -51,6 +51,14 @@ def test_moments_that_cannot_be_sharded_are_refused(each: Any, name: str) -> Non
         check_engine(each, moments="8bit")
     check_engine(trainer(), moments="8bit")
     check_engine(each, moments="bfloat16")
+
+
+@pytest.mark.parametrize(("each", "name"), [(trainer(fsdp=2), "FSDP"), (trainer(deepspeed={}), "DeepSpeed")])
+def test_groups_of_weights_that_would_be_sharded_are_refused(each: Any, name: str) -> None:
+    with pytest.raises(ValueError, match=f"group='head' under {name}, .* or several under DDP"):
+        check_structured(each, [{}, {"group": "head"}])
+    check_structured(each, [{}, {"group": "element"}])
+    check_structured(trainer(), [{"group": "head"}])
 
 
 def test_optimizers_that_need_shapes_are_refused_where_there_are_none() -> None:

@@ -116,8 +116,11 @@ def test_coupled_groups_shrink_as_one(how: str, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("p_norm", [0.5, 1.0, 1.3, 2.0, 3.0])
 @pytest.mark.parametrize("kind", ["row", "column"])
-@pytest.mark.parametrize("shape", [(6, 8), (700, 600), (5, 3, 2, 2), "channels last", "transposed"])
-def test_rows_and_columns_of_any_layout(shape: Any, kind: str, p_norm: float, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("shape", [(6, 8), (700, 600), (5, 3, 2, 2), (4, 3, 8, 9), "channels last", "transposed"])
+@pytest.mark.parametrize("backend", ["foreach", "compiled"])
+def test_rows_and_columns_of_any_layout(
+    backend: str, shape: Any, kind: str, p_norm: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Also in several chunks, and where the order in memory is another."""
     if shape == (700, 600) and p_norm != 0.5:
         pytest.skip("large ones by one p")
@@ -131,7 +134,7 @@ def test_rows_and_columns_of_any_layout(shape: Any, kind: str, p_norm: float, mo
     dim = 0 if kind == "row" else 1
     groups = [indices(param.shape, 0, dim, place, place + 1) for place in range(param.shape[dim])]
     hyper = dataclasses.replace(HYPER, p_norm=p_norm)
-    optimizer = adamw([{"params": [param], "group": kind}], hyper)
+    optimizer = adamw([{"params": [param], "group": kind}], hyper, backend)
     reference = GroupedReference(values([param]), groups)
     expected = reference.step(give_grads([param], 1), hyper)
     optimizer.step()
@@ -321,6 +324,34 @@ def test_low_precision_shrinks_on_average_as_it_should() -> None:
         optimizer.step()
     # r falls by α λ_p a step, at p = 1.
     assert float(param.detach().double().mean()) == pytest.approx(0.99, abs=4 * 2**-9 * math.sqrt(10 / param.numel()))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", ["row", "column", "2:4"])
+def test_it_never_waits_for_the_device(kind: str, dtype: torch.dtype) -> None:
+    """On the meta device there are no values that the host could look at: it would be an error."""
+    param = nn.Parameter(torch.zeros(16, 16, device="meta", dtype=dtype))
+    param.grad = torch.zeros_like(param)
+    scalar = torch.zeros((), device="meta")
+    sleeping = [torch.zeros(16, dtype=torch.bool, device="meta")]
+    group = {"params": [param], "group": kind, "p_norm": 0.8, "dormant_groups": sleeping}
+    shrinkage = grouped.Shrinkage(group)
+    shrinkage.remember(())
+    shrinkage.apply(lambda _: scalar, lambda _: scalar, 0, scalar.bool())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", ["row", "2:4"])
+def test_a_step_that_the_device_knows_to_be_skipped(kind: str, dtype: torch.dtype) -> None:
+    """On an accelerator the host does not know whether there was a step: a tensor says so."""
+    param = nn.Parameter(normal(16, 16).to(dtype))
+    param.grad = torch.zeros_like(param)
+    before = bits(param)
+    for finite in (False, True):
+        shrinkage = grouped.Shrinkage({"params": [param], "group": kind, "p_norm": 0.8})
+        shrinkage.remember(())
+        shrinkage.apply(lambda _: torch.tensor(0.1), lambda _: torch.tensor(1.0), 0, torch.tensor(finite))
+        assert torch.equal(bits(param), before) == (not finite)
 
 
 def test_weak_rows_die_and_strong_ones_stay() -> None:

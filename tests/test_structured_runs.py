@@ -19,6 +19,7 @@ from transformers import Trainer, TrainingArguments
 import hf_pdecay
 from hf_pdecay import PDecayTrainer, SparsityReport
 
+from .launching import launch
 from .models import build
 
 
@@ -203,6 +204,32 @@ def test_a_zero_initialised_head_learns(make_args: MakeArgs, tokens: Any) -> Non
     PDecayTrainer(model=model, args=make_args(lp_rules=rules), train_dataset=tokens).train()
     assert (model.model.layers[0].self_attn.o_proj.weight != 0).all()
     assert (model.model.layers[1].mlp.down_proj.weight != 0).all()
+
+
+@pytest.mark.slow
+def test_under_ddp_replicas_agree(tmp_path: Path) -> None:
+    launch("tests.grouped_ddp_run", tmp_path / "out")
+    weights = _weights(tmp_path / "out")
+    assert sum(sum(_neurons(weights, layer)) for layer in range(2)) == 48
+    attention = {name: each for name, each in weights.items() if "self_attn" in name}
+    assert all((each == 2).all() for each in _pattern(attention))
+
+
+def test_half_of_the_ranks_of_an_adapter(make_args: MakeArgs, tokens: Any, tmp_path: Path) -> None:
+    """B begins with zeros and learns: a rank whose A is not zero is not dead."""
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+    model = peft.get_peft_model(build("llama"), config)
+    rules = {"lora_": {"group": "rank", "target_sparsity": 0.5}}
+    trainer = InOrder(model=model, args=make_args(max_steps=STEPS, lp_rules=rules), train_dataset=tokens)
+    trainer.train()
+    trainer.save_model()
+    saved = load_file(tmp_path / "out/adapter_model.safetensors")
+    names = [name for name in saved if "lora_A" in name]
+    dead = [_dead([saved[name], saved[name.replace("lora_A", "lora_B")].T]) for name in names]
+    assert len(dead) == 4 and sum(map(sum, dead)) == 8
+    assert "ranks: 50.0% of 16 dead" in (tmp_path / "out/README.md").read_text()
+    assert hf_pdecay.rank_sparsity(model).dead == 8
 
 
 def test_a_forecast_of_groups(make_args: MakeArgs, tokens: Any, caplog: pytest.LogCaptureFixture) -> None:

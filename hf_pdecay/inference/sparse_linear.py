@@ -211,7 +211,7 @@ class _NoBackward(torch.autograd.Function):
 
 @functools.cache
 def _library() -> ctypes.CDLL | None:
-    library, _ = load(SOURCE, "SparseLinear", "product")
+    library, _ = load((SOURCE,), "SparseLinear", "product")
     if library is not None:
         pointer, number = ctypes.c_void_p, ctypes.c_int64
         library.hf_pdecay_block_rows.restype = ctypes.c_int

@@ -3,15 +3,7 @@
 // The arithmetic is that of foreach.py. Two things differ from it:
 //   - |w|^x comes from two polynomials instead of log2 and exp2, see divisors.
 //   - Tensors are cut into chunks that all threads share, so many small tensors cost no more than a few large ones.
-// Without decay it is torch.optim.AdamW to rounding.
-
-#include <algorithm>
-#include <cmath>
-#include <cstdint>
-#include <cstring>
-#include <limits>
-#include <type_traits>
-#include <vector>
+// Without decay it is torch.optim.AdamW to rounding. Compiled together with weights.cpp and groups.cpp.
 
 namespace {
 
@@ -27,89 +19,7 @@ constexpr int kStreams = 4;  // places read at once in a check: one stream does 
 #define PREFETCH(address)
 #endif
 
-template <class To, class From>
-inline To bit_cast(From from) {
-  static_assert(sizeof(To) == sizeof(From), "bit_cast keeps the size");
-  To to;
-  std::memcpy(&to, &from, sizeof to);
-  return to;
-}
-
-// Fused where there is an instruction for it, as in torch's kernels; without one it would be a call.
-#if defined(__FMA__) || defined(__ARM_FEATURE_FMA) || defined(__aarch64__)
-inline float fma(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
-inline double fma(double a, double b, double c) { return __builtin_fma(a, b, c); }
-#else
-inline float fma(float a, float b, float c) { return a * b + c; }
-inline double fma(double a, double b, double c) { return a * b + c; }
-#endif
-
-// --- what tensors are stored as
-
-// Types of their own, and yet plain numbers to the compiler, which vectorises no structs.
-enum class bfloat16 : uint16_t {};
-enum class float16 : uint16_t {};
-
-inline float load(float x) { return x; }
-inline double load(double x) { return x; }
-inline float load(bfloat16 x) { return bit_cast<float>(static_cast<uint32_t>(x) << 16); }
-inline float load(float16 x) {
-  const uint32_t bits = static_cast<uint32_t>(x), magnitude = bits & 0x7fffu, sign = (bits & 0x8000u) << 16;
-  // Moving the exponent by a multiplication normalises subnormal numbers on the way.
-  const float small = bit_cast<float>(magnitude << 13) * bit_cast<float>(0x77800000u);  // 2^112
-  const uint32_t special = (magnitude << 13) | 0x7f800000u;                              // infinities and NaN
-  return bit_cast<float>((magnitude >= 0x7c00u ? special : bit_cast<uint32_t>(small)) | sign);
-}
-
-// Store with stochastic rounding: `noise` below the last kept bit is added and the rest cut off, see rounding.py. Or to
-// the nearest, as torch does for weights that do not decay.
-// `nearest` has all bits or none: a choice by a mask is no branch, which would keep a loop from being vectorised.
-inline void store(float& to, float x, uint32_t, uint32_t) { to = x; }
-inline void store(double& to, double x, uint32_t, uint32_t) { to = x; }
-inline void store(bfloat16& to, float x, uint32_t noise, uint32_t nearest) {
-  const uint32_t bits = bit_cast<uint32_t>(x), magnitude = bits & 0x7fffffffu;
-  const uint32_t added = (nearest & (0x7fffu + ((bits >> 16) & 1u))) | (~nearest & noise & 0xffffu);
-  const uint32_t most = 0x7f7fffffu + (nearest & 1u);  // at random a finite number stays one, else it may be infinite
-  const uint32_t rounded = std::min(magnitude + added, most);
-  const uint32_t kept = magnitude > 0x7f800000u ? 0x7fc00000u : rounded;           // a NaN stays one
-  to = static_cast<bfloat16>((kept | (bits & 0x80000000u)) >> 16);
-}
-inline void store(float16& to, float x, uint32_t noise, uint32_t nearest) {
-  const uint32_t bits = bit_cast<uint32_t>(x), magnitude = bits & 0x7fffffffu;
-  const float unit = 16777216.0f;  // subnormal numbers are multiples of 2^-24
-  const uint32_t below = (nearest & 0x1000u) | (~nearest & noise & 0x1fffu);
-  const float uniform = static_cast<float>(static_cast<int32_t>(below)) * (1.0f / 8192.0f);
-  const float a = bit_cast<float>(std::min(magnitude, 0x38800000u));
-  const uint32_t subnormal = static_cast<uint32_t>(static_cast<int32_t>(a * unit + uniform));
-  const uint32_t added = (nearest & (0xfffu + ((bits >> 13) & 1u))) | (~nearest & noise & 0x1fffu);
-  const uint32_t normal = std::min((magnitude + added - 0x38000000u) >> 13, 0x7bffu + (nearest & 1u));
-  const uint32_t kept = magnitude > 0x7f800000u ? 0x7e00u : magnitude < 0x38800000u ? subnormal : normal;
-  to = static_cast<float16>(kept | ((bits >> 16) & 0x8000u));
-}
-
-// --- 32 random bits for each element of each step, see rounding.py
-
-inline uint32_t mix(uint32_t x) {
-  x ^= x >> 16;
-  x *= 0x21f0aaadu;
-  x ^= x >> 15;
-  x *= 0xd35a2d97u;
-  return x ^ (x >> 15);
-}
-
-inline uint32_t noise_at(uint32_t element, uint32_t a, uint32_t b) {
-  uint32_t x = element + a;
-  x ^= x >> 16;
-  x *= 0x21f0aaadu;
-  x ^= x >> 15;
-  x += b;
-  x *= 0xd35a2d97u;
-  return x ^ (x >> 15);
-}
-
 // --- the interface: plain numbers, filled in by compiled.py
-
-enum Dtype : int64_t { kFloat32 = 0, kFloat64 = 1, kBFloat16 = 2, kFloat16 = 3 };
 
 struct Row {  // one tensor
   void* param;
@@ -123,7 +33,13 @@ struct Row {  // one tensor
   int64_t param_dtype;
   int64_t moment_dtype;
   int64_t asleep;  // whether the tensor was wholly zero at the start and still is
+  // Of a tensor that decays by groups what each index of a dimension is divided by, of the working dtype; else null.
+  const void* divisors;
+  int64_t inner, length;  // elements from one index of that dimension to the next, and how many indices there are
+  int64_t by_four;        // whether of each 4 consecutive weights only the 2 weakest decay
 };
+
+constexpr int64_t kRow = 15;
 
 struct Hyper {  // one param group
   double lr, beta1, beta2, eps, weight_decay, p_norm, lambda_p, keep_zeros, maximize;
@@ -260,7 +176,9 @@ inline void update(P* __restrict p, const P* __restrict g, M* __restrict m, M* _
   }
 }
 
-template <bool kDecay, class P, class M, class T>
+enum Decay { kNone, kElements, kGroups, kByFour };
+
+template <Decay kDecay, class P, class M, class T>
 void step_chunk(const Row& row, const Scalars<T>& shared, int64_t begin, int64_t end) {
   const Scalars<T> s = shared;  // a copy that no store to a tensor can change, as the compiler sees it
   P* const param = static_cast<P*>(row.param);
@@ -281,8 +199,13 @@ void step_chunk(const Row& row, const Scalars<T>& shared, int64_t begin, int64_t
       PREFETCH(m + kPrefetch + i);
       PREFETCH(v + kPrefetch + i);
     }
-    if (kDecay) divisors(p, n, s, divisor);
-    update<kDecay>(p, g, m, v, divisor, n, static_cast<uint32_t>(at), s);
+    if (kDecay == kGroups) {
+      group_divisors(static_cast<const T*>(row.divisors), row.inner, row.length, p, at, n, s.keep_zeros, divisor);
+    } else if (kDecay != kNone) {
+      divisors(p, n, s, divisor);
+      if (kDecay == kByFour) spare_strongest(p, n, s.keep_zeros, divisor);
+    }
+    update<kDecay != kNone>(p, g, m, v, divisor, n, static_cast<uint32_t>(at), s);
   }
 }
 
@@ -332,11 +255,11 @@ struct Plan {  // everything about one tensor that its chunks share
   void (*run)(const Row&, const Plan&, int64_t, int64_t);
 };
 
-template <bool kDecay, class P, class M>
+template <Decay kDecay, class P, class M>
 void run_single(const Row& row, const Plan& plan, int64_t begin, int64_t end) {
   step_chunk<kDecay, P, M>(row, plan.single, begin, end);
 }
-template <bool kDecay>
+template <Decay kDecay>
 void run_wide(const Row& row, const Plan& plan, int64_t begin, int64_t end) {
   step_chunk<kDecay, double, double>(row, plan.wide, begin, end);
 }
@@ -353,7 +276,13 @@ template <class P, class M>
 void plan_single(Plan* plan, const Hyper& hyper, const Row& row, double least) {
   bool decays;
   plan->single = scalars_of<float>(hyper, row, least, 1.1754943508222875e-38, &decays);
-  plan->run = decays ? run_single<true, P, M> : run_single<false, P, M>;
+  if (row.divisors != nullptr) {
+    plan->run = run_single<kGroups, P, M>;
+  } else if (!decays) {
+    plan->run = run_single<kNone, P, M>;
+  } else {
+    plan->run = row.by_four ? run_single<kByFour, P, M> : run_single<kElements, P, M>;
+  }
 }
 
 bool make_plan(Plan* plan, const Hyper& hyper, const Row& row) {
@@ -369,7 +298,13 @@ bool make_plan(Plan* plan, const Hyper& hyper, const Row& row) {
     case kFloat64 * 4 + kFloat64: {
       bool decays;
       plan->wide = scalars_of<double>(hyper, row, 0, 2.2250738585072014e-308, &decays);
-      plan->run = decays ? run_wide<true> : run_wide<false>;
+      if (row.divisors != nullptr) {
+        plan->run = run_wide<kGroups>;
+      } else if (!decays) {
+        plan->run = run_wide<kNone>;
+      } else {
+        plan->run = row.by_four ? run_wide<kByFour> : run_wide<kElements>;
+      }
       return true;
     }
     default: return false;
@@ -389,11 +324,11 @@ bool make_shrink_plan(Plan* plan, const Hyper& hyper, const Row& row) {
 }
 
 void run_all(const Row* rows, int64_t count, const std::vector<Plan>& plans, int threads) {
-  static_assert(sizeof(Row) == 11 * sizeof(int64_t), "a row is eleven numbers of 64 bits");
+  static_assert(sizeof(Row) == kRow * sizeof(int64_t), "a row is fifteen numbers of 64 bits");
   int64_t numel = 0;
   for (int64_t i = 0; i < count; ++i) numel += rows[i].numel;
   const int64_t share = numel / (8 * std::max(threads, 1)) / kBlock * kBlock;  // a few chunks for each thread
-  const auto chunks = chunks_of(&rows->numel, 11, count, std::min(std::max(share, kLeastChunk), kMostChunk));
+  const auto chunks = chunks_of(&rows->numel, kRow, count, std::min(std::max(share, kLeastChunk), kMostChunk));
   const int64_t total = static_cast<int64_t>(chunks.size());
 #pragma omp parallel for num_threads(threads) schedule(dynamic) if (total > 1)
   for (int64_t i = 0; i < total; ++i) {
@@ -456,7 +391,7 @@ int hf_pdecay_shrink(const Row* rows, int64_t count, const Hyper* hypers, int th
 
 // Whether all gradients are finite.
 int hf_pdecay_all_finite(const Row* rows, int64_t count, int threads) {
-  const auto chunks = chunks_of(&rows->numel, 11, count, kCheckChunk);
+  const auto chunks = chunks_of(&rows->numel, kRow, count, kCheckChunk);
   const int64_t total = static_cast<int64_t>(chunks.size());
   int bad = 0;
   // From the last to the first: the step begins with the first, which is then still in the cache.

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,10 +17,10 @@ from .distributed import agreed_finite, is_dtensor, local, local_grad, shard_pla
 from .dormancy import Awakening, dormant_entry, is_awake, is_awake_for_good, placed
 from .functional import adamw_lp
 from .gradients import check_dense, count_skipped, finite_by_norm, skipped_steps
-from .grouped import ELEMENT, Shrinkage, check_structure, kind_of
+from .grouped import ELEMENT, UNFELT, Shrinkage, check_structure, kind_of
 from .moments import as_stored, clone, is_quantized, zero_moment
 from .plan import Plan, hyper_of
-from .tensor_step import Hyperparameters, TensorStep
+from .tensor_step import Hyperparameters, Structure, TensorStep
 from .validation import FOREIGN_KEYS, check_hyperparameters, check_real, check_state_dict
 
 
@@ -237,41 +239,45 @@ class AdamWLp(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        plan, self._plan = self._plan, None
-        if plan is None or not plan.follow(self.param_groups, self.state):
-            plan = self._planned()
-        finite = self._finite(norm, plan)
-        shrinkages = {
-            index: Shrinkage(group)
+        structured = {
+            index: group
             for index, group in enumerate(self.param_groups)
             if kind_of(group) != ELEMENT and group["lambda_p"] != 0
         }
+        plan, self._plan = self._plan, None
+        if structured or plan is None or not plan.follow(self.param_groups, self.state):
+            if structured and not self._backend.chosen:
+                _ = self.backends  # chosen from all weights, whether or not they have gradients in this step
+            by_compiled = self._backend.chosen.get("cpu", ("", ""))[0] == "compiled"
+            shrinkages = {index: Shrinkage(group, by_compiled) for index, group in structured.items()}
+            plan = self._planned(shrinkages)
+        else:
+            shrinkages = {}
+        finite = self._finite(norm, plan)
+        done = {place for part in plan.parts for place in part.shrunk}
+        for index, shrinkage in shrinkages.items():
+            shrinkage.remember({place - (index << 20) for place in done})
         for part in plan.parts:
             part.run(finite if part.careful else True)
         self._plan = plan if plan.lasts else None  # others hold gradients
         for index, shrinkage in shrinkages.items():
-            self._shrink(index, shrinkage, finite)
+            self._shrink(index, shrinkage, finite, {place - (index << 20) for place in done})
         if finite is not True:
             self._count_skipped(finite)
         return loss
 
-    def _shrink(self, group_index: int, shrinkage: Shrinkage, finite: bool | Tensor) -> None:
+    def _shrink(self, group_index: int, shrinkage: Shrinkage, finite: bool | Tensor, done: set[int]) -> None:
         group = self.param_groups[group_index]
-
-        def alpha_lambda(device: torch.device) -> float | Tensor:
-            lr, lambda_p = group["lr"], group["lambda_p"]
-            if not isinstance(lr, Tensor) or device.type == "cpu":
-                return float(lr) * float(lambda_p)
-            return lr.reshape(()).to(device, non_blocking=True) * lambda_p
 
         def step_of(index: int) -> int | Tensor:
             step = self.state[group["params"][index]].get("step", 0)
             return int(step.item()) if isinstance(step, Tensor) and step.is_cpu else step
 
         careful = group["skip_nonfinite"]
-        shrinkage.apply(alpha_lambda, step_of, group_index << 20, finite if careful else True)
+        strength = partial(_alpha_lambda, group)
+        shrinkage.apply(strength, step_of, group_index << 20, finite if careful else True, done=done)
 
-    def _planned(self) -> Plan:
+    def _planned(self, shrinkages: Mapping[int, Shrinkage]) -> Plan:
         """Find out who does what, and make the state of tensors that have none yet."""
         for group in self.param_groups:
             check_dense(group["params"], "AdamWLp")
@@ -279,17 +285,24 @@ class AdamWLp(Optimizer):
         hypers = [hyper_of(group) for group in self.param_groups]
         steps: list[TensorStep] = []
         for index, (group, hyper) in enumerate(zip(self.param_groups, hypers, strict=True)):
-            steps += self._tensor_steps(index, group, hyper)
+            steps += self._tensor_steps(index, group, hyper, shrinkages.get(index))
         sharded = [param for group in self.param_groups for param in group["params"] if is_dtensor(param)]
         parts = self._backend.assign(steps)
         params = [param for group in self.param_groups for param in group["params"] if param.grad is not None]
         states = [self.state[param] for param in params]
         # All processes must learn in the same step that a sharded tensor is awake, which they do as they look at it.
         self._awakening.ask([state for param, state in zip(params, states, strict=True) if not is_dtensor(param)])
-        lasts = all(is_awake_for_good(state["dormant"]) for state in states)
+        lasts = not shrinkages and all(is_awake_for_good(state["dormant"]) for state in states)
         return Plan(self.param_groups, self.state, hypers, parts, sharded, lasts)
 
-    def _tensor_steps(self, group_index: int, group: dict[str, Any], hyper: Hyperparameters) -> list[TensorStep]:
+    def _tensor_steps(
+        self, group_index: int, group: dict[str, Any], hyper: Hyperparameters, shrinkage: Shrinkage | None
+    ) -> list[TensorStep]:
+        structures: dict[int, Structure] = {}
+        if shrinkage is not None:
+            structures = shrinkage.structures(hyper, partial(_alpha_lambda, group))
+            # What decays by groups is not felt in the step itself.
+            hyper = replace(hyper, lambda_p=UNFELT)
         steps = []
         for place, param in enumerate(group["params"], group_index << 20):
             grad = param.grad
@@ -307,7 +320,8 @@ class AdamWLp(Optimizer):
                 torch.autograd.graph.increment_version(param)
                 grad, place = local_grad(param, grad), shard_place(param, place)
                 param, exp_avg, exp_avg_sq = map(local, (param, exp_avg, exp_avg_sq))
-            steps.append(TensorStep(param, grad, exp_avg, exp_avg_sq, state["step"], awake, hyper, place))
+            structure = structures.get(place - (group_index << 20))
+            steps.append(TensorStep(param, grad, exp_avg, exp_avg_sq, state["step"], awake, hyper, place, structure))
         return steps
 
     def _finite(self, norm: Tensor | float | None, plan: Plan) -> bool | Tensor:
@@ -328,3 +342,10 @@ class AdamWLp(Optimizer):
         state["exp_avg_sq"] = zero_moment(param, group["moments"], signed=False)
         whole = kind_of(group) == ELEMENT  # else groups are dormant, not tensors
         state["dormant"] = dormant_entry(param) if whole else torch.zeros((), dtype=torch.bool)
+
+
+def _alpha_lambda(group: dict[str, Any], device: torch.device) -> float | Tensor:
+    lr, lambda_p = group["lr"], group["lambda_p"]
+    if not isinstance(lr, Tensor) or device.type == "cpu":
+        return float(lr) * float(lambda_p)
+    return lr.reshape(()).to(device, non_blocking=True) * lambda_p

@@ -61,6 +61,11 @@ class Part:
             self.batch = compiled.Batch(steps) if name == "compiled" else _triton().Batch(steps)
             self.steps = ()
 
+    @property
+    def shrunk(self) -> list[int]:
+        """Places of the tensors whose structured decay is a part of their step here."""
+        return self.batch.shrunk if isinstance(self.batch, compiled.Batch) else []
+
     def run(self, finite: bool | Tensor = True) -> None:
         """Do one step on each tensor, in place; where ``finite`` is false nothing is written."""
         if self.batch is not None:

@@ -21,7 +21,7 @@ from .moments import is_quantized
 from .tensor_step import Decay, Hyperparameters, TensorStep, is_flat
 
 
-SOURCE = Path(__file__).with_name("adamw_lp.cpp")
+SOURCES = tuple(Path(__file__).with_name(name) for name in ("weights.cpp", "groups.cpp", "adamw_lp.cpp"))
 
 CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 _PAIRS = {
@@ -67,7 +67,18 @@ def refusal(each: TensorStep) -> str | None:
     return None
 
 
-_COLUMNS = 11  # numbers in a row
+_COLUMNS = 15  # numbers in a row
+
+
+def fuses(each: TensorStep) -> bool:
+    """Whether the C++ function does the structured decay of a tensor that it steps, too."""
+    structure = each.structure
+    if structure is None:
+        return False
+    if structure.divisors is not None:
+        return True
+    # Of blocks only those of neighbours in memory.
+    return structure.blocks == (2, 4) and each.param.stride(structure.dim) == 1
 
 
 class Batch:
@@ -83,11 +94,19 @@ class Batch:
     def __init__(self, steps: Sequence[TensorStep]) -> None:
         self._library = _library()
         self._params = [each.param for each in steps]
+        self.shrunk = [each.place for each in steps if fuses(each)]
+        # The rows name addresses of theirs.
+        self._divisors = [each.structure.divisors for each in steps if each.structure is not None]
         self._rows = array("q")
         self._hypers: list[Hyperparameters] = []
         places: dict[int, int] = {}
         append = self._rows.extend
-        for param, grad, exp_avg, exp_avg_sq, count, awake, hyper, place in steps:
+        for each in steps:
+            param, grad, exp_avg, exp_avg_sq, count, awake, hyper, place, structure = each
+            divisors, dim, by_four = None, 0, False
+            if structure is not None and fuses(each):
+                hyper, divisors, dim = structure.hyper, structure.divisors, structure.dim
+                by_four = divisors is None
             group = places.get(id(hyper))
             if group is None:
                 group = places[id(hyper)] = len(places)
@@ -105,6 +124,10 @@ class Batch:
                     CODES[param.dtype],
                     CODES[exp_avg.dtype],
                     not awake,
+                    0 if divisors is None else divisors.data_ptr(),
+                    param.stride(dim) if by_four or divisors is not None else 1,
+                    param.shape[dim] if by_four or divisors is not None else 1,
+                    by_four,
                 )
             )
 
@@ -148,10 +171,37 @@ def shrink(weights: Sequence[Tensor], before: Sequence[Tensor], places: Sequence
     step = count.buffer_info()[0]
     for weight, copy, place in zip(weights, before, places, strict=True):
         code = CODES[weight.dtype]
-        rows.extend((weight.data_ptr(), copy.data_ptr(), 0, 0, step, weight.numel(), 0, place, code, code, 0))
+        rows.extend(
+            (weight.data_ptr(), copy.data_ptr(), 0, 0, step, weight.numel(), 0, place, code, code, 0, 0, 1, 1, 0)
+        )
     if library.hf_pdecay_shrink(_address(rows), len(weights), _address(hyper), torch.get_num_threads()):
         raise RuntimeError("The compiled shrink met a dtype that it does not know.")
     torch.autograd.graph.increment_version(list(weights))
+
+
+def square_sums(weights: Sequence[Tensor], dims: Sequence[int]) -> list[Tensor]:
+    """Return for each tensor the sums of the squares at each index of a dimension.
+
+    Args:
+        weights: Tensors on a CPU, of dtypes in :data:`CODES`, that lie in memory without gaps, see
+            :func:`~.tensor_step.is_flat`.
+        dims: The dimension of each.
+
+    Returns:
+        Vectors in float32, or float64 for such weights.
+    """
+    library = _library()
+    dtypes = (torch.promote_types(weight.dtype, torch.float32) for weight in weights)
+    sums = [
+        torch.zeros(weight.shape[dim], dtype=dtype) for weight, dim, dtype in zip(weights, dims, dtypes, strict=True)
+    ]
+    rows = array("q")
+    for weight, dim, summed in zip(weights, dims, sums, strict=True):
+        shape = weight.numel(), weight.stride(dim), weight.shape[dim]
+        rows.extend((weight.data_ptr(), summed.data_ptr(), *shape, CODES[weight.dtype]))
+    if library.hf_pdecay_square_sums(_address(rows), len(sums), torch.get_num_threads()):
+        raise RuntimeError("The compiled sums met a dtype that they do not know.")
+    return sums
 
 
 def _address(numbers: array[Any]) -> ctypes.c_void_p:
@@ -168,7 +218,7 @@ def _library() -> ctypes.CDLL:
 @functools.cache
 def _load() -> tuple[ctypes.CDLL | None, str | None]:
     """Load the function, compiling it if need be; it and None, or None and why not."""
-    library, reason = load(SOURCE, "AdamWLp", "step")
+    library, reason = load(SOURCES, "AdamWLp", "step")
     if library is not None:
         library.hf_pdecay_step.restype = library.hf_pdecay_all_finite.restype = ctypes.c_int
         pointer, count, threads = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
@@ -176,4 +226,6 @@ def _load() -> tuple[ctypes.CDLL | None, str | None]:
         library.hf_pdecay_shrink.restype = ctypes.c_int
         library.hf_pdecay_shrink.argtypes = (pointer, count, pointer, threads)
         library.hf_pdecay_all_finite.argtypes = (pointer, count, threads)
+        library.hf_pdecay_square_sums.restype = ctypes.c_int
+        library.hf_pdecay_square_sums.argtypes = (pointer, count, threads)
     return library, reason

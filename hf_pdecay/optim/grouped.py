@@ -14,7 +14,7 @@ The norms are taken before the optimizer's step, and the weights multiplied afte
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -22,9 +22,11 @@ import torch
 from torch import Tensor
 
 from ..decay import shrink_factor
+from . import compiled
 from .distributed import is_dtensor
 from .foreach import chunk_size
 from .rounding import LOW_PRECISION, noise_bits, stochastic_round
+from .tensor_step import Hyperparameters, Structure, is_flat
 
 
 ELEMENT = "element"
@@ -195,16 +197,18 @@ class Shrinkage:
     ``dormant_groups`` of the param group remembers. Other groups that are wholly zero stay so while λ_p > 0 and p < 2,
     whatever the learning rate. A root mean square below about 1e-19 counts as 0, as its square is 0 in float32.
 
-    Made before the step, it holds little for coupled groups, and for N:M a copy of the weights.
+    It is made before the step, and takes the norms. What the step does not do itself, :meth:`apply` does after it.
 
     Args:
         group: The param group, with ``group`` other than ``"element"``.
+        by_compiled: Whether the C++ function adds up the squares of what lies on a CPU. It is not known to this class
+            whether there is one; the sums differ in their last bits.
 
     Raises:
         ValueError: If a parameter is a shard.
     """
 
-    def __init__(self, group: dict[str, Any]) -> None:
+    def __init__(self, group: dict[str, Any], by_compiled: bool = False) -> None:
         self._group = group
         self._params: list[Tensor] = [param.detach() for param in group["params"]]
         self._grads = [param.grad is not None for param in group["params"]]
@@ -217,15 +221,15 @@ class Shrinkage:
         self._coupled = couplings_of(group)
         self._norms: list[_Norms] = []
         self._before: dict[int, Tensor] = {}
+        self._factors: list[tuple[Coupled, Tensor]] | None = None
+        self._sums: dict[int, Tensor] = {}
         if self._blocks is None:
+            if by_compiled:
+                dims = {place.param: place.dim for each in self._coupled for place in each.places}
+                known = [index for index in dims if _is_summed(self._params[index])]
+                sums = compiled.square_sums([self._params[index] for index in known], [dims[index] for index in known])
+                self._sums = dict(zip(known, sums, strict=True))
             self._take_norms()
-        else:
-            self._before = {
-                place.param: self._params[place.param].clone()
-                for each in self._coupled
-                for place in each.places
-                if self._grads[place.param]
-            }
 
     def _take_norms(self) -> None:
         by_device: dict[torch.device, list[int]] = {}
@@ -256,8 +260,59 @@ class Shrinkage:
     def _mean_squares(self, coupled: Coupled, device: torch.device) -> Tensor:
         total: Tensor | float = 0.0
         for place in coupled.places:
-            total = square_sums(self._params[place.param], place, coupled.count).to(device) + total
+            sums = self._sums.get(place.param)
+            if sums is None:
+                own = square_sums(self._params[place.param], place, coupled.count)
+            else:
+                own = _by_group(sums.narrow(0, place.offset, coupled.count * place.size), place.size)
+            total = own.to(device) + total
         return total / group_size(coupled, self._params)  # type: ignore[return-value]
+
+    def structures(
+        self, hyper: Hyperparameters, alpha_lambda: Callable[[torch.device], float | Tensor]
+    ) -> dict[int, Structure]:
+        """Return what a step that can do the shrink itself needs of each parameter on a CPU, by the index of it.
+
+        Args:
+            hyper: Hyperparameters of the param group, with their λ_p.
+            alpha_lambda: α λ_p on a device.
+        """
+        if self._blocks is not None:
+            return {
+                place.param: Structure(hyper, place.dim, blocks=self._blocks)
+                for each in self._coupled
+                for place in each.places
+            }
+        found: dict[int, Structure] = {}
+        for each, factor in self._all_factors(alpha_lambda):
+            divisor = factor.reciprocal()
+            for place in each.places:
+                param = self._params[place.param]
+                if not param.is_cpu or not any(self._grads[other.param] for other in each.places):
+                    continue
+                dtype = torch.promote_types(param.dtype, torch.float32)
+                spread = (divisor.repeat_interleave(place.size) if place.size > 1 else divisor).to(dtype)
+                if place.param not in found:
+                    whole = len(spread) == param.shape[place.dim]
+                    table = spread if whole else torch.ones(param.shape[place.dim], dtype=dtype)
+                    found[place.param] = Structure(hyper, place.dim, table)
+                table = found[place.param].divisors  # type: ignore[assignment]
+                table[place.offset : place.offset + len(spread)] = spread
+        return found
+
+    def remember(self, done: Container[int]) -> None:
+        """Copy the weights of N:M blocks whose shrink is to be done after the step.
+
+        Args:
+            done: Indices of the parameters whose shrink the step does itself.
+        """
+        if self._blocks is not None:
+            places = [place for each in self._coupled for place in each.places]
+            self._before = {
+                each.param: self._params[each.param].clone()
+                for each in places
+                if self._grads[each.param] and each.param not in done
+            }
 
     @torch.no_grad()
     def apply(
@@ -267,6 +322,7 @@ class Shrinkage:
         first_place: int,
         finite: bool | Tensor = True,
         averaged: Callable[[int], Tensor | None] = lambda _: None,
+        done: Container[int] = (),
     ) -> None:
         """Multiply the weights, which the optimizer has stepped.
 
@@ -276,44 +332,53 @@ class Shrinkage:
             first_place: Place of the first parameter in the optimizer.
             finite: Whether there was a step.
             averaged: The weights z of a schedule-free optimizer for the parameter with an index, if there are any.
+            done: Indices of the parameters whose shrink the step has done itself.
         """
         if finite is False:
             return
         p_norm: float = self._group["p_norm"]
+        for each in self._coupled if self._blocks is not None else ():
+            for place in each.places:
+                before = self._before.get(place.param)
+                if before is None or self._blocks is None:
+                    continue
+                noise = first_place + place.param + _NOISE, step_of(place.param)
+                strength = alpha_lambda(before.device)
+                for weights in (self._params[place.param], averaged(place.param)):
+                    if weights is not None:
+                        _shrink_weakest(weights, before, place.dim, self._blocks, p_norm, strength, finite, noise)
+        for each, factor in self._all_factors(alpha_lambda):
+            if not any(self._grads[place.param] for place in each.places):
+                continue  # no step was made with them
+            if isinstance(finite, Tensor):
+                factor = torch.where(finite.to(factor.device), factor, torch.ones_like(factor))
+            for nth, place in enumerate(each.places):
+                if place.param in done:
+                    continue
+                noise = first_place + place.param + _NOISE * (1 + nth), step_of(place.param)
+                spread = factor.repeat_interleave(place.size) if place.size > 1 else factor
+                for weights in (self._params[place.param], averaged(place.param)):
+                    if weights is not None:
+                        part = weights.narrow(place.dim, place.offset, len(spread))
+                        _scale(part, place.dim, spread.to(part.device), *noise)
 
-        def scale(number: int, index: int, dim: int, offset: int, factor: Tensor) -> None:
-            noise = first_place + index + _NOISE * (1 + number), step_of(index)
-            for weights in (self._params[index], averaged(index)):
-                if weights is not None:
-                    _scale(weights.narrow(dim, offset, len(factor)), dim, factor, *noise)
+    def _all_factors(self, alpha_lambda: Callable[[torch.device], float | Tensor]) -> list[tuple[Coupled, Tensor]]:
+        """Each coupling with the factors of its groups."""
+        if self._factors is None:
+            self._factors = []
+            for norms in self._norms:
+                factor = self._factor(norms, alpha_lambda(norms.rms.device))
+                split = factor.split([self._coupled[number].count for number in norms.numbers])
+                self._factors += zip((self._coupled[number] for number in norms.numbers), split, strict=True)
+        return self._factors
 
-        for index, before in self._before.items():
-            place = next(place for each in self._coupled for place in each.places if place.param == index)
-            strength = alpha_lambda(before.device)
-            _shrink_weakest(
-                self._params[index], before, place.dim, self._blocks or (1, 2), p_norm, strength, finite,
-                (first_place + index + _NOISE, step_of(index)),
-            )  # fmt: skip
-        for norms in self._norms:
-            factor = self._factors(norms, p_norm, alpha_lambda(norms.rms.device), finite)
-            split = factor.split([self._coupled[number].count for number in norms.numbers])
-            for number, factors in zip(norms.numbers, split, strict=True):
-                places = self._coupled[number].places
-                if not any(self._grads[place.param] for place in places):
-                    continue  # no step was made with them
-                for nth, place in enumerate(places):
-                    spread = factors.repeat_interleave(place.size) if place.size > 1 else factors
-                    scale(nth, place.param, place.dim, place.offset, spread.to(self._params[place.param].device))
-
-    @staticmethod
-    def _factors(norms: _Norms, p_norm: float, alpha_lambda: float | Tensor, finite: bool | Tensor) -> Tensor:
+    def _factor(self, norms: _Norms, alpha_lambda: float | Tensor) -> Tensor:
+        p_norm: float = self._group["p_norm"]
         factor = shrink_factor(norms.rms, p_norm, alpha_lambda)
         if p_norm < 2:
             factor.masked_fill_(norms.rms == 0, 0)
         if norms.dormant is not None:
             factor.masked_fill_(norms.dormant, 1)
-        if isinstance(finite, Tensor):
-            factor = torch.where(finite.to(factor.device), factor, torch.ones_like(factor))
         return factor
 
 
@@ -352,7 +417,16 @@ def square_sums(weights: Tensor, place: Place, count: int) -> Tensor:
         found = torch.zeros(part.shape[dim], dtype=dtype)
         for piece, _ in _pieces(part, dim):
             found += piece.to(dtype).square().sum(others)
-    return found.view(count, place.size).sum(1) if place.size > 1 else found
+    return _by_group(found, place.size)
+
+
+def _by_group(sums: Tensor, size: int) -> Tensor:
+    """Sums of groups from those of indices, ``size`` of which are one group."""
+    return sums.view(-1, size).sum(1) if size > 1 else sums
+
+
+def _is_summed(weights: Tensor) -> bool:
+    return weights.is_cpu and weights.dtype in compiled.CODES and weights.numel() > 0 and is_flat(weights)
 
 
 def _pieces(part: Tensor, dim: int, block: int = 1) -> Iterator[tuple[Tensor, slice]]:

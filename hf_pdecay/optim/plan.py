@@ -13,7 +13,6 @@ from torch import Tensor
 
 from ..decay import check_lambda_p, check_p_norm
 from .backends import Part
-from .grouped import ELEMENT, UNFELT, kind_of
 from .tensor_step import Hyperparameters
 
 
@@ -29,8 +28,6 @@ def hyper_of(group: Mapping[str, Any]) -> Hyperparameters:
     check_p_norm(group["p_norm"])
     check_lambda_p(group["lambda_p"])
     beta1, beta2 = group["betas"]
-    # What decays by groups is multiplied after the step.
-    whole = group["lambda_p"] == 0 or kind_of(group) == ELEMENT
     return Hyperparameters(
         group["lr"],
         beta1,
@@ -38,7 +35,7 @@ def hyper_of(group: Mapping[str, Any]) -> Hyperparameters:
         group["eps"],
         group["weight_decay"],
         group["p_norm"],
-        group["lambda_p"] if whole else UNFELT,
+        group["lambda_p"],
         group["keep_zeros"],
         group["maximize"],
         group["skip_nonfinite"],

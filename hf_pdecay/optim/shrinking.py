@@ -95,8 +95,12 @@ def _compiled(tensors: Sequence[Stepped], decay: Decay) -> list[Stepped]:
         and decay.alpha_lambda >= smallest(each.weight.dtype)
         and is_flat(each.weight, each.before)
     ]
-    enough = sum(each.weight.numel() for each in taken) >= MIN_COMPILED
-    return taken if enough and compiled.unavailable() is None else []
+    return taken if can_compile([each.weight for each in taken]) else []
+
+
+def can_compile(weights: Sequence[Tensor]) -> bool:
+    """Whether there is enough to do on a CPU for the C++ functions, and they can be had."""
+    return sum(each.numel() for each in weights if each.is_cpu) >= MIN_COMPILED and compiled.unavailable() is None
 
 
 def _batches(tensors: Sequence[Stepped]) -> Iterator[list[_Part]]:

@@ -29,6 +29,22 @@ class Hyperparameters:
     skip_nonfinite: bool = True
 
 
+class Structure(NamedTuple):
+    """What a tensor that decays by groups, or N:M, takes beside its step. Most backends leave it to be done after it.
+
+    Attributes:
+        hyper: Hyperparameters of the group with their λ_p; those of the step have one that is not felt.
+        dim: Dimension along which the groups or blocks lie.
+        divisors: Of groups, 1 over the factor of each index of that dimension, in the dtype of the step's computation.
+        blocks: N and M.
+    """
+
+    hyper: Hyperparameters
+    dim: int
+    divisors: Tensor | None = None
+    blocks: tuple[int, int] | None = None
+
+
 class TensorStep(NamedTuple):
     """One tensor's step: the tensors that it reads and writes, all on one device, and its hyperparameters.
 
@@ -42,6 +58,7 @@ class TensorStep(NamedTuple):
             it does not decay.
         hyper: Hyperparameters of the group.
         place: Place of the tensor in the optimizer, from which its random bits come.
+        structure: What decays as one, if it is not each weight by itself.
     """
 
     param: Tensor
@@ -52,6 +69,7 @@ class TensorStep(NamedTuple):
     awake: bool | Tensor
     hyper: Hyperparameters
     place: int
+    structure: Structure | None = None
 
 
 class Decay(NamedTuple):

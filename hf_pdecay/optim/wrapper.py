@@ -16,7 +16,7 @@ from .distributed import agreed_finite, is_dtensor, local, shard_place
 from .dormancy import dormant_entry, is_awake, placed
 from .gradients import check_dense, count_skipped, finite_by_norm, grads_finite, skipped_steps
 from .grouped import ELEMENT, Shrinkage, check_structure, kind_of
-from .shrinking import Stepped, copies, shrink
+from .shrinking import Stepped, can_compile, copies, shrink
 from .tensor_step import Decay, smallest
 from .validation import check_decay_settings, check_real, check_saved_groups
 
@@ -262,10 +262,12 @@ class LpDecay(Optimizer):
         dormant: dict[Tensor, Tensor] = {}
         copied = [self._copied(number, group, dormant) for number, group in enumerate(self.param_groups)]
         shrinkages = {
-            number: Shrinkage(group)
+            number: Shrinkage(group, can_compile(group["params"]))
             for number, group in enumerate(self.param_groups)
             if kind_of(group) != ELEMENT and group["lambda_p"] != 0
         }
+        for shrinkage in shrinkages.values():
+            shrinkage.remember(())
         self._step_base(finite)
         for param, entry in dormant.items():
             # Not before, as bases make their state where there is none.

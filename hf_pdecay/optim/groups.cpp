@@ -1,0 +1,127 @@
+// Weights that decay by groups, or of each 4 the 2 weakest: see grouped.py. Compiled together with weights.cpp.
+
+namespace {
+
+// The divisors of a block of weights that decay by groups, from a table with one for each index of a dimension.
+template <class P, class T>
+inline void group_divisors(const T* table, int64_t inner, int64_t length, const P* p, int64_t at, int n, bool keep_zeros,
+                           T* divisor) {
+  int64_t index = at / inner % length, left = inner - at % inner;
+  for (int i = 0; i < n;) {
+    if (inner == 1) {
+      const int run = static_cast<int>(std::min<int64_t>(n - i, length - index));
+      std::copy(table + index, table + index + run, divisor + i);
+      index = index + run == length ? 0 : index + run;
+      i += run;
+    } else {
+      const int run = static_cast<int>(std::min<int64_t>(n - i, left));
+      std::fill(divisor + i, divisor + i + run, table[index]);
+      left -= run;
+      if (left == 0) {
+        left = inner;
+        index = index + 1 == length ? 0 : index + 1;
+      }
+      i += run;
+    }
+  }
+  if (!keep_zeros) return;
+  for (int i = 0; i < n; ++i) {
+    if (load(p[i]) == 0) divisor[i] = std::numeric_limits<T>::infinity();
+  }
+}
+
+// Of each 4 weights those that the second largest does not exceed are not divided.
+template <class P, class T>
+inline void spare_strongest(const P* __restrict p, int n, bool keep_zeros, T* __restrict divisor) {
+#pragma omp simd
+  for (int i = 0; i < n; i += 4) {
+    const T a = std::fabs(load(p[i])), b = std::fabs(load(p[i + 1]));
+    const T c = std::fabs(load(p[i + 2])), d = std::fabs(load(p[i + 3]));
+    const T ab = a > b ? a : b, ba = a > b ? b : a, cd = c > d ? c : d, dc = c > d ? d : c;
+    const T low = ab > cd ? cd : ab, high = ba > dc ? ba : dc;
+    T second = low > high ? low : high;
+    second = keep_zeros && second == T(0) ? std::numeric_limits<T>::min() : second;
+    divisor[i] = a < second ? divisor[i] : T(1);
+    divisor[i + 1] = b < second ? divisor[i + 1] : T(1);
+    divisor[i + 2] = c < second ? divisor[i + 2] : T(1);
+    divisor[i + 3] = d < second ? divisor[i + 3] : T(1);
+  }
+}
+
+// --- sums of squares
+
+struct Summed {  // one tensor
+  const void* weights;
+  void* sums;  // one for each index of a dimension, of the working dtype, 0 at first
+  int64_t numel;
+  int64_t inner, length;  // elements from one index of that dimension to the next, and how many indices there are
+  int64_t dtype;
+};
+
+constexpr int64_t kLongRun = 32;  // from here on an index has so many neighbours that they are summed by themselves
+constexpr int64_t kSegment = 1 << 11;
+
+struct Share {
+  int64_t row, begin, end;
+};
+
+// Runs of one index from `begin` up to `end`, or, where runs are short, such columns of all the tensor's rows.
+template <class P, class T>
+void add_squares(const Summed& row, int64_t begin, int64_t end) {
+  const P* const weights = static_cast<const P*>(row.weights);
+  T* const sums = static_cast<T*>(row.sums);
+  if (row.inner >= kLongRun) {
+    for (int64_t run = begin; run < end; ++run) {
+      const P* const __restrict w = weights + run * row.inner;
+      T sum = 0;
+#pragma omp simd reduction(+ : sum)
+      for (int64_t i = 0; i < row.inner; ++i) sum += load(w[i]) * load(w[i]);
+      sums[run % row.length] += sum;
+    }
+    return;
+  }
+  const int64_t width = row.inner * row.length;
+  std::vector<T> columns(end - begin, T(0));
+  T* const __restrict column = columns.data();
+  for (int64_t first = 0; first < row.numel; first += width) {
+    const P* const __restrict w = weights + first + begin;
+#pragma omp simd
+    for (int64_t i = 0; i < end - begin; ++i) column[i] += load(w[i]) * load(w[i]);
+  }
+  for (int64_t i = begin; i < end; ++i) sums[i / row.inner] += column[i - begin];
+}
+
+}  // namespace
+
+extern "C" {
+
+// Adds up the squares of each row's weights index by index. Returns 0, or 1 for a dtype that it does not know.
+int hf_pdecay_square_sums(const Summed* rows, int64_t count, int threads) {
+  std::vector<Share> shares;
+  for (int64_t i = 0; i < count; ++i) {
+    const Summed& row = rows[i];
+    if (row.dtype < kFloat32 || row.dtype > kFloat16) return 1;
+    // No two threads have a share in the same sum, so that the order in which they are added up is always the same.
+    const int64_t runs = row.inner >= kLongRun ? row.numel / row.inner : row.inner * row.length;
+    const bool whole = row.inner >= kLongRun && runs != row.length;
+    const int64_t step = whole ? runs
+                         : row.inner >= kLongRun
+                             ? std::max<int64_t>(1, (1 << 17) / row.inner)
+                             : std::max<int64_t>(1, kSegment / row.inner) * row.inner;
+    for (int64_t at = 0; at < runs; at += step) shares.push_back({i, at, std::min(runs, at + step)});
+  }
+  const int64_t total = static_cast<int64_t>(shares.size());
+#pragma omp parallel for num_threads(threads) schedule(dynamic) if (total > 1)
+  for (int64_t i = 0; i < total; ++i) {
+    const Share& share = shares[i];
+    const Summed& row = rows[share.row];
+    switch (row.dtype) {
+      case kFloat32: add_squares<float, float>(row, share.begin, share.end); break;
+      case kFloat64: add_squares<double, double>(row, share.begin, share.end); break;
+      case kBFloat16: add_squares<bfloat16, float>(row, share.begin, share.end); break;
+      default: add_squares<float16, float>(row, share.begin, share.end);
+    }
+  }
+  return 0;
+}
+}
