@@ -71,14 +71,16 @@ def row_of(entrant: Entrant, result: Race, size: Size, process_bytes: int | None
     }
 
 
-def measure(size: Size, device: str, rounds: int, quick: bool, copy_numel: int | None = None) -> dict[str, Any]:
-    """Race the optimizers on one size and return the figures.
+def measure(
+    size: Size, device: str, rounds: int, quick: bool, copy_numel: int | None = None, rows: str = ""
+) -> dict[str, Any]:
+    """Race the optimizers on one size, those beside the baseline whose names have ``rows``, and return the figures.
 
     Raises:
         NotEnoughMemoryError: If the size does not fit.
     """
     limit = QUICK_SECONDS if quick else math.inf
-    contenders = contenders_for(size, device, quick)
+    contenders = [each for each in contenders_for(size, device, quick) if each.name == BASELINE or rows in each.name]
     result = race(contenders, size, device, rounds, seconds=limit, copy_numel=copy_numel)
     copy = spread(result.copy.all_seconds)["median"]
     growth = process_growth(result, size, device, quick)
@@ -163,6 +165,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--device", choices=list(DEFAULT_SIZES), default="cpu", help="where to run (cpu)")
     parser.add_argument("--sizes", nargs="+", choices=list(SIZES), help="sizes of models (those of the device)")
     parser.add_argument("--rounds", type=int, help=f"rounds of each size ({ROUNDS}, quick {QUICK_ROUNDS})")
+    parser.add_argument("--rows", default="", metavar="TEXT", help="only rows with this in their name, as 'by' (all)")
     parser.add_argument("--output", type=Path, default=ROOT / "results", help="folder of the tables (results here)")
     parser.add_argument("--plot", type=Path, metavar="JSON", help="only draw the figure of an earlier run")
     parser.add_argument("--figure", type=Path, default=ROOT.parent / "docs/images/step_speed.png", help="its file")
@@ -190,7 +193,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         usual = QUICK_ROUNDS if quick else _ROUNDS_OF_MANY if size.weights >= _MANY else ROUNDS
         print(f"{name}: measuring, {time.perf_counter() - begin:.0f} s so far", file=sys.stderr, flush=True)
         try:
-            record["sizes"].append(measure(size, device, options.rounds or usual, quick))
+            record["sizes"].append(measure(size, device, options.rounds or usual, quick, rows=options.rows))
         except NotEnoughMemoryError as error:
             record["skipped_sizes"].append(str(error))
         save(record, begin, options.output)

@@ -18,7 +18,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from .cuts import root_mean_squares
 from .decay import forecast_threshold, lambda_for_threshold
 from .optim import AdamWLp
-from .optim.grouped import COUPLED, couplings_of, kind_of
+from .optim.couplings import COUPLED, couplings_of, kind_of
 from .rules import decayed_parameter_names, group_table
 from .selection import Ranked, Ranking
 from .shards import group_params, held, is_sharded, settle

@@ -25,7 +25,7 @@ from torch.optim import Optimizer
 
 from .cuts import cut, magnitudes
 from .decay import lambda_for_threshold
-from .optim.grouped import COUPLED, kind_of
+from .optim.couplings import COUPLED, kind_of
 from .shards import group_params, publish
 from .targets import Budget, budgets, check_budget, check_p_norms, decayed_groups
 

@@ -9,7 +9,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from .arguments import settings_of
 from .control import SparsityControl
-from .rules import parse_rules
+from .rule_spec import parse_rules
 from .settings import DecaySettings
 
 

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .optim.grouped import ELEMENT, Coupled, Place, group_size, n_of_m, square_sums, weakest
+from .optim.couplings import ELEMENT, Coupled, Place, group_size, n_of_m
+from .optim.grouped import square_sums, weakest
 from .selection import Ranked, Ranking, scores, zero_least
 from .shards import ranked
 from .targets import Budget

@@ -11,7 +11,7 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
 
-from .optim.grouped import ELEMENT, kind_of
+from .optim.couplings import ELEMENT, kind_of
 
 
 if TYPE_CHECKING:

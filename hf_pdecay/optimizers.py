@@ -12,7 +12,7 @@ from torch import nn
 
 from .names import clean_name
 from .optim import AdamWLp, LpDecay
-from .optim.grouped import ELEMENT, kind_of
+from .optim.couplings import ELEMENT, kind_of
 from .optim.named import arranged, make_optimizer
 from .rules import build_param_groups
 from .settings import DecaySettings

@@ -10,7 +10,7 @@ from typing import Any
 from .control import BEGIN, DECAY, END, check_decay, check_schedule
 from .decay import check_lambda_p, check_p_norm
 from .optim.named import ADAMW_LP, OPTIMIZERS, parse_options
-from .rules import load_rules
+from .rule_spec import load_rules
 from .targets import check_budget, check_p_norms, check_target
 
 

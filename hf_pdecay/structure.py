@@ -16,7 +16,7 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from .groups import Coupling, Member
 from .names import clean_name
-from .optim.grouped import ELEMENT, Coupled, couplings_of, kind_of, n_of_m
+from .optim.couplings import ELEMENT, Coupled, couplings_of, kind_of, n_of_m
 from .shards import full_shape
 
 

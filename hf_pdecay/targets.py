@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from .decay import check_p_norm
-from .optim.grouped import ELEMENT, Coupled, couplings_of, group_size, kind_of, n_of_m
+from .optim.couplings import ELEMENT, Coupled, couplings_of, group_size, kind_of, n_of_m
 from .shards import full_numel
 
 

@@ -13,11 +13,12 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
 from .backends import Backend, all_finite
+from .couplings import ELEMENT, check_structure, kind_of
 from .distributed import agreed_finite, is_dtensor, local, local_grad, shard_place
 from .dormancy import Awakening, dormant_entry, is_awake, is_awake_for_good, placed
 from .functional import adamw_lp
 from .gradients import check_dense, count_skipped, finite_by_norm, skipped_steps
-from .grouped import ELEMENT, UNFELT, Shrinkage, check_structure, kind_of
+from .grouped import UNFELT, Shrinkage
 from .moments import as_stored, clone, is_quantized, zero_moment
 from .plan import Plan, hyper_of
 from .tensor_step import Hyperparameters, Structure, TensorStep
@@ -45,7 +46,7 @@ class AdamWLp(Optimizer):
     - A step with a NaN or infinite gradient is skipped and counted, see :attr:`skipped_steps`.
     - A param group may say in ``group`` what decays as one: ``"element"`` (the default), ``"row"``, ``"column"``,
       ``"neuron"``, ``"head"``, ``"rank"``, or N:M such as ``"2:4"``, where the weakest of each M weights decay. Where
-      the groups lie is in ``couplings``, see :func:`~hf_pdecay.optim.grouped.couplings_of`; without them a row is an
+      the groups lie is in ``couplings``, see :func:`~hf_pdecay.optim.couplings.couplings_of`; without them a row is an
       index of dimension 0 and a column one of dimension 1, as in ``nn.Linear`` and convolutions.
 
     Every hyperparameter lives in ``param_groups``, so a group may have its own and a scheduler may move them.

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
-from .grouped import ELEMENT, kind_of
+from .couplings import ELEMENT, kind_of
 
 
 class MuonWithAdamW(Optimizer):

@@ -12,10 +12,11 @@ from torch.optim.optimizer import Optimizer
 
 from ..decay import check_lambda_p, check_p_norm
 from .bases import check_base, is_schedule_free
+from .couplings import ELEMENT, check_structure, kind_of
 from .distributed import agreed_finite, is_dtensor, local, shard_place
 from .dormancy import dormant_entry, is_awake, placed
 from .gradients import check_dense, count_skipped, finite_by_norm, grads_finite, skipped_steps
-from .grouped import ELEMENT, Shrinkage, check_structure, kind_of
+from .grouped import Shrinkage
 from .shrinking import Stepped, can_compile, copies, shrink
 from .tensor_step import Decay, smallest
 from .validation import check_decay_settings, check_real, check_saved_groups

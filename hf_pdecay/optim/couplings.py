@@ -1,0 +1,163 @@
+"""What decays as one in a param group, and where it lies in the group's parameters."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+
+ELEMENT = "element"
+COUPLED = ("row", "column", "neuron", "head", "rank")
+KINDS = f"{ELEMENT}, {', '.join(COUPLED)}, or N:M such as 2:4"
+
+_N_OF_M = re.compile(r"([1-9]\d{0,3}):([1-9]\d{0,3})")
+
+
+class Place(NamedTuple):
+    """Where the groups of a coupling lie in one parameter; see :class:`hf_pdecay.groups.Member`.
+
+    Attributes:
+        param: Index of the parameter in the param group.
+        dim: Dimension along which the groups lie.
+        size: Consecutive indices of it that belong to one group.
+        offset: Index at which the first group begins.
+    """
+
+    param: int
+    dim: int
+    size: int = 1
+    offset: int = 0
+
+
+@dataclass(frozen=True)
+class Coupled:
+    """As many groups as one layer has, and where they lie in the parameters of a param group."""
+
+    count: int
+    places: tuple[Place, ...]
+    name: str = ""
+
+
+def kind_of(group: Mapping[str, Any]) -> str:
+    """Return what decays as one in a param group: ``"element"``, a kind of :data:`COUPLED`, or N:M."""
+    kind: str = group.get("group", ELEMENT)
+    return kind
+
+
+def n_of_m(kind: str) -> tuple[int, int] | None:
+    """Return N and M of ``"N:M"``; None for another kind.
+
+    Raises:
+        ValueError: If the kind is not known, or N is not below M.
+    """
+    match = _N_OF_M.fullmatch(kind) if isinstance(kind, str) else None
+    if match is None:
+        if kind != ELEMENT and kind not in COUPLED:
+            raise ValueError(f"Invalid group: group={kind!r}; it must be one of {KINDS}.")
+        return None
+    n, m = int(match[1]), int(match[2])
+    if n >= m:
+        raise ValueError(f"Invalid group: group={kind!r}; of N:M, N weights of M stay, so N must be below M: 2:4.")
+    return n, m
+
+
+def couplings_of(group: Mapping[str, Any]) -> list[Coupled]:
+    """Return the couplings of a param group; without any, rows are along dimension 0 and columns along dimension 1.
+
+    For N:M the places say along which dimension the blocks lie, by default 1.
+    """
+    given = group.get("couplings")
+    if given is not None:
+        return [
+            Coupled(
+                each["count"],
+                tuple(Place(m["param"], m["dim"], m.get("size", 1), m.get("offset", 0)) for m in each["members"]),
+                each.get("name", ""),
+            )
+            for each in given
+        ]
+    dim = 0 if kind_of(group) == "row" else 1
+    return [Coupled(param.shape[dim], (Place(index, dim),)) for index, param in enumerate(group["params"])]
+
+
+def check_structure(group: Mapping[str, Any]) -> None:
+    """Check ``group`` and ``couplings`` of a param group.
+
+    Raises:
+        ValueError: If the kind is not known, or the couplings are missing or do not fit the parameters.
+    """
+    kind, params = kind_of(group), group["params"]
+    blocks = n_of_m(kind)
+    if kind == ELEMENT:
+        return
+    if group.get("couplings") is None:
+        if kind not in ("row", "column") and blocks is None:
+            raise ValueError(
+                f"Invalid couplings: group={kind!r} without couplings, which say where in the parameters each {kind} "
+                "lies; lp_rules find them for the models that are known."
+            )
+        least = 1 if kind == "row" else 2
+        for param in params:
+            if param.dim() < least:
+                raise ValueError(
+                    f"Invalid group: group={kind!r} on a parameter of shape {tuple(param.shape)}; it takes at least "
+                    f"{least} dimensions."
+                )
+    try:
+        coupled = couplings_of(group)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"Invalid couplings: couplings={group.get('couplings')!r}; it must be a list of "
+            '{"count": 4, "name": "layer", "members": [{"param": 0, "dim": 0, "size": 1, "offset": 0}]}.'
+        ) from error
+    taken: dict[int, tuple[int, list[tuple[int, int]]]] = {}
+    for each in coupled:
+        if not each.places or not _whole(each.count, 1):
+            raise ValueError(f"Invalid couplings: {each!r} has no groups or no members.")
+        for place in each.places:
+            _check_place(each, place, params, taken, blocks)
+
+
+def _check_place(
+    coupled: Coupled,
+    place: Place,
+    params: Sequence[Tensor],
+    taken: dict[int, tuple[int, list[tuple[int, int]]]],
+    blocks: tuple[int, int] | None,
+) -> None:
+    where = f"{coupled.name or 'a coupling'}: {place!r}"
+    if not _whole(place.param, 0) or place.param >= len(params):
+        raise ValueError(f"Invalid couplings: {where} names parameter {place.param!r} of {len(params)}.")
+    shape = tuple(params[place.param].shape)
+    if not (_whole(place.dim, 0) and _whole(place.size, 1) and _whole(place.offset, 0)) or place.dim >= len(shape):
+        raise ValueError(f"Invalid couplings: {where} does not fit a parameter of shape {shape}.")
+    end = place.offset + coupled.count * place.size
+    if end > shape[place.dim]:
+        raise ValueError(
+            f"Invalid couplings: {where} with {coupled.count} groups reaches index {end} of dimension {place.dim} of a "
+            f"parameter of shape {shape}."
+        )
+    dim, spans = taken.setdefault(place.param, (place.dim, []))
+    if dim != place.dim or any(start < end and place.offset < stop for start, stop in spans):
+        raise ValueError(f"Invalid couplings: {where} has weights that are in another group of this kind already.")
+    spans.append((place.offset, end))
+    if blocks is not None and shape[place.dim] % blocks[1]:
+        raise ValueError(
+            f"Invalid group: group='{blocks[0]}:{blocks[1]}' on {coupled.name or 'a parameter'} of shape {shape}, "
+            f"whose dimension {place.dim} is not divisible by {blocks[1]}."
+        )
+
+
+def _whole(value: Any, least: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
+def group_size(coupled: Coupled, params: Sequence[Tensor]) -> int:
+    """Return how many weights a group of a coupling has."""
+    return sum(
+        params[place.param].numel() // params[place.param].shape[place.dim] * place.size for place in coupled.places
+    )
