@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from .cuts import cut, magnitudes
-from .decay import lambda_for_threshold
+from .decay import is_number, lambda_for_threshold
 from .optim.couplings import COUPLED, kind_of
 from .shards import group_params, publish
 from .targets import Budget, budgets, check_budget, check_p_norms, decayed_groups
@@ -278,6 +278,10 @@ def plan(
     """
     check_schedule(sparsity_begin, sparsity_end, sparsity_schedule)
     check_budget(sparsity_budget)
+    if not is_number(total_steps) or total_steps < 0:
+        raise ValueError(
+            f"Invalid total_steps: total_steps={total_steps!r}; it must be the number of optimizer steps of the run."
+        )
     schedule = Schedule(round(sparsity_begin * total_steps), round(sparsity_end * total_steps), sparsity_schedule)
     found = budgets(groups, target_sparsity, sparsity_budget, params)
     if target_sparsity and not any(decayed_groups(groups)):
@@ -304,7 +308,7 @@ def check_schedule(begin: float, end: float, shape: str = "cubic") -> None:
     Raises:
         ValueError: If they are not 0 <= begin < end <= 1, or the shape is unknown.
     """
-    if not 0 <= begin < end <= 1:
+    if not (is_number(begin) and is_number(end) and 0 <= begin < end <= 1):
         raise ValueError(
             f"Invalid sparsity_begin, sparsity_end: sparsity_begin={begin!r} and sparsity_end={end!r}; they must be "
             "fractions of the run with 0 <= sparsity_begin < sparsity_end <= 1."
@@ -317,7 +321,7 @@ def check_schedule(begin: float, end: float, shape: str = "cubic") -> None:
 
 def check_decay(decay: float) -> None:
     """Raise ValueError if the strength of a target's decay is not a finite number of at least 0."""
-    if not 0 <= decay < math.inf:
+    if not is_number(decay) or not 0 <= decay < math.inf:
         raise ValueError(
             f"Invalid sparsity_decay: sparsity_decay={decay!r}; it must be a finite number of at least 0, such as 1."
         )

@@ -35,8 +35,13 @@ def check_lambda_p(lambda_p: float) -> float:
     return _check_number("lambda_p", lambda_p, "a finite number of at least 0, such as 0.01", above_zero=False)
 
 
+def is_number(value: object) -> bool:
+    """Whether a value is a real number, and no boolean."""
+    return isinstance(value, Real) and not isinstance(value, bool)
+
+
 def _check_number(name: str, value: object, right: str, *, above_zero: bool) -> float:
-    number = math.nan if isinstance(value, bool) or not isinstance(value, Real) else float(value)
+    number = float(value) if is_number(value) else math.nan  # type: ignore[arg-type]
     if not math.isfinite(number) or number < 0 or (above_zero and number == 0):
         raise ValueError(f"Invalid {name}: {name}={value!r}; it must be {right}.")
     return number

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from .control import BEGIN, DECAY, END, check_decay, check_schedule
-from .decay import check_lambda_p, check_p_norm
+from .decay import check_lambda_p, check_p_norm, is_number
 from .optim.named import ADAMW_LP, OPTIMIZERS, parse_options
 from .rule_spec import load_rules
 from .targets import check_budget, check_p_norms, check_target
@@ -87,9 +87,9 @@ class DecaySettings:
                 f"Invalid sparsity_logging: sparsity_logging={self.sparsity_logging!r}; it must be one of "
                 f"{', '.join(SPARSITY_LOGGING)}."
             )
-        if not self.near_zero_threshold >= 0:
+        if not is_number(self.near_zero_threshold) or not self.near_zero_threshold >= 0:
             raise ValueError(
-                f"Invalid near_zero_threshold: near_zero_threshold={self.near_zero_threshold!r}; it must be at least 0."
+                f"Invalid near_zero_threshold: near_zero_threshold={self.near_zero_threshold!r}; it must be a number of at least 0."
             )
         parse_options(self.optim, self.options)
 
@@ -109,6 +109,11 @@ class DecaySettings:
             ValueError: If a key is not known or is there twice, or a value is not of its type or out of its range.
             ImportError: If the optimizer or an option of it needs a package that is not installed.
         """
+        if optim_args is not None and not isinstance(optim_args, str):
+            raise ValueError(
+                f"Invalid optim_args: optim_args={optim_args!r}; it must be a text such as "
+                "'p_norm=0.8,target_sparsity=0.9'."
+            )
         kinds = {each.name: str(each.type) for each in fields(cls) if each.name not in _GIVEN_ELSEWHERE}
         known = [*kinds, *OPTIMIZERS[optim].options]
         given = split_optim_args(optim_args)

@@ -147,6 +147,11 @@ def _left(kind: str, target: float, by_target: Mapping[float | None, Members]) -
     # Rules may leave nothing to the others, but not less; and a weight must be left of those others.
     if total and not -0.5 <= left <= max(free - 1, 0) + 0.5:
         what = "decayed weights" if kind == ELEMENT else f"{kind}s"
+        if free == total:
+            raise ValueError(
+                f"Invalid target_sparsity: target_sparsity={target!r} would leave none of {total:,} {what}; it must be "
+                f"at most {(total - 1) / total:.9g} here."
+            )
         raise ValueError(
             f"Invalid target_sparsity: target_sparsity={target:g} cannot be met: with the targets in lp_rules the "
             f"{what} can be from {ruled / total:.1%} to {(ruled + free) / total:.1%} zeros. Change the "

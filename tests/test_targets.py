@@ -136,6 +136,12 @@ def test_rules_for_all_weights_must_agree_with_the_target() -> None:
         budgets([_group(100, target_sparsity=0.5)], 0.7)
 
 
+def test_a_target_that_leaves_nothing_is_refused_with_the_most_that_would_do() -> None:
+    with pytest.raises(ValueError, match=r"target_sparsity=0\.99999999 would leave none of 100 decayed weights.* 0\.99 "):
+        budgets([_group(100)], 0.99999999)
+    assert budgets([_group(100)], 0.99)[0].target == pytest.approx(0.99)
+
+
 @pytest.mark.parametrize("target", [-0.1, 1, 1.0, 1.5, 90, float("nan"), float("inf"), True, False, "0.9", [0.9]])
 def test_targets_out_of_range_are_refused(target: Any) -> None:
     message = re.escape(f"target_sparsity={target!r}; it must be at least 0 and below 1")
