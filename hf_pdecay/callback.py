@@ -17,19 +17,13 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from .cuts import root_mean_squares
 from .decay import forecast_threshold, lambda_for_threshold
+from .files import remove_leftovers, write_text
 from .optim import AdamWLp
 from .optim.couplings import COUPLED, couplings_of, kind_of
 from .rules import decayed_parameter_names, group_table
 from .selection import Ranked, Ranking
 from .shards import group_params, held, is_sharded, settle
-from .sparsity import (
-    NEAR_ZERO_THRESHOLD,
-    SparsityReport,
-    measure_sparsity,
-    measure_with_extra,
-    remove_leftovers,
-    write_text,
-)
+from .sparsity import NEAR_ZERO_THRESHOLD, SparsityReport, measure_sparsity, measure_with_extra
 from .structure import count_groups
 from .targets import is_decayed
 

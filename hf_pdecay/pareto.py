@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .sparsity import written_aside
+from .files import written_aside
 
 
 SEARCH_FILE = "search.jsonl"

@@ -6,7 +6,7 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
-from .sparsity import written_aside
+from .files import written_aside
 
 
 # More rows than this cannot be labelled legibly, so only every n-th is.

@@ -8,7 +8,6 @@ import os
 import re
 import struct
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from .files import write_text
 from .names import clean_name
 from .optim.backends import has_triton
 from .optim.distributed import Groups, all_sum
@@ -392,29 +392,3 @@ def _to_host(rows: list[Tensor]) -> list[list[int]]:
         for number in numbers:
             values[number], flat = flat[: len(rows[number])], flat[len(rows[number]) :]
     return values
-
-
-def write_text(path: str | os.PathLike[str], text: str) -> None:
-    """Write a text file aside and rename it, so that it appears whole or not at all."""
-    with written_aside(path) as aside:
-        aside.write_text(text, encoding="utf-8")
-
-
-@contextmanager
-def written_aside(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Give the name of a file to write to, and rename it to ``path`` if the writing succeeds; makes the folder."""
-    target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    aside = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    try:
-        yield aside
-        aside.replace(target)
-    finally:
-        aside.unlink(missing_ok=True)
-
-
-def remove_leftovers(folder: str | os.PathLike[str]) -> None:
-    """Delete what had been written aside in a folder by processes that were killed before they could rename it."""
-    for name in ("sparsity.json", "sparsity.jsonl", "sparsity.png", "README.md"):
-        for aside in Path(folder).glob(f".{name}.*.tmp"):
-            aside.unlink(missing_ok=True)

@@ -31,6 +31,7 @@ from .checkpoints import (
 from .control import plan
 from .control_callback import SparsityControlCallback
 from .engines import check_engine, check_same, check_structured, check_world_size, engine_of, whole_model
+from .files import remove_leftovers, write_text
 from .model_card import SparsityCard, add_section, command_line, picture_in, render_section
 from .optim import AdamWLp, LpDecay
 from .optim.named import OPTIMIZERS
@@ -39,7 +40,7 @@ from .rules import decayed_parameter_names
 from .search import SearchMixin
 from .settings import DecaySettings
 from .shards import group_params, is_sharded, settle
-from .sparsity import SparsityReport, measure_sparsity, remove_leftovers, write_text
+from .sparsity import SparsityReport, measure_sparsity
 from .structure import count_groups
 
 

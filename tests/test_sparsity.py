@@ -11,7 +11,8 @@ from safetensors.numpy import load_file
 from torch import nn
 
 from hf_pdecay import SparsityReport, measure_sparsity
-from hf_pdecay.sparsity import measure_with_extra, write_text
+from hf_pdecay.files import write_text
+from hf_pdecay.sparsity import measure_with_extra
 
 from .models import tiny_gpt2
 
