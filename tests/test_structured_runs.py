@@ -215,6 +215,7 @@ def test_under_ddp_replicas_agree(tmp_path: Path) -> None:
     assert all((each == 2).all() for each in _pattern(attention))
 
 
+@pytest.mark.usefixtures("lora_beside_torchao")
 def test_half_of_the_ranks_of_an_adapter(make_args: MakeArgs, tokens: Any, tmp_path: Path) -> None:
     """B begins with zeros and learns: a rank whose A is not zero is not dead."""
     peft = pytest.importorskip("peft")
