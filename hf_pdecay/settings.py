@@ -89,8 +89,8 @@ class DecaySettings:
             )
         if not is_number(self.near_zero_threshold) or not self.near_zero_threshold >= 0:
             raise ValueError(
-                f"Invalid near_zero_threshold: near_zero_threshold={self.near_zero_threshold!r}; it must be a number of "
-                "at least 0."
+                f"Invalid near_zero_threshold: near_zero_threshold={self.near_zero_threshold!r}; it must be a number "
+                "of at least 0."
             )
         parse_options(self.optim, self.options)
 
