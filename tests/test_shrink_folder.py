@@ -64,6 +64,18 @@ def test_what_lies_beside_the_weights_comes_along(
     assert "cannot say that there are fewer heads" in out
 
 
+def test_a_card_says_that_its_counts_are_of_the_model_before(sparse: Path) -> None:
+    template = (Path(hf_pdecay.__file__).parent / "templates/model_card.md.jinja").read_text(encoding="utf-8")
+    heading = template.partition("\n")[0]
+    (sparse / "README.md").write_text(f"---\ntags: []\n---\n# x\n\n{heading}\n\nTrained.\n", encoding="utf-8")
+    small = sparse.parent / "small"
+    assert main(["shrink", str(sparse), str(small)]) == 0
+    card = (small / "README.md").read_text(encoding="utf-8")
+    before, after = (sum(each.numel() for each in weights(folder).values()) for folder in (sparse, small))
+    said = card.partition(heading)[2].partition("Trained.")[0]
+    assert f"{after:,} of {before:,} parameters" in said and "sparsity.json" in said
+
+
 def test_a_folder_appears_whole_or_not_at_all(sparse: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*args: Any, **kwargs: Any) -> None:
         raise OSError("the disk is full")

@@ -29,6 +29,7 @@ from .report import ShrinkReport
 
 
 _SPARSITY = "sparsity.json"
+_CARD, _HEADING = "README.md", "## Sparsity\n\n"
 
 
 def shrink_folder(
@@ -91,9 +92,24 @@ def shrink_folder(
             decayed = [each.name for each in old.tensors if each.decayed]
             threshold = old.near_zero_threshold
             measure_sparsity(loaded, decayed=decayed, near_zero_threshold=threshold).save(aside / _SPARSITY)
+        _note_in_card(aside, report)
         settle_files(aside)
         report.bytes = _weights_bytes(folder, headers), _weights_bytes(aside, read_weights(aside))
     return report
+
+
+def _note_in_card(folder: Path, report: ShrinkReport) -> None:
+    """Say in a card of ours that its counts are those of the model before."""
+    card = folder / _CARD
+    if not card.is_file():
+        return
+    before, left = report.parameters
+    text = card.read_text(encoding="utf-8")
+    note = (
+        f"`hf-pdecay shrink` has cut dead neurons and heads out of the model: {left:,} of {before:,} parameters are left.\n"
+        "What follows counts the model before; `sparsity.json` counts this one."
+    )
+    card.write_text(text.replace(_HEADING, f"{_HEADING}{note}\n\n", 1), encoding="utf-8")
 
 
 def _load(folder: Path, config: dict[str, Any], headers: dict[str, Header]) -> Any:
