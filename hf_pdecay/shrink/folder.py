@@ -106,7 +106,8 @@ def _note_in_card(folder: Path, report: ShrinkReport) -> None:
     before, left = report.parameters
     text = card.read_text(encoding="utf-8")
     note = (
-        f"`hf-pdecay shrink` has cut dead neurons and heads out of the model: {left:,} of {before:,} parameters are left.\n"
+        f"`hf-pdecay shrink` has cut dead neurons and heads out of the model: {left:,} of {before:,} parameters are "
+        "left.\n"
         "What follows counts the model before; `sparsity.json` counts this one."
     )
     card.write_text(text.replace(_HEADING, f"{_HEADING}{note}\n\n", 1), encoding="utf-8")
