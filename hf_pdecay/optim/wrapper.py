@@ -38,7 +38,7 @@ class LpDecay(Optimizer):
     The param groups, the defaults and the state are the base's own objects, so that schedulers, ``SparsityControl`` and
     checkpoints find in one place what both need. A checkpoint of the base alone loads too.
 
-    - Zero absorbs, dormant tensors sleep, and zeros are kept, as in ``AdamWLp``.
+    - Zero absorbs, dormant tensors sleep, zeros are kept, and groups of weights decay as one, as in ``AdamWLp``.
     - Memory: a copy of the weights that decay or keep their zeros, of their dtype, while the base steps; nothing
       between steps. It is what the formula needs at least, as a step moves all weights at once.
     - bfloat16 and float16 weights shrink in float32 and are rounded stochastically, by bits that depend on the step and
