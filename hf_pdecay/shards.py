@@ -55,7 +55,8 @@ def ranked(param: Any, optimizer: Optimizer) -> Ranked:
         return _of_group(param.ds_process_group, *_partition_of_zero3(param))
     if hasattr(param, "_hp_mapping"):
         return _of_group(param._dp_group, *_fragment_of_zero12(param, _deepspeed_optimizer(optimizer)))
-    second = optimizer.state[param].get("exp_avg_sq")
+    # Not state[param], which would make an entry for a parameter that has never had a gradient.
+    second = optimizer.state.get(param, {}).get("exp_avg_sq")
     if second is not None:
         second = dequantize(local(second), torch.promote_types(second.dtype, torch.float32))
     return _of_dtensor(param, second) if is_dtensor(param) else Ranked(param, second)

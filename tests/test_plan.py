@@ -80,6 +80,16 @@ def change_data(_: AdamWLp, params: list[torch.nn.Parameter]) -> None:
     params[0].data = params[0].data.clone()
 
 
+def shorten(_: AdamWLp, params: list[torch.nn.Parameter]) -> None:
+    """Fewer weights at the same address, as pruning of another kind leaves them."""
+    params[0].data = params[0].data[:200]
+    params[0].grad = None
+
+
+def transpose_data(_: AdamWLp, params: list[torch.nn.Parameter]) -> None:
+    params[0].data = params[0].data.mT
+
+
 def change_moment(optimizer: AdamWLp, params: list[torch.nn.Parameter]) -> None:
     state = optimizer.state[params[1]]
     state["exp_avg"] = state["exp_avg"].clone() * 2
@@ -120,7 +130,17 @@ def add_group(optimizer: AdamWLp, params: list[torch.nn.Parameter]) -> None:
 @pytest.mark.parametrize(
     "change",
     [
-        *(change_data, change_moment, change_counter, drop_gradient, no_decay, keep_zeros, transpose_gradient, load),
+        *(
+            change_data,
+            transpose_data,
+            change_moment,
+            change_counter,
+            drop_gradient,
+            no_decay,
+            keep_zeros,
+            transpose_gradient,
+            load,
+        ),
         add_group,
     ],
 )
@@ -128,6 +148,29 @@ def test_what_else_changes_is_noticed(change: Callable[[AdamWLp, list[torch.nn.P
     twins = begun()
     twins.each(change)
     twins.step(planned=False)
+
+
+def test_shorter_weights_at_the_same_address_are_refused() -> None:
+    twins = begun(backend="compiled")
+    twins.each(shorten)
+    twins.params[0][0].grad = normal(200, 300)
+    with pytest.raises(ValueError, match="gradient and moments are of shapes"):
+        twins.optimizers[0].step()
+
+
+@pytest.mark.parametrize("keys", [{}, {"step": torch.tensor(1.0)}], ids=["empty", "partial"])
+def test_weights_that_move_are_noticed_beside_a_state_that_says_nothing(keys: dict[str, torch.Tensor]) -> None:
+    # A look at the state of a parameter that has no gradient makes an entry for it.
+    param, other = torch.nn.Parameter(normal(300, 300)), torch.nn.Parameter(normal(7))
+    optimizer = AdamWLp([param, other], lr=1e-2, backend="compiled")
+    optimizer.state[other].update(keys)
+    param.grad = normal(300, 300, seed=1)
+    optimizer.step()
+    optimizer.step()
+    param.data = param.data.clone()
+    before = param.detach().clone()
+    optimizer.step()
+    assert not torch.equal(param, before)
 
 
 def test_a_gradient_that_is_not_finite_is_noticed() -> None:

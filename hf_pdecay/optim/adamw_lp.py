@@ -271,7 +271,7 @@ class AdamWLp(Optimizer):
         group = self.param_groups[group_index]
 
         def step_of(index: int) -> int | Tensor:
-            step = self.state[group["params"][index]].get("step", 0)
+            step = self.state.get(group["params"][index], {}).get("step", 0)
             return int(step.item()) if isinstance(step, Tensor) and step.is_cpu else step
 
         careful = group["skip_nonfinite"]

@@ -72,6 +72,7 @@ class Plan:
         self.lasts = lasts and not sharded and _are_plain(params, grads) and all(part.batch for part in parts)
         if self.lasts:
             self._owners, self._grads = _owners(params, state), _addresses(grads)
+            self.lasts = self._owners is not None  # else nothing would tell of a change
 
     def follow(self, groups: Sequence[Mapping[str, Any]], state: Mapping[Tensor, Mapping[str, Any]]) -> bool:
         """Take over what may change from one step to the next, and return whether all else is as it was.
@@ -119,12 +120,19 @@ def _addresses(grads: Sequence[Tensor | None]) -> list[int]:
 
 
 def _owners(params: Sequence[Tensor], state: Mapping[Tensor, Mapping[str, Any]]) -> list[int] | None:
-    """Which parameters there are, and where they and the state of the optimizer lie; None where state is missing."""
+    """Which parameters there are, and where they and the state of the optimizer lie; None where state is missing.
+
+    How many weights a parameter has, of which dtype, and whether in the order of memory, is a part of it, as
+    ``param.data = param.data[:n]`` leaves the addresses as they are.
+    """
+    if not all(param.is_contiguous() for param in params):
+        return None
     try:
-        moments = [each[name].data_ptr() for each in state.values() for name in _STATE]
+        moments = [each[name].data_ptr() for each in state.values() if each for name in _STATE]
     except (KeyError, AttributeError):
         return None
-    return [id(param) for param in params] + [param.data_ptr() for param in params] + moments
+    whose = [id(param) for param in params] + [param.data_ptr() for param in params] + moments
+    return whose + [param.numel() for param in params] + [hash(param.dtype) for param in params]
 
 
 def _are_contiguous(grads: Sequence[Tensor | None]) -> bool:
