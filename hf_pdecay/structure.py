@@ -132,7 +132,9 @@ def _layers(model: nn.Module, kind: str, wanted: Collection[str], convolutions: 
             )
         members = [Member(name, dim)]
         if kind == "row" and module.bias is not None:
-            members.append(Member(names[id(module.bias)], 0))
+            # An index of a transposed convolution's weight is an output of each of the convolution's own groups.
+            repeats = full_shape(module.bias)[0] // count
+            members += [Member(names[id(module.bias)], 0, offset=part * count) for part in range(repeats)]
         found[name] = Coupling(kind, count, tuple(members), clean_name(path))
     return list(found.values())
 

@@ -230,3 +230,18 @@ def test_adapters_are_to_be_merged_first() -> None:
     adapted = peft.get_peft_model(build("llama"), peft.LoraConfig(target_modules=["down_proj"]))
     with pytest.raises(ValueError, match=r"down_proj is a Linear.*merge that first"):
         coupling.find(adapted, "neuron")
+
+
+def test_layers_that_share_a_weight_are_found_once() -> None:
+    model = nn.ModuleDict({"a": nn.Linear(3, 4), "b": nn.Linear(3, 4)})
+    model["b"].weight = model["a"].weight
+    biases = Member("a.bias", 0), Member("b.bias", 0)
+    assert coupling.find(model, "row") == [Coupling("row", 4, (Member("a.weight", 0), *biases), "a")]
+    assert coupling.find(model, "column") == [Coupling("column", 3, (Member("a.weight", 1),), "a")]
+
+
+def test_a_parametrized_layer_is_refused() -> None:
+    model: Any = build("gpt2")
+    nn.utils.parametrizations.weight_norm(model.transformer.h[0].mlp.c_fc)
+    with pytest.raises(ValueError, match="h.0.mlp.c_fc makes its weight from other parameters"):
+        coupling.find(model, "neuron")

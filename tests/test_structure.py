@@ -204,3 +204,16 @@ def test_what_is_dead_already_counts() -> None:
     total, dead = count_groups(optimizer.param_groups)["row"]
     assert (total, int(dead)) == (8, 4)
     assert (param[:3] == 0).all()
+
+
+def test_a_row_of_a_transposed_convolution_has_the_biases_of_all_its_groups() -> None:
+    layer = nn.ConvTranspose2d(8, 6, 3, groups=2)
+    group = next(each for each in groups_of(layer, {"weight": {"group": "row"}}) if each.get("group") == "row")
+    with torch.no_grad():
+        layer.weight[:, 1] = 0
+        layer.bias[[1, 4]] = 0
+        seen = [channel for channel in range(6) if not layer(normal(1, 8, 5, 5))[0, channel].any()]
+        assert seen == [1, 4]
+        assert int(count_groups([group])["row"][1]) == 1
+        layer.bias[4] = 1
+        assert int(count_groups([group])["row"][1]) == 0

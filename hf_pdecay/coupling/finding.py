@@ -86,13 +86,17 @@ def find_layers(model: nn.Module, kind: str) -> list[Layer]:
 
 
 def _sides(model: nn.Module, kind: str, names: dict[int, str]) -> Iterator[Coupling]:
+    linears: dict[str, list[tuple[str, Any]]] = {}  # that share a weight
     for name, module in model.named_modules():
         if isinstance(module, (nn.Linear, Conv1D)) and id(module.weight) in names:
-            dim = int((kind == "row") == isinstance(module, Conv1D))
-            members = [Member(names[id(module.weight)], dim)]
-            if kind == "row" and module.bias is not None:
-                members.append(Member(names[id(module.bias)], 0))
-            yield Coupling(kind, full_shape(module.weight)[dim], tuple(members), clean_name(name))
+            linears.setdefault(names[id(module.weight)], []).append((name, module))
+    for weight, alike in linears.items():
+        name, first = alike[0]
+        dim = int((kind == "row") == isinstance(first, Conv1D))
+        members = {Member(weight, dim): None}
+        if kind == "row":
+            members |= {Member(names[id(each.bias)], 0): None for _, each in alike if each.bias is not None}
+        yield Coupling(kind, full_shape(first.weight)[dim], tuple(members), clean_name(name))
 
 
 def _ranks(model: nn.Module, names: dict[int, str]) -> Iterator[Coupling]:
@@ -175,6 +179,11 @@ class _Part:
             raise ValueError(
                 f"{self.name} is a {type(self.linear).__name__}; groups are found in nn.Linear and Conv1D. "
                 "If it holds an adapter, merge that first."
+            )
+        if "weight" not in self.linear._parameters:
+            raise ValueError(
+                f"{self.name} makes its weight from other parameters, by a parametrization; groups are found in layers "
+                "that hold it themselves."
             )
         self.dim = int(columns != isinstance(self.linear, Conv1D))
         self.length = full_shape(self.linear.weight)[self.dim] // parts
