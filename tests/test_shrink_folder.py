@@ -109,6 +109,9 @@ def _bad_folders(folder: Path) -> Iterator[tuple[str, str]]:
         "tells of 41,248 weights, and its files have 28,544",
     )
     yield save("forged", half_dead("gpt2")[0], n_inner=10**12), "tells of 130,000,000,011,904 weights"
+    yield save("deep", half_dead("gpt2")[0], n_layer=10**9), "many more tensors than the 28 that its files have"
+    yield save("base", half_dead("gpt2")[0], architectures=["PreTrainedModel"]), "names 'PreTrainedModel'"
+    yield save("headless", half_dead("llama")[0], num_attention_heads=0), "cannot be loaded as a LlamaForCausalLM"
     yield save("narrower", half_dead("llama")[0], intermediate_size=40), "cannot be loaded as a LlamaForCausalLM"
     yield save("wrong", half_dead("gpt2")[0], n_head=3), "must be divisible by num_heads"
     yield save("typed", half_dead("llama")[0], hidden_act="none such"), "none such"

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
+from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from ..sparsity import SparsityReport, measure_sparsity
 from ..storage.container import FormatError, Header
@@ -29,6 +32,10 @@ from .report import ShrinkReport
 
 
 _SPARSITY = "sparsity.json"
+# Times that a model may register a parameter for each tensor in its files: tied ones are made before they are tied.
+_REGISTERED = 8
+# What models raise for configs that are wrong: no heads to divide by, no package for the attention that is named.
+_WRONG_CONFIG = (OSError, RuntimeError, TypeError, LookupError, ArithmeticError, ImportError, StrictDataclassError)
 _CARD, _HEADING = "README.md", "## Sparsity\n\n"
 
 
@@ -120,16 +127,18 @@ def _load(folder: Path, config: dict[str, Any], headers: dict[str, Header]) -> A
     names = config.get("architectures")
     name = names[0] if isinstance(names, list) and names else None
     known: Any = getattr(transformers, name, None) if isinstance(name, str) else None
-    if not isinstance(known, type) or not issubclass(known, transformers.PreTrainedModel):
+    is_model = isinstance(known, type) and issubclass(known, transformers.PreTrainedModel)
+    if not is_model or known.config_class is None:
         raise ValueError(
             f"{CONFIG} of {str(folder)!r} names {name!r} in architectures, which is no model of transformers "
             f"{transformers.__version__}."
         )
     cls: Any = known
     try:
-        with torch.device("meta"):
+        shapes = [each.shape for header in headers.values() for each in header.entries.values()]
+        there = sum(math.prod(shape) for shape in shapes)
+        with torch.device("meta"), _at_most(len(shapes), str(folder)):
             wanted = count_parameters(cls(cls.config_class.from_pretrained(str(folder))))
-        there = sum(math.prod(each.shape) for header in headers.values() for each in header.entries.values())
         # What is missing would be made, however large a forged config says that it is.
         if wanted > there:
             raise FormatError(
@@ -139,13 +148,37 @@ def _load(folder: Path, config: dict[str, Any], headers: dict[str, Header]) -> A
         model, info = cls.from_pretrained(
             str(folder), dtype="auto", use_safetensors=True, local_files_only=True, output_loading_info=True
         )
-    except (OSError, RuntimeError, TypeError, LookupError, StrictDataclassError) as error:
+    except _WRONG_CONFIG as error:
         raise ValueError(f"{str(folder)!r} cannot be loaded as a {name} ({str(error).strip()}).") from error
     if info["missing_keys"]:
         raise FormatError(
             f"{str(folder)!r} is no whole {name}: {min(info['missing_keys'])} is missing from its weights."
         )
     return model.eval()
+
+
+@contextlib.contextmanager
+def _at_most(tensors: int, folder: str) -> Iterator[None]:
+    """Stop building a model once it has many times the tensors that its files hold.
+
+    Even without weights a model of as many layers as a forged config may ask for takes hours and all of the memory.
+    """
+    left = _REGISTERED * (tensors + 1)
+
+    def count(module: torch.nn.Module, name: str, param: Any) -> None:
+        nonlocal left
+        left -= param is not None
+        if left < 0:
+            raise FormatError(
+                f"{folder!r} is no whole model: its config tells of many more tensors than the {tensors:,} that its "
+                "files have."
+            )
+
+    handle = register_module_parameter_registration_hook(count)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 def _weights_bytes(folder: Path, names: Any) -> int:
