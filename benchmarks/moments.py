@@ -133,7 +133,8 @@ def main(argv: list[str] | None = None) -> int:
     }
     options.output.mkdir(parents=True, exist_ok=True)
     (options.output / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    text = f"`{record['command']}`, {record['date']}, {record['device']}, {record['versions']}\n\n{table(runs)}\n"
+    versions = ", ".join(f"{name} {number}" for name, number in record["versions"].items())
+    text = f"`{record['command']}`, {record['date']}, {record['device']}, {versions}\n\n{table(runs)}\n"
     (options.output / f"{name}.md").write_text(text, encoding="utf-8")
     print(table(runs))
     return 0
