@@ -123,7 +123,7 @@ def main(argv: list[str] | None = None) -> int:
     steps, seeds, samples = (200, [1], 200) if options.quick else (options.steps, options.seeds, 1500)
     runs = [train(moments, seed, steps, samples) for seed in seeds for moments in MOMENTS]
     name = "moments_quick" if options.quick else "moments"
-    record = {
+    record: dict[str, Any] = {
         "command": " ".join(["python benchmarks/moments.py", *(sys.argv[1:] if argv is None else argv)]),
         "date": date.today().isoformat(),
         "device": f"CPU ({platform.machine()}), {torch.get_num_threads()} threads",
