@@ -72,6 +72,9 @@ class Plan:
         self.lasts = lasts and not sharded and _are_plain(params, grads) and all(part.batch for part in parts)
         if self.lasts:
             self._owners, self._grads = _owners(params, state), _addresses(grads)
+            # These are the parameters' own. Of shards there may be some that nobody else holds.
+            for part in parts:
+                part.release()
 
     def follow(self, groups: Sequence[Mapping[str, Any]], state: Mapping[Tensor, Mapping[str, Any]]) -> bool:
         """Take over what may change from one step to the next, and return whether all else is as it was.
