@@ -3,8 +3,8 @@
     python benchmarks/control.py
     python benchmarks/control.py --model small --steps 400
 
-Trains one of the models of `overhead.py` with `target_sparsity=0.9` and adds up the time of the callback that sets λ_p
-and cuts. A run of up to 3,000 steps has about 40 cuts: with twice as many steps the share is half as much.
+Trains one of the models of `overhead.py` with `target_sparsity=0.9` and adds up the time of what sets λ_p and
+cuts. A run of up to 3,000 steps has about 40 cuts: with twice as many steps the share is half as much.
 """
 
 from __future__ import annotations
@@ -13,12 +13,13 @@ import argparse
 import sys
 import tempfile
 import time
+from typing import Any
+from unittest.mock import patch
 
 from transformers import set_seed
 
 from hf_pdecay import PDecayTrainer, PDecayTrainingArguments
-from hf_pdecay.control import Schedule
-from hf_pdecay.control_callback import SparsityControlCallback
+from hf_pdecay.control import Schedule, SparsityControl
 from overhead import MODELS, Model, Spans, load_data, silence, train_clm
 
 
@@ -41,13 +42,14 @@ def measure(model: Model, steps: int) -> str:
         )
         trainer = PDecayTrainer(model=model.build(), args=args, train_dataset=data, data_collator=train_clm.collate)
         spans = Spans(), Spans()
-        for callback in trainer.callback_handler.callbacks:
-            if isinstance(callback, SparsityControlCallback):
-                for span, name in zip(spans, ("on_pre_optimizer_step", "on_step_end"), strict=True):
-                    setattr(callback, name, span.around(getattr(callback, name)))
-        begin = time.perf_counter()
-        trainer.train()
-        whole = time.perf_counter() - begin
+        timed: dict[str, Any] = {
+            name: span.around(getattr(SparsityControl, name))
+            for name, span in zip(("before_step", "after_step"), spans, strict=True)
+        }
+        with patch.multiple(SparsityControl, **timed):
+            begin = time.perf_counter()
+            trainer.train()
+            whole = time.perf_counter() - begin
         weights = trainer.measure_sparsity().decayed.parameters
     schedule = Schedule(round(0.1 * steps), round(0.75 * steps))
     cuts = sum(schedule.cuts(step) for step in range(1, steps + 1))

@@ -16,7 +16,7 @@ _COLORS = {"AdamWLp": "#1f4e9c", "torch": "#8a8a8a", "rival": "#c8702a"}
 
 def kind_of(row: Mapping[str, Any]) -> str:
     """Return whose optimizer a row is."""
-    if row["backend"] is not None:
+    if row["name"].startswith(("AdamWLp", "LpDecay")):
         return "AdamWLp"
     return "torch" if row["name"].startswith("torch AdamW") else "rival"
 

@@ -123,7 +123,7 @@ def main(argv: list[str] | None = None) -> int:
     steps, seeds, samples = (200, [1], 200) if options.quick else (options.steps, options.seeds, 1500)
     runs = [train(moments, seed, steps, samples) for seed in seeds for moments in MOMENTS]
     name = "moments_quick" if options.quick else "moments"
-    record = {
+    record: dict[str, Any] = {
         "command": " ".join(["python benchmarks/moments.py", *(sys.argv[1:] if argv is None else argv)]),
         "date": date.today().isoformat(),
         "device": f"CPU ({platform.machine()}), {torch.get_num_threads()} threads",
@@ -133,7 +133,8 @@ def main(argv: list[str] | None = None) -> int:
     }
     options.output.mkdir(parents=True, exist_ok=True)
     (options.output / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    text = f"`{record['command']}`, {record['date']}, {record['device']}, {record['versions']}\n\n{table(runs)}\n"
+    versions = ", ".join(f"{name} {number}" for name, number in record["versions"].items())
+    text = f"`{record['command']}`, {record['date']}, {record['device']}, {versions}\n\n{table(runs)}\n"
     (options.output / f"{name}.md").write_text(text, encoding="utf-8")
     print(table(runs))
     return 0

@@ -149,8 +149,8 @@ def _left(kind: str, target: float, by_target: Mapping[float | None, Members]) -
         what = "decayed weights" if kind == ELEMENT else f"{kind}s"
         if free == total:
             raise ValueError(
-                f"Invalid target_sparsity: target_sparsity={target!r} would leave none of {total:,} {what}; it must be "
-                f"at most {(total - 1) / total:.9g} here."
+                f"Invalid target_sparsity: target_sparsity={target!r} cannot be met: it would leave none of {total:,} "
+                f"{what}. It must be at most {(total - 1) / total:.9g} here."
             )
         raise ValueError(
             f"Invalid target_sparsity: target_sparsity={target:g} cannot be met: with the targets in lp_rules the "

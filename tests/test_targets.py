@@ -138,7 +138,8 @@ def test_rules_for_all_weights_must_agree_with_the_target() -> None:
 
 def test_a_target_that_leaves_nothing_is_refused_with_the_most_that_would_do() -> None:
     with pytest.raises(
-        ValueError, match=r"target_sparsity=0\.99999999 would leave none of 100 decayed weights.* 0\.99 "
+        ValueError,
+        match=r"target_sparsity=0\.99999999 cannot be met: it would leave none of 100 decayed weights.* 0\.99 ",
     ):
         budgets([_group(100)], 0.99999999)
     assert budgets([_group(100)], 0.99)[0].target == pytest.approx(0.99)

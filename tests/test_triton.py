@@ -1,4 +1,4 @@
-"""The Triton kernel: tests/triton_cases.py and tests/triton_launch_cases.py in processes of their own.
+"""The Triton kernels: the cases in tests/triton_cases.py and tests/triton_*_cases.py, in processes of their own.
 
 Whether Triton interprets or compiles is settled when it is imported, for the whole process. So each class of cases runs
 in one that has it so, and no other test notices. Where there is a GPU, they run on it too.
@@ -24,7 +24,7 @@ ARITHMETIC = ["triton_cases.py::TestArithmetic"]
 OTHERS = [
     "triton_cases.py::TestRounding",
     "triton_launch_cases.py::TestLaunches",
-    "triton_launch_cases.py::TestOthers",
+    "triton_other_cases.py::TestOthers",
 ]
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

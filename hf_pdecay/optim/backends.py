@@ -59,7 +59,10 @@ class Part:
         self.steps: Sequence[TensorStep] = steps
         if name in ("compiled", "triton"):
             self.batch = compiled.Batch(steps) if name == "compiled" else _triton().Batch(steps)
-            self.steps = ()
+
+    def release(self) -> None:
+        """Let the gradients go, which a batch finds by their addresses; whoever calls it keeps them alive."""
+        self.steps = ()
 
     @property
     def shrunk(self) -> list[int]:

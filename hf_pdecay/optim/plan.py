@@ -73,6 +73,10 @@ class Plan:
         if self.lasts:
             self._owners, self._grads = _owners(params, state), _addresses(grads)
             self.lasts = self._owners is not None  # else nothing would tell of a change
+        if self.lasts:
+            # These are the parameters' own. Of shards there may be some that nobody else holds.
+            for part in parts:
+                part.release()
 
     def follow(self, groups: Sequence[Mapping[str, Any]], state: Mapping[Tensor, Mapping[str, Any]]) -> bool:
         """Take over what may change from one step to the next, and return whether all else is as it was.
