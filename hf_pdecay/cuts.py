@@ -37,7 +37,8 @@ def cut(budget: Budget, optimizer: Any, progress: float) -> None:
         return
     blocks = n_of_m(budget.kind)
     if blocks is None:
-        _cut_groups(budget, optimizer, round(budget.target * progress * budget.units))
+        # A layer of which nothing is left would pass nothing on.
+        _cut_groups(budget, optimizer, min(round(budget.target * progress * budget.units), budget.units - 1))
     else:
         _cut_blocks(budget, optimizer, progress, blocks)
 

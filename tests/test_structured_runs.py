@@ -120,6 +120,13 @@ def test_half_of_the_heads_and_a_quarter_of_the_neurons(
         assert sum(neurons) == len(neurons) // 4
 
 
+def test_one_group_stays_at_least(make_args: MakeArgs, tokens: Any, tmp_path: Path) -> None:
+    """0.9 of two heads would be both, and a layer without heads passes nothing on."""
+    rules = {"attn": {"group": "head", "target_sparsity": 0.9}}
+    _train("llama", make_args(max_steps=STEPS, lp_rules=rules, sparsity_budget="tensor"), tokens)
+    assert [_heads(_weights(tmp_path / "out"), layer).sum() for layer in range(2)] == [1, 1]
+
+
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
 def test_two_of_four(name: str, make_args: MakeArgs, tokens: Any, tmp_path: Path) -> None:
     """Exactly, and without a target that says so."""
