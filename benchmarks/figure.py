@@ -72,6 +72,7 @@ def plot_speed(record: Mapping[str, Any], path: Path, size_name: str = "25M") ->
     )
     names = {"AdamWLp": "hf_pdecay", "torch": "torch", "rival": "others"}
     handles = [Patch(color=_COLORS[kind], label=label) for kind, label in names.items()]
-    axes.legend(handles=handles, loc="upper right", fontsize=8, frameon=False)
+    # Beside the rows of `auto`, which are short.
+    axes.legend(handles=handles, loc="upper right", bbox_to_anchor=(1.0, 0.85), fontsize=8, frameon=False)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)
