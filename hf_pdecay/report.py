@@ -19,6 +19,7 @@ from .callback import REPORT_FILE
 from .checkpoints import newest_whole
 from .pareto import PARETO_FILE, SEARCH_FILE, Trial, pareto_front, plot_pareto, read_trials
 from .rules import decayable_parameter_names
+from .shrink.building import at_most
 from .shrink.estimate import Estimator, ShrinkEstimate
 from .sparsity import NEAR_ZERO_THRESHOLD, SparsityReport, TensorSparsity, count_tensor
 
@@ -69,7 +70,7 @@ class FolderReport:
         yield self.sparsity.to_table()
         if self.ranks:
             ranks, dead = (sum(each[place] for each in self.ranks.values()) for place in (0, 1))
-            yield f"{dead} of {ranks} ranks in {len(self.ranks)} layers are dead; hf_pdecay.cut_ranks takes them out."
+            yield f"{dead} of {ranks} ranks in {len(self.ranks)} layers are dead; hf-pdecay shrink ADAPTER OUT takes them out."
             return
         if self.compressed < self.stored:
             share = self.compressed / self.stored
@@ -215,6 +216,15 @@ def _tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
             raise ValueError(f"{str(path)!r} cannot be read ({error}); it may be cut short.") from error
 
 
+def _count(folder: Path) -> int:
+    """Number of tensors in a folder's files."""
+    total = 0
+    for path in folder.glob("*.safetensors"):
+        with safe_open(path, framework="pt") as file:
+            total += len(file.keys())
+    return total
+
+
 def _natural(name: str) -> list[Any]:
     """A key by which layer 10 comes after layer 9."""
     return [(int(part), "") if part.isdecimal() else (-1, part) for part in name.split(".")]
@@ -229,9 +239,9 @@ def _on_meta(folder: Path) -> Any:
 
         config = transformers.AutoConfig.from_pretrained(folder)
         known = getattr(transformers, (config.architectures or [""])[0], None)
-        with torch.device("meta"):
+        with torch.device("meta"), at_most(_count(folder), str(folder)):
             return None if known is None else known(config)
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError, ImportError, StrictDataclassError):
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, ImportError, StrictDataclassError, SafetensorError):
         return None  # a config that is of another release, or wrong
 
 

@@ -21,39 +21,11 @@ peft = pytest.importorskip("peft")
 from hf_pdecay import PDecayTrainer, RankDecayCallback, cut_ranks, mask_adapters, merge_keep_zeros, rank_sparsity  # noqa: E402
 from hf_pdecay.rules import assign  # noqa: E402
 
+from .adapter_models import fill, kill, logits, lora, sparse  # noqa: E402
 from .models import build, tiny_gpt2  # noqa: E402
 
 
 pytestmark = pytest.mark.usefixtures("lora_beside_torchao")
-
-
-def lora(model: nn.Module, **settings: Any) -> Any:
-    torch.manual_seed(1)
-    return peft.get_peft_model(model, peft.LoraConfig(**{"r": 4, "target_modules": "all-linear", **settings}))
-
-
-def sparse(model: nn.Module, fraction: float = 0.5) -> nn.Module:
-    """The model with the smallest weights of each matrix at zero."""
-    with torch.no_grad():
-        for param in model.parameters():
-            if param.ndim > 1:
-                param[param.abs() < param.abs().flatten().quantile(fraction)] = 0
-    return model
-
-
-def fill(model: Any, seed: int = 2) -> Any:
-    """Random values for all that an adapter trains, B included."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, param in model.named_parameters():
-            if "lora_" in name:
-                param.add_(torch.randn(param.shape, generator=generator) * 0.1)
-    return model
-
-
-def logits(model: nn.Module) -> torch.Tensor:
-    with torch.no_grad():
-        return model.eval()(input_ids=torch.arange(24).reshape(2, 12)).logits
 
 
 class TestDecay:
@@ -279,25 +251,6 @@ class TestMerging:
 
 
 class TestRanks:
-    def kill(self, model: Any) -> dict[str, int]:
-        """Zero some ranks, by A, by B or by both; return how many are left by layer."""
-        left = {}
-        with torch.no_grad():
-            for number, (name, layer) in enumerate(model.get_base_model().named_modules()):
-                if not hasattr(layer, "lora_A") or not layer.r:
-                    continue
-                embedding = "default" in layer.lora_embedding_A
-                a = layer.lora_embedding_A["default"] if embedding else layer.lora_A["default"].weight
-                b = layer.lora_embedding_B["default"] if embedding else layer.lora_B["default"].weight
-                dead = [r for r in range(len(a)) if (number + r) % 3 == 0] if len(left) != 1 else list(range(len(a)))
-                for r in dead:
-                    if r % 2:
-                        a[r] = 0
-                    else:
-                        b[:, r] = 0
-                left[name] = len(a) - len(dead)
-        return left
-
     @pytest.mark.parametrize(
         "settings",
         [
@@ -313,7 +266,7 @@ class TestRanks:
         self, settings: dict[str, Any], tmp_path: Path
     ) -> None:
         model = fill(lora(build("llama"), **settings))
-        left = self.kill(model)
+        left = kill(model)
         counted = rank_sparsity(model)
         assert {each.name: each.ranks - each.dead for each in counted.layers} == left
         assert counted.dead == sum(each.ranks for each in counted.layers) - sum(left.values()) > 4
@@ -332,7 +285,7 @@ class TestRanks:
 
     def test_convolutions(self, tmp_path: Path) -> None:
         model = fill(lora(Convolutions(), target_modules=["last", "conv"]))
-        self.kill(model)
+        kill(model)
         x = torch.randn(5, 3, 6, 6, generator=torch.Generator().manual_seed(0))
         before = model.eval()(x)
         cut_ranks(model).save_pretrained(tmp_path)
@@ -348,7 +301,7 @@ class TestRanks:
             for name, param in model.named_parameters():
                 if "bias" in name and param.requires_grad:
                     param.add_(0.3)
-        self.kill(model)
+        kill(model)
         before = logits(model)
         cut_ranks(model).save_pretrained(tmp_path)
         loaded = peft.PeftModel.from_pretrained(tiny_gpt2(), tmp_path)
@@ -358,7 +311,7 @@ class TestRanks:
         model = lora(build("llama"))
         model.add_adapter("other", peft.LoraConfig(r=2, target_modules=["q_proj"]))
         fill(model)
-        self.kill(model)
+        kill(model)
         model.set_adapter("other")
         other = logits(model)
         model.set_adapter("default")

@@ -23,14 +23,16 @@ SHAPES = [(300, 300), (7,), (64, 3, 3, 3), (40, 50)]
 class Twins:
     """Two optimizers on equal weights, of which one finds out everything anew in each step."""
 
-    def __init__(self, dtype: torch.dtype = torch.float32, **options: Any) -> None:
+    def __init__(
+        self, dtype: torch.dtype = torch.float32, first: dict[str, Any] | None = None, **options: Any
+    ) -> None:
         self.params = [
             [torch.nn.Parameter(normal(*shape, seed=seed).mul(0.1).to(dtype)) for seed, shape in enumerate(SHAPES)]
             for _ in range(2)
         ]
         self.optimizers = []
         for params in self.params:
-            groups = [{"params": params[:2]}, {"params": params[2:], "p_norm": 1.0, "weight_decay": 0.1}]
+            groups = [{"params": params[:2], **(first or {})}, {"params": params[2:], "p_norm": 1.0, "weight_decay": 0.1}]
             self.optimizers.append(AdamWLp(groups, lr=1e-2, lambda_p=0.1, **options))
         self.seed = 10
 
@@ -74,6 +76,81 @@ def test_numbers_may_change(dtype: torch.dtype) -> None:
     for key, value in (("lr", 0.5), ("p_norm", 0.3), ("lambda_p", 0.7), ("betas", (0.5, 0.9)), ("eps", 1e-3)):
         twins.each(lambda optimizer, _, key=key, value=value: optimizer.param_groups[0].update({key: value}))
         twins.step(planned=True)
+
+
+# Row k of the matrix with element k of the vector, as far as it goes; two more couplings of the matrix's other rows.
+NEURONS = {
+    "group": "neuron",
+    "couplings": [
+        {"count": 7, "members": [{"param": 0, "dim": 0, "size": 2}, {"param": 1, "dim": 0}]},
+        {"count": 100, "members": [{"param": 0, "dim": 0, "offset": 14}]},
+        {"count": 62, "members": [{"param": 0, "dim": 0, "size": 3, "offset": 114}]},
+    ],
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("kind", ["neuron", "row", "2:4"])
+def test_what_decays_by_groups_is_done_again_with_new_norms(kind: str, dtype: torch.dtype) -> None:
+    twins = Twins(dtype, first=NEURONS if kind == "neuron" else None)
+    if kind != "neuron":
+        twins.each(lambda optimizer, _: optimizer.param_groups[1].update(params=optimizer.param_groups[1]["params"][1:]))
+        twins.each(lambda optimizer, _: optimizer.param_groups[1].update({"group": kind, "couplings": None}))
+    twins.step(planned=False)
+    twins.step(planned=True)
+    for key, value in (("lr", 0.5), ("p_norm", 0.3), ("lambda_p", 0.7), ("lr", 0.0), ("lr", 0.1), ("p_norm", 2.0)):
+        twins.each(lambda optimizer, _, key=key, value=value: _set(optimizer, key, value))
+        twins.step(planned=True)
+    twins.each(lambda _, params: params[0].data.mul_(3))
+    twins.step(planned=True)
+    twins.each(lambda optimizer, _: _set(optimizer, "lambda_p", 0.0))
+    twins.step(planned=False)
+
+
+def _set(optimizer: AdamWLp, key: str, value: float) -> None:
+    for group in optimizer.param_groups:
+        group[key] = value
+
+
+def element(optimizer: AdamWLp, _: list[torch.nn.Parameter]) -> None:
+    optimizer.param_groups[0].update({"group": "element", "couplings": None})
+
+
+def other_couplings(optimizer: AdamWLp, _: list[torch.nn.Parameter]) -> None:
+    optimizer.param_groups[0]["couplings"] = NEURONS["couplings"][:2]  # type: ignore[index]
+
+
+def no_gradient(_: AdamWLp, params: list[torch.nn.Parameter]) -> None:
+    params[1].grad = None
+
+
+def transposed(_: AdamWLp, params: list[torch.nn.Parameter]) -> None:
+    params[0].data = params[0].data.mT
+
+
+def reshaped(_: AdamWLp, params: list[torch.nn.Parameter]) -> None:
+    """As many weights at the same address, and rows of another length."""
+    params[0].data = params[0].data.view(450, 200)
+    params[0].grad = normal(450, 200)
+
+
+@pytest.mark.parametrize("change", [element, other_couplings, no_gradient, transposed, reshaped])
+def test_other_groups_are_noticed(change: Callable[[AdamWLp, list[torch.nn.Parameter]], object]) -> None:
+    twins = Twins(first=NEURONS)
+    twins.step(planned=False)
+    twins.step(planned=True)
+    twins.each(change)
+    twins.step(planned=False)
+
+
+def test_groups_that_sleep_are_looked_at_until_they_are_awake() -> None:
+    twins = Twins(first=NEURONS)
+    twins.each(lambda _, params: params[0].data[:2].zero_())
+    twins.each(lambda _, params: params[1].data[:1].zero_())
+    twins.step(planned=False)
+    twins.step(planned=False)
+    twins.step(planned=True)
+    assert all(params[0][:2].abs().max() > 0 for params in twins.params)
 
 
 def change_data(_: AdamWLp, params: list[torch.nn.Parameter]) -> None:

@@ -64,6 +64,15 @@ def test_a_model_that_no_run_of_ours_has_written(name: str, tmp_path: Path) -> N
     assert 0 <= found.decayed.zeros - expected.decayed.zeros <= unknown
 
 
+def test_a_config_that_tells_of_far_more_than_the_files_hold(tmp_path: Path) -> None:
+    """Building that model would take hours, even without weights."""
+    model = build("gpt2")
+    model.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"n_layer": 10**9}))
+    assert report_folder(tmp_path).sparsity.model.parameters == sum(param.numel() for param in model.parameters())
+
+
 def test_it_says_what_the_zeros_are_good_for(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model = build("llama")
     with torch.no_grad():

@@ -121,11 +121,20 @@ def _bad_folders(folder: Path) -> Iterator[tuple[str, str]]:
     yield save("renamed", model), "h.1.mlp.c_fc.weight is missing from its weights"
     (folder / "adapter").mkdir()
     (folder / "adapter/adapter_config.json").write_text("{}")
-    yield str(folder / "adapter"), "is an adapter; hf_pdecay.cut_ranks"
+    yield str(folder / "adapter"), "is an adapter of the type None; only ranks of LoRA on layers are cut"
     (folder / "pickled").mkdir()
     (folder / "pickled/config.json").write_text("{}")
     (folder / "pickled/pytorch_model.bin").write_bytes(b"")
     yield str(folder / "pickled"), "a pickle, which could run code"
+
+
+def test_weights_that_the_config_knows_nothing_of_are_named(tmp_path: Path) -> None:
+    half_dead("gpt2")[0].save_pretrained(tmp_path / "model")
+    config = json.loads((tmp_path / "model/config.json").read_text())
+    (tmp_path / "model/config.json").write_text(json.dumps(config | {"n_layer": 1}))
+    found = shrink_folder(tmp_path / "model", tmp_path / "small", layers="ragged")
+    expected = "12 tensors of the files are none of GPT2LMHeadModel and were left out: transformer.h.1."
+    assert any(note.startswith(expected) for note in found.notes)
 
 
 def test_what_cannot_be_shrunk_is_said_in_a_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

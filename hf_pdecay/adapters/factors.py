@@ -68,8 +68,12 @@ def lora_factors(model: nn.Module, adapter_name: str = "default") -> Iterator[Lo
 
 def alive(factors: LoraFactors) -> Tensor:
     """Return which ranks add something, as booleans of shape (rank,)."""
-    a, b = factors.norms
-    return (a > 0) & (b > 0)
+    return alive_ranks(factors.a.detach(), factors.b.detach())
+
+
+def alive_ranks(a: Tensor, b: Tensor) -> Tensor:
+    """Return for A (rank, …) and B (outputs, rank, …) which ranks add something: neither their row nor column is zero."""
+    return (a != 0).flatten(1).any(1) & (b != 0).movedim(1, 0).flatten(1).any(1)
 
 
 def lora_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:

@@ -6,7 +6,7 @@ import logging
 import math
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -140,22 +140,45 @@ def cut_ranks(peft_model: PeftModel, adapter_name: str = "default") -> PeftModel
                 continue
             keep = torch.zeros(1, dtype=torch.long, device=factors.a.device)
         rank = len(keep)
-        scale = layer.scaling[adapter_name] * (math.sqrt(rank) if config.use_rslora else rank)
-        sizes[name] = rank, int(scale) if float(scale).is_integer() else scale
+        sizes[name] = rank, alpha_for(layer.scaling[adapter_name], rank, config.use_rslora)
         _keep_ranks(factors, keep, adapter_name)
         layer.r[adapter_name], layer.lora_alpha[adapter_name] = sizes[name]
         layer.scaling[adapter_name] = sizes[name][1] / (math.sqrt(rank) if config.use_rslora else rank)
+    for key, value in changed_settings(vars(config), sizes, gone, whole).items():
+        setattr(config, key, value)
+    return peft_model
+
+
+def alpha_for(scaling: float, rank: int, use_rslora: bool) -> float:
+    """Return the ``lora_alpha`` with which a layer of so many ranks has a scaling."""
+    alpha = scaling * (math.sqrt(rank) if use_rslora else rank)
+    return int(alpha) if float(alpha).is_integer() else alpha
+
+
+def changed_settings(
+    config: Mapping[str, Any], sizes: Mapping[str, tuple[int, float]], gone: Sequence[str], whole: bool
+) -> dict[str, Any]:
+    """Return what an adapter's config has to say anew once ranks were cut.
+
+    Args:
+        config: The config as it was.
+        sizes: For each layer that is left its number of ranks and its ``lora_alpha``.
+        gone: Layers that have no adapter any more.
+        whole: Whether these are all of the adapter's layers.
+    """
     usual = Counter(sizes.values()).most_common(1)[0][0]
-    if whole and not config.rank_pattern and not config.alpha_pattern:
-        config.r, config.lora_alpha = usual
+    ranks, alphas = config.get("rank_pattern") or {}, config.get("alpha_pattern") or {}
+    changed: dict[str, Any] = {}
+    if whole and not ranks and not alphas:
+        changed["r"], changed["lora_alpha"] = usual
     else:  # what was not cut goes by the old settings
         usual = (0, 0.0)
     special = {f"^{re.escape(name)}": size for name, size in sizes.items() if size != usual}
-    config.rank_pattern = {key: size[0] for key, size in special.items()} | (config.rank_pattern or {})
-    config.alpha_pattern = {key: size[1] for key, size in special.items()} | (config.alpha_pattern or {})
+    changed["rank_pattern"] = {key: size[0] for key, size in special.items()} | ranks
+    changed["alpha_pattern"] = {key: size[1] for key, size in special.items()} | alphas
     if gone:
-        config.exclude_modules = _excluding(config.exclude_modules, gone)
-    return peft_model
+        changed["exclude_modules"] = _excluding(config.get("exclude_modules"), gone)
+    return changed
 
 
 def _keep_ranks(factors: LoraFactors, keep: Tensor, adapter_name: str) -> None:

@@ -24,7 +24,8 @@ logger = logging.getLogger(__name__)
 
 # With fewer zeros values and places are more bytes than the dense float32 weight.
 LEAST_SPARSITY = 0.5
-_SECONDS = 0.02  # that a measurement of a layer takes
+_SECONDS = 0.03  # that a measurement of a layer takes
+_CACHE = 64 << 20  # bytes that push what a layer holds out of the processor's caches
 
 
 @dataclass(frozen=True)
@@ -83,12 +84,15 @@ def to_sparse_inference(model: nn.Module, *, rows: int = 16, min_sparsity: float
             f"Invalid model: it is on {' and '.join(devices)}; sparse inference works on a CPU or on one GPU. Call "
             "model.cpu() or model.cuda() first."
         )
+    # Between two calls of a layer of a large model the others push its weights out of the caches.
+    linear = sum(module.weight.nbytes for *_, module in _linears(model))
+    others = torch.zeros(_CACHE // 4) if linear > _CACHE and devices[:1] == ["cpu"] else None
     owners = Counter(id(param) for _, param in model.named_parameters(remove_duplicate=False))
     measured: dict[tuple[object, ...], float] = {}
     choices = []
     for parent, key, name, module in list(_linears(model)):
         shared = owners[id(module.weight)] > 1
-        choice, sparse = _choose(name, module, rows, min_sparsity, measured, shared)
+        choice, sparse = _choose(name, module, rows, min_sparsity, measured, shared, others)
         choices.append(choice)
         if sparse is not None:
             setattr(parent, key, sparse.train(module.training))
@@ -122,6 +126,7 @@ def _choose(
     min_sparsity: float | None,
     measured: dict[tuple[object, ...], float],
     shared: bool,
+    others: Tensor | None,
 ) -> tuple[Choice, SparseLinear | SemiStructuredLinear | None]:
     on_gpu = module.weight.is_cuda
     refusal = semi_structured.refusal if on_gpu else sparse_linear.refusal
@@ -144,15 +149,22 @@ def _choose(
     kind = out, size, weight.dtype, module.bias is None, transposed, round(sparsity, 2)
     if kind not in measured:
         x = torch.randn(rows, size, device=weight.device).to(weight.dtype)
-        measured[kind] = _speedup(module, sparse, x)
+        measured[kind] = _speedup(module, sparse, x, others)
     speedup = measured[kind]
     if speedup <= 1:
         return Choice(name, (out, size), sparsity, speedup, False, "the dense layer is faster"), None
     return Choice(name, (out, size), sparsity, speedup, True), sparse
 
 
-def _speedup(dense: nn.Module, sparse: nn.Module, x: Tensor) -> float:
-    """The least time of the dense layer over that of the sparse one, of calls in turn."""
+def _speedup(dense: nn.Module, sparse: nn.Module, x: Tensor, others: Tensor | None) -> float:
+    """The least time of the dense layer over that of the sparse one, of calls in turn.
+
+    Args:
+        dense: The dense layer.
+        sparse: The sparse one.
+        x: What both are given.
+        others: What is read before each call, as other layers' weights are; None for a model that fits into the caches.
+    """
     least = [float("inf"), float("inf")]
     calls = 1 if x.is_cpu else 10  # on a GPU as many as hide what starting one costs the host
     for layer in (dense, sparse):
@@ -160,6 +172,8 @@ def _speedup(dense: nn.Module, sparse: nn.Module, x: Tensor) -> float:
     end = time.perf_counter() + _SECONDS
     while time.perf_counter() < end:
         for side, layer in enumerate((dense, sparse)):
+            if others is not None:
+                others.sum()
             _wait(x)
             began = time.perf_counter()
             for _ in range(calls):

@@ -1,14 +1,14 @@
 // One AdamWLp step over many tensors on a CPU: every weight, gradient and moment is read once and written once.
 //
 // The arithmetic is that of foreach.py. Two things differ from it:
-//   - |w|^x comes from two polynomials instead of log2 and exp2, see divisors.
+//   - |w|^x comes from two polynomials instead of log2 and exp2, see divisors.cpp.
 //   - Tensors are cut into chunks that all threads share, so many small tensors cost no more than a few large ones.
-// Without decay it is torch.optim.AdamW to rounding. Compiled together with weights.cpp and groups.cpp.
+// Without decay it is torch.optim.AdamW to rounding. Compiled together with weights.cpp, divisors.cpp, groups.cpp
+// and eight_bit.cpp.
 
 namespace {
 
-constexpr int kBlock = 64;             // elements whose divisors are computed together: they stay in registers and L1
-constexpr int kPrefetch = 4 * kBlock;  // how far ahead of them memory is asked for
+constexpr int kPrefetch = 4 * kBlock;  // how far ahead of a block memory is asked for
 constexpr int64_t kLeastChunk = 1 << 12, kMostChunk = 1 << 17;  // elements a thread takes at a time
 constexpr int64_t kCheckChunk = 1 << 18;
 constexpr int kStreams = 4;  // places read at once in a check: one stream does not fill the memory bus
@@ -37,9 +37,12 @@ struct Row {  // one tensor
   const void* divisors;
   int64_t inner, length;  // elements from one index of that dimension to the next, and how many indices there are
   int64_t by_four;        // whether of each 4 consecutive weights only the 2 weakest decay
+  // Of moments in 8 bits, whose codes are at exp_avg and exp_avg_sq, their scales and the numbers that codes stand for.
+  float *exp_avg_scale, *exp_avg_sq_scale;
+  const float *exp_avg_map, *exp_avg_sq_map;
 };
 
-constexpr int64_t kRow = 15;
+constexpr int64_t kRow = 19;
 
 struct Hyper {  // one param group
   double lr, beta1, beta2, eps, weight_decay, p_norm, lambda_p, keep_zeros, maximize;
@@ -48,22 +51,20 @@ struct Hyper {  // one param group
 // --- one tensor's scalars
 
 template <class T>
-struct Scalars {
+struct Scalars : Power<T> {
   T beta1, weight1, beta2, weight2, scale2, eps, least, step_size, shrink_l2;
-  T x, alpha_lambda, at_zero;  // the exponent 2 - p; α λ_p; the divisor of a weight of 0
-  T c[7];                       // -x log2(m) for m in [1, 2], plus log2(α λ_p)
   bool keep_zeros;
   uint32_t nearest;
   uint32_t noise_a, noise_b;
 };
 
-// log2(m) on [1, 2] within 1.9e-6, a minimax fit.
-constexpr double kLog2[7] = {-3.04004001, 6.11296199, -5.34198721, 3.28652693, -1.26691731, 0.27514851, -0.02569106};
-
 template <class T>
 Scalars<T> scalars_of(const Hyper& h, const Row& row, double least, double tiny, bool* decays) {
   const double step = *row.step;
   Scalars<T> s;
+  s.keep_zeros = h.keep_zeros != 0;
+  static_cast<Power<T>&>(s) = power_of<T>(h.p_norm, h.lr * h.lambda_p, s.keep_zeros, tiny, decays);
+  *decays = *decays && h.lambda_p != 0 && row.asleep == 0;
   s.beta1 = static_cast<T>(h.beta1);
   s.weight1 = static_cast<T>(h.maximize != 0 ? h.beta1 - 1 : 1 - h.beta1);  // the second moment knows no sign
   s.beta2 = static_cast<T>(h.beta2);
@@ -73,71 +74,10 @@ Scalars<T> scalars_of(const Hyper& h, const Row& row, double least, double tiny,
   s.least = static_cast<T>(least);
   s.step_size = static_cast<T>(h.lr / (1 - std::pow(h.beta1, step)));
   s.shrink_l2 = static_cast<T>(1 - h.lr * h.weight_decay);
-  const double alpha_lambda = h.lr * h.lambda_p, x = 2 - h.p_norm;
-  *decays = h.lambda_p != 0 && row.asleep == 0 && alpha_lambda >= tiny;
-  s.x = static_cast<T>(x);
-  s.alpha_lambda = static_cast<T>(alpha_lambda);
-  s.keep_zeros = h.keep_zeros != 0;
   s.nearest = h.lambda_p == 0 && row.param_dtype == row.moment_dtype ? ~0u : 0u;
-  const double infinity = std::numeric_limits<double>::infinity();
-  s.at_zero = static_cast<T>(h.p_norm < 2 || s.keep_zeros ? infinity : h.p_norm == 2 ? 1 + alpha_lambda : 1.0);
-  for (int k = 0; k < 7; ++k) s.c[k] = static_cast<T>(-x * kLog2[k]);
-  s.c[0] = static_cast<T>(-x * kLog2[0] + (*decays ? std::log2(alpha_lambda) : 0.0));
   s.noise_a = mix(static_cast<uint32_t>(step) + static_cast<uint32_t>(row.index) * 0x9e3779b9u);
   s.noise_b = mix(s.noise_a ^ 0x68e31da4u);
   return s;
-}
-
-// --- what the decay divides by: 1 / factor = 1 + α λ_p |w|^-x for every p, as s / (s + α λ_p) with s = |w|^x
-
-// log2(α λ_p |w|^-x) of a magnitude, whose exponent is read from its bits. Finite also for 0.
-inline float log_ratio(float magnitude, const Scalars<float>& s) {
-  // Subnormal numbers have no exponent of their own: 2^24 times larger they do.
-  const bool subnormal = magnitude < 1.17549435e-38f;
-  const int32_t bits = bit_cast<int32_t>(magnitude * (subnormal ? 16777216.0f : 1.0f));
-  const float exponent = static_cast<float>((bits - ((subnormal ? 151 : 127) << 23)) >> 23);
-  const float m = bit_cast<float>((bits & 0x7fffff) | 0x3f800000);
-  float y = s.c[6];
-  y = fma(y, m, s.c[5]);
-  y = fma(y, m, s.c[4]);
-  y = fma(y, m, s.c[3]);
-  y = fma(y, m, s.c[2]);
-  y = fma(y, m, s.c[1]);
-  y = fma(y, m, s.c[0]);
-  return fma(-s.x, exponent, y);
-}
-
-// 2^y within 2.7e-6, for y below -126 too, where 1 + 2^y is 1, and infinity from 128 on.
-inline float exp2_of(float y) {
-  y = y > -126.0f ? y : -126.0f;
-  y = y < 128.0f ? y : 128.0f;
-  const float shifted = y + 12582912.0f;  // 1.5 · 2^23: the nearest integer is in the last bits
-  const float r = y - (shifted - 12582912.0f);
-  float z = 0.009685706347227097f;
-  z = fma(z, r, 0.055922023952007294f);
-  z = fma(z, r, 0.2402186542749405f);
-  z = fma(z, r, 0.6931210160255432f);
-  z = fma(z, r, 1.0f);
-  return bit_cast<float>(bit_cast<int32_t>(z) + (bit_cast<int32_t>(shifted) << 23));
-}
-
-// The divisors of a block of weights. Short loops, each with few constants, run faster than one long one.
-template <class P>
-inline void divisors(const P* __restrict p, int n, const Scalars<float> s, float* __restrict divisor) {
-#pragma omp simd
-  for (int i = 0; i < n; ++i) divisor[i] = log_ratio(std::fabs(load(p[i])), s);
-#pragma omp simd
-  for (int i = 0; i < n; ++i) {
-    const float ratio = 1.0f + exp2_of(divisor[i]);
-    divisor[i] = load(p[i]) == 0.0f ? s.at_zero : ratio;
-  }
-}
-
-inline void divisors(const double* p, int n, const Scalars<double>& s, double* divisor) {
-  for (int i = 0; i < n; ++i) {
-    const double magnitude = std::fabs(p[i]);
-    divisor[i] = magnitude == 0 ? s.at_zero : 1 + s.alpha_lambda * std::pow(magnitude, -s.x);
-  }
 }
 
 // --- the step on a run of elements
@@ -178,34 +118,56 @@ inline void update(P* __restrict p, const P* __restrict g, M* __restrict m, M* _
 
 enum Decay { kNone, kElements, kGroups, kByFour };
 
+// Up to kBlock elements from `at` on, with their moments.
+template <Decay kDecay, class P, class M, class T>
+inline void step_block(const Row& row, const Scalars<T>& s, int64_t at, int n, M* m, M* v) {
+  P* const p = static_cast<P*>(row.param) + at;
+  const P* const g = static_cast<const P*>(row.grad) + at;
+  T divisor[kBlock];
+  // While the divisors are computed nothing else would be asked of the memory.
+  for (int i = 0; i < kBlock; i += 16) {
+    PREFETCH(p + kPrefetch + i);
+    PREFETCH(g + kPrefetch + i);
+    PREFETCH(m + kPrefetch + i);
+    PREFETCH(v + kPrefetch + i);
+  }
+  if (kDecay == kGroups) {
+    group_divisors(static_cast<const T*>(row.divisors), row.inner, row.length, p, at, n, s.keep_zeros, divisor);
+  } else if (kDecay != kNone) {
+    divisors(p, n, s, divisor);
+    if (kDecay == kByFour) spare_strongest(p, n, s.keep_zeros, divisor);
+  }
+  update<kDecay != kNone>(p, g, m, v, divisor, n, static_cast<uint32_t>(at), s);
+}
+
 template <Decay kDecay, class P, class M, class T>
 void step_chunk(const Row& row, const Scalars<T>& shared, int64_t begin, int64_t end) {
   const Scalars<T> s = shared;  // a copy that no store to a tensor can change, as the compiler sees it
-  P* const param = static_cast<P*>(row.param);
-  const P* const grad = static_cast<const P*>(row.grad);
   M* const exp_avg = static_cast<M*>(row.exp_avg);
   M* const exp_avg_sq = static_cast<M*>(row.exp_avg_sq);
-  T divisor[kBlock];
   for (int64_t at = begin; at < end; at += kBlock) {
-    P* const p = param + at;
-    const P* const g = grad + at;
-    M* const m = exp_avg + at;
-    M* const v = exp_avg_sq + at;
     const int n = static_cast<int>(std::min<int64_t>(kBlock, end - at));
-    // While the divisors are computed nothing else would be asked of the memory.
-    for (int i = 0; i < kBlock; i += 16) {
-      PREFETCH(p + kPrefetch + i);
-      PREFETCH(g + kPrefetch + i);
-      PREFETCH(m + kPrefetch + i);
-      PREFETCH(v + kPrefetch + i);
+    step_block<kDecay, P>(row, s, at, n, exp_avg + at, exp_avg_sq + at);
+  }
+}
+
+// Moments in 8 bits are numbers for as long as their block is worked on.
+template <Decay kDecay, class P>
+void step_encoded(const Row& row, const Scalars<float>& shared, const Encoder& first, const Encoder& second,
+                  int64_t begin, int64_t end) {
+  const Scalars<float> s = shared;
+  float exp_avg[kScaled], exp_avg_sq[kScaled];
+  for (int64_t at = begin; at < end; at += kScaled) {
+    uint8_t* const m = static_cast<uint8_t*>(row.exp_avg) + at;
+    uint8_t* const v = static_cast<uint8_t*>(row.exp_avg_sq) + at;
+    const int64_t block = at / kScaled;
+    first.decode(m, row.exp_avg_scale[block], exp_avg);
+    second.decode(v, row.exp_avg_sq_scale[block], exp_avg_sq);
+    for (int i = 0; i < kScaled; i += kBlock) {
+      step_block<kDecay, P>(row, s, at + i, kBlock, exp_avg + i, exp_avg_sq + i);
     }
-    if (kDecay == kGroups) {
-      group_divisors(static_cast<const T*>(row.divisors), row.inner, row.length, p, at, n, s.keep_zeros, divisor);
-    } else if (kDecay != kNone) {
-      divisors(p, n, s, divisor);
-      if (kDecay == kByFour) spare_strongest(p, n, s.keep_zeros, divisor);
-    }
-    update<kDecay != kNone>(p, g, m, v, divisor, n, static_cast<uint32_t>(at), s);
+    row.exp_avg_scale[block] = first.encode(exp_avg, m);
+    row.exp_avg_sq_scale[block] = second.encode(exp_avg_sq, v);
   }
 }
 
@@ -252,6 +214,7 @@ std::vector<Chunk> chunks_of(const int64_t* numel, int64_t stride, int64_t count
 struct Plan {  // everything about one tensor that its chunks share
   Scalars<float> single;
   Scalars<double> wide;
+  const Encoder *first, *second;
   void (*run)(const Row&, const Plan&, int64_t, int64_t);
 };
 
@@ -264,6 +227,11 @@ void run_wide(const Row& row, const Plan& plan, int64_t begin, int64_t end) {
   step_chunk<kDecay, double, double>(row, plan.wide, begin, end);
 }
 
+template <Decay kDecay, class P>
+void run_encoded(const Row& row, const Plan& plan, int64_t begin, int64_t end) {
+  step_encoded<kDecay, P>(row, plan.single, *plan.first, *plan.second, begin, end);
+}
+
 template <class P>
 void shrink_single(const Row& row, const Plan& plan, int64_t begin, int64_t end) {
   shrink_chunk<P>(row, plan.single, begin, end);
@@ -272,41 +240,63 @@ void shrink_wide(const Row& row, const Plan& plan, int64_t begin, int64_t end) {
   shrink_chunk<double>(row, plan.wide, begin, end);
 }
 
+enum Decay decay_of(const Row& row, bool decays) {
+  return row.divisors != nullptr ? kGroups : !decays ? kNone : row.by_four ? kByFour : kElements;
+}
+
 template <class P, class M>
 void plan_single(Plan* plan, const Hyper& hyper, const Row& row, double least) {
   bool decays;
-  plan->single = scalars_of<float>(hyper, row, least, 1.1754943508222875e-38, &decays);
-  if (row.divisors != nullptr) {
-    plan->run = run_single<kGroups, P, M>;
-  } else if (!decays) {
-    plan->run = run_single<kNone, P, M>;
-  } else {
-    plan->run = row.by_four ? run_single<kByFour, P, M> : run_single<kElements, P, M>;
+  plan->single = scalars_of<float>(hyper, row, least, std::numeric_limits<float>::min(), &decays);
+  switch (decay_of(row, decays)) {
+    case kNone: plan->run = run_single<kNone, P, M>; break;
+    case kElements: plan->run = run_single<kElements, P, M>; break;
+    case kGroups: plan->run = run_single<kGroups, P, M>; break;
+    case kByFour: plan->run = run_single<kByFour, P, M>; break;
   }
 }
+
+template <class P>
+void plan_encoded(Plan* plan, const Hyper& hyper, const Row& row) {
+  bool decays;
+  plan->single = scalars_of<float>(hyper, row, 0, std::numeric_limits<float>::min(), &decays);
+  plan->first = encoder_of(row.exp_avg_map);
+  plan->second = encoder_of(row.exp_avg_sq_map);
+  switch (decay_of(row, decays)) {
+    case kNone: plan->run = run_encoded<kNone, P>; break;
+    case kElements: plan->run = run_encoded<kElements, P>; break;
+    case kGroups: plan->run = run_encoded<kGroups, P>; break;
+    case kByFour: plan->run = run_encoded<kByFour, P>; break;
+  }
+}
+
+void plan_wide(Plan* plan, const Hyper& hyper, const Row& row) {
+  bool decays;
+  plan->wide = scalars_of<double>(hyper, row, 0, std::numeric_limits<double>::min(), &decays);
+  switch (decay_of(row, decays)) {
+    case kNone: plan->run = run_wide<kNone>; break;
+    case kElements: plan->run = run_wide<kElements>; break;
+    case kGroups: plan->run = run_wide<kGroups>; break;
+    case kByFour: plan->run = run_wide<kByFour>; break;
+  }
+}
+
+constexpr int64_t pair(int64_t param, int64_t moment) { return param * 8 + moment; }
 
 bool make_plan(Plan* plan, const Hyper& hyper, const Row& row) {
   // A second moment below float16's smallest number is stored as 0, and m / (0 + eps) is no step that anyone wants.
   const double half = hyper.eps < 0x1p-25 ? 0x1p-12 : 0.0;
-  switch (row.param_dtype * 4 + row.moment_dtype) {
-    case kFloat32 * 4 + kFloat32: plan_single<float, float>(plan, hyper, row, 0); return true;
-    case kFloat32 * 4 + kBFloat16: plan_single<float, bfloat16>(plan, hyper, row, 0); return true;
-    case kBFloat16 * 4 + kFloat32: plan_single<bfloat16, float>(plan, hyper, row, 0); return true;
-    case kBFloat16 * 4 + kBFloat16: plan_single<bfloat16, bfloat16>(plan, hyper, row, 0); return true;
-    case kFloat16 * 4 + kFloat32: plan_single<float16, float>(plan, hyper, row, 0); return true;
-    case kFloat16 * 4 + kFloat16: plan_single<float16, float16>(plan, hyper, row, half); return true;
-    case kFloat64 * 4 + kFloat64: {
-      bool decays;
-      plan->wide = scalars_of<double>(hyper, row, 0, 2.2250738585072014e-308, &decays);
-      if (row.divisors != nullptr) {
-        plan->run = run_wide<kGroups>;
-      } else if (!decays) {
-        plan->run = run_wide<kNone>;
-      } else {
-        plan->run = row.by_four ? run_wide<kByFour> : run_wide<kElements>;
-      }
-      return true;
-    }
+  switch (pair(row.param_dtype, row.moment_dtype)) {
+    case pair(kFloat32, kFloat32): plan_single<float, float>(plan, hyper, row, 0); return true;
+    case pair(kFloat32, kBFloat16): plan_single<float, bfloat16>(plan, hyper, row, 0); return true;
+    case pair(kFloat32, kEightBit): plan_encoded<float>(plan, hyper, row); return true;
+    case pair(kBFloat16, kFloat32): plan_single<bfloat16, float>(plan, hyper, row, 0); return true;
+    case pair(kBFloat16, kBFloat16): plan_single<bfloat16, bfloat16>(plan, hyper, row, 0); return true;
+    case pair(kBFloat16, kEightBit): plan_encoded<bfloat16>(plan, hyper, row); return true;
+    case pair(kFloat16, kFloat32): plan_single<float16, float>(plan, hyper, row, 0); return true;
+    case pair(kFloat16, kFloat16): plan_single<float16, float16>(plan, hyper, row, half); return true;
+    case pair(kFloat16, kEightBit): plan_encoded<float16>(plan, hyper, row); return true;
+    case pair(kFloat64, kFloat64): plan_wide(plan, hyper, row); return true;
     default: return false;
   }
 }
@@ -324,10 +314,10 @@ bool make_shrink_plan(Plan* plan, const Hyper& hyper, const Row& row) {
 }
 
 void run_all(const Row* rows, int64_t count, const std::vector<Plan>& plans, int threads) {
-  static_assert(sizeof(Row) == kRow * sizeof(int64_t), "a row is fifteen numbers of 64 bits");
+  static_assert(sizeof(Row) == kRow * sizeof(int64_t), "a row is nineteen numbers of 64 bits");
   int64_t numel = 0;
   for (int64_t i = 0; i < count; ++i) numel += rows[i].numel;
-  const int64_t share = numel / (8 * std::max(threads, 1)) / kBlock * kBlock;  // a few chunks for each thread
+  const int64_t share = numel / (8 * std::max(threads, 1)) / kScaled * kScaled;  // a few chunks for each thread
   const auto chunks = chunks_of(&rows->numel, kRow, count, std::min(std::max(share, kLeastChunk), kMostChunk));
   const int64_t total = static_cast<int64_t>(chunks.size());
 #pragma omp parallel for num_threads(threads) schedule(dynamic) if (total > 1)

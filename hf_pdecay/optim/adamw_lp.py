@@ -240,32 +240,35 @@ class AdamWLp(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        plan, self._plan = self._plan, None
+        shrinkages: dict[int, Shrinkage] = {}
+        if plan is None or not plan.follow(self.param_groups, self.state):
+            shrinkages = self._shrinkages()
+            plan = self._planned(shrinkages)
+        finite = self._finite(norm, plan)
+        done = {place for part in plan.parts for place in part.shrunk}
+        for index, shrinkage in shrinkages.items():
+            shrinkage.remember(_of_group(index, done))
+        for part in plan.parts:
+            part.run(finite if part.careful else True)
+        self._plan = plan if plan.lasts else None  # others hold gradients
+        for index, shrinkage in shrinkages.items():
+            self._shrink(index, shrinkage, finite, _of_group(index, done))
+        if finite is not True:
+            self._count_skipped(finite)
+        return loss
+
+    def _shrinkages(self) -> dict[int, Shrinkage]:
+        """What decays by groups, by the index of its param group."""
         structured = {
             index: group
             for index, group in enumerate(self.param_groups)
             if kind_of(group) != ELEMENT and group["lambda_p"] != 0
         }
-        plan, self._plan = self._plan, None
-        if structured or plan is None or not plan.follow(self.param_groups, self.state):
-            if structured and not self._backend.chosen:
-                _ = self.backends  # chosen from all weights, whether or not they have gradients in this step
-            by_compiled = self._backend.chosen.get("cpu", ("", ""))[0] == "compiled"
-            shrinkages = {index: Shrinkage(group, by_compiled) for index, group in structured.items()}
-            plan = self._planned(shrinkages)
-        else:
-            shrinkages = {}
-        finite = self._finite(norm, plan)
-        done = {place for part in plan.parts for place in part.shrunk}
-        for index, shrinkage in shrinkages.items():
-            shrinkage.remember({place - (index << 20) for place in done})
-        for part in plan.parts:
-            part.run(finite if part.careful else True)
-        self._plan = plan if plan.lasts else None  # others hold gradients
-        for index, shrinkage in shrinkages.items():
-            self._shrink(index, shrinkage, finite, {place - (index << 20) for place in done})
-        if finite is not True:
-            self._count_skipped(finite)
-        return loss
+        if structured and not self._backend.chosen:
+            _ = self.backends  # chosen from all weights, whether or not they have gradients in this step
+        by_compiled = self._backend.chosen.get("cpu", ("", ""))[0] == "compiled"
+        return {index: Shrinkage(group, by_compiled) for index, group in structured.items()}
 
     def _shrink(self, group_index: int, shrinkage: Shrinkage, finite: bool | Tensor, done: set[int]) -> None:
         group = self.param_groups[group_index]
@@ -293,8 +296,12 @@ class AdamWLp(Optimizer):
         states = [self.state[param] for param in params]
         # All processes must learn in the same step that a sharded tensor is awake, which they do as they look at it.
         self._awakening.ask([state for param, state in zip(params, states, strict=True) if not is_dtensor(param)])
-        lasts = not shrinkages and all(is_awake_for_good(state["dormant"]) for state in states)
-        return Plan(self.param_groups, self.state, hypers, parts, sharded, lasts)
+        done = {place for part in parts for place in part.shrunk}
+        lasts = all(is_awake_for_good(state["dormant"]) for state in states) and all(
+            shrinkage.lasts(_of_group(index, done)) for index, shrinkage in shrinkages.items()
+        )
+        tables = [(each.tables, hypers[index]) for index, each in shrinkages.items() if each.tables is not None]
+        return Plan(self.param_groups, self.state, hypers, parts, sharded, lasts, tables)
 
     def _tensor_steps(
         self, group_index: int, group: dict[str, Any], hyper: Hyperparameters, shrinkage: Shrinkage | None
@@ -343,6 +350,11 @@ class AdamWLp(Optimizer):
         state["exp_avg_sq"] = zero_moment(param, group["moments"], signed=False)
         whole = kind_of(group) == ELEMENT  # else groups are dormant, not tensors
         state["dormant"] = dormant_entry(param) if whole else torch.zeros((), dtype=torch.bool)
+
+
+def _of_group(index: int, places: set[int]) -> set[int]:
+    """Indices in a param group of the parameters at places in the optimizer."""
+    return {place - (index << 20) for place in places}
 
 
 def _alpha_lambda(group: dict[str, Any], device: torch.device) -> float | Tensor:

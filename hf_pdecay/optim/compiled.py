@@ -17,11 +17,12 @@ import torch
 from torch import Tensor
 
 from ..native import load
-from .moments import is_quantized
+from .moments import BLOCK, is_quantized
 from .tensor_step import Decay, Hyperparameters, TensorStep, is_flat
 
 
-SOURCES = tuple(Path(__file__).with_name(name) for name in ("weights.cpp", "groups.cpp", "adamw_lp.cpp"))
+_PARTS = ("weights.cpp", "divisors.cpp", "groups.cpp", "eight_bit.cpp", "adamw_lp.cpp")
+SOURCES = tuple(Path(__file__).with_name(name) for name in _PARTS)
 
 CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 _PAIRS = {
@@ -48,7 +49,7 @@ def refusal(each: TensorStep) -> str | None:
     if not (param.is_cpu and grad.is_cpu and moment.is_cpu and second.is_cpu and each.step.is_cpu):
         return f"it works on a CPU, not on {param.device.type}"
     if is_quantized(moment) or is_quantized(second):
-        return "it does not know 8-bit moments"
+        return _refusal_of_encoded(each)
     if grad.shape != shape or moment.shape != shape or second.shape != shape:
         return (
             f"gradient and moments are of shapes {tuple(grad.shape)}, {tuple(moment.shape)} and {tuple(second.shape)}, "
@@ -56,18 +57,55 @@ def refusal(each: TensorStep) -> str | None:
         )
     if (param.dtype, moment.dtype) not in _PAIRS or second.dtype != moment.dtype:
         return f"it does not know weights of {param.dtype} with moments of {moment.dtype} and {second.dtype}"
+    if not is_flat(param, grad, moment, second):
+        return "weights, gradient and moments must lie in memory alike and without gaps"
+    return _refusal_of_rest(each)
+
+
+def _refusal_of_encoded(each: TensorStep) -> str | None:
+    param, states = each.param, (each.exp_avg, each.exp_avg_sq)
+    if param.dtype == torch.float64:
+        return "it does not know weights of torch.float64 with 8-bit moments"
+    for state in states:
+        codes, scale, qmap = (getattr(state, name, None) for name in ("codes", "scale", "qmap"))
+        if codes is None or scale is None or qmap is None:
+            return "it takes both moments in 8 bits, or neither"
+        dtypes = codes.dtype, scale.dtype, qmap.dtype
+        if dtypes != (torch.uint8, torch.float32, torch.float32) or qmap.numel() != 256:
+            return f"it does not know 8-bit moments of {dtypes} with a map of {qmap.numel()} numbers"
+        if scale.numel() * BLOCK != param.numel() or codes.numel() != param.numel():
+            return f"it takes 8-bit moments of which {BLOCK} share a scale"
+        if not (codes.is_cpu and codes.is_contiguous() and scale.is_contiguous() and qmap.is_contiguous()):
+            return "8-bit moments must lie in memory without gaps"
+    if not (param.is_contiguous() and each.grad.is_contiguous()):
+        return "weights and gradient with 8-bit moments must lie in memory in their order"
+    return _refusal_of_rest(each)
+
+
+def _refusal_of_rest(each: TensorStep) -> str | None:
+    param, grad = each.param, each.grad
     if grad.dtype != param.dtype:
         return f"it takes gradients of the weights' dtype {param.dtype}, not of {grad.dtype}"
     if grad.is_neg():
         return "the gradient is a view that negates what lies in memory"
     if each.step.dtype != torch.float32 or each.step.numel() != 1:
         return f"it takes a step counter of torch.float32, not {each.step.dtype}"
-    if not is_flat(param, grad, moment, second):
-        return "weights, gradient and moments must lie in memory alike and without gaps"
     return None
 
 
-_COLUMNS = 15  # numbers in a row
+_COLUMNS = 19  # numbers in a row
+_EIGHT_BIT = 4
+
+
+def _moments(each: TensorStep) -> tuple[tuple[int, int], int, tuple[int, int, int, int]]:
+    """Addresses of the moments, their code, and of those in 8 bits the addresses of scales and maps."""
+    states: tuple[Any, Any] = each.exp_avg, each.exp_avg_sq
+    if not is_quantized(each.exp_avg):
+        first, second = states
+        return (first.data_ptr(), second.data_ptr()), CODES[first.dtype], (0, 0, 0, 0)
+    first, second = (state.codes.data_ptr() for state in states)
+    scales, maps = ([getattr(state, name).data_ptr() for state in states] for name in ("scale", "qmap"))
+    return (first, second), _EIGHT_BIT, (*scales, *maps)
 
 
 def fuses(each: TensorStep) -> bool:
@@ -92,7 +130,7 @@ class Batch:
     """
 
     def __init__(self, steps: Sequence[TensorStep]) -> None:
-        self._library = _library()
+        self._library = library()
         self._params = [each.param for each in steps]
         self.shrunk = [each.place for each in steps if fuses(each)]
         # The rows name addresses of theirs.
@@ -102,7 +140,8 @@ class Batch:
         places: dict[int, int] = {}
         append = self._rows.extend
         for each in steps:
-            param, grad, exp_avg, exp_avg_sq, count, awake, hyper, place, structure = each
+            param, grad, _, _, count, awake, hyper, place, structure = each
+            moments, moment_dtype, encoding = _moments(each)
             divisors, dim, by_four = None, 0, False
             if structure is not None and fuses(each):
                 hyper, divisors, dim = structure.hyper, structure.divisors, structure.dim
@@ -115,19 +154,19 @@ class Batch:
                 (
                     param.data_ptr(),
                     grad.data_ptr(),
-                    exp_avg.data_ptr(),
-                    exp_avg_sq.data_ptr(),
+                    *moments,
                     count.data_ptr(),
                     param.numel(),
                     group,
                     place,
                     CODES[param.dtype],
-                    CODES[exp_avg.dtype],
+                    moment_dtype,
                     not awake,
                     0 if divisors is None else divisors.data_ptr(),
                     param.stride(dim) if by_four or divisors is not None else 1,
                     param.shape[dim] if by_four or divisors is not None else 1,
                     by_four,
+                    *encoding,
                 )
             )
 
@@ -138,7 +177,7 @@ class Batch:
     def all_finite(self) -> bool:
         """Whether all gradients are finite."""
         return bool(
-            self._library.hf_pdecay_all_finite(_address(self._rows), len(self._params), torch.get_num_threads())
+            self._library.hf_pdecay_all_finite(address(self._rows), len(self._params), torch.get_num_threads())
         )
 
     def step(self, finite: bool | Tensor = True) -> None:
@@ -149,8 +188,8 @@ class Batch:
         for each in self._hypers:
             numbers = float(each.lr), each.beta1, each.beta2, each.eps, each.weight_decay, each.p_norm, each.lambda_p
             hypers.extend((*numbers, each.keep_zeros, each.maximize))
-        rows = _address(self._rows)
-        if self._library.hf_pdecay_step(rows, len(self._params), _address(hypers), torch.get_num_threads()):
+        rows = address(self._rows)
+        if self._library.hf_pdecay_step(rows, len(self._params), address(hypers), torch.get_num_threads()):
             raise RuntimeError("The compiled step met a dtype that it does not know; take backend='foreach'.")
         torch.autograd.graph.increment_version(self._params)
 
@@ -165,67 +204,48 @@ def shrink(weights: Sequence[Tensor], before: Sequence[Tensor], places: Sequence
         places: Their places in the optimizer.
         decay: With a float α λ_p that is not 0 in the dtype of any of them.
     """
-    library = _library()
+    functions = library()
     rows, count = array("q"), array("f", [decay.step])
     hyper = array("d", (float(decay.alpha_lambda), 0.5, 0.5, 0.0, 0.0, decay.p_norm, 1.0, decay.keep_zeros, False))
     step = count.buffer_info()[0]
     for weight, copy, place in zip(weights, before, places, strict=True):
         code = CODES[weight.dtype]
-        rows.extend(
-            (weight.data_ptr(), copy.data_ptr(), 0, 0, step, weight.numel(), 0, place, code, code, 0, 0, 1, 1, 0)
-        )
-    if library.hf_pdecay_shrink(_address(rows), len(weights), _address(hyper), torch.get_num_threads()):
+        first = weight.data_ptr(), copy.data_ptr(), 0, 0, step, weight.numel(), 0, place, code, code, 0, 0, 1, 1
+        rows.extend((*first, *(0,) * (_COLUMNS - len(first))))
+    if functions.hf_pdecay_shrink(address(rows), len(weights), address(hyper), torch.get_num_threads()):
         raise RuntimeError("The compiled shrink met a dtype that it does not know.")
     torch.autograd.graph.increment_version(list(weights))
 
 
-def square_sums(weights: Sequence[Tensor], dims: Sequence[int]) -> list[Tensor]:
-    """Return for each tensor the sums of the squares at each index of a dimension.
-
-    Args:
-        weights: Tensors on a CPU, of dtypes in :data:`CODES`, that lie in memory without gaps, see
-            :func:`~.tensor_step.is_flat`.
-        dims: The dimension of each.
-
-    Returns:
-        Vectors in float32, or float64 for such weights.
-    """
-    library = _library()
-    dtypes = (torch.promote_types(weight.dtype, torch.float32) for weight in weights)
-    sums = [
-        torch.zeros(weight.shape[dim], dtype=dtype) for weight, dim, dtype in zip(weights, dims, dtypes, strict=True)
-    ]
-    rows = array("q")
-    for weight, dim, summed in zip(weights, dims, sums, strict=True):
-        shape = weight.numel(), weight.stride(dim), weight.shape[dim]
-        rows.extend((weight.data_ptr(), summed.data_ptr(), *shape, CODES[weight.dtype]))
-    if library.hf_pdecay_square_sums(_address(rows), len(sums), torch.get_num_threads()):
-        raise RuntimeError("The compiled sums met a dtype that they do not know.")
-    return sums
-
-
-def _address(numbers: array[Any]) -> ctypes.c_void_p:
+def address(numbers: array[Any]) -> ctypes.c_void_p:
+    """Return where numbers lie, for a C++ function."""
     return ctypes.c_void_p(numbers.buffer_info()[0])
 
 
-def _library() -> ctypes.CDLL:
-    library, reason = _load()
-    if library is None:
+def library() -> ctypes.CDLL:
+    """Return the C++ functions.
+
+    Raises:
+        RuntimeError: If they cannot be had, see :func:`unavailable`.
+    """
+    loaded, reason = _load()
+    if loaded is None:
         raise RuntimeError(f"backend='compiled' cannot be had here: {reason}; take backend='foreach'.")
-    return library
+    return loaded
 
 
 @functools.cache
 def _load() -> tuple[ctypes.CDLL | None, str | None]:
-    """Load the function, compiling it if need be; it and None, or None and why not."""
-    library, reason = load(SOURCES, "AdamWLp", "step")
-    if library is not None:
-        library.hf_pdecay_step.restype = library.hf_pdecay_all_finite.restype = ctypes.c_int
-        pointer, count, threads = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
-        library.hf_pdecay_step.argtypes = (pointer, count, pointer, threads)
-        library.hf_pdecay_shrink.restype = ctypes.c_int
-        library.hf_pdecay_shrink.argtypes = (pointer, count, pointer, threads)
-        library.hf_pdecay_all_finite.argtypes = (pointer, count, threads)
-        library.hf_pdecay_square_sums.restype = ctypes.c_int
-        library.hf_pdecay_square_sums.argtypes = (pointer, count, threads)
-    return library, reason
+    """Load the functions, compiling them if need be; them and None, or None and why not."""
+    loaded, reason = load(SOURCES, "AdamWLp", "step")
+    if loaded is not None:
+        pointer, count, number, threads = ctypes.c_void_p, ctypes.c_int64, ctypes.c_double, ctypes.c_int
+        for name in ("step", "shrink", "all_finite", "square_sums"):
+            getattr(loaded, f"hf_pdecay_{name}").restype = ctypes.c_int
+        for name in ("group_norms", "group_divisors"):
+            getattr(loaded, f"hf_pdecay_{name}").restype = None
+        loaded.hf_pdecay_step.argtypes = loaded.hf_pdecay_shrink.argtypes = (pointer, count, pointer, threads)
+        loaded.hf_pdecay_all_finite.argtypes = loaded.hf_pdecay_square_sums.argtypes = (pointer, count, threads)
+        loaded.hf_pdecay_group_norms.argtypes = (pointer, count, pointer, pointer, threads)
+        loaded.hf_pdecay_group_divisors.argtypes = (pointer, count, *(pointer,) * 4, number, number, threads)
+    return loaded, reason

@@ -21,12 +21,12 @@ import torch
 from torch import Tensor
 
 from ..decay import shrink_factor
-from . import compiled
 from .couplings import Coupled, Place, couplings_of, group_size, kind_of, n_of_m
 from .distributed import is_dtensor
 from .foreach import chunk_size
+from .group_divisors import GroupDivisors
 from .rounding import LOW_PRECISION, noise_bits, stochastic_round
-from .tensor_step import Hyperparameters, Structure, is_flat
+from .tensor_step import Hyperparameters, Structure
 
 
 # λ_p with which the optimizer's own step is done in place of one that is not 0: no weight feels it, at no learning
@@ -57,8 +57,11 @@ class Shrinkage:
 
     Args:
         group: The param group, with ``group`` other than ``"element"``.
-        by_compiled: Whether the C++ function adds up the squares of what lies on a CPU. It is not known to this class
-            whether there is one; the sums differ in their last bits.
+        by_compiled: Whether C++ functions take the norms of what lies on a CPU. It is not known to this class whether
+            there are any; the norms differ in their last bits.
+
+    Attributes:
+        tables: What these functions find, if they do.
 
     Raises:
         ValueError: If a parameter is a shard.
@@ -78,13 +81,11 @@ class Shrinkage:
         self._norms: list[_Norms] = []
         self._before: dict[int, Tensor] = {}
         self._factors: list[tuple[Coupled, Tensor]] | None = None
-        self._sums: dict[int, Tensor] = {}
+        self.tables: GroupDivisors | None = None
         if self._blocks is None:
-            if by_compiled:
-                dims = {place.param: place.dim for each in self._coupled for place in each.places}
-                known = [index for index in dims if _is_summed(self._params[index])]
-                sums = compiled.square_sums([self._params[index] for index in known], [dims[index] for index in known])
-                self._sums = dict(zip(known, sums, strict=True))
+            places = [place for each in self._coupled for place in each.places]
+            if by_compiled and all(GroupDivisors.takes(self._params[place.param]) for place in places):
+                self.tables = GroupDivisors(self._params, self._coupled)
             self._take_norms()
 
     def _take_norms(self) -> None:
@@ -94,8 +95,11 @@ class Shrinkage:
         kept = self._group.get("dormant_groups")
         masks: list[Tensor | None] = [None] * len(self._coupled)
         for device, numbers in by_device.items():
-            squares = torch.cat([self._mean_squares(self._coupled[number], device) for number in numbers])
-            zero = squares == 0
+            if self.tables is not None:
+                rms = self.tables.norms()
+            else:
+                rms = torch.cat([self._mean_squares(self._coupled[number], device) for number in numbers]).sqrt_()
+            zero = rms == 0
             counts = [self._coupled[number].count for number in numbers]
             if kept is None:
                 dormant = zero
@@ -110,17 +114,13 @@ class Shrinkage:
             if dormant is not None:
                 for number, mask in zip(numbers, dormant.split(counts), strict=True):
                     masks[number] = mask.clone()
-            self._norms.append(_Norms(numbers, squares.sqrt_(), dormant))
+            self._norms.append(_Norms(numbers, rms, dormant))
         self._group["dormant_groups"] = masks
 
     def _mean_squares(self, coupled: Coupled, device: torch.device) -> Tensor:
         total: Tensor | float = 0.0
         for place in coupled.places:
-            sums = self._sums.get(place.param)
-            if sums is None:
-                own = square_sums(self._params[place.param], place, coupled.count)
-            else:
-                own = _by_group(sums.narrow(0, place.offset, coupled.count * place.size), place.size)
+            own = square_sums(self._params[place.param], place, coupled.count)
             total = own.to(device) + total
         return total / group_size(coupled, self._params)  # type: ignore[return-value]
 
@@ -139,22 +139,23 @@ class Shrinkage:
                 for each in self._coupled
                 for place in each.places
             }
-        found: dict[int, Structure] = {}
-        for each, factor in self._all_factors(alpha_lambda):
-            divisor = factor.reciprocal()
-            for place in each.places:
-                param = self._params[place.param]
-                if not param.is_cpu or not any(self._grads[other.param] for other in each.places):
-                    continue
-                dtype = torch.promote_types(param.dtype, torch.float32)
-                spread = (divisor.repeat_interleave(place.size) if place.size > 1 else divisor).to(dtype)
-                if place.param not in found:
-                    whole = len(spread) == param.shape[place.dim]
-                    table = spread if whole else torch.ones(param.shape[place.dim], dtype=dtype)
-                    found[place.param] = Structure(hyper, place.dim, table)
-                table = found[place.param].divisors  # type: ignore[assignment]
-                table[place.offset : place.offset + len(spread)] = spread
-        return found
+        if self.tables is not None:
+            self._all_factors(alpha_lambda)
+            dims = {place.param: place.dim for each in self._coupled for place in each.places}
+            return {index: Structure(hyper, dim, self.tables.tables[index]) for index, dim in dims.items()}
+        return {}
+
+    def lasts(self, done: Container[int]) -> bool:
+        """Whether the next step may be done as this one, by tables that are filled anew: it does all of the shrink.
+
+        Args:
+            done: Indices of the parameters whose shrink the step does itself.
+        """
+        places = [place.param for each in self._coupled for place in each.places]
+        if self._blocks is not None:
+            return all(index in done for index in places if self._grads[index])
+        awake = all(norms.dormant is None for norms in self._norms)
+        return self.tables is not None and awake and all(self._grads[index] and index in done for index in places)
 
     def remember(self, done: Container[int]) -> None:
         """Copy the weights of N:M blocks whose shrink is to be done after the step.
@@ -230,6 +231,9 @@ class Shrinkage:
 
     def _factor(self, norms: _Norms, alpha_lambda: float | Tensor) -> Tensor:
         p_norm: float = self._group["p_norm"]
+        if self.tables is not None:
+            dtype = torch.float64 if any(param.dtype == torch.float64 for param in self._params) else torch.float32
+            return self.tables.divisors(p_norm, float(alpha_lambda), norms.dormant).reciprocal().to(dtype)
         factor = shrink_factor(norms.rms, p_norm, alpha_lambda)
         if p_norm < 2:
             factor.masked_fill_(norms.rms == 0, 0)
@@ -272,10 +276,6 @@ def square_sums(weights: Tensor, place: Place, count: int) -> Tensor:
 def _by_group(sums: Tensor, size: int) -> Tensor:
     """Sums of groups from those of indices, ``size`` of which are one group."""
     return sums.view(-1, size).sum(1) if size > 1 else sums
-
-
-def _is_summed(weights: Tensor) -> bool:
-    return weights.is_cpu and weights.dtype in compiled.CODES and weights.numel() > 0 and is_flat(weights)
 
 
 def _pieces(part: Tensor, dim: int, block: int = 1) -> Iterator[tuple[Tensor, slice]]:

@@ -1,4 +1,5 @@
-// Weights that decay by groups, or of each 4 the 2 weakest: see grouped.py. Compiled together with weights.cpp.
+// Weights that decay by groups, or of each 4 the 2 weakest: see grouped.py. Compiled together with weights.cpp and
+// divisors.cpp.
 
 namespace {
 
@@ -52,7 +53,7 @@ inline void spare_strongest(const P* __restrict p, int n, bool keep_zeros, T* __
 
 struct Summed {  // one tensor
   const void* weights;
-  void* sums;  // one for each index of a dimension, of the working dtype, 0 at first
+  void* sums;  // one for each index of a dimension, of the working dtype
   int64_t numel;
   int64_t inner, length;  // elements from one index of that dimension to the next, and how many indices there are
   int64_t dtype;
@@ -91,6 +92,56 @@ void add_squares(const Summed& row, int64_t begin, int64_t end) {
   for (int64_t i = begin; i < end; ++i) sums[i / row.inner] += column[i - begin];
 }
 
+// --- what coupled groups are divided by
+
+struct Member {  // where the groups of a coupling lie in one tensor
+  const void* sums;
+  void* table;           // divisors, one for each index of the dimension, of the working dtype
+  int64_t offset, size;  // index at which the first group begins, and how many indices belong to one
+  int64_t wide;          // whether the working dtype is double
+};
+
+struct Coupling {  // as many groups as one layer has
+  int64_t first, members;  // place of its first member, and how many there are
+  int64_t begin, count;    // place of its first group among those of all couplings, and how many there are
+  int64_t weights;         // in one group
+  int64_t wide;            // whether any member is
+};
+
+template <class T>
+void add_members(const Member& member, const Coupling& coupling, double* total) {
+  const T* sums = static_cast<const T*>(member.sums) + member.offset;
+  for (int64_t group = 0; group < coupling.count; ++group) {
+    for (int64_t i = 0; i < member.size; ++i) total[group] += *sums++;
+  }
+}
+
+template <class T>
+void spread(const double* divisors, const Member& member, const Coupling& coupling) {
+  T* table = static_cast<T*>(member.table) + member.offset;
+  for (int64_t group = 0; group < coupling.count; ++group) {
+    for (int64_t i = 0; i < member.size; ++i) *table++ = static_cast<T>(divisors[group]);
+  }
+}
+
+template <class T>
+void divisors_of(const double* rms, int64_t count, double p_norm, double alpha_lambda, double* found) {
+  bool decays;
+  const Power<T> power = power_of<T>(p_norm, alpha_lambda, false, std::numeric_limits<T>::min(), &decays);
+  if (!decays) {  // a dead group stays dead all the same
+    const double at_zero = p_norm < 2 ? std::numeric_limits<double>::infinity() : 1.0;
+    std::transform(rms, rms + count, found, [at_zero](double norm) { return norm == 0 ? at_zero : 1.0; });
+    return;
+  }
+  T norm[kBlock], divisor[kBlock];
+  for (int64_t at = 0; at < count; at += kBlock) {
+    const int n = static_cast<int>(std::min<int64_t>(kBlock, count - at));
+    std::transform(rms + at, rms + at + n, norm, [](double x) { return static_cast<T>(x); });
+    divisors(norm, n, power, divisor);
+    std::copy(divisor, divisor + n, found + at);
+  }
+}
+
 }  // namespace
 
 extern "C" {
@@ -101,6 +152,7 @@ int hf_pdecay_square_sums(const Summed* rows, int64_t count, int threads) {
   for (int64_t i = 0; i < count; ++i) {
     const Summed& row = rows[i];
     if (row.dtype < kFloat32 || row.dtype > kFloat16) return 1;
+    std::memset(row.sums, 0, row.length * (row.dtype == kFloat64 ? sizeof(double) : sizeof(float)));
     // No two threads have a share in the same sum, so that the order in which they are added up is always the same.
     const int64_t runs = row.inner >= kLongRun ? row.numel / row.inner : row.inner * row.length;
     const bool whole = row.inner >= kLongRun && runs != row.length;
@@ -123,5 +175,49 @@ int hf_pdecay_square_sums(const Summed* rows, int64_t count, int threads) {
     }
   }
   return 0;
+}
+// The root mean square of each group of all couplings, from the sums of squares.
+void hf_pdecay_group_norms(const Coupling* couplings, int64_t count, const Member* members, double* rms, int threads) {
+#pragma omp parallel for num_threads(threads) schedule(dynamic) if (count > 1)
+  for (int64_t i = 0; i < count; ++i) {
+    const Coupling& coupling = couplings[i];
+    double* const total = rms + coupling.begin;
+    std::fill(total, total + coupling.count, 0.0);
+    for (int64_t k = coupling.first; k < coupling.first + coupling.members; ++k) {
+      if (members[k].wide) {
+        add_members<double>(members[k], coupling, total);
+      } else {
+        add_members<float>(members[k], coupling, total);
+      }
+    }
+    const double weights = static_cast<double>(coupling.weights);
+    std::transform(total, total + coupling.count, total, [weights](double sum) { return std::sqrt(sum / weights); });
+  }
+}
+
+// What each group is divided by, and the tables of the tensors. `dormant`, which may be null, are groups that are spared.
+void hf_pdecay_group_divisors(const Coupling* couplings, int64_t count, const Member* members, const double* rms,
+                              const uint8_t* dormant, double* divisors, double p_norm, double alpha_lambda,
+                              int threads) {
+#pragma omp parallel for num_threads(threads) schedule(dynamic) if (count > 1)
+  for (int64_t i = 0; i < count; ++i) {
+    const Coupling& coupling = couplings[i];
+    double* const found = divisors + coupling.begin;
+    if (coupling.wide) {
+      divisors_of<double>(rms + coupling.begin, coupling.count, p_norm, alpha_lambda, found);
+    } else {
+      divisors_of<float>(rms + coupling.begin, coupling.count, p_norm, alpha_lambda, found);
+    }
+    for (int64_t group = 0; dormant != nullptr && group < coupling.count; ++group) {
+      if (dormant[coupling.begin + group]) found[group] = 1.0;
+    }
+    for (int64_t k = coupling.first; k < coupling.first + coupling.members; ++k) {
+      if (members[k].wide) {
+        spread<double>(found, members[k], coupling);
+      } else {
+        spread<float>(found, members[k], coupling);
+      }
+    }
+  }
 }
 }

@@ -95,6 +95,14 @@ def is_quantized(moment: Tensor) -> bool:
     return type(moment) is not Tensor and type(moment).__name__ == "OptimState8bit"
 
 
+def address(moment: Tensor) -> int:
+    """Return a number that says where a moment lies in memory."""
+    if not is_quantized(moment):
+        return moment.data_ptr()
+    state: Any = moment
+    return hash((state.codes.data_ptr(), state.scale.data_ptr(), state.qmap.data_ptr()))
+
+
 def dequantize(moment: Tensor, dtype: torch.dtype) -> Tensor:
     """Return the values of a moment as a plain tensor of ``dtype``: a copy if it is quantised or of another dtype.
 

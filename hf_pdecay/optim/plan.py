@@ -13,6 +13,9 @@ from torch import Tensor
 
 from ..decay import check_lambda_p, check_p_norm
 from .backends import Part
+from .couplings import ELEMENT, kind_of
+from .group_divisors import GroupDivisors
+from .moments import address
 from .tensor_step import Hyperparameters
 
 
@@ -52,6 +55,7 @@ class Plan:
         parts: What the backends do.
         sharded: The parameters whose shards lie on several processes.
         lasts: Whether the next step may be done by the same parts, if it has the same tensors.
+        tables: What groups of weights are divided by, and the hyperparameters of their param group.
     """
 
     def __init__(
@@ -62,11 +66,13 @@ class Plan:
         parts: list[Part],
         sharded: list[Tensor],
         lasts: bool,
+        tables: Sequence[tuple[GroupDivisors, Hyperparameters]] = (),
     ) -> None:
         self.parts = parts
         self.sharded = sharded
         self._hypers = hypers
-        self._flags = [_flags(hyper) for hyper in hypers]
+        self._tables = tables
+        self._flags = [_flags(group, hyper) for group, hyper in zip(groups, hypers, strict=True)]
         params = _params(groups)
         grads = [param.grad for param in params]
         self.lasts = lasts and not sharded and _are_plain(params, grads) and all(part.batch for part in parts)
@@ -89,7 +95,7 @@ class Plan:
             return False
         for group, hyper, flags in zip(groups, self._hypers, self._flags, strict=True):
             fresh = hyper_of(group)
-            if _flags(fresh) != flags:
+            if _flags(group, fresh) != flags:
                 return False
             vars(hyper).update(vars(fresh))
         params = _params(groups)
@@ -98,21 +104,33 @@ class Plan:
             return False
         addresses = _addresses(grads)
         if addresses == self._grads:
-            return _are_contiguous(grads) and _owners(params, state) == self._owners
-        stepped = [grad for grad in grads if grad is not None]
-        same = [address < 0 for address in addresses] == [address < 0 for address in self._grads]
-        if not same or not _are_plain(params, grads) or _owners(params, state) != self._owners:
+            same = _are_contiguous(grads)
+        else:
+            there = [address < 0 for address in addresses] == [address < 0 for address in self._grads]
+            same = there and _are_plain(params, grads)
+        if not same or _owners(params, state) != self._owners:
             return False
-        for part in self.parts:
-            if part.batch is not None:
-                part.batch.point([stepped[index].data_ptr() for index in part.indices])
-        self._grads = addresses
+        if addresses != self._grads:
+            stepped = [grad for grad in grads if grad is not None]
+            for part in self.parts:
+                if part.batch is not None:
+                    part.batch.point([stepped[index].data_ptr() for index in part.indices])
+            self._grads = addresses
+        self._fill_tables()
         return True
 
+    def _fill_tables(self) -> None:
+        for tables, hyper in self._tables:
+            tables.norms()
+            tables.divisors(hyper.p_norm, float(hyper.lr) * float(hyper.lambda_p))
 
-def _flags(hyper: Hyperparameters) -> tuple[bool, ...]:
+
+def _flags(group: Mapping[str, Any], hyper: Hyperparameters) -> tuple[Any, ...]:
     """What decides who does a step, and how it is parted."""
-    return hyper.lambda_p != 0, hyper.keep_zeros, hyper.skip_nonfinite, isinstance(hyper.lr, Tensor)
+    structure = None
+    if kind_of(group) != ELEMENT:
+        structure = kind_of(group), group.get("couplings"), [param.shape for param in group["params"]]
+    return structure, hyper.lambda_p != 0, hyper.keep_zeros, hyper.skip_nonfinite, isinstance(hyper.lr, Tensor)
 
 
 def _params(groups: Sequence[Mapping[str, Any]]) -> list[Tensor]:
@@ -132,7 +150,7 @@ def _owners(params: Sequence[Tensor], state: Mapping[Tensor, Mapping[str, Any]])
     if not all(param.is_contiguous() for param in params):
         return None
     try:
-        moments = [each[name].data_ptr() for each in state.values() if each for name in _STATE]
+        moments = [address(each[name]) for each in state.values() if each for name in _STATE]
     except (KeyError, AttributeError):
         return None
     whose = [id(param) for param in params] + [param.data_ptr() for param in params] + moments

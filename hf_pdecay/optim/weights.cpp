@@ -5,6 +5,8 @@
 #include <cstdint>
 #include <cstring>
 #include <limits>
+#include <memory>
+#include <mutex>
 #include <type_traits>
 #include <vector>
 
@@ -90,6 +92,6 @@ inline uint32_t noise_at(uint32_t element, uint32_t a, uint32_t b) {
   return x ^ (x >> 15);
 }
 
-enum Dtype : int64_t { kFloat32 = 0, kFloat64 = 1, kBFloat16 = 2, kFloat16 = 3 };
+enum Dtype : int64_t { kFloat32 = 0, kFloat64 = 1, kBFloat16 = 2, kFloat16 = 3, kEightBit = 4 };
 
 }  // namespace

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from ..sparsity import SparsityReport, measure_sparsity
 from ..storage.container import FormatError, Header
 from ..storage.folder import (
+    ADAPTER_CONFIG,
     CONFIG,
     check_apart,
     check_target,
@@ -27,13 +25,13 @@ from ..storage.folder import (
     written_folder,
 )
 from ..storage.hub import local_folder
+from .adapter import shrink_adapter
+from .building import at_most
 from .model import check_layout, count_parameters, shrink_model
 from .report import ShrinkReport
 
 
 _SPARSITY = "sparsity.json"
-# Times that a model may register a parameter for each tensor in its files: tied ones are made before they are tied.
-_REGISTERED = 8
 # What models raise for configs that are wrong: no heads to divide by, no package for the attention that is named.
 _WRONG_CONFIG = (OSError, RuntimeError, TypeError, LookupError, ArithmeticError, ImportError, StrictDataclassError)
 _CARD, _HEADING = "README.md", "## Sparsity\n\n"
@@ -49,8 +47,11 @@ def shrink_folder(
 ) -> ShrinkReport:
     """Cut the dead neurons and heads out of a saved model, and copy what else is in its folder.
 
+    Of a LoRA adapter it cuts the dead ranks, layer by layer and without its base model, see :mod:`.adapter`.
+
     Args:
-        model: A folder with ``config.json`` and safetensors, or a name on the Hub, which is downloaded.
+        model: A folder with ``config.json`` and safetensors, or of an adapter, or a name on the Hub, which is
+            downloaded.
         out: The folder to write. It appears when it is whole.
         layers: See :func:`~hf_pdecay.shrink.shrink`.
         multiple_of: See :func:`~hf_pdecay.shrink.shrink`.
@@ -66,10 +67,10 @@ def shrink_folder(
     check_layout(layers, multiple_of)
     check_target(out, overwrite)
     folder = local_folder(model)
-    if (folder / "adapter_config.json").is_file():
-        raise ValueError(
-            f"{str(folder)!r} is an adapter; hf_pdecay.cut_ranks cuts its dead ranks, once it is loaded with its base."
-        )
+    if (folder / ADAPTER_CONFIG).is_file() and not (folder / CONFIG).is_file():
+        if multiple_of != 1:
+            raise ValueError(f"Invalid multiple_of: multiple_of={multiple_of!r} for an adapter; it is about neurons.")
+        return shrink_adapter(folder, out, overwrite=overwrite)
     config = read_config(folder)
     if config.get("quantization_config") is not None:
         raise FormatError(
@@ -78,8 +79,13 @@ def shrink_folder(
         )
     headers = read_weights(folder)
     check_apart(folder, out)
-    loaded = _load(folder, config, headers)
+    loaded, unused = _load(folder, config, headers)
     report = shrink_model(loaded, layers=layers, multiple_of=multiple_of)
+    if unused:
+        report.notes.append(
+            f"{len(unused)} tensors of the files are none of {type(loaded).__name__} and were left out: {unused[0]}"
+            f"{' and others' if len(unused) > 1 else ''}."
+        )
     if not report.shrunk:
         found = sum(each.dead for each in report.layers)
         raise ValueError(
@@ -120,8 +126,8 @@ def _note_in_card(folder: Path, report: ShrinkReport) -> None:
     card.write_text(text.replace(_HEADING, f"{_HEADING}{note}\n\n", 1), encoding="utf-8")
 
 
-def _load(folder: Path, config: dict[str, Any], headers: dict[str, Header]) -> Any:
-    """The model of a folder, by the class that its config names, which must be one of transformers' own."""
+def _load(folder: Path, config: dict[str, Any], headers: dict[str, Header]) -> tuple[Any, list[str]]:
+    """The model of a folder, by the class that its config names, one of transformers' own, and what it does not take."""
     import transformers
 
     names = config.get("architectures")
@@ -137,7 +143,7 @@ def _load(folder: Path, config: dict[str, Any], headers: dict[str, Header]) -> A
     try:
         shapes = [each.shape for header in headers.values() for each in header.entries.values()]
         there = sum(math.prod(shape) for shape in shapes)
-        with torch.device("meta"), _at_most(len(shapes), str(folder)):
+        with torch.device("meta"), at_most(len(shapes), str(folder)):
             wanted = count_parameters(cls(cls.config_class.from_pretrained(str(folder))))
         # What is missing would be made, however large a forged config says that it is.
         if wanted > there:
@@ -154,31 +160,7 @@ def _load(folder: Path, config: dict[str, Any], headers: dict[str, Header]) -> A
         raise FormatError(
             f"{str(folder)!r} is no whole {name}: {min(info['missing_keys'])} is missing from its weights."
         )
-    return model.eval()
-
-
-@contextlib.contextmanager
-def _at_most(tensors: int, folder: str) -> Iterator[None]:
-    """Stop building a model once it has many times the tensors that its files hold.
-
-    Even without weights a model of as many layers as a forged config may ask for takes hours and all of the memory.
-    """
-    left = _REGISTERED * (tensors + 1)
-
-    def count(module: torch.nn.Module, name: str, param: Any) -> None:
-        nonlocal left
-        left -= param is not None
-        if left < 0:
-            raise FormatError(
-                f"{folder!r} is no whole model: its config tells of many more tensors than the {tensors:,} that its "
-                "files have."
-            )
-
-    handle = register_module_parameter_registration_hook(count)
-    try:
-        yield
-    finally:
-        handle.remove()
+    return model.eval(), sorted(info["unexpected_keys"])
 
 
 def _weights_bytes(folder: Path, names: Any) -> int:

@@ -16,7 +16,8 @@ class LayerCount:
 
     Args:
         name: The layer's module.
-        kind: ``"neuron"`` or ``"head"``; with grouped queries a head is one of keys and values.
+        kind: ``"neuron"``, ``"head"`` or, in an adapter, ``"rank"``; with grouped queries a head is one of keys and
+            values.
         groups: How many there were.
         dead: How many of them contributed nothing.
         kept: How many are left.
@@ -73,7 +74,8 @@ class ShrinkReport:
         """Render as a table and sentences."""
         from rich.table import Table
 
-        table = Table(title="Neurons and heads")
+        kinds = dict.fromkeys(f"{each.kind}s" for each in self.layers)
+        table = Table(title=" and ".join(kinds).capitalize())
         table.add_column("layer", overflow="fold")
         table.add_column("of")
         for heading in ("before", "dead", "removed", "kept"):

@@ -15,13 +15,15 @@ from .container import FormatError, Header, read_header, settle
 
 
 CONFIG = "config.json"
+ADAPTER_CONFIG = "adapter_config.json"
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 
 _SHARD = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.\-]*\.safetensors")
 # Weights of the model itself that from_pretrained could take, in this and in other libraries' formats.
 _OTHER_WEIGHTS = re.compile(
-    r"(pytorch_model.*\.(bin|index\.json)|model.*\.safetensors(\.index\.json)?|(tf|flax)_model.*|rust_model\.ot|model\.ckpt.*)"
+    r"(pytorch_model.*\.(bin|index\.json)|model.*\.safetensors(\.index\.json)?|(tf|flax)_model.*|rust_model\.ot|model\.ckpt.*"
+    r"|adapter_model\.bin)"
 )
 _PICKLED = re.compile(r"pytorch_model.*\.bin")
 _CHECKPOINT = re.compile(r"checkpoint-\d+")
@@ -232,7 +234,7 @@ def check_target(out: str | os.PathLike[str], overwrite: bool) -> Path:
     filled = target.exists() and any(target.iterdir())
     if filled and not overwrite:
         raise ValueError(f"Invalid out: {str(out)!r} is there and not empty; name a new folder, or give overwrite.")
-    if filled and not (target / CONFIG).is_file():
+    if filled and not any((target / name).is_file() for name in (CONFIG, ADAPTER_CONFIG)):
         raise ValueError(f"Invalid out: {str(out)!r} has no {CONFIG}, so it is no model's folder and is not replaced.")
     return target
 
