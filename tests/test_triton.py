@@ -25,7 +25,9 @@ OTHERS = [
     "triton_cases.py::TestRounding",
     "triton_launch_cases.py::TestLaunches",
     "triton_other_cases.py::TestOthers",
+    "triton_eight_bit_cases.py::TestEightBit",
 ]
+COMPILED = ["triton_launch_cases.py::TestCompiled", "triton_eight_bit_cases.py::TestCompiledEightBit"]
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
@@ -35,7 +37,7 @@ needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GP
     [
         (ARITHMETIC, True, False),
         (OTHERS, True, False),
-        (["triton_launch_cases.py::TestCompiled"], False, False),
+        (COMPILED, False, False),
         pytest.param([*ARITHMETIC, *OTHERS], False, True, marks=needs_gpu),
     ],
     ids=str,

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ..native import load
-from .moments import BLOCK, is_quantized
+from .moments import is_quantized, refusal_of_encoded
 from .tensor_step import Decay, Hyperparameters, TensorStep, is_flat
 
 
@@ -49,7 +49,9 @@ def refusal(each: TensorStep) -> str | None:
     if not (param.is_cpu and grad.is_cpu and moment.is_cpu and second.is_cpu and each.step.is_cpu):
         return f"it works on a CPU, not on {param.device.type}"
     if is_quantized(moment) or is_quantized(second):
-        return _refusal_of_encoded(each)
+        if not (param.is_contiguous() and grad.is_contiguous()):
+            return "weights and gradient with 8-bit moments must lie in memory in their order"
+        return refusal_of_encoded(param, moment, second) or _refusal_of_rest(each)
     if grad.shape != shape or moment.shape != shape or second.shape != shape:
         return (
             f"gradient and moments are of shapes {tuple(grad.shape)}, {tuple(moment.shape)} and {tuple(second.shape)}, "
@@ -59,26 +61,6 @@ def refusal(each: TensorStep) -> str | None:
         return f"it does not know weights of {param.dtype} with moments of {moment.dtype} and {second.dtype}"
     if not is_flat(param, grad, moment, second):
         return "weights, gradient and moments must lie in memory alike and without gaps"
-    return _refusal_of_rest(each)
-
-
-def _refusal_of_encoded(each: TensorStep) -> str | None:
-    param, states = each.param, (each.exp_avg, each.exp_avg_sq)
-    if param.dtype == torch.float64:
-        return "it does not know weights of torch.float64 with 8-bit moments"
-    for state in states:
-        codes, scale, qmap = (getattr(state, name, None) for name in ("codes", "scale", "qmap"))
-        if codes is None or scale is None or qmap is None:
-            return "it takes both moments in 8 bits, or neither"
-        dtypes = codes.dtype, scale.dtype, qmap.dtype
-        if dtypes != (torch.uint8, torch.float32, torch.float32) or qmap.numel() != 256:
-            return f"it does not know 8-bit moments of {dtypes} with a map of {qmap.numel()} numbers"
-        if scale.numel() * BLOCK != param.numel() or codes.numel() != param.numel():
-            return f"it takes 8-bit moments of which {BLOCK} share a scale"
-        if not (codes.is_cpu and codes.is_contiguous() and scale.is_contiguous() and qmap.is_contiguous()):
-            return "8-bit moments must lie in memory without gaps"
-    if not (param.is_contiguous() and each.grad.is_contiguous()):
-        return "weights and gradient with 8-bit moments must lie in memory in their order"
     return _refusal_of_rest(each)
 
 

@@ -20,7 +20,8 @@ class Encoder {
         const float least = negative ? -far : near, most = negative ? -near : far;
         const int below = static_cast<int>(std::upper_bound(borders_, borders_ + 255, least) - borders_);
         const int within = static_cast<int>(std::upper_bound(borders_, borders_ + 255, most) - borders_) - below;
-        buckets_[negative * kBuckets + k] = {within ? borders_[below] : std::numeric_limits<float>::infinity(), below};
+        border_in_[negative * kBuckets + k] = within ? borders_[below] : std::numeric_limits<float>::infinity();
+        borders_below_[negative * kBuckets + k] = below;
         narrow_ = narrow_ && within < 2;
       }
     }
@@ -29,6 +30,7 @@ class Encoder {
   bool is_of(const float* map) const { return std::memcmp(map, map_, sizeof map_) == 0; }
 
   void decode(const uint8_t* codes, float scale, float* values) const {
+#pragma omp simd
     for (int i = 0; i < kScaled; ++i) values[i] = map_[codes[i]] * scale;
   }
 
@@ -47,10 +49,13 @@ class Encoder {
       const int32_t first = ((bits & 0x7fffffff) >> kShift) - kFirst, last = kBuckets - 1;
       places[i] = (first < 0 ? 0 : first > last ? last : first) + (bits < 0 ? kBuckets : 0);
     }
+#pragma omp simd
     for (int i = 0; i < kScaled; ++i) {
-      const Bucket bucket = buckets_[places[i]];
-      codes[i] = static_cast<uint8_t>(bucket.below + (scaled[i] >= bucket.border));
+      const int32_t place = places[i];
+      places[i] = borders_below_[place] + (scaled[i] >= border_in_[place] ? 1 : 0);
     }
+#pragma omp simd
+    for (int i = 0; i < kScaled; ++i) codes[i] = static_cast<uint8_t>(places[i]);
     if (!narrow_) {  // a map that is none of torchao's
       for (int i = 0; i < kScaled; ++i) {
         codes[i] = static_cast<uint8_t>(std::upper_bound(borders_, borders_ + 255, scaled[i]) - borders_);
@@ -60,11 +65,6 @@ class Encoder {
   }
 
  private:
-  struct Bucket {
-    float border;
-    int32_t below;  // borders below the bucket
-  };
-
   static constexpr int kShift = 16;                                       // 7 bits of the mantissa are left
   static constexpr int32_t kFirst = 0x33800000 >> kShift;                 // of 2^-24
   static constexpr int32_t kBuckets = (0x3f800000 >> kShift) - kFirst + 1;  // up to that of 1
@@ -86,7 +86,8 @@ class Encoder {
 
   float map_[256];
   float borders_[255];
-  Bucket buckets_[2 * kBuckets];
+  float border_in_[2 * kBuckets];         // the border in a bucket, or infinity
+  int32_t borders_below_[2 * kBuckets];  // how many borders are below it
   bool narrow_ = true;
 };
 

@@ -95,6 +95,31 @@ def is_quantized(moment: Tensor) -> bool:
     return type(moment) is not Tensor and type(moment).__name__ == "OptimState8bit"
 
 
+def refusal_of_encoded(param: Tensor, *moments: Tensor) -> str | None:
+    """Return why a step that reads and writes 8-bit moments by their addresses cannot take these, or None.
+
+    Args:
+        param: The weights.
+        moments: Both moments, of which at least one is stored in 8 bits.
+    """
+    if param.dtype == torch.float64:
+        return "it does not know weights of torch.float64 with 8-bit moments"
+    if not all(is_quantized(moment) for moment in moments):
+        return "it takes both moments in 8 bits, or neither"
+    states: tuple[Any, ...] = moments
+    for state in states:
+        parts = state.codes, state.scale, state.qmap
+        if [each.dtype for each in parts] != [torch.uint8, torch.float32, torch.float32]:
+            return f"it does not know 8-bit moments of {', '.join(str(each.dtype) for each in parts)}"
+        if [each.numel() for each in parts] != [param.numel(), param.numel() // BLOCK, 256] or param.numel() % BLOCK:
+            return f"it takes 8-bit moments of which {BLOCK} share a scale, and a map of 256 numbers"
+        if not all(each.is_contiguous() for each in parts):
+            return "8-bit moments must lie in memory without gaps"
+        if any(each.device != param.device for each in parts):
+            return f"8-bit moments must be on {param.device}"
+    return None
+
+
 def address(moment: Tensor) -> int:
     """Return a number that says where a moment lies in memory."""
     if not is_quantized(moment):

@@ -12,6 +12,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .triton_eight_bit import decode, encode
+
 
 # A row of the table of tensors, in int64: the place of its first chunk among those of all rows; the addresses of
 # weights, gradient, first and second moment, step counter, and of the flag whether it is awake, or 0; the number of
@@ -105,10 +107,11 @@ def float64_of(bits: tl.tensor) -> tl.tensor:
     return bits.to(tl.int64).to(tl.float64, bitcast=True)
 
 
-@triton.jit(do_not_specialize=["rows"])
+@triton.jit(do_not_specialize=["encoding", "rows"])
 def update(
     table: tl.tensor,
     shared: tl.tensor,
+    encoding: tl.tensor,
     rows: tl.int32,
     PARAM: tl.constexpr,
     MOMENT: tl.constexpr,
@@ -117,14 +120,20 @@ def update(
     CHUNK: tl.constexpr,
     BLOCK: tl.constexpr,
 ) -> None:
-    """Do the step of one chunk of one tensor."""
+    """Do the step of one chunk of one tensor.
+
+    Where MOMENT is uint8 ``encoding`` has for each tensor the addresses of the scales of both moments and of the maps
+    of both, see triton_eight_bit.py; else it is None.
+    """
     row = row_of(table, rows)
     words = table + row * COLUMNS
     scalars = shared + row * SHARED
+    if encoding is not None:
+        encoding += row * 4
     if tl.load(scalars) != 0:
         begin, whole, end = chunk_of(words, CHUNK, BLOCK)
-        _run(words, scalars, begin, whole, PARAM, MOMENT, DECAY, NEAREST, BLOCK, True)
-        _run(words, scalars, whole, end, PARAM, MOMENT, DECAY, NEAREST, BLOCK, False)
+        _run(words, scalars, encoding, begin, whole, PARAM, MOMENT, DECAY, NEAREST, BLOCK, True)
+        _run(words, scalars, encoding, whole, end, PARAM, MOMENT, DECAY, NEAREST, BLOCK, False)
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -190,6 +199,7 @@ def chunk_of(words: tl.tensor, CHUNK: tl.constexpr, BLOCK: tl.constexpr) -> tupl
 def _run(
     words: tl.tensor,
     scalars: tl.tensor,
+    encoding: tl.tensor,
     begin: tl.tensor,
     end: tl.tensor,
     PARAM: tl.constexpr,
@@ -216,6 +226,9 @@ def _run(
         g = load_block(grad, at, lane, mask, PARAM, WHOLE) * sign
         m = load_block(exp_avg, at, lane, mask, MOMENT, WHOLE)
         v = load_block(exp_avg_sq, at, lane, mask, MOMENT, WHOLE)
+        if MOMENT == tl.uint8:
+            m = decode(m, tl.load(encoding), tl.load(encoding + 2), at, lane, mask)
+            v = decode(v, tl.load(encoding + 1), tl.load(encoding + 3), at, lane, mask)
 
         m = tl.fma(g - m, lerp, tl.where(lerp > 0, m, g))
         v = tl.fma(g * weight2, g, v * beta2)
@@ -240,6 +253,9 @@ def _run(
             noise = noise_of((at + lane).to(tl.uint32), noise_a, noise_b)
         # Each rounding gets bits of its own: the low half, the high half, and both together.
         store_block(param, at, lane, mask, result, noise, PARAM, NEAREST, WHOLE)
+        if MOMENT == tl.uint8:
+            m = encode(m, tl.load(encoding), tl.load(encoding + 2), at, mask, BLOCK)
+            v = encode(v, tl.load(encoding + 1), tl.load(encoding + 3), at, mask, BLOCK)
         store_block(exp_avg, at, lane, mask, m, noise ^ (noise >> 16), MOMENT, NEAREST, WHOLE)
         store_block(exp_avg_sq, at, lane, mask, v, noise >> 16, MOMENT, NEAREST, WHOLE)
 

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .moments import is_quantized
+from .moments import is_quantized, refusal_of_encoded
 from .tensor_step import TensorStep, is_flat
 from .triton_kernels import COLUMNS, SHARED, look, prepare, update
 
@@ -49,10 +49,15 @@ def refusal(each: TensorStep) -> str | None:
     if param.device.type not in DEVICES:
         return f"it works on a GPU, not on {param.device.type}"
     if is_quantized(moment) or is_quantized(second):
-        return "it does not know 8-bit moments"
-    dtypes = {param.dtype, moment.dtype}
-    if not dtypes <= TYPES.keys() or (torch.float64 in dtypes and len(dtypes) > 1) or second.dtype != moment.dtype:
-        return f"it does not know weights of {param.dtype} with moments of {moment.dtype} and {second.dtype}"
+        refused = refusal_of_encoded(param, moment, second)
+        if refused is not None:
+            return refused
+        codes: tuple[Any, Any] = moment, second
+        moment, second = (state.codes for state in codes)
+    else:
+        dtypes = {param.dtype, moment.dtype}
+        if not dtypes <= TYPES.keys() or (torch.float64 in dtypes and len(dtypes) > 1) or second.dtype != moment.dtype:
+            return f"it does not know weights of {param.dtype} with moments of {moment.dtype} and {second.dtype}"
     if grad.dtype != param.dtype or grad.is_neg():
         return f"it takes gradients of the weights' dtype {param.dtype} as they are in memory, not of {grad.dtype}"
     if any(tensor.shape != param.shape for tensor in (grad, moment, second)):
@@ -78,7 +83,8 @@ class Batch:
         kinds: dict[tuple[Any, ...], list[int]] = {}
         for index, each in enumerate(steps):
             decays = each.hyper.lambda_p != 0 and each.awake is not False
-            kind = each.param.device, each.param.dtype, each.exp_avg.dtype, id(each.hyper), decays
+            encoded = is_quantized(each.exp_avg)
+            kind = each.param.device, each.param.dtype, each.exp_avg.dtype, encoded, id(each.hyper), decays
             kinds.setdefault(kind, []).append(index)
         self._params = [each.param for each in steps]
         self._launches = [
@@ -125,12 +131,16 @@ class _Launch:
         self._words, self._chunks = _words(some)
         self._bytes = self._words.tobytes()
         param, moment = some[0].param.dtype, some[0].exp_avg.dtype
+        stored = TYPES[moment]
+        self._encoding: array[int] | None = None
+        if is_quantized(some[0].exp_avg):
+            stored, self._encoding = tl.uint8, _encoding(some)
         # What neither decays nor has moments of another dtype is rounded as torch does.
         nearest = param == torch.float64 or (param == moment and (self._hyper.lambda_p == 0 or param == torch.float32))
         self._shared_dtype = param if param == torch.float64 else torch.float32
-        self._prepare = {"MOMENT": TYPES[moment], "ROWS": _ROWS, **OPTIONS}
+        self._prepare = {"MOMENT": stored, "ROWS": _ROWS, **OPTIONS}
         self._look = {"PARAM": TYPES[param], "CHUNK": _CHUNK, "BLOCK": BLOCK, **OPTIONS}
-        self._update = {**self._look, "MOMENT": TYPES[moment], "DECAY": decays, "NEAREST": nearest}
+        self._update = {**self._look, "MOMENT": stored, "DECAY": decays, "NEAREST": nearest}
 
     def point(self, addresses: Sequence[int]) -> None:
         self._words[_GRAD :: COLUMNS.value] = array("q", addresses)
@@ -159,7 +169,8 @@ class _Launch:
             grid = (triton.cdiv(self._rows, _ROWS),)
             prepare[grid](table, shared, flag, rate, self._rows, *bits(numbers), flags, **self._prepare)
             if self._chunks:
-                update[(self._chunks,)](table, shared, self._rows, **self._update)
+                encoding = None if self._encoding is None else table_of(self._encoding, device)
+                update[(self._chunks,)](table, shared, encoding, self._rows, **self._update)
 
     def _table(self) -> Tensor:
         return table_of(self._words, self.device, self._bytes)
@@ -171,12 +182,25 @@ def _words(some: Sequence[TensorStep]) -> tuple[array[int], int]:
     chunks = 0
     for each in some:
         numel = each.param.numel()
-        addresses = each.param.data_ptr(), each.grad.data_ptr(), each.exp_avg.data_ptr(), each.exp_avg_sq.data_ptr()
+        moments: list[Any] = [each.exp_avg, each.exp_avg_sq]
+        if is_quantized(each.exp_avg):
+            moments = [state.codes for state in moments]
+        addresses = each.param.data_ptr(), each.grad.data_ptr(), *(moment.data_ptr() for moment in moments)
         awake = each.awake.data_ptr() if isinstance(each.awake, Tensor) else 0
         aligned = all(address % ALIGNMENT == 0 for address in addresses)
         words.extend((chunks, *addresses, each.step.data_ptr(), awake, numel, each.place, aligned))
         chunks += triton.cdiv(numel, _CHUNK)
     return words, chunks
+
+
+def _encoding(some: Sequence[TensorStep]) -> array[int]:
+    """Return for each tensor with moments in 8 bits the addresses of the scales of both and of the maps of both."""
+    words = array("q")
+    for each in some:
+        states: tuple[Any, Any] = each.exp_avg, each.exp_avg_sq
+        words.extend(state.scale.data_ptr() for state in states)
+        words.extend(state.qmap.data_ptr() for state in states)
+    return words
 
 
 def table_of(words: array[int], device: torch.device, as_bytes: bytes | None = None) -> Tensor:
