@@ -70,7 +70,9 @@ class FolderReport:
         yield self.sparsity.to_table()
         if self.ranks:
             ranks, dead = (sum(each[place] for each in self.ranks.values()) for place in (0, 1))
-            yield f"{dead} of {ranks} ranks in {len(self.ranks)} layers are dead; hf-pdecay shrink ADAPTER OUT takes them out."
+            yield f"{dead} of {ranks} ranks in {len(self.ranks)} layers are dead."
+            if dead:
+                yield "hf-pdecay shrink ADAPTER OUT takes them out."
             return
         if self.compressed < self.stored:
             share = self.compressed / self.stored

@@ -68,6 +68,25 @@ class TestStep:
             torch.cuda.current_stream().synchronize()
         assert optimizer.state[weights[-1]]["dormant"].is_cpu and optimizer._plan is not None
 
+    @pytest.mark.parametrize("group", ["row", "column", "2:4"])
+    @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+    def test_groups_take_few_launches_and_no_wait(
+        self, dtype: torch.dtype, group: str, no_waiting: Callable[[], None]
+    ) -> None:
+        weights = [torch.nn.Parameter((0.1 * torch.randn(64, 256, device="cuda")).to(dtype)) for _ in range(20)]
+        optimizer = AdamWLp([{"params": weights, "group": group}], lambda_p=0.1)
+        for step in range(5):
+            for each in weights:
+                each.grad = torch.randn_like(each)
+            if step == 3:
+                no_waiting()
+            optimizer.step()
+        torch.cuda.set_sync_debug_mode("default")
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+            optimizer.step()
+            torch.cuda.synchronize()
+        assert sum(event.device_type == torch.autograd.DeviceType.CUDA for event in profile.events()) < 20
+
     def test_auto_is_the_kernel(self) -> None:
         optimizer = AdamWLp(params(torch.float32))
         optimizer.step()

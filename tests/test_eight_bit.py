@@ -158,7 +158,7 @@ def test_other_moments_are_refused_in_a_sentence() -> None:
         return str(error.value)
 
     def shorter(state: dict[str, Any]) -> None:
-        state["exp_avg"].scale = state["exp_avg"].scale[:-1]
+        state["exp_avg"].scale = state["exp_avg"].scale[:-1].clone()
 
     def plain(state: dict[str, Any]) -> None:
         state["exp_avg"] = state["exp_avg"].dequantize()
@@ -167,7 +167,7 @@ def test_other_moments_are_refused_in_a_sentence() -> None:
         state["exp_avg_sq"].codes = torch.zeros(8192, dtype=torch.uint8)[::2]
 
     def halved(state: dict[str, Any]) -> None:
-        state["exp_avg"].qmap = state["exp_avg"].qmap[:128]
+        state["exp_avg"].qmap = state["exp_avg"].qmap[:128].clone()
 
     def wide(state: dict[str, Any]) -> None:
         state["exp_avg"].scale = state["exp_avg"].scale.double()

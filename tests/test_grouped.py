@@ -195,6 +195,19 @@ def test_the_factor_is_between_0_and_1_and_the_same_for_a_group(
         torch.testing.assert_close(row, old * factor, rtol=3e-5, atol=1e-30)
 
 
+@pytest.mark.parametrize("how", HOW)
+def test_the_stride_of_a_single_row_says_nothing(how: str) -> None:
+    found = []
+    for weight in (normal(4, 999)[:1, :8], normal(4, 999)[:1, :8].clone()):
+        param = nn.Parameter(weight)
+        assert param.is_contiguous() and param.stride(0) in (999, 8)
+        optimizer = make(how, [{"params": [param], "group": "row"}])
+        give_grads([param], 1)
+        optimizer.step()
+        found.append(param.detach().clone())
+    assert torch.equal(*found) and bool((found[0] != 0).all())
+
+
 # --- what else must hold
 
 

@@ -23,16 +23,17 @@ SHAPES = [(300, 300), (7,), (64, 3, 3, 3), (40, 50)]
 class Twins:
     """Two optimizers on equal weights, of which one finds out everything anew in each step."""
 
-    def __init__(
-        self, dtype: torch.dtype = torch.float32, first: dict[str, Any] | None = None, **options: Any
-    ) -> None:
+    def __init__(self, dtype: torch.dtype = torch.float32, first: dict[str, Any] | None = None, **options: Any) -> None:
         self.params = [
             [torch.nn.Parameter(normal(*shape, seed=seed).mul(0.1).to(dtype)) for seed, shape in enumerate(SHAPES)]
             for _ in range(2)
         ]
         self.optimizers = []
         for params in self.params:
-            groups = [{"params": params[:2], **(first or {})}, {"params": params[2:], "p_norm": 1.0, "weight_decay": 0.1}]
+            groups = [
+                {"params": params[:2], **(first or {})},
+                {"params": params[2:], "p_norm": 1.0, "weight_decay": 0.1},
+            ]
             self.optimizers.append(AdamWLp(groups, lr=1e-2, lambda_p=0.1, **options))
         self.seed = 10
 
@@ -94,7 +95,9 @@ NEURONS = {
 def test_what_decays_by_groups_is_done_again_with_new_norms(kind: str, dtype: torch.dtype) -> None:
     twins = Twins(dtype, first=NEURONS if kind == "neuron" else None)
     if kind != "neuron":
-        twins.each(lambda optimizer, _: optimizer.param_groups[1].update(params=optimizer.param_groups[1]["params"][1:]))
+        twins.each(
+            lambda optimizer, _: optimizer.param_groups[1].update(params=optimizer.param_groups[1]["params"][1:])
+        )
         twins.each(lambda optimizer, _: optimizer.param_groups[1].update({"group": kind, "couplings": None}))
     twins.step(planned=False)
     twins.step(planned=True)

@@ -95,7 +95,7 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeyp
     monkeypatch.setenv("COLUMNS", "150")
     _, left = saved(tmp_path / "adapter")
     assert main(["report", str(tmp_path / "adapter")]) == 0
-    assert "hf-pdecay shrink ADAPTER OUT takes them out" in capsys.readouterr().out
+    assert "hf-pdecay shrink ADAPTER OUT takes them out." in capsys.readouterr().out
     assert main(["shrink", str(tmp_path / "adapter"), str(tmp_path / "small")]) == 0
     printed = capsys.readouterr().out
     assert "Ranks" in printed

@@ -259,3 +259,26 @@ def test_autocast_gives_its_dtype() -> None:
         y = layer(x)
     assert y.dtype == torch.bfloat16
     torch.testing.assert_close(y.float(), layer(x), rtol=2**-7, atol=2**-7)
+
+
+@pytest.mark.parametrize("large", [False, True])
+def test_layers_of_a_model_beyond_the_caches_are_measured_out_of_them(
+    large: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As they run there: between two calls of a layer the others' weights have taken its place."""
+    from hf_pdecay.inference import choice
+
+    monkeypatch.setattr(choice, "_CACHE", 4 * 64 * 64 * (3 if large else 4))
+    seen = []
+
+    def speedup(dense: nn.Module, sparse: nn.Module, x: torch.Tensor, others: torch.Tensor | None) -> float:
+        seen.append(others)
+        return 2.0
+
+    monkeypatch.setattr(choice, "_speedup", speedup)
+    model = nn.Sequential(*[nn.Linear(64, 64) for _ in range(4)])
+    with torch.no_grad():
+        for layer in model:
+            layer.weight.mul_(torch.rand(64, 64) < 0.1)  # type: ignore[operator]
+    assert all(each.swapped for each in to_sparse_inference(model))
+    assert all((others is not None and others.nbytes == choice._CACHE) == large for others in seen) and seen

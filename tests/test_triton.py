@@ -27,7 +27,12 @@ OTHERS = [
     "triton_other_cases.py::TestOthers",
     "triton_eight_bit_cases.py::TestEightBit",
 ]
-COMPILED = ["triton_launch_cases.py::TestCompiled", "triton_eight_bit_cases.py::TestCompiledEightBit"]
+GROUPS = ["triton_groups_cases.py::TestGroups", "triton_groups_cases.py::TestByReference"]
+COMPILED = [
+    "triton_launch_cases.py::TestCompiled",
+    "triton_eight_bit_cases.py::TestCompiledEightBit",
+    "triton_groups_cases.py::TestCompiledGroups",
+]
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
@@ -37,8 +42,9 @@ needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GP
     [
         (ARITHMETIC, True, False),
         (OTHERS, True, False),
+        (GROUPS, True, False),
         (COMPILED, False, False),
-        pytest.param([*ARITHMETIC, *OTHERS], False, True, marks=needs_gpu),
+        pytest.param([*ARITHMETIC, *OTHERS, *GROUPS], False, True, marks=needs_gpu),
     ],
     ids=str,
 )

@@ -28,7 +28,11 @@ def copied(each: TensorStep) -> TensorStep:
         state.codes.copy_(old.codes)  # type: ignore[attr-defined]
         state.scale.copy_(old.scale)  # type: ignore[attr-defined]
     return each._replace(
-        param=each.param.clone(), grad=each.grad.clone(), step=each.step.clone(), exp_avg=signed[0], exp_avg_sq=signed[1]
+        param=each.param.clone(),
+        grad=each.grad.clone(),
+        step=each.step.clone(),
+        exp_avg=signed[0],
+        exp_avg_sq=signed[1],
     )
 
 

@@ -324,7 +324,7 @@ class TestCompiled:
                 assert param.is_constexpr == (param.name in constants), param.name
                 if not param.is_constexpr and param.name not in ("table", "shared"):
                     assert param.do_not_specialize, param.name
-                if param.name not in (*constants, "table", "shared", "encoding", "finite", "rate"):
+                if param.name not in (*constants, "table", "shared", "encoding", "groups", "finite", "rate"):
                     assert param.annotation_type in ("i32", "i64"), param.name
 
     def test_nothing_is_compiled_again(self, launches: tuple[Launches, Launches]) -> None:

@@ -72,7 +72,7 @@ def alive(factors: LoraFactors) -> Tensor:
 
 
 def alive_ranks(a: Tensor, b: Tensor) -> Tensor:
-    """Return for A (rank, …) and B (outputs, rank, …) which ranks add something: neither their row nor column is zero."""
+    """Return for A (rank, …) and B (outputs, rank, …) which ranks add something: neither row nor column is zero."""
     return (a != 0).flatten(1).any(1) & (b != 0).movedim(1, 0).flatten(1).any(1)
 
 

@@ -21,7 +21,7 @@ from .gradients import check_dense, count_skipped, finite_by_norm, skipped_steps
 from .grouped import UNFELT, Shrinkage
 from .moments import as_stored, clone, is_quantized, zero_moment
 from .plan import Plan, hyper_of
-from .tensor_step import Hyperparameters, Structure, TensorStep
+from .tensor_step import Hyperparameters, Structure, TensorStep, strength
 from .validation import FOREIGN_KEYS, check_hyperparameters, check_real, check_state_dict
 
 
@@ -267,8 +267,11 @@ class AdamWLp(Optimizer):
         }
         if structured and not self._backend.chosen:
             _ = self.backends  # chosen from all weights, whether or not they have gradients in this step
-        by_compiled = self._backend.chosen.get("cpu", ("", ""))[0] == "compiled"
-        return {index: Shrinkage(group, by_compiled) for index, group in structured.items()}
+        chosen = {device: name for device, (name, _) in self._backend.chosen.items()}
+        return {
+            index: Shrinkage(group, chosen.get(group["params"][0].device.type, "") if group["params"] else "")
+            for index, group in structured.items()
+        }
 
     def _shrink(self, group_index: int, shrinkage: Shrinkage, finite: bool | Tensor, done: set[int]) -> None:
         group = self.param_groups[group_index]
@@ -358,7 +361,4 @@ def _of_group(index: int, places: set[int]) -> set[int]:
 
 
 def _alpha_lambda(group: dict[str, Any], device: torch.device) -> float | Tensor:
-    lr, lambda_p = group["lr"], group["lambda_p"]
-    if not isinstance(lr, Tensor) or device.type == "cpu":
-        return float(lr) * float(lambda_p)
-    return lr.reshape(()).to(device, non_blocking=True) * lambda_p
+    return strength(group["lr"], group["lambda_p"], device)

@@ -67,7 +67,7 @@ class Part:
     @property
     def shrunk(self) -> list[int]:
         """Places of the tensors whose structured decay is a part of their step here."""
-        return self.batch.shrunk if isinstance(self.batch, compiled.Batch) else []
+        return [] if self.batch is None else self.batch.shrunk
 
     def run(self, finite: bool | Tensor = True) -> None:
         """Do one step on each tensor, in place; where ``finite`` is false nothing is written."""

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..native import load
 from .moments import is_quantized, refusal_of_encoded
-from .tensor_step import Decay, Hyperparameters, TensorStep, is_flat
+from .tensor_step import Decay, Hyperparameters, TensorStep, is_flat, spacing
 
 
 _PARTS = ("weights.cpp", "divisors.cpp", "groups.cpp", "eight_bit.cpp", "adamw_lp.cpp")
@@ -95,7 +95,7 @@ def fuses(each: TensorStep) -> bool:
     structure = each.structure
     if structure is None:
         return False
-    if structure.divisors is not None:
+    if structure.table is not None:
         return True
     # Of blocks only those of neighbours in memory.
     return structure.blocks == (2, 4) and each.param.stride(structure.dim) == 1
@@ -116,7 +116,7 @@ class Batch:
         self._params = [each.param for each in steps]
         self.shrunk = [each.place for each in steps if fuses(each)]
         # The rows name addresses of theirs.
-        self._divisors = [each.structure.divisors for each in steps if each.structure is not None]
+        self._tables = [each.structure.table for each in steps if each.structure is not None]
         self._rows = array("q")
         self._hypers: list[Hyperparameters] = []
         places: dict[int, int] = {}
@@ -126,7 +126,7 @@ class Batch:
             moments, moment_dtype, encoding = _moments(each)
             divisors, dim, by_four = None, 0, False
             if structure is not None and fuses(each):
-                hyper, divisors, dim = structure.hyper, structure.divisors, structure.dim
+                hyper, divisors, dim = structure.hyper, structure.table, structure.dim
                 by_four = divisors is None
             group = places.get(id(hyper))
             if group is None:
@@ -145,7 +145,7 @@ class Batch:
                     moment_dtype,
                     not awake,
                     0 if divisors is None else divisors.data_ptr(),
-                    param.stride(dim) if by_four or divisors is not None else 1,
+                    spacing(param, dim) if by_four or divisors is not None else 1,
                     param.shape[dim] if by_four or divisors is not None else 1,
                     by_four,
                     *encoding,
@@ -158,9 +158,7 @@ class Batch:
 
     def all_finite(self) -> bool:
         """Whether all gradients are finite."""
-        return bool(
-            self._library.hf_pdecay_all_finite(address(self._rows), len(self._params), torch.get_num_threads())
-        )
+        return bool(self._library.hf_pdecay_all_finite(address(self._rows), len(self._params), torch.get_num_threads()))
 
     def step(self, finite: bool | Tensor = True) -> None:
         """Do the step on each tensor, in place; where ``finite`` is false nothing is written."""

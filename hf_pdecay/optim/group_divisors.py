@@ -1,4 +1,7 @@
-"""What coupled groups of weights on a CPU are divided by, computed in C++ into tables that stay where they are."""
+"""What coupled groups of weights on a CPU are divided by, computed in C++ into tables that stay where they are.
+
+triton_groups.py does the same on a GPU.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,7 @@ from torch import Tensor
 
 from .compiled import CODES, address, library
 from .couplings import Coupled, group_size
-from .tensor_step import is_flat
+from .tensor_step import is_flat, spacing
 
 
 class GroupDivisors:
@@ -26,9 +29,11 @@ class GroupDivisors:
     Attributes:
         tables: For each parameter in a coupling, by its index, the divisor of each index of its dimension: of the
             dtype that its weights are computed in, 1 where there is no group.
+        device: Where the weights are.
     """
 
     def __init__(self, params: Sequence[Tensor], coupled: Sequence[Coupled]) -> None:
+        self.device = torch.device("cpu")
         dims = {place.param: place.dim for each in coupled for place in each.places}
         dtypes = {index: torch.promote_types(params[index].dtype, torch.float32) for index in dims}
         shapes = {index: params[index].shape[dim] for index, dim in dims.items()}
@@ -39,7 +44,7 @@ class GroupDivisors:
         self._summed, self._members, self._couplings = array("q"), array("q"), array("q")
         for index, dim in dims.items():
             param, sums = params[index], self._sums[index]
-            shape = param.numel(), param.stride(dim), param.shape[dim]
+            shape = param.numel(), spacing(param, dim), param.shape[dim]
             self._summed.extend((param.data_ptr(), sums.data_ptr(), *shape, CODES[param.dtype]))
         first = begin = 0
         for each in coupled:
@@ -72,16 +77,13 @@ class GroupDivisors:
         )
         return self._rms
 
-    def divisors(self, p_norm: float, alpha_lambda: float, dormant: Tensor | None = None) -> Tensor:
-        """Fill the tables by the norms of the last call of :meth:`norms`, and return what each group is divided by.
+    def fill(self, p_norm: float, alpha_lambda: float | Tensor, dormant: Tensor | None = None) -> None:
+        """Fill the tables by the norms of the last call of :meth:`norms`.
 
         Args:
             p_norm: p.
             alpha_lambda: α λ_p.
             dormant: Groups that are divided by 1, a bool tensor.
-
-        Returns:
-            A tensor in float64 that the next call changes; infinite for a dead group at p < 2.
         """
         self._functions.hf_pdecay_group_divisors(
             address(self._couplings),
@@ -91,7 +93,10 @@ class GroupDivisors:
             None if dormant is None else dormant.data_ptr(),
             self._divisors.data_ptr(),
             p_norm,
-            alpha_lambda,
+            float(alpha_lambda),
             torch.get_num_threads(),
         )
-        return self._divisors
+
+    def factors(self) -> Tensor:
+        """Return the factor of each group, in float64, by the last call of :meth:`fill`; 0 for a dead one at p < 2."""
+        return self._divisors.reciprocal()

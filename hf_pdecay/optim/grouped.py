@@ -13,9 +13,9 @@ The norms are taken before the optimizer's step, and the weights multiplied afte
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Iterator
+from collections.abc import Callable, Container, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -28,6 +28,9 @@ from .group_divisors import GroupDivisors
 from .rounding import LOW_PRECISION, noise_bits, stochastic_round
 from .tensor_step import Hyperparameters, Structure
 
+
+if TYPE_CHECKING:
+    from .triton_groups import GroupFactors
 
 # λ_p with which the optimizer's own step is done in place of one that is not 0: no weight feels it, at no learning
 # rate, and yet the step rounds stochastically and takes the fast path of those that decay.
@@ -57,8 +60,8 @@ class Shrinkage:
 
     Args:
         group: The param group, with ``group`` other than ``"element"``.
-        by_compiled: Whether C++ functions take the norms of what lies on a CPU. It is not known to this class whether
-            there are any; the norms differ in their last bits.
+        backend: ``"compiled"`` or ``"triton"`` if its functions take the norms, which differ in their last bits. It is
+            not known to this class whether they can be had.
 
     Attributes:
         tables: What these functions find, if they do.
@@ -67,7 +70,7 @@ class Shrinkage:
         ValueError: If a parameter is a shard.
     """
 
-    def __init__(self, group: dict[str, Any], by_compiled: bool = False) -> None:
+    def __init__(self, group: dict[str, Any], backend: str = "") -> None:
         self._group = group
         self._params: list[Tensor] = [param.detach() for param in group["params"]]
         self._grads = [param.grad is not None for param in group["params"]]
@@ -81,11 +84,9 @@ class Shrinkage:
         self._norms: list[_Norms] = []
         self._before: dict[int, Tensor] = {}
         self._factors: list[tuple[Coupled, Tensor]] | None = None
-        self.tables: GroupDivisors | None = None
+        self.tables: GroupDivisors | GroupFactors | None = None
         if self._blocks is None:
-            places = [place for each in self._coupled for place in each.places]
-            if by_compiled and all(GroupDivisors.takes(self._params[place.param]) for place in places):
-                self.tables = GroupDivisors(self._params, self._coupled)
+            self.tables = _tables(self._params, self._coupled, backend)
             self._take_norms()
 
     def _take_norms(self) -> None:
@@ -127,7 +128,7 @@ class Shrinkage:
     def structures(
         self, hyper: Hyperparameters, alpha_lambda: Callable[[torch.device], float | Tensor]
     ) -> dict[int, Structure]:
-        """Return what a step that can do the shrink itself needs of each parameter on a CPU, by the index of it.
+        """Return what a step that can do the shrink itself needs of each parameter, by the index of it.
 
         Args:
             hyper: Hyperparameters of the param group, with their λ_p.
@@ -233,13 +234,28 @@ class Shrinkage:
         p_norm: float = self._group["p_norm"]
         if self.tables is not None:
             dtype = torch.float64 if any(param.dtype == torch.float64 for param in self._params) else torch.float32
-            return self.tables.divisors(p_norm, float(alpha_lambda), norms.dormant).reciprocal().to(dtype)
+            self.tables.fill(p_norm, alpha_lambda, norms.dormant)
+            return self.tables.factors().to(dtype)
         factor = shrink_factor(norms.rms, p_norm, alpha_lambda)
         if p_norm < 2:
             factor.masked_fill_(norms.rms == 0, 0)
         if norms.dormant is not None:
             factor.masked_fill_(norms.dormant, 1)
         return factor
+
+
+def _tables(params: Sequence[Tensor], coupled: Sequence[Coupled], backend: str) -> GroupDivisors | GroupFactors | None:
+    """What finds the factors of all groups, if the backend's functions take all parameters, which are on one device."""
+    weights = [params[place.param] for each in coupled for place in each.places]
+    if len({weight.device for weight in weights}) != 1:
+        return None
+    made: type[GroupDivisors | GroupFactors] = GroupDivisors
+    if backend == "triton":
+        from .triton_groups import GroupFactors  # imports triton, which takes its time
+
+        made = GroupFactors
+    known = backend in ("compiled", "triton") and all(made.takes(weight) for weight in weights)
+    return made(params, coupled) if known else None
 
 
 def _mask(kept: Tensor | None, count: int, device: torch.device) -> Tensor:

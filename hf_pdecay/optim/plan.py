@@ -7,7 +7,7 @@ many small tensors, and on a GPU, that is what a step takes.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
@@ -16,7 +16,11 @@ from .backends import Part
 from .couplings import ELEMENT, kind_of
 from .group_divisors import GroupDivisors
 from .moments import address
-from .tensor_step import Hyperparameters
+from .tensor_step import Hyperparameters, strength
+
+
+if TYPE_CHECKING:
+    from .triton_groups import GroupFactors
 
 
 _STATE = ("exp_avg", "exp_avg_sq", "step")
@@ -66,7 +70,7 @@ class Plan:
         parts: list[Part],
         sharded: list[Tensor],
         lasts: bool,
-        tables: Sequence[tuple[GroupDivisors, Hyperparameters]] = (),
+        tables: Sequence[tuple[GroupDivisors | GroupFactors, Hyperparameters]] = (),
     ) -> None:
         self.parts = parts
         self.sharded = sharded
@@ -122,7 +126,7 @@ class Plan:
     def _fill_tables(self) -> None:
         for tables, hyper in self._tables:
             tables.norms()
-            tables.divisors(hyper.p_norm, float(hyper.lr) * float(hyper.lambda_p))
+            tables.fill(hyper.p_norm, strength(hyper.lr, hyper.lambda_p, tables.device))
 
 
 def _flags(group: Mapping[str, Any], hyper: Hyperparameters) -> tuple[Any, ...]:

@@ -35,13 +35,14 @@ class Structure(NamedTuple):
     Attributes:
         hyper: Hyperparameters of the group with their λ_p; those of the step have one that is not felt.
         dim: Dimension along which the groups or blocks lie.
-        divisors: Of groups, 1 over the factor of each index of that dimension, in the dtype of the step's computation.
+        table: Of groups, what the weights at each index of that dimension are divided by on a CPU, in the dtype of the
+            step's computation, and multiplied by on a GPU.
         blocks: N and M.
     """
 
     hyper: Hyperparameters
     dim: int
-    divisors: Tensor | None = None
+    table: Tensor | None = None
     blocks: tuple[int, int] | None = None
 
 
@@ -90,6 +91,13 @@ class Decay(NamedTuple):
     finite: bool | Tensor
 
 
+def strength(lr: float | Tensor, lambda_p: float, device: torch.device) -> float | Tensor:
+    """Return α λ_p: a number, or a tensor on the device where the learning rate is one and that is no CPU."""
+    if not isinstance(lr, Tensor) or device.type == "cpu":
+        return float(lr) * float(lambda_p)
+    return lr.reshape(()).to(device, non_blocking=True) * lambda_p
+
+
 def smallest(dtype: torch.dtype) -> float:
     """Return the least α λ_p that weights of a dtype feel: low-precision ones shrink in float32."""
     return torch.finfo(torch.float64 if dtype == torch.float64 else torch.float32).tiny
@@ -102,6 +110,14 @@ def flat_views(tensors: Sequence[Tensor]) -> tuple[Tensor, ...] | None:
     """
     order = _order(tensors)
     return None if order is None else tuple(tensor.permute(order).view(-1) for tensor in tensors)
+
+
+def spacing(tensor: Tensor, dim: int) -> int:
+    """Return how many elements of a flat tensor lie from one index of a dimension to the next.
+
+    All of them where there is one index only, whose stride says nothing.
+    """
+    return tensor.stride(dim) if tensor.shape[dim] > 1 else tensor.numel()
 
 
 def is_flat(*tensors: Tensor) -> bool:

@@ -107,11 +107,12 @@ def float64_of(bits: tl.tensor) -> tl.tensor:
     return bits.to(tl.int64).to(tl.float64, bitcast=True)
 
 
-@triton.jit(do_not_specialize=["encoding", "rows"])
+@triton.jit(do_not_specialize=["encoding", "groups", "rows"])
 def update(
     table: tl.tensor,
     shared: tl.tensor,
     encoding: tl.tensor,
+    groups: tl.tensor,
     rows: tl.int32,
     PARAM: tl.constexpr,
     MOMENT: tl.constexpr,
@@ -123,17 +124,21 @@ def update(
     """Do the step of one chunk of one tensor.
 
     Where MOMENT is uint8 ``encoding`` has for each tensor the addresses of the scales of both moments and of the maps
-    of both, see triton_eight_bit.py; else it is None.
+    of both, see triton_eight_bit.py; else it is None. DECAY is "none", "elements", "groups" or "2:4"; for groups
+    ``groups`` has for each tensor the address of a factor for each index of a dimension, the elements from one index to
+    the next and the number of indices, else it is None.
     """
     row = row_of(table, rows)
     words = table + row * COLUMNS
     scalars = shared + row * SHARED
     if encoding is not None:
         encoding += row * 4
+    if groups is not None:
+        groups += row * 3
     if tl.load(scalars) != 0:
         begin, whole, end = chunk_of(words, CHUNK, BLOCK)
-        _run(words, scalars, encoding, begin, whole, PARAM, MOMENT, DECAY, NEAREST, BLOCK, True)
-        _run(words, scalars, encoding, whole, end, PARAM, MOMENT, DECAY, NEAREST, BLOCK, False)
+        _run(words, scalars, encoding, groups, begin, whole, PARAM, MOMENT, DECAY, NEAREST, BLOCK, True)
+        _run(words, scalars, encoding, groups, whole, end, PARAM, MOMENT, DECAY, NEAREST, BLOCK, False)
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -200,6 +205,7 @@ def _run(
     words: tl.tensor,
     scalars: tl.tensor,
     encoding: tl.tensor,
+    groups: tl.tensor,
     begin: tl.tensor,
     end: tl.tensor,
     PARAM: tl.constexpr,
@@ -238,15 +244,22 @@ def _run(
         denominator = tl.fma(tl.sqrt(v), correction2, eps)
         denominator = tl.where(denominator < least, least, denominator)
         result = tl.fma(w, shrink_l2, m * step_size / denominator)
-        if DECAY:
-            factor = factor_of(tl.abs(w), minus_x, log2_alpha_lambda, PARAM == tl.float64)
-            factor = tl.where(w == 0, at_zero, factor)
+        if DECAY == "none":
+            result = tl.where(w == dead, 0.0, result)
+        else:
+            if DECAY == "groups":
+                factor = factor_of_group(groups, at, lane, mask)
+            else:
+                factor = factor_of(tl.abs(w), minus_x, log2_alpha_lambda, PARAM == tl.float64)
+                factor = tl.where(w == 0, at_zero, factor)
+            if DECAY == "2:4":
+                factor = tl.where(is_weak(tl.abs(w), BLOCK), factor, 1.0)
             result = result * factor
             # What decays to a subnormal number, which processors are slow to multiply, becomes 0; so does -0.
             normal = tl.where(factor < 1.0, 2.0**-1022 if PARAM == tl.float64 else 2.0**-126, 0.0)
             result = tl.where((result == 0) | (tl.abs(result) < normal), 0.0, result)
-        else:
-            result = tl.where(w == dead, 0.0, result)
+            if DECAY != "elements":
+                result = tl.where(w == dead, 0.0, result)
 
         noise = tl.zeros([BLOCK], tl.uint32)
         if not NEAREST:
@@ -289,6 +302,27 @@ def factor_of(magnitude: tl.tensor, minus_x: tl.tensor, log2_alpha_lambda: tl.te
         factor = tl.fma(factor, tl.fma(-inverse, factor, 1.0), factor)
         factor = tl.where(y < 126.0, factor, 0.0)
     return factor
+
+
+@triton.jit
+def factor_of_group(groups: tl.tensor, at: tl.tensor, lane: tl.tensor, mask: tl.tensor) -> tl.tensor:
+    """Return the factor of each element of a block, by the index of the dimension along which the groups lie."""
+    table, inner, length = tl.load(groups).to(tl.pointer_type(tl.float32)), tl.load(groups + 1), tl.load(groups + 2)
+    # The place of the block is divided once; threads divide 32 bits.
+    first = (at // inner % length).to(tl.int32)
+    index = first + ((at % inner).to(tl.int32) + lane) // inner.to(tl.int32)
+    return tl.load(table + index % length.to(tl.int32), mask=mask, other=1.0)
+
+
+@triton.jit
+def is_weak(magnitude: tl.tensor, BLOCK: tl.constexpr) -> tl.tensor:
+    """Return whether each element is below the second largest of the four that it is one of."""
+    even, odd = tl.split(tl.reshape(magnitude, [BLOCK // 4, 2, 2]))
+    larger_a, larger_b = tl.split(tl.maximum(even, odd))
+    smaller_a, smaller_b = tl.split(tl.minimum(even, odd))
+    second = tl.maximum(tl.minimum(larger_a, larger_b), tl.maximum(smaller_a, smaller_b))
+    second = tl.broadcast_to(tl.expand_dims(second, 1), [BLOCK // 4, 4])
+    return magnitude < tl.reshape(second, [BLOCK])
 
 
 @triton.jit

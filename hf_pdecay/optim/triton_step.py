@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .moments import is_quantized, refusal_of_encoded
-from .tensor_step import TensorStep, is_flat
+from .tensor_step import TensorStep, is_flat, spacing
 from .triton_kernels import COLUMNS, SHARED, look, prepare, update
 
 
@@ -72,6 +72,17 @@ def refusal(each: TensorStep) -> str | None:
     return None
 
 
+def fuses(each: TensorStep) -> bool:
+    """Whether the kernel does the structured decay of a tensor that it steps, too."""
+    structure = each.structure
+    if structure is None:
+        return False
+    if structure.table is not None:
+        return True
+    # Of blocks only those of neighbours in memory.
+    return structure.blocks == (2, 4) and each.param.stride(structure.dim) == 1
+
+
 class Batch:
     """Steps as the kernels read them: tables of addresses, kept on the host. It holds no gradient.
 
@@ -82,14 +93,19 @@ class Batch:
     def __init__(self, steps: Sequence[TensorStep]) -> None:
         kinds: dict[tuple[Any, ...], list[int]] = {}
         for index, each in enumerate(steps):
-            decays = each.hyper.lambda_p != 0 and each.awake is not False
+            decay = "elements" if each.hyper.lambda_p != 0 and each.awake is not False else "none"
+            hyper = each.hyper
+            if each.structure is not None and fuses(each):
+                decay = "2:4" if each.structure.table is None else "groups"
+                hyper = each.structure.hyper
             encoded = is_quantized(each.exp_avg)
-            kind = each.param.device, each.param.dtype, each.exp_avg.dtype, encoded, id(each.hyper), decays
+            kind = each.param.device, each.param.dtype, each.exp_avg.dtype, encoded, id(hyper), decay
             kinds.setdefault(kind, []).append(index)
         self._params = [each.param for each in steps]
-        self._launches = [
-            _Launch([steps[index] for index in some], some, decays) for (*_, decays), some in kinds.items()
-        ]
+        self.shrunk = [each.place for each in steps if fuses(each)]
+        # The launches name addresses of theirs.
+        self._tables = [each.structure.table for each in steps if each.structure is not None]
+        self._launches = [_Launch([steps[index] for index in some], some, decay) for (*_, decay), some in kinds.items()]
 
     def point(self, addresses: Sequence[int]) -> None:
         """Take the gradients at these addresses, all else being as it was."""
@@ -123,10 +139,11 @@ def step(steps: Sequence[TensorStep], finite: bool | Tensor = True) -> None:
 class _Launch:
     """The step of tensors that share their device, dtypes and hyperparameters."""
 
-    def __init__(self, some: Sequence[TensorStep], indices: Sequence[int], decays: bool) -> None:
+    def __init__(self, some: Sequence[TensorStep], indices: Sequence[int], decay: str) -> None:
         self.indices = indices
         self.device = some[0].param.device
-        self._hyper = some[0].hyper
+        structure = some[0].structure
+        self._hyper = some[0].hyper if structure is None or decay not in ("groups", "2:4") else structure.hyper
         self._rows = len(some)
         self._words, self._chunks = _words(some)
         self._bytes = self._words.tobytes()
@@ -135,12 +152,13 @@ class _Launch:
         self._encoding: array[int] | None = None
         if is_quantized(some[0].exp_avg):
             stored, self._encoding = tl.uint8, _encoding(some)
+        self._groups = _groups(some) if decay == "groups" else None
         # What neither decays nor has moments of another dtype is rounded as torch does.
         nearest = param == torch.float64 or (param == moment and (self._hyper.lambda_p == 0 or param == torch.float32))
         self._shared_dtype = param if param == torch.float64 else torch.float32
         self._prepare = {"MOMENT": stored, "ROWS": _ROWS, **OPTIONS}
         self._look = {"PARAM": TYPES[param], "CHUNK": _CHUNK, "BLOCK": BLOCK, **OPTIONS}
-        self._update = {**self._look, "MOMENT": stored, "DECAY": decays, "NEAREST": nearest}
+        self._update = {**self._look, "MOMENT": stored, "DECAY": decay, "NEAREST": nearest}
 
     def point(self, addresses: Sequence[int]) -> None:
         self._words[_GRAD :: COLUMNS.value] = array("q", addresses)
@@ -169,8 +187,10 @@ class _Launch:
             grid = (triton.cdiv(self._rows, _ROWS),)
             prepare[grid](table, shared, flag, rate, self._rows, *bits(numbers), flags, **self._prepare)
             if self._chunks:
-                encoding = None if self._encoding is None else table_of(self._encoding, device)
-                update[(self._chunks,)](table, shared, encoding, self._rows, **self._update)
+                encoding, groups = (
+                    None if words is None else table_of(words, device) for words in (self._encoding, self._groups)
+                )
+                update[(self._chunks,)](table, shared, encoding, groups, self._rows, **self._update)
 
     def _table(self) -> Tensor:
         return table_of(self._words, self.device, self._bytes)
@@ -200,6 +220,18 @@ def _encoding(some: Sequence[TensorStep]) -> array[int]:
         states: tuple[Any, Any] = each.exp_avg, each.exp_avg_sq
         words.extend(state.scale.data_ptr() for state in states)
         words.extend(state.qmap.data_ptr() for state in states)
+    return words
+
+
+def _groups(some: Sequence[TensorStep]) -> array[int]:
+    """Return for each tensor that decays by groups where its factors are, and how they go with its elements."""
+    words = array("q")
+    for each in some:
+        structure = each.structure
+        if structure is None or structure.table is None:
+            raise RuntimeError("A tensor that decays by groups has no factors.")
+        inner, length = spacing(each.param, structure.dim), each.param.shape[structure.dim]
+        words.extend((structure.table.data_ptr(), inner, length))
     return words
 
 

@@ -263,7 +263,7 @@ class LpDecay(Optimizer):
         dormant: dict[Tensor, Tensor] = {}
         copied = [self._copied(number, group, dormant) for number, group in enumerate(self.param_groups)]
         shrinkages = {
-            number: Shrinkage(group, can_compile(group["params"]))
+            number: Shrinkage(group, "compiled" if can_compile(group["params"]) else "")
             for number, group in enumerate(self.param_groups)
             if kind_of(group) != ELEMENT and group["lambda_p"] != 0
         }

@@ -96,7 +96,9 @@ def shrink_adapter(folder: Path, out: str | os.PathLike[str], *, overwrite: bool
         sizes[name] = len(keep), alpha_for(scaling, len(keep), bool(config.get("use_rslora")))
         tensors[a], tensors[b] = tensors[a][keep].contiguous(), tensors[b][:, keep].contiguous()
     changed = changed_settings(config, sizes, gone, whole)
-    report.config = {key: changed[key] for key in ("r", "lora_alpha") if key in changed and changed[key] != config.get(key)}
+    report.config = {
+        key: changed[key] for key in ("r", "lora_alpha") if key in changed and changed[key] != config.get(key)
+    }
     if gone:
         report.notes.append(f"{len(gone)} layers without ranks have no adapter any more.")
     with written_folder(out, overwrite) as aside:
