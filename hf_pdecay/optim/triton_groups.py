@@ -74,8 +74,8 @@ class GroupFactors:
                 several = parts[place.param]
                 sums_of = place.offset * several, place.size * several
                 self._members.extend((*addresses, *sums_of, place.offset, place.size))
-            row = (self._programs, first, len(each.places), begin, each.count, group_size(each, params), 0, 0, 0, 0)
-            self._couplings.extend(row[: COLUMNS.value])
+            counted = (self._programs, first, len(each.places), begin, each.count, group_size(each, params), 0, 0, 0, 0)
+            self._couplings.extend(counted[: COLUMNS.value])
             first, begin = first + len(each.places), begin + each.count
             self._programs += triton.cdiv(each.count, _GROUPS)
         self._count = len(coupled)

@@ -127,7 +127,7 @@ def _note_in_card(folder: Path, report: ShrinkReport) -> None:
 
 
 def _load(folder: Path, config: dict[str, Any], headers: dict[str, Header]) -> tuple[Any, list[str]]:
-    """The model of a folder, by the class that its config names, one of transformers' own, and what it does not take."""
+    """The model of a folder, by the class of transformers that its config names, and what this does not take."""
     import transformers
 
     names = config.get("architectures")
