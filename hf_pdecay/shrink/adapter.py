@@ -56,8 +56,8 @@ def shrink_adapter(folder: Path, out: str | os.PathLike[str], *, overwrite: bool
     if config.get("peft_type") != "LORA" or config.get("target_parameters"):
         where = " on fused parameters" if config.get("target_parameters") else ""
         raise ValueError(
-            f"{str(folder)!r} is an adapter of the type {config.get('peft_type')!r}{where}; only ranks of LoRA on layers "
-            "are cut."
+            f"{str(folder)!r} is an adapter of the type {config.get('peft_type')!r}{where}; only ranks of LoRA on "
+            "layers are cut."
         )
     for key in ("rank_pattern", "alpha_pattern"):
         _check_pattern(config.get(key), key, folder)
