@@ -13,3 +13,8 @@ def clean_name(name: str) -> str:
     while (shorter := _WRAPPERS.sub(r"\1", name).replace("..", ".").lstrip(".")) != name:
         name = shorter
     return name
+
+
+def natural_key(name: str) -> list[tuple[int, str]]:
+    """Return a key by which layer 10 comes after layer 9."""
+    return [(int(part), "") if part.isdecimal() else (-1, part) for part in name.split(".")]

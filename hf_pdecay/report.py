@@ -17,6 +17,7 @@ from torch import Tensor
 
 from .callback import REPORT_FILE
 from .checkpoints import newest_whole
+from .names import natural_key
 from .pareto import PARETO_FILE, SEARCH_FILE, Trial, pareto_front, plot_pareto, read_trials
 from .rules import decayable_parameter_names
 from .shrink.building import at_most
@@ -212,7 +213,7 @@ def _tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
     for path in sorted(folder.glob("*.safetensors")):
         try:
             with safe_open(path, framework="pt") as file:
-                for name in sorted(file.keys(), key=_natural):
+                for name in sorted(file.keys(), key=natural_key):
                     yield name, file.get_tensor(name)
         except SafetensorError as error:
             raise ValueError(f"{str(path)!r} cannot be read ({error}); it may be cut short.") from error
@@ -225,11 +226,6 @@ def _count(folder: Path) -> int:
         with safe_open(path, framework="pt") as file:
             total += len(file.keys())
     return total
-
-
-def _natural(name: str) -> list[Any]:
-    """A key by which layer 10 comes after layer 9."""
-    return [(int(part), "") if part.isdecimal() else (-1, part) for part in name.split(".")]
 
 
 def _on_meta(folder: Path) -> Any:

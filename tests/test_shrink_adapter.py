@@ -100,7 +100,7 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeyp
     printed = capsys.readouterr().out
     assert "Ranks" in printed
     rows = [line.replace("│", " ").split() for line in printed.splitlines() if "│ ranks" in line]
-    assert [(row[0], int(row[-1])) for row in rows] == list(left.items())
+    assert {row[0]: int(row[-1]) for row in rows} == left
     assert "1 layers without ranks have no adapter any more." in printed
     assert main(["shrink", str(tmp_path / "adapter"), str(tmp_path / "more"), "--multiple-of", "2"]) == 2
     assert "multiple_of=2 for an adapter; it is about neurons" in capsys.readouterr().err

@@ -14,6 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from ..names import natural_key
 from ..storage.container import FormatError, read_header
 from ..storage.folder import (
     ADAPTER_CONFIG,
@@ -84,7 +85,7 @@ def shrink_adapter(folder: Path, out: str | os.PathLike[str], *, overwrite: bool
     sizes: dict[str, tuple[int, float]] = {}
     report = ShrinkReport(parameters=(_count(tensors), 0))
     gone = []
-    for layer, (a, b) in pairs.items():
+    for layer, (a, b) in sorted(pairs.items(), key=lambda pair: natural_key(pair[0])):
         name, keep, ranks = layer.removeprefix(_PREFIX), kept[layer], len(tensors[a])
         report.layers.append(LayerCount(name, "rank", ranks, ranks - len(keep), max(len(keep), int(more))))
         if not len(keep) and not more:
