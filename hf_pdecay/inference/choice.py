@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 
 # With fewer zeros values and places are more bytes than the dense float32 weight.
 LEAST_SPARSITY = 0.5
-_SECONDS = 0.03  # that a measurement of a layer takes
+_SECONDS, _ROUNDS = 0.03, 3  # that a measurement of a layer takes at least
 _CACHE = 64 << 20  # bytes that push what a layer holds out of the processor's caches
 
 
@@ -169,8 +169,9 @@ def _speedup(dense: nn.Module, sparse: nn.Module, x: Tensor, others: Tensor | No
     calls = 1 if x.is_cpu else 10  # on a GPU as many as hide what starting one costs the host
     for layer in (dense, sparse):
         layer(x)
-    end = time.perf_counter() + _SECONDS
-    while time.perf_counter() < end:
+    end, rounds = time.perf_counter() + _SECONDS, 0
+    while time.perf_counter() < end or rounds < _ROUNDS:
+        rounds += 1
         for side, layer in enumerate((dense, sparse)):
             if others is not None:
                 others.sum()
