@@ -11,7 +11,7 @@ from hf_pdecay import AdamWLp
 from hf_pdecay.decay import shrink_factor
 from hf_pdecay.optim import triton_groups, triton_step
 from hf_pdecay.optim.couplings import Coupled, Place
-from hf_pdecay.optim.tensor_step import Structure
+from hf_pdecay.optim.tensor_step import Structure, fuses
 from tests import test_grouped
 from tests.triton_made import (
     BF16,
@@ -143,7 +143,7 @@ class TestGroups:
         assert not triton_groups.GroupFactors.takes(normal(8, 0).double())
         assert not triton_groups.GroupFactors.takes(torch.zeros(4, 4, 2, device=DEVICE)[..., 0])
         three = Structure(made(8).hyper, 0, blocks=(3, 4))
-        assert not triton_step.fuses(made(8)._replace(structure=three))
+        assert not fuses(made(8)._replace(structure=three))
 
 
 @needs_kernel

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..native import load
 from .moments import is_quantized, refusal_of_encoded
-from .tensor_step import Decay, Hyperparameters, TensorStep, is_flat, spacing
+from .tensor_step import Decay, Hyperparameters, TensorStep, fuses, is_flat, spacing
 
 
 _PARTS = ("weights.cpp", "divisors.cpp", "groups.cpp", "eight_bit.cpp", "adamw_lp.cpp")
@@ -88,17 +88,6 @@ def _moments(each: TensorStep) -> tuple[tuple[int, int], int, tuple[int, int, in
     first, second = (state.codes.data_ptr() for state in states)
     scales, maps = ([getattr(state, name).data_ptr() for state in states] for name in ("scale", "qmap"))
     return (first, second), _EIGHT_BIT, (*scales, *maps)
-
-
-def fuses(each: TensorStep) -> bool:
-    """Whether the C++ function does the structured decay of a tensor that it steps, too."""
-    structure = each.structure
-    if structure is None:
-        return False
-    if structure.table is not None:
-        return True
-    # Of blocks only those of neighbours in memory.
-    return structure.blocks == (2, 4) and each.param.stride(structure.dim) == 1
 
 
 class Batch:

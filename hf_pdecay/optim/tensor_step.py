@@ -73,6 +73,17 @@ class TensorStep(NamedTuple):
     structure: Structure | None = None
 
 
+def fuses(each: TensorStep) -> bool:
+    """Whether the C++ step and the Triton kernel do the structured decay of a tensor that they step, too."""
+    structure = each.structure
+    if structure is None:
+        return False
+    if structure.table is not None:
+        return True
+    # Of blocks only those of neighbours in memory.
+    return structure.blocks == (2, 4) and each.param.stride(structure.dim) == 1
+
+
 class Decay(NamedTuple):
     """What the shrink of a param group's weights takes beside the weights.
 

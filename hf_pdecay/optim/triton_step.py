@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .moments import is_quantized, refusal_of_encoded
-from .tensor_step import TensorStep, is_flat, spacing
+from .tensor_step import TensorStep, fuses, is_flat, spacing
 from .triton_kernels import COLUMNS, SHARED, look, prepare, update
 
 
@@ -70,17 +70,6 @@ def refusal(each: TensorStep) -> str | None:
     if each.step.dtype != torch.float32 or any(tensor.numel() != 1 for tensor in scalars):
         return f"it takes a step counter of torch.float32, not {each.step.dtype}"
     return None
-
-
-def fuses(each: TensorStep) -> bool:
-    """Whether the kernel does the structured decay of a tensor that it steps, too."""
-    structure = each.structure
-    if structure is None:
-        return False
-    if structure.table is not None:
-        return True
-    # Of blocks only those of neighbours in memory.
-    return structure.blocks == (2, 4) and each.param.stride(structure.dim) == 1
 
 
 class Batch:
