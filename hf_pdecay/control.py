@@ -218,7 +218,8 @@ class SparsityControl:
         for group in self._groups if step == self.schedule.end else ():
             if kind_of(group) in COUPLED:
                 # What has not learned by now is among the zeros that were asked for.
-                group["dormant_groups"] = [None for _ in group.get("dormant_groups") or ()]
+                kept = group.get("dormant_groups") or ()
+                group["dormant_groups"] = [torch.zeros(len(each), dtype=torch.bool) for each in kept]
         publish(self._optimizer)
 
     def asked(self, step: int) -> float:

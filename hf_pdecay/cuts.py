@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from .optim.couplings import ELEMENT, Coupled, Place, group_size, n_of_m
+from .optim.distributed import Span, all_sum, common_groups, first_index, local, span_of
 from .optim.grouped import square_sums, weakest
 from .selection import Ranked, Ranking, scores, zero_least
 from .shards import ranked
@@ -57,11 +58,31 @@ def root_mean_squares(coupled: Coupled, params: Sequence[Tensor]) -> Tensor:
 
 
 def _rms(coupled: Coupled, params: Sequence[Tensor], values: Sequence[Tensor] | dict[int, Tensor]) -> Tensor:
-    total: Tensor | float = 0.0
+    """Roots of the mean squares of values that go with the weights, which may be what this process has of them."""
+    total: Tensor | None = None
     device = params[coupled.places[0].param].device
+    spans = {place.param: span_of(params[place.param]) for place in coupled.places}
     for place in coupled.places:
-        total = square_sums(values[place.param], place, coupled.count).to(device) + total
-    return (total / group_size(coupled, params)).sqrt()  # type: ignore[union-attr]
+        if spans[place.param] is None:
+            own = square_sums(values[place.param], place, coupled.count)
+        else:
+            own = _partial_sums(
+                local(values[place.param]), place, coupled.count, params[place.param], spans[place.param]
+            )
+        total = own.to(device) if total is None else total + own.to(device)
+    if total is None:
+        raise ValueError(f"{coupled!r} has no members.")
+    return (all_sum(total, common_groups(list(spans.values()))) / group_size(coupled, params)).sqrt()
+
+
+def _partial_sums(values: Tensor, place: Place, count: int, param: Tensor, span: Span | None) -> Tensor:
+    """This process's part of the sums of the squares of each group's weights in one sharded parameter."""
+    here = values.shape[place.dim]
+    own = square_sums(values, Place(place.param, place.dim), here)
+    whole = own.new_zeros(param.shape[place.dim])
+    first = first_index(span, place.dim)
+    whole[first : first + here] = own
+    return whole.narrow(0, place.offset, count * place.size).view(count, place.size).sum(1)
 
 
 def _cut_groups(budget: Budget, optimizer: Any, count: int) -> None:
@@ -79,9 +100,13 @@ def _cut_groups(budget: Budget, optimizer: Any, count: int) -> None:
     dead[flat.argsort(stable=True)[:count]] = True
     for (each, params), some in zip(budget.coupled, dead.split([len(one) for one in found]), strict=True):
         for place in each.places:
-            weights = params[place.param].detach()
+            param = params[place.param]
+            weights = local(param.detach())
             lost = some.nonzero().view(-1, 1) * place.size + torch.arange(place.size) + place.offset
-            weights.index_fill_(place.dim, lost.view(-1).to(weights.device), 0)
+            # Of a shard those that this process has.
+            lost = lost.view(-1) - first_index(span_of(param), place.dim)
+            lost = lost[(lost >= 0) & (lost < weights.shape[place.dim])]
+            weights.index_fill_(place.dim, lost.to(weights.device), 0)
 
 
 def _cut_blocks(budget: Budget, optimizer: Any, progress: float, blocks: tuple[int, int]) -> None:
@@ -91,14 +116,15 @@ def _cut_blocks(budget: Budget, optimizer: Any, progress: float, blocks: tuple[i
     for weights, place in _blocks(budget):
         salient = _saliency(weights, optimizer, seconds).movedim(place.dim, -1)
         stays = ~weakest(salient, blocks, exact=True)
-        candidates.append(Ranked(salient.masked_fill(stays, torch.inf).contiguous()))
+        least = salient.masked_fill(stays, torch.inf).contiguous()
+        candidates.append(ranked(weights, optimizer)._replace(weight=least, exp_avg_sq=None))
     ranking = Ranking(candidates)
     count = ranking.rank(budget.target * progress)
     if not count:
         return
     zero_least(candidates, ranking.least(count))
     for (weights, place), chosen in zip(_blocks(budget), candidates, strict=True):
-        weights.detach().movedim(place.dim, -1).masked_fill_(chosen.weight == 0, 0)
+        local(weights.detach()).movedim(place.dim, -1).masked_fill_(chosen.weight == 0, 0)
 
 
 def _blocks(budget: Budget) -> Iterator[tuple[Tensor, Place]]:

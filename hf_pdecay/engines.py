@@ -61,21 +61,30 @@ def check_engine(trainer: Trainer, optim: str = "adamw_lp", moments: str | None 
         _check_deepspeed(trainer)
 
 
-def check_structured(trainer: Trainer, groups: Iterable[Mapping[str, Any]]) -> None:
-    """Check that what decays by groups of weights is not sharded: each of them would lie in several processes.
+def check_structured(
+    trainer: Trainer, groups: Iterable[Mapping[str, Any]], optim: str = "adamw_lp", backend: str = "auto"
+) -> None:
+    """Check that what decays by groups of weights is not partitioned by DeepSpeed, whose pieces have no shapes.
 
     Args:
         trainer: The Trainer.
         groups: The param groups of its run.
+        optim: The name of its optimizer.
+        backend: What does the step of ``adamw_lp``.
 
     Raises:
-        ValueError: If it is.
+        ValueError: If it is, or it is sharded by FSDP and the optimizer or its backend takes whole groups only.
     """
     kinds = [kind_of(group) for group in groups if kind_of(group) != ELEMENT]
-    if kinds and engine_of(trainer):
+    if kinds and trainer.is_deepspeed_enabled:
         raise ValueError(
-            f"Invalid lp_rules: group={kinds[0]!r} under {engine_of(trainer)}, where a group of weights would lie in "
-            "several processes; structured decay takes one process, or several under DDP."
+            f"Invalid lp_rules: group={kinds[0]!r} under {engine_of(trainer)}, which gives an optimizer flat pieces of the "
+            "weights, not their rows; structured decay takes one process, or several under DDP or FSDP2."
+        )
+    if kinds and trainer.is_fsdp_enabled and (optim != "adamw_lp" or backend in ("foreach", "reference")):
+        raise ValueError(
+            f"Invalid lp_rules: group={kinds[0]!r} under FSDP with optim={optim!r} and backend={backend!r}; groups of "
+            "sharded weights take adamw_lp with backend 'auto', 'compiled' or 'triton'."
         )
 
 

@@ -17,6 +17,7 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from .groups import Coupling, Member
 from .names import clean_name
 from .optim.couplings import ELEMENT, Coupled, couplings_of, kind_of, n_of_m
+from .optim.distributed import all_sum, common_groups, first_index, local, span_of
 from .shards import full_shape
 
 
@@ -214,15 +215,25 @@ class GroupSparsity:
 
 
 def alive(coupled: Coupled, params: Sequence[Tensor]) -> Tensor:
-    """Return which groups of a coupling have a weight that is not zero, as a bool tensor on the first one's device."""
+    """Return which groups of a coupling have a weight that is not zero, as a bool tensor on the first one's device.
+
+    Of sharded parameters all processes must call it, and are told the same.
+    """
     found: Tensor | None = None
+    spans = {place.param: span_of(params[place.param]) for place in coupled.places}
     for place in coupled.places:
-        part = params[place.param].detach().narrow(place.dim, place.offset, coupled.count * place.size)
-        own = (part != 0).transpose(0, place.dim).reshape(coupled.count, -1).any(1)
+        param = params[place.param]
+        weights = local(param.detach())
+        there = torch.zeros(param.shape[place.dim], dtype=torch.bool, device=weights.device)
+        first = first_index(spans[place.param], place.dim)
+        rows = (weights != 0).transpose(0, place.dim)
+        there[first : first + len(rows)] = rows.flatten(1).any(1) if rows.dim() > 1 else rows
+        own = there.narrow(0, place.offset, coupled.count * place.size).view(coupled.count, -1).any(1)
         found = own if found is None else found | own.to(found.device)
     if found is None:
         raise ValueError(f"{coupled!r} has no members.")
-    return found
+    groups = common_groups(list(spans.values()))
+    return all_sum(found.to(torch.int32), groups) > 0 if groups else found
 
 
 @torch.no_grad()
@@ -247,10 +258,13 @@ def count_groups(
         blocks = n_of_m(kind)
         for each in couplings_of(group):
             if blocks is None:
-                died = ~alive(each, some)
+                units, died = each.count, (~alive(each, some)).sum()
             else:
-                weights = some[each.places[0].param].detach().movedim(each.places[0].dim, -1)
-                died = (weights != 0).unflatten(-1, (-1, blocks[1])).sum(-1) <= blocks[0]
-            total, dead = found.get(kind, (0, died.new_zeros((), dtype=torch.int64)))
-            found[kind] = total + died.numel(), dead + died.sum().to(dead.device)
+                param = some[each.places[0].param]
+                weights = local(param.detach()).movedim(each.places[0].dim, -1)
+                fits = (weights != 0).unflatten(-1, (-1, blocks[1])).sum(-1) <= blocks[0]
+                units = param.numel() // blocks[1]
+                died = all_sum(fits.sum(), common_groups([span_of(param)]))
+            total, dead = found.get(kind, (0, died.new_zeros(())))
+            found[kind] = total + units, dead + died.to(dead.device)
     return found

@@ -96,7 +96,7 @@ class PDecayTrainerMixin(SearchMixin, _Base):
         check_engine(self, settings.optim, settings.options.get("moments"))
         check_same(asdict(settings) | {"optim": name_of(self.args), "weight_decay": self.args.weight_decay})
         groups = decay_groups(self.model, self.args, settings)
-        check_structured(self, groups)
+        check_structured(self, groups, settings.optim, settings.options.get("backend", "auto"))
         # The number of steps that epochs come to is known later, and is checked then.
         plan(groups, self.args.max_steps if self.args.max_steps > 0 else 1 << 40, **settings.control_options)
         self._attach(settings)

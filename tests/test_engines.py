@@ -53,12 +53,17 @@ def test_moments_that_cannot_be_sharded_are_refused(each: Any, name: str) -> Non
     check_engine(each, moments="bfloat16")
 
 
-@pytest.mark.parametrize(("each", "name"), [(trainer(fsdp=2), "FSDP"), (trainer(deepspeed={}), "DeepSpeed")])
-def test_groups_of_weights_that_would_be_sharded_are_refused(each: Any, name: str) -> None:
-    with pytest.raises(ValueError, match=f"group='head' under {name}, .* or several under DDP"):
-        check_structured(each, [{}, {"group": "head"}])
-    check_structured(each, [{}, {"group": "element"}])
-    check_structured(trainer(), [{"group": "head"}])
+def test_groups_of_weights_that_nobody_could_find_are_refused() -> None:
+    with pytest.raises(ValueError, match="group='head' under DeepSpeed, which gives .* or several under DDP or FSDP2"):
+        check_structured(trainer(deepspeed={}), [{}, {"group": "head"}])
+    sharded = trainer(fsdp=2)
+    for optim, backend in (("sgd_lp", "auto"), ("adamw_lp", "foreach"), ("adamw_lp", "reference")):
+        with pytest.raises(ValueError, match=f"under FSDP with optim='{optim}' and backend='{backend}'; groups of"):
+            check_structured(sharded, [{}, {"group": "head"}], optim, backend)
+    check_structured(sharded, [{}, {"group": "head"}])
+    for each in (trainer(deepspeed={}), trainer(fsdp=2)):
+        check_structured(each, [{}, {"group": "element"}], "sgd_lp")
+    check_structured(trainer(), [{"group": "head"}], "sgd_lp", "foreach")
 
 
 def test_optimizers_that_need_shapes_are_refused_where_there_are_none() -> None:

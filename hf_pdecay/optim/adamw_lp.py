@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
-from .backends import Backend, all_finite
+from .backends import MIN_COMPILED, Backend, all_finite
 from .couplings import ELEMENT, check_structure, kind_of
 from .distributed import agreed_finite, is_dtensor, local, local_grad, shard_place
 from .dormancy import Awakening, dormant_entry, is_awake, is_awake_for_good, placed
@@ -145,6 +145,9 @@ class AdamWLp(Optimizer):
         for group in self.param_groups:
             for param in group["params"]:
                 numel[param.device.type] = numel.get(param.device.type, 0) + local(param).numel()
+                if is_dtensor(param) and kind_of(group) != ELEMENT:
+                    # However few weights there are: groups of which are sharded take more than plain operations.
+                    numel[param.device.type] = max(numel[param.device.type], MIN_COMPILED)
         decays = any(group["lambda_p"] != 0 or group["keep_zeros"] for group in self.param_groups)
         return {device: self._backend.choice(device, count, decays) for device, count in numel.items()}
 
@@ -246,14 +249,13 @@ class AdamWLp(Optimizer):
             shrinkages = self._shrinkages()
             plan = self._planned(shrinkages)
         finite = self._finite(norm, plan)
-        done = {place for part in plan.parts for place in part.shrunk}
         for index, shrinkage in shrinkages.items():
-            shrinkage.remember(_of_group(index, done))
+            shrinkage.remember(plan.done[index])
         for part in plan.parts:
             part.run(finite if part.careful else True)
         self._plan = plan if plan.lasts else None  # others hold gradients
         for index, shrinkage in shrinkages.items():
-            self._shrink(index, shrinkage, finite, _of_group(index, done))
+            self._shrink(index, shrinkage, finite, plan.done[index])
         if finite is not True:
             self._count_skipped(finite)
         return loss
@@ -291,20 +293,25 @@ class AdamWLp(Optimizer):
         self._awakening.hear()
         hypers = [hyper_of(group) for group in self.param_groups]
         steps: list[TensorStep] = []
+        owners: list[tuple[int, int]] = []  # of each step: indices of the param group and of the parameter in it
         for index, (group, hyper) in enumerate(zip(self.param_groups, hypers, strict=True)):
             steps += self._tensor_steps(index, group, hyper, shrinkages.get(index))
+            owners += [(index, number) for number, param in enumerate(group["params"]) if param.grad is not None]
         sharded = [param for group in self.param_groups for param in group["params"] if is_dtensor(param)]
         parts = self._backend.assign(steps)
         params = [param for group in self.param_groups for param in group["params"] if param.grad is not None]
         states = [self.state[param] for param in params]
         # All processes must learn in the same step that a sharded tensor is awake, which they do as they look at it.
         self._awakening.ask([state for param, state in zip(params, states, strict=True) if not is_dtensor(param)])
-        done = {place for part in parts for place in part.shrunk}
+        shrunk = [owners[step] for part in parts for step in part.shrunk]
+        done = {index: {number for owner, number in shrunk if owner == index} for index in shrinkages}
+        for index, shrinkage in shrinkages.items():
+            shrinkage.check(done[index])
         lasts = all(is_awake_for_good(state["dormant"]) for state in states) and all(
-            shrinkage.lasts(_of_group(index, done)) for index, shrinkage in shrinkages.items()
+            shrinkage.lasts(done[index]) for index, shrinkage in shrinkages.items()
         )
         tables = [(each.tables, hypers[index]) for index, each in shrinkages.items() if each.tables is not None]
-        return Plan(self.param_groups, self.state, hypers, parts, sharded, lasts, tables)
+        return Plan(self.param_groups, self.state, hypers, parts, sharded, lasts, tables, done)
 
     def _tensor_steps(
         self, group_index: int, group: dict[str, Any], hyper: Hyperparameters, shrinkage: Shrinkage | None
@@ -315,10 +322,11 @@ class AdamWLp(Optimizer):
             # What decays by groups is not felt in the step itself.
             hyper = replace(hyper, lambda_p=UNFELT)
         steps = []
-        for place, param in enumerate(group["params"], group_index << 20):
+        for index, param in enumerate(group["params"]):
             grad = param.grad
             if grad is None:
                 continue
+            place = (group_index << 20) + index
             state = self.state[param]
             if not state:
                 self._init_state(param, group)
@@ -331,7 +339,7 @@ class AdamWLp(Optimizer):
                 torch.autograd.graph.increment_version(param)
                 grad, place = local_grad(param, grad), shard_place(param, place)
                 param, exp_avg, exp_avg_sq = map(local, (param, exp_avg, exp_avg_sq))
-            structure = structures.get(place - (group_index << 20))
+            structure = structures.get(index)
             steps.append(TensorStep(param, grad, exp_avg, exp_avg_sq, state["step"], awake, hyper, place, structure))
         return steps
 
@@ -353,11 +361,6 @@ class AdamWLp(Optimizer):
         state["exp_avg_sq"] = zero_moment(param, group["moments"], signed=False)
         whole = kind_of(group) == ELEMENT  # else groups are dormant, not tensors
         state["dormant"] = dormant_entry(param) if whole else torch.zeros((), dtype=torch.bool)
-
-
-def _of_group(index: int, places: set[int]) -> set[int]:
-    """Indices in a param group of the parameters at places in the optimizer."""
-    return {place - (index << 20) for place in places}
 
 
 def _alpha_lambda(group: dict[str, Any], device: torch.device) -> float | Tensor:

@@ -66,8 +66,8 @@ class Part:
 
     @property
     def shrunk(self) -> list[int]:
-        """Places of the tensors whose structured decay is a part of their step here."""
-        return [] if self.batch is None else self.batch.shrunk
+        """Which of the tensors of the step have their structured decay done here."""
+        return [] if self.batch is None else [self.indices[index] for index in self.batch.shrunk]
 
     def run(self, finite: bool | Tensor = True) -> None:
         """Do one step on each tensor, in place; where ``finite`` is false nothing is written."""

@@ -103,7 +103,7 @@ class Batch:
     def __init__(self, steps: Sequence[TensorStep]) -> None:
         self._library = library()
         self._params = [each.param for each in steps]
-        self.shrunk = [each.place for each in steps if fuses(each)]
+        self.shrunk = [index for index, each in enumerate(steps) if fuses(each)]
         # The rows name addresses of theirs.
         self._tables = [each.structure.table for each in steps if each.structure is not None]
         self._rows = array("q")

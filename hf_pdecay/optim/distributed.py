@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
-from typing import Any, cast
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -85,6 +85,64 @@ def shard_groups(param: Tensor) -> tuple[int, Groups]:
             slot = slot * sharded.device_mesh.size(dim) + sharded.device_mesh.get_local_rank(dim)
             groups.append(sharded.device_mesh.get_group(dim))
     return slot, tuple(groups)
+
+
+class Span(NamedTuple):
+    """Which part of a tensor's indices this process holds.
+
+    Attributes:
+        dim: The dimension that the tensor is sharded along.
+        start: The first index of it here.
+        each: How many indices a process has, where there are enough.
+        groups: Process groups that the shards lie across.
+    """
+
+    dim: int
+    start: int
+    each: int
+    groups: Groups
+
+
+def span_of(param: Tensor) -> Span | None:
+    """Return where the shard of a DTensor lies in the whole tensor; None for a tensor that is whole.
+
+    Raises:
+        ValueError: If it is sharded along several dimensions, or in another way than FSDP2 does it.
+    """
+    if not is_dtensor(param):
+        return None
+    sharded = cast(Any, param)
+    split = [(number, each) for number, each in enumerate(sharded.placements) if not each.is_replicate()]
+    if not split:
+        return None
+    number, placement = split[0]
+    if len(split) > 1 or type(placement).__name__ != "Shard":
+        raise ValueError(
+            f"Invalid group: weights that are placed as {sharded.placements}; groups of weights that processes share are "
+            "known for shards along one dimension, as FSDP2 makes them."
+        )
+    size, each = param.shape[placement.dim], -(-param.shape[placement.dim] // sharded.device_mesh.size(number))
+    start = min(sharded.device_mesh.get_local_rank(number) * each, size)
+    return Span(placement.dim, start, each, shard_groups(param)[1])
+
+
+def common_groups(spans: Sequence[Span | None]) -> Groups:
+    """Return the process groups that tensors are sharded across, none if they are whole.
+
+    Raises:
+        ValueError: If they are not the same for all.
+    """
+    found = {span.groups if span is not None else () for span in spans}
+    if len(found) > 1:
+        raise ValueError(
+            "Invalid group: a group of weights has members that lie across different processes; shard all of them alike."
+        )
+    return found.pop() if found else ()
+
+
+def first_index(span: Span | None, dim: int) -> int:
+    """Return the index along a dimension at which this process's part of a tensor begins."""
+    return span.start if span is not None and span.dim == dim else 0
 
 
 def any_nonzero(param: Tensor) -> Tensor:

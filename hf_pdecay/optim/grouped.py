@@ -22,7 +22,7 @@ from torch import Tensor
 
 from ..decay import shrink_factor
 from .couplings import Coupled, Place, couplings_of, group_size, kind_of, n_of_m
-from .distributed import is_dtensor
+from .distributed import is_dtensor, span_of
 from .foreach import chunk_size
 from .group_divisors import GroupDivisors
 from .rounding import LOW_PRECISION, noise_bits, stochastic_round
@@ -67,34 +67,63 @@ class Shrinkage:
         tables: What these functions find, if they do.
 
     Raises:
-        ValueError: If a parameter is a shard.
+        ValueError: If a parameter is a shard for which the backend's functions cannot do it.
     """
 
     def __init__(self, group: dict[str, Any], backend: str = "") -> None:
         self._group = group
         self._params: list[Tensor] = [param.detach() for param in group["params"]]
         self._grads = [param.grad is not None for param in group["params"]]
-        if any(is_dtensor(param) for param in self._params):
-            raise ValueError(
-                f"Invalid group: group={kind_of(group)!r} on sharded parameters; structured decay takes whole ones: "
-                "train on one process or under DDP."
-            )
         self._blocks = n_of_m(kind_of(group))
         self._coupled = couplings_of(group)
+        self._sharded = {index for index, param in enumerate(self._params) if is_dtensor(param)}
         self._norms: list[_Norms] = []
         self._before: dict[int, Tensor] = {}
         self._factors: list[tuple[Coupled, Tensor]] | None = None
         self.tables: GroupDivisors | GroupFactors | None = None
         if self._blocks is None:
             self.tables = _tables(self._params, self._coupled, backend)
+            if self._sharded and self.tables is None:
+                raise ValueError(self._refusal())
             self._take_norms()
+        for each in self._coupled if self._blocks is not None else ():
+            for place in each.places:
+                span = span_of(self._params[place.param])
+                if self._blocks and span is not None and span.dim == place.dim and span.each % self._blocks[1]:
+                    raise ValueError(
+                        f"Invalid group: group={kind_of(group)!r} on {each.name or 'a parameter'}, of which a process has "
+                        f"{span.each} of the indices along which the blocks lie; a block must lie in one process."
+                    )
+
+    def _refusal(self) -> str:
+        return (
+            f"Invalid group: group={kind_of(self._group)!r} on sharded parameters, which takes weights in one piece and "
+            "the backends 'compiled' on a CPU or 'triton' on a GPU; train with one of them, on one process or under DDP."
+        )
+
+    def check(self, done: Container[int]) -> None:
+        """Check that the step does itself what nothing else would do.
+
+        Args:
+            done: Indices of the parameters whose shrink the step does itself.
+
+        Raises:
+            ValueError: If it leaves a sharded parameter to be shrunk after it.
+        """
+        if any(self._grads[index] and index not in done for index in self._coupled_params() & self._sharded):
+            raise ValueError(self._refusal())
+
+    def _coupled_params(self) -> set[int]:
+        return {place.param for each in self._coupled for place in each.places}
 
     def _take_norms(self) -> None:
         by_device: dict[torch.device, list[int]] = {}
         for number, each in enumerate(self._coupled):
             by_device.setdefault(self._params[each.places[0].param].device, []).append(number)
-        kept = self._group.get("dormant_groups")
-        masks: list[Tensor | None] = [None] * len(self._coupled)
+        kept: list[Tensor | None] | None = self._group.get("dormant_groups")
+        # As many tensors at all times: torch.distributed.checkpoint loads into what an optimizer that has stepped the
+        # weights as they are now has. Those on a CPU without a group that sleeps are awake for good.
+        masks = [torch.zeros(each.count, dtype=torch.bool) for each in self._coupled]
         for device, numbers in by_device.items():
             if self.tables is not None:
                 rms = self.tables.norms()
@@ -104,7 +133,7 @@ class Shrinkage:
             counts = [self._coupled[number].count for number in numbers]
             if kept is None:
                 dormant = zero
-            elif all(kept[number] is None for number in numbers):
+            elif all(_are_awake(kept[number]) for number in numbers):
                 dormant = None
             else:
                 some = [_mask(kept[number], count, device) for number, count in zip(numbers, counts, strict=True)]
@@ -211,7 +240,7 @@ class Shrinkage:
             if isinstance(finite, Tensor):
                 factor = torch.where(finite.to(factor.device), factor, torch.ones_like(factor))
             for nth, place in enumerate(each.places):
-                if place.param in done:
+                if place.param in done or place.param in self._sharded:
                     continue
                 noise = first_place + place.param + _NOISE * (1 + nth), step_of(place.param)
                 spread = factor.repeat_interleave(place.size) if place.size > 1 else factor
@@ -256,6 +285,10 @@ def _tables(params: Sequence[Tensor], coupled: Sequence[Coupled], backend: str) 
         made = GroupFactors
     known = backend in ("compiled", "triton") and all(made.takes(weight) for weight in weights)
     return made(params, coupled) if known else None
+
+
+def _are_awake(kept: Tensor | None) -> bool:
+    return kept is None or (kept.is_cpu and not kept.any())
 
 
 def _mask(kept: Tensor | None, count: int, device: torch.device) -> Tensor:

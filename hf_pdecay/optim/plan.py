@@ -60,6 +60,7 @@ class Plan:
         sharded: The parameters whose shards lie on several processes.
         lasts: Whether the next step may be done by the same parts, if it has the same tensors.
         tables: What groups of weights are divided by, and the hyperparameters of their param group.
+        done: By the index of a param group the indices of its parameters whose structured decay the parts do.
     """
 
     def __init__(
@@ -70,10 +71,12 @@ class Plan:
         parts: list[Part],
         sharded: list[Tensor],
         lasts: bool,
-        tables: Sequence[tuple[GroupDivisors | GroupFactors, Hyperparameters]] = (),
+        tables: Sequence[tuple[GroupDivisors | GroupFactors, Hyperparameters]],
+        done: Mapping[int, set[int]],
     ) -> None:
         self.parts = parts
         self.sharded = sharded
+        self.done = done
         self._hypers = hypers
         self._tables = tables
         self._flags = [_flags(group, hyper) for group, hyper in zip(groups, hypers, strict=True)]

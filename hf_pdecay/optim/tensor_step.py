@@ -126,8 +126,10 @@ def flat_views(tensors: Sequence[Tensor]) -> tuple[Tensor, ...] | None:
 def spacing(tensor: Tensor, dim: int) -> int:
     """Return how many elements of a flat tensor lie from one index of a dimension to the next.
 
-    All of them where there is one index only, whose stride says nothing.
+    The stride of a dimension with one index says nothing.
     """
+    if tensor.is_contiguous():
+        return tensor.shape[dim + 1 :].numel()
     return tensor.stride(dim) if tensor.shape[dim] > 1 else tensor.numel()
 
 

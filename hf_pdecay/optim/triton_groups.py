@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .couplings import Coupled, group_size
+from .distributed import all_sum, common_groups, first_index, is_dtensor, local, span_of
 from .tensor_step import is_flat, smallest, spacing
 from .triton_kernels import COLUMNS, factor_of, float64_of, load_block, row_of
 from .triton_step import ALIGNMENT, BLOCK, DEVICES, OPTIONS, TYPES, bits, guard, table_of
@@ -29,48 +30,61 @@ class GroupFactors:
     """The root mean square of each group of a param group, and the factor by which it shrinks.
 
     Nothing but addresses and numbers is looked at from one step to the next, so it can be used again while weights and
-    couplings stay. The host never waits.
+    couplings stay. The host never waits. Of sharded parameters each process adds up its own weights, and the sums of all
+    are added.
 
     Args:
         params: The parameters of the param group.
         coupled: Its couplings, all of whose parameters :meth:`takes`, on one device.
 
     Attributes:
-        tables: For each parameter in a coupling, by its index, the factor of each index of its dimension, in float32;
-            1 where there is no group.
+        tables: For each parameter in a coupling, by its index, the factor of each index of its dimension that this
+            process has, in float32; 1 where there is no group.
         device: Where the weights are.
     """
 
     def __init__(self, params: Sequence[Tensor], coupled: Sequence[Coupled]) -> None:
         dims = {place.param: place.dim for each in coupled for place in each.places}
         self.device = device = params[next(iter(dims))].device
-        self.tables = {index: torch.ones(params[index].shape[dim], device=device) for index, dim in dims.items()}
-        self._sums: dict[int, Tensor] = {}
+        spans = {index: span_of(params[index]) for index in dims}
+        weights = {index: local(params[index]) for index in dims}
+        self._groups = common_groups(list(spans.values()))
+        self._kept = {index: torch.ones(params[index].shape[dim], device=device) for index, dim in dims.items()}
+        self.tables = {
+            index: self._kept[index].narrow(0, first_index(spans[index], dim), weights[index].shape[dim])
+            for index, dim in dims.items()
+        }
         self._launches: list[tuple[array[int], int, dict[str, object]]] = []
         parts = {}  # sums that one index of a parameter has
         kinds: dict[tuple[torch.dtype, bool], list[int]] = {}
         for index, dim in dims.items():
-            inner, length = spacing(params[index], dim), params[index].shape[dim]
+            inner = spacing(weights[index], dim)
             long = inner >= _LONG
             parts[index] = 1 if long else inner
-            self._sums[index] = torch.empty(length * parts[index], device=device)
             kinds.setdefault((params[index].dtype, long), []).append(index)
+        lengths = {index: params[index].shape[dim] * parts[index] for index, dim in dims.items()}
+        self._flat = torch.zeros(sum(lengths.values()), device=device)
+        sums = dict(zip(lengths, self._flat.split(list(lengths.values())), strict=True))
         for (dtype, long), some in kinds.items():
             words, programs = array("q"), 0
             for index in some:
-                param, sums, dim = params[index], self._sums[index], dims[index]
+                param, dim = weights[index], dims[index]
+                if not param.numel():
+                    continue
                 inner, length = spacing(param, dim), param.shape[dim]
                 aligned = param.data_ptr() % ALIGNMENT == 0 and inner % ALIGNMENT == 0
                 outer = param.numel() // (inner * length)
-                row = (programs, param.data_ptr(), sums.data_ptr(), outer, length, inner, 0, 0, 0, aligned)
+                first = sums[index][first_index(spans[index], dim) * parts[index] :].data_ptr()
+                row = (programs, param.data_ptr(), first, outer, length, inner, 0, 0, 0, aligned)
                 words.extend(row[: COLUMNS.value])
-                programs += length if long else triton.cdiv(len(sums), _COLUMNS_OF_A_PROGRAM)
-            self._launches.append((words, programs, {"PARAM": TYPES[dtype], "LONG": long}))
+                programs += length if long else triton.cdiv(length * inner, _COLUMNS_OF_A_PROGRAM)
+            if programs:
+                self._launches.append((words, programs, {"PARAM": TYPES[dtype], "LONG": long}))
         self._members, self._couplings = array("q"), array("q")
         first = begin = self._programs = 0
         for each in coupled:
             for place in each.places:
-                addresses = self._sums[place.param].data_ptr(), self.tables[place.param].data_ptr()
+                addresses = sums[place.param].data_ptr(), self._kept[place.param].data_ptr()
                 several = parts[place.param]
                 sums_of = place.offset * several, place.size * several
                 self._members.extend((*addresses, *sums_of, place.offset, place.size))
@@ -85,6 +99,8 @@ class GroupFactors:
     def takes(weights: Tensor) -> bool:
         """Whether the kernels can add up the squares of these weights."""
         known = weights.dtype in TYPES and weights.dtype != torch.float64 and weights.device.type in DEVICES
+        if is_dtensor(weights):
+            return known and local(weights).is_contiguous()
         return known and weights.numel() > 0 and is_flat(weights)
 
     def norms(self) -> Tensor:
@@ -92,12 +108,16 @@ class GroupFactors:
 
         Squares are added up in float32.
         """
+        if self._groups:
+            self._flat.zero_()
         with guard(self.device):
             for words, programs, kind in self._launches:
                 table, rows = table_of(words, self.device), len(words) // COLUMNS.value
                 square_sums[(programs,)](
                     table, rows, **kind, BLOCK=BLOCK, WIDTH=_COLUMNS_OF_A_PROGRAM, HEIGHT=_ROWS_OF_A_TILE, **OPTIONS
                 )
+            if self._groups:
+                all_sum(self._flat, self._groups)
             tables = table_of(self._couplings, self.device), table_of(self._members, self.device)
             norms[(self._programs,)](*tables, self._rms, self._count, GROUPS=_GROUPS, **OPTIONS)
         return self._rms

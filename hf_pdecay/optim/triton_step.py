@@ -91,7 +91,7 @@ class Batch:
             kind = each.param.device, each.param.dtype, each.exp_avg.dtype, encoded, id(hyper), decay
             kinds.setdefault(kind, []).append(index)
         self._params = [each.param for each in steps]
-        self.shrunk = [each.place for each in steps if fuses(each)]
+        self.shrunk = [index for index, each in enumerate(steps) if fuses(each)]
         # The launches name addresses of theirs.
         self._tables = [each.structure.table for each in steps if each.structure is not None]
         self._launches = [_Launch([steps[index] for index in some], some, decay) for (*_, decay), some in kinds.items()]

@@ -268,6 +268,7 @@ class LpDecay(Optimizer):
             if kind_of(group) != ELEMENT and group["lambda_p"] != 0
         }
         for shrinkage in shrinkages.values():
+            shrinkage.check(())
             shrinkage.remember(())
         self._step_base(finite)
         for param, entry in dormant.items():
