@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .optim.couplings import ELEMENT, Coupled, Place, group_size, n_of_m
 from .optim.distributed import Span, all_sum, common_groups, first_index, local, span_of
-from .optim.grouped import square_sums, weakest
+from .optim.group_operations import square_sums, weakest
 from .selection import Ranked, Ranking, scores, zero_least
 from .shards import ranked
 from .targets import Budget

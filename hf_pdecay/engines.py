@@ -78,8 +78,8 @@ def check_structured(
     kinds = [kind_of(group) for group in groups if kind_of(group) != ELEMENT]
     if kinds and trainer.is_deepspeed_enabled:
         raise ValueError(
-            f"Invalid lp_rules: group={kinds[0]!r} under {engine_of(trainer)}, which gives an optimizer flat pieces of the "
-            "weights, not their rows; structured decay takes one process, or several under DDP or FSDP2."
+            f"Invalid lp_rules: group={kinds[0]!r} under {engine_of(trainer)}, which gives an optimizer flat pieces of "
+            "the weights, not their rows; structured decay takes one process, or several under DDP or FSDP2."
         )
     if kinds and trainer.is_fsdp_enabled and (optim != "adamw_lp" or backend in ("foreach", "reference")):
         raise ValueError(

@@ -16,6 +16,7 @@ from torch import nn
 
 from hf_pdecay import AdamWLp, LpDecay
 from hf_pdecay.optim import foreach, grouped
+from hf_pdecay.optim.group_operations import weakest
 from tests.reference.adamw_lp64 import Hyper
 from tests.reference.grouped64 import GroupedReference, Where, indices
 from tests.steps import BACKENDS, DTYPES, bits, normal, through_a_file
@@ -423,11 +424,9 @@ def test_columns_of_a_vector_are_refused() -> None:
 def test_the_weakest_two_of_four_are_those_of_a_sort(scores: list[float]) -> None:
     """By a network of minima and maxima, by a search, and exactly."""
     tensor = torch.tensor(scores)
-    exact = grouped.weakest(tensor, (2, 4), exact=True).view(-1, 4)
+    exact = weakest(tensor, (2, 4), exact=True).view(-1, 4)
     assert (exact.sum(1) == 2).all()
-    for block, chosen, loose in zip(
-        tensor.view(-1, 4), exact, grouped.weakest(tensor, (2, 4)).view(-1, 4), strict=True
-    ):
+    for block, chosen, loose in zip(tensor.view(-1, 4), exact, weakest(tensor, (2, 4)).view(-1, 4), strict=True):
         assert block[chosen].max() <= block[~chosen].min()
         second = sorted(block.tolist())[2]
         assert loose.tolist() == [score < second for score in block.tolist()]

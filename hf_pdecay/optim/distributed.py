@@ -118,8 +118,8 @@ def span_of(param: Tensor) -> Span | None:
     number, placement = split[0]
     if len(split) > 1 or type(placement).__name__ != "Shard":
         raise ValueError(
-            f"Invalid group: weights that are placed as {sharded.placements}; groups of weights that processes share are "
-            "known for shards along one dimension, as FSDP2 makes them."
+            f"Invalid group: weights that are placed as {sharded.placements}; groups of weights that processes share "
+            "are known for shards along one dimension, as FSDP2 makes them."
         )
     size, each = param.shape[placement.dim], -(-param.shape[placement.dim] // sharded.device_mesh.size(number))
     start = min(sharded.device_mesh.get_local_rank(number) * each, size)
@@ -135,7 +135,8 @@ def common_groups(spans: Sequence[Span | None]) -> Groups:
     found = {span.groups if span is not None else () for span in spans}
     if len(found) > 1:
         raise ValueError(
-            "Invalid group: a group of weights has members that lie across different processes; shard all of them alike."
+            "Invalid group: a group of weights has members that lie across different processes; shard all of them "
+            "alike."
         )
     return found.pop() if found else ()
 

@@ -30,8 +30,8 @@ class GroupFactors:
     """The root mean square of each group of a param group, and the factor by which it shrinks.
 
     Nothing but addresses and numbers is looked at from one step to the next, so it can be used again while weights and
-    couplings stay. The host never waits. Of sharded parameters each process adds up its own weights, and the sums of all
-    are added.
+    couplings stay. The host never waits. Of sharded parameters each process adds up its own weights, and the sums of
+    all are added.
 
     Args:
         params: The parameters of the param group.

@@ -13,7 +13,8 @@ from .test_layouts import Layout, Run, run_in
 pytestmark = pytest.mark.distributed
 
 NEURONS_AND_HEADS = {
-    "lp_rules": '{"mlp": {"group": "neuron", "target_sparsity": 0.5}, "attn": {"group": "head", "target_sparsity": 0.5}}',
+    "lp_rules": '{"mlp": {"group": "neuron"}, "attn": {"group": "head"}}',
+    "target_sparsity": 0.5,
     "max_steps": 60,
 }
 ROWS_AND_BLOCKS = {
