@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 
 
+_ADAPTER = re.compile(r"(\.lora_(?:embedding_)?[AB])\.[^.]+")
 _WRAPPERS = re.compile(r"(^|\.)(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)(?=\.)|^module(?=\.)")
 
 
@@ -13,6 +14,11 @@ def clean_name(name: str) -> str:
     while (shorter := _WRAPPERS.sub(r"\1", name).replace("..", ".").lstrip(".")) != name:
         name = shorter
     return name
+
+
+def saved_names(name: str) -> tuple[str, str]:
+    """Return the name of a weight and that by which PEFT saves it if it is an adapter's: without the adapter's name."""
+    return name, _ADAPTER.sub(r"\1", name)
 
 
 def natural_key(name: str) -> list[tuple[int, str]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,12 +18,15 @@ from torch import Tensor
 
 from .callback import REPORT_FILE
 from .checkpoints import newest_whole
-from .names import natural_key
+from .names import natural_key, saved_names
 from .pareto import PARETO_FILE, SEARCH_FILE, Trial, pareto_front, plot_pareto, read_trials
 from .rules import decayable_parameter_names
 from .shrink.building import at_most
 from .shrink.estimate import Estimator, ShrinkEstimate
 from .sparsity import NEAR_ZERO_THRESHOLD, SparsityReport, TensorSparsity, count_tensor
+from .storage.folder import CONFIG, read_config
+from .storage.settings import METHOD
+from .structure import GroupSparsity
 
 
 if TYPE_CHECKING:
@@ -31,7 +35,6 @@ if TYPE_CHECKING:
 # From about here on a sparse layer is faster, see docs/inference.md.
 _WORTHWHILE = 0.8
 _RANK = re.compile(r"(.*)\.lora_(?:embedding_)?([AB])(?:\.weight)?$")
-_ADAPTER = re.compile(r"(\.lora_(?:embedding_)?[AB])\.[^.]+")
 
 
 @dataclass(frozen=True)
@@ -46,7 +49,8 @@ class FolderReport:
         stored: Bytes of its tensors.
         compressed: About how many bytes ``hf-pdecay compress`` would store them in, without zstd.
         shrunk: What ``hf-pdecay shrink`` would leave; None where the architecture is not known, or the tensors have
-            other names than the model's parameters.
+            other names than the model's parameters, or are compressed.
+        packed: Of a compressed folder, bytes of its files of weights.
     """
 
     folder: Path
@@ -55,6 +59,7 @@ class FolderReport:
     stored: int = 0
     compressed: int = 0
     shrunk: ShrinkEstimate | None = None
+    packed: int | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Return the report as plain JSON types."""
@@ -62,6 +67,8 @@ class FolderReport:
         found = {"folder": str(self.folder), **self.sparsity.to_dict(), **sizes}
         if self.ranks:
             found["ranks"] = {name: {"ranks": ranks, "dead": dead} for name, (ranks, dead) in self.ranks.items()}
+        if self.packed is not None:
+            found["compressed_folder_bytes"] = self.packed
         if self.shrunk is not None:
             found["shrink"] = self.shrunk.to_dict()
         return found
@@ -72,14 +79,23 @@ class FolderReport:
         if self.ranks:
             ranks, dead = (sum(each[place] for each in self.ranks.values()) for place in (0, 1))
             yield f"{dead} of {ranks} ranks in {len(self.ranks)} layers are dead."
-            if dead:
-                yield "hf-pdecay shrink ADAPTER OUT takes them out."
+            if dead == ranks:
+                yield "So they are in an adapter that has not been trained: its B is zero."
+            elif dead:
+                yield f"hf-pdecay shrink {_word(self.folder)} OUT takes them out."
             return
-        if self.compressed < self.stored:
+        if self.packed is not None:
+            share = self.packed / max(self.stored, 1)
+            yield f"The folder is compressed: {share:.1%} of {self.stored / 1e6:,.1f} MB."
+            yield f"hf-pdecay decompress {_word(self.folder)} OUT gives the plain one."
+        elif self.compressed < self.stored:
             share = self.compressed / self.stored
-            yield f"hf-pdecay compress MODEL OUT stores it in about {share:.1%} of its {self.stored / 1e6:,.1f} MB."
-        if self.shrunk is not None and str(self.shrunk):
-            yield str(self.shrunk)
+            yield (
+                f"hf-pdecay compress {_word(self.folder)} OUT stores it in about {share:.1%} of its "
+                f"{self.stored / 1e6:,.1f} MB."
+            )
+        if self.shrunk is not None and self.shrunk.sentence(_word(self.folder)):
+            yield self.shrunk.sentence(_word(self.folder))
         layers = [each for each in self.sparsity.tensors if each.decayed and each.sparsity >= _WORTHWHILE]
         if layers:
             yield (
@@ -165,6 +181,10 @@ def report_folder(folder: str | os.PathLike[str], near_zero_threshold: float = N
         ValueError: If there is no such model, or a file of it is cut short.
     """
     path = Path(folder)
+    if not path.exists():
+        raise ValueError(f"Invalid folder: there is no {str(folder)!r}.")
+    if not path.is_dir():
+        raise ValueError(f"Invalid folder: {str(folder)!r} is a file; name the folder that it lies in.")
     if not any(path.glob("*.safetensors")):
         newest = newest_whole(path) if path.is_dir() else None
         if newest is None or not any(Path(newest).glob("*.safetensors")):
@@ -173,13 +193,14 @@ def report_folder(folder: str | os.PathLike[str], near_zero_threshold: float = N
                 "name a folder that save_model() or a search has written."
             )
         path = Path(newest)
+    packed = _is_compressed(path)
     model = _on_meta(path)
     decayed = _decayed(path, model)
-    estimator = _estimator(model)
+    estimator = None if packed else _estimator(model)
     tensors: list[TensorSparsity] = []
     alive: dict[str, dict[str, Tensor]] = {}
     stored = compressed = 0
-    for name, tensor in _tensors(path):
+    for name, tensor in _decoded(path) if packed else _tensors(path):
         stored += tensor.nbytes
         compressed += _compressed(tensor)
         if estimator is not None:
@@ -199,7 +220,26 @@ def report_folder(folder: str | os.PathLike[str], near_zero_threshold: float = N
         if len(both) == 2 and len(both["A"]) == len(both["B"])
     }
     shrunk = None if estimator is None else estimator.estimate()
-    return FolderReport(path, SparsityReport(tensors, near_zero_threshold), ranks, stored, compressed, shrunk)
+    size = sum(each.stat().st_size for each in path.glob("*.safetensors")) if packed else None
+    found = SparsityReport(tensors, near_zero_threshold, _groups(path))
+    return FolderReport(path, found, ranks, stored, compressed, shrunk, size)
+
+
+def _word(folder: Path) -> str:
+    return shlex.quote(str(folder))
+
+
+def _is_compressed(folder: Path) -> bool:
+    """Whether a folder is one that ``hf-pdecay compress`` has written."""
+    if not (folder / CONFIG).is_file():
+        return False
+    settings = read_config(folder).get("quantization_config")
+    return isinstance(settings, dict) and settings.get("quant_method") == METHOD
+
+
+def _groups(folder: Path) -> list[GroupSparsity]:
+    """What a run has counted of groups that decay as one, which the weights alone do not tell."""
+    return SparsityReport.load(folder / REPORT_FILE).groups if (folder / REPORT_FILE).is_file() else []
 
 
 def _compressed(tensor: Tensor) -> int:
@@ -217,6 +257,12 @@ def _tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
                     yield name, file.get_tensor(name)
         except SafetensorError as error:
             raise ValueError(f"{str(path)!r} cannot be read ({error}); it may be cut short.") from error
+
+
+def _decoded(folder: Path) -> Iterator[tuple[str, Tensor]]:
+    from .storage.reader import tensors_of
+
+    return tensors_of(folder)
 
 
 def _count(folder: Path) -> int:
@@ -258,8 +304,7 @@ def _decayed(folder: Path, model: Any) -> dict[str, bool]:
     """
     if (folder / REPORT_FILE).is_file():
         tensors = SparsityReport.load(folder / REPORT_FILE).tensors
-        # PEFT saves an adapter without its name.
-        return {name: each.decayed for each in tensors for name in (each.name, _ADAPTER.sub(r"\1", each.name))}
+        return {name: each.decayed for each in tensors for name in saved_names(each.name)}
     if model is None:
         return {}
     decayed = set(decayable_parameter_names(model))

@@ -73,7 +73,25 @@ def test_a_config_that_tells_of_far_more_than_the_files_hold(tmp_path: Path) -> 
     assert report_folder(tmp_path).sparsity.model.parameters == sum(param.numel() for param in model.parameters())
 
 
-def test_it_says_what_the_zeros_are_good_for(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("zstd", [False, True])
+def test_a_compressed_model_is_counted_as_what_it_is(zstd: bool, tmp_path: Path) -> None:
+    model = build("llama")
+    with torch.no_grad():
+        for param in model.parameters():
+            param[torch.rand(param.shape) < 0.8] = 0
+    model.save_pretrained(tmp_path / "plain")
+    compress(tmp_path / "plain", tmp_path / "small", zstd=zstd)
+    plain, small = report_folder(tmp_path / "plain"), report_folder(tmp_path / "small")
+    assert small.sparsity.to_dict() == plain.sparsity.to_dict()
+    assert small.stored == plain.stored
+    assert small.packed == (tmp_path / "small/model.safetensors").stat().st_size < plain.stored
+    said = " ".join(str(each) for each in small.__rich_console__(None, None) if isinstance(each, str))  # type: ignore[arg-type]
+    assert f"The folder is compressed: {small.packed / plain.stored:.1%}" in said and "hf-pdecay compress" not in said
+
+
+def test_it_says_what_the_zeros_are_good_for(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     model = build("llama")
     with torch.no_grad():
         for name, param in model.named_parameters():
@@ -86,10 +104,11 @@ def test_it_says_what_the_zeros_are_good_for(tmp_path: Path, capsys: pytest.Capt
     # Heads, names and checksums come on top, which weigh in a model of 25,000 weights.
     written = sum(array.nbytes for array in load_file(tmp_path / "small" / "model.safetensors").values())
     assert found["compressed_bytes"] < written < found["compressed_bytes"] + 100 * len(found["tensors"])
+    monkeypatch.setenv("COLUMNS", "400")
     assert main(["report", str(tmp_path / "model")]) == 0
     said = " ".join(capsys.readouterr().out.split())
     share = found["compressed_bytes"] / found["bytes"]
-    assert f"hf-pdecay compress MODEL OUT stores it in about {share:.1%}" in said
+    assert f"hf-pdecay compress {tmp_path / 'model'} OUT stores it in about {share:.1%}" in said
     assert "6 weights have at least 80% zeros: hf_pdecay.to_sparse_inference" in said
 
 
@@ -141,7 +160,13 @@ def test_what_cannot_be_reported_is_said_in_a_sentence(tmp_path: Path, capsys: p
     (tmp_path / "empty").mkdir()
     (tmp_path / "search").mkdir()
     (tmp_path / "search" / "search.jsonl").write_text("")
-    wrong = {"nowhere": "holds no model", "empty": "holds no model", "model": "cut short", "search": "no trial"}
+    wrong = {
+        "nowhere": "there is no",
+        "model/model.safetensors": "is a file; name the folder",
+        "empty": "holds no model",
+        "model": "cut short",
+        "search": "no trial",
+    }
     capsys.readouterr()
     for folder, said in wrong.items():
         assert main(["report", str(tmp_path / folder)]) == 2

@@ -15,10 +15,11 @@ from safetensors.torch import load_file, save_file
 
 peft = pytest.importorskip("peft")
 
-from hf_pdecay import cut_ranks, rank_sparsity  # noqa: E402
+from hf_pdecay import cut_ranks, measure_sparsity, rank_sparsity  # noqa: E402
 from hf_pdecay.cli import main  # noqa: E402
 from hf_pdecay.report import FolderReport, report  # noqa: E402
 from hf_pdecay.shrink import shrink_folder  # noqa: E402
+from hf_pdecay.sparsity import SparsityReport  # noqa: E402
 
 from .adapter_models import fill, kill, logits, lora  # noqa: E402
 from .models import build, tiny_gpt2  # noqa: E402
@@ -91,11 +92,29 @@ def test_what_else_is_there_comes_along(tmp_path: Path) -> None:
     shrink_folder(adapter, small, overwrite=True)
 
 
+def test_what_a_run_has_left_is_counted_anew(tmp_path: Path) -> None:
+    """The report of a run has the base model's tensors too, and names of weights with the adapter's in them."""
+    adapter, small = tmp_path / "adapter", tmp_path / "small"
+    model, _ = saved(adapter)
+    decayed = [name for name, _ in model.named_parameters() if "lora_" in name]
+    measure_sparsity(model, decayed=decayed).save(adapter / "sparsity.json")
+    (adapter / "README.md").write_text("# An adapter\n\n## Sparsity\n\nSo many zeros.\n")
+    shrink_folder(adapter, small)
+    counted = SparsityReport.load(small / "sparsity.json")
+    tensors = load_file(small / "adapter_model.safetensors")
+    assert {each.name: (each.zeros, each.parameters) for each in counted.tensors} == {
+        name: (int((tensor == 0).sum()), tensor.numel()) for name, tensor in tensors.items()
+    }
+    assert all(each.decayed for each in counted.tensors)
+    card = (small / "README.md").read_text()
+    assert "`hf-pdecay shrink` has cut dead ranks out of the adapter" in card and "So many zeros." in card
+
+
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "150")
     _, left = saved(tmp_path / "adapter")
     assert main(["report", str(tmp_path / "adapter")]) == 0
-    assert "hf-pdecay shrink ADAPTER OUT takes them out." in capsys.readouterr().out
+    assert f"hf-pdecay shrink {tmp_path / 'adapter'} OUT takes them out." in capsys.readouterr().out.replace("\n", "")
     assert main(["shrink", str(tmp_path / "adapter"), str(tmp_path / "small")]) == 0
     printed = capsys.readouterr().out
     assert "Ranks" in printed

@@ -335,7 +335,7 @@ def test_what_is_no_plain_model_is_refused(tmp_path: Path) -> None:
     out = tmp_path / "out"
     with pytest.raises(FormatError, match="is compressed already"):
         compress(tmp_path / "small", out)
-    with pytest.raises(FormatError, match="is not that of a model compressed by hf_pdecay"):
+    with pytest.raises(FormatError, match="has no quantization_config: the model is not compressed"):
         decompress(tmp_path / "plain", out)
     write_folder(tmp_path / "bnb", {"a": torch.zeros(4)}, quantization_config={"quant_method": "bitsandbytes"})
     with pytest.raises(FormatError, match="is quantized already .quant_method 'bitsandbytes'"):

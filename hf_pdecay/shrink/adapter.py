@@ -14,7 +14,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..names import natural_key
+from ..names import natural_key, saved_names
+from ..sparsity import SparsityReport, TensorSparsity, count_tensor
 from ..storage.container import FormatError, read_header
 from ..storage.folder import (
     ADAPTER_CONFIG,
@@ -26,6 +27,7 @@ from ..storage.folder import (
     write_json,
     written_folder,
 )
+from .cards import SPARSITY, note_in_card
 from .report import LayerCount, ShrinkReport
 
 
@@ -101,16 +103,36 @@ def shrink_adapter(folder: Path, out: str | os.PathLike[str], *, overwrite: bool
     report.config = {
         key: changed[key] for key in ("r", "lora_alpha") if key in changed and changed[key] != config.get(key)
     }
+    if changed["rank_pattern"]:
+        report.notes.append("Layers with other numbers of ranks stand in rank_pattern and alpha_pattern.")
     if gone:
         report.notes.append(f"{len(gone)} layers without ranks have no adapter any more.")
     with written_folder(out, overwrite) as aside:
         save_file(tensors, aside / WEIGHTS, metadata=metadata)
         report.left_out = copy_along(folder, aside, (WEIGHTS, ADAPTER_CONFIG))
         write_json(aside / ADAPTER_CONFIG, config | changed)
+        report.parameters = report.parameters[0], _count(tensors)
+        if (aside / SPARSITY).is_file():
+            _recounted(tensors, SparsityReport.load(aside / SPARSITY)).save(aside / SPARSITY)
+        note_in_card(aside, report, "ranks out of the adapter")
         settle_files(aside)
         report.bytes = (folder / WEIGHTS).stat().st_size, (aside / WEIGHTS).stat().st_size
-    report.parameters = report.parameters[0], _count(tensors)
     return report
+
+
+def _recounted(tensors: Mapping[str, Tensor], old: SparsityReport) -> SparsityReport:
+    """What is in the adapter's file now, where the report of the run has the whole model."""
+    decayed = {name: each.decayed for each in old.tensors for name in saved_names(each.name)}
+    return SparsityReport(
+        [
+            TensorSparsity(
+                name, tuple(each.shape), *count_tensor(each, old.near_zero_threshold), decayed.get(name, False)
+            )
+            for name, each in sorted(tensors.items(), key=lambda pair: natural_key(pair[0]))
+            if each.is_floating_point()
+        ],
+        old.near_zero_threshold,
+    )
 
 
 def _check_pattern(patterns: Any, key: str, folder: Path) -> None:

@@ -41,6 +41,10 @@ class ShrinkEstimate:
 
     def __str__(self) -> str:
         """Return a sentence with the command, or none where nothing is dead."""
+        return self.sentence("MODEL")
+
+    def sentence(self, model: str) -> str:
+        """Return a sentence with the command for a folder, or none where nothing is dead."""
         if not self.neurons[1] and not self.heads[1]:
             return ""
         found = " and ".join(
@@ -50,13 +54,13 @@ class ShrinkEstimate:
         )
         left = []
         if self.uniform < self.parameters:
-            left.append(f"hf-pdecay shrink MODEL OUT leaves {self.uniform / self.parameters:.1%} of the parameters")
+            left.append(f"hf-pdecay shrink {model} OUT leaves {self.uniform / self.parameters:.1%} of the parameters")
         if self.ragged < self.uniform:
             share = f"{self.ragged / self.parameters:.1%}"
             left.append(
                 f"with --layers ragged {share}"
                 if left
-                else f"hf-pdecay shrink MODEL OUT --layers ragged leaves {share} of the parameters"
+                else f"hf-pdecay shrink {model} OUT --layers ragged leaves {share} of the parameters"
             )
         return f"{found} are dead: {', '.join(left)}." if left else ""
 

@@ -27,14 +27,13 @@ from ..storage.folder import (
 from ..storage.hub import local_folder
 from .adapter import shrink_adapter
 from .building import at_most
+from .cards import SPARSITY, note_in_card
 from .model import check_layout, count_parameters, shrink_model
 from .report import ShrinkReport
 
 
-_SPARSITY = "sparsity.json"
 # What models raise for configs that are wrong: no heads to divide by, no package for the attention that is named.
 _WRONG_CONFIG = (OSError, RuntimeError, TypeError, LookupError, ArithmeticError, ImportError, StrictDataclassError)
-_CARD, _HEADING = "README.md", "## Sparsity\n\n"
 
 
 def shrink_folder(
@@ -100,30 +99,15 @@ def shrink_folder(
         settings = getattr(loaded.config, "quantization_config", None)
         more = {} if settings is None else {"quantization_config": settings}
         write_json(aside / CONFIG, config | report.config | more)
-        if (aside / _SPARSITY).is_file():
-            old = SparsityReport.load(aside / _SPARSITY)
+        if (aside / SPARSITY).is_file():
+            old = SparsityReport.load(aside / SPARSITY)
             decayed = [each.name for each in old.tensors if each.decayed]
             threshold = old.near_zero_threshold
-            measure_sparsity(loaded, decayed=decayed, near_zero_threshold=threshold).save(aside / _SPARSITY)
-        _note_in_card(aside, report)
+            measure_sparsity(loaded, decayed=decayed, near_zero_threshold=threshold).save(aside / SPARSITY)
+        note_in_card(aside, report, "neurons and heads out of the model")
         settle_files(aside)
         report.bytes = _weights_bytes(folder, headers), _weights_bytes(aside, read_weights(aside))
     return report
-
-
-def _note_in_card(folder: Path, report: ShrinkReport) -> None:
-    """Say in a card of ours that its counts are those of the model before."""
-    card = folder / _CARD
-    if not card.is_file():
-        return
-    before, left = report.parameters
-    text = card.read_text(encoding="utf-8")
-    note = (
-        f"`hf-pdecay shrink` has cut dead neurons and heads out of the model: {left:,} of {before:,} parameters are "
-        "left.\n"
-        "What follows counts the model before; `sparsity.json` counts this one."
-    )
-    card.write_text(text.replace(_HEADING, f"{_HEADING}{note}\n\n", 1), encoding="utf-8")
 
 
 def _load(folder: Path, config: dict[str, Any], headers: dict[str, Header]) -> tuple[Any, list[str]]:

@@ -93,9 +93,15 @@ def _uniform(
     least = max(_rounded(layer, int((~gone).sum()), multiple_of) for layer, gone in zip(layers, dead, strict=True))
     counts = {layer.coupling.count for layer in layers}
     if least >= max(counts):
+        if multiple_of > 1 and max(int((~gone).sum()) for gone in dead) < max(counts):
+            return whole, (
+                f"There are dead {kind}s, but no smaller number is a multiple of {multiple_of} (multiple_of, "
+                "--multiple-of) and as many as are alive in the fullest layer."
+            )
         return whole, (
             f"There are dead {kind}s in some layers only; a config says how many there are in all of them alike, and "
-            "the fullest has none to spare."
+            "the fullest has none to spare: layers='ragged' (--layers ragged) cuts them, or train with "
+            "sparsity_budget='tensor'."
         )
     config = None
     for count in range(least, max(counts)) if keys and least <= min(counts) else ():
@@ -113,7 +119,10 @@ def _uniform(
         plan.config |= values
         return cuts, ""
     if config is None and keys:
-        return whole, f"No config of {where} has fewer {kind}s than now and as many as are alive."
+        return whole, (
+            f"No config of {where} has fewer {kind}s than now and at least {least}, as are alive in the fullest layer: "
+            "layers='ragged' (--layers ragged) cuts them, or train with sparsity_budget='tensor'."
+        )
     return whole, (
         f"The config of {where} cannot say that there are fewer {kind}s than now: layers='ragged' (--layers ragged) "
         "cuts them, for a model that loads after import hf_pdecay."

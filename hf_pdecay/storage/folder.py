@@ -233,7 +233,9 @@ def check_target(out: str | os.PathLike[str], overwrite: bool) -> Path:
         raise ValueError(f"Invalid out: {str(out)!r} is there and is no folder; name a new one.")
     filled = target.exists() and any(target.iterdir())
     if filled and not overwrite:
-        raise ValueError(f"Invalid out: {str(out)!r} is there and not empty; name a new folder, or give overwrite.")
+        raise ValueError(
+            f"Invalid out: {str(out)!r} is there and not empty; name a new folder, or give overwrite (--overwrite)."
+        )
     if filled and not any((target / name).is_file() for name in (CONFIG, ADAPTER_CONFIG)):
         raise ValueError(f"Invalid out: {str(out)!r} has no {CONFIG}, so it is no model's folder and is not replaced.")
     return target

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
+from torch import Tensor
 
 from .container import Entry, FormatError, Header, header_bytes, layout, read_header, settle, write_header
 from .folder import (
@@ -120,6 +121,31 @@ def decompress(model: str | os.PathLike[str], out: str | os.PathLike[str], *, ov
             write_json(aside / INDEX, read_json(folder / INDEX), sort_keys=True)
         write_json(aside / CONFIG, config)
     return report
+
+
+def tensors_of(folder: Path) -> Iterator[tuple[str, Tensor]]:
+    """Yield the tensors of a compressed folder, as they were before, one at a time.
+
+    Raises:
+        FormatError: If a file is damaged or forged.
+    """
+    import torch
+    from safetensors import safe_open
+
+    from .tensors import to_tensor
+
+    shards = check_settings(read_config(folder).get("quantization_config"))
+    for name in read_weights(folder):
+        header = check_file(folder / name, shards[name], checksums_wanted()) if name in shards else None
+        if header is None:
+            raise FormatError(f"{CONFIG} and the folder differ in which files of weights there are: {name}.")
+        with safe_open(folder / name, framework="pt") as file:
+            for tensor, entry in header.entries.items():
+                if is_blob(entry):
+                    block = torch.from_numpy(np.array(_mapped(folder / name, entry)))
+                    yield tensor, to_tensor(block, memory_limit(), f"{tensor!r} in {name}")
+                else:
+                    yield tensor, file.get_tensor(tensor)
 
 
 def _plain_tensors(file: Path, header: Header, report: StorageReport) -> dict[str, tuple[str, tuple[int, ...]]]:

@@ -43,6 +43,8 @@ def check_settings(settings: object) -> dict[str, str]:
         FormatError: If it says something else than this format does; nothing in it is ever run or imported.
     """
     where = "quantization_config in config.json"
+    if settings is None:
+        raise FormatError("config.json has no quantization_config: the model is not compressed.")
     if not isinstance(settings, Mapping) or settings.get("quant_method") != METHOD:
         raise FormatError(f"{where} is not that of a model compressed by hf_pdecay.")
     unknown = sorted(set(settings) - {"quant_method", "format_version", "shards", "dtype_added"})
