@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from ..decay import shrink_factor
-from .couplings import Coupled, Place, couplings_of, group_size, kind_of, n_of_m
+from .couplings import Coupled, Place, check_structure, couplings_of, group_size, kind_of, n_of_m
 from .distributed import is_dtensor
 from .foreach import chunk_size
 from .group_divisors import GroupDivisors
@@ -67,7 +67,7 @@ class Shrinkage:
         tables: What these functions find, if they do.
 
     Raises:
-        ValueError: If a parameter is a shard.
+        ValueError: If a parameter is a shard, or ``couplings`` do not fit.
     """
 
     def __init__(self, group: dict[str, Any], backend: str = "") -> None:
@@ -79,6 +79,7 @@ class Shrinkage:
                 f"Invalid group: group={kind_of(group)!r} on sharded parameters; structured decay takes whole ones: "
                 "train on one process or under DDP."
             )
+        check_structure(group)  # couplings may have changed since, and compiled functions believe every place
         self._blocks = n_of_m(kind_of(group))
         self._coupled = couplings_of(group)
         self._norms: list[_Norms] = []
@@ -152,11 +153,14 @@ class Shrinkage:
         Args:
             done: Indices of the parameters whose shrink the step does itself.
         """
-        places = [place.param for each in self._coupled for place in each.places]
+        # Those in no coupling too: their step has hyperparameters of its own, which nobody would renew.
+        if not all(index in done for index, there in enumerate(self._grads) if there):
+            return False
         if self._blocks is not None:
-            return all(index in done for index in places if self._grads[index])
+            return True
         awake = all(norms.dormant is None for norms in self._norms)
-        return self.tables is not None and awake and all(self._grads[index] and index in done for index in places)
+        places = [place.param for each in self._coupled for place in each.places]
+        return self.tables is not None and awake and all(self._grads[index] for index in places)
 
     def remember(self, done: Container[int]) -> None:
         """Copy the weights of N:M blocks whose shrink is to be done after the step.
