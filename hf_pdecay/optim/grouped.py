@@ -210,14 +210,17 @@ class Shrinkage:
                     if weights is not None:
                         _shrink_weakest(weights, before, place.dim, self._blocks, p_norm, strength, finite, noise)
         for each, factor in self._all_factors(alpha_lambda):
-            if not any(self._grads[place.param] for place in each.places):
+            stepped = [place.param for place in each.places if self._grads[place.param]]
+            if not stepped:
                 continue  # no step was made with them
             if isinstance(finite, Tensor):
                 factor = torch.where(finite.to(factor.device), factor, torch.ones_like(factor))
             for nth, place in enumerate(each.places):
                 if place.param in done:
                     continue
-                noise = first_place + place.param + _NOISE * (1 + nth), step_of(place.param)
+                # The counter of one without a gradient stands still, and so would its random bits.
+                counted = place.param if self._grads[place.param] else stepped[0]
+                noise = first_place + place.param + _NOISE * (1 + nth), step_of(counted)
                 spread = factor.repeat_interleave(place.size) if place.size > 1 else factor
                 for weights in (self._params[place.param], averaged(place.param)):
                     if weights is not None:
