@@ -188,6 +188,8 @@ def test_what_cannot_be_cut_is_said_in_a_sentence(tmp_path: Path) -> None:
     settings.write_text("[]")
     refused("holds no object")
     settings.write_text(json.dumps(config))
+    save_file({"base_model.model.lm_head.lora_A.weight": torch.ones(4, 32)}, weights)
+    refused("can be cut: its adapter_model.safetensors has no layer with both A and B")
     weights.write_bytes(whole[:-100])
     refused("adapter_model.safetensors")
     weights.write_bytes(struct.pack("<Q", 2**62) + whole[8:])

@@ -74,13 +74,15 @@ def shrink_adapter(folder: Path, out: str | os.PathLike[str], *, overwrite: bool
         metadata = file.metadata()
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     pairs = _pairs(tensors)
+    if not pairs:
+        raise ValueError(f"Nothing of {str(folder)!r} can be cut: its {WEIGHTS} has no layer with both A and B.")
     kept = {layer: alive_ranks(tensors[a], tensors[b]).nonzero().flatten() for layer, (a, b) in pairs.items()}
     dead = sum(len(tensors[a]) - len(kept[layer]) for layer, (a, _) in pairs.items())
     if not dead or not any(len(keep) for keep in kept.values()):
         of = f"{sum(len(tensors[a]) for a, _ in pairs.values())} ranks"
         raise ValueError(
             f"Nothing of {str(folder)!r} can be cut: none of its {of} is dead."
-            if pairs and not dead
+            if not dead
             else f"Nothing of {str(folder)!r} would be left: all of its {of} are dead, as they are before training."
         )
     whole = len({name for name in tensors if ".lora_" in name and _FACTOR.fullmatch(name)}) == 2 * len(pairs)
