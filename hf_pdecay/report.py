@@ -200,9 +200,10 @@ def report_folder(folder: str | os.PathLike[str], near_zero_threshold: float = N
     tensors: list[TensorSparsity] = []
     alive: dict[str, dict[str, Tensor]] = {}
     stored = compressed = 0
-    for name, tensor in _decoded(path) if packed else _tensors(path):
-        stored += tensor.nbytes
-        compressed += _compressed(tensor)
+    for name, kept in _decoded(path) if packed else _tensors(path):
+        tensor = _countable(kept)
+        stored += kept.nbytes
+        compressed += _compressed(tensor, kept.element_size())
         if estimator is not None:
             estimator.see(name, tensor)
         if not tensor.is_floating_point():
@@ -242,9 +243,21 @@ def _groups(folder: Path) -> list[GroupSparsity]:
     return SparsityReport.load(folder / REPORT_FILE).groups if (folder / REPORT_FILE).is_file() else []
 
 
-def _compressed(tensor: Tensor) -> int:
-    """Bytes of the smallest of a bitmask and values, gaps of a byte and values, and the tensor as it is."""
-    size, numel = tensor.element_size(), tensor.numel()
+def _countable(tensor: Tensor) -> Tensor:
+    """The values in a dtype of which torch counts zeros: not of float8, nor of unsigned numbers of 16 bits and more."""
+    if tensor.is_floating_point():
+        return tensor.float() if tensor.element_size() == 1 else tensor
+    return tensor.long() if tensor.dtype in (torch.uint16, torch.uint32, torch.uint64) else tensor
+
+
+def _compressed(tensor: Tensor, size: int) -> int:
+    """Bytes of the smallest of a bitmask and values, gaps of a byte and values, and the tensor as it is.
+
+    Args:
+        tensor: Of any dtype.
+        size: Bytes of a number in the file.
+    """
+    numel = tensor.numel()
     values = int(tensor.count_nonzero())
     return min(numel * size, -(-numel // 8) + values * size, values * (1 + size))
 

@@ -144,6 +144,21 @@ def test_a_map_that_is_none_of_torchaos() -> None:
     assert torch.equal(moment.codes, expected.codes)
 
 
+def test_a_map_of_numbers_that_lie_far_apart() -> None:
+    param = torch.nn.Parameter(normal(4096))
+    optimizer = AdamWLp([param], betas=(0.0, 0.0), moments="8bit", backend="compiled", lr=1e-3)
+    gradient = normal(4096, seed=3)
+    param.grad = gradient.clone()
+    optimizer.step()
+    moment: Any = optimizer.state[param]["exp_avg"]
+    moment.qmap[:128], moment.qmap[128:] = -1e38, 1e38
+    optimizer.step()
+    expected = state_of(gradient, True)
+    expected.qmap.copy_(moment.qmap)
+    expected.copy_(gradient)
+    assert torch.equal(moment.codes, expected.codes)
+
+
 def test_other_moments_are_refused_in_a_sentence() -> None:
     def refused(change: Any) -> str:
         param = torch.nn.Parameter(normal(4096))

@@ -12,12 +12,12 @@ from typing import Any
 import pytest
 import torch
 
-from hf_pdecay import AdamWLp
+from hf_pdecay import AdamWLp, LpDecay
 from hf_pdecay.optim.dormancy import Awakening
 from tests.steps import normal, snapshot
 
 
-SHAPES = [(300, 300), (7,), (64, 3, 3, 3), (40, 50)]
+SHAPES = [(300, 300), (7,), (64, 3, 3, 3), (40, 52)]
 
 
 class Twins:
@@ -144,6 +144,51 @@ def test_other_groups_are_noticed(change: Callable[[AdamWLp, list[torch.nn.Param
     twins.step(planned=True)
     twins.each(change)
     twins.step(planned=False)
+
+
+def test_couplings_that_change_in_place_are_noticed() -> None:
+    twins = Twins(first=copy.deepcopy(NEURONS))
+    twins.each(lambda optimizer, _: optimizer.param_groups[0].update(couplings=copy.deepcopy(NEURONS["couplings"])))
+    twins.step(planned=False)
+    twins.step(planned=True)
+    twins.each(lambda optimizer, _: optimizer.param_groups[0]["couplings"][1].update(count=50))
+    twins.step(planned=False)
+
+
+@pytest.mark.parametrize(("kind", "member"), [("row", {"dim": 0}), ("2:4", {"dim": 1, "size": 1})])
+def test_the_learning_rate_reaches_weights_in_no_group(kind: str, member: dict[str, int]) -> None:
+    """The vector stands in the param group, and in no coupling."""
+    couplings = [{"count": 300, "members": [{"param": 0, **member}]}]
+    twins = Twins(first={"group": kind, "couplings": couplings})
+    twins.step(planned=False)
+    twins.step(planned=False)
+    twins.each(lambda optimizer, _: _set(optimizer, "lr", 0.0))
+    before = twins.params[0][1].detach().clone()
+    twins.step(planned=False)
+    assert torch.equal(twins.params[0][1], before)
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_couplings_that_do_not_fit_any_more_are_refused(wrapped: bool) -> None:
+    """They come with a checkpoint, or by hand, and compiled functions write where they say."""
+    params = [torch.nn.Parameter(normal(*shape)) for shape in SHAPES[:2]]
+    groups = [{"params": params, **copy.deepcopy(NEURONS), "lambda_p": 0.1}]
+    optimizer: Any = LpDecay(torch.optim.SGD(params, lr=0.1)) if wrapped else AdamWLp(groups, backend="compiled")
+    if wrapped:
+        optimizer.param_groups[0].update(groups[0])
+    for param in params:
+        param.grad = torch.ones_like(param)
+    optimizer.step()
+    saved = copy.deepcopy(optimizer.state_dict())
+    saved["param_groups"][0]["couplings"][0]["members"][1]["offset"] = 10**7
+    with pytest.raises(ValueError, match=r"reaches index 10000007 of dimension 0"):
+        optimizer.load_state_dict(saved)
+    optimizer.step()
+    optimizer.param_groups[0]["couplings"] = saved["param_groups"][0]["couplings"]
+    before = [param.detach().clone() for param in params]
+    with pytest.raises(ValueError, match=r"reaches index 10000007 of dimension 0"):
+        optimizer.step()
+    assert all(torch.equal(param, old) for param, old in zip(params, before, strict=True))
 
 
 def test_groups_that_sleep_are_looked_at_until_they_are_awake() -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.numpy import load_file
+from safetensors.torch import save_file
 
 from hf_pdecay import PDecayTrainer, compress, measure_sparsity
 from hf_pdecay.cli import main
@@ -134,6 +135,23 @@ def test_an_adapter(
     assert "14 of 56 ranks in 14 layers are dead" in " ".join(capsys.readouterr().out.split())
     (Path(args.output_dir) / "sparsity.json").unlink()
     assert as_json(capsys, Path(args.output_dir))["decayed"]["tensors"] == 28
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2], ids=str)
+def test_weights_of_one_byte(dtype: torch.dtype, tmp_path: Path) -> None:
+    weights = torch.tensor([[0.0, -0.0, 1.5, 0.25], [0.0, 2.0, 0.0, 0.0]]).to(dtype)
+    save_file({"layer.weight": weights}, tmp_path / "model.safetensors")
+    found = report_folder(tmp_path)
+    assert [(each.name, each.zeros) for each in found.sparsity.tensors] == [("layer.weight", 5)]
+    assert (found.stored, found.compressed) == (8, 1 + 3), "a bitmask, and the values that are not zero"
+
+
+def test_codes_without_a_sign(tmp_path: Path) -> None:
+    pytest.importorskip("safetensors", minversion="0.8")  # 0.5 does not know their dtype
+    save_file({"layer.codes": torch.tensor([0, 3, 0, 60000], dtype=torch.uint16)}, tmp_path / "model.safetensors")
+    found = report_folder(tmp_path)
+    assert found.sparsity.tensors == []
+    assert (found.stored, found.compressed) == (8, 1 + 2 * 2)
 
 
 def test_a_search(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

@@ -44,10 +44,12 @@ def saved(folder: Path, **settings: Any) -> tuple[Any, dict[str, int]]:
         {"use_dora": True},
         {"lora_bias": True},
         {"rank_pattern": {"q_proj": 6}, "alpha_pattern": {"v_proj": 3}, "exclude_modules": ["up_proj"]},
+        {"rank_pattern": {".*q_proj": 6, "(k|v)_proj": 3}, "alpha_pattern": {"v_proj": 3}},
+        {"init_lora_weights": "orthogonal"},
         {"target_modules": ["embed_tokens", "q_proj"]},
         {"target_modules": ["q_proj", "v_proj"], "modules_to_save": ["lm_head"]},
     ],
-    ids=["lora", "rslora", "dora", "biases", "patterns", "embedding", "head"],
+    ids=["lora", "rslora", "dora", "biases", "patterns", "expressions", "even", "embedding", "head"],
 )
 def test_plain_peft_loads_it_and_it_computes_the_same(settings: dict[str, Any], tmp_path: Path) -> None:
     model, left = saved(tmp_path / "adapter", **settings)
@@ -59,12 +61,63 @@ def test_plain_peft_loads_it_and_it_computes_the_same(settings: dict[str, Any], 
     assert {each.name: each.ranks for each in rank_sparsity(loaded).layers} == expected
     # As the loaded adapter is cut.
     cut_ranks(model).save_pretrained(tmp_path / "cut")
+    again = peft.PeftModel.from_pretrained(build("llama"), tmp_path / "cut")
+    torch.testing.assert_close(logits(again), logits(model), rtol=1e-5, atol=1e-6)
     by_files, in_memory = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("small", "cut"))
     assert by_files.keys() == in_memory.keys()
     assert all(torch.equal(tensor, in_memory[name]) for name, tensor in by_files.items())
     assert {each.name: each.kept for each in found.layers} == {n: expected.get(n, 0) for n in left}
     assert {each.name: each.groups - each.dead for each in found.layers} == left
     assert found.parameters[1] == sum(tensor.numel() for tensor in by_files.values()) < found.parameters[0]
+
+
+@pytest.mark.parametrize("by", ["files", "memory"])
+def test_an_adapter_may_be_cut_again(by: str, tmp_path: Path) -> None:
+    """The config of a cut adapter names its layers already."""
+    saved(tmp_path / "adapter", rank_pattern={".*q_proj": 6})
+    shrink_folder(tmp_path / "adapter", tmp_path / "small")
+    model = peft.PeftModel.from_pretrained(build("llama"), tmp_path / "small")
+    left = kill(model)
+    before = logits(model)
+    if by == "files":
+        model.save_pretrained(tmp_path / "trained")
+        shrink_folder(tmp_path / "trained", tmp_path / "smaller")
+    else:
+        cut_ranks(model).save_pretrained(tmp_path / "smaller")
+    loaded = peft.PeftModel.from_pretrained(build("llama"), tmp_path / "smaller")
+    torch.testing.assert_close(logits(loaded), before, rtol=1e-5, atol=1e-6)
+    assert {each.name: each.ranks for each in rank_sparsity(loaded).layers} == {n: r for n, r in left.items() if r}
+
+
+def test_layers_that_are_not_cut_keep_their_pattern(tmp_path: Path) -> None:
+    """As the layer of a lone factor, beside which an earlier cut has named others."""
+    adapter, name = tmp_path / "adapter", "model.layers.0.self_attn.q_proj"
+    saved(adapter, target_modules=["q_proj", "v_proj"], rank_pattern={f"^{name}".replace(".", r"\."): 4, "v_proj": 4})
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    del tensors["base_model.model.model.layers.1.self_attn.v_proj.lora_B.weight"]
+    save_file(tensors, adapter / "adapter_model.safetensors")
+    found = {each.name: each.kept for each in shrink_folder(adapter, tmp_path / "small").layers}
+    patterns = json.loads((tmp_path / "small" / "adapter_config.json").read_text())["rank_pattern"]
+    assert patterns[f"^{name}".replace(".", r"\.")] == found[name] < 4
+    assert list(patterns)[-1] == "v_proj" and patterns["v_proj"] == 4
+
+
+@pytest.mark.parametrize("start", ["pissa", "olora"])
+def test_an_adapter_that_began_with_a_part_of_the_base(start: str, tmp_path: Path) -> None:
+    """PEFT subtracts from the base what so many ranks began with, each time it loads the adapter."""
+    model, _ = saved(tmp_path / "adapter", init_lora_weights=start)
+    before = logits(model)
+    with pytest.raises(ValueError, match=f"adapter': the adapter has init_lora_weights='{start}', by which PEFT"):
+        shrink_folder(tmp_path / "adapter", tmp_path / "small")
+    with pytest.raises(ValueError, match=f"cut_ranks: the adapter has init_lora_weights='{start}', by which PEFT"):
+        cut_ranks(model)
+    # What the sentence says to do.
+    model.peft_config["default"].init_lora_weights = True
+    cut_ranks(model).save_pretrained(tmp_path / "cut")
+    torch.testing.assert_close(logits(model), before, rtol=1e-5, atol=1e-6)
+    base = model.unload()
+    loaded = peft.PeftModel.from_pretrained(base, tmp_path / "cut")
+    torch.testing.assert_close(logits(loaded), before, rtol=1e-5, atol=1e-6)
 
 
 def test_what_else_is_there_comes_along(tmp_path: Path) -> None:
@@ -140,6 +193,11 @@ def test_what_cannot_be_cut_is_said_in_a_sentence(tmp_path: Path) -> None:
         ({"peft_type": "IA3"}, "of the type 'IA3'; only ranks of LoRA"),
         ({"target_parameters": ["experts.gate_up_proj"]}, "'LORA' on fused parameters"),
         ({"lora_alpha": "16"}, "a lora_alpha of '16', no number"),
+        ({"lora_alpha": 10**400}, "a lora_alpha of 1000.*, no number"),
+        ({"lora_alpha": float("nan")}, "a lora_alpha of nan, no number"),
+        ({"exclude_modules": 5}, "neither names nor a regular expression in exclude_modules"),
+        ({"exclude_modules": ["lm_head", 5]}, "neither names nor a regular expression in exclude_modules"),
+        ({"exclude_modules": "("}, "neither names nor a regular expression in exclude_modules"),
         ({"alpha_pattern": {"(": 4}}, "no numbers by names of layers in alpha_pattern"),
         ({"rank_pattern": [4]}, "no numbers by names of layers in rank_pattern"),
         ({"rank_pattern": {"q_proj": "4"}}, "no numbers by names of layers in rank_pattern"),
@@ -149,6 +207,8 @@ def test_what_cannot_be_cut_is_said_in_a_sentence(tmp_path: Path) -> None:
     settings.write_text("[]")
     refused("holds no object")
     settings.write_text(json.dumps(config))
+    save_file({"base_model.model.lm_head.lora_A.weight": torch.ones(4, 32)}, weights)
+    refused("can be cut: its adapter_model.safetensors has no layer with both A and B")
     weights.write_bytes(whole[:-100])
     refused("adapter_model.safetensors")
     weights.write_bytes(struct.pack("<Q", 2**62) + whole[8:])

@@ -23,6 +23,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+# Beginnings of `init_lora_weights` that change the base.
+_FROM_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+
 
 @dataclass(frozen=True)
 class LayerRanks:
@@ -116,7 +119,8 @@ def cut_ranks(peft_model: PeftModel, adapter_name: str = "default") -> PeftModel
         The same model.
 
     Raises:
-        ValueError: If it has no LoRA adapter of that name, the adapter is merged, or all of its ranks are dead.
+        ValueError: If it has no LoRA adapter of that name, the adapter is merged, all of its ranks are dead, or it
+            began with a part of the base's weights, see :func:`check_start`.
     """
     check_model(peft_model, "cut_ranks")
     found = named_factors(peft_model, adapter_name)
@@ -126,6 +130,7 @@ def cut_ranks(peft_model: PeftModel, adapter_name: str = "default") -> PeftModel
             "cut_ranks: all ranks of the adapter are dead, as they are before training; none would be left."
         )
     config: Any = peft_model.peft_config[adapter_name]
+    check_start(config.init_lora_weights, "cut_ranks")
     whole = {name for name, layer in lora_layers(peft_model) if adapter_name in layer.r} == {x.name for x in found}
     sizes: dict[str, tuple[int, float]] = {}
     gone = []
@@ -149,6 +154,24 @@ def cut_ranks(peft_model: PeftModel, adapter_name: str = "default") -> PeftModel
     return peft_model
 
 
+def check_start(start: object, what: str) -> None:
+    """Raise ValueError, in the name of what is to be cut, if PEFT takes from the base what an adapter began with.
+
+    It does so anew whenever it loads the adapter, and how much depends on the number of ranks.
+
+    Args:
+        start: ``init_lora_weights`` of the adapter's config.
+        what: What is to be cut.
+    """
+    if isinstance(start, str) and start.lower().startswith(_FROM_BASE):
+        raise ValueError(
+            f"{what}: the adapter has init_lora_weights={start!r}, by which PEFT subtracts from the base, when it "
+            "loads the adapter, what that many ranks began with; with fewer it would compute something else. Save the "
+            "base as it is under the adapter, set init_lora_weights to True in the adapter's config, and use them "
+            "together."
+        )
+
+
 def alpha_for(scaling: float, rank: int, use_rslora: bool) -> float:
     """Return the ``lora_alpha`` with which a layer of so many ranks has a scaling."""
     alpha = scaling * (math.sqrt(rank) if use_rslora else rank)
@@ -169,13 +192,20 @@ def changed_settings(
     usual = Counter(sizes.values()).most_common(1)[0][0]
     ranks, alphas = config.get("rank_pattern") or {}, config.get("alpha_pattern") or {}
     changed: dict[str, Any] = {}
-    if whole and not ranks and not alphas:
+    if whole:
+        # The old patterns go: PEFT takes the first that matches, and sorts them when it saves.
         changed["r"], changed["lora_alpha"] = usual
+        ranks, alphas = {}, {}
     else:  # what was not cut goes by the old settings
         usual = (0, 0.0)
     special = {f"^{re.escape(name)}": size for name, size in sizes.items() if size != usual}
-    changed["rank_pattern"] = {key: size[0] for key, size in special.items()} | ranks
-    changed["alpha_pattern"] = {key: size[1] for key, size in special.items()} | alphas
+    for key, old, place in (("rank_pattern", ranks, 0), ("alpha_pattern", alphas, 1)):
+        # An earlier cut may have written an entry for the same layer.
+        changed[key] = {name: size[place] for name, size in special.items()} | {
+            name: value for name, value in old.items() if name not in special
+        }
+    if config.get("init_lora_weights") == "orthogonal":
+        changed["init_lora_weights"] = True  # that one takes even ranks only, and what is loaded replaces its weights
     if gone:
         changed["exclude_modules"] = _excluding(config.get("exclude_modules"), gone)
     return changed

@@ -195,15 +195,17 @@ class AdamWLp(Optimizer):
             state_dict: What ``state_dict()`` of either optimizer returned.
 
         Raises:
-            ValueError: If the groups or the shapes are those of another model, or it is an AMSGrad checkpoint.
+            ValueError: If the groups, the shapes or the couplings are those of another model, or it is an AMSGrad
+                checkpoint.
         """
         check_state_dict(state_dict, self.param_groups)
         before = self.param_groups
         groups = [{**ours, **theirs} for ours, theirs in zip(before, state_dict["param_groups"], strict=True)]
-        for group in groups:
+        for group, ours in zip(groups, before, strict=True):
             for key in FOREIGN_KEYS:
                 group.pop(key, None)
             check_hyperparameters(group)
+            check_structure({**group, "params": ours["params"]})
         super().load_state_dict({**state_dict, "param_groups": groups})
         for group, theirs in zip(self.param_groups, state_dict["param_groups"], strict=True):
             for param, key in zip(group["params"], theirs["params"], strict=True):

@@ -71,12 +71,12 @@ class Encoder {
 
   // The least value that is nearer to `upper` than to `lower`, or as near, in float32's arithmetic.
   static float border(float lower, float upper) {
-    int32_t low = ordered(lower), high = ordered(upper);
+    int64_t low = ordered(lower), high = ordered(upper);  // as far apart as a map of any numbers may have them
     while (low + 1 < high) {
-      const int32_t middle = low + (high - low) / 2;
-      (number(middle) - lower >= (upper - lower) * 0.5f ? high : low) = middle;
+      const int64_t middle = low + (high - low) / 2;
+      (number(static_cast<int32_t>(middle)) - lower >= (upper - lower) * 0.5f ? high : low) = middle;
     }
-    return number(high);
+    return number(static_cast<int32_t>(high));
   }
   static int32_t ordered(float x) {
     const int32_t bits = bit_cast<int32_t>(x);

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from ..decay import shrink_factor
-from .couplings import Coupled, couplings_of, group_size, kind_of, n_of_m
+from .couplings import Coupled, check_structure, couplings_of, group_size, kind_of, n_of_m
 from .distributed import is_dtensor, span_of
 from .group_divisors import GroupDivisors
 from .group_operations import scale, shrink_weakest, square_sums
@@ -66,13 +66,14 @@ class Shrinkage:
         tables: What these functions find, if they do.
 
     Raises:
-        ValueError: If a parameter is a shard for which the backend's functions cannot do it.
+        ValueError: If a parameter is a shard for which the backend's functions cannot do it, or ``couplings`` do not fit.
     """
 
     def __init__(self, group: dict[str, Any], backend: str = "") -> None:
         self._group = group
         self._params: list[Tensor] = [param.detach() for param in group["params"]]
         self._grads = [param.grad is not None for param in group["params"]]
+        check_structure(group)  # couplings may have changed since, and compiled functions believe every place
         self._blocks = n_of_m(kind_of(group))
         self._coupled = couplings_of(group)
         self._sharded = {index for index, param in enumerate(self._params) if is_dtensor(param)}
@@ -180,11 +181,14 @@ class Shrinkage:
         Args:
             done: Indices of the parameters whose shrink the step does itself.
         """
-        places = [place.param for each in self._coupled for place in each.places]
+        # Those in no coupling too: their step has hyperparameters of its own, which nobody would renew.
+        if not all(index in done for index, there in enumerate(self._grads) if there):
+            return False
         if self._blocks is not None:
-            return all(index in done for index in places if self._grads[index])
+            return True
         awake = all(norms.dormant is None for norms in self._norms)
-        return self.tables is not None and awake and all(self._grads[index] and index in done for index in places)
+        places = [place.param for each in self._coupled for place in each.places]
+        return self.tables is not None and awake and all(self._grads[index] for index in places)
 
     def remember(self, done: Container[int]) -> None:
         """Copy the weights of N:M blocks whose shrink is to be done after the step.
@@ -234,14 +238,17 @@ class Shrinkage:
                     if weights is not None:
                         shrink_weakest(weights, before, place.dim, self._blocks, p_norm, strength, finite, noise)
         for each, factor in self._all_factors(alpha_lambda):
-            if not any(self._grads[place.param] for place in each.places):
+            stepped = [place.param for place in each.places if self._grads[place.param]]
+            if not stepped:
                 continue  # no step was made with them
             if isinstance(finite, Tensor):
                 factor = torch.where(finite.to(factor.device), factor, torch.ones_like(factor))
             for nth, place in enumerate(each.places):
                 if place.param in done or place.param in self._sharded:
                     continue
-                noise = first_place + place.param + _NOISE * (1 + nth), step_of(place.param)
+                # The counter of one without a gradient stands still, and so would its random bits.
+                counted = place.param if self._grads[place.param] else stepped[0]
+                noise = first_place + place.param + _NOISE * (1 + nth), step_of(counted)
                 spread = factor.repeat_interleave(place.size) if place.size > 1 else factor
                 for weights in (self._params[place.param], averaged(place.param)):
                     if weights is not None:

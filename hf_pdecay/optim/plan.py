@@ -6,6 +6,7 @@ many small tensors, and on a GPU, that is what a step takes.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -79,7 +80,8 @@ class Plan:
         self.done = done
         self._hypers = hypers
         self._tables = tables
-        self._flags = [_flags(group, hyper) for group, hyper in zip(groups, hypers, strict=True)]
+        # Copies, as couplings may be changed in place.
+        self._flags = copy.deepcopy([_flags(group, hyper) for group, hyper in zip(groups, hypers, strict=True)])
         params = _params(groups)
         grads = [param.grad for param in params]
         self.lasts = lasts and not sharded and _are_plain(params, grads) and all(part.batch for part in parts)

@@ -219,8 +219,9 @@ class LpDecay(Optimizer):
         check_saved_groups(state_dict, self.param_groups)
         saved = state_dict["param_groups"]
         groups = [{**ours, **theirs} for ours, theirs in zip(self.param_groups, saved, strict=True)]
-        for group in groups:
+        for group, ours in zip(groups, self.param_groups, strict=True):
             check_decay_settings(group)
+            check_structure({**group, "params": ours["params"]})
         self.base.load_state_dict({**state_dict, "param_groups": groups})
         for group in self.param_groups:
             for param in group["params"]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import re
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -49,11 +50,12 @@ def shrink_adapter(folder: Path, out: str | os.PathLike[str], *, overwrite: bool
         What was cut, by layer.
 
     Raises:
-        ValueError: If it is no LoRA adapter in safetensors, or all or none of its ranks are dead.
+        ValueError: If it is no LoRA adapter in safetensors, all or none of its ranks are dead, or it began with a part
+            of the base's weights, which PEFT would take from the base by the number of ranks.
         ImportError: If PEFT is not installed.
     """
     from ..adapters.factors import alive_ranks  # which takes PEFT
-    from ..adapters.ranks import alpha_for, changed_settings
+    from ..adapters.ranks import alpha_for, changed_settings, check_start
 
     config = read_json(inside(folder / ADAPTER_CONFIG, folder))
     if config.get("peft_type") != "LORA" or config.get("target_parameters"):
@@ -62,8 +64,10 @@ def shrink_adapter(folder: Path, out: str | os.PathLike[str], *, overwrite: bool
             f"{str(folder)!r} is an adapter of the type {config.get('peft_type')!r}{where}; only ranks of LoRA on "
             "layers are cut."
         )
+    check_start(config.get("init_lora_weights"), repr(str(folder)))
     for key in ("rank_pattern", "alpha_pattern"):
         _check_pattern(config.get(key), key, folder)
+    _check_excluded(config.get("exclude_modules"), folder)
     if not (folder / WEIGHTS).exists():
         raise FormatError(f"{str(folder)!r} has no {WEIGHTS}; save the adapter as safetensors, which PEFT does.")
     read_header(inside(folder / WEIGHTS, folder))
@@ -72,13 +76,15 @@ def shrink_adapter(folder: Path, out: str | os.PathLike[str], *, overwrite: bool
         metadata = file.metadata()
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     pairs = _pairs(tensors)
+    if not pairs:
+        raise ValueError(f"Nothing of {str(folder)!r} can be cut: its {WEIGHTS} has no layer with both A and B.")
     kept = {layer: alive_ranks(tensors[a], tensors[b]).nonzero().flatten() for layer, (a, b) in pairs.items()}
     dead = sum(len(tensors[a]) - len(kept[layer]) for layer, (a, _) in pairs.items())
     if not dead or not any(len(keep) for keep in kept.values()):
         of = f"{sum(len(tensors[a]) for a, _ in pairs.values())} ranks"
         raise ValueError(
             f"Nothing of {str(folder)!r} can be cut: none of its {of} is dead."
-            if pairs and not dead
+            if not dead
             else f"Nothing of {str(folder)!r} would be left: all of its {of} are dead, as they are before training."
         )
     whole = len({name for name in tensors if ".lora_" in name and _FACTOR.fullmatch(name)}) == 2 * len(pairs)
@@ -141,10 +147,26 @@ def _check_pattern(patterns: Any, key: str, folder: Path) -> None:
         wrong = patterns is not None and not all(
             isinstance(value, int | float) and re.compile(pattern) for pattern, value in patterns.items()
         )
-    except (AttributeError, re.error, RecursionError):
+    except (AttributeError, re.error, RecursionError, OverflowError):
         wrong = True
     if wrong:
         raise FormatError(f"{ADAPTER_CONFIG} of {str(folder)!r} has no numbers by names of layers in {key}.")
+
+
+def _check_excluded(excluded: Any, folder: Path) -> None:
+    """Raise FormatError if the layers that a config leaves out are neither a regular expression nor a list of names."""
+    try:
+        right = excluded is None or (
+            bool(re.compile(excluded))
+            if isinstance(excluded, str)
+            else isinstance(excluded, list) and all(isinstance(name, str) for name in excluded)
+        )
+    except (re.error, RecursionError, OverflowError):
+        right = False
+    if not right:
+        raise FormatError(
+            f"{ADAPTER_CONFIG} of {str(folder)!r} has neither names nor a regular expression in exclude_modules."
+        )
 
 
 def _pairs(tensors: Mapping[str, Tensor]) -> dict[str, tuple[str, str]]:
@@ -159,7 +181,7 @@ def _pairs(tensors: Mapping[str, Tensor]) -> dict[str, tuple[str, str]]:
         for layer, both in found.items()
         if len(both) == 2
         and min(tensors[name].ndim for name in both.values()) > 1
-        and len(tensors[both["A"]]) == tensors[both["B"]].shape[1]
+        and len(tensors[both["A"]]) == tensors[both["B"]].shape[1] > 0
     }
 
 
@@ -169,7 +191,7 @@ def _scaling(config: Mapping[str, Any], layer: str, ranks: int, folder: Path) ->
 
     patterns: Mapping[str, Any] = config.get("alpha_pattern") or {}
     alpha = patterns.get(get_pattern_key(list(patterns), layer), config.get("lora_alpha"))
-    if not isinstance(alpha, int | float) or isinstance(alpha, bool) or not math.isfinite(alpha):
+    if not isinstance(alpha, int | float) or isinstance(alpha, bool) or not abs(alpha) <= sys.float_info.max:
         raise FormatError(f"{ADAPTER_CONFIG} of {str(folder)!r} gives {layer} a lora_alpha of {alpha!r}, no number.")
     return alpha / (math.sqrt(ranks) if config.get("use_rslora") else ranks)
 
