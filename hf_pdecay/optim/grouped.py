@@ -66,7 +66,8 @@ class Shrinkage:
         tables: What these functions find, if they do.
 
     Raises:
-        ValueError: If a parameter is a shard for which the backend's functions cannot do it, or ``couplings`` do not fit.
+        ValueError: If a parameter is a shard for which the backend's functions cannot do it, or ``couplings`` do not
+            fit.
     """
 
     def __init__(self, group: dict[str, Any], backend: str = "") -> None:
