@@ -154,9 +154,13 @@ def test_what_is_not_weights_comes_along(tmp_path: Path) -> None:
         (plain / name).write_bytes(b"weights")
     report = compress(plain, tmp_path / "small")
     found = files_of(tmp_path / "small")
-    assert found.items() >= along.items()
+    card = found["README.md"]
+    assert card.startswith(b"# card\n") and b"`import hf_pdecay` before `from_pretrained`" in card
+    assert (found | {"README.md": b"# card"}).items() >= along.items()
     assert found.keys() - along.keys() == {"config.json", "generation_config.json", "model.safetensors"}
     assert report.left_out == ["model.fp16.safetensors", "pytorch_model.bin", "tf_model.h5"]
+    decompress(tmp_path / "small", tmp_path / "back")
+    assert files_of(tmp_path / "back").items() >= along.items()
 
 
 def test_save_compressed_is_save_pretrained_and_compress(tmp_path: Path) -> None:

@@ -11,13 +11,14 @@ SPARSITY = "sparsity.json"
 _CARD, _HEADING = "README.md", "## Sparsity\n\n"
 
 
-def note_in_card(folder: Path, report: ShrinkReport, what: str) -> None:
+def note_in_card(folder: Path, report: ShrinkReport, what: str, loading: str = "") -> None:
     """Say in a card of ours that its counts are those of the model before.
 
     Args:
         folder: Of the smaller model.
         report: What was cut, with the parameters that are left.
         what: What is dead, and out of what it was cut.
+        loading: A sentence on how the model loads, if not as any other.
     """
     card = folder / _CARD
     if not card.is_file():
@@ -25,7 +26,7 @@ def note_in_card(folder: Path, report: ShrinkReport, what: str) -> None:
     before, left = report.parameters
     text = card.read_text(encoding="utf-8")
     note = (
-        f"`hf-pdecay shrink` has cut dead {what}: {left:,} of {before:,} parameters are left.\n"
+        f"`hf-pdecay shrink` has cut dead {what}: {left:,} of {before:,} parameters are left.{loading}\n"
         "What follows counts the model before; `sparsity.json` counts this one."
     )
     card.write_text(text.replace(_HEADING, f"{_HEADING}{note}\n\n", 1), encoding="utf-8")

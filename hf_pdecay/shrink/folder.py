@@ -104,7 +104,8 @@ def shrink_folder(
             decayed = [each.name for each in old.tensors if each.decayed]
             threshold = old.near_zero_threshold
             measure_sparsity(loaded, decayed=decayed, near_zero_threshold=threshold).save(aside / SPARSITY)
-        note_in_card(aside, report, "neurons and heads out of the model")
+        loading = "" if settings is None else " The model loads after `import hf_pdecay` (`pip install hf-pdecay`)."
+        note_in_card(aside, report, "neurons and heads out of the model", loading)
         settle_files(aside)
         report.bytes = _weights_bytes(folder, headers), _weights_bytes(aside, read_weights(aside))
     return report

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 from torch import Tensor
 
+from .card import remove_note
 from .container import Entry, FormatError, Header, header_bytes, layout, read_header, settle, write_header
 from .folder import (
     CONFIG,
@@ -115,6 +116,7 @@ def decompress(model: str | os.PathLike[str], out: str | os.PathLike[str], *, ov
     with written_folder(out, overwrite) as aside:
         _check_fits(report, aside)
         report.left_out = copy_along(folder, aside, headers)
+        remove_note(aside)
         for name, header in headers.items():
             _write_plain(folder / name, header, plans[name], aside / name)
         if WEIGHTS not in found:

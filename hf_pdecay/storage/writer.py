@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from .card import add_note
 from .container import Entry, FormatError, Header, header_bytes, write_file
 from .folder import (
     CONFIG,
@@ -81,6 +82,7 @@ def compress(
     report = StorageReport()
     with written_folder(out, overwrite) as aside:
         report.left_out = copy_along(folder, aside, headers)
+        add_note(aside)
         shards = _Shards(aside, limit, report, zstd, next(iter(headers.values())).metadata)
         try:
             for name, header in headers.items():
