@@ -30,7 +30,7 @@ def test_nothing_compiles_again(monkeypatch: pytest.MonkeyPatch) -> None:
     from torch._inductor.codecache import CppCodeCache
 
     assert compiled.unavailable() is None
-    library = compiled._library()
+    library = compiled.library()
     folder = Path(library._name).parent.parent
     before = {path for path in folder.rglob("*") if path.suffix in (".so", ".o", ".cpp")}
     counted = copy.deepcopy(dict(counters))
@@ -50,7 +50,7 @@ def test_nothing_compiles_again(monkeypatch: pytest.MonkeyPatch) -> None:
                                                 (torch.tensor(0.3), 1.0, 3.0, (0.0, 0.99))):  # fmt: skip
                 optimizer.param_groups[0].update(lr=lr, lambda_p=lambda_p, p_norm=p_norm, betas=betas)
                 some_run(optimizer, 1)
-    assert compiled._library() is library
+    assert compiled.library() is library
     assert {path for path in folder.rglob("*") if path.suffix in (".so", ".o", ".cpp")} == before
     assert dict(counters) == counted
 
