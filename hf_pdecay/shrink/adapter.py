@@ -55,22 +55,9 @@ def shrink_adapter(folder: Path, out: str | os.PathLike[str], *, overwrite: bool
         ImportError: If PEFT is not installed.
     """
     from ..adapters.factors import alive_ranks  # which takes PEFT
-    from ..adapters.ranks import alpha_for, changed_settings, check_start
+    from ..adapters.ranks import alpha_for, changed_settings
 
-    config = read_json(inside(folder / ADAPTER_CONFIG, folder))
-    if config.get("peft_type") != "LORA" or config.get("target_parameters"):
-        where = " on fused parameters" if config.get("target_parameters") else ""
-        raise ValueError(
-            f"{str(folder)!r} is an adapter of the type {config.get('peft_type')!r}{where}; only ranks of LoRA on "
-            "layers are cut."
-        )
-    check_start(config.get("init_lora_weights"), repr(str(folder)))
-    for key in ("rank_pattern", "alpha_pattern"):
-        _check_pattern(config.get(key), key, folder)
-    _check_excluded(config.get("exclude_modules"), folder)
-    if not (folder / WEIGHTS).exists():
-        raise FormatError(f"{str(folder)!r} has no {WEIGHTS}; save the adapter as safetensors, which PEFT does.")
-    read_header(inside(folder / WEIGHTS, folder))
+    config = _checked_config(folder)
     check_apart(folder, out)
     with safe_open(folder / WEIGHTS, framework="pt") as file:
         metadata = file.metadata()
@@ -124,6 +111,27 @@ def shrink_adapter(folder: Path, out: str | os.PathLike[str], *, overwrite: bool
         settle_files(aside)
         report.bytes = (folder / WEIGHTS).stat().st_size, (aside / WEIGHTS).stat().st_size
     return report
+
+
+def _checked_config(folder: Path) -> dict[str, Any]:
+    """The config of an adapter whose ranks can be cut, by what it says and by the header of its weights."""
+    from ..adapters.ranks import check_start
+
+    config = read_json(inside(folder / ADAPTER_CONFIG, folder))
+    if config.get("peft_type") != "LORA" or config.get("target_parameters"):
+        where = " on fused parameters" if config.get("target_parameters") else ""
+        raise ValueError(
+            f"{str(folder)!r} is an adapter of the type {config.get('peft_type')!r}{where}; only ranks of LoRA on "
+            "layers are cut."
+        )
+    check_start(config.get("init_lora_weights"), repr(str(folder)))
+    for key in ("rank_pattern", "alpha_pattern"):
+        _check_pattern(config.get(key), key, folder)
+    _check_excluded(config.get("exclude_modules"), folder)
+    if not (folder / WEIGHTS).exists():
+        raise FormatError(f"{str(folder)!r} has no {WEIGHTS}; save the adapter as safetensors, which PEFT does.")
+    read_header(inside(folder / WEIGHTS, folder))
+    return config
 
 
 def _recounted(tensors: Mapping[str, Tensor], old: SparsityReport) -> SparsityReport:
