@@ -80,8 +80,6 @@ class Plan:
         self.done = done
         self._hypers = hypers
         self._tables = tables
-        # Copies, as couplings may be changed in place.
-        self._flags = copy.deepcopy([_flags(group, hyper) for group, hyper in zip(groups, hypers, strict=True)])
         params = _params(groups)
         grads = [param.grad for param in params]
         self.lasts = lasts and not sharded and _are_plain(params, grads) and all(part.batch for part in parts)
@@ -89,6 +87,8 @@ class Plan:
             self._owners, self._grads = _owners(params, state), _addresses(grads)
             self.lasts = self._owners is not None  # else nothing would tell of a change
         if self.lasts:
+            # Copies, as couplings may be changed in place.
+            self._flags = copy.deepcopy([_flags(group, hyper) for group, hyper in zip(groups, hypers, strict=True)])
             # These are the parameters' own. Of shards there may be some that nobody else holds.
             for part in parts:
                 part.release()
