@@ -1,8 +1,13 @@
-"""Modules of the tests run by torchrun on several processes of this CPU, with gloo between them."""
+"""Several processes of this CPU, with gloo between them: modules of the tests run by torchrun, and any script.
+
+``… -m tests.launching SCRIPT ARGS…``, or ``-m tests.launching -m MODULE ARGS…``, under ``accelerate launch`` or
+torchrun, runs what it is given as Python would, and ends by :func:`leave`.
+"""
 
 from __future__ import annotations
 
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +16,8 @@ import torch
 
 
 ROOT = Path(__file__).parent.parent
+# Between a launcher and the script that it launches.
+LEAVING = ("-m", "tests.launching")
 
 
 def launch(module: str, *arguments: object, processes: int | None = 2, timeout: float = 600.0) -> None:
@@ -44,3 +51,23 @@ def leave() -> None:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(0)
+
+
+def run_and_leave(words: list[str]) -> None:
+    """Run a script, or ``-m`` and a module, with its arguments; a status other than 0 is left as it is."""
+    module = words[0] == "-m"
+    name, *sys.argv[1:] = words[1:] if module else words
+    sys.argv[0] = name
+    if not module:
+        sys.path.insert(0, str(Path(name).parent))
+    run = runpy.run_module if module else runpy.run_path
+    try:
+        run(name, run_name="__main__", **({"alter_sys": True} if module else {}))
+    except SystemExit as ended:
+        if ended.code:
+            raise
+    leave()
+
+
+if __name__ == "__main__":
+    run_and_leave(sys.argv[1:])

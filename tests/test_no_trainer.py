@@ -19,11 +19,13 @@ from transformers import AutoModelForCausalLM
 from hf_pdecay import AdamWLp
 from hf_pdecay.control import SparsityControl
 
+from .launching import LEAVING
+
 
 ROOT = Path(__file__).parents[1]
 # Port 0 is any that is free: tests run beside one another.
 ACCELERATE = ("-m", "accelerate.commands.launch", "--main_process_port=0")
-CPU_DDP = (*ACCELERATE, "--config_file", "examples/accelerate_configs/cpu_ddp.yaml")
+CPU_DDP = (*ACCELERATE, "--config_file", "examples/accelerate_configs/cpu_ddp.yaml", *LEAVING)
 STEPS = 20
 
 

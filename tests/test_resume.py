@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from hf_pdecay import SparsityReport
 
 from .faults.compare import same
+from .launching import LEAVING
 
 
 ROOT = Path(__file__).parent.parent
@@ -23,9 +24,9 @@ ROOT = Path(__file__).parent.parent
 pytestmark = pytest.mark.slow
 
 
-def _run(*words: str, launcher: tuple[str, ...] = ("-m",)) -> subprocess.CompletedProcess[str]:
+def _run(*words: str, launcher: tuple[str, ...] = ()) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, *launcher, "tests.tiny_run", *words]
+    command = [sys.executable, *launcher, "-m", "tests.tiny_run", *words]
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
 
 
@@ -54,8 +55,8 @@ def test_a_killed_run_resumes_to_the_very_same_weights(dtype: str, tmp_path: Pat
 
 
 def test_two_processes_write_one_report(tmp_path: Path) -> None:
-    launcher = ("-m", "accelerate.commands.launch", "--main_process_port=0", "--multi_gpu", "--num_processes=2", "-m")
-    done = _run(str(tmp_path / "out"), "--dtype", "bfloat16", launcher=launcher)
+    launcher = ("-m", "accelerate.commands.launch", "--main_process_port=0", "--multi_gpu", "--num_processes=2")
+    done = _run(str(tmp_path / "out"), "--dtype", "bfloat16", launcher=(*launcher, *LEAVING))
     assert done.returncode == 0, done.stderr[-3000:]
     saved = load_file(tmp_path / "out" / "model.safetensors")
     report = SparsityReport.load(tmp_path / "out" / "sparsity.json")

@@ -17,7 +17,7 @@ import transformers as tf
 from hf_pdecay import SparsityReport
 from hf_pdecay.cli import main
 
-from .launching import ROOT
+from .launching import LEAVING, ROOT
 from .local_files import bert, json_lines, llama, sentences, zeros_on_disk
 
 
@@ -97,7 +97,7 @@ def test_a_script_like_run_clm_and_on_two_processes(run: Run, training: list[str
     again = tf.AutoModelForCausalLM.from_pretrained(tmp_path / "out")  # plain transformers
     assert again.config.architectures == ["LlamaForCausalLM"]
 
-    launch = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes=2", "--main_process_port=0"]
+    launch = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes=2", "--main_process_port=0", *LEAVING]
     words[words.index("--output_dir") + 1] = str(tmp_path / "two")
     _check(run(*launch, *words), tmp_path / "two")
 

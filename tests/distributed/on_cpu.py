@@ -8,9 +8,7 @@ runs on a GPU too.
 from __future__ import annotations
 
 import os
-import runpy
 import sys
-from pathlib import Path
 from typing import Any
 
 from accelerate.parallelism_config import ParallelismConfig
@@ -18,7 +16,7 @@ from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
 from transformers import training_args
 
-from tests.launching import leave
+from tests.launching import run_and_leave
 
 
 def fsdp_on_cpu() -> None:
@@ -52,19 +50,11 @@ def tensor_parallel_on_cpu() -> None:
 
 
 def main() -> None:
-    script, *words = sys.argv[1:]
     if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
         deepspeed_on_cpu()
     else:
         fsdp_on_cpu()
-    sys.argv = [script, *words]
-    sys.path.insert(0, str(Path(script).parent))
-    try:
-        runpy.run_path(script, run_name="__main__")
-    except SystemExit as ended:
-        if ended.code:
-            raise
-    leave()
+    run_and_leave(sys.argv[1:])
 
 
 if __name__ == "__main__":

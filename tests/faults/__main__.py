@@ -22,6 +22,7 @@ import traceback
 from dataclasses import asdict
 from pathlib import Path
 
+from ..launching import LEAVING
 from .compare import differences
 from .moments import Kill
 from .run import LOGGING_STEPS, STEPS, live
@@ -145,7 +146,7 @@ def _fork(folder: Path) -> int:
 def _launch(folder: Path) -> int:
     command = [
         *(sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"),
-        *("--main_process_port", "0", "-m", "tests.faults.run", str(folder)),
+        *("--main_process_port", "0", *LEAVING, "-m", "tests.faults.run", str(folder)),
     ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     with open(folder / "log", "ab") as log:

@@ -17,6 +17,7 @@ import transformers as tf
 from safetensors.torch import load_file
 
 from hf_pdecay import PDecayTrainer
+from tests.launching import LEAVING
 from tests.models import tiny_gpt2
 
 from .conftest import PAIRS, ROOT, write
@@ -145,7 +146,7 @@ class TestProcesses:
     @pytest.mark.slow
     def test_two_processes_reach_the_target_together(self, options: Callable[..., list[str]], tmp_path: Path) -> None:
         argv = options(target_sparsity=0.7, gradient_checkpointing="true", per_device_train_batch_size=2)
-        both = self.launch(CPU_DDP, *argv)
+        both = self.launch((*CPU_DDP, *LEAVING), *argv)
         assert both.returncode == 0, both.stdout + both.stderr
         zeros, weights = recount(tmp_path / "out")
         assert zeros == round(0.7 * weights)
