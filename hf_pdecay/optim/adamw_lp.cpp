@@ -145,10 +145,10 @@ void step_chunk(const Row& row, const Scalars<T>& shared, int64_t begin, int64_t
   const Scalars<T> s = shared;  // a copy that no store to a tensor can change, as the compiler sees it
   M* const exp_avg = static_cast<M*>(row.exp_avg);
   M* const exp_avg_sq = static_cast<M*>(row.exp_avg_sq);
-  for (int64_t at = begin; at < end; at += kBlock) {
-    const int n = static_cast<int>(std::min<int64_t>(kBlock, end - at));
-    step_block<kDecay, P>(row, s, at, n, exp_avg + at, exp_avg_sq + at);
-  }
+  int64_t at = begin;
+  // Of a size that the compiler knows, it makes loops without a rest.
+  for (; at + kBlock <= end; at += kBlock) step_block<kDecay, P>(row, s, at, kBlock, exp_avg + at, exp_avg_sq + at);
+  if (at < end) step_block<kDecay, P>(row, s, at, static_cast<int>(end - at), exp_avg + at, exp_avg_sq + at);
 }
 
 // Moments in 8 bits are numbers for as long as their block is worked on.

@@ -14,6 +14,10 @@ struct Power {
 // log2(m) on [1, 2] within 1.9e-6, a minimax fit.
 constexpr double kLog2[7] = {-3.04004001, 6.11296199, -5.34198721, 3.28652693, -1.26691731, 0.27514851, -0.02569106};
 
+// 2^r on [-1/2, 1/2] within 2.7e-6.
+constexpr float kExp2[5] = {1.0f, 0.6931210160255432f, 0.2402186542749405f, 0.055922023952007294f,
+                            0.009685706347227097f};
+
 // `tiny` is the least α λ_p that is felt: with less `decays` becomes false and all divisors would be 1.
 template <class T>
 Power<T> power_of(double p_norm, double alpha_lambda, bool keep_zeros, double tiny, bool* decays) {
@@ -28,6 +32,39 @@ Power<T> power_of(double p_norm, double alpha_lambda, bool keep_zeros, double ti
   return power;
 }
 
+#if defined(__AVX512F__)
+inline __m512 load_16(const float* p, int n) {
+  return n >= 16 ? _mm512_loadu_ps(p) : _mm512_maskz_loadu_ps(static_cast<__mmask16>((1 << n) - 1), p);
+}
+template <class P>
+inline __m512 load_16(const P* __restrict p, int n) {
+  float w[16] = {};
+#pragma omp simd
+  for (int i = 0; i < std::min(n, 16); ++i) w[i] = load(p[i]);
+  return _mm512_loadu_ps(w);
+}
+
+// The divisors of a block of weights. Here the processor takes exponents and mantissas apart, and puts them together,
+// by instructions that no compiler makes of the loops below; else it is the same, with half as many instructions.
+template <class P>
+inline void divisors(const P* __restrict p, int n, const Power<float> s, float* __restrict divisor) {
+  const __m512 one = _mm512_set1_ps(1.0f);
+  for (int i = 0; i < n; i += 16) {
+    const __m512 w = load_16(p + i, n - i);
+    const __m512 m = _mm512_getmant_ps(w, _MM_MANT_NORM_1_2, _MM_MANT_SIGN_zero);
+    __m512 y = _mm512_set1_ps(s.c[6]);
+    for (int k = 5; k >= 0; --k) y = _mm512_fmadd_ps(y, m, _mm512_set1_ps(s.c[k]));
+    y = _mm512_fnmadd_ps(_mm512_set1_ps(s.x), _mm512_getexp_ps(w), y);
+    y = _mm512_min_ps(_mm512_max_ps(y, _mm512_set1_ps(-126.0f)), _mm512_set1_ps(128.0f));  // neither of them is NaN
+    const __m512 whole = _mm512_roundscale_ps(y, _MM_FROUND_TO_NEAREST_INT), r = _mm512_sub_ps(y, whole);
+    __m512 z = _mm512_set1_ps(kExp2[4]);
+    for (int k = 3; k >= 0; --k) z = _mm512_fmadd_ps(z, r, _mm512_set1_ps(kExp2[k]));
+    const __m512 ratio = _mm512_add_ps(_mm512_scalef_ps(z, whole), one);
+    const __mmask16 zero = _mm512_cmp_ps_mask(w, _mm512_setzero_ps(), _CMP_EQ_OQ);
+    _mm512_storeu_ps(divisor + i, _mm512_mask_blend_ps(zero, ratio, _mm512_set1_ps(s.at_zero)));
+  }
+}
+#else
 // log2(α λ_p |w|^-x) of a magnitude, whose exponent is read from its bits. Finite also for 0.
 inline float log_ratio(float magnitude, const Power<float>& s) {
   // Subnormal numbers have no exponent of their own: 2^24 times larger they do.
@@ -45,17 +82,17 @@ inline float log_ratio(float magnitude, const Power<float>& s) {
   return fma(-s.x, exponent, y);
 }
 
-// 2^y within 2.7e-6, for y below -126 too, where 1 + 2^y is 1, and infinity from 128 on.
+// 2^y, for y below -126 too, where 1 + 2^y is 1, and infinity from 128 on.
 inline float exp2_of(float y) {
   y = y > -126.0f ? y : -126.0f;
   y = y < 128.0f ? y : 128.0f;
   const float shifted = y + 12582912.0f;  // 1.5 · 2^23: the nearest integer is in the last bits
   const float r = y - (shifted - 12582912.0f);
-  float z = 0.009685706347227097f;
-  z = fma(z, r, 0.055922023952007294f);
-  z = fma(z, r, 0.2402186542749405f);
-  z = fma(z, r, 0.6931210160255432f);
-  z = fma(z, r, 1.0f);
+  float z = kExp2[4];
+  z = fma(z, r, kExp2[3]);
+  z = fma(z, r, kExp2[2]);
+  z = fma(z, r, kExp2[1]);
+  z = fma(z, r, kExp2[0]);
   return bit_cast<float>(bit_cast<int32_t>(z) + (bit_cast<int32_t>(shifted) << 23));
 }
 
@@ -70,6 +107,7 @@ inline void divisors(const P* __restrict p, int n, const Power<float> s, float* 
     divisor[i] = load(p[i]) == 0.0f ? s.at_zero : ratio;
   }
 }
+#endif
 
 inline void divisors(const double* p, int n, const Power<double>& s, double* divisor) {
   for (int i = 0; i < n; ++i) {
