@@ -107,6 +107,25 @@ def test_without_a_compiler_auto_falls_back_and_says_why(kind: str, tmp_path: Pa
     assert "'foreach'" in warning and ("/nonexistent/c++" if kind == "no compiler" else "locks") in warning
 
 
+OTHER_PROCESSOR = """
+import sys
+import pytest
+from hf_pdecay import native
+native._FLAGS += ("-mno-avx512f",)
+sys.exit(pytest.main(["-q", "-p", "no:cacheprovider", "-k", "compiled", *sys.argv[1:]]))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(torch.backends.cpu.get_cpu_capability() != "AVX512", reason="all tests take these loops here")
+def test_the_loops_for_processors_without_avx512(tmp_path: Path) -> None:
+    files = ("test_adamw_lp.py", "test_adamw_lp_functional.py", "test_compiled.py")
+    done = python(OTHER_PROCESSOR, *(f"tests/{each}" for each in files), TORCHINDUCTOR_CACHE_DIR=str(tmp_path))
+    assert done.returncode == 0, done.stdout[-5000:]
+    (source,) = tmp_path.rglob("*.main.cpp")
+    assert "__AVX512F__" in source.read_text()
+
+
 @pytest.fixture
 def log(caplog: pytest.LogCaptureFixture) -> pytest.LogCaptureFixture:
     """The log, in which nothing has been said yet."""
