@@ -23,7 +23,7 @@ from .optim.couplings import COUPLED, couplings_of, kind_of
 from .rules import decayed_parameter_names, group_table
 from .selection import Ranked, Ranking
 from .shards import group_params, held, is_sharded, settle
-from .sparsity import NEAR_ZERO_THRESHOLD, SparsityReport, measure_sparsity, measure_with_extra
+from .sparsity import NEAR_ZERO_THRESHOLD, REPORT_FILE, SparsityReport, measure_sparsity, measure_with_extra
 from .structure import count_groups
 from .targets import is_decayed
 
@@ -34,7 +34,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-REPORT_FILE = "sparsity.json"
 HISTORY_FILE = "sparsity.jsonl"
 PICTURE_FILE = "sparsity.png"
 

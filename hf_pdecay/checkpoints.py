@@ -18,10 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from accelerate import PartialState
-from accelerate.utils import broadcast_object_list
 from safetensors import safe_open
-from transformers import PreTrainedModel
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from .shards import full_shape
@@ -135,6 +132,9 @@ def agreed_newest_whole(output_dir: str | os.PathLike[str]) -> str:
     Raises:
         ValueError: In every process, if there is none.
     """
+    from accelerate import PartialState
+    from accelerate.utils import broadcast_object_list
+
     outcome: list[Any] = [None, None]
     if PartialState().is_main_process:
         outcome[0] = newest_whole(output_dir)
@@ -290,6 +290,8 @@ def load_converted(model: nn.Module, folder: str) -> None:
         model: The model, into which the Trainer has loaded the checkpoint.
         folder: The checkpoint. Nothing is done if it has no model in safetensors, or the names are those of the model.
     """
+    from transformers import PreTrainedModel
+
     if not isinstance(model, PreTrainedModel) or set(_saved_names(Path(folder))) <= model.state_dict().keys():
         return
     model.load_state_dict(type(model).from_pretrained(folder, config=model.config, dtype=model.dtype).state_dict())

@@ -16,14 +16,13 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from .callback import REPORT_FILE
 from .checkpoints import newest_whole
 from .names import natural_key, saved_names
 from .pareto import PARETO_FILE, SEARCH_FILE, Trial, pareto_front, plot_pareto, read_trials
 from .rules import decayable_parameter_names
 from .shrink.building import at_most
 from .shrink.estimate import Estimator, ShrinkEstimate
-from .sparsity import NEAR_ZERO_THRESHOLD, SparsityReport, TensorSparsity, count_tensor
+from .sparsity import NEAR_ZERO_THRESHOLD, REPORT_FILE, SparsityReport, TensorSparsity, count_tensor
 from .storage.folder import CONFIG, read_config
 from .storage.settings import METHOD
 from .structure import GroupSparsity

@@ -18,7 +18,7 @@ from transformers.modelcard import TrainingSummary
 from transformers.training_args import OptimizerNames
 
 from .arguments import PDecayTrainingArguments, settings_of
-from .callback import PICTURE_FILE, REPORT_FILE, SparsityCallback
+from .callback import PICTURE_FILE, SparsityCallback
 from .checkpoints import (
     STATE_FILE,
     agreed_newest_whole,
@@ -40,7 +40,7 @@ from .rules import decayed_parameter_names
 from .search import SearchMixin
 from .settings import DecaySettings
 from .shards import group_params, is_sharded, settle
-from .sparsity import SparsityReport, measure_sparsity
+from .sparsity import REPORT_FILE, SparsityReport, measure_sparsity
 from .structure import count_groups
 
 
