@@ -307,7 +307,8 @@ def test_what_an_accelerator_leaves_on_the_device(monkeypatch: pytest.MonkeyPatc
             awake, finite = wrapper.is_awake, gradients.grads_finite
             monkeypatch.setattr(wrapper, "grads_finite", lambda some: torch.as_tensor(finite(some)))  # noqa: B023
             monkeypatch.setattr(wrapper, "is_awake", lambda *some: torch.as_tensor(awake(*some)))  # noqa: B023
-            monkeypatch.setattr(wrapper, "_on_device", lambda lr: isinstance(lr, torch.Tensor))
+            for module in (wrapper, shrinking):
+                monkeypatch.setattr(module, "on_device", lambda lr: isinstance(lr, torch.Tensor))
         params = parameters((40, 30), (9,), dtype=torch.float64)
         params += [nn.Parameter(torch.zeros(6, dtype=torch.float64)), nn.Parameter(normal(50))]
         params[0].data[::2] = 0

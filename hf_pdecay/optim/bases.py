@@ -68,6 +68,11 @@ def is_schedule_free(base: Optimizer) -> bool:
     return not _SCHEDULE_FREE.isdisjoint(_names(base))
 
 
+def takes_found_inf(base: Optimizer) -> bool:
+    """Whether an optimizer can be told on the device that it is not to step, as torch's ``GradScaler`` does."""
+    return bool(getattr(base, "_step_supports_amp_scaling", False))
+
+
 def _refusal(base: Optimizer) -> str | None:
     for name in _names(base):
         if name in _REFUSED:

@@ -103,6 +103,16 @@ def can_compile(weights: Sequence[Tensor]) -> bool:
     return sum(each.numel() for each in weights if each.is_cpu) >= MIN_COMPILED and compiled.unavailable() is None
 
 
+def on_device(lr: float | Tensor) -> bool:
+    """Whether the host does not know a learning rate without waiting for a device."""
+    return isinstance(lr, Tensor) and not lr.is_cpu
+
+
+def rate_on(lr: float | Tensor, device: torch.device) -> float | Tensor:
+    """Return a learning rate as a number, or as a 0-dim tensor on a device where the host does not know it."""
+    return lr.reshape(()).to(device, non_blocking=True) if on_device(lr) else float(lr)  # type: ignore[union-attr]
+
+
 def _batches(tensors: Sequence[Stepped]) -> Iterator[list[_Part]]:
     """Yield parts to be shrunk together, of a bounded number of weights."""
     batch: list[_Part] = []

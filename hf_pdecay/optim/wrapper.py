@@ -11,13 +11,14 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer
 
 from ..decay import check_lambda_p, check_p_norm
-from .bases import check_base, is_schedule_free
+from .bases import check_base, is_schedule_free, takes_found_inf
 from .couplings import ELEMENT, check_structure, kind_of
 from .distributed import agreed_finite, is_dtensor, local, shard_place
 from .dormancy import dormant_entry, is_awake, placed
 from .gradients import check_dense, count_skipped, finite_by_norm, grads_finite, skipped_steps
 from .grouped import Shrinkage
-from .shrinking import Stepped, can_compile, copies, shrink
+from .parts import Part, parts, step_part
+from .shrinking import Stepped, can_compile, copies, on_device, rate_on, shrink
 from .tensor_step import Decay, smallest
 from .validation import check_decay_settings, check_real, check_saved_groups
 
@@ -39,8 +40,9 @@ class LpDecay(Optimizer):
     checkpoints find in one place what both need. A checkpoint of the base alone loads too.
 
     - Zero absorbs, dormant tensors sleep, zeros are kept, and groups of weights decay as one, as in ``AdamWLp``.
-    - Memory: a copy of the weights that decay or keep their zeros, of their dtype, while the base steps; nothing
-      between steps. It is what the formula needs at least, as a step moves all weights at once.
+    - Memory: while the base steps, a copy of the weights that decay or keep their zeros, of their dtype; nothing
+      between steps. torch's optimizers, which step each tensor by itself, do so in parts of which one is copied at a
+      time; others step all weights at once.
     - bfloat16 and float16 weights shrink in float32 and are rounded stochastically, by bits that depend on the step and
       the place of the weight only. The base rounds its own result before that, as it does without the decay: torch's
       optimizers to nearest, so that updates below half of the last bit are lost, and what a base of another library
@@ -261,8 +263,6 @@ class LpDecay(Optimizer):
         if finite is False:
             count_skipped(self.param_groups, finite)
             return loss
-        dormant: dict[Tensor, Tensor] = {}
-        copied = [self._copied(number, group, dormant) for number, group in enumerate(self.param_groups)]
         shrinkages = {
             number: Shrinkage(group, "compiled" if can_compile(group["params"]) else "")
             for number, group in enumerate(self.param_groups)
@@ -271,13 +271,10 @@ class LpDecay(Optimizer):
         for shrinkage in shrinkages.values():
             shrinkage.check(())
             shrinkage.remember(())
-        self._step_base(finite)
-        for param, entry in dormant.items():
-            # Not before, as bases make their state where there is none.
-            self.state[param]["dormant"] = entry
-        for number, (group, some) in enumerate(zip(self.param_groups, copied, strict=True)):
+        for part in parts(self.base, _decays):
+            self._step_part(part, finite)
+        for number, group in enumerate(self.param_groups):
             group["decay_steps"] += 1
-            self._shrink(group, some, finite)
             if number in shrinkages:
                 self._shrink_groups(number, group, shrinkages[number], finite)
         if finite is not True:
@@ -294,41 +291,52 @@ class LpDecay(Optimizer):
             sharded = [param for group in self.param_groups for param in group["params"] if is_dtensor(param)]
             grads = [local(param.grad) for param in careful if param.grad is not None]
             finite = agreed_finite(grads_finite(grads), sharded)
-        return finite if _takes_found_inf(self.base) else bool(finite)
+        return finite if takes_found_inf(self.base) else bool(finite)
 
-    def _step_base(self, finite: bool | Tensor) -> None:
+    def _step_part(self, part: Part, finite: bool | Tensor) -> None:
+        """Step some parameters and shrink their weights one by one, from a copy of those before."""
+        dormant: dict[Tensor, Tensor] = {}
+        copied = {number: self._copied(number, params, dormant) for number, params in part.items()}
+        self._step_base(part, finite)
+        for param, entry in dormant.items():
+            # Not before, as bases make their state where there is none.
+            self.state[param]["dormant"] = entry
+        for number, some in copied.items():
+            self._shrink(self.param_groups[number], some, finite)
+
+    def _step_base(self, part: Part, finite: bool | Tensor) -> None:
         if not isinstance(finite, Tensor):
-            self.base.step()
+            step_part(self.base, part)
             return
         # The contract of GradScaler with optimizers that look on the device whether they are to step.
         base: Any = self.base
         base.grad_scale, base.found_inf = None, (~finite).to(torch.float32)
         try:
-            base.step()
+            step_part(base, part)
         finally:
             del base.grad_scale, base.found_inf
 
-    def _copied(self, number: int, group: dict[str, Any], dormant: dict[Tensor, Tensor]) -> list[_Copied]:
-        """Copy what is to shrink of a group, and note in ``dormant`` what has not stepped before."""
-        params = [param for param in group["params"] if param.grad is not None]
-        places = {param: place for place, param in enumerate(group["params"], number << 20)}
+    def _copied(self, number: int, some: dict[int, Tensor], dormant: dict[Tensor, Tensor]) -> list[_Copied]:
+        """Copy what is to shrink of some of a group, and note in ``dormant`` what has not stepped before."""
+        group = self.param_groups[number]
+        places = {param: (number << 20) + place for place, param in some.items() if param.grad is not None}
         awake: dict[Tensor, bool | Tensor] = {}
         # What decays by groups only keeps its zeros here, if it is to.
         whole = kind_of(group) == ELEMENT
-        for param in params:
+        for param in places:
             state = self.state.get(param) or {}
             entry = state.get("dormant")
             if entry is None:
                 entry = dormant[param] = dormant_entry(param) if whole else torch.zeros((), dtype=torch.bool)
             awake[param] = is_awake(param, entry) if whole else False
         shrinks = _may_shrink(group)
-        chosen = [each for each in params if group["keep_zeros"] or (shrinks and awake[each] is not False)]
+        chosen = [each for each in places if group["keep_zeros"] or (shrinks and awake[each] is not False)]
         by_kind: dict[Any, list[Tensor]] = {}
         for param in chosen:
             by_kind.setdefault((param.device, param.dtype), []).append(param)
         found = []
-        for some in by_kind.values():
-            for param, before in zip(some, copies([local(each) for each in some]), strict=True):
+        for alike in by_kind.values():
+            for param, before in zip(alike, copies([local(each) for each in alike]), strict=True):
                 found.append(_Copied(param, before, awake[param], places[param]))
         return found
 
@@ -337,7 +345,7 @@ class LpDecay(Optimizer):
         lr = group["scheduled_lr"] if averaging else group["lr"]
 
         def alpha_lambda(device: torch.device) -> float | Tensor:
-            return _rate(lr, device) * float(group["lambda_p"])
+            return rate_on(lr, device) * float(group["lambda_p"])
 
         def averaged(index: int) -> Tensor | None:
             return self.state[group["params"][index]].get("z") if averaging else None
@@ -360,9 +368,9 @@ class LpDecay(Optimizer):
         for device, tensors in by_device.items():
             decay = Decay(
                 group["p_norm"],
-                _rate(lr, device) * group["lambda_p"],
+                rate_on(lr, device) * group["lambda_p"],
                 group["keep_zeros"],
-                group["decay_steps"],
+                group["decay_steps"] + 1,
                 finite,
             )
             shrink(tensors, decay)
@@ -384,18 +392,6 @@ def _decays(group: dict[str, Any]) -> bool:
 def _may_shrink(group: dict[str, Any]) -> bool:
     """Whether a group's decay can change a weight in this step; where the host does not know the rate, it may."""
     lr, lambda_p = group["lr"], group["lambda_p"]
-    if _on_device(lr):
+    if on_device(lr):
         return bool(lambda_p != 0)
     return bool(float(lr) * lambda_p >= min((smallest(param.dtype) for param in group["params"]), default=1.0))
-
-
-def _on_device(lr: float | Tensor) -> bool:
-    return isinstance(lr, Tensor) and not lr.is_cpu
-
-
-def _rate(lr: float | Tensor, device: torch.device) -> float | Tensor:
-    return lr.reshape(()).to(device, non_blocking=True) if _on_device(lr) else float(lr)  # type: ignore[union-attr]
-
-
-def _takes_found_inf(base: Optimizer) -> bool:
-    return bool(getattr(base, "_step_supports_amp_scaling", False))
