@@ -112,15 +112,21 @@ import sys
 import pytest
 from hf_pdecay import native
 native._FLAGS += ("-mno-avx512f",)
-sys.exit(pytest.main(["-q", "-p", "no:cacheprovider", "-k", "compiled", *sys.argv[1:]]))
+sys.exit(pytest.main(["-q", "-p", "no:cacheprovider", *sys.argv[1:]]))
 """
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(torch.backends.cpu.get_cpu_capability() != "AVX512", reason="all tests take these loops here")
-def test_the_loops_for_processors_without_avx512(tmp_path: Path) -> None:
-    files = ("test_adamw_lp.py", "test_adamw_lp_functional.py", "test_compiled.py")
-    done = python(OTHER_PROCESSOR, *(f"tests/{each}" for each in files), TORCHINDUCTOR_CACHE_DIR=str(tmp_path))
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("-k", "compiled", "tests/test_adamw_lp.py", "tests/test_adamw_lp_functional.py", "tests/test_compiled.py"),
+        ("tests/test_sparse_inference.py",),
+    ],
+)
+def test_the_loops_for_processors_without_avx512(words: tuple[str, ...], tmp_path: Path) -> None:
+    done = python(OTHER_PROCESSOR, *words, TORCHINDUCTOR_CACHE_DIR=str(tmp_path))
     assert done.returncode == 0, done.stdout[-5000:]
     (source,) = tmp_path.rglob("*.main.cpp")
     assert "__AVX512F__" in source.read_text()

@@ -20,6 +20,44 @@ constexpr int kMost = 4 * kLane;  // rows of x in a block
 constexpr int kTile = 16;         // rows of W whose results are written together
 
 typedef float Vector __attribute__((vector_size(4 * kLane), aligned(4), may_alias));
+typedef int32_t Lanes __attribute__((vector_size(4 * kLane)));
+
+// The transpose of a square part of a matrix, of which `rows` are there and the others zero. Line by line: of a matrix
+// whose lines lie a multiple of 4 KiB apart, as they often do, the first cache holds no more than a few.
+inline void transpose_square(const float* from, int64_t from_stride, int64_t rows, float* to, int64_t to_stride) {
+  Vector row[kLane];
+#pragma GCC unroll 16
+  for (int i = 0; i < kLane; i++)
+    row[i] = i < rows ? *reinterpret_cast<const Vector*>(from + i * from_stride) : Vector{};
+#if defined(__GNUC__) && !defined(__clang__)
+  // Swap the parts beside the diagonal: single numbers, then pairs, and so on.
+#pragma GCC unroll 4
+  for (int size = 1; size < kLane; size *= 2) {
+    Lanes low, high;
+#pragma GCC unroll 16
+    for (int k = 0; k < kLane; k++) {
+      low[k] = k & size ? k - size + kLane : k;
+      high[k] = k & size ? k + kLane : k + size;
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < kLane; i++) {
+      if (i & size) continue;
+      const Vector a = row[i], b = row[i + size];
+      row[i] = __builtin_shuffle(a, b, low);
+      row[i + size] = __builtin_shuffle(a, b, high);
+    }
+  }
+#else
+  for (int i = 0; i < kLane; i++)
+    for (int j = 0; j < i; j++) {
+      const float kept = row[i][j];
+      row[i][j] = row[j][i];
+      row[j][i] = kept;
+    }
+#endif
+#pragma GCC unroll 16
+  for (int i = 0; i < kLane; i++) *reinterpret_cast<Vector*>(to + i * to_stride) = row[i];
+}
 
 struct Weight {
   const int32_t* starts;   // [out + 1]
@@ -57,7 +95,12 @@ void many_rows(const Weight& w, const float* block, int64_t first, int64_t last,
         for (int v = 0; v < kVectors; v++) sum[0][v] += sum[f][v];
       std::memcpy(tile[i], sum[0], sizeof(float) * kWidth);
     }
-    for (int64_t j = 0; j < count; j++)
+    int64_t j = 0;
+    if (rows == kTile)
+      for (; j + kLane <= count; j += kLane)
+        for (int i = 0; i < kTile; i += kLane)
+          transpose_square(&tile[i][j], kWidth, kLane, y + j * w.out + row + i, w.out);
+    for (; j < count; j++)
       for (int64_t i = 0; i < rows; i++) y[j * w.out + row + i] = tile[i][j];
   }
 }
@@ -81,11 +124,14 @@ void one_row(const Weight& w, const float* x, int64_t first, int64_t last, float
 
 // Rows of x as [in][width]; rows that are not there are zeros.
 void transpose(const float* x, int64_t count, int64_t in, int64_t width, float* block) {
-  for (int64_t first = 0; first < in; first += 16) {
-    const int64_t last = std::min(in, first + 16);
-    for (int64_t j = 0; j < width; j++)
-      for (int64_t column = first; column < last; column++)
-        block[column * width + j] = j < count ? x[j * in + column] : 0.0f;
+  for (int64_t row = 0; row < width; row += kLane) {
+    const int64_t rows = std::min<int64_t>(kLane, std::max<int64_t>(0, count - row));
+    int64_t column = 0;
+    for (; column + kLane <= in; column += kLane)
+      transpose_square(x + row * in + column, in, rows, block + column * width + row, width);
+    for (; column < in; column++)
+      for (int64_t j = 0; j < kLane; j++)
+        block[column * width + row + j] = j < rows ? x[(row + j) * in + column] : 0.0f;
   }
 }
 
