@@ -50,6 +50,15 @@ def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str
     return str(request.param)
 
 
+def with_threads(threads: int, layer: SparseLinear, x: torch.Tensor) -> torch.Tensor:
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        return layer(x)  # type: ignore[no-any-return]
+    finally:
+        torch.set_num_threads(before)
+
+
 @settings(deadline=None, max_examples=150)
 @given(
     st.integers(1, 80),
@@ -66,23 +75,19 @@ def test_equals_the_product_in_float64(
 ) -> None:
     weight = sparse_weight(out, size, zeros, seed).to(dtype)
     x, bias = torch.randn(rows, size).to(dtype), torch.randn(out).to(dtype) if biased else None
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        y = SparseLinear(weight, bias)(x)
-    finally:
-        torch.set_num_threads(before)
+    y = with_threads(threads, SparseLinear(weight, bias), x)
     expected = x.double() @ weight.double().t() + (0 if bias is None else bias.double())
     size_of = x.double().abs() @ weight.double().abs().t() + 1 + (0 if bias is None else bias.double().abs())
     assert y.dtype == dtype and y.shape == expected.shape
     assert bool(((y.double() - expected).abs() <= BOUNDS[dtype] * size_of).all())
 
 
-@pytest.mark.parametrize("rows", [1, 2, 40, 300])
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("rows", [1, 2, 40, 601])  # of the last a thread takes whole blocks
 @pytest.mark.parametrize("shape", [(700, 300), (64, 2500)])
-def test_large_products_on_both_paths(path: str, shape: tuple[int, int], rows: int) -> None:
+def test_large_products_on_both_paths(path: str, shape: tuple[int, int], rows: int, threads: int) -> None:
     weight, x, bias = sparse_weight(*shape, 0.95), torch.randn(2, rows, shape[1]), torch.randn(shape[0])
-    y = SparseLinear(weight, bias)(x)
+    y = with_threads(threads, SparseLinear(weight, bias), x)
     torch.testing.assert_close(y, (x.double() @ weight.double().t() + bias.double()).float(), rtol=1e-4, atol=1e-4)
 
 

@@ -3,11 +3,18 @@
 //   - W is in compressed sparse rows (CSR): of each row the values that are not zero, and their columns.
 //   - Rows of x are taken kMost at a time, transposed, so that a value of W meets as many activations as vectors hold,
 //     which lie side by side. Several values are in flight at once: a single sum would wait for its own last addition.
-//   - Threads share ranges of rows of W that hold about as many values each.
+//   - Threads take blocks of rows of x, which stay in their caches, where there are many; else they share ranges of rows
+//     of W that hold about as many values each.
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
 #include <vector>
+
+#ifdef _OPENMP
+#include <omp.h>
+#else
+inline int omp_get_thread_num() { return 0; }
+#endif
 
 namespace {
 
@@ -159,28 +166,37 @@ void hf_pdecay_sparse_product(const int32_t* starts, const int32_t* columns, con
   }
   const int64_t width = count > 2 * kLane ? 4 * kLane : count > kLane ? 2 * kLane : kLane;
   const int64_t blocks = (count + width - 1) / width;
+  const auto transposed = [&](int64_t b, float* block) {
+    transpose(x + b * width * in, std::min(width, count - b * width), in, width, block);
+  };
+  const auto multiply = [&](int64_t b, const float* block, int64_t first, int64_t last) {
+    const int64_t rows = std::min(width, count - b * width);
+    float* results = y + b * width * out;
+    if (width == 4 * kLane)
+      many_rows<4, 2>(w, block, first, last, results, rows);
+    else if (width == 2 * kLane)
+      many_rows<2, 4>(w, block, first, last, results, rows);
+    else
+      many_rows<1, 8>(w, block, first, last, results, rows);
+  };
+  if (blocks >= 4 * threads) {  // enough for each thread to have blocks of its own, which stay in its cache
+#pragma omp parallel for num_threads(threads) schedule(dynamic) if (!alone)
+    for (int64_t b = 0; b < blocks; b++) {
+      float* block = scratch + (alone ? 0 : omp_get_thread_num()) * in * width;
+      transposed(b, block);
+      multiply(b, block, 0, out);
+    }
+    return;
+  }
 #pragma omp parallel num_threads(threads) if (!alone)
   for (int64_t group = 0; group < blocks; group += threads) {  // as many blocks as scratch has room for
     const int64_t here = std::min<int64_t>(threads, blocks - group);
 #pragma omp for schedule(static)
-    for (int64_t b = 0; b < here; b++) {
-      const int64_t row = (group + b) * width;
-      transpose(x + row * in, std::min(width, count - row), in, width, scratch + b * in * width);
-    }
+    for (int64_t b = 0; b < here; b++) transposed(group + b, scratch + b * in * width);
 #pragma omp for schedule(dynamic) collapse(2)
     for (int64_t b = 0; b < here; b++)
-      for (int part = 0; part < parts; part++) {
-        const int64_t row = (group + b) * width;
-        const int64_t rows = std::min(width, count - row);
-        const float* block = scratch + b * in * width;
-        float* results = y + row * out;
-        if (width == 4 * kLane)
-          many_rows<4, 2>(w, block, ends[part], ends[part + 1], results, rows);
-        else if (width == 2 * kLane)
-          many_rows<2, 4>(w, block, ends[part], ends[part + 1], results, rows);
-        else
-          many_rows<1, 8>(w, block, ends[part], ends[part + 1], results, rows);
-      }
+      for (int part = 0; part < parts; part++)
+        multiply(group + b, scratch + b * in * width, ends[part], ends[part + 1]);
   }
 }
 
