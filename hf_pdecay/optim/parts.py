@@ -10,8 +10,6 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
-from .distributed import local
-
 
 # The parameters of a part: by the number of their param group, and there by their place in it.
 Part = dict[int, dict[int, Tensor]]
@@ -54,7 +52,8 @@ def parts(base: Optimizer, counts: Callable[[dict[str, Any]], bool]) -> Iterator
     for number, group in enumerate(base.param_groups):
         counted = counts(group)
         for place, param in enumerate(group["params"]):
-            numel = local(param).numel() if counted and param.grad is not None else 0
+            # Of a sharded one as many as all processes have: they have to agree on parts, as bases may communicate.
+            numel = param.numel() if counted and param.grad is not None else 0
             if size and size + numel > part_size(param.device):
                 yield part
                 part, size = {}, 0
