@@ -45,3 +45,9 @@ def test_fsdp2_reaches_the_target_as_one_process_does_and_resumes(ranks: Ranks, 
     assert sum(int((sharded == 0).sum()) for sharded, _ in found["weights"].values()) == round(0.5 * 94)
     for name, (resumed, straight) in found["resumed"].items():
         assert torch.equal(resumed, straight), name
+
+
+def test_processes_with_other_shards_step_the_same_parts(ranks: Ranks) -> None:
+    first, second = (result(ranks, rank, "parted") for rank in (0, 1))
+    assert first["weights"] != second["weights"], "the test has something to find"
+    assert first["places"] == second["places"] == [[place] for place in range(6)]
