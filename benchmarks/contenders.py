@@ -12,7 +12,7 @@ from torch import Tensor
 
 from hf_pdecay.optim import AdamWLp, LpDecay, compiled
 from hf_pdecay.optim.moments import BLOCK
-from rivals import InductorAdamWLp, authors_adamw, missing, optimi_adamw, prune_optimizer, torch_adamw
+from rivals import InductorAdamWLp, authors_adamw, checked_adamw, missing, optimi_adamw, prune_optimizer, torch_adamw
 
 
 P_NORMS = (0.5, 0.8, 1.0, 1.2, 1.5, 2.0, 3.0)
@@ -22,6 +22,7 @@ LAMBDA_P = 0.01
 LR = 1e-6
 
 BASELINE = "torch AdamW, fused"
+CHECKED = "torch AdamW, fused, gradients checked"
 AUTHORS = f"authors' algorithm on fused AdamW, p = {USUAL_P:g}"
 
 # On a CPU, from this many weights on only what is asked for most: a step takes a second.
@@ -141,9 +142,10 @@ def wrapped_adamw(params: list[Tensor]) -> LpDecay:
 def contenders_for(size: Size, device: str, quick: bool = False) -> list[Contender]:
     """Return what is measured on a size, the baseline first."""
     baseline = Contender(BASELINE, partial(torch_adamw, lr=LR, fused=True))
+    checked = Contender(CHECKED, partial(checked_adamw, lr=LR))
     authors = Contender(AUTHORS, partial(authors_adamw, lr=LR, p_norm=USUAL_P, lambda_p=LAMBDA_P), USUAL_P)
     if device == "cpu" and size.weights >= _MANY:
-        return [baseline, *(ours(p_norm) for p_norm in (0.5, USUAL_P, 1.2)), authors]
+        return [baseline, checked, *(ours(p_norm) for p_norm in (0.5, USUAL_P, 1.2)), authors]
     prune = partial(prune_optimizer, lr=LR)
     rivals = [
         authors,
@@ -158,20 +160,20 @@ def contenders_for(size: Size, device: str, quick: bool = False) -> list[Contend
     if device == "cuda" and size.name != "25M":
         # The backends of plain operations take a thousand launches, and show no more than on the 25M.
         low = ours(USUAL_P, note="bfloat16 moments", moments="bfloat16")
-        return [baseline, dense, *(ours(p_norm) for p_norm in P_NORMS), unchecked, low, wrapped, *rivals]
+        return [baseline, checked, dense, *(ours(p_norm) for p_norm in P_NORMS), unchecked, low, wrapped, *rivals]
     kernel = "compiled" if device == "cpu" else "triton"
     absent = compiled.unavailable() if device == "cpu" else missing("triton")
     quantized = any(torch.Size(shape).numel() % BLOCK == 0 for shape in size.shapes)
     eight = missing("torchao") or (None if quantized else f"no tensor here has whole blocks of {BLOCK} weights")
     some_p = (USUAL_P,) if quick else P_NORMS
-    prune = partial(prune_optimizer, lr=LR)
     inductor = partial(InductorAdamWLp, lr=LR, p_norm=USUAL_P, lambda_p=LAMBDA_P)
     formulas = Contender(f"AdamWLp's formulas by torch.compile, p = {USUAL_P:g}", inductor, USUAL_P, plain_state=False)
     return [
         baseline,
-        Contender("torch AdamW, foreach", partial(torch_adamw, lr=LR, fused=False)),
+        checked,
+        dense,
         *(ours(p_norm) for p_norm in P_NORMS),
-        ours(USUAL_P, note="gradients not checked", skip_nonfinite=False),
+        unchecked,
         *(ours(p_norm, kernel, absent=absent) for p_norm in some_p),
         *(ours(p_norm, "foreach") for p_norm in some_p),
         *(ours(p_norm, "reference") for p_norm in some_p),

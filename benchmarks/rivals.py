@@ -61,9 +61,31 @@ class AuthorsAdamW(AdamW):
         return loss
 
 
+class CheckedAdamW(AdamW):
+    """torch's fused AdamW that skips a step with NaN or infinite gradients, by the means that torch has for it.
+
+    Before the step ``torch.amp.GradScaler`` has one operation look at all gradients (and unscale them, here by 1). It
+    leaves at the optimizer, as ``found_inf``, what that found. Without a scaler both are done here.
+    """
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Do one step, unless a gradient is not finite."""
+        grads = [param.grad for group in self.param_groups for param in group["params"] if param.grad is not None]
+        found_inf = torch.zeros((), device=grads[0].device)
+        torch._amp_foreach_non_finite_check_and_unscale_(grads, found_inf, torch.ones_like(found_inf))
+        self.grad_scale, self.found_inf = None, found_inf
+        return super().step(closure)
+
+
 def torch_adamw(params: Sequence[Tensor], lr: float, *, fused: bool) -> AdamW:
     """Return torch's AdamW, fused or foreach, without decay."""
     return AdamW(params, lr=lr, weight_decay=0.0, fused=fused, foreach=not fused)
+
+
+def checked_adamw(params: Sequence[Tensor], lr: float) -> CheckedAdamW:
+    """Return torch's fused AdamW, without decay, that looks at the gradients as AdamWLp does."""
+    return CheckedAdamW(params, lr=lr, weight_decay=0.0, fused=True)
 
 
 def authors_adamw(params: Sequence[Tensor], lr: float, p_norm: float, lambda_p: float) -> AuthorsAdamW:

@@ -25,6 +25,7 @@ from clocks import spread
 from contenders import (
     AUTHORS,
     BASELINE,
+    CHECKED,
     DEFAULT_SIZES,
     P_NORMS,
     QUICK_SIZES,
@@ -84,7 +85,8 @@ def measure(
     result = race(contenders, size, device, rounds, seconds=limit, copy_numel=copy_numel)
     copy = spread(result.copy.all_seconds)["median"]
     growth = process_growth(result, size, device, quick)
-    usual, authors = result.find(our_name(USUAL_P)), result.find(AUTHORS)
+    usual = result.find(our_name(USUAL_P))
+    checked, authors = (result.find(name) for name in (CHECKED, AUTHORS))
     ratios = {f"{p:g}": entrant for p in P_NORMS if (entrant := result.find(our_name(p))) is not None}
     return {
         "name": size.name,
@@ -96,6 +98,7 @@ def measure(
         "copy": {"name": result.copy.name, "gb_per_s": result.copy.least_bytes / copy / 1e9},
         "rows": [row_of(entrant, result, size, growth.get(entrant.name)) for entrant in result.entrants],
         "left_out": result.left_out,
+        "auto_over_checked": spread(result.ratios(usual, to=checked)) if usual and checked else None,
         "auto_ratios": {p: spread(result.ratios(entrant))["median"] for p, entrant in ratios.items()},
         "speed_up_over_authors": spread(result.ratios(authors, to=usual)) if usual and authors else None,
     }
@@ -132,7 +135,8 @@ def notes_on(device: str, compiling: Mapping[str, float] | None) -> list[str]:
         "Gradients are fixed, weights stay away from 0, and the learning rate is tiny: no zeros, no denormals.",
         "Ratios are taken within rounds, to the median of the three visits of fused AdamW; its own row shows the "
         "noise. AdamW does not look whether gradients are finite; AdamWLp does, and without that in the row "
-        "'gradients not checked', which is also what a Trainer that clips gradients makes it do.",
+        "'gradients not checked', which is also what a Trainer that clips gradients makes it do. The row 'torch AdamW, "
+        "fused, gradients checked' has torch look too, by the operation of its GradScaler.",
     ]
     if compiling is not None:
         notes.insert(

@@ -140,6 +140,12 @@ def short_lines(record: Mapping[str, Any]) -> list[str]:
     for size in record["sizes"]:
         ratios = ", ".join(f"p = {p}: {ratio:.2f}" for p, ratio in size["auto_ratios"].items())
         lines.append(f"{size['name']}: auto over fused AdamW: {ratios}")
+        like = size.get("auto_over_checked")
+        if like is not None:
+            lines.append(
+                f"{size['name']}: auto, p = 0.8, over fused AdamW that looks at the gradients too: "
+                f"{like['median']:.2f} ({like['q10']:.2f}-{like['q90']:.2f})"
+            )
         faster = size["speed_up_over_authors"]
         if faster is not None:
             lines.append(

@@ -77,7 +77,8 @@ def test_speed_has_all_rows_and_finite_numbers(bench: dict[str, ModuleType], spe
     assert rows.keys() | speed["left_out"].keys() == expected
     ours = {f"AdamWLp auto, p = {p}" for p in ("0.5", "0.8", "1", "1.2", "1.5", "2", "3")}
     ours |= {f"AdamWLp auto, p = 0.8, {what}" for what in ("gradients not checked", "bfloat16 moments")}
-    assert rows.keys() >= ours | {contenders.BASELINE, contenders.AUTHORS, "AdamWLp foreach, p = 0.8"}
+    theirs = {contenders.BASELINE, contenders.CHECKED, contenders.AUTHORS}
+    assert rows.keys() >= ours | theirs | {"AdamWLp foreach, p = 0.8"}
     # What is not there, is not there for want of a package or of a compiler.
     assert not any("p = 0.8" in name and "compiled" not in name and "8-bit" not in name for name in speed["left_out"])
     assert all(math.isfinite(value) for value in numbers(speed))
@@ -161,6 +162,7 @@ def test_speed_is_written_as_a_table_and_a_figure(
         assert column in text
     assert all(f"| {row['name']}" in text for row in speed["rows"])
     assert "times as fast as the authors' algorithm" in text
+    assert "over fused AdamW that looks at the gradients too" in text
     assert "/somewhere" not in text and record["command"] == "python benchmarks/step_speed.py --quick"
     (tmp_path / "speed.json").write_text(json.dumps(record))
     argv = ["--plot", str(tmp_path / "speed.json"), "--figure", str(tmp_path / "speed.png")]
@@ -188,6 +190,20 @@ def test_the_authors_algorithm_is_ours_with_lambda_over_p(
         optimizer.step()
         new = torch.from_numpy(expected.step(param.grad.tolist(), hyper))
         torch.testing.assert_close(param.detach().double(), new, rtol=1e-4, atol=1e-7)
+
+
+def test_torch_adamw_that_looks_skips_what_is_not_finite(bench: dict[str, ModuleType]) -> None:
+    params = [torch.nn.Parameter(torch.full((3,), float(size))) for size in (1, 2)]
+    twins = [torch.nn.Parameter(param.detach().clone()) for param in params]
+    checked, plain = bench["rivals"].checked_adamw(params, lr=0.1), bench["rivals"].torch_adamw(twins, 0.1, fused=True)
+    for number, bad in enumerate((0.5, math.nan, 0.25, math.inf)):
+        for param, twin in zip(params, twins, strict=True):
+            param.grad, twin.grad = torch.ones(3), torch.ones(3)
+        params[1].grad[2] = twins[1].grad[2] = bad
+        checked.step()
+        if number % 2 == 0:
+            plain.step()
+        assert all(torch.equal(param, twin) for param, twin in zip(params, twins, strict=True))
 
 
 def test_the_other_rivals_step(bench: dict[str, ModuleType]) -> None:
