@@ -258,6 +258,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--rounds", type=int, default=None, help="rounds of each workload")
     parser.add_argument("--output", type=Path, default=ROOT / "results", help="folder of the results")
     args = parser.parse_args(argv)
+    if args.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: torch sees no GPU; take --device cpu")
     if args.graph and args.device != "cuda":
         parser.error("--graph goes with --device cuda")
     args.dtype = args.dtype or ("bfloat16" if args.device == "cuda" else "float32")

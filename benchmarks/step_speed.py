@@ -169,6 +169,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--device", choices=list(DEFAULT_SIZES), default="cpu", help="where to run (cpu)")
     parser.add_argument("--sizes", nargs="+", choices=list(SIZES), help="sizes of models (those of the device)")
     parser.add_argument("--rounds", type=int, help=f"rounds of each size ({ROUNDS}, quick {QUICK_ROUNDS})")
+    parser.add_argument("--no-cold-start", action="store_true", help="do not time the first step, in two processes")
     parser.add_argument("--rows", default="", metavar="TEXT", help="only rows with this in their name, as 'by' (all)")
     parser.add_argument("--output", type=Path, default=ROOT / "results", help="folder of the tables (results here)")
     parser.add_argument("--plot", type=Path, metavar="JSON", help="only draw the figure of an earlier run")
@@ -201,7 +202,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         except NotEnoughMemoryError as error:
             record["skipped_sizes"].append(str(error))
         save(record, begin, options.output)
-    text = save(record | {"compile_seconds": compile_seconds(device)}, begin, options.output)
+    if not options.no_cold_start:
+        record["compile_seconds"] = compile_seconds(device)
+    text = save(record, begin, options.output)
     print(text.split("## In short")[0].rstrip(), "", *short_lines(record), sep="\n")
     return 0
 

@@ -21,11 +21,14 @@ BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 MODULES = (
     "contenders",
     "figure",
+    "gpu",
     "memory",
     "overhead",
     "probes",
     "rivals",
     "scaling",
+    "semi_structured",
+    "shrink",
     "step_speed",
     "tables",
     "timing",
@@ -268,3 +271,32 @@ def test_scaling_measures_every_part(bench: dict[str, ModuleType]) -> None:
     record = {"command": "python", "sizes": {"tiny": size}, "interval": size["interval"]}
     text = scaling.text(record | bench["tables"].conditions("cpu", ("torch",)))
     assert "| tiny in 2 tensors" in text
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="would run for minutes")
+def test_each_part_for_a_gpu_knows_its_arguments_and_says_that_there_is_none(
+    bench: dict[str, ModuleType], capfd: pytest.CaptureFixture[str]
+) -> None:
+    parts = [name for name, (module, _) in bench["gpu"].PARTS.items() if module != "pytest"]
+    assert bench["gpu"].main(["--only", *parts]) == 1
+    out, err = capfd.readouterr()
+    assert err.count("torch sees no GPU") == len(parts)
+    assert all(f"\n{name}: ended with code 2" in out for name in parts)
+    for name, (module, arguments) in bench["gpu"].PARTS.items():
+        files = [word for word in arguments if module == "pytest" and word.endswith(".py")]
+        assert all(Path(file).is_file() for file in files), name
+
+
+def test_parts_go_on_after_one_that_fails(
+    bench: dict[str, ModuleType], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    gpu = bench["gpu"]
+    (tmp_path / "broken_part.py").write_text("def main(argv):\n    raise RuntimeError('out of something')\n")
+    (tmp_path / "whole_part.py").write_text("def main(argv):\n    print('got', *argv)\n    return 0\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setattr(gpu, "PARTS", {"one": ("broken_part", ()), "two": ("whole_part", ("--all",))})
+    assert gpu.main([]) == 1
+    captured = capsys.readouterr()
+    assert "one: failed after" in captured.out and "two: done after" in captured.out and "got --all" in captured.out
+    assert "out of something" in captured.err
+    assert gpu.main(["--only", "two"]) == 0
