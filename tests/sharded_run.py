@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed._functional_collectives import AsyncCollectiveTensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distribute_tensor
@@ -58,13 +59,25 @@ class Case:
         self.optimizer = AdamWLp(self.sharded, backend=backend, **OPTIONS)
         self.single = AdamWLp(self.whole, backend=backend, **OPTIONS)
 
-    def step(self, seed: int, bad: Callable[[int, torch.Tensor], None] | None = None) -> None:
+    def step(
+        self,
+        seed: int,
+        bad: Callable[[int, torch.Tensor], None] | None = None,
+        make: Callable[[torch.Tensor], DTensor] | None = None,
+    ) -> None:
+        """Step both on new gradients.
+
+        Args:
+            seed: Which gradients.
+            bad: Spoils the gradient of a place.
+            make: Makes sharded gradients of whole ones; by default placed as the weights.
+        """
         for k, (param, rival) in enumerate(zip(self.sharded, self.whole, strict=True)):
             grad = normal(*rival.shape, seed=100 * seed + k)
             if bad is not None:
                 bad(k, grad)
             rival.grad = grad
-            param.grad = distribute_tensor(grad, self.mesh, [self.placement])
+            param.grad = distribute_tensor(grad, self.mesh, [self.placement]) if make is None else make(grad)
         self.optimizer.step()
         self.single.step()
 
@@ -124,6 +137,49 @@ def skipped(mesh: DeviceMesh, backend: str, value: float) -> Any:
     skips, after = case.optimizer.skipped_steps, case.found()
     case.step(2)
     return {"before": before, "after": after, "counts": counts, "skips": skips, "later": case.found()}
+
+
+def followed(mesh: DeviceMesh) -> Any:
+    """Which steps do again what the last one did, and what comes of all."""
+    case = Case(mesh, Shard(0), "compiled")
+    plans: dict[str, bool] = {}
+
+    def step(name: str, **how: Any) -> None:
+        plan = case.optimizer._plan
+        case.step(len(plans), **how)
+        plans[name] = plan is not None and case.optimizer._plan is plan
+
+    def spoil(k: int, grad: torch.Tensor) -> None:
+        if k == 0:
+            grad[-1, -1] = torch.nan  # of the last rank
+
+    for name in ("first", "zeros wake", "third", "fourth"):
+        step(name)
+    step("bad gradient of one rank", bad=spoil)
+    for optimizer in (case.optimizer, case.single):
+        optimizer.param_groups[0]["lr"] = 0.01
+    loss = (case.sharded[0] * case.sharded[0]).sum()
+    step("other rate")
+    try:
+        loss.backward()
+        raised = ""
+    except RuntimeError as error:
+        raised = str(error)
+    step("replicated gradients", make=lambda grad: distribute_tensor(grad, mesh, [Replicate()]))
+    step("after these")
+    step("as before")
+
+    def unfinished(grad: torch.Tensor) -> DTensor:
+        part = AsyncCollectiveTensor(distribute_tensor(grad, mesh, [Shard(0)]).to_local())
+        return DTensor.from_local(part, mesh, [Shard(0)], run_check=False, shape=grad.shape, stride=grad.stride())
+
+    step("gradients under way", make=unfinished)
+    step("and no more")
+    step("as ever")
+    here: Any = case.sharded[0]
+    here._local_tensor = here._local_tensor.clone()
+    step("weights elsewhere")
+    return {"weights": case.found(), "plans": plans, "raised": raised}
 
 
 def resumed(mesh: DeviceMesh, backend: str) -> Any:
@@ -199,6 +255,7 @@ def main() -> None:
     dist.init_process_group("gloo")
     mesh = init_device_mesh("cpu", (2,))
     cases: dict[str, Callable[[], Any]] = {
+        "followed": partial(followed, mesh),
         "skipped inf": partial(skipped, mesh, "compiled", float("inf")),
         "replicated weights": partial(trained, mesh, Replicate(), "compiled"),
         "fsdp": partial(fsdp, mesh, None),

@@ -80,6 +80,18 @@ def test_bad_gradient_of_one_rank_skips_the_step_of_all(ranks: Ranks, case: str)
         close(found["later"])
 
 
+def test_steps_do_again_what_the_last_one_did(ranks: Ranks) -> None:
+    """As with whole tensors, and on all ranks alike; what has changed is noticed."""
+    for rank in range(2):
+        found = result(ranks, rank, "followed")
+        anew = ["first", "zeros wake", "replicated gradients", "after these"]
+        anew += ["gradients under way", "and no more", "weights elsewhere"]
+        assert [name for name, same in found["plans"].items() if not same] == anew
+        assert "modified by an inplace operation" in found["raised"]
+        for name, (sharded, whole) in found["weights"].items():
+            assert torch.equal(sharded, whole), name
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_checkpoint_of_a_sharded_run_continues(ranks: Ranks, backend: str) -> None:
     for rank in range(2):

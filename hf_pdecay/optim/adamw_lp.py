@@ -299,12 +299,12 @@ class AdamWLp(Optimizer):
         for index, (group, hyper) in enumerate(zip(self.param_groups, hypers, strict=True)):
             steps += self._tensor_steps(index, group, hyper, shrinkages.get(index))
             owners += [(index, number) for number, param in enumerate(group["params"]) if param.grad is not None]
-        sharded = [param for group in self.param_groups for param in group["params"] if is_dtensor(param)]
         parts = self._backend.assign(steps)
         params = [param for group in self.param_groups for param in group["params"] if param.grad is not None]
         states = [self.state[param] for param in params]
-        # All processes must learn in the same step that a sharded tensor is awake, which they do as they look at it.
-        self._awakening.ask([state for param, state in zip(params, states, strict=True) if not is_dtensor(param)])
+        for sharded in (False, True):
+            some = [state for param, state in zip(params, states, strict=True) if is_dtensor(param) == sharded]
+            self._awakening.ask(some, sharded=sharded)
         shrunk = [owners[step] for part in parts for step in part.shrunk]
         done = {index: {number for owner, number in shrunk if owner == index} for index in shrinkages}
         for index, shrinkage in shrinkages.items():
@@ -313,7 +313,7 @@ class AdamWLp(Optimizer):
             shrinkage.lasts(done[index]) for index, shrinkage in shrinkages.items()
         )
         tables = [(each.tables, hypers[index]) for index, each in shrinkages.items() if each.tables is not None]
-        return Plan(self.param_groups, self.state, hypers, parts, sharded, lasts, tables, done)
+        return Plan(self.param_groups, self.state, hypers, parts, lasts, tables, done)
 
     def _tensor_steps(
         self, group_index: int, group: dict[str, Any], hyper: Hyperparameters, shrinkage: Shrinkage | None
@@ -351,7 +351,7 @@ class AdamWLp(Optimizer):
         if not parts:
             return True
         known = finite_by_norm(norm)
-        return agreed_finite(all_finite(parts), plan.sharded) if known is None else known
+        return agreed_finite(all_finite(parts), plan.owners) if known is None else known
 
     def _count_skipped(self, finite: bool | Tensor) -> None:
         count_skipped(self.param_groups, finite)

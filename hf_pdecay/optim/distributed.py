@@ -34,10 +34,39 @@ def local_grad(param: Tensor, grad: Tensor) -> Tensor:
             f"AdamWLp takes a DTensor as the gradient of a DTensor parameter (shape {tuple(param.shape)}), not "
             f"{type(grad).__name__}."
         )
-    sharded, like = cast(Any, grad), cast(Any, param)
-    if sharded.placements != like.placements or sharded.device_mesh != like.device_mesh:
-        sharded = sharded.redistribute(like.device_mesh, like.placements)
-    return local(sharded)
+    if not are_placed_alike(param, grad):
+        like = cast(Any, param)
+        grad = cast(Any, grad).redistribute(like.device_mesh, like.placements)
+    part = local(grad)
+    # What a collective still fills waits for it in torch's operations, but has no address.
+    return part if type(part) is Tensor else cast(Any, part).wait()
+
+
+def are_placed_alike(param: Tensor, grad: Tensor) -> bool:
+    """Whether the parts of two DTensors that this rank holds are of the same elements."""
+    one, other = cast(Any, param), cast(Any, grad)
+    return bool(one.placements == other.placements and one.device_mesh == other.device_mesh)
+
+
+def parts_here(
+    params: Sequence[Tensor], grads: Sequence[Tensor | None]
+) -> tuple[list[Tensor], list[Tensor | None]] | None:
+    """Return the parts of parameters and gradients that this rank holds, which others keep alive.
+
+    None if a gradient has to be moved or waited for first.
+    """
+    some, their = list(params), list(grads)
+    for index, (param, grad) in enumerate(zip(params, grads, strict=True)):
+        if not is_dtensor(param):
+            continue
+        some[index] = local(param)
+        if grad is not None:
+            if not is_dtensor(grad) or not are_placed_alike(param, grad):
+                return None
+            part = their[index] = local(grad)
+            if type(part) is not Tensor:
+                return None
+    return some, their
 
 
 def shard_place(param: Tensor, place: int) -> int:
@@ -149,27 +178,39 @@ def first_index(span: Span | None, dim: int) -> int:
 def any_nonzero(param: Tensor) -> Tensor:
     """Return a 0-dim bool tensor: whether any weight, on any rank that holds a shard of it, is not 0."""
     found = local(param).any()
-    return _reduced(found, [param], torch.distributed.ReduceOp.MAX) if is_dtensor(param) else found
+    owners = Owners.of([param]) if is_dtensor(param) else None
+    return found if owners is None else owners.reduced(found, torch.distributed.ReduceOp.MAX)
 
 
-def agreed_finite(finite: bool | Tensor, sharded: list[Tensor]) -> bool | Tensor:
+class Owners(NamedTuple):
+    """Who holds some DTensors: the process groups of all dimensions of their meshes, and the device of the first."""
+
+    groups: Groups
+    device: torch.device
+
+    @classmethod
+    def of(cls, sharded: Sequence[Tensor]) -> Owners | None:
+        """Return who holds some DTensors; None if there are none."""
+        if not sharded:
+            return None
+        groups = {}
+        for mesh in dict.fromkeys(cast(Any, tensor).device_mesh for tensor in sharded):
+            for dim in range(mesh.ndim):
+                group = mesh.get_group(dim)
+                groups[group.group_name] = group
+        return cls(tuple(groups.values()), local(sharded[0]).device)
+
+    def reduced(self, flag: Tensor, op: Any) -> Tensor:
+        """One all-reduce of one flag for each group."""
+        number = flag.to(torch.int32)
+        for group in self.groups:
+            torch.distributed.all_reduce(number, op=op, group=group)
+        return number.to(torch.bool)
+
+
+def agreed_finite(finite: bool | Tensor, owners: Owners | None) -> bool | Tensor:
     """Return whether gradients are finite on all ranks that hold shards of parameters, given whether they are here."""
-    if not sharded:
+    if owners is None:
         return finite
-    flag = torch.as_tensor(finite, device=local(sharded[0]).device)
-    flag = _reduced(flag, sharded, torch.distributed.ReduceOp.MIN)
+    flag = owners.reduced(torch.as_tensor(finite, device=owners.device), torch.distributed.ReduceOp.MIN)
     return bool(flag) if isinstance(finite, bool) else flag
-
-
-def _reduced(flag: Tensor, sharded: list[Tensor], op: Any) -> Tensor:
-    """One all-reduce of one number for each dimension of each mesh."""
-    number = flag.to(torch.int32)
-    groups = {}
-    for tensor in sharded:
-        mesh = tensor.device_mesh  # type: ignore[attr-defined]
-        for dim in range(mesh.ndim):
-            group = mesh.get_group(dim)
-            groups[group.group_name] = group
-    for group in groups.values():
-        torch.distributed.all_reduce(number, op=op, group=group)
-    return number.to(torch.bool)

@@ -6,12 +6,17 @@ Zero absorbs, so that such a tensor (LoRA's B, a zero-initialised head) could ne
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .distributed import any_nonzero
+
+
+# Steps after which all processes read what they asked about sharded tensors: enough for the answer to have arrived.
+LATER = 8
 
 
 def dormant_entry(param: Tensor) -> Tensor:
@@ -47,23 +52,45 @@ def is_awake_for_good(dormant: Tensor) -> bool:
     return dormant.is_cpu and not dormant.item()
 
 
+@dataclass
+class _Question:
+    """Entries on their way to the host: the event by which they have arrived, and the states that they are of."""
+
+    event: Any
+    flags: Tensor
+    states: list[dict[str, Any]]
+    sharded: bool
+    age: int = 0
+
+    def is_answered(self) -> bool:
+        if not self.sharded:
+            return bool(self.event.query())
+        self.age += 1
+        if self.age < LATER:
+            return False
+        self.event.synchronize()
+        return True
+
+
 class Awakening:
     """Lets the host know that tensors on a device have become non-zero, without a wait.
 
     Their entries are copied to the host while it goes on, and read in a later step, when they have arrived. From then
-    on nobody looks at these weights any more.
+    on nobody looks at these weights any more. As looking at sharded ones takes communication, all processes must stop
+    in the same step: they read the answer :data:`LATER` steps after the question, and not as soon as it is there.
     """
 
     def __init__(self) -> None:
-        self._asked: list[tuple[Any, Tensor, list[dict[str, Any]]]] = []
+        self._asked: list[_Question] = []
 
-    def ask(self, states: Sequence[dict[str, Any]]) -> None:
+    def ask(self, states: Sequence[dict[str, Any]], *, sharded: bool = False) -> None:
         """Have the entries of tensors that may be asleep copied, unless an earlier question is still open.
 
         Args:
-            states: The optimizer's state of each tensor, none of which is sharded.
+            states: The optimizer's state of each tensor.
+            sharded: Whether they are the states of sharded tensors, which all processes ask about in the same steps.
         """
-        if self._asked:
+        if any(question.sharded == sharded for question in self._asked):
             return
         by_device: dict[torch.device, list[dict[str, Any]]] = {}
         for state in states:
@@ -77,20 +104,20 @@ class Awakening:
                 flags = torch.stack([state["dormant"] for state in some]).to("cpu", non_blocking=True)
                 event = module.Event()
                 event.record()
-            self._asked.append((event, flags, some))
+            self._asked.append(_Question(event, flags, some, sharded))
 
     def hear(self) -> None:
         """Note what has arrived."""
-        if any(_is_capturing(state) for _, _, states in self._asked for state in states[:1]):
+        if any(_is_capturing(state) for question in self._asked for state in question.states[:1]):
             return
         waiting = []
-        for event, flags, states in self._asked:
-            if event.query():
-                for state, dormant in zip(states, flags.tolist(), strict=True):
+        for question in self._asked:
+            if question.is_answered():
+                for state, dormant in zip(question.states, question.flags.tolist(), strict=True):
                     if not dormant:
                         state["dormant"] = torch.zeros((), dtype=torch.bool)
             else:
-                waiting.append((event, flags, states))
+                waiting.append(question)
         self._asked = waiting
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .distributed import is_dtensor
+from .distributed import is_dtensor, local
 
 
 MOMENTS = ("float32", "bfloat16", "8bit")
@@ -121,9 +121,11 @@ def refusal_of_encoded(param: Tensor, *moments: Tensor) -> str | None:
 
 
 def address(moment: Tensor) -> int:
-    """Return a number that says where a moment lies in memory."""
-    if not is_quantized(moment):
+    """Return a number that says where a moment lies in memory, of a DTensor the part that is here."""
+    if type(moment) is Tensor:
         return moment.data_ptr()
+    if not is_quantized(moment):
+        return local(moment).data_ptr()
     state: Any = moment
     return hash((state.codes.data_ptr(), state.scale.data_ptr(), state.qmap.data_ptr()))
 

@@ -10,11 +10,13 @@ import copy
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 from ..decay import check_lambda_p, check_p_norm
 from .backends import Part
 from .couplings import ELEMENT, kind_of
+from .distributed import Owners, is_dtensor, parts_here
 from .group_divisors import GroupDivisors
 from .moments import address
 from .tensor_step import Hyperparameters, strength
@@ -58,10 +60,13 @@ class Plan:
         state: Its state.
         hypers: The hyperparameters of each group, which the parts look at in each step.
         parts: What the backends do.
-        sharded: The parameters whose shards lie on several processes.
         lasts: Whether the next step may be done by the same parts, if it has the same tensors.
         tables: What groups of weights are divided by, and the hyperparameters of their param group.
         done: By the index of a param group the indices of its parameters whose structured decay the parts do.
+
+    Attributes:
+        owners: Who holds the parameters whose shards lie on several processes; None if there are none. All of these
+            processes follow their plans or none does, but for addresses, of which no communication depends.
     """
 
     def __init__(
@@ -70,28 +75,33 @@ class Plan:
         state: Mapping[Tensor, Mapping[str, Any]],
         hypers: list[Hyperparameters],
         parts: list[Part],
-        sharded: list[Tensor],
         lasts: bool,
         tables: Sequence[tuple[GroupDivisors | GroupFactors, Hyperparameters]],
         done: Mapping[int, set[int]],
     ) -> None:
         self.parts = parts
-        self.sharded = sharded
         self.done = done
         self._hypers = hypers
         self._tables = tables
         params = _params(groups)
-        grads = [param.grad for param in params]
-        self.lasts = lasts and not sharded and _are_plain(params, grads) and all(part.batch for part in parts)
-        if self.lasts:
-            self._owners, self._grads = _owners(params, state), _addresses(grads)
-            self.lasts = self._owners is not None  # else nothing would tell of a change
+        sharded = [param for param in params if is_dtensor(param)]
+        self.owners = Owners.of(sharded)
+        here = self._here(params) if lasts and all(part.batch for part in parts) else None
+        self.lasts = here is not None and _are_plain(*here)
+        if here is not None and self.lasts:
+            self._places, self._grads = _places(params, here[0], state), _addresses(here[1])
+            self.lasts = self._places is not None  # else nothing would tell of a change
         if self.lasts:
             # Copies, as couplings may be changed in place.
             self._flags = copy.deepcopy([_flags(group, hyper) for group, hyper in zip(groups, hypers, strict=True)])
-            # These are the parameters' own. Of shards there may be some that nobody else holds.
+            # These are the parameters' own.
             for part in parts:
                 part.release()
+
+    def _here(self, params: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor | None]] | None:
+        """Return parameters and gradients as they are on this process; None where a step would have to move some."""
+        grads = [param.grad for param in params]
+        return (list(params), grads) if self.owners is None else parts_here(params, grads)
 
     def follow(self, groups: Sequence[Mapping[str, Any]], state: Mapping[Tensor, Mapping[str, Any]]) -> bool:
         """Take over what may change from one step to the next, and return whether all else is as it was.
@@ -108,7 +118,10 @@ class Plan:
                 return False
             vars(hyper).update(vars(fresh))
         params = _params(groups)
-        grads = [param.grad for param in params]
+        here = self._here(params)
+        if here is None:
+            return False
+        some, grads = here
         if any(grad is not None and grad.is_sparse for grad in grads):
             return False
         addresses = _addresses(grads)
@@ -116,9 +129,12 @@ class Plan:
             same = _are_contiguous(grads)
         else:
             there = [address < 0 for address in addresses] == [address < 0 for address in self._grads]
-            same = there and _are_plain(params, grads)
-        if not same or _owners(params, state) != self._owners:
+            same = there and _are_plain(some, grads)
+        if not same or _places(params, some, state) != self._places:
             return False
+        if self.owners is not None:
+            # Autograd looks at the DTensors; the step changes the shards that they hold.
+            torch.autograd.graph.increment_version([param for param in params if param.grad is not None])
         if addresses != self._grads:
             stepped = [grad for grad in grads if grad is not None]
             for part in self.parts:
@@ -150,20 +166,22 @@ def _addresses(grads: Sequence[Tensor | None]) -> list[int]:
     return [-1 if grad is None else grad.data_ptr() for grad in grads]
 
 
-def _owners(params: Sequence[Tensor], state: Mapping[Tensor, Mapping[str, Any]]) -> list[int] | None:
+def _places(
+    params: Sequence[Tensor], here: Sequence[Tensor], state: Mapping[Tensor, Mapping[str, Any]]
+) -> list[int] | None:
     """Which parameters there are, and where they and the state of the optimizer lie; None where state is missing.
 
-    How many weights a parameter has, of which dtype, and whether in the order of memory, is a part of it, as
-    ``param.data = param.data[:n]`` leaves the addresses as they are.
+    ``here`` has of each parameter what is on this process. How many weights that are, of which dtype, and whether in
+    the order of memory, is a part of it, as ``param.data = param.data[:n]`` leaves the addresses as they are.
     """
-    if not all(param.is_contiguous() for param in params):
+    if not all(param.is_contiguous() for param in here):
         return None
     try:
         moments = [address(each[name]) for each in state.values() if each for name in _STATE]
     except (KeyError, AttributeError):
         return None
-    whose = [id(param) for param in params] + [param.data_ptr() for param in params] + moments
-    return whose + [param.numel() for param in params] + [hash(param.dtype) for param in params]
+    whose = [id(param) for param in params] + [param.data_ptr() for param in here] + moments
+    return whose + [param.numel() for param in here] + [hash(param.dtype) for param in here]
 
 
 def _are_contiguous(grads: Sequence[Tensor | None]) -> bool:

@@ -13,7 +13,7 @@ from torch.optim.optimizer import Optimizer
 from ..decay import check_lambda_p, check_p_norm
 from .bases import check_base, is_schedule_free, takes_found_inf
 from .couplings import ELEMENT, check_structure, kind_of
-from .distributed import agreed_finite, is_dtensor, local, shard_place
+from .distributed import Owners, agreed_finite, is_dtensor, local, shard_place
 from .dormancy import dormant_entry, is_awake, placed
 from .gradients import check_dense, count_skipped, finite_by_norm, grads_finite, skipped_steps
 from .grouped import Shrinkage
@@ -290,7 +290,7 @@ class LpDecay(Optimizer):
         if finite is None:
             sharded = [param for group in self.param_groups for param in group["params"] if is_dtensor(param)]
             grads = [local(param.grad) for param in careful if param.grad is not None]
-            finite = agreed_finite(grads_finite(grads), sharded)
+            finite = agreed_finite(grads_finite(grads), Owners.of(sharded))
         return finite if takes_found_inf(self.base) else bool(finite)
 
     def _step_part(self, part: Part, finite: bool | Tensor) -> None:
