@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 
 from hf_pdecay import AdamWLp, LpDecay, PDecayTrainer
 from hf_pdecay.inference import to_dense_inference, to_sparse_inference
+from hf_pdecay.optim.dormancy import LATER
 from tests.models import tiny_gpt2
 from tests.reference.adamw_lp64 import Hyper, Reference
 
@@ -67,6 +68,30 @@ class TestStep:
             optimizer.step()
             torch.cuda.current_stream().synchronize()
         assert optimizer.state[weights[-1]]["dormant"].is_cpu and optimizer._plan is not None
+
+    @pytest.mark.skipif(not torch.distributed.is_available(), reason="needs torch.distributed")
+    def test_shards_that_began_as_zeros_do_not_hold_up_the_others(self, tmp_path: Path) -> None:
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.tensor import Shard, distribute_tensor
+
+        torch.distributed.init_process_group("nccl", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+        try:
+            mesh = init_device_mesh("cuda", (1,))
+            whole = [torch.randn(64, 64, device="cuda"), torch.zeros(64, 64, device="cuda")]
+            sharded = [torch.nn.Parameter(distribute_tensor(each, mesh, [Shard(0)])) for each in whole]
+            plain = [torch.nn.Parameter(each.clone()) for each in whole]
+            optimizers = [AdamWLp(some, lambda_p=0.1) for some in (sharded, plain)]
+            for _ in range(LATER + 3):
+                for one, other in zip(sharded, plain, strict=True):
+                    other.grad = torch.randn_like(other)
+                    one.grad = distribute_tensor(other.grad, mesh, [Shard(0)])
+                for optimizer in optimizers:
+                    optimizer.step()
+            assert optimizers[0].state[sharded[1]]["dormant"].is_cpu and optimizers[0]._plan is not None
+            for one, other in zip(sharded, plain, strict=True):
+                torch.testing.assert_close(one.full_tensor(), other, rtol=0, atol=0)  # type: ignore[attr-defined]
+        finally:
+            torch.distributed.destroy_process_group()
 
     @pytest.mark.parametrize("group", ["row", "column", "2:4"])
     @pytest.mark.parametrize("dtype", DTYPES, ids=str)
