@@ -365,6 +365,10 @@ class Device:
         return contextlib.nullcontext()
 
 
+def ask(awakening: Awakening, states: list[dict[str, Any]]) -> None:
+    awakening.ask({torch.zeros(()): state for state in states})
+
+
 def entries(*flags: bool) -> list[dict[str, Any]]:
     return [{"step": torch.zeros(()), "dormant": torch.tensor(flag).as_subclass(OnDevice)} for flag in flags]
 
@@ -373,14 +377,14 @@ def test_the_host_learns_later_that_tensors_are_awake(monkeypatch: pytest.Monkey
     device = Device(monkeypatch)
     states = entries(True, False)
     awakening = Awakening()
-    awakening.ask(states)
+    ask(awakening, states)
     awakening.hear()
     assert not states[0]["dormant"].is_cpu and not states[1]["dormant"].is_cpu, "nobody waits"
     device.arrived = True
     awakening.hear()
     assert not states[0]["dormant"].is_cpu and states[1]["dormant"].is_cpu
     assert bool(states[0]["dormant"]) and not bool(states[1]["dormant"])
-    awakening.ask(states)
+    ask(awakening, states)
     states[0]["dormant"].fill_(False)
     awakening.hear()
     assert not states[0]["dormant"].is_cpu, "what was asked before it woke"
@@ -392,12 +396,13 @@ def test_processes_learn_in_the_same_step_that_shards_are_awake(arrived: bool, m
     """However soon the answer is there: until then each looks at the weights, which takes all of them."""
     device = Device(monkeypatch)
     device.arrived = arrived
+    weights = [torch.zeros(()) for _ in range(3)]
+    monkeypatch.setattr("hf_pdecay.optim.dormancy.is_dtensor", lambda weight: weight is not weights[2])
     sharded, whole = entries(False, True), entries(False)
     awakening = Awakening()
     for _ in range(LATER):
         assert not sharded[0]["dormant"].is_cpu
-        awakening.ask(sharded, sharded=True)
-        awakening.ask(whole)
+        awakening.ask(dict(zip(weights, (*sharded, *whole), strict=True)))
         awakening.hear()
         assert whole[0]["dormant"].is_cpu == arrived
     assert sharded[0]["dormant"].is_cpu and not sharded[1]["dormant"].is_cpu

@@ -302,9 +302,7 @@ class AdamWLp(Optimizer):
         parts = self._backend.assign(steps)
         params = [param for group in self.param_groups for param in group["params"] if param.grad is not None]
         states = [self.state[param] for param in params]
-        for sharded in (False, True):
-            some = [state for param, state in zip(params, states, strict=True) if is_dtensor(param) == sharded]
-            self._awakening.ask(some, sharded=sharded)
+        self._awakening.ask(dict(zip(params, states, strict=True)))
         shrunk = [owners[step] for part in parts for step in part.shrunk]
         done = {index: {number for owner, number in shrunk if owner == index} for index in shrinkages}
         for index, shrinkage in shrinkages.items():

@@ -5,14 +5,14 @@ Zero absorbs, so that such a tensor (LoRA's B, a zero-initialised head) could ne
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .distributed import any_nonzero
+from .distributed import any_nonzero, is_dtensor
 
 
 # Steps after which all processes read what they asked about sharded tensors: enough for the answer to have arrived.
@@ -83,20 +83,20 @@ class Awakening:
     def __init__(self) -> None:
         self._asked: list[_Question] = []
 
-    def ask(self, states: Sequence[dict[str, Any]], *, sharded: bool = False) -> None:
+    def ask(self, states: Mapping[Tensor, dict[str, Any]]) -> None:
         """Have the entries of tensors that may be asleep copied, unless an earlier question is still open.
 
         Args:
-            states: The optimizer's state of each tensor.
-            sharded: Whether they are the states of sharded tensors, which all processes ask about in the same steps.
+            states: The optimizer's state of each tensor that has stepped.
         """
-        if any(question.sharded == sharded for question in self._asked):
-            return
-        by_device: dict[torch.device, list[dict[str, Any]]] = {}
-        for state in states:
+        kinds: dict[tuple[torch.device, bool], list[dict[str, Any]]] = {}
+        for param, state in states.items():
             if not state["dormant"].is_cpu:
-                by_device.setdefault(state["dormant"].device, []).append(state)
-        for device, some in by_device.items():
+                kinds.setdefault((state["dormant"].device, is_dtensor(param)), []).append(state)
+        asked = {question.sharded for question in self._asked}
+        for (device, sharded), some in kinds.items():
+            if sharded in asked:
+                continue
             module: Any = torch.get_device_module(device)
             if not hasattr(module, "Event") or getattr(module, "is_current_stream_capturing", bool)():
                 continue

@@ -14,7 +14,7 @@ from ..decay import check_lambda_p, check_p_norm
 from .bases import check_base, is_schedule_free, takes_found_inf
 from .couplings import ELEMENT, check_structure, kind_of
 from .distributed import Owners, agreed_finite, is_dtensor, local, shard_place
-from .dormancy import dormant_entry, is_awake, placed
+from .dormancy import Awakening, dormant_entry, is_awake, placed
 from .gradients import check_dense, count_skipped, finite_by_norm, grads_finite, skipped_steps
 from .grouped import Shrinkage
 from .parts import Part, parts, step_part
@@ -149,7 +149,7 @@ class LpDecay(Optimizer):
         """Restore from a pickle or a copy."""
         # Whoever has taken the norm of all gradients, to clip them, may leave it at `grad_norm` before a step: a finite
         # norm saves the look at the gradients.
-        super().__setstate__({"grad_norm": None, **state})
+        super().__setstate__({"grad_norm": None, "_awakening": Awakening(), **state})
 
     def __repr__(self) -> str:
         return f"LpDecay({self.base!r})"
@@ -233,6 +233,7 @@ class LpDecay(Optimizer):
                     state["dormant"] = placed(state["dormant"].bool())
                 elif state:
                     state["dormant"] = dormant_entry(param)
+        self._awakening = Awakening()
         for after in self._optimizer_load_state_dict_post_hooks.values():
             after(self)
 
@@ -263,6 +264,7 @@ class LpDecay(Optimizer):
         if finite is False:
             count_skipped(self.param_groups, finite)
             return loss
+        self._awakening.hear()
         shrinkages = {
             number: Shrinkage(group, "compiled" if can_compile(group["params"]) else "")
             for number, group in enumerate(self.param_groups)
@@ -277,6 +279,7 @@ class LpDecay(Optimizer):
             group["decay_steps"] += 1
             if number in shrinkages:
                 self._shrink_groups(number, group, shrinkages[number], finite)
+        self._awakening.ask({param: state for param, state in self.state.items() if state and "dormant" in state})
         if finite is not True:
             count_skipped(self.param_groups, finite)
         return loss
