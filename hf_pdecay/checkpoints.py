@@ -14,6 +14,7 @@ import os
 import re
 import struct
 import zipfile
+from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -199,16 +200,62 @@ def check_engine_of(folder: str, engine: str, processes: int) -> None:
 
 def check_optimizer_state(groups: list[dict[str, Any]], folder: str) -> None:
     """Raise ValueError if a checkpoint's optimizer has other groups than this run's; reads no moments."""
-    file = Path(folder) / "optimizer.pt"
-    if not file.is_file():
+    saved = _saved_groups(folder)
+    if saved is None:
         return
-    saved = torch.load(file, map_location="cpu", mmap=True, weights_only=True)["param_groups"]
     sizes, saved_sizes = ([len(group["params"]) for group in some] for some in (groups, saved))
     if sizes != saved_sizes:
         raise ValueError(
             f"Invalid resume_from_checkpoint: the optimizer in {folder!r} has param groups of {saved_sizes} tensors, "
             f"this run's has {sizes}. Resume with the optim, lp_rules and weight_decay that made the checkpoint."
         )
+    for ours, theirs in zip(groups, saved, strict=True):
+        # What a rule says, or moments, would go to other weights of the same shapes without a word.
+        for name in ("rule", "group") if "rule" in theirs else ():
+            if ours.get(name) != theirs.get(name):
+                raise ValueError(
+                    f"Invalid resume_from_checkpoint: the optimizer in {folder!r} has a param group with "
+                    f"{name}={theirs.get(name)!r} where this run's has {name}={ours.get(name)!r}. Resume with the "
+                    "optim and lp_rules that made the checkpoint."
+                )
+
+
+def other_settings(
+    groups: list[dict[str, Any]], folder: str, controlled: Collection[int], *, annealed: bool
+) -> list[str]:
+    """Say which settings of the decay a resumed run takes from its checkpoint, where it was given others.
+
+    Args:
+        groups: The run's param groups, which :func:`check_optimizer_state` has checked.
+        folder: The checkpoint.
+        controlled: Places of those groups that have a target, by which λ_p and ``keep_zeros`` are set.
+        annealed: Whether p goes from ``p_norm_begin`` to that of the groups.
+
+    Returns:
+        A sentence for each setting of each group.
+    """
+    sentences = []
+    for number, (ours, theirs) in enumerate(zip(groups, _saved_groups(folder) or groups, strict=True)):
+        if not (ours["decayed"] and "rule" in theirs):
+            continue
+        saved = {**theirs, "p_norm": theirs.get("p_norm_end", theirs["p_norm"])} if annealed else theirs
+        names = ["p_norm", "target_sparsity", *(() if number in controlled else ("lambda_p", "keep_zeros"))]
+        sentences += [
+            f"The run goes on with {name}={saved[name]!r} of {folder!r} for {ours['rule']!r}, not with {ours[name]!r}. "
+            "For that start another from the weights in there."
+            for name in names
+            if name in saved and saved[name] != ours[name]
+        ]
+    return sentences
+
+
+def _saved_groups(folder: str) -> list[dict[str, Any]] | None:
+    """The param groups of a checkpoint's optimizer, without its moments; None where none is in one file."""
+    file = Path(folder) / "optimizer.pt"
+    if not file.is_file():
+        return None
+    groups: list[dict[str, Any]] = torch.load(file, map_location="cpu", mmap=True, weights_only=True)["param_groups"]
+    return groups
 
 
 def _checkpoints(output_dir: Path) -> list[Path]:

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from .cuts import cut, magnitudes
+from .cuts import cut, magnitudes, shortfall
 from .decay import is_number, lambda_for_threshold
 from .optim.couplings import COUPLED, kind_of
 from .shards import group_params, publish
@@ -227,6 +227,11 @@ class SparsityControl:
         numel = sum(budget.numel for budget in self.budgets)
         wanted = sum(budget.target * budget.numel for budget in self.budgets)
         return wanted / numel * self.schedule.progress(step) if numel else 0.0
+
+    def shortfall(self) -> float:
+        """Return which fraction of the controlled weights, or groups of them, is missing to the targets, about."""
+        numel = sum(budget.numel for budget in self.budgets)
+        return sum(shortfall(each, self._optimizer) * each.numel for each in self.budgets) / numel if numel else 0.0
 
     @property
     def _groups(self) -> Iterator[dict[str, Any]]:

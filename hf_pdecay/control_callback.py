@@ -18,6 +18,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+# More than the error of the sample by which zeros are counted.
+_MISSED = 0.02
+
 
 class SparsityControlCallback(TrainerCallback):
     """Drives a :class:`~hf_pdecay.control.SparsityControl` through a run, as its arguments say.
@@ -47,6 +50,16 @@ class SparsityControlCallback(TrainerCallback):
             return
         self._control = SparsityControl(kwargs["optimizer"], state.max_steps, **settings.control_options)
         self._control.before_step(state.global_step + 1)
+        if state.global_step >= self._control.schedule.end:
+            missing = self._control.shortfall()  # which all processes count together
+            if missing > _MISSED and state.is_world_process_zero:
+                logger.warning(
+                    "The run goes on after step %d, past sparsity_end at step %d, and %.1f%% of what decays is missing "
+                    "to target_sparsity: nothing is cut any more. Ask for a later sparsity_end, or for more steps.",
+                    state.global_step,
+                    self._control.schedule.end,
+                    100 * missing,
+                )
         overruled = _overruled(settings) if self._control.budgets and state.is_world_process_zero else []
         if overruled:
             logger.warning(

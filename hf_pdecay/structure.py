@@ -79,6 +79,7 @@ def claimed(
                     else f"what it matches is in no {claim.kind}: {', '.join(sorted(wanted)[:3])}."
                 )
             )
+        _check_apart(claim, own)
         for each in own:
             for member in each.members:
                 owners[member.name] = claim
@@ -138,6 +139,22 @@ def _layers(model: nn.Module, kind: str, wanted: Collection[str], convolutions: 
             members += [Member(names[id(module.bias)], 0, offset=part * count) for part in range(repeats)]
         found[name] = Coupling(kind, count, tuple(members), clean_name(path))
     return list(found.values())
+
+
+def _check_apart(claim: Claim, couplings: Sequence[Coupling]) -> None:
+    """Raise ValueError if layers share a weight, such as a bias, which would be in groups of both."""
+    taken: dict[str, list[tuple[int, range, str]]] = {}
+    for each in couplings:
+        own = [(m.name, m.dim, range(m.offset, m.offset + each.count * m.size)) for m in each.members]
+        for name, dim, span in own:
+            for other_dim, other, layer in taken.get(name, []):
+                if other_dim != dim or (other.start < span.stop and span.start < other.stop):
+                    raise ValueError(
+                        f"Invalid lp_rules: {claim.pattern!r} has group={claim.kind!r}, and {layer} and {each.name} "
+                        f"share {name}, which would be in groups of both; leave one of the two out of the rule."
+                    )
+        for name, dim, span in own:
+            taken.setdefault(name, []).append((dim, span, each.name))
 
 
 def _belongs_to_others(

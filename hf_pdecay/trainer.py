@@ -27,6 +27,7 @@ from .checkpoints import (
     check_optimizer_state,
     check_whole,
     load_converted,
+    other_settings,
 )
 from .control import plan
 from .control_callback import SparsityControlCallback
@@ -142,16 +143,25 @@ class PDecayTrainerMixin(SearchMixin, _Base):
                     kwargs["resume_from_checkpoint"] = resume
                 else:
                     args = (resume, *args[1:])
-            self._check_checkpoint(resume)
+            self._check_checkpoint(resume, warn=True)
         return super().train(*args, **kwargs)
 
-    def _check_checkpoint(self, folder: str | bool | None) -> None:
+    def _check_checkpoint(self, folder: str | bool | None, *, warn: bool = False) -> None:
         if not isinstance(folder, str) or not os.path.isdir(folder):
             return  # the Trainer has a sentence for a folder that is not there
         check_checkpoint(self.model, folder)
         check_whole(folder)
         check_engine_of(folder, engine_of(self), self.args.world_size)
-        check_optimizer_state(self._param_groups(self.model), folder)
+        groups, settings = self._param_groups(self.model), self._settings
+        check_optimizer_state(groups, folder)
+        if not warn:
+            return
+        _, found = plan(groups, 1 << 40, **settings.control_options)
+        targeted = {id(group) for budget in found for group, _ in budget.members}
+        controlled = [number for number, group in enumerate(groups) if id(group) in targeted]
+        for sentence in other_settings(groups, folder, controlled, annealed=settings.p_norm_begin is not None):
+            if self.is_world_process_zero():
+                logger.warning(sentence)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, *args: Any, **kwargs: Any) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, *args, **kwargs)

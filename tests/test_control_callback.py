@@ -276,3 +276,76 @@ def test_too_few_steps_in_epochs_are_refused_before_the_first(make_args: MakeArg
     with pytest.raises(ValueError, match="of 12 steps only"):
         trainer.train()
     assert trainer.state.global_step == 0
+
+
+def _resumed(make_args: MakeArgs, data: Any, first: dict[str, Any], then: dict[str, Any]) -> Any:
+    """A run that stops after half of its steps, and one that goes on from there with other arguments."""
+
+    class Stop(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            control.should_training_stop = state.global_step >= STEPS // 2
+
+    saving = {"save_strategy": "steps", "save_steps": STEPS // 2}
+    args = make_args(**{"max_steps": STEPS, **saving, **first})
+    trainer = InOrder(model=tiny_gpt2(), args=args, train_dataset=data, callbacks=[Stop()])
+    trainer.train()
+    trainer = InOrder(
+        model=tiny_gpt2(), args=make_args(**{"max_steps": STEPS, **saving, **first, **then}), train_dataset=data
+    )
+    trainer.train(resume_from_checkpoint=True)
+    return trainer
+
+
+@pytest.mark.parametrize(
+    ("then", "missing"),
+    [({"max_steps": 24}, True), ({"sparsity_end": 0.4}, True), ({"sparsity_end": 0.6}, False), ({}, False)],
+)
+@pytest.mark.parametrize("rule", [None, {"mlp": {"group": "neuron"}, "attn": {"group": "head", "target_sparsity": 0}}])
+def test_a_run_that_is_resumed_after_its_last_cut_says_so(
+    rule: Any, then: dict[str, Any], missing: bool, make_args: MakeArgs, tokens: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.WARNING, "hf_pdecay"):
+        _resumed(make_args, tokens, {"target_sparsity": 0.8, "lp_rules": rule}, then)
+    end = r"past sparsity_end at step 1[68], and \d+\.\d% of what decays is missing to target_sparsity"
+    assert bool(re.search(end, caplog.text)) == missing
+
+
+@pytest.mark.parametrize(
+    ("first", "then", "words"),
+    [
+        ({"lambda_p": 0.01}, {"lambda_p": 0.05}, "lambda_p=0.01 of .*checkpoint-20' for 'default', not with 0.05"),
+        ({}, {"p_norm": 1.0}, "p_norm=0.5 of .* for 'default', not with 1.0"),
+        ({}, {"keep_zeros": True}, "keep_zeros=False of .*, not with True"),
+        ({"target_sparsity": 0.8}, {"target_sparsity": None}, "lambda_p=0.0.* of .*, not with 0.1"),
+        (
+            {"lp_rules": {"mlp": {"target_sparsity": 0.8}}},
+            {"lp_rules": {"mlp": {"target_sparsity": 0.2}}},
+            "target_sparsity=0.8 of .* for 'mlp', not with 0.2",
+        ),
+        ({"target_sparsity": 0.5}, {"target_sparsity": 0.8, "lambda_p": 0.3}, ""),
+        ({"p_norm_begin": 1.5, "target_sparsity": 0.5}, {}, ""),
+        ({"lambda_p": 0.01}, {"target_sparsity": 0.8}, ""),
+    ],
+)
+def test_settings_that_the_checkpoint_wins_over_are_named(
+    first: Any, then: Any, words: str, make_args: MakeArgs, tokens: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.WARNING, "hf_pdecay"):
+        _resumed(make_args, tokens, first, then)
+    said = [each.getMessage() for each in caplog.records if "The run goes on with" in each.getMessage()]
+    assert len(said) == bool(words) and all(re.search(words, each) for each in said)
+
+
+@pytest.mark.parametrize(
+    ("first", "then", "words"),
+    [
+        ({"h.0": {"p_norm": 0.7}}, {"h.1": {"p_norm": 0.7}}, "rule='h.0' where this run's has rule='default'"),
+        ({"c_fc.weight": {"group": "2:4"}}, {"c_fc.weight": {"group": "1:4"}}, "group='2:4' where .* group='1:4'"),
+    ],
+)
+def test_a_checkpoint_of_other_rules_over_as_many_weights_is_refused(
+    first: Any, then: Any, words: str, make_args: MakeArgs, tokens: Any
+) -> None:
+    """The settings of the first layer, or its moments, would go to the second."""
+    with pytest.raises(ValueError, match=words):
+        _resumed(make_args, tokens, {"lp_rules": first}, {"lp_rules": then})

@@ -433,6 +433,12 @@ def test_wrong_groups_are_refused(how: str, group: dict[str, Any], message: str)
         make(how, [{"params": [nn.Parameter(normal(5, 6))], **group}])
 
 
+@pytest.mark.parametrize(("kind", "shape"), [("row", (0, 3)), ("column", (3, 0)), ("2:4", (3, 0))])
+def test_what_has_no_groups_is_refused(kind: str, shape: tuple[int, int]) -> None:
+    with pytest.raises(ValueError, match=f"group='{kind}' on a parameter, which is empty along that dimension; leave"):
+        adamw([{"params": [nn.Parameter(torch.empty(shape))], "group": kind}])
+
+
 def test_columns_of_a_vector_are_refused() -> None:
     with pytest.raises(ValueError, match="at least 2 dimensions"):
         adamw([{"params": [nn.Parameter(normal(5))], "group": "column"}])

@@ -12,6 +12,7 @@ import transformers as tf
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from hf_pdecay.inference import SparseLinear, sparse_linear, to_dense_inference, to_sparse_inference
 
@@ -217,7 +218,9 @@ def test_training_is_refused_and_inference_with_gradients_enabled_is_not() -> No
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"rows": 0}, "rows=0; it must be at least 1"),
+        ({"rows": 0}, "rows=0; it must be a whole number of at least 1"),
+        ({"rows": 2.5}, "rows=2.5; it must be a whole number of at least 1"),
+        ({"min_sparsity": "90%"}, "min_sparsity='90%'; it must be in"),
         ({"min_sparsity": 1.5}, r"min_sparsity=1.5; it must be in \[0, 1\]"),
     ],
 )
@@ -287,3 +290,47 @@ def test_layers_of_a_model_beyond_the_caches_are_measured_out_of_them(
             layer.weight.mul_(torch.rand(64, 64) < 0.1)  # type: ignore[operator]
     assert all(each.swapped for each in to_sparse_inference(model))
     assert all((others is not None and others.nbytes == choice._CACHE) == large for others in seen) and seen
+
+
+@pytest.mark.parametrize(("out", "size"), [(3, 0), (0, 3), (0, 0)])
+@pytest.mark.parametrize("shape", [(), (2,), (2, 0), (0, 2)])
+def test_layers_without_weights(out: int, size: int, shape: tuple[int, ...], path: str) -> None:
+    layer = SparseLinear(torch.zeros(out, size), torch.arange(out).float())
+    y = layer(torch.randn(*shape, size))
+    assert torch.equal(y, torch.arange(out).float().expand(*shape, out))
+    assert "sparsity=100.0%" in repr(layer)
+
+
+@pytest.mark.parametrize("kind", [nn.Linear, Conv1D])
+def test_what_was_frozen_is_frozen_when_it_is_dense_again(kind: type[nn.Module]) -> None:
+    model = nn.Sequential(*(kind(8, 8) for _ in range(3)))
+    model[0].requires_grad_(False)
+    model[1].weight.requires_grad_(False)
+    trained = [param.requires_grad for param in model.parameters()]
+    to_sparse_inference(model, min_sparsity=0)
+    assert len(sparse_layers(model)) == 3
+    to_dense_inference(copy.deepcopy(model))
+    assert [param.requires_grad for param in to_dense_inference(model).parameters()] == trained
+
+
+def test_encoder_layers_of_torch_go_on_working() -> None:
+    """In evaluation one operation of torch does all of such a layer, with its weights as they are."""
+    model = prune(nn.Sequential(nn.TransformerEncoderLayer(16, 2, 32, batch_first=True), nn.Linear(16, 4)))
+    x = torch.randn(2, 3, 16)
+    with torch.no_grad():
+        before = model(x)
+        found = to_sparse_inference(model, min_sparsity=0.5)
+        torch.testing.assert_close(model(x), before)
+    reasons = {each.name: each.reason for each in found}
+    assert set(reasons) == {"0.linear1", "0.linear2", "1"} and reasons["1"] == ""
+    assert "nn.TransformerEncoderLayer" in reasons["0.linear1"] and isinstance(model[1], SparseLinear)
+
+
+def test_a_trace_which_would_keep_a_result_is_refused() -> None:
+    model = nn.Sequential(nn.Linear(8, 4))
+    to_sparse_inference(model, min_sparsity=0)
+    with pytest.raises(RuntimeError, match=r"cannot be traced or exported: call to_dense_inference\(model\) first"):
+        torch.jit.trace(model, torch.randn(2, 8))
+    if hasattr(torch.compiler, "is_exporting"):
+        with pytest.raises(RuntimeError, match="cannot be traced or exported"):
+            torch.export.export(model, (torch.randn(2, 8),))

@@ -70,6 +70,21 @@ def test_rules_before_it_keep_what_they_have() -> None:
     assert len(taken["couplings"]) == 1 and all("layers.1.mlp" in name for name in names(model, taken))
 
 
+@pytest.mark.parametrize(
+    "layers", [(nn.Linear(6, 8), nn.Linear(5, 8)), (nn.Conv2d(3, 8, 2), nn.Conv2d(4, 8, 2))], ids=["linear", "conv"]
+)
+def test_a_bias_of_two_layers_is_in_rows_of_one(layers: tuple[nn.Module, nn.Module]) -> None:
+    model = nn.ModuleDict({"one": layers[0], "other": layers[1]})
+    model["other"].bias = model["one"].bias
+    words = "'one|other' has group='row', and one and other share one.bias, which would be in groups of both; leave one"
+    with pytest.raises(ValueError, match=words.replace("|", r"\|")):
+        groups_of(model, {"one|other": {"group": "row"}})
+    for pattern in ("one", "other"):
+        (taken,) = (group for group in groups_of(model, {pattern: {"group": "row"}}) if "group" in group)
+        assert sorted(names(model, taken)) == sorted([f"{pattern}.weight", "one.bias"])
+    assert len(groups_of(model, {"one|other": {"group": "column"}})[0]["couplings"]) == 2
+
+
 @pytest.mark.parametrize(("kind", "dim"), [("row", 0), ("column", 1)])
 def test_convolutions_have_rows_and_columns(kind: str, dim: int) -> None:
     model = nn.Sequential(nn.Conv2d(3, 8, 2), nn.ConvTranspose2d(8, 4, 2))

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from ..decay import is_number
 from . import semi_structured, sparse_linear
 from .semi_structured import SemiStructuredLinear
 from .sparse_linear import SparseLinear
@@ -74,10 +75,10 @@ def to_sparse_inference(model: nn.Module, *, rows: int = 16, min_sparsity: float
         >>> to_sparse_inference(model)
         >>> model.generate(**inputs)
     """
-    if rows < 1:
-        raise ValueError(f"Invalid rows: rows={rows}; it must be at least 1.")
-    if min_sparsity is not None and not 0 <= min_sparsity <= 1:
-        raise ValueError(f"Invalid min_sparsity: min_sparsity={min_sparsity}; it must be in [0, 1].")
+    if not isinstance(rows, int) or rows < 1:
+        raise ValueError(f"Invalid rows: rows={rows!r}; it must be a whole number of at least 1.")
+    if min_sparsity is not None and not (is_number(min_sparsity) and 0 <= min_sparsity <= 1):
+        raise ValueError(f"Invalid min_sparsity: min_sparsity={min_sparsity!r}; it must be in [0, 1].")
     devices = sorted({str(param.device) for param in model.parameters()})
     if len(devices) > 1 or not (devices or ["cpu"])[0].startswith(("cpu", "cuda")):
         raise ValueError(
@@ -91,8 +92,8 @@ def to_sparse_inference(model: nn.Module, *, rows: int = 16, min_sparsity: float
     measured: dict[tuple[object, ...], float] = {}
     choices = []
     for parent, key, name, module in list(_linears(model)):
-        shared = owners[id(module.weight)] > 1
-        choice, sparse = _choose(name, module, rows, min_sparsity, measured, shared, others)
+        kept = _kept(parent, module, owners[id(module.weight)] > 1)
+        choice, sparse = _choose(name, module, rows, min_sparsity, measured, kept, others)
         choices.append(choice)
         if sparse is not None:
             setattr(parent, key, sparse.train(module.training))
@@ -119,22 +120,31 @@ def _linears(model: nn.Module) -> Iterator[tuple[nn.Module, str, str, nn.Linear 
                 yield parent, key, f"{path}.{key}" if path else key, module
 
 
+def _kept(parent: nn.Module, module: nn.Linear | Conv1D, shared: bool) -> str | None:
+    """Why a layer stays dense whatever its weights are, or None."""
+    if shared:
+        return "its weight is shared with another module"
+    if module._forward_hooks or module._forward_pre_hooks:
+        return "it carries hooks"
+    if isinstance(parent, nn.TransformerEncoderLayer):
+        return "nn.TransformerEncoderLayer reads its weight itself"  # and hands it to one operation for the whole layer
+    return None
+
+
 def _choose(
     name: str,
     module: nn.Linear | Conv1D,
     rows: int,
     min_sparsity: float | None,
     measured: dict[tuple[object, ...], float],
-    shared: bool,
+    kept: str | None,
     others: Tensor | None,
 ) -> tuple[Choice, SparseLinear | SemiStructuredLinear | None]:
     on_gpu = module.weight.is_cuda
     refusal = semi_structured.refusal if on_gpu else sparse_linear.refusal
     transposed = isinstance(module, Conv1D)
     weight = module.weight.t() if transposed else module.weight
-    reason = "its weight is shared with another module" if shared else refusal(weight)
-    if reason is None and (module._forward_hooks or module._forward_pre_hooks):
-        reason = "it carries hooks"
+    reason = kept or refusal(weight)
     out, size = weight.shape[0], weight.shape[-1]
     if reason is not None:
         return Choice(name, (out, size), 0.0, None, False, reason), None
@@ -144,6 +154,7 @@ def _choose(
         return Choice(name, (out, size), sparsity, None, False, f"fewer than {least:.0%} of its weights are zero"), None
     made = SemiStructuredLinear if on_gpu else SparseLinear
     sparse = made(weight, module.bias, transposed=transposed)
+    sparse.trained = module.weight.requires_grad, module.bias is not None and module.bias.requires_grad
     if min_sparsity is not None:
         return Choice(name, (out, size), sparsity, None, True), sparse
     kind = out, size, weight.dtype, module.bias is None, transposed, round(sparsity, 2)
@@ -197,7 +208,8 @@ def _dense(sparse: SparseLinear | SemiStructuredLinear) -> nn.Module:
             module = Conv1D(sparse.out_features, sparse.in_features)
         else:
             module = nn.Linear(sparse.in_features, sparse.out_features, bias=sparse.bias is not None)
-    module.weight = nn.Parameter(weight)
+    of_weight, of_bias = sparse.trained
+    module.weight = nn.Parameter(weight, requires_grad=of_weight)
     if sparse.bias is not None:
-        module.bias = nn.Parameter(sparse.bias.detach())
+        module.bias = nn.Parameter(sparse.bias.detach(), requires_grad=of_bias)
     return module.train(sparse.training)

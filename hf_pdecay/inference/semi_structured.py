@@ -30,6 +30,9 @@ class SemiStructuredLinear(nn.Module):
         ValueError: If the weight is not such a matrix.
     """
 
+    # Whether weight and bias of the layer that this one stands for are trained.
+    trained: tuple[bool, bool] = True, True
+
     def __init__(self, weight: Tensor, bias: Tensor | None = None, *, transposed: bool = False) -> None:
         super().__init__()
         self.transposed = transposed

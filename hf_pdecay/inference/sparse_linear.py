@@ -36,6 +36,8 @@ class SparseLinear(nn.Module):
     columns: Tensor
     values: Tensor
     _empty: Tensor
+    # Whether weight and bias of the layer that this one stands for are trained.
+    trained: tuple[bool, bool] = True, True
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None, *, transposed: bool = False) -> None:
         super().__init__()
@@ -76,7 +78,7 @@ class SparseLinear(nn.Module):
     @property
     def sparsity(self) -> float:
         """The fraction of the weights that are zero."""
-        return 1 - self.values.numel() / (self.out_features * self.in_features)
+        return 1 - self.values.numel() / max(self.out_features * self.in_features, 1)
 
     def dense_weight(self) -> Tensor:
         """Return the weight as an ordinary tensor of the shape that the dense one had."""
@@ -95,8 +97,12 @@ class SparseLinear(nn.Module):
             A tensor of shape (…, out_features), of the layer's dtype.
 
         Raises:
-            RuntimeError: If a gradient through the layer is asked for.
+            RuntimeError: If a gradient through the layer is asked for, or it is traced or exported.
         """
+        # The product is no operation that a graph could hold: a trace would keep what it came to. torch 2.6 does not
+        # tell of an export.
+        if torch.jit.is_tracing() or getattr(torch.compiler, "is_exporting", bool)():
+            raise RuntimeError("SparseLinear cannot be traced or exported: call to_dense_inference(model) first.")
         if torch.is_grad_enabled() and x.requires_grad:
             result: Tensor = _NoBackward.apply(x, self._multiply)
             return result
@@ -108,7 +114,7 @@ class SparseLinear(nn.Module):
             raise RuntimeError(f"x of shape {tuple(x.shape)} for a layer of in_features={self.in_features}.")
         if x.dtype != self.dtype and not torch.is_autocast_enabled(x.device.type):
             raise RuntimeError(f"x of {x.dtype} for a layer of {self.dtype}.")
-        rows = x.detach().reshape(-1, self.in_features).float().contiguous()
+        rows = x.detach().reshape(x.shape[:-1].numel(), self.in_features).float().contiguous()
         y = product(self.starts, self.columns, self.values, self._bias(), rows)
         dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else self.dtype
         return y.to(dtype).view(*x.shape[:-1], self.out_features)

@@ -116,6 +116,11 @@ def check_structure(group: Mapping[str, Any]) -> None:
         ) from error
     taken: dict[int, tuple[int, list[tuple[int, int]]]] = {}
     for each in coupled:
+        if each.places and each.count == 0:
+            raise ValueError(
+                f"Invalid group: group={kind!r} on {each.name or 'a parameter'}, which is empty along that dimension; "
+                "leave it out."
+            )
         if not each.places or not _whole(each.count, 1):
             raise ValueError(f"Invalid couplings: {each!r} has no groups or no members.")
         for place in each.places:
