@@ -42,6 +42,8 @@ _HARDLY_ANY = 0.05
 
 _SCHEDULE_SAMPLES = 1000
 
+_NAMED = 4  # tensors that a sentence names
+
 
 class SparsityCallback(TrainerCallback):
     """Logs the exact zeros of a model while it trains, and reports them at the end.
@@ -73,6 +75,7 @@ class SparsityCallback(TrainerCallback):
         self.sparsity_logging = sparsity_logging
         self.near_zero_threshold = near_zero_threshold
         self._skipped_steps = 0
+        self._said_that_all_are_skipped = False
 
     def attach(self, trainer: Trainer) -> SparsityCallback:
         """Make this the first callback of a Trainer, before its trackers, and return it."""
@@ -125,6 +128,12 @@ class SparsityCallback(TrainerCallback):
         values: dict[str, Any] = {"sparsity/overall": report.sparsity, "sparsity/model": report.model_sparsity}
         if self.sparsity_logging == "layer":
             values |= {f"sparsity/layer/{each.name}": each.sparsity for each in report.tensors if each.decayed}
+        if self._skipped_steps == state.global_step > 0 and not self._said_that_all_are_skipped:
+            self._said_that_all_are_skipped = True
+            logger.warning(
+                "All %d steps so far were skipped for NaN or infinite gradients, so nothing is learned.",
+                self._skipped_steps,
+            )
         values |= {f"sparsity/{each.label.replace(' ', '_')}": each.sparsity for each in report.groups}
         if self._skipped_steps:
             values["skipped_steps"] = self._skipped_steps
@@ -160,6 +169,15 @@ class SparsityCallback(TrainerCallback):
 
         plot_sparsity(history, _folder(args) / PICTURE_FILE)
         _console().print(report)
+        dead = report.dead_tensors
+        if dead:
+            logger.warning(
+                "%d of %d decayed tensors are wholly zero: %s. If that is more than they can spare, give a target as "
+                "sparsity_budget='tensor', or by rules in lp_rules; without a target take a smaller lambda_p.",
+                len(dead),
+                report.decayed.tensors,
+                ", ".join(dead[:_NAMED]) + (" and others" if len(dead) > _NAMED else ""),
+            )
         if 0 < self._skipped_steps < state.global_step:
             logger.warning("%d steps were skipped for NaN or infinite gradients.", self._skipped_steps)
         elif self._skipped_steps:

@@ -74,23 +74,25 @@ class SparsityControlCallback(TrainerCallback):
         if state.global_step < state.max_steps:
             # Not before the optimizer's step, which DeepSpeed makes within backward, before any callback is asked.
             self._control.before_step(state.global_step + 1)
-        if self._control.budgets and state.global_step == self._control.schedule.end:
-            # What was best before was not yet as sparse as asked: load_best_model_at_end chooses among what comes now.
-            state.best_metric = state.best_model_checkpoint = None
+        if self._control.budgets and state.global_step <= self._control.schedule.end:
+            # What was best before was not yet as sparse as asked. load_best_model_at_end chooses among what comes then,
+            # and EarlyStoppingCallback, which counts evaluations that were no better, begins to count.
+            state.best_metric = state.best_model_checkpoint = state.best_global_step = None
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Say so where the run was stopped before it had the sparsity that was asked for."""
-        if self._control is None or not self._control.budgets or not state.is_world_process_zero:
+        if self._control is None or not self._control.budgets or state.global_step >= self._control.schedule.end:
             return
-        if state.global_step < self._control.schedule.end:
+        missing = self._control.shortfall()  # of what is to be saved, which all processes count together
+        if state.is_world_process_zero:
             logger.warning(
-                "The run stopped after step %d, before sparsity_end at step %d: the schedule asks for %.1f%% zeros "
-                "there, not yet for those of target_sparsity. Resume it, or ask for an earlier sparsity_end.",
+                "The run stopped after step %d, before sparsity_end at step %d: %.1f%% of what decays is missing to "
+                "target_sparsity. Resume it, or ask for an earlier sparsity_end.",
                 state.global_step,
                 self._control.schedule.end,
-                100 * self._control.asked(state.global_step),
+                100 * missing,
             )
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import os
 import platform
 import re
 import shlex
@@ -20,6 +22,7 @@ from .sparsity import SparsityReport
 
 if TYPE_CHECKING:
     from huggingface_hub import EvalResult
+    from transformers import Trainer
     from transformers.modelcard import TrainingSummary
 
 TAGS = ("hf-pdecay", "sparse", "p-norm-weight-decay")
@@ -40,11 +43,16 @@ class SparsityCard:
     Args:
         summary: HF's summary of the training.
         report: Zeros of the model that lies beside the card.
-        log_history: ``TrainerState.log_history``; the last evaluation in it becomes the model-index.
+        log_history: ``TrainerState.log_history``; the last evaluation in it of the model that was saved becomes the
+            model-index.
         param_groups: The optimizer's groups, for the table of p and λ_p.
         command: The command that made the model.
         picture: Name of the picture beside the card, if there is one.
         skipped_steps: Steps skipped for NaN or infinite gradients.
+        best_step: The step whose checkpoint was loaded at the end of training, if one was.
+        trained: Whether these param groups, and the training that the summary tells of, are those of the model.
+        origin: What the first sentence says of it, up to "on", where HF's summary does not know; None for HF's.
+        adapter: Whether it is an adapter, whose base model does not lie beside the card.
     """
 
     summary: TrainingSummary
@@ -54,21 +62,40 @@ class SparsityCard:
     command: str = field(default_factory=lambda: command_line())
     picture: str | None = None
     skipped_steps: int = 0
+    best_step: int | None = None
+    trained: bool = True
+    origin: str | None = None
+    adapter: bool = False
+
+    def evaluation(self) -> dict[str, Any]:
+        """The metrics of the last evaluation of the model that was saved, of all data sets, without ``eval_``."""
+        ends = [number for number, entry in enumerate(self.log_history) if "train_runtime" in entry]
+        begin = ends[-1] if ends else 0
+        numbered = [
+            (number > begin, entry)
+            for number, entry in enumerate(self.log_history)
+            if any(key.startswith("eval_") for key in entry)
+        ]
+        later = [entry for after, entry in numbered if after and ends]
+        # Evaluated in training was the model of that step; after it, the one that was loaded.
+        at_best = [entry for _, entry in numbered if self.best_step is not None and entry.get("step") == self.best_step]
+        entries = later or at_best or [entry for _, entry in numbered]
+        return {
+            key.removeprefix("eval_"): value
+            for entry in entries
+            if entry.get("step") == entries[-1].get("step")
+            for key, value in entry.items()
+            if key.startswith("eval_") and isinstance(value, (int, float)) and not _TIMES.search(key)
+        }
 
     def eval_results(self) -> list[EvalResult]:
-        """The last evaluation and the sparsity, as the Hub's model-index wants them."""
+        """That evaluation and the sparsity, as the Hub's model-index wants them."""
         from huggingface_hub import EvalResult
 
         tasks, datasets, tags = (
             _first(value) for value in (self.summary.tasks, self.summary.dataset, self.summary.dataset_tags)
         )
-        evaluations = [entry for entry in self.log_history if any(key.startswith("eval_") for key in entry)]
-        measured = {
-            key.removeprefix("eval_"): value
-            for key, value in (evaluations[-1] if evaluations else {}).items()
-            if key.startswith("eval_") and isinstance(value, (int, float)) and not _TIMES.search(key)
-        }
-        measured["sparsity"] = self.report.sparsity
+        measured = {**self.evaluation(), "sparsity": self.report.sparsity}
         return [
             EvalResult(
                 task_type=tasks or "other",
@@ -85,16 +112,33 @@ class SparsityCard:
         """Return the card as Markdown with its YAML header."""
         from huggingface_hub import ModelCardData
 
-        metadata = self.summary.create_metadata()
+        summary = copy.copy(self.summary)
+        evaluation = self.evaluation()
+        summary.eval_results = {
+            " ".join(part.capitalize() for part in name.split("_")): value for name, value in evaluation.items()
+        } or None
+        if not self.trained:
+            summary.hyperparameters = None
+        metadata = summary.create_metadata()
         metadata.pop("model-index", None)
         metadata["tags"] = list(dict.fromkeys([*metadata.get("tags", []), *TAGS]))
-        task = _first(self.summary.tasks)
+        task = _first(summary.tasks)
         if task:
             metadata["pipeline_tag"] = task
-        data = ModelCardData(**metadata, model_name=self.summary.model_name, eval_results=self.eval_results())
+        data = ModelCardData(**metadata, model_name=summary.model_name, eval_results=self.eval_results())
 
-        body = re.sub(r"\A---\n.*?\n---\n", "", self.summary.to_model_card(), flags=re.DOTALL)
-        section = render_section(self.report, self.param_groups, self.command, self.picture, self.skipped_steps)
+        body = re.sub(r"\A---\n.*?\n---\n", "", summary.to_model_card(), flags=re.DOTALL)
+        if self.origin is not None:
+            body = body.replace("This model was trained from scratch on", f"{self.origin} on", 1)
+        section = render_section(
+            self.report,
+            self.param_groups if self.trained else (),
+            self.command,
+            self.picture,
+            self.skipped_steps,
+            trained=self.trained,
+            adapter=self.adapter,
+        )
         before, heading, after = body.partition("\n## Model description")
         versions = "".join(
             f"- {name} {number}\n"
@@ -107,12 +151,55 @@ class SparsityCard:
         return f"---\n{data.to_yaml()}\n---\n{before}\n{section}{heading}{after}{versions}{_template('citation.md')}"
 
 
+def summary_of(trainer: Trainer, given: Mapping[str, Any]) -> TrainingSummary:
+    """Return HF's summary of a training.
+
+    Args:
+        trainer: Whose training.
+        given: What ``create_model_card`` was given.
+    """
+    from transformers.modelcard import TrainingSummary
+
+    kwargs = dict(given)
+    license = kwargs.pop("license", None)
+    if not hasattr(trainer.model, "config"):  # a plain module, of which HF's summary would ask it
+        kwargs.setdefault("finetuned_from", "")
+    # With a licence given HF's summary does not ask the Hub for that of the base model.
+    summary = TrainingSummary.from_trainer(trainer, license=license or "unknown", **kwargs)
+    summary.license = license
+    # What HF could not find out it passes on as empty names.
+    summary.finetuned_from = summary.finetuned_from or None
+    if summary.dataset_tags == [None]:
+        summary.dataset_tags = summary.dataset_args = summary.dataset_metadata = None
+        summary.dataset = None if summary.dataset == [None] else summary.dataset
+    return summary
+
+
+def origin_of(model: Any, *, adapter: bool) -> str | None:
+    """What a card says of where a model comes from, where HF would say "from scratch" of one that was in a folder."""
+    if adapter:
+        base = getattr(model.active_peft_config, "base_model_name_or_path", None)
+        return f"This adapter of {Path(base).name} was trained" if base else "This adapter was trained"
+    path = getattr(getattr(model, "config", None), "_name_or_path", "")
+    # There may have been weights in it, or a config alone.
+    return "This model was trained" if path and os.path.isdir(path) else None
+
+
+def settings_in_words(defaults: Mapping[str, Any]) -> str:
+    """What a card says after an optimizer's name: of its settings those that are neither the decay's nor rates."""
+    shown = [f"{name}={defaults[name]}" for name in ("betas", "momentum", "nesterov", "eps") if name in defaults]
+    return f" with {', '.join(shown)}" if shown else ""
+
+
 def render_section(
     report: SparsityReport,
     param_groups: Iterable[Mapping[str, Any]],
     command: str,
     picture: str | None,
     skipped_steps: int,
+    *,
+    trained: bool = True,
+    adapter: bool = False,
 ) -> str:
     """Return what a card says of the sparsity, as Markdown; for the arguments see :class:`SparsityCard`."""
     from jinja2 import Environment
@@ -123,6 +210,8 @@ def render_section(
         picture=picture,
         command=command,
         skipped_steps=skipped_steps,
+        trained=trained,
+        adapter=adapter,
         groups=[
             {
                 **group,

@@ -126,6 +126,11 @@ class SparsityReport:
         """Fraction of exact zeros in the whole model, in [0, 1]."""
         return self.model.sparsity
 
+    @property
+    def dead_tensors(self) -> list[str]:
+        """Names of the decayed tensors that are wholly zero."""
+        return [each.name for each in self.tensors if each.decayed and 0 < each.parameters == each.zeros]
+
     def by_block(self) -> dict[str, Totals]:
         """Totals of the decayed weights by block.
 

@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 
 from torch.optim import Optimizer
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.modelcard import TrainingSummary
 from transformers.training_args import OptimizerNames
 
 from .arguments import PDecayTrainingArguments, settings_of
@@ -33,7 +32,16 @@ from .control import plan
 from .control_callback import SparsityControlCallback
 from .engines import check_engine, check_same, check_structured, check_world_size, engine_of, whole_model
 from .files import remove_leftovers, write_text
-from .model_card import SparsityCard, add_section, command_line, picture_in, render_section
+from .model_card import (
+    SparsityCard,
+    add_section,
+    command_line,
+    origin_of,
+    picture_in,
+    render_section,
+    settings_in_words,
+    summary_of,
+)
 from .optim import AdamWLp, LpDecay
 from .optim.named import OPTIMIZERS
 from .optimizers import check_hyperparameters, decay_groups, make, name_of
@@ -307,26 +315,20 @@ class PDecayTrainerMixin(SearchMixin, _Base):
         picture = picture_in(folder, PICTURE_FILE)
         skipped = max((int(group.get("skipped_steps", 0)) for group in groups), default=0)
         file = folder / "README.md"
+        model: Any = self.accelerator.unwrap_model(self.model)
+        adapter = hasattr(model, "create_or_update_model_card")  # PEFT's
+        trained = self.state.global_step > 0
+        if not trained and file.is_file() and not self._writes_own_card:
+            return  # of a training that this process knows nothing of
         if self._writes_own_card and file.is_file():
-            section = render_section(report, groups, command_line(), picture, skipped)
+            section = render_section(report, groups, command_line(), picture, skipped, trained=trained, adapter=adapter)
             write_text(file, add_section(file.read_text(encoding="utf-8"), section))
             return
-        kwargs = dict(self._card_kwargs)
-        license = kwargs.pop("license", None)
-        if not hasattr(self.model, "config"):  # a plain module, of which HF's summary would ask it
-            kwargs.setdefault("finetuned_from", "")
-        # With a licence given HF's summary does not ask the Hub for that of the base model.
-        summary = TrainingSummary.from_trainer(self, license=license or "unknown", **kwargs)
-        summary.license = license
-        # What HF could not find out it passes on as empty names.
-        summary.finetuned_from = summary.finetuned_from or None
-        if summary.dataset_tags == [None]:
-            summary.dataset_tags = summary.dataset_args = summary.dataset_metadata = None
-            summary.dataset = None if summary.dataset == [None] else summary.dataset
+        summary = summary_of(self, self._card_kwargs)
         summary.hyperparameters = {
             **(summary.hyperparameters or {}),
-            "optimizer": f"{name_of(self.args)} with betas=({self.args.adam_beta1},{self.args.adam_beta2}) and "
-            f"epsilon={self.args.adam_epsilon}",
+            "optimizer": name_of(self.args)
+            + settings_in_words({} if self.optimizer is None else self.optimizer.defaults),
             "weight_decay": self.args.weight_decay,
             **self._settings.effective,
         }
@@ -337,8 +339,19 @@ class PDecayTrainerMixin(SearchMixin, _Base):
             param_groups=groups,
             picture=picture,
             skipped_steps=skipped,
+            best_step=self.state.best_global_step if self._loads_best else None,
+            trained=trained,
+            origin=origin_of(model, adapter=adapter),
+            adapter=adapter,
         )
         write_text(file, card.render())
+        if adapter:
+            # Its base model, library and tags, as Trainer.create_model_card has them.
+            model.create_or_update_model_card(str(folder))
+
+    @property
+    def _loads_best(self) -> bool:
+        return bool(self.args.load_best_model_at_end and self.state.best_model_checkpoint)
 
 
 class PDecayTrainer(PDecayTrainerMixin, Trainer):
