@@ -160,9 +160,11 @@ class SparsityControl:
         self.schedule, self._budgets = plan(groups, self._total_steps, params=params, **self._options)
         for group in decayed_groups(groups):
             group.setdefault("p_norm_end", group["p_norm"])
-        for budget in self._budgets:
-            for group, _ in budget.members:
-                group["asked_sparsity"] = budget.target
+        members = [(group, budget.target) for budget in self._budgets for group, _ in budget.members]
+        # Whether λ_p is still what the user gave: one that a checkpoint has was set by a control.
+        self._unset = any("asked_sparsity" not in group for group, _ in members)
+        for group, target in members:
+            group["asked_sparsity"] = target
 
     @property
     def budgets(self) -> list[Budget]:
@@ -182,20 +184,21 @@ class SparsityControl:
         Args:
             step: Its number, the first of all being 1.
         """
-        schedule = self.schedule
+        budgets, schedule = self.budgets, self.schedule
         if self._p_norm_begin is not None:
             for group in decayed_groups(self._optimizer.param_groups):
                 begin, end = self._p_norm_begin, group["p_norm_end"]
                 group["p_norm"] = begin + schedule.progress(step) * (end - begin)
         upcoming = schedule.progress(schedule.next_cut(step))
         decaying = self._decay > 0 and schedule.begin < step and upcoming < _LAST_DECAY
-        fresh = decaying and (schedule.cuts(step - 1) or step == schedule.begin + 1)
+        fresh = decaying and (schedule.cuts(step - 1) or step == schedule.begin + 1 or self._unset)
+        self._unset = False
         for group in self._groups:
             if fresh:
                 group["lambda_p"] = math.inf
             elif not decaying:
                 group["lambda_p"] = IDLE
-        for budget in self.budgets if fresh else ():
+        for budget in budgets if fresh else ():
             self._limit_lambda_p(budget, upcoming)
         for group in self._groups:
             # Zero absorbs while something decays, but for tensors that began as zeros and are to learn. While nothing

@@ -144,6 +144,17 @@ def test_a_resumed_loop_is_the_same_loop(at: int) -> None:
         assert torch.equal(one, other)
 
 
+@pytest.mark.parametrize("at", [31, 79])
+def test_a_loop_that_goes_on_without_the_optimizers_state(at: int) -> None:
+    """Between two cuts, where λ_p is set for what the next one takes: the user's would take far more."""
+    part = Loop(target_sparsity=0.9).run(last=at)
+    part.start()
+    for group in part.optimizer.param_groups:
+        group["lambda_p"] *= 1e4
+    part.run(first=at + 1, last=at + 1)
+    assert 0 < part.optimizer.param_groups[0]["lambda_p"] < 1
+
+
 def test_p_goes_from_its_first_to_its_last_value() -> None:
     loop = Loop(p_norm=0.5, p_norm_begin=1.5, sparsity_schedule="linear").run(last=20)
     assert loop.optimizer.param_groups[0]["p_norm"] == 1.5
