@@ -8,7 +8,7 @@ import platform
 import re
 import shlex
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import resources
 from importlib.metadata import version
@@ -185,9 +185,10 @@ def origin_of(model: Any, *, adapter: bool) -> str | None:
     return "This model was trained" if path and os.path.isdir(path) else None
 
 
-def settings_in_words(defaults: Mapping[str, Any]) -> str:
+def settings_in_words(param_groups: Sequence[Mapping[str, Any]]) -> str:
     """What a card says after an optimizer's name: of its settings those that are neither the decay's nor rates."""
-    shown = [f"{name}={defaults[name]}" for name in ("betas", "momentum", "nesterov", "eps") if name in defaults]
+    settings = {name: value for group in param_groups for name, value in group.items()}
+    shown = [f"{name}={settings[name]}" for name in ("betas", "momentum", "nesterov", "eps") if name in settings]
     return f" with {', '.join(shown)}" if shown else ""
 
 
@@ -232,16 +233,22 @@ def add_section(card: str, section: str) -> str:
         card: Markdown, with or without a YAML header; a section that was added before is replaced.
         section: From :func:`render_section`.
     """
+    added = f"{_ADDED_FROM}\n{section}{_template('citation.md')}\n{_ADDED_TO}\n"
+    return f"{_ADDED.sub('', add_tags(card, TAGS)).rstrip()}\n\n{added}"
+
+
+def add_tags(card: str, tags: Iterable[str]) -> str:
+    """Return a card, Markdown with or without a YAML header, with tags added to those that it has."""
     import yaml
 
     header = re.match(r"---\n(.*?)\n---\n", card, flags=re.DOTALL)
     metadata = (yaml.safe_load(header[1]) if header else None) or {}
-    tags = metadata.get("tags") or []
-    metadata["tags"] = list(dict.fromkeys([*([tags] if isinstance(tags, str) else tags), *TAGS]))
-    body = _ADDED.sub("", card[header.end() :] if header else card).rstrip()
+    had = metadata.get("tags") or []
+    metadata["tags"] = list(dict.fromkeys([*([had] if isinstance(had, str) else had), *tags]))
+    if not metadata.get("base_model", "some"):
+        del metadata["base_model"]  # which PEFT names so where it has none
     text = yaml.safe_dump(metadata, sort_keys=False, allow_unicode=True)
-    added = f"{_ADDED_FROM}\n{section}{_template('citation.md')}\n{_ADDED_TO}\n"
-    return f"---\n{text}---\n{body}\n\n{added}"
+    return f"---\n{text}---\n{card[header.end() :] if header else card}"
 
 
 def command_line() -> str:

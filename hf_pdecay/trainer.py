@@ -33,8 +33,10 @@ from .control_callback import SparsityControlCallback
 from .engines import check_engine, check_same, check_structured, check_world_size, engine_of, whole_model
 from .files import remove_leftovers, write_text
 from .model_card import (
+    TAGS,
     SparsityCard,
     add_section,
+    add_tags,
     command_line,
     origin_of,
     picture_in,
@@ -327,8 +329,7 @@ class PDecayTrainerMixin(SearchMixin, _Base):
         summary = summary_of(self, self._card_kwargs)
         summary.hyperparameters = {
             **(summary.hyperparameters or {}),
-            "optimizer": name_of(self.args)
-            + settings_in_words({} if self.optimizer is None else self.optimizer.defaults),
+            "optimizer": name_of(self.args) + settings_in_words(groups),
             "weight_decay": self.args.weight_decay,
             **self._settings.effective,
         }
@@ -348,6 +349,7 @@ class PDecayTrainerMixin(SearchMixin, _Base):
         if adapter:
             # Its base model, library and tags, as Trainer.create_model_card has them.
             model.create_or_update_model_card(str(folder))
+            write_text(file, add_tags(file.read_text(encoding="utf-8"), (*(summary.tags or ()), *TAGS)))
 
     @property
     def _loads_best(self) -> bool:

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -52,6 +53,11 @@ class TestDecay:
         trainer.save_model()
         saved = load_file(Path(args.output_dir) / "adapter_model.safetensors")
         assert all(each.any() for name, each in saved.items() if "lora_B" in name)
+        text = (Path(args.output_dir) / "README.md").read_text(encoding="utf-8")
+        card = huggingface_hub.ModelCard(text)
+        assert card.data.library_name == "peft" and {"lora", "hf-pdecay"} <= set(card.data.tags)
+        assert "This adapter" in card.text and "The whole model counts its base model too" in card.text
+        assert "from scratch" not in card.text
         if "target_sparsity" in settings:
             zeros = sum(int((each == 0).sum()) for each in saved.values())
             assert zeros / sum(each.numel() for each in saved.values()) == pytest.approx(0.5, abs=1e-3)

@@ -188,6 +188,29 @@ def test_keep_zeros_warns_of_what_can_never_learn(
     assert [message for message in messages if "transformer.h.0.mlp.c_proj.weight is wholly zero" in message]
 
 
+def test_a_run_that_learns_nothing_says_so_at_once(
+    make_args: MakeArgs, tokens: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = tiny_gpt2()
+    with torch.no_grad():
+        model.transformer.ln_f.weight[0] = torch.nan
+    PDecayTrainer(model=model, args=make_args(max_steps=8, logging_steps=2), train_dataset=tokens).train()
+    said = [record.message for record in caplog.records if "were skipped" in record.message]
+    assert said[0].startswith("All 2 steps so far were skipped") and said[1].startswith("All 8 steps were skipped")
+    assert len(said) == 2
+
+
+def test_wholly_zero_tensors_are_named(
+    make_args: MakeArgs, tokens: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    _run(make_args(max_steps=8, lp_rules={"h.0.attn": {"lambda_p": 1e4}}), tokens)
+    said = [record.message for record in caplog.records if "wholly zero" in record.message]
+    names = "transformer.h.0.attn.c_attn.weight, transformer.h.0.attn.c_proj.weight. If"
+    assert len(said) == 1 and said[0].startswith(f"2 of 8 decayed tensors are wholly zero: {names}")
+    card = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
+    assert "2 of the 8 decayed tensors are wholly zero." in card
+
+
 def test_bad_logging_name() -> None:
     with pytest.raises(ValueError, match="sparsity_logging='all'; it must be one of overall, layer"):
         SparsityCallback("all")

@@ -10,10 +10,11 @@ from typing import Any
 
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 from torch.nn.utils import prune
 from torch.utils.data import SequentialSampler
-from transformers import TrainerCallback
+from transformers import EarlyStoppingCallback, TrainerCallback
 
 from hf_pdecay import PDecayTrainer
 
@@ -138,12 +139,15 @@ def test_a_resumed_run_goes_on_where_it_was(
     assert _zeros(tmp_path / "again") == pytest.approx(0.9, abs=1e-3)
 
 
-def test_the_best_model_is_one_that_has_the_sparsity(make_args: MakeArgs, tokens: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize("patient", [True, False])
+def test_the_best_model_is_one_that_has_the_sparsity(
+    patient: bool, make_args: MakeArgs, tokens: Any, tmp_path: Path
+) -> None:
     # The loss on data that are learned by heart is least before the zeros, or so the metric says here.
     class Trainer(PDecayTrainer):
         def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
             metrics = super().evaluate(*args, **kwargs)
-            metrics["eval_loss"] = float(self.state.global_step)
+            metrics["eval_loss"] = self.state.log_history[-1]["eval_loss"] = float(self.state.global_step)
             self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
             return metrics
 
@@ -156,11 +160,17 @@ def test_the_best_model_is_one_that_has_the_sparsity(make_args: MakeArgs, tokens
         save_steps=5,
         load_best_model_at_end=True,
     )
-    trainer = Trainer(model=tiny_gpt2(), args=args, train_dataset=tokens, eval_dataset=tokens)
+    stopping = EarlyStoppingCallback(2) if patient else EarlyStoppingCallback(1)
+    trainer = Trainer(model=tiny_gpt2(), args=args, train_dataset=tokens, eval_dataset=tokens, callbacks=[stopping])
     trainer.train()
     trainer.save_model()
+    # Patience is counted from the end of the schedule on, since each evaluation before is of another model.
+    assert trainer.state.global_step == (40 if patient else 35)
     assert trainer.state.best_model_checkpoint.endswith("checkpoint-30")
     assert _zeros(tmp_path / "out") == pytest.approx(0.9, abs=1e-3)
+    card = ModelCard.load(tmp_path / "out" / "README.md")
+    results = {each.metric_type: each.metric_value for each in card.data.eval_results}
+    assert results["loss"] == 30.0 and "\n- Loss: 30.0\n" in card.text, "of the model that was saved, not of the last"
 
 
 @pytest.mark.parametrize("stop", [20, 34])

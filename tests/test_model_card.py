@@ -7,10 +7,11 @@ from typing import Any
 
 import pytest
 from huggingface_hub import ModelCard
+from transformers import GPT2LMHeadModel
 
 import hf_pdecay
 from hf_pdecay import PDecayTrainer
-from hf_pdecay.model_card import TAGS, add_section, command_line
+from hf_pdecay.model_card import TAGS, SparsityCard, add_section, command_line
 
 from .models import tiny_gpt2
 
@@ -110,3 +111,52 @@ def test_a_section_in_a_card_of_another_library(card: str, tags: list[str]) -> N
     assert twice.count("## Sparsity") == twice.count("@article{outmezguine2024decoupled") == 1
     assert "second" in twice and "first" not in twice
     assert add_section(twice, "## Sparsity\n\nsecond\n") == twice
+
+
+def test_evaluating_alone_leaves_a_card_as_it_is(
+    trained: PDecayTrainer, make_args: Callable[..., Any], tokens: Any, tmp_path: Path
+) -> None:
+    before = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
+    args = make_args(learning_rate=0.5)
+    for folder in (tmp_path / "out", tmp_path / "new"):
+        args.output_dir = str(folder)
+        trainer = PDecayTrainer(model=trained.model, args=args, eval_dataset=tokens)
+        trainer.evaluate()
+        trainer.save_model()
+        trainer.create_model_card()
+    assert (tmp_path / "out" / "README.md").read_text(encoding="utf-8") == before
+    card = ModelCard.load(tmp_path / "new" / "README.md")
+    assert "Counted by `hf_pdecay`" in card.text and "Trained with" not in card.text
+    assert "learning_rate" not in card.text and "### Decay" not in card.text
+    assert {each.metric_type for each in card.data.eval_results} == {"loss", "sparsity"}
+    assert "Preparation" not in card.text and "- Step:" not in card.text
+
+
+def test_metrics_of_all_data_sets_and_of_the_model_that_was_loaded() -> None:
+    history: list[dict[str, Any]] = [
+        {"loss": 3.0, "step": 5},
+        {"eval_a_loss": 2.0, "step": 5},
+        {"eval_b_loss": 2.5, "eval_b_runtime": 1.0, "step": 5},
+        {"eval_a_loss": 2.2, "step": 10},
+        {"eval_b_loss": 2.7, "step": 10},
+    ]
+    later = [*history, {"train_runtime": 1.0, "step": 10}, {"eval_loss": 1.0, "step": 10}]
+
+    def found(log_history: list[dict[str, Any]], best_step: int | None = None) -> dict[str, Any]:
+        nothing: Any = None
+        return SparsityCard(nothing, nothing, log_history, best_step=best_step).evaluation()
+
+    assert found(history) == {"a_loss": 2.2, "b_loss": 2.7}
+    assert found(history, 5) == found(later[:-1], 5) == {"a_loss": 2.0, "b_loss": 2.5}
+    assert found(later, 5) == found(later) == {"loss": 1.0}
+    assert found([]) == found([{"loss": 3.0, "step": 5}]) == {}
+
+
+def test_a_model_of_a_local_folder_is_not_said_to_be_from_scratch(
+    make_args: Callable[..., Any], tokens: Any, tmp_path: Path
+) -> None:
+    tiny_gpt2().save_pretrained(tmp_path / "base")
+    model = GPT2LMHeadModel.from_pretrained(tmp_path / "base")
+    PDecayTrainer(model=model, args=make_args(max_steps=1), train_dataset=tokens).train()
+    text = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
+    assert "This model was trained on an unknown dataset." in text and str(tmp_path) not in text.split("### Command")[0]
