@@ -277,6 +277,11 @@ def test_reading_what_is_no_search(tmp_path: Path) -> None:
     assert read_trials(tmp_path / "search.jsonl") == [Trial("run-0", 1.0, 0.5)]
     with pytest.raises(ValueError, match="trials is empty"):
         plot_pareto([], tmp_path / "pareto.png")
+    for name, said in (("none.db", "There is no file .*none.db', which 'sqlite:"), ("empty.db", "has no study")):
+        (tmp_path / "empty.db").touch()
+        with pytest.raises(ValueError, match=said):
+            read_trials(f"sqlite:///{tmp_path / name}")
+    assert not (tmp_path / "none.db").exists()
     storage = f"sqlite:///{tmp_path / 'one.db'}"
     optuna.create_study(storage=storage, study_name="one")
     with pytest.raises(ValueError, match="directions minimize"):
