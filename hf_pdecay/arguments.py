@@ -44,6 +44,8 @@ class PDecayTrainingArguments(TrainingArguments):
         lp_rules: Rules by parameter name, as JSON text, a JSON file or a dict: regex → ``"off"`` or an object such as
             ``{"p_norm": 0.5, "lambda_p": 0.02}`` or ``{"target_sparsity": 0.5}``; the first match wins. Becomes a dict.
         optim_args: How the step is computed: ``"backend=foreach,moments=bfloat16"``; see :class:`~hf_pdecay.AdamWLp`.
+        optim_target_modules: Which modules' weights decay, as it says for GaLore what is optimized: ``"all-linear"``, a
+            regular expression for the whole name, or a list of parts of names.
         skip_nonfinite: Whether a step with NaN or infinite gradients is skipped and counted.
 
         > Parameters that control the logging
@@ -111,7 +113,22 @@ class PDecayTrainingArguments(TrainingArguments):
         default=DecaySettings.lp_rules,
         metadata={
             "help": "Rules by parameter name, as JSON text or a JSON file: "
-            '{"regex": {"p_norm": 0.5, "lambda_p": 0.02}, "other": "off"}. The first match wins.'
+            '{"regex": {"p_norm": 0.5, "lambda_p": 0.02}, "mlp": {"target_sparsity": 0.9, "group": "neuron"}, '
+            '"other": "off"}. The first match wins.'
+        },
+    )
+    optim_args: str | None = field(
+        default=None,
+        metadata={
+            "help": "How the optimizer computes its step: backend=foreach,moments=bfloat16 for adamw_lp. Others take "
+            "options of their own."
+        },
+    )
+    optim_target_modules: None | str | list[str] = field(
+        default=None,
+        metadata={
+            "help": "Which modules' weights decay: all-linear, or a regular expression for a module's whole name; for "
+            "GaLore and APOLLO which are optimized."
         },
     )
     skip_nonfinite: bool = field(

@@ -121,7 +121,7 @@ def newest_whole(output_dir: str | os.PathLike[str]) -> str | None:
         found = fault(each)
         if found is None:
             if left_out:
-                logger.warning("Resuming from %s; left out as not whole: %s.", each.name, "; ".join(left_out))
+                logger.warning("Taking %s; left out as not whole: %s.", each.name, "; ".join(left_out))
             return str(each)
         left_out.append(f"{each.name} ({found})")
     return None

@@ -39,7 +39,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     _add_report(commands)
     _add_storage(commands)
     _add_shrink(commands)
-    options = parser.parse_args(argv)
+    options, unknown = parser.parse_known_args(argv)
+    if unknown:
+        hint = (
+            "; the script and its arguments come first: hf-pdecay run SCRIPT ARGS…" if options.command == "run" else ""
+        )
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
     try:
         done: int | Callable[[], int] = options.run(options)
     except ValueError as error:

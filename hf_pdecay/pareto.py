@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,6 +15,9 @@ from .files import written_aside
 
 SEARCH_FILE = "search.jsonl"
 PARETO_FILE = "pareto.png"
+
+# A database in memory, or one that SQLite itself is to find by its address, is no file to look for.
+_SQLITE_FILE = re.compile(r"sqlite(?:\+\w+)?:///(?!:memory:|file:)([^?]+)")
 
 
 @dataclass(frozen=True)
@@ -65,9 +69,14 @@ def _of_study(storage: str, study_name: str | None) -> list[Trial]:
         import optuna
     except ImportError as error:
         raise ValueError("Reading an optuna storage takes optuna: pip install 'hf-pdecay[search]'.") from error
+    file = _SQLITE_FILE.match(storage)
+    if file is not None and not Path(file[1]).is_file():  # SQLite would make it
+        raise ValueError(f"There is no file {file[1]!r}, which {storage!r} names; name one that a search has written.")
     names = optuna.get_all_study_names(storage)
+    if not names:
+        raise ValueError(f"The storage {storage!r} has no study; name one that a search has written.")
     if study_name is None and len(names) != 1:
-        raise ValueError(f"The storage {storage!r} has the studies {', '.join(names) or 'none'}; name one of them.")
+        raise ValueError(f"The storage {storage!r} has the studies {', '.join(names)}; name one of them.")
     study = optuna.load_study(study_name=study_name or names[0], storage=storage)
     directions = [each.name for each in study.directions]
     if sorted(directions) != ["MAXIMIZE", "MINIMIZE"]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import re
 import shlex
@@ -25,11 +26,12 @@ from .shrink.estimate import Estimator, ShrinkEstimate
 from .sparsity import NEAR_ZERO_THRESHOLD, REPORT_FILE, SparsityReport, TensorSparsity, count_tensor
 from .storage.folder import CONFIG, read_config
 from .storage.settings import METHOD
-from .structure import GroupSparsity
 
 
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderResult
+
+logger = logging.getLogger(__name__)
 
 # From about here on a sparse layer is faster, see docs/inference.md.
 _WORTHWHILE = 0.8
@@ -98,7 +100,7 @@ class FolderReport:
         layers = [each for each in self.sparsity.tensors if each.decayed and each.sparsity >= _WORTHWHILE]
         if layers:
             yield (
-                f"{len(layers)} weights have at least {_WORTHWHILE:.0%} zeros: hf_pdecay.to_sparse_inference(model) "
+                f"{len(layers)} tensors have at least {_WORTHWHILE:.0%} zeros: hf_pdecay.to_sparse_inference(model) "
                 "measures which of their layers are faster sparse on a CPU, and swaps those."
             )
 
@@ -194,7 +196,8 @@ def report_folder(folder: str | os.PathLike[str], near_zero_threshold: float = N
         path = Path(newest)
     packed = _is_compressed(path)
     model = _on_meta(path)
-    decayed = _decayed(path, model)
+    counted = _counted_by_run(path)
+    decayed = _decayed(counted, model)
     estimator = None if packed else _estimator(model)
     tensors: list[TensorSparsity] = []
     alive: dict[str, dict[str, Tensor]] = {}
@@ -207,9 +210,9 @@ def report_folder(folder: str | os.PathLike[str], near_zero_threshold: float = N
             estimator.see(name, tensor)
         if not tensor.is_floating_point():
             continue
-        counted = count_tensor(tensor, near_zero_threshold)
+        counts = count_tensor(tensor, near_zero_threshold)
         matrix = tensor.ndim > 1 and "embed" not in name  # the guess where nothing is known
-        tensors.append(TensorSparsity(name, tuple(tensor.shape), *counted, decayed.get(name, matrix)))
+        tensors.append(TensorSparsity(name, tuple(tensor.shape), *counts, decayed.get(name, matrix)))
         factor = _RANK.match(name)
         if factor and tensor.ndim > 1:
             rows = tensor if factor[2] == "A" else tensor.movedim(1, 0)
@@ -221,7 +224,9 @@ def report_folder(folder: str | os.PathLike[str], near_zero_threshold: float = N
     }
     shrunk = None if estimator is None else estimator.estimate()
     size = sum(each.stat().st_size for each in path.glob("*.safetensors")) if packed else None
-    found = SparsityReport(tensors, near_zero_threshold, _groups(path))
+    # The weights alone do not tell of groups that decay as one.
+    groups = [] if counted is None else counted.groups
+    found = SparsityReport(tensors, near_zero_threshold, groups)
     return FolderReport(path, found, ranks, stored, compressed, shrunk, size)
 
 
@@ -237,9 +242,15 @@ def _is_compressed(folder: Path) -> bool:
     return isinstance(settings, dict) and settings.get("quant_method") == METHOD
 
 
-def _groups(folder: Path) -> list[GroupSparsity]:
-    """What a run has counted of groups that decay as one, which the weights alone do not tell."""
-    return SparsityReport.load(folder / REPORT_FILE).groups if (folder / REPORT_FILE).is_file() else []
+def _counted_by_run(folder: Path) -> SparsityReport | None:
+    """What a run has counted, if it has left that and it can be read."""
+    if not (folder / REPORT_FILE).is_file():
+        return None
+    try:
+        return SparsityReport.load(folder / REPORT_FILE)
+    except ValueError as error:
+        logger.warning("%s What decays by default counts as decayed, and no groups are reported.", error)
+        return None
 
 
 def _countable(tensor: Tensor) -> Tensor:
@@ -309,14 +320,13 @@ def _estimator(model: Any) -> Estimator | None:
         return None
 
 
-def _decayed(folder: Path, model: Any) -> dict[str, bool]:
+def _decayed(counted: SparsityReport | None, model: Any) -> dict[str, bool]:
     """Whether each tensor decayed, by name: as the run says, or else whether it does by default in a model's class.
 
     Names that a model's files have and its parameters do not, as of experts that are fused in memory, are missing.
     """
-    if (folder / REPORT_FILE).is_file():
-        tensors = SparsityReport.load(folder / REPORT_FILE).tensors
-        return {name: each.decayed for each in tensors for name in saved_names(each.name)}
+    if counted is not None:
+        return {name: each.decayed for each in counted.tensors for name in saved_names(each.name)}
     if model is None:
         return {}
     decayed = set(decayable_parameter_names(model))

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from transformers import Trainer
 from transformers.trainer_utils import default_compute_objective
 
-from .arguments import PDecayTrainingArguments
+from .arguments import PDecayTrainingArguments, settings_of
 from .callback import append_line
 from .control import check_decay
 from .decay import check_lambda_p, check_p_norm
 from .pareto import SEARCH_FILE
-from .settings import SETTINGS, split_optim_args
+from .rule_spec import parse_rules
+from .settings import SETTINGS, DecaySettings, split_optim_args
 from .targets import check_target
 
 
@@ -26,6 +28,8 @@ if TYPE_CHECKING:
     _Base = Trainer
 else:
     _Base = object
+
+logger = logging.getLogger(__name__)
 
 DIRECTIONS = ["minimize", "maximize"]
 """Directions of :func:`loss_and_sparsity`, for ``hyperparameter_search(direction=DIRECTIONS)``."""
@@ -48,11 +52,37 @@ _CHECKS: dict[str, Callable[[Any], Any]] = {
 }
 
 
+@dataclass(frozen=True)
+class _HpSpace:
+    """An ``hp_space`` that knows what it searches.
+
+    Args:
+        ranges: By name, checked.
+        draw: Draws a trial's value: takes the trial, the name and the range.
+    """
+
+    ranges: dict[str, Space]
+    draw: Callable[[Any, str, Space], Any]
+
+    def __call__(self, trial: Any) -> dict[str, Any]:
+        return {name: self.draw(trial, name, given) for name, given in self.ranges.items()}
+
+    def fitting(self, settings: DecaySettings) -> _HpSpace:
+        """Return the space without λ_p if the run's target sets it for all weights: no rule leaves some to λ_p."""
+        target, rules = settings.target_sparsity, settings.lp_rules
+        given = parse_rules(rules) if isinstance(rules, dict) else []
+        left = any(each.target_sparsity == 0 and each.lambda_p is None for each in given)
+        if "lambda_p" not in self.ranges or target is None or left:
+            return self
+        logger.warning("lambda_p is not searched, as target_sparsity=%g of the arguments sets it.", target)
+        return _HpSpace({name: given for name, given in self.ranges.items() if name != "lambda_p"}, self.draw)
+
+
 def optuna_space(**ranges: Space | None) -> Callable[[Any], dict[str, Any]]:
     """Return an ``hp_space`` for optuna.
 
     Without arguments: ``learning_rate`` from 1e-5 to 1e-3, ``p_norm`` from 0.5 to 1, and ``lambda_p`` from 1e-3 to 1e-1
-    unless there is a ``target_sparsity``, which sets it.
+    unless there is a ``target_sparsity``, here or in the arguments of the run, which sets it.
 
         >>> space = optuna_space(learning_rate=(1e-4, 1e-2), target_sparsity=(0.5, 0.95), sparsity_decay=[0, 0.3, 1])
         >>> best = trainer.hyperparameter_search(space, loss_and_sparsity, direction=DIRECTIONS, backend="optuna")
@@ -65,20 +95,7 @@ def optuna_space(**ranges: Space | None) -> Callable[[Any], dict[str, Any]]:
     Raises:
         ValueError: If a name is no field, a range or a value is not possible, or both λ_p and a target are given.
     """
-    checked = _checked(ranges)
-
-    def space(trial: Any) -> dict[str, Any]:
-        values: dict[str, Any] = {}
-        for name, given in checked.items():
-            if not isinstance(given, tuple):
-                values[name] = trial.suggest_categorical(name, list(given))
-            elif all(isinstance(each, int) for each in given):
-                values[name] = trial.suggest_int(name, *given)
-            else:
-                values[name] = trial.suggest_float(name, *given, log=name in _LOGARITHMIC)
-        return values
-
-    return space
+    return _HpSpace(_checked(ranges), _by_optuna)
 
 
 def ray_space(**ranges: Space | None) -> Callable[[Any], dict[str, Any]]:
@@ -87,22 +104,25 @@ def ray_space(**ranges: Space | None) -> Callable[[Any], dict[str, Any]]:
     Raises:
         ValueError: As :func:`optuna_space`.
     """
-    checked = _checked(ranges)
+    return _HpSpace(_checked(ranges), _by_ray)
 
-    def space(trial: Any) -> dict[str, Any]:
-        from ray import tune
 
-        values: dict[str, Any] = {}
-        for name, given in checked.items():
-            if not isinstance(given, tuple):
-                values[name] = tune.choice(list(given))
-            elif all(isinstance(each, int) for each in given):
-                values[name] = tune.randint(given[0], given[1] + 1)
-            else:
-                values[name] = (tune.loguniform if name in _LOGARITHMIC else tune.uniform)(*given)
-        return values
+def _by_optuna(trial: Any, name: str, given: Space) -> Any:
+    if not isinstance(given, tuple):
+        return trial.suggest_categorical(name, list(given))
+    if all(isinstance(each, int) for each in given):
+        return trial.suggest_int(name, *given)
+    return trial.suggest_float(name, *given, log=name in _LOGARITHMIC)
 
-    return space
+
+def _by_ray(trial: Any, name: str, given: Space) -> Any:
+    from ray import tune
+
+    if not isinstance(given, tuple):
+        return tune.choice(list(given))
+    if all(isinstance(each, int) for each in given):
+        return tune.randint(given[0], given[1] + 1)
+    return (tune.loguniform if name in _LOGARITHMIC else tune.uniform)(*given)
 
 
 def _checked(ranges: dict[str, Space | None]) -> dict[str, Space]:
@@ -135,6 +155,14 @@ def _checked(ranges: dict[str, Space | None]) -> dict[str, Space]:
                     _CHECKS[name](value)
                 except ValueError as error:
                     raise ValueError(f"Invalid space: {error}") from error
+    if any(found.get("target_sparsity", ())):
+        for name in ("p_norm", "p_norm_begin"):
+            highest = max((value for value in found.get(name, ()) if value is not None), default=0)
+            if highest >= 2:
+                raise ValueError(
+                    f"Invalid space: {name}={found[name]!r} with a target_sparsity; for p >= 2 decay brings no weight "
+                    f"to 0. Keep {name} below 2, or search no target."
+                )
     return found
 
 
@@ -155,6 +183,17 @@ def loss_and_sparsity(metrics: dict[str, float]) -> list[float]:
     return [metrics["eval_loss"], metrics["eval_sparsity"]]
 
 
+def _check_objectives(objective: Any, count: int, direction: Any) -> None:
+    """Raise ValueError if an objective gives another number of values than there are directions."""
+    wanted = len(direction) if isinstance(direction, list) else 1
+    if count != wanted:
+        raise ValueError(
+            f"Invalid direction: direction={direction!r} is for {wanted} objective{'s' * (wanted > 1)}, and "
+            f"compute_objective={getattr(objective, '__name__', objective)} gives {count}; loss_and_sparsity goes with "
+            "direction=DIRECTIONS, and one objective, as None is, with 'minimize' or 'maximize'."
+        )
+
+
 class SearchMixin(_Base):
     """The part of ``PDecayTrainerMixin`` that searches.
 
@@ -173,17 +212,31 @@ class SearchMixin(_Base):
     _search_folder: str | None = None
     _users_optim_args: str | None = None
     _users_objective: Callable[[dict[str, float]], Any] | None = None
+    _users_direction: str | list[str] = "minimize"
 
     def hyperparameter_search(
         self,
         hp_space: Callable[[Any], dict[str, Any]] | None = None,
         compute_objective: Callable[[dict[str, float]], Any] | None = None,
+        n_trials: int = 20,
+        direction: str | list[str] = "minimize",
         *args: Any,
         **kwargs: Any,
     ) -> Any:
-        """Search; takes and returns what ``Trainer.hyperparameter_search`` does."""
+        """Search; takes and returns what ``Trainer.hyperparameter_search`` does.
+
+        Raises:
+            ValueError: If the objective gives another number of values than there are directions, or a trial sets a
+                value that is out of its range.
+        """
+        args = (n_trials, direction, *args)
         if not self._decays:
             return super().hyperparameter_search(hp_space, compute_objective, *args, **kwargs)
+        if compute_objective in (None, loss_and_sparsity):  # of others it is seen at the first evaluation
+            _check_objectives(compute_objective, 1 if compute_objective is None else 2, direction)
+        if isinstance(hp_space, _HpSpace) and (settings := settings_of(self.args)) is not None:
+            hp_space = hp_space.fitting(settings)
+        self._users_direction = direction
         self._search_folder, self._users_objective = str(self.args.output_dir), compute_objective
         if not kwargs.get("load_if_exists") and self.is_world_process_zero():
             (Path(self._search_folder) / SEARCH_FILE).unlink(missing_ok=True)
@@ -220,6 +273,8 @@ class SearchMixin(_Base):
             objective = default_compute_objective(dict(metrics))
         else:
             objective = self._users_objective({**metrics, "eval_sparsity": report.sparsity})
+            count = len(objective) if isinstance(objective, Sequence) else 1
+            _check_objectives(self._users_objective, count, self._users_direction)
         if self.is_world_process_zero() and self._search_folder is not None:
             line = {
                 "trial": Path(str(self.args.output_dir)).name,

@@ -189,8 +189,17 @@ class SparsityReport:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> SparsityReport:
-        """Read a report that :meth:`save` wrote."""
-        return cls.from_json(Path(path).read_text(encoding="utf-8"))
+        """Read a report that :meth:`save` wrote.
+
+        Raises:
+            ValueError: If the file holds no report.
+        """
+        try:
+            return cls.from_json(Path(path).read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(
+                f"{str(path)!r} cannot be read as a sparsity report ({str(error).rstrip('.')})."
+            ) from error
 
     def to_pandas(self) -> pandas.DataFrame:
         """Return a frame with a row a tensor."""

@@ -57,6 +57,14 @@ def test_command_line(tmp_path: Path) -> None:
     assert args.weight_decay == 0.1
 
 
+def test_help_of_what_means_something_else_here() -> None:
+    actions = HfArgumentParser(PDecayTrainingArguments)._actions
+    texts = {each.dest: each.help or "" for each in actions}
+    assert "backend=foreach" in texts["optim_args"]
+    assert "decay" in texts["optim_target_modules"]
+    assert "target_sparsity" in texts["lp_rules"] and "group" in texts["lp_rules"]
+
+
 @pytest.mark.parametrize("kind", ["json", "yaml", "dict", "to_dict", "replace", "pickle"])
 def test_round_trips(kind: str, tmp_path: Path) -> None:
     parser = HfArgumentParser(PDecayTrainingArguments)

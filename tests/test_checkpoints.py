@@ -148,9 +148,7 @@ def test_it_resumes_from_the_newest_whole_one_and_says_so(
     trainer = PDecayTrainer(model=tiny_gpt2(), args=make_args(max_steps=12), train_dataset=tokens)
     with caplog.at_level(logging.WARNING, "hf_pdecay"):
         trainer.train(resume_from_checkpoint=True)
-    assert (
-        "Resuming from checkpoint-8; left out as not whole: checkpoint-12 (optimizer.pt is cut short)." in caplog.text
-    )
+    assert "Taking checkpoint-8; left out as not whole: checkpoint-12 (optimizer.pt is cut short)." in caplog.text
     assert (out / "sparsity.jsonl").read_text().count("\n") == 6
     assert fault(out / "checkpoint-12") == "optimizer.pt is cut short"  # nothing is deleted
 

@@ -110,7 +110,7 @@ def test_it_says_what_the_zeros_are_good_for(
     said = " ".join(capsys.readouterr().out.split())
     share = found["compressed_bytes"] / found["bytes"]
     assert f"hf-pdecay compress {tmp_path / 'model'} OUT stores it in about {share:.1%}" in said
-    assert "6 weights have at least 80% zeros: hf_pdecay.to_sparse_inference" in said
+    assert "6 tensors have at least 80% zeros: hf_pdecay.to_sparse_inference" in said
 
 
 @pytest.mark.usefixtures("lora_beside_torchao")
@@ -152,6 +152,16 @@ def test_codes_without_a_sign(tmp_path: Path) -> None:
     found = report_folder(tmp_path)
     assert found.sparsity.tensors == []
     assert (found.stored, found.compressed) == (8, 1 + 2 * 2)
+
+
+def test_counts_of_a_run_that_are_damaged(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    tiny_gpt2().save_pretrained(tmp_path)
+    expected = as_json(capsys, tmp_path)
+    (tmp_path / "sparsity.json").write_text('{"tensors": [')
+    assert as_json(capsys, tmp_path) == expected
+    assert f"{str(tmp_path / 'sparsity.json')!r} cannot be read" in caplog.text and len(caplog.records) == 1
 
 
 def test_a_search(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

@@ -180,6 +180,17 @@ def test_what_cannot_be_run(
     assert message in said.err and said.err.startswith("hf-pdecay run: ") and not said.out
 
 
+@pytest.mark.parametrize("words", [["--optim", "adamw_lp", "script.py"], ["--optim=adamw_lp", "script.py"]])
+def test_options_before_the_script(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["run", *words])
+    assert ended.value.code == 2
+    assert f"unrecognized arguments: {words[0]}; the script and its arguments come first" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["env", *words[:1]])
+    assert capsys.readouterr().err.endswith(f"unrecognized arguments: {words[0]}\n")
+
+
 def test_help_of_run_is_ours(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
         main(["run", "--help"])

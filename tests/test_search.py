@@ -151,6 +151,57 @@ def test_another_optimizer_searches_as_ever(searcher: Callable[..., PDecayTraine
         loss_and_sparsity({"eval_loss": 1.0})
 
 
+def test_p_of_two_and_more_where_there_is_no_target() -> None:
+    assert optuna_space(p_norm=(1, 2.5), target_sparsity=[None, 0])
+    assert optuna_space(p_norm=(1.0, 2.5))
+
+
+def both(metrics: dict[str, float]) -> list[float]:
+    return [metrics["eval_loss"], metrics["eval_sparsity"]]
+
+
+@pytest.mark.parametrize(
+    ("objective", "words", "trains"),
+    [
+        (loss_and_sparsity, {}, False),
+        (loss_and_sparsity, {"direction": "minimize"}, False),
+        (None, {"direction": DIRECTIONS}, False),
+        (both, {}, True),
+        (lambda metrics: metrics["eval_loss"], {"direction": DIRECTIONS}, True),
+    ],
+)
+def test_as_many_directions_as_objectives(
+    searcher: Callable[..., PDecayTrainer], objective: Any, words: dict[str, Any], trains: bool
+) -> None:
+    trainer = searcher()
+    with pytest.raises(ValueError, match="Invalid direction: direction="):
+        trainer.hyperparameter_search(optuna_space(), objective, n_trials=2, backend="optuna", **words)
+    assert (trainer.state.global_step > 0) == trains
+
+
+@pytest.mark.parametrize(
+    ("settings", "names"),
+    [
+        ({"target_sparsity": 0.5}, {"learning_rate", "p_norm"}),
+        (
+            {"target_sparsity": 0.5, "lp_rules": {"mlp": {"target_sparsity": 0}}},
+            {"learning_rate", "p_norm", "lambda_p"},
+        ),
+        ({}, {"learning_rate", "p_norm", "lambda_p"}),
+    ],
+)
+def test_a_target_in_the_arguments_sets_lambda_p(
+    searcher: Callable[..., PDecayTrainer],
+    settings: dict[str, Any],
+    names: set[str],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    trainer = searcher(**settings)
+    best = trainer.hyperparameter_search(optuna_space(), n_trials=1, backend="optuna")
+    assert set(best.hyperparameters) == names
+    assert ("lambda_p is not searched, as target_sparsity=0.5" in caplog.text) == ("lambda_p" not in names)
+
+
 def test_space() -> None:
     space = optuna_space(
         learning_rate=(1e-4, 1e-2), target_sparsity=(0.5, 0.95), max_steps=(10, 20), sparsity_schedule=["cubic"]
@@ -177,6 +228,8 @@ def test_space() -> None:
         ({"lambda_p": (0.1, 1), "target_sparsity": [0.5]}, "leave one of the two out"),
         ({"sparsity_schedule": "cubic"}, "sparsity_schedule='cubic'"),
         ({"sparsity_schedule": []}, "a list of choices"),
+        ({"p_norm": (1, 2.5), "target_sparsity": (0.3, 0.9)}, "p_norm=.1, 2.5. with a target_sparsity"),
+        ({"p_norm_begin": [None, 2], "target_sparsity": [None, 0.9]}, "p_norm_begin below 2"),
     ],
 )
 def test_spaces_that_cannot_be(ranges: dict[str, Any], said: str) -> None:
@@ -224,6 +277,11 @@ def test_reading_what_is_no_search(tmp_path: Path) -> None:
     assert read_trials(tmp_path / "search.jsonl") == [Trial("run-0", 1.0, 0.5)]
     with pytest.raises(ValueError, match="trials is empty"):
         plot_pareto([], tmp_path / "pareto.png")
+    for name, said in (("none.db", "There is no file .*none.db', which 'sqlite:"), ("empty.db", "has no study")):
+        (tmp_path / "empty.db").touch()
+        with pytest.raises(ValueError, match=said):
+            read_trials(f"sqlite:///{tmp_path / name}")
+    assert not (tmp_path / "none.db").exists()
     storage = f"sqlite:///{tmp_path / 'one.db'}"
     optuna.create_study(storage=storage, study_name="one")
     with pytest.raises(ValueError, match="directions minimize"):

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from torch import nn
 
 import hf_pdecay
@@ -75,6 +76,26 @@ def test_a_card_says_that_its_counts_are_of_the_model_before(sparse: Path) -> No
     before, after = (sum(each.numel() for each in weights(folder).values()) for folder in (sparse, small))
     said = card.partition(heading)[2].partition("Trained.")[0]
     assert f"{after:,} of {before:,} parameters" in said and "sparsity.json" in said
+
+
+@pytest.mark.parametrize("counted", [True, False])
+def test_the_header_of_a_card_has_the_sparsity_of_the_smaller_model(counted: bool, sparse: Path) -> None:
+    old = hf_pdecay.SparsityReport.load(sparse / "sparsity.json").sparsity
+    results = [
+        EvalResult("other", "unknown", "a set", metric_type=kind, metric_value=value)
+        for kind, value in (("loss", 2.5), ("sparsity", old))
+    ]
+    data = ModelCardData(license="mit", model_name="A model", eval_results=results)
+    (sparse / "README.md").write_text(f"---\n{data.to_yaml()}\n---\n# Größe\n\n## Sparsity\n\nx\n", encoding="utf-8")
+    if not counted:
+        (sparse / "sparsity.json").unlink()
+    small = sparse.parent / "small"
+    shrink_folder(sparse, small)
+    card = ModelCard.load(small / "README.md")
+    found = {each.metric_type: each.metric_value for each in card.data.eval_results}
+    own = {"sparsity": hf_pdecay.SparsityReport.load(small / "sparsity.json").sparsity} if counted else {}
+    assert found == {"loss": 2.5, **own} and own.get("sparsity") != old
+    assert card.data.license == "mit" and "# Größe" in card.text and "parameters are left" in card.text
 
 
 def test_a_folder_appears_whole_or_not_at_all(sparse: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -127,6 +127,10 @@ def test_json_round_trip(tmp_path: object) -> None:
     assert [file.name for file in path.parent.iterdir()] == ["sparsity.json"]
     with pytest.raises(ValueError, match="no sparsity report"):
         SparsityReport.from_json("{}")
+    for damaged in ("{}", report.to_json()[:100]):
+        path.write_text(damaged)
+        with pytest.raises(ValueError, match=r"sub/sparsity\.json' cannot be read as a sparsity report \(.*[^.]\)\.$"):
+            SparsityReport.load(path)
 
 
 def test_an_interrupted_write_leaves_the_old_file(tmp_path: object, monkeypatch: pytest.MonkeyPatch) -> None:

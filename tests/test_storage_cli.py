@@ -47,6 +47,13 @@ def test_there_and_back(tmp_path: Path, capsys: pytest.CaptureFixture[str], monk
 
 def test_what_cannot_be_done_is_said_in_a_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     saved("gpt2", tmp_path / "plain")
+    for number in (8, 12, 16):
+        saved("gpt2", tmp_path / "run" / f"checkpoint-{number}")
+        if number < 16:  # the last one is not whole
+            (tmp_path / "run" / f"checkpoint-{number}" / "trainer_state.json").write_text('{"global_step": 8}')
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "adapter_config.json").write_text("{}")
+    (tmp_path / "empty").mkdir()
     for words, sentence in (
         (
             ["decompress", str(tmp_path / "plain"), str(tmp_path / "out")],
@@ -57,6 +64,18 @@ def test_what_cannot_be_done_is_said_in_a_sentence(tmp_path: Path, capsys: pytes
             "max_shard_size='big'",
         ),
         (["compress", str(tmp_path / "none"), str(tmp_path / "out")], "is no folder here"),
+        (
+            ["compress", str(tmp_path / "run"), str(tmp_path / "out")],
+            f"only checkpoints of a run; the newest whole one is {str(tmp_path / 'run' / 'checkpoint-12')!r}.",
+        ),
+        (
+            ["compress", str(tmp_path / "adapter"), str(tmp_path / "out")],
+            "it is an adapter, and this takes whole models",
+        ),
+        (
+            ["compress", str(tmp_path / "empty"), str(tmp_path / "out")],
+            "has no config.json; name the folder of a model",
+        ),
     ):
         assert main(words) == 2
         assert sentence in capsys.readouterr().err

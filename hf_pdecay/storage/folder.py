@@ -56,8 +56,23 @@ def read_config(folder: Path) -> dict[str, Any]:
         FormatError: If there is none, or it is a link that leads out of the folder.
     """
     if not os.path.lexists(folder / CONFIG):
-        raise FormatError(f"{str(folder)!r} has no {CONFIG}; name the folder of a model.")
+        raise FormatError(f"{str(folder)!r} {_what_instead(folder)}")
     return read_json(inside(folder / CONFIG, folder))
+
+
+def _what_instead(folder: Path) -> str:
+    """Say what a folder without a config is, and which one to name."""
+    if os.path.lexists(folder / ADAPTER_CONFIG):
+        return (
+            f"has {ADAPTER_CONFIG} and no {CONFIG}: it is an adapter, and this takes whole models. Merge it into its "
+            "base model first, by hf_pdecay.merge_keep_zeros as docs/adapters.md has it, and save that."
+        )
+    from ..checkpoints import newest_whole
+
+    newest = newest_whole(folder)
+    if newest is not None:
+        return f"has no {CONFIG}, only checkpoints of a run; the newest whole one is {newest!r}."
+    return f"has no {CONFIG}; name the folder of a model."
 
 
 def write_json(file: Path, value: dict[str, Any], sort_keys: bool = False) -> None:
