@@ -27,6 +27,7 @@ from .shards import full_shape
 
 if TYPE_CHECKING:
     from torch import nn
+    from transformers import PreTrainedModel
 
 logger = logging.getLogger(__name__)
 
@@ -342,6 +343,34 @@ def load_converted(model: nn.Module, folder: str) -> None:
     if not isinstance(model, PreTrainedModel) or set(_saved_names(Path(folder))) <= model.state_dict().keys():
         return
     model.load_state_dict(type(model).from_pretrained(folder, config=model.config, dtype=model.dtype).state_dict())
+
+
+def names_in_files(model: PreTrainedModel) -> dict[str, tuple[str, ...]]:
+    """Return under which names transformers saves the parameters of a model, of those that it saves under others.
+
+    Several are the parts of one parameter, such as experts that are fused in memory.
+
+    Args:
+        model: The model, with weights or on the meta device. It is not changed.
+    """
+    try:
+        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.core_model_loading import PrefixChange, revert_weight_conversion
+    except ImportError:  # transformers 4 saves what there is
+        return {}
+    found: dict[str, tuple[str, ...]] = {}
+    conversions = get_model_conversion_mapping(model, add_legacy=False)
+    # Whether a file's names have a prefix depends on where the model came from.
+    if not any(not isinstance(each, PrefixChange) for each in conversions):
+        return found
+    for name, param in model.named_parameters():
+        try:
+            names = tuple(revert_weight_conversion(model, {name: param.detach()}))
+        except (RuntimeError, ValueError, KeyError, IndexError, TypeError):
+            continue  # one that a file has as a part of another
+        if names != (name,):
+            found[name] = names
+    return found
 
 
 def _saved_names(folder: Path) -> list[str]:

@@ -7,7 +7,7 @@ import logging
 import os
 import re
 import shlex
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,7 +17,7 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from .checkpoints import newest_whole
+from .checkpoints import names_in_files, newest_whole
 from .names import natural_key, saved_names
 from .pareto import PARETO_FILE, SEARCH_FILE, Trial, pareto_front, plot_pareto, read_trials
 from .rules import decayable_parameter_names
@@ -197,7 +197,9 @@ def report_folder(folder: str | os.PathLike[str], near_zero_threshold: float = N
     packed = _is_compressed(path)
     model = _on_meta(path)
     counted = _counted_by_run(path)
-    decayed = _decayed(counted, model)
+    others = {} if model is None else names_in_files(model)
+    decayed = _decayed(counted, model, others)
+    in_memory = {names[0]: name for name, names in others.items() if len(names) == 1}
     estimator = None if packed else _estimator(model)
     tensors: list[TensorSparsity] = []
     alive: dict[str, dict[str, Tensor]] = {}
@@ -207,7 +209,7 @@ def report_folder(folder: str | os.PathLike[str], near_zero_threshold: float = N
         stored += kept.nbytes
         compressed += _compressed(tensor, kept.element_size())
         if estimator is not None:
-            estimator.see(name, tensor)
+            estimator.see(in_memory.get(name, name), tensor)
         if not tensor.is_floating_point():
             continue
         counts = count_tensor(tensor, near_zero_threshold)
@@ -320,17 +322,22 @@ def _estimator(model: Any) -> Estimator | None:
         return None
 
 
-def _decayed(counted: SparsityReport | None, model: Any) -> dict[str, bool]:
-    """Whether each tensor decayed, by name: as the run says, or else whether it does by default in a model's class.
+def _decayed(counted: SparsityReport | None, model: Any, others: Mapping[str, Sequence[str]]) -> dict[str, bool]:
+    """Whether each tensor of a folder decayed, by its name there: as the run says, or else as it does by default.
 
-    Names that a model's files have and its parameters do not, as of experts that are fused in memory, are missing.
+    Args:
+        counted: What the run has counted.
+        model: The model without weights, if its class is known.
+        others: Under which names parameters are saved, where they are not their own.
     """
     if counted is not None:
-        return {name: each.decayed for each in counted.tensors for name in saved_names(each.name)}
-    if model is None:
+        known = {each.name: each.decayed for each in counted.tensors}
+    elif model is not None:
+        chosen = set(decayable_parameter_names(model))
+        known = {name: name in chosen for name, _ in model.named_parameters()}
+    else:
         return {}
-    decayed = set(decayable_parameter_names(model))
-    return {name: name in decayed for name, _ in model.named_parameters()}
+    return {saved: is_decayed for name, is_decayed in known.items() for saved in others.get(name, saved_names(name))}
 
 
 def to_json(found: FolderReport | SearchReport) -> str:
