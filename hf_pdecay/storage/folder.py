@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from ..names import natural_key
 from .container import FormatError, Header, read_header, settle
 
 
@@ -67,11 +68,12 @@ def _what_instead(folder: Path) -> str:
             f"has {ADAPTER_CONFIG} and no {CONFIG}: it is an adapter, and this takes whole models. Merge it into its "
             "base model first, by hf_pdecay.merge_keep_zeros as docs/adapters.md has it, and save that."
         )
-    from ..checkpoints import newest_whole
-
-    newest = newest_whole(folder)
-    if newest is not None:
-        return f"has no {CONFIG}, only checkpoints of a run; the newest whole one is {newest!r}."
+    # A Trainer writes the second file last.
+    needed = CONFIG, "trainer_state.json"
+    checkpoints = [each for each in folder.glob("checkpoint-*") if all((each / name).is_file() for name in needed)]
+    if checkpoints:
+        newest = max(checkpoints, key=lambda each: natural_key(each.name))
+        return f"has no {CONFIG}, only checkpoints of a run; the newest whole one is {str(newest)!r}."
     return f"has no {CONFIG}; name the folder of a model."
 
 
