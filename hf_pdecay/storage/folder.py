@@ -11,7 +11,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from ..names import natural_key
 from .container import FormatError, Header, read_header, settle
 
 
@@ -70,9 +69,10 @@ def _what_instead(folder: Path) -> str:
         )
     # A Trainer writes the second file last.
     needed = CONFIG, "trainer_state.json"
-    checkpoints = [each for each in folder.glob("checkpoint-*") if all((each / name).is_file() for name in needed)]
+    named = [each for each in folder.glob("checkpoint-*") if _CHECKPOINT.fullmatch(each.name)]
+    checkpoints = [each for each in named if all((each / name).is_file() for name in needed)]
     if checkpoints:
-        newest = max(checkpoints, key=lambda each: natural_key(each.name))
+        newest = max(checkpoints, key=lambda each: int(each.name.rpartition("-")[2]))
         return f"has no {CONFIG}, only checkpoints of a run; the newest whole one is {str(newest)!r}."
     return f"has no {CONFIG}; name the folder of a model."
 
