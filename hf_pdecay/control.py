@@ -161,8 +161,9 @@ class SparsityControl:
         for group in decayed_groups(groups):
             group.setdefault("p_norm_end", group["p_norm"])
         members = [(group, budget.target) for budget in self._budgets for group, _ in budget.members]
-        # Whether λ_p is still what the user gave: one that a checkpoint has was set by a control.
-        self._unset = any("asked_sparsity" not in group for group, _ in members)
+        # Whether λ_p is still what the user gave. With a state came that of a checkpoint, which a control has set;
+        # torch.distributed.checkpoint gives back no entry that a new group has not.
+        self._unset = not self._optimizer.state and any("asked_sparsity" not in group for group, _ in members)
         for group, target in members:
             group["asked_sparsity"] = target
 
