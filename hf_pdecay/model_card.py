@@ -69,17 +69,14 @@ class SparsityCard:
 
     def evaluation(self) -> dict[str, Any]:
         """The metrics of the last evaluation of the model that was saved, of all data sets, without ``eval_``."""
-        ends = [number for number, entry in enumerate(self.log_history) if "train_runtime" in entry]
-        begin = ends[-1] if ends else 0
-        numbered = [
-            (number > begin, entry)
-            for number, entry in enumerate(self.log_history)
-            if any(key.startswith("eval_") for key in entry)
-        ]
-        later = [entry for after, entry in numbered if after and ends]
         # Evaluated in training was the model of that step; after it, the one that was loaded.
-        at_best = [entry for _, entry in numbered if self.best_step is not None and entry.get("step") == self.best_step]
-        entries = later or at_best or [entry for _, entry in numbered]
+        ends = [number for number, entry in enumerate(self.log_history) if "train_runtime" in entry]
+        every, later = (
+            [entry for entry in self.log_history[begin:] if any(key.startswith("eval_") for key in entry)]
+            for begin in (0, ends[-1] if ends else len(self.log_history))
+        )
+        at_best = [entry for entry in every if self.best_step is not None and entry.get("step") == self.best_step]
+        entries = later or at_best or every
         return {
             key.removeprefix("eval_"): value
             for entry in entries
