@@ -23,7 +23,8 @@ LR = 1e-6
 
 BASELINE = "torch AdamW, fused"
 CHECKED = "torch AdamW, fused, gradients checked"
-AUTHORS = f"authors' algorithm on fused AdamW, p = {USUAL_P:g}"
+AUTHORS = f"authors' algorithm, p = {USUAL_P:g}"
+AUTHORS_FUSED = f"authors' algorithm on fused AdamW, p = {USUAL_P:g}"
 
 # On a CPU, from this many weights on only what is asked for most: a step takes a second.
 _MANY = 100_000_000
@@ -143,12 +144,16 @@ def contenders_for(size: Size, device: str, quick: bool = False) -> list[Contend
     """Return what is measured on a size, the baseline first."""
     baseline = Contender(BASELINE, partial(torch_adamw, lr=LR, fused=True))
     checked = Contender(CHECKED, partial(checked_adamw, lr=LR))
-    authors = Contender(AUTHORS, partial(authors_adamw, lr=LR, p_norm=USUAL_P, lambda_p=LAMBDA_P), USUAL_P)
+    by_authors = partial(authors_adamw, lr=LR, p_norm=USUAL_P, lambda_p=LAMBDA_P)
+    authors = [
+        Contender(AUTHORS, by_authors, USUAL_P),
+        Contender(AUTHORS_FUSED, partial(by_authors, fused=True), USUAL_P),
+    ]
     if device == "cpu" and size.weights >= _MANY:
-        return [baseline, checked, *(ours(p_norm) for p_norm in (0.5, USUAL_P, 1.2)), authors]
+        return [baseline, checked, *(ours(p_norm) for p_norm in (0.5, USUAL_P, 1.2)), *authors]
     prune = partial(prune_optimizer, lr=LR)
     rivals = [
-        authors,
+        *authors,
         Contender(
             "torchao PruneOptimizer on fused AdamW, p = 1", prune, 1.0, plain_state=False, missing=missing("torchao")
         ),

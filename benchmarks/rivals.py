@@ -28,7 +28,7 @@ class AuthorsAdamW(AdamW):
         weight_decay: AdamW's own decay.
         p_norm: p.
         lambda_: Their λ, which is AdamWLp's ``lambda_p`` divided by p.
-        fused: Whether the AdamW below is torch's fused one.
+        fused: Whether the AdamW below is torch's fused one; None, as theirs is, leaves it to torch.
     """
 
     def __init__(
@@ -41,7 +41,7 @@ class AuthorsAdamW(AdamW):
         *,
         p_norm: float = 0.8,
         lambda_: float = 0.0125,
-        fused: bool = True,
+        fused: bool | None = None,
     ) -> None:
         super().__init__(params, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, fused=fused)
         self.p_norm = p_norm
@@ -88,9 +88,11 @@ def checked_adamw(params: Sequence[Tensor], lr: float) -> CheckedAdamW:
     return CheckedAdamW(params, lr=lr, weight_decay=0.0, fused=True)
 
 
-def authors_adamw(params: Sequence[Tensor], lr: float, p_norm: float, lambda_p: float) -> AuthorsAdamW:
+def authors_adamw(
+    params: Sequence[Tensor], lr: float, p_norm: float, lambda_p: float, fused: bool | None = None
+) -> AuthorsAdamW:
     """Return the authors' algorithm for a λ_p as AdamWLp means it."""
-    return AuthorsAdamW(params, lr=lr, p_norm=p_norm, lambda_=lambda_p / p_norm)
+    return AuthorsAdamW(params, lr=lr, p_norm=p_norm, lambda_=lambda_p / p_norm, fused=fused)
 
 
 def prune_optimizer(params: Sequence[Tensor], lr: float) -> Any:

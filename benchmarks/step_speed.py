@@ -24,6 +24,7 @@ import torch
 from clocks import spread
 from contenders import (
     AUTHORS,
+    AUTHORS_FUSED,
     BASELINE,
     CHECKED,
     DEFAULT_SIZES,
@@ -86,7 +87,7 @@ def measure(
     copy = spread(result.copy.all_seconds)["median"]
     growth = process_growth(result, size, device, quick)
     usual = result.find(our_name(USUAL_P))
-    checked, authors = (result.find(name) for name in (CHECKED, AUTHORS))
+    checked, authors, fused = (result.find(name) for name in (CHECKED, AUTHORS, AUTHORS_FUSED))
     ratios = {f"{p:g}": entrant for p in P_NORMS if (entrant := result.find(our_name(p))) is not None}
     return {
         "name": size.name,
@@ -101,6 +102,7 @@ def measure(
         "auto_over_checked": spread(result.ratios(usual, to=checked)) if usual and checked else None,
         "auto_ratios": {p: spread(result.ratios(entrant))["median"] for p, entrant in ratios.items()},
         "speed_up_over_authors": spread(result.ratios(authors, to=usual)) if usual and authors else None,
+        "speed_up_over_authors_fused": spread(result.ratios(fused, to=usual)) if usual and fused else None,
     }
 
 

@@ -80,14 +80,14 @@ def test_speed_has_all_rows_and_finite_numbers(bench: dict[str, ModuleType], spe
     assert rows.keys() | speed["left_out"].keys() == expected
     ours = {f"AdamWLp auto, p = {p}" for p in ("0.5", "0.8", "1", "1.2", "1.5", "2", "3")}
     ours |= {f"AdamWLp auto, p = 0.8, {what}" for what in ("gradients not checked", "bfloat16 moments")}
-    theirs = {contenders.BASELINE, contenders.CHECKED, contenders.AUTHORS}
+    theirs = {contenders.BASELINE, contenders.CHECKED, contenders.AUTHORS, contenders.AUTHORS_FUSED}
     assert rows.keys() >= ours | theirs | {"AdamWLp foreach, p = 0.8"}
     # What is not there, is not there for want of a package or of a compiler.
     assert not any("p = 0.8" in name and "compiled" not in name and "8-bit" not in name for name in speed["left_out"])
     assert all(math.isfinite(value) for value in numbers(speed))
     assert all(row["median_ms"] > 0 and row["gb_per_s"] > 0 and row["visits"] > 0 for row in rows.values())
     assert speed["auto_ratios"].keys() == {"0.5", "0.8", "1", "1.2", "1.5", "2", "3"}
-    assert speed["speed_up_over_authors"]["median"] > 0
+    assert speed["speed_up_over_authors"]["median"] > 0 and speed["speed_up_over_authors_fused"]["median"] > 0
 
 
 def test_state_and_memory_are_those_of_the_formats(bench: dict[str, ModuleType], speed: dict[str, Any]) -> None:
