@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import copy
 import functools
+import itertools
 import logging
 import os
 import signal
 import subprocess
 import threading
+from array import array
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
-from hf_pdecay import AdamWLp
+from hf_pdecay import AdamWLp, native
 from hf_pdecay.optim import backends, compiled, foreach, reference
 from tests.steps import (
     normal,
@@ -57,7 +60,8 @@ def test_nothing_compiles_again(monkeypatch: pytest.MonkeyPatch) -> None:
 
 STEP = """
 import torch
-from hf_pdecay import AdamWLp
+from torch import Tensor
+from hf_pdecay import AdamWLp, native
 for backend in ("auto", "auto", "compiled"):
     param = torch.nn.Parameter(torch.ones(80_000))
     param.grad = torch.ones(80_000)
@@ -132,6 +136,48 @@ def test_the_loops_for_processors_without_avx512(words: tuple[str, ...], tmp_pat
     assert "__AVX512F__" in source.read_text()
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(torch.backends.cpu.get_cpu_capability() != "AVX512", reason="there is one way only here")
+def test_avx512_gives_the_numbers_of_the_loops_to_the_bit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For all dtypes, p on both sides of 2, weights that die, zeros of both signs, rests of less than 16 elements."""
+    lanes = compiled.library()
+    monkeypatch.setattr(native, "_FLAGS", (*native._FLAGS, "-mno-avx512f"))
+    loops, reason = native.load.__wrapped__(compiled.SOURCES, "A test", "loops")
+    assert loops is not None, reason
+    assert loops._name != lanes._name
+    generator = torch.Generator().manual_seed(0)
+
+    def wide(n: int, low: int, high: int, dtype: torch.dtype) -> Tensor:
+        exponents = torch.randint(low, high, (n,), generator=generator)
+        numbers = torch.randn(n, generator=generator) * torch.exp2(exponents.float())
+        numbers[torch.randint(0, n, (n // 20 + 1,), generator=generator)] = 0.0
+        numbers[torch.randint(0, n, (n // 40 + 1,), generator=generator)] = -0.0
+        return numbers.clamp(-6e4, 6e4).to(dtype)
+
+    pairs = [pair for pair in compiled._PAIRS if torch.float64 not in pair]
+    for n, (param_dtype, moment_dtype) in itertools.product((1, 15, 17, 64, 1000), pairs):
+        least = -24 if param_dtype == torch.float16 else -149
+        given = (
+            wide(n, least, 8, param_dtype),
+            wide(n, max(least, -60), 15, param_dtype),
+            wide(n, -30, 4, moment_dtype),
+            wide(n, -60, 8, moment_dtype).abs(),
+        )
+        codes = compiled.CODES[param_dtype], compiled.CODES[moment_dtype]
+        for p_norm, lambda_p, keep_zeros in itertools.product((0.1, 0.8, 1.99, 2.0, 4.0), (1e-35, 0.01, 1e6), (0, 1)):
+            hyper = array("d", (1e-3, 0.9, 0.999, 1e-8, 0.01, p_norm, lambda_p, keep_zeros, 0))
+            results = []
+            for library in (lanes, loops):
+                state, count = [each.clone() for each in given], torch.full((), 5.0)
+                addresses = [each.data_ptr() for each in state]
+                row = array("q", (*addresses, count.data_ptr(), n, 0, 3, *codes, 0, 0, 1, 1, 0, 0, 0, 0, 0))
+                library.hf_pdecay_step.argtypes = lanes.hf_pdecay_step.argtypes
+                assert library.hf_pdecay_step(compiled.address(row), 1, compiled.address(hyper), 1) == 0
+                results.append([each.view(torch.uint8) for each in state])
+            same = [torch.equal(ours, theirs) for ours, theirs in zip(*results, strict=True)]
+            assert all(same), (n, param_dtype, moment_dtype, p_norm, lambda_p, keep_zeros, same)
+
+
 @pytest.fixture
 def log(caplog: pytest.LogCaptureFixture) -> pytest.LogCaptureFixture:
     """The log, in which nothing has been said yet."""
@@ -199,7 +245,7 @@ def test_two_optimizers_in_two_threads(number: int, threads: Callable[[int], Non
 
 FORK = """
 import os, signal, sys, torch
-from hf_pdecay import AdamWLp
+from hf_pdecay import AdamWLp, native
 param = torch.nn.Parameter(torch.ones(300_000))
 param.grad = torch.ones(300_000)
 optimizer = AdamWLp([param], backend="compiled")

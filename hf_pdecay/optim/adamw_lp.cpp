@@ -3,8 +3,8 @@
 // The arithmetic is that of foreach.py. Two things differ from it:
 //   - |w|^x comes from two polynomials instead of log2 and exp2, see divisors.cpp.
 //   - Tensors are cut into chunks that all threads share, so many small tensors cost no more than a few large ones.
-// Without decay it is torch.optim.AdamW to rounding. Compiled together with weights.cpp, divisors.cpp, groups.cpp
-// and eight_bit.cpp.
+// Without decay it is torch.optim.AdamW to rounding. Compiled together with the other
+// files here, which compiled.py names.
 
 namespace {
 
@@ -51,14 +51,6 @@ struct Hyper {  // one param group
 // --- one tensor's scalars
 
 template <class T>
-struct Scalars : Power<T> {
-  T beta1, weight1, beta2, weight2, scale2, eps, least, step_size, shrink_l2;
-  bool keep_zeros;
-  uint32_t nearest;
-  uint32_t noise_a, noise_b;
-};
-
-template <class T>
 Scalars<T> scalars_of(const Hyper& h, const Row& row, double least, double tiny, bool* decays) {
   const double step = *row.step;
   Scalars<T> s;
@@ -82,42 +74,6 @@ Scalars<T> scalars_of(const Hyper& h, const Row& row, double least, double tiny,
 
 // --- the step on a run of elements
 
-template <bool kDecay, class P, class M, class T>
-inline void update(P* __restrict p, const P* __restrict g, M* __restrict m, M* __restrict v, const T* __restrict divisor,
-                   int n, uint32_t first, const Scalars<T> s) {
-  constexpr bool kRounds = !std::is_same<P, T>::value || !std::is_same<M, T>::value;
-  constexpr bool kHalf = std::is_same<M, float16>::value;
-#pragma omp simd
-  for (int i = 0; i < n; ++i) {
-    const T weight = load(p[i]), grad = load(g[i]);
-    T exp_avg = load(m[i]), exp_avg_sq = load(v[i]);
-    exp_avg = fma(s.weight1, grad, exp_avg * s.beta1);
-    exp_avg_sq = fma(s.weight2 * grad, grad, exp_avg_sq * s.beta2);
-    if (kHalf) {
-      // The square of a finite gradient may be beyond float16; that of an infinite one is.
-      const T most = std::fabs(grad) <= T(65504) ? T(65504) : T(INFINITY);
-      exp_avg_sq = exp_avg_sq > most ? most : exp_avg_sq;
-    }
-    T denominator = fma(std::sqrt(exp_avg_sq), s.scale2, s.eps);
-    if (kHalf) denominator = denominator < s.least ? s.least : denominator;
-    T result = fma(weight, s.shrink_l2, -(s.step_size * exp_avg) / denominator);
-    if (kDecay) {
-      result = result / divisor[i];
-      // A weight that dies through subnormal numbers is 0, at once: processors are slow to multiply those. -0 becomes 0.
-      const T least = divisor[i] > T(1) ? std::numeric_limits<T>::min() : T(0);
-      result = std::fabs(result) < least ? T(0) : result + T(0);
-    } else if (s.keep_zeros) {
-      result = weight == T(0) ? T(0) : result;
-    }
-    const uint32_t noise = kRounds ? noise_at(first + static_cast<uint32_t>(i), s.noise_a, s.noise_b) : 0;
-    store(p[i], result, noise, s.nearest);
-    store(m[i], exp_avg, noise ^ (noise >> 16), s.nearest);
-    store(v[i], exp_avg_sq, noise >> 16, s.nearest);
-  }
-}
-
-enum Decay { kNone, kElements, kGroups, kByFour };
-
 // Up to kBlock elements from `at` on, with their moments.
 template <Decay kDecay, class P, class M, class T>
 inline void step_block(const Row& row, const Scalars<T>& s, int64_t at, int n, M* m, M* v) {
@@ -133,11 +89,11 @@ inline void step_block(const Row& row, const Scalars<T>& s, int64_t at, int n, M
   }
   if (kDecay == kGroups) {
     group_divisors(static_cast<const T*>(row.divisors), row.inner, row.length, p, at, n, s.keep_zeros, divisor);
-  } else if (kDecay != kNone) {
+  } else if (kDecay == kByFour || (kDecay == kElements && !kInLanes<T>)) {
     divisors(p, n, s, divisor);
     if (kDecay == kByFour) spare_strongest(p, n, s.keep_zeros, divisor);
   }
-  update<kDecay != kNone>(p, g, m, v, divisor, n, static_cast<uint32_t>(at), s);
+  update<kDecay>(p, g, m, v, divisor, n, static_cast<uint32_t>(at), s);
 }
 
 template <Decay kDecay, class P, class M, class T>
@@ -240,7 +196,7 @@ void shrink_wide(const Row& row, const Plan& plan, int64_t begin, int64_t end) {
   shrink_chunk<double>(row, plan.wide, begin, end);
 }
 
-enum Decay decay_of(const Row& row, bool decays) {
+Decay decay_of(const Row& row, bool decays) {
   return row.divisors != nullptr ? kGroups : !decays ? kNone : row.by_four ? kByFour : kElements;
 }
 

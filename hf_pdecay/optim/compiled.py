@@ -21,7 +21,7 @@ from .moments import is_quantized, refusal_of_encoded
 from .tensor_step import Decay, Hyperparameters, TensorStep, fuses, is_flat, spacing
 
 
-_PARTS = ("weights.cpp", "divisors.cpp", "groups.cpp", "eight_bit.cpp", "adamw_lp.cpp")
+_PARTS = ("weights.cpp", "lanes.cpp", "divisors.cpp", "update.cpp", "groups.cpp", "eight_bit.cpp", "adamw_lp.cpp")
 SOURCES = tuple(Path(__file__).with_name(name) for name in _PARTS)
 
 CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}

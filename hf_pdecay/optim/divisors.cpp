@@ -8,6 +8,7 @@ constexpr int kBlock = 64;  // elements whose divisors are computed together: th
 template <class T>
 struct Power {
   T x, alpha_lambda, at_zero;  // at_zero: the divisor of a weight of 0
+  bool drawn;                  // whether near 0 all are above 1, and that of 0 is infinite
   T c[7];                      // -x log2(m) for m in [1, 2], plus log2(α λ_p)
 };
 
@@ -27,42 +28,33 @@ Power<T> power_of(double p_norm, double alpha_lambda, bool keep_zeros, double ti
   power.x = static_cast<T>(x);
   power.alpha_lambda = static_cast<T>(alpha_lambda);
   power.at_zero = static_cast<T>(p_norm < 2 || keep_zeros ? infinity : p_norm == 2 ? 1 + alpha_lambda : 1.0);
+  // A weight that a step leaves below the least normal number was below 2^-102 before it, by the spacing of numbers.
+  power.drawn = x > 0 && std::log2(alpha_lambda) + 102 * x > -22;
   for (int k = 0; k < 7; ++k) power.c[k] = static_cast<T>(-x * kLog2[k]);
   power.c[0] = static_cast<T>(-x * kLog2[0] + (*decays ? std::log2(alpha_lambda) : 0.0));
   return power;
 }
 
-#if defined(__AVX512F__)
-inline __m512 load_16(const float* p, int n) {
-  return n >= 16 ? _mm512_loadu_ps(p) : _mm512_maskz_loadu_ps(static_cast<__mmask16>((1 << n) - 1), p);
-}
-template <class P>
-inline __m512 load_16(const P* __restrict p, int n) {
-  float w[16] = {};
-#pragma omp simd
-  for (int i = 0; i < std::min(n, 16); ++i) w[i] = load(p[i]);
-  return _mm512_loadu_ps(w);
+#if HF_PDECAY_LANES
+// The divisors of 16 weights. The processor takes exponents and mantissas apart, and puts them together, by instructions
+// that no compiler makes of the loops below and that need no limits.
+inline __m512 divisors_16(__m512 w, const Power<float>& s) {
+  const __m512 m = _mm512_getmant_ps(w, _MM_MANT_NORM_1_2, _MM_MANT_SIGN_zero);
+  __m512 y = _mm512_set1_ps(s.c[6]);
+  for (int k = 5; k >= 0; --k) y = _mm512_fmadd_ps(y, m, _mm512_set1_ps(s.c[k]));
+  y = _mm512_fnmadd_ps(_mm512_set1_ps(s.x), _mm512_getexp_ps(w), y);
+  const __m512 r = _mm512_reduce_ps(y, _MM_FROUND_TO_NEAREST_INT);  // y less the nearest integer; 0 where y is infinite
+  __m512 z = _mm512_set1_ps(kExp2[4]);
+  for (int k = 3; k >= 0; --k) z = _mm512_fmadd_ps(z, r, _mm512_set1_ps(kExp2[k]));
+  const __m512 divisor = _mm512_add_ps(_mm512_scalef_ps(z, _mm512_sub_ps(y, r)), _mm512_set1_ps(1.0f));
+  if (s.drawn) return divisor;
+  const __mmask16 zero = _mm512_cmp_ps_mask(w, _mm512_setzero_ps(), _CMP_EQ_OQ);
+  return _mm512_mask_blend_ps(zero, divisor, _mm512_set1_ps(s.at_zero));
 }
 
-// The divisors of a block of weights. Here the processor takes exponents and mantissas apart, and puts them together,
-// by instructions that no compiler makes of the loops below; else it is the same, with half as many instructions.
 template <class P>
-inline void divisors(const P* __restrict p, int n, const Power<float> s, float* __restrict divisor) {
-  const __m512 one = _mm512_set1_ps(1.0f);
-  for (int i = 0; i < n; i += 16) {
-    const __m512 w = load_16(p + i, n - i);
-    const __m512 m = _mm512_getmant_ps(w, _MM_MANT_NORM_1_2, _MM_MANT_SIGN_zero);
-    __m512 y = _mm512_set1_ps(s.c[6]);
-    for (int k = 5; k >= 0; --k) y = _mm512_fmadd_ps(y, m, _mm512_set1_ps(s.c[k]));
-    y = _mm512_fnmadd_ps(_mm512_set1_ps(s.x), _mm512_getexp_ps(w), y);
-    y = _mm512_min_ps(_mm512_max_ps(y, _mm512_set1_ps(-126.0f)), _mm512_set1_ps(128.0f));  // neither of them is NaN
-    const __m512 whole = _mm512_roundscale_ps(y, _MM_FROUND_TO_NEAREST_INT), r = _mm512_sub_ps(y, whole);
-    __m512 z = _mm512_set1_ps(kExp2[4]);
-    for (int k = 3; k >= 0; --k) z = _mm512_fmadd_ps(z, r, _mm512_set1_ps(kExp2[k]));
-    const __m512 ratio = _mm512_add_ps(_mm512_scalef_ps(z, whole), one);
-    const __mmask16 zero = _mm512_cmp_ps_mask(w, _mm512_setzero_ps(), _CMP_EQ_OQ);
-    _mm512_storeu_ps(divisor + i, _mm512_mask_blend_ps(zero, ratio, _mm512_set1_ps(s.at_zero)));
-  }
+inline void divisors(const P* __restrict p, int n, const Power<float>& s, float* __restrict divisor) {
+  for (int i = 0; i < n; i += 16) _mm512_storeu_ps(divisor + i, divisors_16(load_16(p + i, n - i), s));
 }
 #else
 // log2(α λ_p |w|^-x) of a magnitude, whose exponent is read from its bits. Finite also for 0.
