@@ -32,40 +32,80 @@ _ADDED_FROM, _ADDED_TO = "<!-- hf_pdecay -->", "<!-- /hf_pdecay -->"
 _ADDED = re.compile(f"{_ADDED_FROM}.*?{_ADDED_TO}\n?", flags=re.DOTALL)
 
 _TIMES = re.compile(r"_(runtime|samples_per_second|steps_per_second|model_preparation_time)$")
+_UNSEEN = 5e-5  # what does not show in a percentage of two digits
 _SECRET = re.compile(r"(?:^|[-_])(?:token|password|secret|api[-_]?key)$", re.IGNORECASE)
 _HUB_METRICS = {"loss": "loss", "accuracy": "accuracy", "perplexity": "perplexity", "f1": "f1"}
 
 
 @dataclass
-class SparsityCard:
-    """What the card says, and its rendering.
+class SparsitySection:
+    """What a card says of the sparsity, and its rendering.
 
     Args:
-        summary: HF's summary of the training.
         report: Zeros of the model that lies beside the card.
-        log_history: ``TrainerState.log_history``; the last evaluation in it of the model that was saved becomes the
-            model-index.
         param_groups: The optimizer's groups, for the table of p and λ_p.
         command: The command that made the model.
         picture: Name of the picture beside the card, if there is one.
         skipped_steps: Steps skipped for NaN or infinite gradients.
-        best_step: The step whose checkpoint was loaded at the end of training, if one was.
         trained: Whether these param groups, and the training that the summary tells of, are those of the model.
-        origin: What the first sentence says of it, up to "on", where HF's summary does not know; None for HF's.
         adapter: Whether it is an adapter, whose base model does not lie beside the card.
+        asked: Fraction of the decayed weights that was to be zero; None for no such target.
     """
 
-    summary: TrainingSummary
     report: SparsityReport
-    log_history: list[dict[str, Any]]
     param_groups: Iterable[Mapping[str, Any]] = ()
     command: str = field(default_factory=lambda: command_line())
     picture: str | None = None
     skipped_steps: int = 0
-    best_step: int | None = None
     trained: bool = True
-    origin: str | None = None
     adapter: bool = False
+    asked: float | None = None
+
+    def render(self) -> str:
+        """Return it as Markdown."""
+        from jinja2 import Environment
+
+        environment = Environment(keep_trailing_newline=True, autoescape=False)
+        return environment.from_string(_template("model_card.md.jinja")).render(
+            report=self.report,
+            picture=self.picture,
+            command=self.command,
+            skipped_steps=self.skipped_steps,
+            trained=self.trained,
+            adapter=self.adapter,
+            asked=self.asked,
+            missed=self.asked is not None and self.report.sparsity < self.asked - _UNSEEN,
+            groups=[
+                {
+                    **group,
+                    "tensors": len(group["params"]),
+                    "strength": strength(group),
+                    "parameters": sum(param.numel() for param in group["params"]),
+                }
+                for group in (self.param_groups if self.trained else ())
+                if "rule" in group
+            ],
+        )
+
+
+@dataclass
+class SparsityCard:
+    """A whole card, and its rendering.
+
+    Args:
+        summary: HF's summary of the training.
+        section: What it says of the sparsity.
+        log_history: ``TrainerState.log_history``; the last evaluation in it of the model that was saved becomes the
+            model-index.
+        best_step: The step whose checkpoint was loaded at the end of training, if one was.
+        origin: What the first sentence says of it, up to "on", where HF's summary does not know; None for HF's.
+    """
+
+    summary: TrainingSummary
+    section: SparsitySection
+    log_history: list[dict[str, Any]]
+    best_step: int | None = None
+    origin: str | None = None
 
     def evaluation(self) -> dict[str, Any]:
         """The metrics of the last evaluation of the model that was saved, of all data sets, without ``eval_``."""
@@ -92,7 +132,7 @@ class SparsityCard:
         tasks, datasets, tags = (
             _first(value) for value in (self.summary.tasks, self.summary.dataset, self.summary.dataset_tags)
         )
-        measured = {**self.evaluation(), "sparsity": self.report.sparsity}
+        measured = {**self.evaluation(), "sparsity": self.section.report.sparsity}
         return [
             EvalResult(
                 task_type=tasks or "other",
@@ -114,7 +154,7 @@ class SparsityCard:
         summary.eval_results = {
             " ".join(part.capitalize() for part in name.split("_")): value for name, value in evaluation.items()
         } or None
-        if not self.trained:
+        if not self.section.trained:
             summary.hyperparameters = None
         metadata = summary.create_metadata()
         metadata.pop("model-index", None)
@@ -127,15 +167,6 @@ class SparsityCard:
         body = re.sub(r"\A---\n.*?\n---\n", "", summary.to_model_card(), flags=re.DOTALL)
         if self.origin is not None:
             body = body.replace("This model was trained from scratch on", f"{self.origin} on", 1)
-        section = render_section(
-            self.report,
-            self.param_groups if self.trained else (),
-            self.command,
-            self.picture,
-            self.skipped_steps,
-            trained=self.trained,
-            adapter=self.adapter,
-        )
         before, heading, after = body.partition("\n## Model description")
         versions = "".join(
             f"- {name} {number}\n"
@@ -145,7 +176,8 @@ class SparsityCard:
                 ("Python", platform.python_version()),
             )
         )
-        return f"---\n{data.to_yaml()}\n---\n{before}\n{section}{heading}{after}{versions}{_template('citation.md')}"
+        text = f"{before}\n{self.section.render()}{heading}{after}{versions}{_template('citation.md')}"
+        return f"---\n{data.to_yaml()}\n---\n{text}"
 
 
 def summary_of(trainer: Trainer, given: Mapping[str, Any]) -> TrainingSummary:
@@ -189,46 +221,12 @@ def settings_in_words(param_groups: Sequence[Mapping[str, Any]]) -> str:
     return f" with {', '.join(shown)}" if shown else ""
 
 
-def render_section(
-    report: SparsityReport,
-    param_groups: Iterable[Mapping[str, Any]],
-    command: str,
-    picture: str | None,
-    skipped_steps: int,
-    *,
-    trained: bool = True,
-    adapter: bool = False,
-) -> str:
-    """Return what a card says of the sparsity, as Markdown; for the arguments see :class:`SparsityCard`."""
-    from jinja2 import Environment
-
-    environment = Environment(keep_trailing_newline=True, autoescape=False)
-    return environment.from_string(_template("model_card.md.jinja")).render(
-        report=report,
-        picture=picture,
-        command=command,
-        skipped_steps=skipped_steps,
-        trained=trained,
-        adapter=adapter,
-        groups=[
-            {
-                **group,
-                "tensors": len(group["params"]),
-                "strength": strength(group),
-                "parameters": sum(param.numel() for param in group["params"]),
-            }
-            for group in param_groups
-            if "rule" in group
-        ],
-    )
-
-
 def add_section(card: str, section: str) -> str:
     """Return a card that another library wrote, with our tags, and with a section at its end.
 
     Args:
         card: Markdown, with or without a YAML header; a section that was added before is replaced.
-        section: From :func:`render_section`.
+        section: From :meth:`SparsitySection.render`.
     """
     added = f"{_ADDED_FROM}\n{section}{_template('citation.md')}\n{_ADDED_TO}\n"
     return f"{_ADDED.sub('', add_tags(card, TAGS)).rstrip()}\n\n{added}"

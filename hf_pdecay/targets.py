@@ -101,6 +101,26 @@ def budgets(
     return [budget for budget in found if budget.numel]
 
 
+def target_of_all(
+    groups: Sequence[dict[str, Any]], target: float | None, params: Sequence[Sequence[Tensor]] | None = None
+) -> float | None:
+    """Return the fraction of all decayed weights that is to be zero; for the arguments see :func:`budgets`.
+
+    Returns:
+        None where some of them have no target, or decay in groups of weights, which have targets of their own kind.
+    """
+    if any(kind_of(group) != ELEMENT for group in decayed_groups(groups)):
+        return None
+    some = [group["params"] for group in groups] if params is None else params
+    decayed = sum(
+        full_numel(param) for group, each in zip(groups, some, strict=True) if is_decayed(group) for param in each
+    )
+    found = budgets(groups, target, params=params)
+    if not decayed or sum(budget.numel for budget in found) != decayed:
+        return None
+    return sum(budget.target * budget.numel for budget in found) / decayed
+
+
 def check_target_of(kind: str, own: float | None) -> float | None:
     """Return the target that N:M has by itself; None for other kinds.
 

@@ -35,12 +35,11 @@ from .files import remove_leftovers, write_text
 from .model_card import (
     TAGS,
     SparsityCard,
+    SparsitySection,
     add_section,
     add_tags,
-    command_line,
     origin_of,
     picture_in,
-    render_section,
     settings_in_words,
     summary_of,
 )
@@ -53,6 +52,7 @@ from .settings import DecaySettings
 from .shards import group_params, is_sharded, settle
 from .sparsity import REPORT_FILE, SparsityReport, measure_sparsity
 from .structure import count_groups
+from .targets import target_of_all
 
 
 if TYPE_CHECKING:
@@ -313,18 +313,24 @@ class PDecayTrainerMixin(SearchMixin, _Base):
         return None
 
     def _write_card(self, folder: Path, report: SparsityReport) -> None:
-        groups = [] if self.optimizer is None else self.optimizer.param_groups
-        picture = picture_in(folder, PICTURE_FILE)
-        skipped = max((int(group.get("skipped_steps", 0)) for group in groups), default=0)
         file = folder / "README.md"
-        model: Any = self.accelerator.unwrap_model(self.model)
-        adapter = hasattr(model, "create_or_update_model_card")  # PEFT's
         trained = self.state.global_step > 0
         if not trained and file.is_file() and not self._writes_own_card:
             return  # of a training that this process knows nothing of
+        groups = [] if self.optimizer is None else self.optimizer.param_groups
+        model: Any = self.accelerator.unwrap_model(self.model)
+        adapter = hasattr(model, "create_or_update_model_card")  # PEFT's
+        section = SparsitySection(
+            report,
+            groups,
+            picture=picture_in(folder, PICTURE_FILE),
+            skipped_steps=max((int(group.get("skipped_steps", 0)) for group in groups), default=0),
+            trained=trained,
+            adapter=adapter,
+            asked=self._asked() if trained else None,
+        )
         if self._writes_own_card and file.is_file():
-            section = render_section(report, groups, command_line(), picture, skipped, trained=trained, adapter=adapter)
-            write_text(file, add_section(file.read_text(encoding="utf-8"), section))
+            write_text(file, add_section(file.read_text(encoding="utf-8"), section.render()))
             return
         summary = summary_of(self, self._card_kwargs)
         summary.hyperparameters = {
@@ -334,22 +340,24 @@ class PDecayTrainerMixin(SearchMixin, _Base):
             **self._settings.effective,
         }
         card = SparsityCard(
-            summary=summary,
-            report=report,
-            log_history=self.state.log_history,
-            param_groups=groups,
-            picture=picture,
-            skipped_steps=skipped,
+            summary,
+            section,
+            self.state.log_history,
             best_step=self.state.best_global_step if self._loads_best else None,
-            trained=trained,
             origin=origin_of(model, adapter=adapter),
-            adapter=adapter,
         )
         write_text(file, card.render())
         if adapter:
             # Its base model, library and tags, as Trainer.create_model_card has them.
             model.create_or_update_model_card(str(folder))
             write_text(file, add_tags(file.read_text(encoding="utf-8"), (*(summary.tags or ()), *TAGS)))
+
+    def _asked(self) -> float | None:
+        """The fraction of all decayed weights that is to be zero in the end, if there is one."""
+        optimizer = self.optimizer
+        if optimizer is None or not any("rule" in group for group in optimizer.param_groups):
+            return None
+        return target_of_all(optimizer.param_groups, self._settings.target_sparsity, group_params(optimizer))
 
     @property
     def _loads_best(self) -> bool:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 from huggingface_hub import ModelCard
-from transformers import GPT2LMHeadModel
+from transformers import GPT2LMHeadModel, TrainerCallback, TrainerControl, TrainerState
 
 import hf_pdecay
 from hf_pdecay import PDecayTrainer
@@ -160,3 +160,42 @@ def test_a_model_of_a_local_folder_is_not_said_to_be_from_scratch(
     PDecayTrainer(model=model, args=make_args(max_steps=1), train_dataset=tokens).train()
     text = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
     assert "This model was trained on an unknown dataset." in text and str(tmp_path) not in text.split("### Command")[0]
+
+
+def test_the_card_says_what_was_asked_for_and_where_a_model_falls_short(
+    make_args: Callable[..., Any], tokens: Any, tmp_path: Path
+) -> None:
+    class StopAt(TrainerCallback):
+        def __init__(self, step: int) -> None:
+            self._step = step
+
+        def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+            control.should_training_stop = state.global_step == self._step
+
+    def said(*callbacks: TrainerCallback) -> tuple[bool, bool]:
+        args = make_args(max_steps=40, target_sparsity=0.75)
+        PDecayTrainer(model=tiny_gpt2(), args=args, train_dataset=tokens, callbacks=list(callbacks)).train()
+        text = ModelCard.load(tmp_path / "out" / "README.md").text
+        shown = " 75.00% of the decayed weights was asked for"
+        return f"{shown}. The file" in text, f"**{shown.strip()}, and is not reached.** The file" in text
+
+    assert said() == (True, False)
+    assert said(StopAt(30)) == (True, False)  # by then the last cut is done
+    assert said(StopAt(10)) == (False, True)
+
+
+@pytest.mark.parametrize(
+    ("rules", "asked"),
+    [
+        ({"attn": {"target_sparsity": 0.5}}, 0.75),  # the others have more, so that all come to the target
+        ({"attn": {"target_sparsity": 0}}, None),
+        ({"attn": {"group": "row"}}, None),
+    ],
+)
+def test_what_was_asked_for_of_all(
+    rules: dict[str, Any], asked: float | None, make_args: Callable[..., Any], tokens: Any
+) -> None:
+    args = make_args(max_steps=40, target_sparsity=0.75, lp_rules=rules)
+    trainer = PDecayTrainer(model=tiny_gpt2(), args=args, train_dataset=tokens)
+    trainer.create_optimizer()
+    assert trainer._asked() == (asked if asked is None else pytest.approx(asked))
