@@ -311,6 +311,9 @@ bool finite(const void* values, int64_t dtype, int64_t begin, int64_t end) {
 
 extern "C" {
 
+// Whether steps are done in lanes.cpp's registers.
+int hf_pdecay_lanes() { return HF_PDECAY_LANES; }
+
 // Does one step on each row. Returns 0, or 1 before anything is written if a row has dtypes that it does not know.
 int hf_pdecay_step(const Row* rows, int64_t count, const Hyper* hypers, int threads) {
   std::vector<Plan> plans(count);
