@@ -34,6 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--version", action="version", version=f"hf-pdecay {__version__}")
     commands = parser.add_subparsers(title="commands", dest="command", metavar="COMMAND", required=True)
     _add_run(commands)
+    _add_preview(commands)
     _add_estimate(commands)
     _add_env(commands)
     _add_report(commands)
@@ -72,6 +73,59 @@ def _run(options: argparse.Namespace) -> Callable[[], int]:
     from .run import prepare
 
     return prepare(options.script, options.module)
+
+
+def _add_preview(commands: Commands) -> None:
+    parser = commands.add_parser(
+        "preview",
+        help="say which weights of a model a run would decay, by which rule, and how many zeros come of it",
+        description="The param groups of a run with these settings, the zeros that its target comes to and the steps "
+        "after which weights are cut. The settings are those of the run, each as a flag or all in --optim_args. No "
+        "weights are loaded.",
+    )
+    parser.add_argument("model", metavar="CONFIG_OR_FOLDER", help="a folder with config.json, or a Hub name")
+    parser.add_argument("--optim", default="adamw_lp", help="adamw_lp or another of ours (adamw_lp)")
+    parser.add_argument("--optim_args", help="as in TrainingArguments: p_norm=0.8,target_sparsity=0.9")
+    parser.add_argument("--optim_target_modules", nargs="+", help="as in TrainingArguments")
+    for name in ("target_sparsity", "p_norm", "p_norm_begin", "lambda_p", "sparsity_begin", "sparsity_end"):
+        parser.add_argument(f"--{name}", type=float)
+    for name in ("lp_rules", "sparsity_schedule", "sparsity_budget"):
+        parser.add_argument(f"--{name}")
+    parser.add_argument("--max_steps", type=int, default=1000, help="optimizer steps of the run, for its cuts (1000)")
+    parser.add_argument("--weight_decay", type=float, default=0.0, help="L2 decay of the run (0)")
+    parser.add_argument("--tensors", action="store_true", help="list each tensor")
+    parser.add_argument("--json", action="store_true", help="print JSON in place of tables")
+    parser.set_defaults(run=_preview)
+
+
+def _preview(options: argparse.Namespace) -> int:
+    from dataclasses import replace
+
+    from .optim.named import OPTIMIZERS
+    from .preview import preview
+    from .settings import SETTINGS, DecaySettings
+
+    if options.optim not in OPTIMIZERS:
+        raise ValueError(f"Invalid optim: optim={options.optim!r}; it must be one of {', '.join(OPTIMIZERS)}.")
+    targets = options.optim_target_modules
+    settings = DecaySettings.from_optim_args(
+        options.optim_args, targets[0] if targets and len(targets) == 1 else targets, options.optim
+    )
+    flags = {name: value for name in SETTINGS if (value := getattr(options, name, None)) is not None}
+    found = preview(
+        options.model,
+        replace(settings, **flags),
+        max_steps=options.max_steps,
+        weight_decay=options.weight_decay,
+        all_tensors=options.tensors,
+    )
+    if options.json:
+        sys.stdout.write(json.dumps(found.to_dict(), indent=2) + "\n")
+    else:
+        from rich.console import Console
+
+        Console().print(found)
+    return 0
 
 
 def _add_estimate(commands: Commands) -> None:

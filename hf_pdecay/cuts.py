@@ -38,7 +38,7 @@ def cut(budget: Budget, optimizer: Any, progress: float) -> None:
         return
     blocks = n_of_m(budget.kind)
     if blocks is None:
-        _cut_groups(budget, optimizer, _wanted(budget, progress))
+        _cut_groups(budget, optimizer, wanted(budget, progress))
     else:
         _cut_blocks(budget, optimizer, progress, blocks)
 
@@ -46,11 +46,11 @@ def cut(budget: Budget, optimizer: Any, progress: float) -> None:
 def shortfall(budget: Budget, optimizer: Any) -> float:
     """Return which fraction of a budget's units is missing to its target, by a sample of them."""
     there = magnitudes(budget, optimizer).below(torch.finfo(torch.float32).tiny)
-    return max(_wanted(budget, 1.0) / budget.units - there, 0.0)
+    return max(wanted(budget, 1.0) / budget.units - there, 0.0)
 
 
-def _wanted(budget: Budget, progress: float) -> int:
-    """How many of a budget's units are to be zero by now."""
+def wanted(budget: Budget, progress: float) -> int:
+    """Return how many of a budget's units are to be zero, given how much of its target is asked for."""
     count = round(budget.target * progress * budget.units)
     # Of groups one stays: a layer of which nothing is left would pass nothing on.
     return count if budget.kind == ELEMENT or n_of_m(budget.kind) else min(count, budget.units - 1)

@@ -75,7 +75,12 @@ def from_parameters(parameters: float) -> ModelSize:
 
 
 def from_pretrained(name: str) -> ModelSize:
-    """Return the size of a model by its config; it is built on the meta device, without weights.
+    """Return the size of a model by its config; for the argument and what is raised see :func:`on_meta`."""
+    return of_model(on_meta(name), name)
+
+
+def on_meta(name: str) -> torch.nn.Module:
+    """Return a model by its config, on the meta device, without weights.
 
     Args:
         name: A folder with ``config.json``, that file, or a name on the Hub. The class is the first of the config's
@@ -98,16 +103,17 @@ def from_pretrained(name: str) -> ModelSize:
     known = [getattr(transformers, each, None) for each in config.architectures or ()]
     try:
         with torch.device("meta"):
-            if known and known[0] is not None:
-                model = known[0](config)
-            else:
-                model = transformers.AutoModelForCausalLM.from_config(config)
+            model: torch.nn.Module = (
+                known[0](config)
+                if known and known[0] is not None
+                else transformers.AutoModelForCausalLM.from_config(config)
+            )
     except ValueError as error:
         raise ValueError(
             f"Invalid model: {name!r} is of type {config.model_type!r}, which has no causal LM; name the class in "
             "'architectures' of its config.json."
         ) from error
-    return of_model(model, name)
+    return model
 
 
 def of_model(model: torch.nn.Module, name: str = "model") -> ModelSize:
