@@ -12,6 +12,7 @@ class Encoder {
   explicit Encoder(const float* map) {
     std::copy(map, map + 256, map_);
     for (int i = 0; i < 255; ++i) borders_[i] = border(map[i], map[i + 1]);
+    borders_[255] = std::numeric_limits<float>::infinity();
     for (int negative = 0; negative < 2; ++negative) {
       for (int32_t k = 0; k < kBuckets; ++k) {
         // The least and the largest value of the bucket; the first has all magnitudes below it too, to 0.
@@ -20,8 +21,7 @@ class Encoder {
         const float least = negative ? -far : near, most = negative ? -near : far;
         const int below = static_cast<int>(std::upper_bound(borders_, borders_ + 255, least) - borders_);
         const int within = static_cast<int>(std::upper_bound(borders_, borders_ + 255, most) - borders_) - below;
-        border_in_[negative * kBuckets + k] = within ? borders_[below] : std::numeric_limits<float>::infinity();
-        borders_below_[negative * kBuckets + k] = below;
+        borders_below_[negative * kBuckets + k] = static_cast<uint8_t>(below);
         narrow_ = narrow_ && within < 2;
       }
     }
@@ -49,13 +49,10 @@ class Encoder {
       const int32_t first = ((bits & 0x7fffffff) >> kShift) - kFirst, last = kBuckets - 1;
       places[i] = (first < 0 ? 0 : first > last ? last : first) + (bits < 0 ? kBuckets : 0);
     }
-#pragma omp simd
     for (int i = 0; i < kScaled; ++i) {
-      const int32_t place = places[i];
-      places[i] = borders_below_[place] + (scaled[i] >= border_in_[place] ? 1 : 0);
+      const int below = borders_below_[places[i]];  // the next border lies in the bucket, or beyond it
+      codes[i] = static_cast<uint8_t>(below + (scaled[i] >= borders_[below] ? 1 : 0));
     }
-#pragma omp simd
-    for (int i = 0; i < kScaled; ++i) codes[i] = static_cast<uint8_t>(places[i]);
     if (!narrow_) {  // a map that is none of torchao's
       for (int i = 0; i < kScaled; ++i) {
         codes[i] = static_cast<uint8_t>(std::upper_bound(borders_, borders_ + 255, scaled[i]) - borders_);
@@ -85,9 +82,8 @@ class Encoder {
   static float number(int32_t ordered) { return bit_cast<float>(ordered ^ ((ordered >> 31) & 0x7fffffff)); }
 
   float map_[256];
-  float borders_[255];
-  float border_in_[2 * kBuckets];         // the border in a bucket, or infinity
-  int32_t borders_below_[2 * kBuckets];  // how many borders are below it
+  float borders_[256];                   // between two numbers each, and infinity
+  uint8_t borders_below_[2 * kBuckets];  // how many are below a bucket
   bool narrow_ = true;
 };
 
