@@ -6,9 +6,9 @@ The groups themselves, such as the neurons of a layer, are found in ``coupling``
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -95,50 +95,81 @@ def _find(model: nn.Module, claim: Claim, wanted: Collection[str]) -> list[Coupl
         return _layers(model, claim.kind, wanted)
     if claim.kind not in ("row", "column"):
         return find(model, claim.kind)
-    convolutions = _layers(model, claim.kind, wanted, convolutions=True)
+    others = _layers(model, claim.kind, wanted, linear=False)
     try:
-        return [*find(model, claim.kind), *convolutions]
+        return [*find(model, claim.kind), *others]
     except ValueError:  # no linear layer
-        if convolutions:
-            return convolutions
+        if others:
+            return others
         raise
 
 
-def _layers(model: nn.Module, kind: str, wanted: Collection[str], convolutions: bool = False) -> list[Coupling]:
+def _layers(model: nn.Module, kind: str, wanted: Collection[str], linear: bool = True) -> list[Coupling]:
     """Each wanted weight of a layer by itself: its outputs or inputs, or the blocks along its inputs.
 
     Args:
         model: The model.
         kind: ``"row"``, ``"column"`` or N:M.
         wanted: Names of parameters.
-        convolutions: Whether only convolutions are meant.
+        linear: Whether linear layers are meant too.
     """
+    names = {id(param): clean_name(name) for name, param in model.named_parameters()}
+    found: dict[str, Coupling] = {}
+    for module in model.modules():
+        for matrix in _matrices(module, linear):
+            name = names.get(id(matrix.weight))
+            if name is not None and name in wanted and name not in found:
+                found[name] = _indices(matrix, kind, name, names)
+    return list(found.values())
+
+
+class _Matrix(NamedTuple):
+    """A weight of a layer.
+
+    Attributes:
+        weight: The weight.
+        bias: The bias of its outputs, if there is one, and where in it they begin.
+        offset: See there.
+        repeats: How often an index of its outputs comes in the bias.
+        turned: Whether its outputs are its columns.
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+    offset: int = 0
+    repeats: int = 1
+    turned: bool = False
+
+
+def _matrices(module: nn.Module, linear: bool) -> Iterator[_Matrix]:
     from transformers.pytorch_utils import Conv1D
 
-    names = {id(param): clean_name(name) for name, param in model.named_parameters()}
+    if isinstance(module, nn.MultiheadAttention):
+        parts = (module.q_proj_weight, module.k_proj_weight, module.v_proj_weight)
+        for place, weight in enumerate(parts if module.in_proj_weight is None else (module.in_proj_weight,)):
+            yield _Matrix(weight, module.in_proj_bias, place * module.embed_dim)
+    elif isinstance(module, _ConvTransposeNd):
+        # An index of the weight is an output of each of the convolution's own groups.
+        yield _Matrix(module.weight, module.bias, repeats=module.groups, turned=True)
+    elif isinstance(module, _ConvNd) or (linear and isinstance(module, (nn.Linear, Conv1D))):
+        yield _Matrix(module.weight, module.bias, turned=isinstance(module, Conv1D))
+
+
+def _indices(matrix: _Matrix, kind: str, name: str, names: Mapping[int, str]) -> Coupling:
+    """What the indices of a weight's outputs or inputs are, or the blocks along its inputs."""
+    dim = int((kind == "row") == matrix.turned)
+    count = full_shape(matrix.weight)[dim]
     blocks = n_of_m(kind)
-    found: dict[str, Coupling] = {}
-    for path, module in model.named_modules():
-        if not isinstance(module, _ConvNd if convolutions else (nn.Linear, Conv1D, _ConvNd)):
-            continue
-        name = names.get(id(module.weight))
-        if name is None or name not in wanted or name in found:
-            continue
-        turned = isinstance(module, (Conv1D, _ConvTransposeNd))
-        dim = int((kind == "row") == turned)
-        count = full_shape(module.weight)[dim]
-        if blocks is not None and count % blocks[1]:
-            raise ValueError(
-                f"Invalid lp_rules: group={kind!r} on {name}, whose {count} inputs are not divisible by {blocks[1]}; "
-                "leave it out of the rule."
-            )
-        members = [Member(name, dim)]
-        if kind == "row" and module.bias is not None:
-            # An index of a transposed convolution's weight is an output of each of the convolution's own groups.
-            repeats = full_shape(module.bias)[0] // count
-            members += [Member(names[id(module.bias)], 0, offset=part * count) for part in range(repeats)]
-        found[name] = Coupling(kind, count, tuple(members), clean_name(path))
-    return list(found.values())
+    if blocks is not None and count % blocks[1]:
+        raise ValueError(
+            f"Invalid lp_rules: group={kind!r} on {name}, whose {count} inputs are not divisible by {blocks[1]}; "
+            "leave it out of the rule."
+        )
+    members = [Member(name, dim)]
+    if kind == "row" and matrix.bias is not None:
+        offsets = (matrix.offset + part * count for part in range(matrix.repeats))
+        members += [Member(names[id(matrix.bias)], 0, offset=offset) for offset in offsets]
+    return Coupling(kind, count, tuple(members), name.removesuffix("weight").rstrip("._"))
 
 
 def _check_apart(claim: Claim, couplings: Sequence[Coupling]) -> None:

@@ -232,3 +232,30 @@ def test_a_row_of_a_transposed_convolution_has_the_biases_of_all_its_groups() ->
         assert int(count_groups([group])["row"][1]) == 1
         layer.bias[4] = 1
         assert int(count_groups([group])["row"][1]) == 0
+
+
+@pytest.mark.parametrize("kdim", [None, 12])
+def test_attention_of_torch_has_rows_and_columns_and_blocks(kdim: int | None) -> None:
+    """Its three projections are one weight, or three where keys have a size of their own, with one bias for all."""
+    model = nn.ModuleDict({"attn": nn.MultiheadAttention(8, 2, kdim=kdim)})
+    projections = ["attn.in_proj_weight"] if kdim is None else [f"attn.{part}_proj_weight" for part in "qkv"]
+    for kind in ("row", "column", "2:4"):
+        found = names(model, groups_of(model, {"attn": {"group": kind}})[0])
+        assert {*projections, "attn.out_proj.weight"} <= set(found)
+    group = groups_of(model, {"proj_weight": {"group": "row", "target_sparsity": 0.125}})[0]
+    assert set(names(model, group)) == {*projections, "attn.in_proj_bias"}
+    with torch.no_grad():
+        for param in group["params"]:
+            param.fill_(1.0)
+            param.grad = torch.ones_like(param)
+        last, bias = model["attn"].get_parameter(projections[-1].partition(".")[2]), model["attn"].in_proj_bias
+        last[-3:] = bias[-3:] = 0.5
+    optimizer = AdamWLp([group], lr=1e-9)
+    optimizer.step()
+    (budget,) = budgets(optimizer.param_groups, None)
+    assert budget.units == 24
+    cut(budget, optimizer, 1.0)
+    assert not last[-3:].any() and not bias[-3:].any()
+    assert all((param != 0).sum() == param.numel() - 3 * param[0].numel() for param in (last, bias))
+    units, dead = count_groups(optimizer.param_groups)["row"]
+    assert (units, int(dead)) == (24, 3)
