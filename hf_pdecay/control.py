@@ -23,10 +23,10 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from .cuts import cut, magnitudes, shortfall
+from .cuts import cut, excess, magnitudes
 from .decay import is_number, lambda_for_threshold
 from .optim.couplings import COUPLED, kind_of
-from .shards import group_params, publish
+from .shards import group_params, is_sharded, publish
 from .targets import Budget, budgets, check_budget, check_p_norms, decayed_groups
 
 
@@ -161,9 +161,12 @@ class SparsityControl:
         for group in decayed_groups(groups):
             group.setdefault("p_norm_end", group["p_norm"])
         members = [(group, budget.target) for budget in self._budgets for group, _ in budget.members]
-        # Whether λ_p is still what the user gave. With a state came that of a checkpoint, which a control has set;
-        # torch.distributed.checkpoint gives back no entry that a new group has not.
-        self._unset = not self._optimizer.state and any("asked_sparsity" not in group for group, _ in members)
+        # Whether λ_p is still what the user gave. Of shards a state came with that of a checkpoint, which a control has
+        # set: torch.distributed.checkpoint gives back no entry that a new group has not.
+        whole = _same([group["params"] for group in groups], params)
+        whole = whole and not any(is_sharded(param) for some in params for param in some)
+        unset = any("asked_sparsity" not in group for group, _ in members)
+        self._unset = unset and (whole or not self._optimizer.state)
         for group, target in members:
             group["asked_sparsity"] = target
 
@@ -234,8 +237,18 @@ class SparsityControl:
 
     def shortfall(self) -> float:
         """Return which fraction of the controlled weights, or groups of them, is missing to the targets, about."""
+        return self._mean([max(-excess(each, self._optimizer), 0.0) for each in self.budgets])
+
+    def excess(self) -> float:
+        """Return which fraction of the controlled weights, or groups of them, is zero beyond the targets, about."""
+        return self._mean([max(excess(each, self._optimizer), 0.0) for each in self.budgets])
+
+    def _mean(self, fractions: Sequence[float]) -> float:
+        """The mean of a fraction of each budget, by their numbers of weights."""
         numel = sum(budget.numel for budget in self.budgets)
-        return sum(shortfall(each, self._optimizer) * each.numel for each in self.budgets) / numel if numel else 0.0
+        if not numel:
+            return 0.0
+        return sum(each * budget.numel for each, budget in zip(fractions, self.budgets, strict=True)) / numel
 
     @property
     def _groups(self) -> Iterator[dict[str, Any]]:

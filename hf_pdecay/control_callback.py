@@ -60,6 +60,15 @@ class SparsityControlCallback(TrainerCallback):
                     self._control.schedule.end,
                     100 * missing,
                 )
+        if state.global_step > self._control.schedule.begin or settings.keep_zeros:
+            excess = self._control.excess()
+            if excess > _MISSED and state.is_world_process_zero:
+                logger.warning(
+                    "%.1f%% of what decays is zero beyond target_sparsity, and %s: the run will end with more zeros "
+                    "than it is asked for. Ask for as many, or start another from these weights without keep_zeros.",
+                    100 * excess,
+                    "keep_zeros keeps it" if settings.keep_zeros else "past sparsity_begin zeros stay",
+                )
         overruled = _overruled(settings) if self._control.budgets and state.is_world_process_zero else []
         if overruled:
             logger.warning(

@@ -43,10 +43,10 @@ def cut(budget: Budget, optimizer: Any, progress: float) -> None:
         _cut_blocks(budget, optimizer, progress, blocks)
 
 
-def shortfall(budget: Budget, optimizer: Any) -> float:
-    """Return which fraction of a budget's units is missing to its target, by a sample of them."""
+def excess(budget: Budget, optimizer: Any) -> float:
+    """Return which fraction of a budget's units is zero beyond its target, below 0 if some are missing, by a sample."""
     there = magnitudes(budget, optimizer).below(torch.finfo(torch.float32).tiny)
-    return max(wanted(budget, 1.0) / budget.units - there, 0.0)
+    return there - wanted(budget, 1.0) / budget.units
 
 
 def wanted(budget: Budget, progress: float) -> int:

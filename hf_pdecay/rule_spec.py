@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +54,8 @@ def load_rules(spec: str | RuleSpec | None) -> dict[str, Any]:
         The rules as a plain dict in their order, the first match of which wins.
 
     Raises:
-        ValueError: If the file is missing or not JSON, a pattern does not compile, or a key or value is not known.
+        ValueError: If the file is missing or not JSON, a pattern does not compile, a key is there twice, or a key or
+            value is not known.
     """
     if spec is None:
         return {}
@@ -69,7 +71,7 @@ def load_rules(spec: str | RuleSpec | None) -> dict[str, Any]:
                     "starts with '{'."
                 ) from error
         try:
-            spec = json.loads(text)
+            spec = json.loads(text, object_pairs_hook=partial(_once, where))
         except json.JSONDecodeError as error:
             raise ValueError(
                 f'Invalid lp_rules: {where} is not JSON ({error}); right would be {{"attn": {{"p_norm": 0.5}}}}.'
@@ -79,6 +81,16 @@ def load_rules(spec: str | RuleSpec | None) -> dict[str, Any]:
     rules = dict(spec)
     parse_rules(rules)
     return rules
+
+
+def _once(where: str, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of JSON, whose keys, of which json would take the last without a word, must differ."""
+    found: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in found:
+            raise ValueError(f"Invalid lp_rules: {where} has {key!r} twice in one object; give it once.")
+        found[key] = value
+    return found
 
 
 def parse_rules(rules: RuleSpec) -> list[Rule]:
@@ -116,10 +128,10 @@ def _parse_rule(pattern: str, settings: Any) -> Rule:
             group=group,
             p_norm=check_p_norm(settings["p_norm"]) if "p_norm" in settings else None,
             lambda_p=check_lambda_p(settings["lambda_p"]) if "lambda_p" in settings else None,
-            # None would be the run's own target; 0 is none at all.
-            target_sparsity=(check_target(settings["target_sparsity"]) or 0.0)
-            if "target_sparsity" in settings
-            else None,
+            # None is a share in the run's own target; 0 is none at all.
+            target_sparsity=None
+            if settings.get("target_sparsity") is None
+            else check_target(settings["target_sparsity"]) or 0.0,
         )
     except ValueError as error:
         raise ValueError(f"Invalid lp_rules: {pattern!r}: {error}") from error

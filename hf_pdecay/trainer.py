@@ -6,9 +6,10 @@ import copy
 import logging
 import os
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -52,7 +53,7 @@ from .settings import DecaySettings
 from .shards import group_params, is_sharded, settle
 from .sparsity import REPORT_FILE, SparsityReport, measure_sparsity
 from .structure import count_groups
-from .targets import target_of_all
+from .targets import is_decayed, target_of_all
 
 
 if TYPE_CHECKING:
@@ -97,6 +98,8 @@ class PDecayTrainerMixin(SearchMixin, _Base):
     def _join(self) -> None:
         """Check what was asked of the decay, and add the callbacks; a Trainer of any class is complete by then."""
         self._card_kwargs: dict[str, Any] = {}
+        # An optimizer that the user made has the param groups that the user made.
+        self._given_optimizer = self.optimizer is not None or self.optimizer_cls_and_kwargs is not None
         if not self._decays:
             return
         settings = self._settings
@@ -162,6 +165,10 @@ class PDecayTrainerMixin(SearchMixin, _Base):
         check_checkpoint(self.model, folder)
         check_whole(folder)
         check_engine_of(folder, engine_of(self), self.args.world_size)
+        if self._given_optimizer:
+            if self.optimizer is not None:
+                check_optimizer_state(self.optimizer.param_groups, folder)
+            return
         groups, settings = self._param_groups(self.model), self._settings
         check_optimizer_state(groups, folder)
         if not warn:
@@ -202,22 +209,23 @@ class PDecayTrainerMixin(SearchMixin, _Base):
                 name_of(self.args),
                 own.__qualname__,
             )
-        groups = self._param_groups(self.model if model is None else model)
-        self.optimizer = made = make(self.args, self._settings, groups)
-        if not self.is_deepspeed_enabled:
-            # DeepSpeed has stepped by the time that the Trainer learns of a norm.
-            self._share_grad_norm(made)
+        model = self.model if model is None else model
+        self.optimizer = made = make(self.args, self._settings, self._param_groups(model))
+        self._share_grad_norm(made, model)
         return made
 
-    def _share_grad_norm(self, optimizer: AdamWLp | LpDecay) -> None:
+    def _share_grad_norm(self, optimizer: AdamWLp | LpDecay, model: nn.Module) -> None:
         """Let the optimizer know the norm that the Trainer clips by, so that it need not look for NaN itself."""
         clip = self.accelerator.clip_grad_norm_
-
-        def clip_and_tell(*args: Any, **kwargs: Any) -> Any:
-            optimizer.grad_norm = norm = clip(*args, **kwargs)
-            return norm
-
-        self.accelerator.clip_grad_norm_ = clip_and_tell
+        if isinstance(clip, partial) and clip.func is _clip_and_tell:
+            # The optimizer before, of a model that model_init made, is not to be kept alive.
+            clip = self.accelerator.clip_grad_norm_ = clip.args[0]
+        clipped = {id(param) for param in model.parameters()}
+        if any(id(param) not in clipped for group in optimizer.param_groups for param in group["params"]):
+            return  # those of a loss have a norm that no one takes
+        if not self.is_deepspeed_enabled:
+            # DeepSpeed has stepped by the time that the Trainer learns of a norm.
+            self.accelerator.clip_grad_norm_ = partial(_clip_and_tell, clip, optimizer)
 
     def _param_groups(self, model: nn.Module) -> list[dict[str, Any]]:
         return decay_groups(
@@ -292,8 +300,8 @@ class PDecayTrainerMixin(SearchMixin, _Base):
         """
         settle(self.model)
         decayed = counted = None
-        if self.optimizer is not None and any("rule" in group for group in self.optimizer.param_groups):
-            groups = self.optimizer.param_groups
+        groups = [] if self.optimizer is None else self.optimizer.param_groups
+        if any("rule" in group or is_decayed(group) for group in groups):
             params = group_params(self.optimizer)
             decayed, counted = decayed_parameter_names(self.model, groups, params), count_groups(groups, params)
         return measure_sparsity(
@@ -355,7 +363,7 @@ class PDecayTrainerMixin(SearchMixin, _Base):
     def _asked(self) -> float | None:
         """The fraction of all decayed weights that is to be zero in the end, if there is one."""
         optimizer = self.optimizer
-        if optimizer is None or not any("rule" in group for group in optimizer.param_groups):
+        if optimizer is None or not any(is_decayed(group) for group in optimizer.param_groups):
             return None
         return target_of_all(optimizer.param_groups, self._settings.target_sparsity, group_params(optimizer))
 
@@ -386,6 +394,11 @@ class _CardCallback(TrainerCallback):
     ) -> None:
         if self._trainer._decays:
             self._trainer.create_model_card()
+
+
+def _clip_and_tell(clip: Callable[..., Any], optimizer: AdamWLp | LpDecay, *args: Any, **kwargs: Any) -> Any:
+    optimizer.grad_norm = norm = clip(*args, **kwargs)
+    return norm
 
 
 def check_arguments(args: Any) -> None:

@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from hf_pdecay import PDecayTrainer, PDecayTrainingArguments
+from hf_pdecay import AdamWLp, PDecayTrainer, PDecayTrainingArguments
 from hf_pdecay.checkpoints import check_whole, fault, newest_whole
 
 from .models import tiny_gpt2
@@ -180,6 +180,26 @@ def test_there_is_no_whole_one(out: Path, make_args: MakeArgs, tokens: Any) -> N
     with pytest.raises(ValueError, match=r"resume_from_checkpoint=True, and output_dir=.* has no checkpoint\. Start"):
         trainer.train(resume_from_checkpoint=True)
     assert newest_whole(out / "nowhere") is None
+
+
+@pytest.mark.parametrize("as_class", [True, False])
+def test_the_groups_of_an_optimizer_that_is_passed_in_are_its_own(
+    as_class: bool, make_args: MakeArgs, tokens: Any, tmp_path: Path
+) -> None:
+    def trainer(**overrides: Any) -> PDecayTrainer:
+        # 6 steps are an epoch: a shuffled one that transformers 4.57 resumes goes on with other batches.
+        args = make_args(max_steps=12, save_strategy="steps", save_steps=6, **overrides)
+        model, settings = tiny_gpt2(), {"lr": 1e-2, "lambda_p": 0.1}
+        given: dict[str, Any] = {"optimizers": (None if as_class else AdamWLp(model.parameters(), **settings), None)}
+        if as_class:
+            given["optimizer_cls_and_kwargs"] = AdamWLp, settings
+        return PDecayTrainer(model=model, args=args, train_dataset=tokens, **given)
+
+    whole, resumed = trainer(), trainer(output_dir=str(tmp_path / "again"))
+    whole.train()
+    resumed.train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-6"))
+    for (name, one), other in zip(whole.model.named_parameters(), resumed.model.parameters(), strict=True):
+        assert torch.equal(one, other), name
 
 
 def test_a_checkpoint_that_is_written_anew_is_not_whole_until_it_is(

@@ -155,6 +155,15 @@ def test_a_loop_that_goes_on_without_the_optimizers_state(at: int) -> None:
     assert 0 < part.optimizer.param_groups[0]["lambda_p"] < 1
 
 
+def test_a_target_that_comes_in_the_middle_sets_lambda_p_at_once() -> None:
+    loop = Loop().run(last=31)
+    for group in loop.optimizer.param_groups:
+        group["lambda_p"] *= 1e4
+    loop.options = {"target_sparsity": 0.3}
+    loop.run(first=32)
+    assert loop.history[-1] == pytest.approx(0.3, abs=1e-3)
+
+
 def test_p_goes_from_its_first_to_its_last_value() -> None:
     loop = Loop(p_norm=0.5, p_norm_begin=1.5, sparsity_schedule="linear").run(last=20)
     assert loop.optimizer.param_groups[0]["p_norm"] == 1.5

@@ -323,6 +323,24 @@ def test_a_run_that_is_resumed_after_its_last_cut_says_so(
 @pytest.mark.parametrize(
     ("first", "then", "words"),
     [
+        ({"target_sparsity": 0.8}, {"target_sparsity": 0.3}, r"3\d\.\d% of .* and past sparsity_begin zeros stay"),
+        ({"target_sparsity": 0.8, "keep_zeros": True}, {"target_sparsity": 0.3}, "and keep_zeros keeps it"),
+        ({"target_sparsity": 0.8}, {}, ""),
+        ({"target_sparsity": 0.8}, {"target_sparsity": 0.9}, ""),
+    ],
+)
+def test_a_run_that_is_sparser_than_asked_says_so(
+    first: Any, then: Any, words: str, make_args: MakeArgs, tokens: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.WARNING, "hf_pdecay"):
+        _resumed(make_args, tokens, first, then)
+    said = [each.getMessage() for each in caplog.records if "zero beyond target_sparsity" in each.getMessage()]
+    assert len(said) == bool(words) and all(re.search(words, each) for each in said)
+
+
+@pytest.mark.parametrize(
+    ("first", "then", "words"),
+    [
         ({"lambda_p": 0.01}, {"lambda_p": 0.05}, "lambda_p=0.01 of .*checkpoint-20' for 'default', not with 0.05"),
         ({}, {"p_norm": 1.0}, "p_norm=0.5 of .* for 'default', not with 1.0"),
         ({}, {"keep_zeros": True}, "keep_zeros=False of .*, not with True"),

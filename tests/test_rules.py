@@ -193,6 +193,8 @@ def test_a_frozen_parameter_is_no_match() -> None:
         ("{not json", "is not JSON"),
         ("[1, 2]", "must be an object"),
         ('{"a": "off"', "is not JSON"),
+        ('{"a": "off", "b": {}, "a": {"p_norm": 0.5}}', "the text given has 'a' twice in one object; give it once"),
+        ('{"a": {"p_norm": 0.5, "p_norm": 0.8}}', "has 'p_norm' twice"),
         ("missing.json", "cannot read the file 'missing.json'"),
     ],
 )
@@ -212,6 +214,13 @@ def test_rules_come_from_text_file_or_dict(tmp_path: object) -> None:
     file.write_text("[1]")
     with pytest.raises(ValueError, match="must be an object"):
         load_rules(str(file))
+
+
+def test_a_target_of_null_is_a_share_in_that_of_the_run() -> None:
+    assigned = assign(tiny_gpt2(), p_norm=0.8, lambda_p=0.01, rules={"attn": {"target_sparsity": None}, "mlp": {}})
+    assert {each.target_sparsity for each in assigned.values()} == {None}
+    off = assign(tiny_gpt2(), p_norm=0.8, lambda_p=0.01, rules={"attn": {"target_sparsity": 0}})
+    assert off["transformer.h.0.attn.c_attn.weight"].target_sparsity == 0
 
 
 def test_decayed_names_and_table_agree_with_the_groups() -> None:

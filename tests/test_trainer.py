@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import gc
 import sys
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -242,6 +244,45 @@ def test_the_norm_that_clips_saves_the_look_at_the_gradients(
     assert len(looks) == (0 if clips else 3)
 
 
+class _LossParams(Trainer):
+    """Trains a parameter that is not the model's, as losses of sentence-transformers have, to NaN gradients once."""
+
+    of_loss: nn.Parameter
+
+    def get_optimizer_cls_and_kwargs(self, args: Any, model: Any = None) -> Any:
+        cls, kwargs = Trainer.get_optimizer_cls_and_kwargs(args, model)
+        both = list(self.model.parameters()), [self.of_loss]
+        return cls, {**kwargs, "optimizer_dict": [{"params": params, "weight_decay": 0.0} for params in both]}
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        loss = super().training_step(*args, **kwargs)
+        self.of_loss.grad = torch.full_like(self.of_loss, float("nan") if self.state.global_step == 2 else 1.0)
+        return loss
+
+
+@pytest.mark.parametrize("max_grad_norm", [1.0, 0.0])
+def test_nan_gradients_that_no_norm_is_taken_of(max_grad_norm: float, make_args: MakeArgs, tokens: Any) -> None:
+    class Mine(PDecayTrainerMixin, _LossParams):
+        of_loss = nn.Parameter(torch.ones(4))
+
+    trainer = _train(make_args(max_grad_norm=max_grad_norm), tokens, cls=Mine)
+    assert trainer.optimizer.optimizer.skipped_steps == 1
+    assert torch.isfinite(Mine.of_loss).all() and not torch.equal(Mine.of_loss, torch.ones(4))
+
+
+def test_a_model_that_is_made_anew_leaves_nothing_of_the_one_before(make_args: MakeArgs, tokens: Any) -> None:
+    def model() -> nn.Module:
+        return tiny_gpt2()
+
+    trainer = PDecayTrainer(model_init=model, args=make_args(max_steps=2), train_dataset=tokens)
+    trainer.train()
+    before = weakref.ref(trainer.optimizer.optimizer)
+    trainer.train()
+    gc.collect()
+    assert before() is None
+    assert trainer.optimizer.optimizer.grad_norm is None
+
+
 @pytest.mark.parametrize(
     ("optim_args", "dtype", "backend"),
     [
@@ -319,13 +360,17 @@ def test_nothing_else_is_overridden() -> None:
     }
 
 
-def test_an_optimizer_that_is_passed_in_stays(make_args: MakeArgs, tokens: Any) -> None:
+def test_an_optimizer_that_is_passed_in_stays(make_args: MakeArgs, tokens: Any, tmp_path: Path) -> None:
     model = tiny_gpt2()
     optimizer = AdamWLp(model.parameters(), lr=1e-3, p_norm=0.7, lambda_p=0.2)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
     trainer = _train(make_args(), tokens, model=model, optimizers=(optimizer, scheduler))
     assert trainer.optimizer.optimizer is optimizer
     trainer.save_model()
+    report = SparsityReport.load(tmp_path / "out" / "sparsity.json")
+    parameters = list(model.parameters())
+    assert report.decayed.tensors == len(parameters)  # all of which that optimizer decays
+    assert report.decayed.zeros == sum(int((each == 0).sum()) for each in parameters)
 
 
 class TestBadInput:
