@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers as tf
 from safetensors.numpy import load_file
 from safetensors.torch import save_file
 
@@ -235,3 +236,51 @@ def test_what_cannot_be_reported_is_said_in_a_sentence(tmp_path: Path, capsys: p
         assert main(["report", str(tmp_path / folder)]) == 2
         printed = capsys.readouterr()
         assert said in printed.err and printed.err.count("\n") == 1 and not printed.out
+
+
+def test_files_that_from_pretrained_does_not_read_are_not_counted(tmp_path: Path) -> None:
+    model = build("llama")
+    expected = measure_sparsity(model).model
+    for folder, size in (("shards", "20KB"), ("whole", "5GB")):
+        model.save_pretrained(tmp_path / folder, max_shard_size=size)
+    stale = sorted((tmp_path / "shards").glob("*.safetensors"))
+    assert len(stale) > 1
+    for each in stale:
+        (tmp_path / "whole" / each.name).write_bytes(each.read_bytes())
+    (tmp_path / "shards" / "consolidated.safetensors").write_bytes((tmp_path / "whole/model.safetensors").read_bytes())
+    for folder in ("shards", "whole"):
+        found = report_folder(tmp_path / folder)
+        assert found.sparsity.model == expected and found.stored == 4 * expected.parameters
+    stale[0].unlink()
+    with pytest.raises(ValueError, match=f"{stale[0].name} of its model.safetensors.index.json is missing"):
+        report_folder(tmp_path / "shards")
+
+
+def test_a_buffer_does_not_decay(tmp_path: Path) -> None:
+    sizes = {f"{side}_{what}": 2 for side in ("encoder", "decoder") for what in ("layers", "attention_heads")}
+    config = tf.BartConfig(vocab_size=64, d_model=16, encoder_ffn_dim=32, decoder_ffn_dim=32, **sizes)
+    model = tf.BartForConditionalGeneration(config)  # which saves a bias of its logits, of two dimensions
+    model.save_pretrained(tmp_path)
+    found = report_folder(tmp_path).sparsity
+    assert found.decayed == measure_sparsity(model).decayed
+    assert found.model.parameters == measure_sparsity(model).model.parameters + 64
+
+
+@pytest.mark.parametrize("change", [{"n_head": 0}, {"model_type": "bert"}])
+def test_a_config_of_which_no_model_can_be_made(change: dict[str, Any], tmp_path: Path) -> None:
+    model = build("gpt2")
+    model.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | change))
+    assert report_folder(tmp_path).sparsity.model.parameters == sum(param.numel() for param in model.parameters())
+
+
+def test_a_folder_is_named_as_it_is(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "a [v2] :bug:"  # which rich would take for a style and a picture
+    model = build("llama")
+    with torch.no_grad():
+        model.get_parameter("lm_head.weight").zero_()
+    model.save_pretrained(folder)
+    capsys.readouterr()
+    assert main(["report", str(folder)]) == 0
+    assert "a[v2]:bug:" in re.sub(r"\s", "", capsys.readouterr().out)

@@ -300,6 +300,26 @@ def test_a_killed_process_leaves_the_old_folder_or_none(tmp_path: Path, place: s
     assert sorted(each.name for each in tmp_path.iterdir()) == ["new", "out", "plain"]
 
 
+def test_what_a_killed_process_left_is_found_whatever_the_name(tmp_path: Path) -> None:
+    saved("gpt2", tmp_path / "plain")
+    out = tmp_path / "out [1]*"
+    compress(tmp_path / "plain", out)
+    gone = 2**22 + 1  # beyond the numbers that Linux gives to processes
+    out.rename(tmp_path / f".{out.name}.{gone}.old.tmp")
+    (tmp_path / f".{out.name}.{gone}.new.tmp").mkdir()
+    with pytest.raises(ValueError, match="there and not empty"):  # the old folder is back
+        compress(tmp_path / "plain", out)
+    compress(tmp_path / "plain", out, overwrite=True)
+    assert sorted(each.name for each in tmp_path.iterdir()) == [out.name, "plain"]
+
+
+def test_a_place_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    saved("gpt2", tmp_path / "plain")
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match=r"Invalid out: .*file/out' cannot be written .*name a folder"):
+        compress(tmp_path / "plain", tmp_path / "file" / "out")
+
+
 @pytest.mark.parametrize("size", [10, 1_000, 15_000])
 @pytest.mark.parametrize("old", [False, True])
 def test_a_full_disk_leaves_the_old_folder_or_none(tmp_path: Path, size: int, old: bool) -> None:

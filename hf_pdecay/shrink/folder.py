@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
 
 from ..sparsity import SparsityReport, measure_sparsity
 from ..storage.container import FormatError, Header
@@ -26,14 +25,10 @@ from ..storage.folder import (
 )
 from ..storage.hub import local_folder
 from .adapter import shrink_adapter
-from .building import at_most
+from .building import WRONG_CONFIG, at_most
 from .cards import SPARSITY, note_in_card
 from .model import check_layout, count_parameters, shrink_model
 from .report import ShrinkReport
-
-
-# What models raise for configs that are wrong: no heads to divide by, no package for the attention that is named.
-_WRONG_CONFIG = (OSError, RuntimeError, TypeError, LookupError, ArithmeticError, ImportError, StrictDataclassError)
 
 
 def shrink_folder(
@@ -139,7 +134,7 @@ def _load(folder: Path, config: dict[str, Any], headers: dict[str, Header]) -> t
         model, info = cls.from_pretrained(
             str(folder), dtype="auto", use_safetensors=True, local_files_only=True, output_loading_info=True
         )
-    except _WRONG_CONFIG as error:
+    except WRONG_CONFIG as error:
         raise ValueError(f"{str(folder)!r} cannot be loaded as a {name} ({str(error).strip()}).") from error
     if info["missing_keys"]:
         raise FormatError(
