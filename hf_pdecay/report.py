@@ -363,5 +363,5 @@ def _decayed(counted: SparsityReport | None, model: Any, others: Mapping[str, Se
 
 
 def to_json(found: FolderReport | SearchReport) -> str:
-    """Return a report as JSON text."""
-    return json.dumps(found.to_dict(), indent=2)
+    """Return a report as JSON text, in which what is no finite number is null: JSON knows no NaN."""
+    return json.dumps(json.loads(json.dumps(found.to_dict()), parse_constant=lambda _: None), indent=2)

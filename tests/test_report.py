@@ -275,6 +275,23 @@ def test_a_config_of_which_no_model_can_be_made(change: dict[str, Any], tmp_path
     assert report_folder(tmp_path).sparsity.model.parameters == sum(param.numel() for param in model.parameters())
 
 
+def test_json_of_a_model_with_nan_is_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    save_file({"a.weight": torch.full((2, 2), torch.nan), "b.weight": torch.eye(2)}, tmp_path / "model.safetensors")
+    assert main(["report", str(tmp_path), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out, parse_constant=lambda each: pytest.fail(f"{each} is no JSON"))
+    assert [each["norm"] for each in found["tensors"]] == [None, pytest.approx(2**0.5)]
+
+
+def test_a_compressed_model_is_listed_in_the_order_of_the_plain_one(tmp_path: Path) -> None:
+    build("gpt2").config.save_pretrained(tmp_path / "plain")
+    dtypes = [torch.float32, torch.bfloat16, torch.float16]
+    tensors = {f"h.{number}.weight": torch.eye(16).to(dtypes[number % 3]) for number in range(12)}
+    save_file(tensors, tmp_path / "plain" / "model.safetensors")
+    compress(tmp_path / "plain", tmp_path / "small")
+    for folder in ("plain", "small"):
+        assert [each.name for each in report_folder(tmp_path / folder).sparsity.tensors] == list(tensors)
+
+
 def test_a_folder_is_named_as_it_is(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = tmp_path / "a [v2] :bug:"  # which rich would take for a style and a picture
     model = build("llama")

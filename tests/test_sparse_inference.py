@@ -350,8 +350,14 @@ def test_who_computes_with_a_weight_gets_the_dense_one(kind: type[nn.Module], dt
         seen = model.layer.weight
         assert (seen.shape, seen.dtype, seen.device) == (weight.shape, dtype, weight.device)
         assert torch.equal(seen, weight)
-        with pytest.raises(RuntimeError, match="to_dense_inference"):
-            seen.mul_(2)
+        for change in (
+            lambda: seen.mul_(2),
+            lambda: seen.data.mul_(2),
+            lambda: seen.__setitem__(0, 0),
+            lambda: setattr(seen, "data", weight),  # as adapters do that are merged
+        ):
+            with pytest.raises(RuntimeError, match="to_dense_inference"):
+                change()
 
 
 def test_a_trace_which_would_keep_a_result_is_refused() -> None:

@@ -149,6 +149,8 @@ def test_what_is_not_weights_comes_along(tmp_path: Path) -> None:
         "tf_model.h5",
         "checkpoint-5/model.safetensors",
         ".git/x",
+        "1_Pooling/.git/x",
+        "1_Pooling/.hidden",
     ):
         (plain / name).parent.mkdir(exist_ok=True)
         (plain / name).write_bytes(b"weights")
@@ -161,6 +163,14 @@ def test_what_is_not_weights_comes_along(tmp_path: Path) -> None:
     assert report.left_out == ["model.fp16.safetensors", "pytorch_model.bin", "tf_model.h5"]
     decompress(tmp_path / "small", tmp_path / "back")
     assert files_of(tmp_path / "back").items() >= along.items()
+
+
+def test_a_link_to_a_folder_is_named(tmp_path: Path) -> None:
+    saved("gpt2", tmp_path / "plain")
+    (tmp_path / "plain" / "runs" / "1").mkdir(parents=True)
+    (tmp_path / "plain" / "runs" / "latest").symlink_to("1")
+    with pytest.raises(FormatError, match="latest in .* is a folder or a link to one"):
+        compress(tmp_path / "plain", tmp_path / "small")
 
 
 def test_save_compressed_is_save_pretrained_and_compress(tmp_path: Path) -> None:

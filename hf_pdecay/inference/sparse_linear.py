@@ -6,7 +6,7 @@ import ctypes
 import functools
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -224,13 +224,20 @@ class _DenseWhenUsed(Tensor):
 
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
+    # By these a change would go to a dense weight that nobody keeps, without a word.
+    def _refuse(self, *_: Any) -> NoReturn:
+        raise RuntimeError("The weight of a SparseLinear cannot be changed: call to_dense_inference(model) first.")
+
+    __setitem__ = _refuse
+    data = property(_refuse, _refuse)
+
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         """Run an operation on the dense weight."""
         if func._schema.is_mutable:
-            raise RuntimeError("The weight of a SparseLinear cannot be changed: call to_dense_inference(model) first.")
+            cls._refuse(args[0])
         args, kwargs = tree_map_only(cls, lambda each: each.layer.dense_weight(), (args, kwargs or {}))
         return func(*args, **kwargs)
 

@@ -113,6 +113,11 @@ def inside(file: Path, folder: Path) -> Path:
         roots.append(folder.resolve().parent.parent / "blobs")
     if not any(target.is_relative_to(root) for root in roots):
         raise FormatError(f"{file.name} in {str(folder)!r} is a link that leads out of the folder; it is not followed.")
+    if target.is_dir():
+        raise FormatError(
+            f"{file.name} in {str(folder)!r} is a folder or a link to one where a file is due; take it away, or put "
+            "the folder in the place of the link."
+        )
     if not target.is_file():
         raise FormatError(f"{file.name} in {str(folder)!r} is not a regular file.")
     return file
@@ -178,6 +183,8 @@ def copy_along(folder: Path, out: Path, weights: Iterable[str]) -> list[str]:
             left_out.append(each.name)
         elif each.is_dir() and not each.is_symlink():
             for below in sorted(each.rglob("*")):
+                if any(part.startswith(".") for part in below.relative_to(each).parts):
+                    continue
                 if below.is_symlink() or not below.is_dir():
                     _copy(inside(below, folder), out / below.relative_to(folder))
         else:
