@@ -93,6 +93,8 @@ def on_meta(name: str) -> torch.nn.Module:
     """
     import transformers
 
+    from .shrink.quantizer import cut_as_noted
+
     path = Path(name)
     try:
         config = transformers.AutoConfig.from_pretrained(path.parent if path.name == "config.json" else name)
@@ -102,22 +104,21 @@ def on_meta(name: str) -> torch.nn.Module:
             f"Invalid model: {name!r} has no config that can be read ({reason}); name a folder with config.json, a "
             "model on the Hub, or give --parameters."
         ) from error
+    known = None
     try:
-        known = [getattr(transformers, each, None) for each in config.architectures or ()]
+        if config.architectures:
+            known = getattr(transformers, config.architectures[0], None)
         with torch.device("meta"):
             model: torch.nn.Module = (
-                known[0](config)
-                if known and known[0] is not None
-                else transformers.AutoModelForCausalLM.from_config(config)
+                transformers.AutoModelForCausalLM.from_config(config) if known is None else known(config)
             )
-    except ValueError as error:
+        cut_as_noted(model)
+    except (ValueError, *WRONG_CONFIG) as error:
         raise ValueError(
             f"Invalid model: {name!r} is of type {config.model_type!r}, which has no causal LM; name the class in "
             "'architectures' of its config.json."
-        ) from error
-    except WRONG_CONFIG as error:
-        raise ValueError(
-            f"Invalid model: {name!r} has a config of which no model can be made ({type(error).__name__}: "
+            if known is None and isinstance(error, ValueError)
+            else f"Invalid model: {name!r} has a config of which no model can be made ({type(error).__name__}: "
             f"{str(error).strip()}); correct its config.json."
         ) from error
     return model

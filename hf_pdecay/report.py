@@ -47,9 +47,10 @@ class FolderReport:
             class.
         ranks: Of a LoRA adapter, number of ranks and of dead ones by layer.
         stored: Bytes of its tensors.
-        compressed: About how many bytes ``hf-pdecay compress`` would store them in, without zstd.
+        compressed: About how many bytes ``hf-pdecay compress`` would store them in, without zstd; of weights that are
+            quantized or shrunk layer by layer, which it does not take, as many as they have.
         shrunk: What ``hf-pdecay shrink`` would leave; None where the architecture is not known, or the tensors have
-            other names than the model's parameters, or are compressed.
+            other names than the model's parameters, or are compressed, quantized or shrunk layer by layer.
         packed: Of a compressed folder, bytes of its files of weights.
     """
 
@@ -193,7 +194,8 @@ def report_folder(folder: str | os.PathLike[str], near_zero_threshold: float = N
                 "name a folder that save_model() or a search has written."
             )
         path = Path(newest)
-    packed = _is_compressed(path)
+    method = _method(path)
+    packed = method == METHOD
     model = _on_meta(path)
     counted = _counted_by_run(path)
     others = {} if model is None else names_in_files(model)
@@ -201,7 +203,7 @@ def report_folder(folder: str | os.PathLike[str], near_zero_threshold: float = N
     if model is not None:
         decayed |= {name: False for name, _ in model.named_buffers()}
     in_memory = {names[0]: name for name, names in others.items() if len(names) == 1}
-    estimator = None if packed else _estimator(model)
+    estimator = None if method else _estimator(model)
     tensors: list[TensorSparsity] = []
     alive: dict[str, dict[str, Tensor]] = {}
     stored = compressed = 0
@@ -226,6 +228,8 @@ def report_folder(folder: str | os.PathLike[str], near_zero_threshold: float = N
         if len(both) == 2 and len(both["A"]) == len(both["B"])
     }
     shrunk = None if estimator is None else estimator.estimate()
+    if method and not packed:
+        compressed = stored  # which `compress` refuses
     size = sum(each.stat().st_size for each in _files(path)) if packed else None
     # The weights alone do not tell of groups that decay as one.
     groups = [] if counted is None else counted.groups
@@ -237,12 +241,10 @@ def _word(folder: Path) -> str:
     return shlex.quote(str(folder))
 
 
-def _is_compressed(folder: Path) -> bool:
-    """Whether a folder is one that ``hf-pdecay compress`` has written."""
-    if not (folder / CONFIG).is_file():
-        return False
-    settings = read_config(folder).get("quantization_config")
-    return isinstance(settings, dict) and settings.get("quant_method") == METHOD
+def _method(folder: Path) -> str | None:
+    """By which method the weights of a folder are stored, as ``hf-pdecay compress`` has its own; None if plainly."""
+    settings = read_config(folder).get("quantization_config") if (folder / CONFIG).is_file() else None
+    return None if settings is None else str(settings.get("quant_method") if isinstance(settings, dict) else settings)
 
 
 def _counted_by_run(folder: Path) -> SparsityReport | None:

@@ -84,6 +84,7 @@ def test_a_config_that_is_no_causal_lm(tmp_path: Path, capsys: pytest.CaptureFix
     ("config", "said"),
     [
         ({"n_head": 0}, "ZeroDivisionError"),
+        ({"n_head": 7}, "divisible by num_heads"),
         ({"n_head": "x"}, "n_head"),
         ({"activation_function": "none such"}, "none such"),
         ({"vocab_size": -3}, "negative dimension"),

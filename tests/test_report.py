@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 
 from hf_pdecay import PDecayTrainer, compress, measure_sparsity
 from hf_pdecay.cli import main
+from hf_pdecay.model_size import from_pretrained
 from hf_pdecay.report import report_folder
 from hf_pdecay.shrink.folder import shrink_folder
 
@@ -301,3 +302,21 @@ def test_a_folder_is_named_as_it_is(tmp_path: Path, capsys: pytest.CaptureFixtur
     capsys.readouterr()
     assert main(["report", str(folder)]) == 0
     assert "a[v2]:bug:" in re.sub(r"\s", "", capsys.readouterr().out)
+
+
+def test_a_model_shrunk_layer_by_layer(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Neither command takes it, so the report names neither; and what it takes to train is what is left of it."""
+    model = build("llama")
+    with torch.no_grad():
+        for number, name in enumerate(("model.layers.0", "model.layers.1")):
+            model.get_parameter(f"{name}.mlp.down_proj.weight")[:, : 20 + number] = 0
+            model.get_parameter(f"{name}.mlp.up_proj.weight")[:-1] = 0
+    model.save_pretrained(tmp_path / "model")
+    left = shrink_folder(tmp_path / "model", tmp_path / "small", layers="ragged").parameters[1]
+    found = report_folder(tmp_path / "small")
+    assert found.sparsity.model.parameters == left and found.shrunk is None and found.compressed == found.stored
+    assert main(["report", str(tmp_path / "small")]) == 0
+    assert "hf-pdecay" not in capsys.readouterr().out
+    with pytest.raises(ValueError, match="Shrink the model that it was made of"):
+        shrink_folder(tmp_path / "small", tmp_path / "smaller")
+    assert from_pretrained(str(tmp_path / "small")).parameters == left

@@ -24,11 +24,13 @@ from ..storage.folder import (
     written_folder,
 )
 from ..storage.hub import local_folder
+from ..storage.settings import METHOD as COMPRESSED
 from .adapter import shrink_adapter
 from .building import WRONG_CONFIG, at_most
 from .cards import SPARSITY, note_in_card
 from .model import check_layout, count_parameters, shrink_model
 from .report import ShrinkReport
+from .settings import METHOD
 
 
 def shrink_folder(
@@ -66,10 +68,14 @@ def shrink_folder(
             raise ValueError(f"Invalid multiple_of: multiple_of={multiple_of!r} for an adapter; it is about neurons.")
         return shrink_adapter(folder, out, overwrite=overwrite)
     config = read_config(folder)
-    if config.get("quantization_config") is not None:
+    settings = config.get("quantization_config")
+    if settings is not None:
+        method = settings.get("quant_method") if isinstance(settings, dict) else settings
+        what = "Shrink the model that it was made of" if method == METHOD else "Give the plain model back first"
+        how = ", as `hf-pdecay decompress` does" if method == COMPRESSED else ""
         raise FormatError(
-            f"{str(folder)!r} has a quantization_config: its weights are compressed, quantized or shrunk already. Give "
-            "the plain model back first, as `hf-pdecay decompress` does."
+            f"{str(folder)!r} has a quantization_config: its weights are compressed, quantized or shrunk already "
+            f"(quant_method {method!r}). {what}{how}."
         )
     headers = read_weights(folder)
     check_apart(folder, out)
