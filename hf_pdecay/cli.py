@@ -128,7 +128,7 @@ def _preview(options: argparse.Namespace) -> int:
     else:
         from rich.console import Console
 
-        Console().print(found)
+        Console(markup=False, emoji=False).print(found)
     return 0
 
 

@@ -89,7 +89,7 @@ def on_meta(name: str) -> torch.nn.Module:
             ``architectures``, and a causal LM where there is none.
 
     Raises:
-        ValueError: If there is no such config, or transformers has no model for it.
+        ValueError: If there is no such config, or transformers has no model for it, or none can be made of it.
     """
     import transformers
 

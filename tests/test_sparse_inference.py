@@ -233,6 +233,12 @@ def test_bad_input_is_named(options: dict[str, Any], words: str) -> None:
         SparseLinear(torch.zeros(2, 2, 2))
 
 
+@pytest.mark.parametrize("layer", [nn.Linear(4, 4), Conv1D(4, 4)])
+def test_a_layer_by_itself_is_refused(layer: nn.Module) -> None:
+    with pytest.raises(ValueError, match="Invalid model: it is a .* give that"):
+        to_sparse_inference(layer, min_sparsity=0.0)
+
+
 def test_wrong_activations_are_named() -> None:
     layer = SparseLinear(sparse_weight(4, 6, 0.5))
     with pytest.raises(RuntimeError, match=r"x of shape \(3, 5\) for a layer of in_features=6"):
