@@ -267,12 +267,11 @@ def test_a_buffer_does_not_decay(tmp_path: Path) -> None:
     assert found.model.parameters == measure_sparsity(model).model.parameters + 64
 
 
-@pytest.mark.parametrize("change", [{"n_head": 0}, {"model_type": "bert"}])
-def test_a_config_of_which_no_model_can_be_made(change: dict[str, Any], tmp_path: Path) -> None:
+@pytest.mark.parametrize("config", [{"model_type": "gpt2", "n_head": 0}, {"model_type": "bert"}])
+def test_a_config_of_which_no_model_can_be_made(config: dict[str, Any], tmp_path: Path) -> None:
     model = build("gpt2")
     model.save_pretrained(tmp_path)
-    config = json.loads((tmp_path / "config.json").read_text())
-    (tmp_path / "config.json").write_text(json.dumps(config | change))
+    (tmp_path / "config.json").write_text(json.dumps(config | {"architectures": ["GPT2LMHeadModel"]}))
     assert report_folder(tmp_path).sparsity.model.parameters == sum(param.numel() for param in model.parameters())
 
 
