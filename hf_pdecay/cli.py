@@ -17,8 +17,8 @@ from ._version import __version__
 if TYPE_CHECKING:
     Commands = argparse._SubParsersAction[argparse.ArgumentParser]
 
-# Exit code of what cannot be done as it was asked for, as argparse has it.
-_USAGE = 2
+# Exit codes of what cannot be done as it was asked for, as argparse has it, and of what the system or the Hub refuses.
+_USAGE, _SYSTEM = 2, 1
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -28,7 +28,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: Its words; those of the process if None.
 
     Returns:
-        The exit code: 0, or 2 for a wrong argument, about which a sentence goes to stderr.
+        The exit code: 0, or 2 for a wrong argument and 1 for what the system or the Hub refuses, about which a sentence
+        goes to stderr.
     """
     parser = argparse.ArgumentParser(prog="hf-pdecay", description="Sparse models from ordinary training.")
     parser.add_argument("--version", action="version", version=f"hf-pdecay {__version__}")
@@ -51,6 +52,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ValueError as error:
         sys.stderr.write(f"hf-pdecay {options.command}: {error}\n")
         return _USAGE
+    except OSError as error:
+        sys.stderr.write(f"hf-pdecay {options.command}: {error}\n")
+        return _SYSTEM
     # What a user's script raises is not ours to word.
     return done() if callable(done) else done
 
@@ -124,7 +128,7 @@ def _preview(options: argparse.Namespace) -> int:
     else:
         from rich.console import Console
 
-        Console().print(found)
+        Console(markup=False, emoji=False).print(found)
     return 0
 
 
@@ -164,7 +168,7 @@ def _estimate(options: argparse.Namespace) -> int:
     else:
         from rich.console import Console
 
-        Console().print(found)
+        Console(markup=False, emoji=False).print(found)
     return 0
 
 
@@ -205,7 +209,7 @@ def _report(options: argparse.Namespace) -> int:
     else:
         from rich.console import Console
 
-        Console().print(found)
+        Console(markup=False, emoji=False).print(found)
     return 0
 
 

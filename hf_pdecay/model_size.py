@@ -8,9 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 
 from .names import clean_name
 from .rules import decayable_parameter_names
+from .shrink.building import WRONG_CONFIG
 
 
 # Of a number of parameters alone nothing is known of its tensors: about as many as a Llama of 8 B has.
@@ -87,31 +89,37 @@ def on_meta(name: str) -> torch.nn.Module:
             ``architectures``, and a causal LM where there is none.
 
     Raises:
-        ValueError: If there is no such config, or transformers has no model for it.
+        ValueError: If there is no such config, or transformers has no model for it, or none can be made of it.
     """
     import transformers
+
+    from .shrink.quantizer import cut_as_noted
 
     path = Path(name)
     try:
         config = transformers.AutoConfig.from_pretrained(path.parent if path.name == "config.json" else name)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, StrictDataclassError) as error:
         reason = str(error).strip().split("\n")[0]
         raise ValueError(
             f"Invalid model: {name!r} has no config that can be read ({reason}); name a folder with config.json, a "
             "model on the Hub, or give --parameters."
         ) from error
-    known = [getattr(transformers, each, None) for each in config.architectures or ()]
+    known = None
     try:
+        if config.architectures:
+            known = getattr(transformers, config.architectures[0], None)
         with torch.device("meta"):
             model: torch.nn.Module = (
-                known[0](config)
-                if known and known[0] is not None
-                else transformers.AutoModelForCausalLM.from_config(config)
+                transformers.AutoModelForCausalLM.from_config(config) if known is None else known(config)
             )
-    except ValueError as error:
+        cut_as_noted(model)
+    except (ValueError, *WRONG_CONFIG) as error:
         raise ValueError(
             f"Invalid model: {name!r} is of type {config.model_type!r}, which has no causal LM; name the class in "
             "'architectures' of its config.json."
+            if known is None and isinstance(error, ValueError)
+            else f"Invalid model: {name!r} has a config of which no model can be made ({type(error).__name__}: "
+            f"{str(error).strip()}); correct its config.json."
         ) from error
     return model
 

@@ -67,12 +67,17 @@ def read_trials(source: str | os.PathLike[str], study_name: str | None = None) -
 def _of_study(storage: str, study_name: str | None) -> list[Trial]:
     try:
         import optuna
+        from sqlalchemy.exc import SQLAlchemyError  # by which optuna reads
     except ImportError as error:
         raise ValueError("Reading an optuna storage takes optuna: pip install 'hf-pdecay[search]'.") from error
     file = _SQLITE_FILE.match(storage)
     if file is not None and not Path(file[1]).is_file():  # SQLite would make it
         raise ValueError(f"There is no file {file[1]!r}, which {storage!r} names; name one that a search has written.")
-    names = optuna.get_all_study_names(storage)
+    try:
+        names = optuna.get_all_study_names(storage)
+    except (SQLAlchemyError, optuna.exceptions.StorageInternalError) as error:
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"{storage!r} is no storage of optuna that can be read ({reason}).") from error
     if not names:
         raise ValueError(f"The storage {storage!r} has no study; name one that a search has written.")
     if study_name is None and len(names) != 1:

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -21,10 +20,10 @@ from .checkpoints import names_in_files, newest_whole
 from .names import natural_key, saved_names
 from .pareto import PARETO_FILE, SEARCH_FILE, Trial, pareto_front, plot_pareto, read_trials
 from .rules import decayable_parameter_names
-from .shrink.building import at_most
+from .shrink.building import WRONG_CONFIG, at_most
 from .shrink.estimate import Estimator, ShrinkEstimate
 from .sparsity import NEAR_ZERO_THRESHOLD, REPORT_FILE, SparsityReport, TensorSparsity, count_tensor
-from .storage.folder import CONFIG, read_config
+from .storage.folder import CONFIG, INDEX, WEIGHTS, check_shard_name, read_config, read_json
 from .storage.settings import METHOD
 
 
@@ -48,9 +47,10 @@ class FolderReport:
             class.
         ranks: Of a LoRA adapter, number of ranks and of dead ones by layer.
         stored: Bytes of its tensors.
-        compressed: About how many bytes ``hf-pdecay compress`` would store them in, without zstd.
+        compressed: About how many bytes ``hf-pdecay compress`` would store them in, without zstd; of weights that are
+            quantized or shrunk layer by layer, which it does not take, as many as they have.
         shrunk: What ``hf-pdecay shrink`` would leave; None where the architecture is not known, or the tensors have
-            other names than the model's parameters, or are compressed.
+            other names than the model's parameters, or are compressed, quantized or shrunk layer by layer.
         packed: Of a compressed folder, bytes of its files of weights.
     """
 
@@ -194,13 +194,16 @@ def report_folder(folder: str | os.PathLike[str], near_zero_threshold: float = N
                 "name a folder that save_model() or a search has written."
             )
         path = Path(newest)
-    packed = _is_compressed(path)
+    method = _method(path)
+    packed = method == METHOD
     model = _on_meta(path)
     counted = _counted_by_run(path)
     others = {} if model is None else names_in_files(model)
     decayed = _decayed(counted, model, others)
+    if model is not None:
+        decayed |= {name: False for name, _ in model.named_buffers()}
     in_memory = {names[0]: name for name, names in others.items() if len(names) == 1}
-    estimator = None if packed else _estimator(model)
+    estimator = None if method else _estimator(model)
     tensors: list[TensorSparsity] = []
     alive: dict[str, dict[str, Tensor]] = {}
     stored = compressed = 0
@@ -225,7 +228,9 @@ def report_folder(folder: str | os.PathLike[str], near_zero_threshold: float = N
         if len(both) == 2 and len(both["A"]) == len(both["B"])
     }
     shrunk = None if estimator is None else estimator.estimate()
-    size = sum(each.stat().st_size for each in path.glob("*.safetensors")) if packed else None
+    if method and not packed:
+        compressed = stored  # which `compress` refuses
+    size = sum(each.stat().st_size for each in _files(path)) if packed else None
     # The weights alone do not tell of groups that decay as one.
     groups = [] if counted is None else counted.groups
     found = SparsityReport(tensors, near_zero_threshold, groups)
@@ -236,12 +241,10 @@ def _word(folder: Path) -> str:
     return shlex.quote(str(folder))
 
 
-def _is_compressed(folder: Path) -> bool:
-    """Whether a folder is one that ``hf-pdecay compress`` has written."""
-    if not (folder / CONFIG).is_file():
-        return False
-    settings = read_config(folder).get("quantization_config")
-    return isinstance(settings, dict) and settings.get("quant_method") == METHOD
+def _method(folder: Path) -> str | None:
+    """By which method the weights of a folder are stored, as ``hf-pdecay compress`` has its own; None if plainly."""
+    settings = read_config(folder).get("quantization_config") if (folder / CONFIG).is_file() else None
+    return None if settings is None else str(settings.get("quant_method") if isinstance(settings, dict) else settings)
 
 
 def _counted_by_run(folder: Path) -> SparsityReport | None:
@@ -274,8 +277,29 @@ def _compressed(tensor: Tensor, size: int) -> int:
     return min(numel * size, -(-numel // 8) + values * size, values * (1 + size))
 
 
+def _files(folder: Path) -> list[Path]:
+    """The files that hold a model's weights, as ``from_pretrained`` takes them; all there are where none has its name.
+
+    Beside them there may be others with the same weights, such as shards of an earlier saving.
+    """
+    if (folder / WEIGHTS).is_file():
+        return [folder / WEIGHTS]
+    if not (folder / INDEX).is_file():
+        return sorted(folder.glob("*.safetensors"))
+    placed = read_json(folder / INDEX).get("weight_map")
+    names = {check_shard_name(name, INDEX) for name in placed.values()} if isinstance(placed, dict) else set()
+    missing = sorted(name for name in names if not (folder / name).is_file())
+    if missing or not names:
+        raise ValueError(
+            f"{str(folder)!r} is no whole model: {missing[0]} of its {INDEX} is missing."
+            if missing
+            else f"{INDEX} in {str(folder)!r} has no weight_map."
+        )
+    return sorted(folder / name for name in names)
+
+
 def _tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
-    for path in sorted(folder.glob("*.safetensors")):
+    for path in _files(folder):
         try:
             with safe_open(path, framework="pt") as file:
                 for name in sorted(file.keys(), key=natural_key):
@@ -293,7 +317,7 @@ def _decoded(folder: Path) -> Iterator[tuple[str, Tensor]]:
 def _count(folder: Path) -> int:
     """Number of tensors in a folder's files."""
     total = 0
-    for path in folder.glob("*.safetensors"):
+    for path in _files(folder):
         with safe_open(path, framework="pt") as file:
             total += len(file.keys())
     return total
@@ -310,7 +334,7 @@ def _on_meta(folder: Path) -> Any:
         known = getattr(transformers, (config.architectures or [""])[0], None)
         with torch.device("meta"), at_most(_count(folder), str(folder)):
             return None if known is None else known(config)
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError, ImportError, StrictDataclassError, SafetensorError):
+    except (ValueError, SafetensorError, *WRONG_CONFIG):
         return None  # a config that is of another release, or wrong
 
 
@@ -341,5 +365,5 @@ def _decayed(counted: SparsityReport | None, model: Any, others: Mapping[str, Se
 
 
 def to_json(found: FolderReport | SearchReport) -> str:
-    """Return a report as JSON text."""
-    return json.dumps(found.to_dict(), indent=2)
+    """Return a report as JSON text, in which what is no finite number is null: JSON knows no NaN."""
+    return json.dumps(json.loads(json.dumps(found.to_dict()), parse_constant=lambda _: None), indent=2)

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -77,6 +78,39 @@ def test_a_config_that_is_no_causal_lm(tmp_path: Path, capsys: pytest.CaptureFix
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "vit"}))
     assert main(["estimate", str(tmp_path)]) == 2
     assert "'vit'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        ({"n_head": 0}, "ZeroDivisionError"),
+        ({"n_head": 7}, "divisible by num_heads"),
+        ({"n_head": "x"}, "n_head"),
+        ({"activation_function": "none such"}, "none such"),
+        ({"vocab_size": -3}, "negative dimension"),
+        ({"model_type": "bert"}, "AttributeError"),
+        ({"architectures": [3]}, "TypeError"),
+    ],
+)
+def test_a_config_that_is_wrong(
+    config: dict[str, Any], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    whole = {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], **config}
+    (tmp_path / "config.json").write_text(json.dumps(whole))
+    assert main(["estimate", str(tmp_path)]) == 2
+    printed = capsys.readouterr()
+    assert said in printed.err and "Invalid model" in printed.err and not printed.out
+
+
+def test_what_the_system_refuses_is_said_in_a_sentence(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Any) -> None:
+        raise PermissionError(13, "Permission denied", "pareto.png")
+
+    monkeypatch.setattr("hf_pdecay.report.report", refuse)
+    assert main(["report", str(tmp_path)]) == 1
+    assert capsys.readouterr().err == "hf-pdecay report: [Errno 13] Permission denied: 'pareto.png'\n"
 
 
 @pytest.mark.parametrize("words", [[], ["pipeline"], ["estimate", "--gpus", "many"]])

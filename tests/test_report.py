@@ -10,11 +10,13 @@ from typing import Any
 
 import pytest
 import torch
+import transformers as tf
 from safetensors.numpy import load_file
 from safetensors.torch import save_file
 
 from hf_pdecay import PDecayTrainer, compress, measure_sparsity
 from hf_pdecay.cli import main
+from hf_pdecay.model_size import from_pretrained
 from hf_pdecay.report import report_folder
 from hf_pdecay.shrink.folder import shrink_folder
 
@@ -235,3 +237,85 @@ def test_what_cannot_be_reported_is_said_in_a_sentence(tmp_path: Path, capsys: p
         assert main(["report", str(tmp_path / folder)]) == 2
         printed = capsys.readouterr()
         assert said in printed.err and printed.err.count("\n") == 1 and not printed.out
+
+
+def test_files_that_from_pretrained_does_not_read_are_not_counted(tmp_path: Path) -> None:
+    model = build("llama")
+    expected = measure_sparsity(model).model
+    for folder, size in (("shards", "20KB"), ("whole", "5GB")):
+        model.save_pretrained(tmp_path / folder, max_shard_size=size)
+    stale = sorted((tmp_path / "shards").glob("*.safetensors"))
+    assert len(stale) > 1
+    for each in stale:
+        (tmp_path / "whole" / each.name).write_bytes(each.read_bytes())
+    (tmp_path / "shards" / "consolidated.safetensors").write_bytes((tmp_path / "whole/model.safetensors").read_bytes())
+    for folder in ("shards", "whole"):
+        found = report_folder(tmp_path / folder)
+        assert found.sparsity.model == expected and found.stored == 4 * expected.parameters
+    stale[0].unlink()
+    with pytest.raises(ValueError, match=f"{stale[0].name} of its model.safetensors.index.json is missing"):
+        report_folder(tmp_path / "shards")
+
+
+def test_a_buffer_does_not_decay(tmp_path: Path) -> None:
+    sizes = {f"{side}_{what}": 2 for side in ("encoder", "decoder") for what in ("layers", "attention_heads")}
+    config = tf.BartConfig(vocab_size=64, d_model=16, encoder_ffn_dim=32, decoder_ffn_dim=32, **sizes)
+    model = tf.BartForConditionalGeneration(config)  # which saves a bias of its logits, of two dimensions
+    model.save_pretrained(tmp_path)
+    found = report_folder(tmp_path).sparsity
+    assert found.decayed == measure_sparsity(model).decayed
+    assert found.model.parameters == measure_sparsity(model).model.parameters + 64
+
+
+@pytest.mark.parametrize("config", [{"model_type": "gpt2", "n_head": 0}, {"model_type": "bert"}])
+def test_a_config_of_which_no_model_can_be_made(config: dict[str, Any], tmp_path: Path) -> None:
+    model = build("gpt2")
+    model.save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(config | {"architectures": ["GPT2LMHeadModel"]}))
+    assert report_folder(tmp_path).sparsity.model.parameters == sum(param.numel() for param in model.parameters())
+
+
+def test_json_of_a_model_with_nan_is_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    save_file({"a.weight": torch.full((2, 2), torch.nan), "b.weight": torch.eye(2)}, tmp_path / "model.safetensors")
+    assert main(["report", str(tmp_path), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out, parse_constant=lambda each: pytest.fail(f"{each} is no JSON"))
+    assert [each["norm"] for each in found["tensors"]] == [None, pytest.approx(2**0.5)]
+
+
+def test_a_compressed_model_is_listed_in_the_order_of_the_plain_one(tmp_path: Path) -> None:
+    build("gpt2").config.save_pretrained(tmp_path / "plain")
+    dtypes = [torch.float32, torch.bfloat16, torch.float16]
+    tensors = {f"h.{number}.weight": torch.eye(16).to(dtypes[number % 3]) for number in range(12)}
+    save_file(tensors, tmp_path / "plain" / "model.safetensors")
+    compress(tmp_path / "plain", tmp_path / "small")
+    for folder in ("plain", "small"):
+        assert [each.name for each in report_folder(tmp_path / folder).sparsity.tensors] == list(tensors)
+
+
+def test_a_folder_is_named_as_it_is(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "a [v2] :bug:"  # which rich would take for a style and a picture
+    model = build("llama")
+    with torch.no_grad():
+        model.get_parameter("lm_head.weight").zero_()
+    model.save_pretrained(folder)
+    capsys.readouterr()
+    assert main(["report", str(folder)]) == 0
+    assert "a[v2]:bug:" in re.sub(r"\s", "", capsys.readouterr().out)
+
+
+def test_a_model_shrunk_layer_by_layer(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Neither command takes it, so the report names neither; and what it takes to train is what is left of it."""
+    model = build("llama")
+    with torch.no_grad():
+        for number, name in enumerate(("model.layers.0", "model.layers.1")):
+            model.get_parameter(f"{name}.mlp.down_proj.weight")[:, : 20 + number] = 0
+            model.get_parameter(f"{name}.mlp.up_proj.weight")[:-1] = 0
+    model.save_pretrained(tmp_path / "model")
+    left = shrink_folder(tmp_path / "model", tmp_path / "small", layers="ragged").parameters[1]
+    found = report_folder(tmp_path / "small")
+    assert found.sparsity.model.parameters == left and found.shrunk is None and found.compressed == found.stored
+    assert main(["report", str(tmp_path / "small")]) == 0
+    assert "hf-pdecay" not in capsys.readouterr().out
+    with pytest.raises(ValueError, match="Shrink the model that it was made of"):
+        shrink_folder(tmp_path / "small", tmp_path / "smaller")
+    assert from_pretrained(str(tmp_path / "small")).parameters == left

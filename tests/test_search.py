@@ -277,7 +277,12 @@ def test_reading_what_is_no_search(tmp_path: Path) -> None:
     assert read_trials(tmp_path / "search.jsonl") == [Trial("run-0", 1.0, 0.5)]
     with pytest.raises(ValueError, match="trials is empty"):
         plot_pareto([], tmp_path / "pareto.png")
-    for name, said in (("none.db", "There is no file .*none.db', which 'sqlite:"), ("empty.db", "has no study")):
+    (tmp_path / "other.db").write_text("no database" * 99)
+    for name, said in (
+        ("none.db", "There is no file .*none.db', which 'sqlite:"),
+        ("empty.db", "has no study"),
+        ("other.db", "is no storage of optuna that can be read .*not a database"),
+    ):
         (tmp_path / "empty.db").touch()
         with pytest.raises(ValueError, match=said):
             read_trials(f"sqlite:///{tmp_path / name}")

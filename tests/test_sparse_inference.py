@@ -233,6 +233,12 @@ def test_bad_input_is_named(options: dict[str, Any], words: str) -> None:
         SparseLinear(torch.zeros(2, 2, 2))
 
 
+@pytest.mark.parametrize("layer", [nn.Linear(4, 4), Conv1D(4, 4)])
+def test_a_layer_by_itself_is_refused(layer: nn.Module) -> None:
+    with pytest.raises(ValueError, match="Invalid model: it is a .* give that"):
+        to_sparse_inference(layer, min_sparsity=0.0)
+
+
 def test_wrong_activations_are_named() -> None:
     layer = SparseLinear(sparse_weight(4, 6, 0.5))
     with pytest.raises(RuntimeError, match=r"x of shape \(3, 5\) for a layer of in_features=6"):
@@ -324,6 +330,40 @@ def test_encoder_layers_of_torch_go_on_working() -> None:
     reasons = {each.name: each.reason for each in found}
     assert set(reasons) == {"0.linear1", "0.linear2", "1"} and reasons["1"] == ""
     assert "nn.TransformerEncoderLayer" in reasons["0.linear1"] and isinstance(model[1], SparseLinear)
+
+
+class ReadsWeight(nn.Module):
+    """Computes with a layer's weight itself, as Mamba's mixers and WavLM's attention do."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight: Any = self.layer.weight
+        return weight @ x if weight.shape == (8, 16) else weight.t() @ x
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", [nn.Linear, Conv1D])
+def test_who_computes_with_a_weight_gets_the_dense_one(kind: type[nn.Module], dtype: torch.dtype) -> None:
+    model: Any = prune(ReadsWeight(nn.Linear(16, 8) if kind is nn.Linear else Conv1D(8, 16))).to(dtype)
+    x = torch.randn(2, 16, 3, dtype=dtype)
+    with torch.no_grad():
+        before, weight = model(x), model.layer.weight.clone()
+        assert to_sparse_inference(model, min_sparsity=0.5)[0].swapped
+        torch.testing.assert_close(model(x), before)
+        seen = model.layer.weight
+        assert (seen.shape, seen.dtype, seen.device) == (weight.shape, dtype, weight.device)
+        assert torch.equal(seen, weight)
+        for change in (
+            lambda: seen.mul_(2),
+            lambda: seen.data.mul_(2),
+            lambda: seen.__setitem__(0, 0),
+            lambda: setattr(seen, "data", weight),  # as adapters do that are merged
+        ):
+            with pytest.raises(RuntimeError, match="to_dense_inference"):
+                change()
 
 
 def test_a_trace_which_would_keep_a_result_is_refused() -> None:

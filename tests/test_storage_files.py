@@ -149,6 +149,8 @@ def test_what_is_not_weights_comes_along(tmp_path: Path) -> None:
         "tf_model.h5",
         "checkpoint-5/model.safetensors",
         ".git/x",
+        "1_Pooling/.git/x",
+        "1_Pooling/.hidden",
     ):
         (plain / name).parent.mkdir(exist_ok=True)
         (plain / name).write_bytes(b"weights")
@@ -161,6 +163,14 @@ def test_what_is_not_weights_comes_along(tmp_path: Path) -> None:
     assert report.left_out == ["model.fp16.safetensors", "pytorch_model.bin", "tf_model.h5"]
     decompress(tmp_path / "small", tmp_path / "back")
     assert files_of(tmp_path / "back").items() >= along.items()
+
+
+def test_a_link_to_a_folder_is_named(tmp_path: Path) -> None:
+    saved("gpt2", tmp_path / "plain")
+    (tmp_path / "plain" / "runs" / "1").mkdir(parents=True)
+    (tmp_path / "plain" / "runs" / "latest").symlink_to("1")
+    with pytest.raises(FormatError, match="latest in .* is a folder or a link to one"):
+        compress(tmp_path / "plain", tmp_path / "small")
 
 
 def test_save_compressed_is_save_pretrained_and_compress(tmp_path: Path) -> None:
@@ -298,6 +308,26 @@ def test_a_killed_process_leaves_the_old_folder_or_none(tmp_path: Path, place: s
     compress(plain, out, overwrite=True)
     assert files_of(out) == old
     assert sorted(each.name for each in tmp_path.iterdir()) == ["new", "out", "plain"]
+
+
+def test_what_a_killed_process_left_is_found_whatever_the_name(tmp_path: Path) -> None:
+    saved("gpt2", tmp_path / "plain")
+    out = tmp_path / "out [1]*"
+    compress(tmp_path / "plain", out)
+    gone = 2**22 + 1  # beyond the numbers that Linux gives to processes
+    out.rename(tmp_path / f".{out.name}.{gone}.old.tmp")
+    (tmp_path / f".{out.name}.{gone}.new.tmp").mkdir()
+    with pytest.raises(ValueError, match="there and not empty"):  # the old folder is back
+        compress(tmp_path / "plain", out)
+    compress(tmp_path / "plain", out, overwrite=True)
+    assert sorted(each.name for each in tmp_path.iterdir()) == [out.name, "plain"]
+
+
+def test_a_place_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    saved("gpt2", tmp_path / "plain")
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match=r"Invalid out: .*file/out' cannot be written .*name a folder"):
+        compress(tmp_path / "plain", tmp_path / "file" / "out")
 
 
 @pytest.mark.parametrize("size", [10, 1_000, 15_000])

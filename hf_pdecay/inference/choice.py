@@ -68,7 +68,8 @@ def to_sparse_inference(model: nn.Module, *, rows: int = 16, min_sparsity: float
         What became of each linear layer.
 
     Raises:
-        ValueError: If an argument is out of its range, or the model is on another device, or on several.
+        ValueError: If an argument is out of its range, or the model is a layer by itself, or on another device, or on
+            several.
 
     Example:
         >>> model = AutoModelForCausalLM.from_pretrained("out").eval()
@@ -79,6 +80,11 @@ def to_sparse_inference(model: nn.Module, *, rows: int = 16, min_sparsity: float
         raise ValueError(f"Invalid rows: rows={rows!r}; it must be a whole number of at least 1.")
     if min_sparsity is not None and not (is_number(min_sparsity) and 0 <= min_sparsity <= 1):
         raise ValueError(f"Invalid min_sparsity: min_sparsity={min_sparsity!r}; it must be in [0, 1].")
+    if type(model) in (nn.Linear, Conv1D):
+        raise ValueError(
+            f"Invalid model: it is a {type(model).__name__}, and layers are swapped in what is around them; give that, "
+            "such as nn.Sequential(layer)."
+        )
     devices = sorted({str(param.device) for param in model.parameters()})
     if len(devices) > 1 or not (devices or ["cpu"])[0].startswith(("cpu", "cuda")):
         raise ValueError(

@@ -6,10 +6,11 @@ import ctypes
 import functools
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from ..native import load
 
@@ -68,12 +69,8 @@ class SparseLinear(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The weight as a compressed tensor of the shape that the dense one had; in float32 without a copy."""
-        size = (self.out_features, self.in_features)
-        values = self.values.to(self.dtype)
-        if self.transposed:
-            return torch.sparse_csc_tensor(self.starts, self.columns, values, size[::-1], check_invariants=False)
-        return torch.sparse_csr_tensor(self.starts, self.columns, values, size, check_invariants=False)
+        """The weight in the shape that the dense one had, to be looked at; made dense for who computes with it."""
+        return _DenseWhenUsed(self)
 
     @property
     def sparsity(self) -> float:
@@ -203,6 +200,46 @@ def product(starts: Tensor, columns: Tensor, values: Tensor, bias: Tensor | None
         threads,
     )
     return y
+
+
+class _DenseWhenUsed(Tensor):
+    """A weight that tells its dtype, device and shape for nothing, and is made dense in each operation that takes it.
+
+    Some modules compute with the weights of their layers themselves, as Mamba's do.
+
+    Args:
+        layer: The layer whose weight it is.
+    """
+
+    @staticmethod
+    def __new__(cls, layer: SparseLinear) -> _DenseWhenUsed:
+        """Make a tensor without memory."""
+        sizes = (layer.out_features, layer.in_features)
+        shape = sizes[::-1] if layer.transposed else sizes
+        made: _DenseWhenUsed = Tensor._make_wrapper_subclass(cls, shape, dtype=layer.dtype, device=layer.values.device)
+        return made
+
+    def __init__(self, layer: SparseLinear) -> None:
+        self.layer = layer
+
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+
+    # By these a change would go to a dense weight that nobody keeps, without a word.
+    def _refuse(self, *_: Any) -> NoReturn:
+        raise RuntimeError("The weight of a SparseLinear cannot be changed: call to_dense_inference(model) first.")
+
+    __setitem__ = _refuse
+    data = property(_refuse, _refuse)
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        """Run an operation on the dense weight."""
+        if func._schema.is_mutable:
+            cls._refuse(args[0])
+        args, kwargs = tree_map_only(cls, lambda each: each.layer.dense_weight(), (args, kwargs or {}))
+        return func(*args, **kwargs)
 
 
 class _NoBackward(torch.autograd.Function):

@@ -7,10 +7,18 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from ..storage.container import FormatError
 
+
+# What models raise, beside ValueError, for configs that are wrong: no heads to divide by, a key of another model's, no
+# package for the attention that is named.
+WRONG_CONFIG = (
+    *(OSError, RuntimeError, TypeError, AttributeError, LookupError, ArithmeticError, ImportError),
+    StrictDataclassError,
+)
 
 # Times that a model may register a parameter for each tensor in its files: tied ones are made before they are tied.
 _REGISTERED = 8

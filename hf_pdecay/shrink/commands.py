@@ -19,7 +19,7 @@ def run_shrink(options: argparse.Namespace) -> int:
         multiple_of=options.multiple_of,
         overwrite=options.overwrite,
     )
-    Console().print(report)
+    Console(markup=False, emoji=False).print(report)
     if report.left_out:
         sys.stdout.write(f"Left out, weights in other formats: {', '.join(report.left_out)}\n")
     return 0

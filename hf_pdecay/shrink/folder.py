@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
 
 from ..sparsity import SparsityReport, measure_sparsity
 from ..storage.container import FormatError, Header
@@ -25,15 +24,13 @@ from ..storage.folder import (
     written_folder,
 )
 from ..storage.hub import local_folder
+from ..storage.settings import METHOD as COMPRESSED
 from .adapter import shrink_adapter
-from .building import at_most
+from .building import WRONG_CONFIG, at_most
 from .cards import SPARSITY, note_in_card
 from .model import check_layout, count_parameters, shrink_model
 from .report import ShrinkReport
-
-
-# What models raise for configs that are wrong: no heads to divide by, no package for the attention that is named.
-_WRONG_CONFIG = (OSError, RuntimeError, TypeError, LookupError, ArithmeticError, ImportError, StrictDataclassError)
+from .settings import METHOD
 
 
 def shrink_folder(
@@ -71,10 +68,14 @@ def shrink_folder(
             raise ValueError(f"Invalid multiple_of: multiple_of={multiple_of!r} for an adapter; it is about neurons.")
         return shrink_adapter(folder, out, overwrite=overwrite)
     config = read_config(folder)
-    if config.get("quantization_config") is not None:
+    settings = config.get("quantization_config")
+    if settings is not None:
+        method = settings.get("quant_method") if isinstance(settings, dict) else settings
+        what = "Shrink the model that it was made of" if method == METHOD else "Give the plain model back first"
+        how = ", as `hf-pdecay decompress` does" if method == COMPRESSED else ""
         raise FormatError(
-            f"{str(folder)!r} has a quantization_config: its weights are compressed, quantized or shrunk already. Give "
-            "the plain model back first, as `hf-pdecay decompress` does."
+            f"{str(folder)!r} has a quantization_config: its weights are compressed, quantized or shrunk already "
+            f"(quant_method {method!r}). {what}{how}."
         )
     headers = read_weights(folder)
     check_apart(folder, out)
@@ -139,7 +140,7 @@ def _load(folder: Path, config: dict[str, Any], headers: dict[str, Header]) -> t
         model, info = cls.from_pretrained(
             str(folder), dtype="auto", use_safetensors=True, local_files_only=True, output_loading_info=True
         )
-    except _WRONG_CONFIG as error:
+    except WRONG_CONFIG as error:
         raise ValueError(f"{str(folder)!r} cannot be loaded as a {name} ({str(error).strip()}).") from error
     if info["missing_keys"]:
         raise FormatError(

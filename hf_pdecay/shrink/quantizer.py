@@ -77,6 +77,20 @@ class ShrunkQuantizer(HfQuantizer):
         return True
 
 
+def cut_as_noted(model: Any) -> None:
+    """Cut the layers of a model that was made of the config of one with ragged layers, as loading does; or nothing.
+
+    Raises:
+        ValueError: If the config tells of layers that the model has not.
+    """
+    settings = getattr(model.config, "quantization_config", None)
+    if isinstance(settings, dict) and settings.get("quant_method") == METHOD:
+        from .resize import resize
+
+        with torch.device("cpu"):
+            resize(model, cuts_of(model, check_settings(settings)))
+
+
 def cuts_of(model: Any, sizes: dict[str, dict[str, int]]) -> list[Any]:
     """Return the cuts that bring a model's layers to sizes.
 

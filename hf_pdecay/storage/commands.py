@@ -35,6 +35,6 @@ def run_decompress(options: argparse.Namespace) -> int:
 def _print(report: StorageReport) -> None:
     from rich.console import Console
 
-    Console().print(report)
+    Console(markup=False, emoji=False).print(report)
     if report.left_out:
         sys.stdout.write(f"Left out, weights in other formats: {', '.join(report.left_out)}\n")

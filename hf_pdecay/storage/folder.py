@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import json
 import os
 import re
@@ -112,6 +113,11 @@ def inside(file: Path, folder: Path) -> Path:
         roots.append(folder.resolve().parent.parent / "blobs")
     if not any(target.is_relative_to(root) for root in roots):
         raise FormatError(f"{file.name} in {str(folder)!r} is a link that leads out of the folder; it is not followed.")
+    if target.is_dir():
+        raise FormatError(
+            f"{file.name} in {str(folder)!r} is a folder or a link to one where a file is due; take it away, or put "
+            "the folder in the place of the link."
+        )
     if not target.is_file():
         raise FormatError(f"{file.name} in {str(folder)!r} is not a regular file.")
     return file
@@ -177,6 +183,8 @@ def copy_along(folder: Path, out: Path, weights: Iterable[str]) -> list[str]:
             left_out.append(each.name)
         elif each.is_dir() and not each.is_symlink():
             for below in sorted(each.rglob("*")):
+                if any(part.startswith(".") for part in below.relative_to(each).parts):
+                    continue
                 if below.is_symlink() or not below.is_dir():
                     _copy(inside(below, folder), out / below.relative_to(folder))
         else:
@@ -195,11 +203,9 @@ def written_folder(out: str | os.PathLike[str], overwrite: bool) -> Iterator[Pat
     Raises:
         ValueError: If ``out`` is there and may not be replaced.
     """
+    _remove_leftovers(Path(os.path.abspath(out)))
     target = check_target(out, overwrite)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    _remove_leftovers(target)
-    aside, old = _beside(target, "new"), _beside(target, "old")
-    aside.mkdir()
+    aside, old = _made_beside(target, "new"), _beside(target, "old")
     try:
         yield aside
         _settle_folders(aside)
@@ -229,10 +235,8 @@ def settle_files(folder: Path) -> None:
 def scratch_folder(out: str | os.PathLike[str]) -> Iterator[Path]:
     """Give a folder beside another one for the meantime."""
     target = Path(os.path.abspath(out))
-    target.parent.mkdir(parents=True, exist_ok=True)
     _remove_leftovers(target)
-    scratch = _beside(target, "plain")
-    scratch.mkdir()
+    scratch = _made_beside(target, "plain")
     try:
         yield scratch
     finally:
@@ -269,6 +273,23 @@ def _beside(target: Path, kind: str) -> Path:
     return target.with_name(f".{target.name}.{os.getpid()}.{kind}.tmp")
 
 
+def _made_beside(target: Path, kind: str) -> Path:
+    """Make a folder beside one that is to be written.
+
+    Raises:
+        ValueError: If nothing can be written there.
+    """
+    aside = _beside(target, kind)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        aside.mkdir()
+    except OSError as error:
+        raise ValueError(
+            f"Invalid out: {str(target)!r} cannot be written ({error}); name a folder where you may write."
+        ) from error
+    return aside
+
+
 def _copy(source: Path, target: Path) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
     with open(source, "rb") as reading, open(target, "wb") as handle:
@@ -278,7 +299,7 @@ def _copy(source: Path, target: Path) -> None:
 
 def _remove_leftovers(target: Path) -> None:
     """Delete what processes that were killed had written aside, and put back a folder that one had moved away."""
-    for each in target.parent.glob(f".{target.name}.*.tmp"):
+    for each in target.parent.glob(f".{glob.escape(target.name)}.*.tmp"):
         match = re.fullmatch(r"\.(\d+)\.(new|old|plain)\.tmp", each.name[len(target.name) + 1 :])
         if match is None or _is_alive(int(match[1])):
             continue

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 from torch import Tensor
 
+from ..names import natural_key
 from .card import remove_note
 from .container import Entry, FormatError, Header, header_bytes, layout, read_header, settle, write_header
 from .folder import (
@@ -126,7 +127,7 @@ def decompress(model: str | os.PathLike[str], out: str | os.PathLike[str], *, ov
 
 
 def tensors_of(folder: Path) -> Iterator[tuple[str, Tensor]]:
-    """Yield the tensors of a compressed folder, as they were before, one at a time.
+    """Yield the tensors of a compressed folder, as they were before, one at a time, file by file in the model's order.
 
     Raises:
         FormatError: If a file is damaged or forged.
@@ -142,7 +143,7 @@ def tensors_of(folder: Path) -> Iterator[tuple[str, Tensor]]:
         if header is None:
             raise FormatError(f"{CONFIG} and the folder differ in which files of weights there are: {name}.")
         with safe_open(folder / name, framework="pt") as file:
-            for tensor, entry in header.entries.items():
+            for tensor, entry in sorted(header.entries.items(), key=lambda item: natural_key(item[0])):
                 if is_blob(entry):
                     block = torch.from_numpy(np.array(_mapped(folder / name, entry)))
                     yield tensor, to_tensor(block, memory_limit(), f"{tensor!r} in {name}")
