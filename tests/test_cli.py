@@ -85,7 +85,7 @@ def test_a_config_that_is_no_causal_lm(tmp_path: Path, capsys: pytest.CaptureFix
     [
         ({"n_head": 0}, "ZeroDivisionError"),
         ({"n_head": 7}, "divisible by num_heads"),
-        ({"n_head": "x"}, "n_head"),
+        ({"n_head": "x"}, "n_head" if metadata.version("transformers") >= "5" else "TypeError"),  # 4 checks no types
         ({"activation_function": "none such"}, "none such"),
         ({"vocab_size": -3}, "negative dimension"),
         ({"model_type": "bert"}, "AttributeError"),
