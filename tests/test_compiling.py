@@ -147,8 +147,8 @@ def test_avx512_gives_the_numbers_of_the_loops_to_the_bit(monkeypatch: pytest.Mo
 
     lanes = compiled.library()
     monkeypatch.setattr(native, "_FLAGS", (*native._FLAGS, "-mno-avx512f"))
-    monkeypatch.setattr(config.cpp, "simdlen", 256)
-    loops, reason = native.load.__wrapped__(compiled.SOURCES, "A test", "loops")
+    with config.patch("cpp.simdlen", 256):
+        loops, reason = native.load.__wrapped__(compiled.SOURCES, "A test", "loops")
     assert loops is not None, reason
     assert (lanes.hf_pdecay_lanes(), loops.hf_pdecay_lanes()) == (1, 0)
     generator = torch.Generator().manual_seed(0)
