@@ -9,7 +9,7 @@ import argparse
 import json
 import sys
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ._version import __version__
 
@@ -123,13 +123,7 @@ def _preview(options: argparse.Namespace) -> int:
         weight_decay=options.weight_decay,
         all_tensors=options.tensors,
     )
-    if options.json:
-        sys.stdout.write(json.dumps(found.to_dict(), indent=2) + "\n")
-    else:
-        from rich.console import Console
-
-        Console(markup=False, emoji=False).print(found)
-    return 0
+    return _show(found, json.dumps(found.to_dict(), indent=2) if options.json else None)
 
 
 def _add_estimate(commands: Commands) -> None:
@@ -163,13 +157,7 @@ def _estimate(options: argparse.Namespace) -> int:
         setup,
         options.layout,
     )
-    if options.json:
-        sys.stdout.write(json.dumps(found.to_dict(), indent=2) + "\n")
-    else:
-        from rich.console import Console
-
-        Console(markup=False, emoji=False).print(found)
-    return 0
+    return _show(found, json.dumps(found.to_dict(), indent=2) if options.json else None)
 
 
 def _add_env(commands: Commands) -> None:
@@ -204,8 +192,13 @@ def _report(options: argparse.Namespace) -> int:
     from .report import report, to_json
 
     found = report(options.folder)
-    if options.json:
-        sys.stdout.write(to_json(found) + "\n")
+    return _show(found, to_json(found) if options.json else None)
+
+
+def _show(found: Any, text: str | None) -> int:
+    """Print a text, or what was found as tables if there is none, and return the exit code."""
+    if text is not None:
+        sys.stdout.write(text + "\n")
     else:
         from rich.console import Console
 
