@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_pdecay.optim import AdamWLp, LpDecay, compiled
+from hf_pdecay import AdamWLp, LpDecay
+from hf_pdecay.optim.cpu import step as compiled
 from hf_pdecay.optim.moments import BLOCK
 from rivals import InductorAdamWLp, authors_adamw, checked_adamw, missing, optimi_adamw, prune_optimizer, torch_adamw
 
@@ -122,7 +123,7 @@ def by_groups(params: list[Tensor], kind: str) -> AdamWLp:
     chosen = {id(param) for param in matrices}
     group: dict[str, Any] = {"params": matrices, "group": kind}
     if kind == "neuron":
-        group["couplings"] = [_neurons(matrices, first) for first in range(0, len(matrices), 3)]
+        group["units"] = [_neurons(matrices, first) for first in range(0, len(matrices), 3)]
     rest = [{"params": others}] if (others := [param for param in params if id(param) not in chosen]) else []
     return AdamWLp([group, *rest], lr=LR, p_norm=USUAL_P, lambda_p=LAMBDA_P)
 

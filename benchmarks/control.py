@@ -18,8 +18,7 @@ from unittest.mock import patch
 
 from transformers import set_seed
 
-from hf_pdecay import PDecayTrainer, PDecayTrainingArguments
-from hf_pdecay.control import Schedule, SparsityControl
+from hf_pdecay import PDecayTrainer, PDecayTrainingArguments, Schedule, SparsityControl
 from overhead import MODELS, Model, Spans, load_data, silence, train_clm
 
 

@@ -32,7 +32,8 @@ from typing import Any
 
 import numpy as np
 
-from hf_pdecay.storage import FormatError, compress, container, decompress, format, packing
+from hf_pdecay import FormatError, compress, decompress
+from hf_pdecay.storage import container, format, packing
 from hf_pdecay.storage.container import header_bytes, layout, read_header
 from hf_pdecay.storage.format import decode, encode
 from hf_pdecay.storage.reader import check_file, is_blob

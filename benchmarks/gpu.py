@@ -28,9 +28,12 @@ PARTS: dict[str, tuple[str, tuple[str, ...]]] = {
         ("--device", "cuda", "--sizes", "25M", "1B", "7B-bf16", "1M", "--rounds", "12", "--no-cold-start"),
     ),
     "overhead": ("overhead", ("--device", "cuda", "--repeats", "3", "--steps", "40")),
-    "tests": ("pytest", ("-q", "-p", "no:cacheprovider", str(ROOT / "tests/test_cuda.py"))),
+    "tests": ("pytest", ("-q", "-p", "no:cacheprovider", str(ROOT / "tests/optim/test_on_gpu.py"))),
     "semi_structured": ("semi_structured", ("--rounds", "6")),
-    "kernels": ("pytest", ("-q", "-p", "no:cacheprovider", str(ROOT / "tests/test_triton.py"), "-k", "False-True")),
+    "kernels": (
+        "pytest",
+        ("-q", "-p", "no:cacheprovider", str(ROOT / "tests/optim/test_gpu_kernels.py"), "-k", "False-True"),
+    ),
     "shrink": ("shrink", ("--device", "cuda")),
 }
 

@@ -30,8 +30,8 @@ import transformers as tf
 from torch import Tensor, nn
 
 from clocks import spread
-from hf_pdecay.inference import sparse_linear, to_sparse_inference
-from hf_pdecay.rules import build_param_groups
+from hf_pdecay import build_param_groups, to_sparse_inference
+from hf_pdecay.inference import sparse_linear
 from tables import command, conditions, describe, table, write
 
 

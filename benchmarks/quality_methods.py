@@ -17,8 +17,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from hf_pdecay import PDecayTrainer, PDecayTrainingArguments
-from hf_pdecay.rules import decayable_parameter_names
+from hf_pdecay import PDecayTrainer, PDecayTrainingArguments, decayable_parameter_names
 from quality_tasks import Task
 
 

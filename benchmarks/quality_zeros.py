@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from hf_pdecay.rules import decayable_parameter_names
+from hf_pdecay import decayable_parameter_names
 from quality_methods import matrices
 
 

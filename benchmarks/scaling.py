@@ -22,9 +22,7 @@ import torch
 from torch import nn
 
 from clocks import spread
-from hf_pdecay import AdamWLp, measure_sparsity
-from hf_pdecay.control import SparsityControl
-from hf_pdecay.rules import build_param_groups
+from hf_pdecay import AdamWLp, SparsityControl, build_param_groups, measure_sparsity
 from memory import extra_bytes
 from tables import command, conditions, describe, table, write
 from timing import no_garbage_collection

@@ -23,7 +23,7 @@ import transformers as tf
 from torch import nn
 
 from clocks import clock, spread
-from hf_pdecay.inference import Choice, to_sparse_inference
+from hf_pdecay import Choice, to_sparse_inference
 from tables import command, conditions, describe, table, write
 
 

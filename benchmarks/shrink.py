@@ -1,7 +1,7 @@
 """How fast a model is without its dead neurons and heads: the dense model against the same model shrunk.
 
 Half of the neurons of each layer, and half of the heads of keys and values with their queries, are set to zero, and
-`hf_pdecay.shrink.shrink` cuts them out. Both are then ordinary dense models. That they give the same is checked in
+`hf_pdecay.shrinking.shrink` cuts them out. Both are then ordinary dense models. That they give the same is checked in
 float32; they are timed in `--dtype`, taking turns in an order drawn anew in every round.
 
     python benchmarks/shrink.py --quick              # small models, a minute
@@ -31,8 +31,8 @@ import transformers as tf
 from torch import Tensor, nn
 
 from clocks import clock, spread
-from hf_pdecay.coupling.finding import find_layers
-from hf_pdecay.shrink import shrink
+from hf_pdecay import shrink
+from hf_pdecay.layers.finding import find_layers
 from tables import command, conditions, describe, table, write
 
 
@@ -110,11 +110,11 @@ def build(name: str) -> Any:
 def kill(model: nn.Module, kind: str) -> None:
     """Set every second group of a kind to zero where it leaves a layer."""
     for layer in find_layers(model, kind):
-        for member, place in zip(layer.coupling.members, layer.places, strict=True):
+        for member, place in zip(layer.units.members, layer.sites, strict=True):
             if place.part in ("down", "output"):
-                for group in range(1, layer.coupling.count, 2):
+                for group in range(1, layer.units.count, 2):
                     start = member.offset + group * member.size
-                    model.get_parameter(member.name).narrow(member.dim, start, member.size).zero_()
+                    model.get_parameter(member.param).narrow(member.dim, start, member.size).zero_()
 
 
 def variants(name: str, device: str) -> tuple[dict[str, Any], dict[str, str]]:

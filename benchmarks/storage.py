@@ -26,7 +26,7 @@ import torch
 from safetensors.torch import load_file
 
 from clocks import spread
-from hf_pdecay.storage import compress, decompress
+from hf_pdecay import compress, decompress
 from tables import command, conditions, describe, table, write
 from timing import no_garbage_collection
 

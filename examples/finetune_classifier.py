@@ -33,8 +33,7 @@ from transformers import (
     set_seed,
 )
 
-from hf_pdecay import PDecayTrainer, PDecayTrainingArguments
-from hf_pdecay.measurements.hooks import classification_hooks
+from hf_pdecay import PDecayTrainer, PDecayTrainingArguments, classification_hooks
 from options import arg, check_run, create_optimizer_early, parse_options
 from train_clm import load_table, read_file
 

@@ -29,8 +29,7 @@ from packaging.version import Version
 from transformers import PreTrainedTokenizerBase, set_seed
 
 import train_clm
-from hf_pdecay import PDecayTrainer, PDecayTrainingArguments
-from hf_pdecay.measurements.hooks import causal_lm_hooks
+from hf_pdecay import PDecayTrainer, PDecayTrainingArguments, causal_lm_hooks
 from instructions import PLAIN_CHAT, byte_tokenizer, load_examples, read_rows
 from options import arg, check_run, create_optimizer_early, parse_options
 from packing import Collator, Example, fit, keeps_apart, model_options, pack, to_dataset

@@ -14,9 +14,15 @@ from typing import Any
 from rich.console import Console
 
 import train_clm as clm
-from hf_pdecay import PDecayTrainer, PDecayTrainingArguments
-from hf_pdecay.report import SearchReport, report
-from hf_pdecay.search import DIRECTIONS, loss_and_sparsity, optuna_space
+from hf_pdecay import (
+    DIRECTIONS,
+    PDecayTrainer,
+    PDecayTrainingArguments,
+    SearchReport,
+    loss_and_sparsity,
+    optuna_space,
+    report,
+)
 from options import arg, parse_options
 
 

@@ -45,7 +45,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     losses = {"base": trainer.evaluate()["eval_loss"]}
     trainer.train()
     Console().print(pd.rank_sparsity(model))
-    pd.cut_ranks(model).save_pretrained(args.output_dir)
+    pd.shrink_ranks(model).save_pretrained(args.output_dir)
     losses["adapter"] = trainer.evaluate()["eval_loss"]
     merged: Any = pd.merge_keep_zeros(model)
     trainer.model = trainer.model_wrapped = merged

@@ -25,10 +25,16 @@ from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader
 from transformers import get_scheduler
 
-from hf_pdecay import AdamWLp, measure_sparsity
-from hf_pdecay.control import SparsityControl
-from hf_pdecay.rules import build_param_groups, decayed_parameter_names, load_rules
-from hf_pdecay.shards import group_params, settle
+from hf_pdecay import (
+    AdamWLp,
+    SparsityControl,
+    build_param_groups,
+    decayed_parameter_names,
+    group_params,
+    load_rules,
+    measure_sparsity,
+    settle,
+)
 from options import arg, parse_options
 from train_clm import (
     PRESETS,

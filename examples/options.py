@@ -10,8 +10,7 @@ from typing import Any, NoReturn
 import yaml
 from transformers import HfArgumentParser
 
-from hf_pdecay import PDecayTrainer, PDecayTrainingArguments
-from hf_pdecay.checkpoints import check_checkpoint, check_optimizer_state, newest_whole
+from hf_pdecay import PDecayTrainer, PDecayTrainingArguments, check_checkpoint, check_optimizer_state, newest_whole
 
 
 def arg(default: Any, **metadata: Any) -> Any:

@@ -12,9 +12,7 @@ from sklearn.datasets import load_digits
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from hf_pdecay import LpDecay, measure_sparsity
-from hf_pdecay.control import SparsityControl
-from hf_pdecay.rules import build_param_groups, decayed_parameter_names
+from hf_pdecay import LpDecay, SparsityControl, build_param_groups, decayed_parameter_names, measure_sparsity
 
 
 def main() -> None:

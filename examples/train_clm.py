@@ -28,8 +28,7 @@ from datasets.exceptions import DatasetsError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, set_seed
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from hf_pdecay import PDecayTrainer, PDecayTrainingArguments
-from hf_pdecay.measurements.hooks import causal_lm_hooks
+from hf_pdecay import PDecayTrainer, PDecayTrainingArguments, causal_lm_hooks
 from options import arg, check_run, create_optimizer_early, parse_options
 
 

@@ -16,7 +16,7 @@ def _loaded_after(statement: str) -> set[str]:
 def test_import_loads_nothing_heavy() -> None:
     loaded = _loaded_after("import hf_pdecay")
     assert not loaded & {"torch", "transformers", "matplotlib", "rich", "datasets", "evaluate", "jinja2"}
-    assert not loaded & {"argparse", "hf_pdecay.cli", "hf_pdecay.estimate"}
+    assert not loaded & {"argparse", "hf_pdecay.cli.main", "hf_pdecay.cli.estimate"}
 
 
 def test_the_optimizer_needs_torch_alone() -> None:
@@ -36,20 +36,20 @@ def test_without_peft() -> None:
     hidden = "sys.modules['peft'] = None"
     _loaded_after(f"{hidden}; from hf_pdecay import *")
     with pytest.raises(subprocess.CalledProcessError) as failed:
-        _loaded_after(f"{hidden}; from hf_pdecay import cut_ranks")
+        _loaded_after(f"{hidden}; from hf_pdecay import shrink_ranks")
     assert "pip install 'hf-pdecay[peft]'" in failed.value.stderr
 
 
 def test_help_of_the_command_line_loads_nothing_heavy() -> None:
-    loaded = _loaded_after("from hf_pdecay.cli import main")
-    assert not loaded & {"torch", "transformers", "rich", "hf_pdecay.estimate"}
+    loaded = _loaded_after("from hf_pdecay.cli.main import main")
+    assert not loaded & {"torch", "transformers", "rich", "hf_pdecay.cli.estimate"}
 
 
 def test_public_names() -> None:
     for name in hf_pdecay.__all__:
         assert getattr(hf_pdecay, name) is not None
     assert set(hf_pdecay.__all__) <= set(dir(hf_pdecay))
-    assert {"RankDecayCallback", "cut_ranks", "mask_adapters", "merge_keep_zeros", "rank_sparsity"} <= set(
+    assert {"RankDecayCallback", "shrink_ranks", "mask_adapters", "merge_keep_zeros", "rank_sparsity"} <= set(
         dir(hf_pdecay)
     )
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):

@@ -12,21 +12,3 @@ try:
     import peft as _  # noqa: F401
 except ImportError as error:
     raise ImportError("Adapters take PEFT, which is not installed: pip install 'hf-pdecay[peft]'.") from error
-
-from .factors import LoraFactors, alive, lora_factors, lora_names
-from .merging import mask_adapters, merge_keep_zeros
-from .ranks import LayerRanks, RankSparsity, cut_ranks, rank_sparsity
-
-
-__all__ = [
-    "LayerRanks",
-    "LoraFactors",
-    "RankSparsity",
-    "alive",
-    "cut_ranks",
-    "lora_factors",
-    "lora_names",
-    "mask_adapters",
-    "merge_keep_zeros",
-    "rank_sparsity",
-]

@@ -103,7 +103,7 @@ def rank_sparsity(model: nn.Module, adapter_name: str = "default") -> RankSparsi
 
 
 @torch.no_grad()
-def cut_ranks(peft_model: PeftModel, adapter_name: str = "default") -> PeftModel:
+def shrink_ranks(peft_model: PeftModel, adapter_name: str = "default") -> PeftModel:
     """Cut the dead ranks out of a LoRA adapter, in place.
 
     What is left computes the same. Layers come to have different ranks, which stand in the adapter's ``rank_pattern``
@@ -122,15 +122,15 @@ def cut_ranks(peft_model: PeftModel, adapter_name: str = "default") -> PeftModel
         ValueError: If it has no LoRA adapter of that name, the adapter is merged, all of its ranks are dead, or it
             began with a part of the base's weights, see :func:`check_start`.
     """
-    check_model(peft_model, "cut_ranks")
+    check_model(peft_model, "shrink_ranks")
     found = named_factors(peft_model, adapter_name)
     kept = [alive(each).nonzero().flatten() for each in found]
     if not any(len(each) for each in kept):
         raise ValueError(
-            "cut_ranks: all ranks of the adapter are dead, as they are before training; none would be left."
+            "shrink_ranks: all ranks of the adapter are dead, as they are before training; none would be left."
         )
     config: Any = peft_model.peft_config[adapter_name]
-    check_start(config.init_lora_weights, "cut_ranks")
+    check_start(config.init_lora_weights, "shrink_ranks")
     whole = {name for name, layer in lora_layers(peft_model) if adapter_name in layer.r} == {x.name for x in found}
     sizes: dict[str, tuple[int, float]] = {}
     gone = []

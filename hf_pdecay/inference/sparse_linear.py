@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
-from ..native import load
+from ..optim.cpu.native import load
 
 
 SOURCE = Path(__file__).with_name("sparse_product.cpp")

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.nn.functional import cross_entropy
 
-from hf_pdecay.measurements import load_measurement
+from . import load_measurement
 
 
 if TYPE_CHECKING:

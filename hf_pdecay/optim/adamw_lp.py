@@ -13,15 +13,15 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
 from .backends import MIN_COMPILED, Backend, all_finite
-from .couplings import ELEMENT, check_structure, kind_of
 from .distributed import agreed_finite, is_dtensor, local, local_grad, shard_place
 from .dormancy import Awakening, dormant_entry, is_awake, is_awake_for_good, placed
 from .functional import adamw_lp
 from .gradients import check_dense, count_skipped, finite_by_norm, skipped_steps
-from .grouped import UNFELT, Shrinkage
 from .moments import as_stored, clone, is_quantized, zero_moment
-from .plan import Plan, hyper_of
+from .step_cache import Plan, hyper_of
 from .tensor_step import Hyperparameters, Structure, TensorStep, strength
+from .unit_decay import UNFELT, UnitDecay
+from .units import ELEMENT, check_units, kind_of
 from .validation import FOREIGN_KEYS, check_hyperparameters, check_real, check_state_dict
 
 
@@ -46,7 +46,7 @@ class AdamWLp(Optimizer):
     - A step with a NaN or infinite gradient is skipped and counted, see :attr:`skipped_steps`.
     - A param group may say in ``group`` what decays as one: ``"element"`` (the default), ``"row"``, ``"column"``,
       ``"neuron"``, ``"head"``, ``"rank"``, or N:M such as ``"2:4"``, where the weakest of each M weights decay. Where
-      the groups lie is in ``couplings``, see :func:`~hf_pdecay.optim.couplings.couplings_of`; without them a row is an
+      the groups lie is in ``units``, see :func:`~hf_pdecay.optim.units.units_of`; without them a row is an
       index of dimension 0 and a column one of dimension 1, as in ``nn.Linear`` and convolutions.
 
     Every hyperparameter lives in ``param_groups``, so a group may have its own and a scheduler may move them.
@@ -124,13 +124,13 @@ class AdamWLp(Optimizer):
         """Add a group of parameters, whose missing hyperparameters are the optimizer's defaults.
 
         Raises:
-            ValueError: If a hyperparameter is out of its range, a parameter is complex, or ``couplings`` do not fit.
+            ValueError: If a hyperparameter is out of its range, a parameter is complex, or ``units`` do not fit.
         """
         check_hyperparameters({**self.defaults, **param_group})
         super().add_param_group(param_group)
         try:
             check_real(self.param_groups[-1]["params"], "AdamWLp")
-            check_structure(self.param_groups[-1])
+            check_units(self.param_groups[-1])
         except ValueError:
             self.param_groups.pop()
             raise
@@ -195,7 +195,7 @@ class AdamWLp(Optimizer):
             state_dict: What ``state_dict()`` of either optimizer returned.
 
         Raises:
-            ValueError: If the groups, the shapes or the couplings are those of another model, or it is an AMSGrad
+            ValueError: If the groups, the shapes or the units are those of another model, or it is an AMSGrad
                 checkpoint.
         """
         check_state_dict(state_dict, self.param_groups)
@@ -205,7 +205,7 @@ class AdamWLp(Optimizer):
             for key in FOREIGN_KEYS:
                 group.pop(key, None)
             check_hyperparameters(group)
-            check_structure({**group, "params": ours["params"]})
+            check_units({**group, "params": ours["params"]})
         super().load_state_dict({**state_dict, "param_groups": groups})
         for group, theirs in zip(self.param_groups, state_dict["param_groups"], strict=True):
             for param, key in zip(group["params"], theirs["params"], strict=True):
@@ -246,7 +246,7 @@ class AdamWLp(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         plan, self._plan = self._plan, None
-        shrinkages: dict[int, Shrinkage] = {}
+        shrinkages: dict[int, UnitDecay] = {}
         if plan is None or not plan.follow(self.param_groups, self.state):
             shrinkages = self._shrinkages()
             plan = self._planned(shrinkages)
@@ -262,7 +262,7 @@ class AdamWLp(Optimizer):
             self._count_skipped(finite)
         return loss
 
-    def _shrinkages(self) -> dict[int, Shrinkage]:
+    def _shrinkages(self) -> dict[int, UnitDecay]:
         """What decays by groups, by the index of its param group."""
         structured = {
             index: group
@@ -273,11 +273,11 @@ class AdamWLp(Optimizer):
             _ = self.backends  # chosen from all weights, whether or not they have gradients in this step
         chosen = {device: name for device, (name, _) in self._backend.chosen.items()}
         return {
-            index: Shrinkage(group, chosen.get(group["params"][0].device.type, "") if group["params"] else "")
+            index: UnitDecay(group, chosen.get(group["params"][0].device.type, "") if group["params"] else "")
             for index, group in structured.items()
         }
 
-    def _shrink(self, group_index: int, shrinkage: Shrinkage, finite: bool | Tensor, done: set[int]) -> None:
+    def _shrink(self, group_index: int, shrinkage: UnitDecay, finite: bool | Tensor, done: set[int]) -> None:
         group = self.param_groups[group_index]
 
         def step_of(index: int) -> int | Tensor:
@@ -288,7 +288,7 @@ class AdamWLp(Optimizer):
         strength = partial(_alpha_lambda, group)
         shrinkage.apply(strength, step_of, group_index << 20, finite if careful else True, done=done)
 
-    def _planned(self, shrinkages: Mapping[int, Shrinkage]) -> Plan:
+    def _planned(self, shrinkages: Mapping[int, UnitDecay]) -> Plan:
         """Find out who does what, and make the state of tensors that have none yet."""
         for group in self.param_groups:
             check_dense(group["params"], "AdamWLp")
@@ -314,7 +314,7 @@ class AdamWLp(Optimizer):
         return Plan(self.param_groups, self.state, hypers, parts, lasts, tables, done)
 
     def _tensor_steps(
-        self, group_index: int, group: dict[str, Any], hyper: Hyperparameters, shrinkage: Shrinkage | None
+        self, group_index: int, group: dict[str, Any], hyper: Hyperparameters, shrinkage: UnitDecay | None
     ) -> list[TensorStep]:
         structures: dict[int, Structure] = {}
         if shrinkage is not None:

@@ -11,13 +11,14 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from . import compiled, foreach, reference
+from . import foreach, reference
+from .cpu import step as compiled
 from .gradients import grads_finite
 from .tensor_step import TensorStep
 
 
 if TYPE_CHECKING:
-    from . import triton_step
+    from .gpu import step as triton_step
 
 logger = logging.getLogger(__name__)
 
@@ -192,6 +193,6 @@ def has_triton(device: torch.device | str | None) -> bool:
 
 
 def _triton():  # type: ignore[no-untyped-def]
-    from . import triton_step  # imports triton, which takes its time
+    from .gpu import step as triton_step  # imports triton, which takes its time
 
     return triton_step

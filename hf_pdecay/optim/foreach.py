@@ -11,10 +11,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..decay import shrink_factor
+from .decay import shrink_factor
 from .moments import dequantize, is_quantized, slice_quantized
 from .rounding import LOW_PRECISION, noise_bits, stochastic_round
-from .tensor_step import Hyperparameters, TensorStep, flat_views, shrink_
+from .tensor_step import Hyperparameters, TensorStep, apply_factor_, flat_views
 
 
 # Elements worked on at a time, which bounds the temporaries. On a CPU a chunk stays in the cache from one operation to
@@ -134,7 +134,7 @@ def _step_tensor(each: TensorStep, scalars: StepScalars, finite: bool | Tensor) 
             p.addcdiv_(m, denominator, value=-scalars.step_size)
 
         if factor is not None:
-            shrink_(p, factor)
+            apply_factor_(p, factor)
         if zeros is not None:
             p.masked_fill_(zeros, 0)
 

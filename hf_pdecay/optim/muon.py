@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
-from .couplings import ELEMENT, kind_of
+from .units import ELEMENT, kind_of
 
 
 class MuonWithAdamW(Optimizer):

@@ -13,9 +13,9 @@ from torch.optim import Optimizer
 
 from .adamw_lp import AdamWLp
 from .backends import BACKENDS
+from .lp_decay import LpDecay
 from .moments import MOMENTS, check_moments
 from .muon import MuonWithAdamW, parted
-from .wrapper import LpDecay
 
 
 Groups = list[dict[str, Any]]
@@ -213,7 +213,7 @@ def make_optimizer(
 
     Args:
         name: One of :data:`OPTIMIZERS`.
-        param_groups: Parameters or param groups, such as :func:`hf_pdecay.rules.build_param_groups` returns.
+        param_groups: Parameters or param groups, such as :func:`hf_pdecay.rules.assign.build_param_groups` returns.
         lr: Learning rate.
         betas: For the optimizers that have them.
         eps: For Adam and its kin.

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .moments import dequantize, is_quantized
 from .rounding import LOW_PRECISION, noise_bits, stochastic_round
-from .tensor_step import TensorStep, flat_views, shrink_
+from .tensor_step import TensorStep, apply_factor_, flat_views
 
 
 def step(steps: Sequence[TensorStep], finite: bool | Tensor = True) -> None:
@@ -38,7 +38,7 @@ def step(steps: Sequence[TensorStep], finite: bool | Tensor = True) -> None:
                 factor = s / (s + lr * hyper.lambda_p)
             else:
                 factor = 1 / (1 + lr * hyper.lambda_p * w.abs() ** (hyper.p_norm - 2))
-            shrink_(result, factor, dtype if each.param.dtype == dtype else torch.float32)
+            apply_factor_(result, factor, dtype if each.param.dtype == dtype else torch.float32)
         if hyper.keep_zeros:
             result = result.masked_fill(w == 0, 0)
         noise = noise_bits(count, each.place, 0, w.numel(), w.device)

@@ -45,8 +45,8 @@ def noise_bits(step: int | Tensor, index: int, first: int, count: int, device: t
 
     Args:
         step: Number of the step, or a 0-dim tensor of it on ``device``.
-        index: Place of the tensor in the optimizer.
-        first: Place of the first element in the tensor.
+        index: Member of the tensor in the optimizer.
+        first: Member of the first element in the tensor.
         count: Number of elements.
         device: Where to compute.
 

@@ -58,7 +58,7 @@ class TensorStep(NamedTuple):
         awake: False, or a 0-dim bool tensor of that value, for a tensor that was wholly zero at the start and still is:
             it does not decay.
         hyper: Hyperparameters of the group.
-        place: Place of the tensor in the optimizer, from which its random bits come.
+        place: Member of the tensor in the optimizer, from which its random bits come.
         structure: What decays as one, if it is not each weight by itself.
     """
 
@@ -148,7 +148,7 @@ def _order(tensors: Sequence[Tensor]) -> tuple[int, ...] | None:
     return order if all(tensor.permute(order).is_contiguous() for tensor in tensors) else None
 
 
-def shrink_(weights: Tensor, factor: Tensor, dtype: torch.dtype | None = None) -> None:
+def apply_factor_(weights: Tensor, factor: Tensor, dtype: torch.dtype | None = None) -> None:
     """Multiply weights by factors of at most 1, in place; a zero becomes 0, never -0.
 
     What a factor below 1 takes below the smallest normal number of ``dtype``, by default the tensor's own, becomes 0.
@@ -157,3 +157,21 @@ def shrink_(weights: Tensor, factor: Tensor, dtype: torch.dtype | None = None) -
     """
     weights.mul_(factor).add_(0.0)
     weights.masked_fill_((weights.abs() < torch.finfo(dtype or weights.dtype).tiny) & (factor < 1), 0)
+
+
+class Stepped(NamedTuple):
+    """A tensor around a step of the base optimizer; all tensors are plain, on one device and of one shape.
+
+    Attributes:
+        weight: The weights, which the base has stepped by the time that they are shrunk.
+        before: Their copy from before the step.
+        averaged: The weights z of a schedule-free optimizer, which shrink by the same factors; else None.
+        awake: Whether the tensor decays; false, or a 0-dim bool tensor, for one that began wholly zero.
+        place: Member of the tensor in the optimizer, from which its random bits come.
+    """
+
+    weight: Tensor
+    before: Tensor
+    averaged: Tensor | None
+    awake: bool | Tensor
+    place: int

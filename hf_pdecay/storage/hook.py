@@ -19,7 +19,7 @@ from typing import Any
 # The module of transformers that has the tables.
 TABLES = "transformers.quantizers.auto"
 # Those that enter something in them; by name, as shrinking lies above storage.
-_QUANTIZERS = ("hf_pdecay.storage.quantizer", "hf_pdecay.shrink.quantizer")
+_QUANTIZERS = ("hf_pdecay.storage.quantizer", "hf_pdecay.shrinking.quantizer")
 
 
 def install() -> None:

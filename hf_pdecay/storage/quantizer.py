@@ -23,8 +23,8 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from .container import FormatError
+from .manifest import METHOD, check_settings
 from .reader import check_file, checksums_wanted, memory_limit
-from .settings import METHOD, check_settings
 
 
 if TYPE_CHECKING:

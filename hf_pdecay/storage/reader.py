@@ -27,8 +27,8 @@ from .folder import (
 )
 from .format import HEAD_LIMIT, Bytes, blob_shape, check, decode, parse
 from .hub import local_folder
+from .manifest import MANIFEST, check_settings, read_manifest, sha256
 from .report import StorageReport
-from .settings import MANIFEST, check_settings, read_manifest, sha256
 
 
 # Set to 0 it switches the comparison of checksums off; what a block says of itself is checked all the same.

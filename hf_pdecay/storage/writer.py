@@ -28,8 +28,8 @@ from .folder import (
 )
 from .format import DENSE, Bytes, blob_shape, decode, encode
 from .hub import local_folder
+from .manifest import MANIFEST, make_manifest, make_settings, sha256
 from .report import StorageReport
-from .settings import MANIFEST, make_manifest, make_settings, sha256
 
 
 if TYPE_CHECKING:

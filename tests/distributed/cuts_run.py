@@ -19,9 +19,9 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 from hf_pdecay import AdamWLp, measure_sparsity
-from hf_pdecay.selection import Ranked, Ranking, zero_least
-from hf_pdecay.shards import held, ranked
-from tests.launching import leave
+from hf_pdecay.optim.shards import Ranked, held, ranked
+from hf_pdecay.target.ranking import Ranking, prune_least
+from tests.helpers.launching import leave
 
 
 FRACTIONS = (0.0001, 0.37, 0.9, 0.9999)
@@ -43,7 +43,7 @@ def whole(param: Tensor) -> Tensor:
 def cut(tensors: Sequence[Ranked], fraction: float) -> list[float]:
     ranking = Ranking(tensors)
     found = ranking.least(max(ranking.rank(fraction), 1))
-    zero_least(tensors, found)
+    prune_least(tensors, found)
     return [ranking.numel, found.score, found.ties, found.equal, ranking.quantile(fraction)]
 
 

@@ -20,7 +20,7 @@ from torch.utils.data import SequentialSampler
 from transformers import LlamaConfig, LlamaForCausalLM, set_seed
 
 from hf_pdecay import PDecayTrainer, PDecayTrainingArguments
-from tests.launching import leave
+from tests.helpers.launching import leave
 
 from .on_cpu import deepspeed_on_cpu, fsdp_on_cpu, tensor_parallel_on_cpu
 

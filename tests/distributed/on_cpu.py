@@ -16,7 +16,7 @@ from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
 from transformers import training_args
 
-from tests.launching import run_and_leave
+from tests.helpers.launching import run_and_leave
 
 
 def fsdp_on_cpu() -> None:

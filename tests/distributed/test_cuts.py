@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from tests.launching import launch
+from tests.helpers.launching import launch
 
 
 pytestmark = pytest.mark.distributed

@@ -16,7 +16,7 @@ import pytest
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from tests.launching import launch
+from tests.helpers.launching import launch
 
 
 pytestmark = pytest.mark.distributed

@@ -22,13 +22,13 @@ import traceback
 from dataclasses import asdict
 from pathlib import Path
 
-from ..launching import LEAVING
+from ..helpers.launching import LEAVING
 from .compare import differences
 from .moments import Kill
 from .run import LOGGING_STEPS, STEPS, live
 
 
-ROOT = Path(__file__).parent.parent.parent
+ROOT = Path(__file__).parents[2]
 LAYOUTS = {"single": "one process", "ddp": "two processes (DDP)"}
 # The phases of a run from which kills are drawn in turn.
 PHASES = ("save", "train", "save", "after")

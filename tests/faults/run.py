@@ -18,8 +18,8 @@ import torch
 from datasets import Dataset
 
 from hf_pdecay import PDecayTrainer, PDecayTrainingArguments
-from hf_pdecay.checkpoints import newest_whole
-from tests.models import tiny_gpt2
+from hf_pdecay.trainer.checkpoints import newest_whole
+from tests.helpers.models import tiny_gpt2
 
 from .moments import Kill, Moments, StepMoments
 

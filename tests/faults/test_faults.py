@@ -23,13 +23,13 @@ from torch.utils.data import SequentialSampler
 from transformers import TrainerCallback
 
 from hf_pdecay import PDecayTrainer, SparsityReport
-from hf_pdecay.callback import append_line, read_history
-from hf_pdecay.checkpoints import fault, newest_whole
-from tests.models import tiny_gpt2
+from hf_pdecay.sparsity.history import append_line, read_history
+from hf_pdecay.trainer.checkpoints import fault, newest_whole
+from tests.helpers.models import tiny_gpt2
 
 
 MakeArgs = Callable[..., Any]
-CITATION = (resources.files("hf_pdecay") / "templates" / "citation.md").read_text()
+CITATION = (resources.files("hf_pdecay") / "sparsity" / "templates" / "citation.md").read_text()
 MAJOR = int(importlib.metadata.version("transformers").split(".")[0])
 
 

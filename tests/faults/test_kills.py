@@ -16,7 +16,7 @@ import pytest
 from .moments import Kill
 
 
-ROOT = Path(__file__).parent.parent.parent
+ROOT = Path(__file__).parents[2]
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 
 pytestmark = pytest.mark.slow

@@ -10,7 +10,7 @@ import datasets
 import evaluate
 import transformers
 
-from hf_pdecay import measure_sparsity
+from ... import measure_sparsity
 
 
 _DESCRIPTION = """

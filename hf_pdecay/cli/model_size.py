@@ -1,0 +1,131 @@
+"""How large a model is, tensor by tensor: from its config on the meta device, or from a number of parameters alone."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+
+from ..layers.matrices import decayable_parameter_names
+from ..names import clean_name
+from ..shrinking.building import WRONG_CONFIG
+
+
+# Of a number of parameters alone nothing is known of its tensors: about as many as a Llama of 8 B has.
+_ASSUMED_TENSORS = 300
+
+
+@dataclass(frozen=True)
+class TensorSize:
+    """A parameter: its shape, and whether it decays."""
+
+    shape: tuple[int, ...]
+    decayed: bool
+
+    @property
+    def numel(self) -> int:
+        """Number of weights."""
+        return math.prod(self.shape)
+
+
+@dataclass(frozen=True)
+class ModelSize:
+    """What the arithmetic needs of a model.
+
+    Args:
+        name: What it is called in the output.
+        tensors: Its trainable floating-point parameters, shared ones once.
+        assumed: Whether the tensors are assumed, as only their number of weights is known.
+    """
+
+    name: str
+    tensors: Sequence[TensorSize]
+    assumed: bool = False
+
+    @property
+    def parameters(self) -> int:
+        """Number of weights."""
+        return sum(each.numel for each in self.tensors)
+
+    @property
+    def decayed(self) -> list[TensorSize]:
+        """The tensors that decay."""
+        return [each for each in self.tensors if each.decayed]
+
+    @property
+    def decayed_parameters(self) -> int:
+        """Number of weights that decay."""
+        return sum(each.numel for each in self.decayed)
+
+
+def from_parameters(parameters: float) -> ModelSize:
+    """Return a model of which only the number of parameters is known; all of them decay.
+
+    Raises:
+        ValueError: If it is not a finite number of at least 1.
+    """
+    if not 1 <= parameters < math.inf:
+        raise ValueError(f"Invalid parameters: parameters={parameters!r}; it must be a number such as 8e9.")
+    numel = int(parameters)
+    tensors = min(_ASSUMED_TENSORS, numel)
+    sizes = [numel // tensors + (place < numel % tensors) for place in range(tensors)]
+    return ModelSize(f"{numel:.3g} parameters", [TensorSize((each,), True) for each in sizes], assumed=True)
+
+
+def from_pretrained(name: str) -> ModelSize:
+    """Return the size of a model by its config; for the argument and what is raised see :func:`on_meta`."""
+    return of_model(on_meta(name), name)
+
+
+def on_meta(name: str) -> torch.nn.Module:
+    """Return a model by its config, on the meta device, without weights.
+
+    Args:
+        name: A folder with ``config.json``, that file, or a name on the Hub. The class is the first of the config's
+            ``architectures``, and a causal LM where there is none.
+
+    Raises:
+        ValueError: If there is no such config, or transformers has no model for it, or none can be made of it.
+    """
+    import transformers.quantizers  # with which ours is imported, and before which it cannot be
+
+    from ..shrinking.quantizer import cut_as_noted
+
+    path = Path(name)
+    try:
+        config = transformers.AutoConfig.from_pretrained(path.parent if path.name == "config.json" else name)
+    except (OSError, ValueError, KeyError, StrictDataclassError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise ValueError(
+            f"Invalid model: {name!r} has no config that can be read ({reason}); name a folder with config.json, a "
+            "model on the Hub, or give --parameters."
+        ) from error
+    known = None
+    try:
+        if config.architectures:
+            known = getattr(transformers, config.architectures[0], None)
+        with torch.device("meta"):
+            model: torch.nn.Module = (
+                transformers.AutoModelForCausalLM.from_config(config) if known is None else known(config)
+            )
+        cut_as_noted(model)
+    except (ValueError, *WRONG_CONFIG) as error:
+        raise ValueError(
+            f"Invalid model: {name!r} is of type {config.model_type!r}, which has no causal LM; name the class in "
+            "'architectures' of its config.json."
+            if known is None and isinstance(error, ValueError)
+            else f"Invalid model: {name!r} has a config of which no model can be made ({type(error).__name__}: "
+            f"{str(error).strip()}); correct its config.json."
+        ) from error
+    return model
+
+
+def of_model(model: torch.nn.Module, name: str = "model") -> ModelSize:
+    """Return the size of a model, whatever device it is on."""
+    decayed = set(decayable_parameter_names(model))
+    trained = [each for each in model.named_parameters() if each[1].requires_grad and each[1].is_floating_point()]
+    return ModelSize(name, [TensorSize(tuple(param.shape), clean_name(key) in decayed) for key, param in trained])

@@ -1,0 +1,101 @@
+"""``hf-pdecay run``: runs a script that knows nothing of us, with our optimizers known to it."""
+
+from __future__ import annotations
+
+import importlib.util
+import io
+import os
+import runpy
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import ModuleType, TracebackType
+
+from ..trainer.register import register
+
+
+_OURS = (__file__, runpy.__file__, "<frozen runpy>")
+
+
+def prepare(script: Sequence[str], module: Sequence[str] | None) -> Callable[[], int]:
+    """Find what is to be run, and return what runs it as ``__main__``, with its own argv, exit code and tracebacks.
+
+    Args:
+        script: A script and its arguments.
+        module: A module and its arguments, as ``python -m`` takes them; None for a script.
+
+    Raises:
+        ValueError: If there is no such script or module.
+    """
+    words = script if module is None else module
+    if not words:
+        raise ValueError("Name what to run: hf-pdecay run SCRIPT ARGS…, or hf-pdecay run -m MODULE ARGS….")
+    first, *arguments = words
+    if module is not None:
+        _first_on_path(os.getcwd())
+        _check_module(first)
+        return lambda: _run(lambda: runpy.run_module(first, run_name="__main__", alter_sys=True), [first, *arguments])
+    if not Path(first).is_file():
+        what = "is a folder" if Path(first).is_dir() else "does not exist"
+        raise ValueError(f"Invalid SCRIPT: {first!r} {what}; name a Python script, or a module after -m.")
+
+    def start() -> None:
+        _first_on_path(os.path.dirname(os.path.realpath(first)))
+        _run_script(os.path.abspath(first))
+
+    return lambda: _run(start, [first, *arguments])
+
+
+def _run(start: Callable[[], object], argv: list[str]) -> int:
+    register(remind=True)
+    sys.argv[:] = argv
+    try:
+        start()
+    except SystemExit:
+        raise
+    except BaseException as error:
+        _show_their_frames_only(error.__traceback__)
+        raise
+    return 0
+
+
+def _run_script(path: str) -> None:
+    """Run a script as Python itself does: in a ``__main__`` that stays, since what runs at exit may look for it."""
+    main = ModuleType("__main__")
+    # Processes that are spawned import the script by its file, as there is no spec.
+    main.__dict__.update(__file__=path, __builtins__=__builtins__, __spec__=None, __cached__=None, __package__=None)
+    with io.open_code(path) as file:
+        code = compile(file.read(), path, "exec")
+    sys.modules["__main__"] = main
+    exec(code, main.__dict__)
+
+
+def _show_their_frames_only(traceback: TracebackType | None) -> None:
+    """Have the traceback that ends the process begin where the script does."""
+    while traceback is not None and traceback.tb_frame.f_code.co_filename in _OURS:
+        traceback = traceback.tb_next
+    hook = sys.excepthook
+
+    def show(kind: type[BaseException], error: BaseException, _: TracebackType | None) -> None:
+        hook(kind, error.with_traceback(traceback), traceback)
+
+    sys.excepthook = show
+
+
+def _first_on_path(folder: str) -> None:
+    """Put a folder where the interpreter would have put it, were it the one to run the script."""
+    if sys.version_info < (3, 11) or not sys.flags.safe_path:
+        sys.path[0] = folder
+
+
+def _check_module(name: str) -> None:
+    for each in (name, f"{name}.__main__"):
+        what = "is not found" if each == name else "has no __main__, so it cannot be run"
+        try:
+            spec = importlib.util.find_spec(each)
+        except (ImportError, ValueError) as error:  # of a parent, or of a module that has no spec
+            raise ValueError(f"Invalid MODULE: the module {name!r} {what} ({error}).") from error
+        if spec is None:
+            raise ValueError(f"Invalid MODULE: the module {name!r} {what}; name one as python -m takes it.")
+        if spec.submodule_search_locations is None:
+            return

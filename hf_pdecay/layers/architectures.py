@@ -1,0 +1,197 @@
+"""Which layers of which architectures have FFN neurons and attention heads, and in which of their weights these lie.
+
+Each class of module of transformers has an entry with the attributes that hold its linear layers; names of parameters
+in a checkpoint play no part, and no file of a model is imported. ``add_architecture`` makes an entry for a class that
+has none.
+
+A part of a layer is the path of a linear layer from the module, ``"mlp.up_proj"``; of a fused one ``"Wqkv:1/3"``
+is the second of three equal parts, counted from 0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from torch import nn
+
+
+@dataclass(frozen=True)
+class Neurons:
+    """A feed-forward layer: ``down(act(up[0](x)) * up[1](x))``, or without the second factor.
+
+    Args:
+        up: Parts whose rows are the neurons; the activation acts on the first.
+        down: The part whose columns are the neurons.
+        activation: Path of the activation, a module or function of one tensor.
+        config: Keys of the model's config with the number of neurons, in all layers alike.
+        ancestor: Class of the module whose layers have their groups in common; None where each has its own.
+    """
+
+    up: tuple[str, ...]
+    down: str
+    activation: str
+    config: tuple[str, ...] = ("intermediate_size",)
+    ancestor: str | None = None
+    kind: str = field(default="neuron", init=False)
+
+
+@dataclass(frozen=True)
+class Heads:
+    """An attention layer; a group is a head of keys and values with all the heads of queries that share it.
+
+    Args:
+        query: Part with the rows of the queries.
+        key: Part with the rows of the keys.
+        value: Part with the rows of the values.
+        output: Part with the columns of the output projection.
+        dim: Path of the attribute that holds the size of a head.
+        config: Keys of the model's config by what they hold: ``"heads"``, ``"key_heads"`` and ``"dim"``. Empty where
+            the config cannot say that there are fewer heads than fill the hidden size.
+        attributes: Attributes of the module, where this release of transformers has them, that say how many heads
+            it has, by path: ``"heads"``, or ``"width"`` for heads times their size.
+        bias: Path of an ``nn.Embedding`` with a column a head, which only some of the layers have; None if there is
+            none.
+        ancestor: Class of the module whose layers have their heads in common; None where each has its own.
+        alike: Whether all layers must have equally many heads, as where each hands something for every head on.
+    """
+
+    query: str
+    key: str
+    value: str
+    output: str
+    dim: str
+    config: Mapping[str, str] = field(default_factory=dict)
+    attributes: Mapping[str, str] = field(default_factory=dict)
+    bias: str | None = None
+    ancestor: str | None = None
+    alike: bool = False
+    kind: str = field(default="head", init=False)
+
+
+Row = Neurons | Heads
+
+
+def add_architecture(module: type[nn.Module], *rows: Row) -> None:
+    """Say in which weights of a class of modules its neurons or heads lie; subclasses have them in the same.
+
+    Args:
+        module: The class.
+        *rows: Of each kind the first whose parts a module has counts. They come before those that there were.
+
+    Raises:
+        ValueError: If there is no row.
+    """
+    if not rows or not all(isinstance(row, (Neurons, Heads)) for row in rows):
+        raise ValueError(f"Invalid rows: rows={rows!r}; give one Neurons or Heads at least.")
+    key = f"{module.__module__}.{module.__qualname__}"
+    _ROWS[key] = (*rows, *_ROWS.get(key, ()))
+
+
+def rows_of(module: nn.Module, kind: str) -> tuple[Row, ...]:
+    """Return the rows of a module's class, or of the nearest base class that has some; none if there are none."""
+    for each in type(module).__mro__:
+        rows = tuple(row for row in _ROWS.get(f"{each.__module__}.{each.__qualname__}", ()) if row.kind == kind)
+        if rows:
+            return rows
+    return ()
+
+
+def _hf(name: str, module: str, *rows: Row) -> dict[str, tuple[Row, ...]]:
+    return {f"transformers.models.{name}.modeling_{name}.{module}": rows}
+
+
+_GATED = Neurons(("gate_proj", "up_proj"), "down_proj", "act_fn")
+_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
+_GROUPED = Heads(
+    *_PROJECTIONS, "head_dim", {"heads": "num_attention_heads", "key_heads": "num_key_value_heads", "dim": "head_dim"}
+)
+_LLAMA_LIKE = {
+    "gemma": "Gemma",
+    "gemma2": "Gemma2",
+    "llama": "Llama",
+    "mistral": "Mistral",
+    "qwen2": "Qwen2",
+    "qwen3": "Qwen3",
+}
+_BERT_HEADS = Heads(
+    "self.query",
+    "self.key",
+    "self.value",
+    "output.dense",
+    "self.attention_head_size",
+    attributes={"self.num_attention_heads": "heads", "self.all_head_size": "width"},
+)
+_BERT_NEURONS = Neurons(("intermediate.dense",), "output.dense", "intermediate.intermediate_act_fn")
+_DISTILBERT = Heads(
+    "q_lin", "k_lin", "v_lin", "out_lin", "attention_head_size", attributes={"n_heads": "heads", "dim": "width"}
+)
+_GPT2 = {"num_heads": "heads", "split_size": "width"}
+
+_ROWS: dict[str, tuple[Row, ...]] = {
+    key: rows
+    for name, prefix in _LLAMA_LIKE.items()
+    for key, rows in (_hf(name, f"{prefix}MLP", _GATED) | _hf(name, f"{prefix}Attention", _GROUPED)).items()
+}
+_ROWS |= _hf("gpt2", "GPT2MLP", Neurons(("c_fc",), "c_proj", "act", ("n_inner",)))
+_ROWS |= _hf(
+    "gpt2",
+    "GPT2Attention",
+    Heads("q_attn", "c_attn:0/2", "c_attn:1/2", "c_proj", "head_dim", attributes=_GPT2),  # to an encoder
+    Heads("c_attn:0/3", "c_attn:1/3", "c_attn:2/3", "c_proj", "head_dim", attributes=_GPT2),
+)
+for _name, _prefix in (("bert", "Bert"), ("roberta", "Roberta")):
+    _ROWS |= _hf(_name, f"{_prefix}Layer", _BERT_NEURONS) | _hf(_name, f"{_prefix}Attention", _BERT_HEADS)
+_ROWS |= _hf("distilbert", "FFN", Neurons(("lin1",), "lin2", "activation", ("hidden_dim",)))
+_ROWS |= _hf("distilbert", "DistilBertSelfAttention", _DISTILBERT)
+_ROWS |= _hf("distilbert", "MultiHeadSelfAttention", _DISTILBERT)
+_ROWS |= _hf("vit", "ViTMLP", Neurons(("fc1",), "fc2", "activation_fn")) | _hf("vit", "ViTLayer", _BERT_NEURONS)
+_ROWS |= _hf(
+    "vit",
+    "ViTAttention",
+    Heads(*_PROJECTIONS, "head_dim", {"heads": "num_attention_heads", "dim": "head_dim"}),
+    Heads(
+        "attention.query",
+        "attention.key",
+        "attention.value",
+        "output.dense",
+        "attention.attention_head_size",
+        attributes={"attention.num_attention_heads": "heads", "attention.all_head_size": "width"},
+    ),
+)
+_ROWS |= _hf("modernbert", "ModernBertMLP", Neurons(("Wi:0/2", "Wi:1/2"), "Wo", "act"))
+_ROWS |= _hf(
+    "modernbert",
+    "ModernBertAttention",
+    Heads(
+        "Wqkv:0/3",
+        "Wqkv:1/3",
+        "Wqkv:2/3",
+        "Wo",
+        "head_dim",
+        attributes={"num_heads": "heads", "all_head_size": "width"},
+    ),
+)
+_ROWS |= _hf("t5", "T5DenseGatedActDense", Neurons(("wi_0", "wi_1"), "wo", "act", ("d_ff",)))
+_ROWS |= _hf("t5", "T5DenseActDense", Neurons(("wi",), "wo", "act", ("d_ff",)))
+for _name, _path, _ancestor in (
+    # One bias of positions serves all layers of a stack, so a head is the same one in all of them.
+    ("T5LayerSelfAttention", "SelfAttention", "T5Stack"),
+    ("T5LayerCrossAttention", "EncDecAttention", None),
+):
+    _ROWS |= _hf(
+        "t5",
+        _name,
+        Heads(
+            f"{_path}.q",
+            f"{_path}.k",
+            f"{_path}.v",
+            f"{_path}.o",
+            f"{_path}.key_value_proj_dim",
+            {"heads": "num_heads"},
+            {f"{_path}.n_heads": "heads", f"{_path}.inner_dim": "width"},
+            f"{_path}.relative_attention_bias" if _ancestor else None,
+            _ancestor,
+            alike=True,
+        ),
+    )

@@ -1,0 +1,220 @@
+"""The step on a CPU, by one C++ function that is compiled on first use and kept.
+
+The function takes addresses and numbers, so nothing is compiled again for another shape, learning rate, p or λ_p, and
+one call does the step of all tensors, however many.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from array import array
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..moments import is_quantized, refusal_of_encoded
+from ..tensor_step import Decay, Hyperparameters, TensorStep, fuses, is_flat, spacing
+from .native import load
+
+
+_PARTS = ("weights.cpp", "lanes.cpp", "divisors.cpp", "update.cpp", "groups.cpp", "eight_bit.cpp", "adamw_lp.cpp")
+SOURCES = tuple(Path(__file__).with_name(name) for name in _PARTS)
+
+CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
+_PAIRS = {
+    (torch.float32, torch.float32),
+    (torch.float32, torch.bfloat16),
+    (torch.bfloat16, torch.float32),
+    (torch.bfloat16, torch.bfloat16),
+    (torch.float16, torch.float32),
+    (torch.float16, torch.float16),
+    (torch.float64, torch.float64),
+}
+
+
+def unavailable() -> str | None:
+    """Return why the function cannot be had on this machine, or None. Compiles it, if no process has yet."""
+    return _load()[1]
+
+
+def refusal(each: TensorStep) -> str | None:
+    """Return why the function cannot do the step of this tensor, or None."""
+    param, grad, moment, second = each.param, each.grad, each.exp_avg, each.exp_avg_sq
+    # The function gets addresses and believes what it is told of them: nothing may be left unchecked here.
+    shape = param.shape
+    if not (param.is_cpu and grad.is_cpu and moment.is_cpu and second.is_cpu and each.step.is_cpu):
+        return f"it works on a CPU, not on {param.device.type}"
+    if is_quantized(moment) or is_quantized(second):
+        if not (param.is_contiguous() and grad.is_contiguous()):
+            return "weights and gradient with 8-bit moments must lie in memory in their order"
+        return refusal_of_encoded(param, moment, second) or _refusal_of_rest(each)
+    if grad.shape != shape or moment.shape != shape or second.shape != shape:
+        return (
+            f"gradient and moments are of shapes {tuple(grad.shape)}, {tuple(moment.shape)} and {tuple(second.shape)}, "
+            "not of that of the weights"
+        )
+    if (param.dtype, moment.dtype) not in _PAIRS or second.dtype != moment.dtype:
+        return f"it does not know weights of {param.dtype} with moments of {moment.dtype} and {second.dtype}"
+    if not is_flat(param, grad, moment, second):
+        return "weights, gradient and moments must lie in memory alike and without gaps"
+    return _refusal_of_rest(each)
+
+
+def _refusal_of_rest(each: TensorStep) -> str | None:
+    param, grad = each.param, each.grad
+    if grad.dtype != param.dtype:
+        return f"it takes gradients of the weights' dtype {param.dtype}, not of {grad.dtype}"
+    if grad.is_neg():
+        return "the gradient is a view that negates what lies in memory"
+    if each.step.dtype != torch.float32 or each.step.numel() != 1:
+        return f"it takes a step counter of torch.float32, not {each.step.dtype}"
+    return None
+
+
+_COLUMNS = 19  # numbers in a row
+_EIGHT_BIT = 4
+
+
+def _moments(each: TensorStep) -> tuple[tuple[int, int], int, tuple[int, int, int, int]]:
+    """Addresses of the moments, their code, and of those in 8 bits the addresses of scales and maps."""
+    states: tuple[Any, Any] = each.exp_avg, each.exp_avg_sq
+    if not is_quantized(each.exp_avg):
+        first, second = states
+        return (first.data_ptr(), second.data_ptr()), CODES[first.dtype], (0, 0, 0, 0)
+    first, second = (state.codes.data_ptr() for state in states)
+    scales, maps = ([getattr(state, name).data_ptr() for state in states] for name in ("scale", "qmap"))
+    return (first, second), _EIGHT_BIT, (*scales, *maps)
+
+
+class Batch:
+    """Steps as the C++ function reads them: addresses, sizes and numbers. It holds no gradient.
+
+    Args:
+        steps: Tensors none of which :func:`refusal` refuses.
+
+    Raises:
+        RuntimeError: If the function cannot be had, see :func:`unavailable`.
+    """
+
+    def __init__(self, steps: Sequence[TensorStep]) -> None:
+        self._library = library()
+        self._params = [each.param for each in steps]
+        self.shrunk = [index for index, each in enumerate(steps) if fuses(each)]
+        # The rows name addresses of theirs.
+        self._tables = [each.structure.table for each in steps if each.structure is not None]
+        self._rows = array("q")
+        self._hypers: list[Hyperparameters] = []
+        places: dict[int, int] = {}
+        append = self._rows.extend
+        for each in steps:
+            param, grad, _, _, count, awake, hyper, place, structure = each
+            moments, moment_dtype, encoding = _moments(each)
+            divisors, dim, by_four = None, 0, False
+            if structure is not None and fuses(each):
+                hyper, divisors, dim = structure.hyper, structure.table, structure.dim
+                by_four = divisors is None
+            group = places.get(id(hyper))
+            if group is None:
+                group = places[id(hyper)] = len(places)
+                self._hypers.append(hyper)
+            append(
+                (
+                    param.data_ptr(),
+                    grad.data_ptr(),
+                    *moments,
+                    count.data_ptr(),
+                    param.numel(),
+                    group,
+                    place,
+                    CODES[param.dtype],
+                    moment_dtype,
+                    not awake,
+                    0 if divisors is None else divisors.data_ptr(),
+                    spacing(param, dim) if by_four or divisors is not None else 1,
+                    param.shape[dim] if by_four or divisors is not None else 1,
+                    by_four,
+                    *encoding,
+                )
+            )
+
+    def point(self, addresses: Sequence[int]) -> None:
+        """Take the gradients at these addresses, all else being as it was."""
+        self._rows[1::_COLUMNS] = array("q", addresses)
+
+    def all_finite(self) -> bool:
+        """Whether all gradients are finite."""
+        return bool(self._library.hf_pdecay_all_finite(address(self._rows), len(self._params), torch.get_num_threads()))
+
+    def step(self, finite: bool | Tensor = True) -> None:
+        """Do the step on each tensor, in place; where ``finite`` is false nothing is written."""
+        if not finite:
+            return
+        hypers = array("d")
+        for each in self._hypers:
+            numbers = float(each.lr), each.beta1, each.beta2, each.eps, each.weight_decay, each.p_norm, each.lambda_p
+            hypers.extend((*numbers, each.keep_zeros, each.maximize))
+        rows = address(self._rows)
+        if self._library.hf_pdecay_step(rows, len(self._params), address(hypers), torch.get_num_threads()):
+            raise RuntimeError("The compiled step met a dtype that it does not know; take backend='foreach'.")
+        torch.autograd.graph.increment_version(self._params)
+
+
+def shrink(weights: Sequence[Tensor], before: Sequence[Tensor], places: Sequence[int], decay: Decay) -> None:
+    """Shrink weights that another optimizer has stepped, in place, by the C++ function for that.
+
+    Args:
+        weights: Tensors on a CPU, of dtypes in :data:`CODES`.
+        before: Their copies from before the step, which lie in memory alike and without gaps, see
+            :func:`~.tensor_step.is_flat`.
+        places: Their places in the optimizer.
+        decay: With a float α λ_p that is not 0 in the dtype of any of them.
+    """
+    functions = library()
+    rows, count = array("q"), array("f", [decay.step])
+    hyper = array("d", (float(decay.alpha_lambda), 0.5, 0.5, 0.0, 0.0, decay.p_norm, 1.0, decay.keep_zeros, False))
+    step = count.buffer_info()[0]
+    for weight, copy, place in zip(weights, before, places, strict=True):
+        code = CODES[weight.dtype]
+        first = weight.data_ptr(), copy.data_ptr(), 0, 0, step, weight.numel(), 0, place, code, code, 0, 0, 1, 1
+        rows.extend((*first, *(0,) * (_COLUMNS - len(first))))
+    if functions.hf_pdecay_shrink(address(rows), len(weights), address(hyper), torch.get_num_threads()):
+        raise RuntimeError("The compiled shrink met a dtype that it does not know.")
+    torch.autograd.graph.increment_version(list(weights))
+
+
+def address(numbers: array[Any]) -> ctypes.c_void_p:
+    """Return where numbers lie, for a C++ function."""
+    return ctypes.c_void_p(numbers.buffer_info()[0])
+
+
+def library() -> ctypes.CDLL:
+    """Return the C++ functions.
+
+    Raises:
+        RuntimeError: If they cannot be had, see :func:`unavailable`.
+    """
+    loaded, reason = _load()
+    if loaded is None:
+        raise RuntimeError(f"backend='compiled' cannot be had here: {reason}; take backend='foreach'.")
+    return loaded
+
+
+@functools.cache
+def _load() -> tuple[ctypes.CDLL | None, str | None]:
+    """Load the functions, compiling them if need be; them and None, or None and why not."""
+    loaded, reason = load(SOURCES, "AdamWLp", "step")
+    if loaded is not None:
+        pointer, count, number, threads = ctypes.c_void_p, ctypes.c_int64, ctypes.c_double, ctypes.c_int
+        for name in ("step", "shrink", "all_finite", "square_sums"):
+            getattr(loaded, f"hf_pdecay_{name}").restype = ctypes.c_int
+        for name in ("group_norms", "group_divisors"):
+            getattr(loaded, f"hf_pdecay_{name}").restype = None
+        loaded.hf_pdecay_step.argtypes = loaded.hf_pdecay_shrink.argtypes = (pointer, count, pointer, threads)
+        loaded.hf_pdecay_all_finite.argtypes = loaded.hf_pdecay_square_sums.argtypes = (pointer, count, threads)
+        loaded.hf_pdecay_group_norms.argtypes = (pointer, count, pointer, pointer, threads)
+        loaded.hf_pdecay_group_divisors.argtypes = (pointer, count, *(pointer,) * 4, number, number, threads)
+    return loaded, reason

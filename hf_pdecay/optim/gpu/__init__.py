@@ -1,0 +1,1 @@
+"""The step as Triton kernels, for GPUs."""

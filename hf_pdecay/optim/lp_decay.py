@@ -1,0 +1,400 @@
+"""Weight decay for any p norm around any optimizer."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import Optimizer
+
+from .bases import check_base, is_schedule_free, takes_found_inf
+from .decay import check_lambda_p, check_p_norm
+from .decay_after_step import can_compile, copies, on_device, rate_on, shrink
+from .distributed import Owners, agreed_finite, is_dtensor, local, shard_place
+from .dormancy import Awakening, dormant_entry, is_awake, placed
+from .gradients import check_dense, count_skipped, finite_by_norm, grads_finite, skipped_steps
+from .parts import Part, parts, step_part
+from .tensor_step import Decay, Stepped, smallest
+from .unit_decay import UnitDecay
+from .units import ELEMENT, check_units, kind_of
+from .validation import check_decay_settings, check_real, check_saved_groups
+
+
+class LpDecay(Optimizer):
+    r"""Decoupled weight decay for any p norm around another optimizer.
+
+    Each step is the base optimizer's, whatever that is, followed by the shrink that :class:`~hf_pdecay.AdamWLp` does,
+    whose factor comes from the weight before the step:
+
+        w_{n+1} = w' · s / (s + α λ_p),   s = |w_n|^(2-p)         p < 2
+        w_{n+1} = w' / (1 + α λ_p |w_n|^(p-2))                    p >= 2
+
+    with w' what the base made of w_n and α the group's ``lr`` (https://huggingface.co/papers/2404.10824, algorithm 1,
+    with another optimizer in the place of Adam). Around ``torch.optim.AdamW`` it is ``AdamWLp``, to rounding, and
+    slower. The base's own ``weight_decay`` keeps its meaning.
+
+    The param groups, the defaults and the state are the base's own objects, so that schedulers, ``SparsityControl`` and
+    checkpoints find in one place what both need. A checkpoint of the base alone loads too.
+
+    - Zero absorbs, dormant tensors sleep, zeros are kept, and groups of weights decay as one, as in ``AdamWLp``.
+    - Memory: while the base steps, a copy of the weights that decay or keep their zeros, of their dtype; nothing
+      between steps. torch's optimizers, which step each tensor by itself, do so in parts of which one is copied at a
+      time; others step all weights at once.
+    - bfloat16 and float16 weights shrink in float32 and are rounded stochastically, by bits that depend on the step and
+      the place of the weight only. The base rounds its own result before that, as it does without the decay: torch's
+      optimizers to nearest, so that updates below half of the last bit are lost, and what a base of another library
+      does is its own affair.
+    - A step with a NaN or infinite gradient is skipped and counted, and the base does not see it, see
+      :attr:`skipped_steps`. On an accelerator that takes one wait for the device a step, as it does in ``GradScaler``,
+      unless the base can be told on the device (torch's optimizers with ``fused=True``) or ``skip_nonfinite`` is False.
+      The decay itself never waits.
+    - A closure is called once, before the step.
+    - Schedule-free optimizers train y and are used at x, an average of y and of z, which they keep: y decays as
+      above, and z by the same factors, so that x shrinks by them too, and is zero where y is.
+
+    Args:
+        base_optimizer: The optimizer, whose groups may name their own ``p_norm``, ``lambda_p`` and ``keep_zeros``. It
+            is to be stepped through this one from now on.
+        p_norm: p, above 0. Below 2 weights become exactly zero.
+        lambda_p: λ_p, at least 0. The penalty minimised is (λ_p / p) ‖w‖_p^p.
+        keep_zeros: Whether weights that are zero stay zero, also where λ_p or the learning rate is 0.
+        skip_nonfinite: Whether a NaN or infinite gradient in any group with this set skips the step of all groups.
+
+    Raises:
+        TypeError: If ``base_optimizer`` is not an optimizer.
+        ValueError: If a hyperparameter is out of its range, a parameter is not real and floating-point, or it is a base
+            around which the decay would be wrong: one that steps within backward, needs a closure, finds its step size
+            itself, or decays already.
+
+    Example:
+        >>> optimizer = LpDecay(torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9), p_norm=0.8, lambda_p=0.001)
+        >>> loss.backward()
+        >>> optimizer.step()
+    """
+
+    base: Optimizer
+    grad_norm: Tensor | float | None
+
+    def __init__(
+        self,
+        base_optimizer: Optimizer,
+        *,
+        p_norm: float = 0.8,
+        lambda_p: float = 0.01,
+        keep_zeros: bool = False,
+        skip_nonfinite: bool = True,
+    ) -> None:
+        check_base(base_optimizer)
+        settings: dict[str, Any] = {
+            "p_norm": p_norm,
+            "lambda_p": lambda_p,
+            "keep_zeros": keep_zeros,
+            "skip_nonfinite": skip_nonfinite,
+            # Counters, kept here so that a checkpoint carries them.
+            "skipped_steps": 0,
+            "decay_steps": 0,
+        }
+        check_decay_settings({"lr": 0.0, **settings})
+        for group in base_optimizer.param_groups:
+            check_decay_settings({**settings, **group})
+            check_real(group["params"], "LpDecay")
+            check_units(group)
+        base_optimizer.defaults.update(settings)
+        for group in base_optimizer.param_groups:
+            for name, value in settings.items():
+                group.setdefault(name, value)
+        # Not Optimizer.__init__, which would make groups and state of its own. This makes the hooks alone.
+        self.__setstate__({"base": base_optimizer})
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        """The base optimizer's param groups."""
+        return self.base.param_groups
+
+    @param_groups.setter
+    def param_groups(self, groups: list[dict[str, Any]]) -> None:
+        self.base.param_groups = groups
+
+    @property
+    def state(self) -> defaultdict[Tensor, Any]:
+        """The base optimizer's state, in which each tensor that has stepped has the entry ``dormant`` too."""
+        return self.base.state
+
+    @state.setter
+    def state(self, state: defaultdict[Tensor, Any]) -> None:
+        self.base.state = state
+
+    @property
+    def defaults(self) -> dict[str, Any]:
+        """The base optimizer's defaults, those of the decay among them."""
+        return self.base.defaults
+
+    @defaults.setter
+    def defaults(self, defaults: dict[str, Any]) -> None:
+        self.base.defaults = defaults
+
+    @property
+    def skipped_steps(self) -> int:
+        """Number of steps skipped for NaN or infinite gradients. Reading it synchronises with the device."""
+        return skipped_steps(self.param_groups)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what a pickle or a copy holds."""
+        return {"base": self.base}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Restore from a pickle or a copy."""
+        # Whoever has taken the norm of all gradients, to clip them, may leave it at `grad_norm` before a step: a finite
+        # norm saves the look at the gradients.
+        super().__setstate__({"grad_norm": None, "_awakening": Awakening(), **state})
+
+    def __repr__(self) -> str:
+        return f"LpDecay({self.base!r})"
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group of parameters, whose missing hyperparameters are the optimizer's defaults.
+
+        Raises:
+            ValueError: If a hyperparameter of the decay is out of its range, or a parameter is not real and
+                floating-point.
+        """
+        check_decay_settings({**self.defaults, **param_group})
+        before = len(self.param_groups)
+        self.base.add_param_group(param_group)
+        try:
+            for group in self.param_groups[before:]:
+                check_real(group["params"], "LpDecay")
+                check_units(group)
+        except ValueError:
+            del self.param_groups[before:]
+            raise
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Reset the gradients, as the base does."""
+        self.base.zero_grad(set_to_none=set_to_none)
+
+    def train(self) -> None:
+        """Put a schedule-free base into training mode; others have no such mode."""
+        if is_schedule_free(self.base):
+            self.base.train()  # type: ignore[attr-defined]
+
+    @torch.no_grad()
+    def eval(self) -> None:
+        """Put a schedule-free base into evaluation mode, with zeros where the trained weights have them."""
+        if not is_schedule_free(self.base):
+            return
+        for group in filter(_decays, self.param_groups):
+            for param in group["params"]:
+                state = self.state.get(param)
+                # What a control has set to zero since the last step.
+                if state and group["train_mode"] and not bool(state["dormant"]):
+                    local(state["z"]).masked_fill_(local(param) == 0, 0)
+        self.base.eval()  # type: ignore[attr-defined]
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the base's state and groups, which hold those of the decay, as ``Optimizer.state_dict`` does."""
+        for before in self._optimizer_state_dict_pre_hooks.values():
+            before(self)
+        state_dict = self.base.state_dict()
+        for after in self._optimizer_state_dict_post_hooks.values():
+            changed = after(self, state_dict)
+            state_dict = state_dict if changed is None else changed
+        return state_dict
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a checkpoint of this optimizer or of the base alone.
+
+        What the checkpoint does not name, such as ``p_norm`` in one of the base, stays as it is in each group.
+
+        Args:
+            state_dict: What ``state_dict()`` of either optimizer returned.
+
+        Raises:
+            ValueError: If the groups are those of another model or a hyperparameter is out of its range.
+        """
+        for before in self._optimizer_load_state_dict_pre_hooks.values():
+            changed = before(self, state_dict)
+            state_dict = state_dict if changed is None else changed
+        check_saved_groups(state_dict, self.param_groups)
+        saved = state_dict["param_groups"]
+        groups = [{**ours, **theirs} for ours, theirs in zip(self.param_groups, saved, strict=True)]
+        for group, ours in zip(groups, self.param_groups, strict=True):
+            check_decay_settings(group)
+            check_units({**group, "params": ours["params"]})
+        self.base.load_state_dict({**state_dict, "param_groups": groups})
+        for group in self.param_groups:
+            for param in group["params"]:
+                state = self.state.get(param)
+                if state and "dormant" in state:
+                    # The base has cast it to the dtype of the parameter, and moved it.
+                    state["dormant"] = placed(state["dormant"].bool())
+                elif state:
+                    state["dormant"] = dormant_entry(param)
+        self._awakening = Awakening()
+        for after in self._optimizer_load_state_dict_post_hooks.values():
+            after(self)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Do one step.
+
+        Args:
+            closure: Recomputes the loss and returns it, with gradients enabled.
+
+        Returns:
+            What the closure returned, or None.
+
+        Raises:
+            ValueError: If a gradient is sparse, or a hyperparameter of the decay is out of its range.
+        """
+        loss = None
+        norm, self.grad_norm = self.grad_norm, None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            # Not the rate, which may be on the device.
+            check_p_norm(group["p_norm"])
+            check_lambda_p(group["lambda_p"])
+            check_dense(group["params"], "LpDecay")
+        finite = self._finite(norm)
+        if finite is False:
+            count_skipped(self.param_groups, finite)
+            return loss
+        self._awakening.hear()
+        shrinkages = {
+            number: UnitDecay(group, "compiled" if can_compile(group["params"]) else "")
+            for number, group in enumerate(self.param_groups)
+            if kind_of(group) != ELEMENT and group["lambda_p"] != 0
+        }
+        for shrinkage in shrinkages.values():
+            shrinkage.check(())
+            shrinkage.remember(())
+        for part in parts(self.base, _decays):
+            self._step_part(part, finite)
+        for number, group in enumerate(self.param_groups):
+            group["decay_steps"] += 1
+            if number in shrinkages:
+                self._shrink_groups(number, group, shrinkages[number], finite)
+        self._awakening.ask({param: state for param, state in self.state.items() if state and "dormant" in state})
+        if finite is not True:
+            count_skipped(self.param_groups, finite)
+        return loss
+
+    def _finite(self, norm: Tensor | float | None) -> bool | Tensor:
+        """Whether the gradients that a step must not see otherwise are finite; a tensor if the base can take it."""
+        careful = [param for group in self.param_groups if group["skip_nonfinite"] for param in group["params"]]
+        if not careful:
+            return True
+        finite = finite_by_norm(norm)
+        if finite is None:
+            sharded = [param for group in self.param_groups for param in group["params"] if is_dtensor(param)]
+            grads = [local(param.grad) for param in careful if param.grad is not None]
+            finite = agreed_finite(grads_finite(grads), Owners.of(sharded))
+        return finite if takes_found_inf(self.base) else bool(finite)
+
+    def _step_part(self, part: Part, finite: bool | Tensor) -> None:
+        """Step some parameters and shrink their weights one by one, from a copy of those before."""
+        dormant: dict[Tensor, Tensor] = {}
+        copied = {number: self._copied(number, params, dormant) for number, params in part.items()}
+        self._step_base(part, finite)
+        for param, entry in dormant.items():
+            # Not before, as bases make their state where there is none.
+            self.state[param]["dormant"] = entry
+        for number, some in copied.items():
+            self._shrink(self.param_groups[number], some, finite)
+
+    def _step_base(self, part: Part, finite: bool | Tensor) -> None:
+        if not isinstance(finite, Tensor):
+            step_part(self.base, part)
+            return
+        # The contract of GradScaler with optimizers that look on the device whether they are to step.
+        base: Any = self.base
+        base.grad_scale, base.found_inf = None, (~finite).to(torch.float32)
+        try:
+            step_part(base, part)
+        finally:
+            del base.grad_scale, base.found_inf
+
+    def _copied(self, number: int, some: dict[int, Tensor], dormant: dict[Tensor, Tensor]) -> list[_Copied]:
+        """Copy what is to shrink of some of a group, and note in ``dormant`` what has not stepped before."""
+        group = self.param_groups[number]
+        places = {param: (number << 20) + place for place, param in some.items() if param.grad is not None}
+        awake: dict[Tensor, bool | Tensor] = {}
+        # What decays by groups only keeps its zeros here, if it is to.
+        whole = kind_of(group) == ELEMENT
+        for param in places:
+            state = self.state.get(param) or {}
+            entry = state.get("dormant")
+            if entry is None:
+                entry = dormant[param] = dormant_entry(param) if whole else torch.zeros((), dtype=torch.bool)
+            awake[param] = is_awake(param, entry) if whole else False
+        shrinks = _may_shrink(group)
+        chosen = [each for each in places if group["keep_zeros"] or (shrinks and awake[each] is not False)]
+        by_kind: dict[Any, list[Tensor]] = {}
+        for param in chosen:
+            by_kind.setdefault((param.device, param.dtype), []).append(param)
+        found = []
+        for alike in by_kind.values():
+            for param, before in zip(alike, copies([local(each) for each in alike]), strict=True):
+                found.append(_Copied(param, before, awake[param], places[param]))
+        return found
+
+    def _shrink_groups(self, number: int, group: dict[str, Any], shrinkage: UnitDecay, finite: bool | Tensor) -> None:
+        averaging = is_schedule_free(self.base)
+        lr = group["scheduled_lr"] if averaging else group["lr"]
+
+        def alpha_lambda(device: torch.device) -> float | Tensor:
+            return rate_on(lr, device) * float(group["lambda_p"])
+
+        def averaged(index: int) -> Tensor | None:
+            return self.state[group["params"][index]].get("z") if averaging else None
+
+        shrinkage.apply(alpha_lambda, lambda _: group["decay_steps"], number << 20, finite, averaged)
+
+    def _shrink(self, group: dict[str, Any], copied: list[_Copied], finite: bool | Tensor) -> None:
+        averaging = is_schedule_free(self.base)
+        # Schedule-free optimizers warm up by themselves.
+        lr = group["scheduled_lr"] if averaging else group["lr"]
+        by_device: dict[torch.device, list[Stepped]] = {}
+        for param, before, awake, place in copied:
+            z = local(self.state[param]["z"]) if averaging else None
+            if is_dtensor(param):
+                # Autograd looks at the DTensor; the shrink changes the shard that it holds.
+                torch.autograd.graph.increment_version(param)
+                place = shard_place(param, place)
+            stepped = Stepped(local(param), before, z, awake, place)
+            by_device.setdefault(before.device, []).append(stepped)
+        for device, tensors in by_device.items():
+            decay = Decay(
+                group["p_norm"],
+                rate_on(lr, device) * group["lambda_p"],
+                group["keep_zeros"],
+                group["decay_steps"] + 1,
+                finite,
+            )
+            shrink(tensors, decay)
+
+
+class _Copied(NamedTuple):
+    """A parameter, its weights before the base's step, whether it is awake, and its place in the optimizer."""
+
+    param: Tensor
+    before: Tensor
+    awake: bool | Tensor
+    place: int
+
+
+def _decays(group: dict[str, Any]) -> bool:
+    return group["lambda_p"] != 0 or group["keep_zeros"]
+
+
+def _may_shrink(group: dict[str, Any]) -> bool:
+    """Whether a group's decay can change a weight in this step; where the host does not know the rate, it may."""
+    lr, lambda_p = group["lr"], group["lambda_p"]
+    if on_device(lr):
+        return bool(lambda_p != 0)
+    return bool(float(lr) * lambda_p >= min((smallest(param.dtype) for param in group["params"]), default=1.0))

@@ -1,0 +1,185 @@
+"""Where a parameter's weights lie: whole, sharded by DTensor (FSDP2, tensor parallelism), or partitioned by DeepSpeed.
+
+The rest of the package asks here for what this process holds of a parameter. DeepSpeed is known by what it leaves on
+parameters and optimizers, and never imported.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from .distributed import Groups, all_sum, is_dtensor, local, shard_groups
+from .moments import dequantize
+
+
+def full_shape(param: Tensor) -> torch.Size:
+    """Return the shape of a whole parameter."""
+    shape: torch.Size = getattr(param, "ds_shape", param.shape)
+    return shape
+
+
+def full_numel(param: Tensor) -> int:
+    """Return how many weights a whole parameter has."""
+    return full_shape(param).numel()
+
+
+def is_sharded(param: Tensor) -> bool:
+    """Whether processes hold different weights of a parameter of the model."""
+    return is_dtensor(param) or hasattr(param, "ds_tensor")
+
+
+def held(param: Any) -> Ranked:
+    """Return the weights of a parameter of the model that this process holds; they share memory with it."""
+    if is_dtensor(param):
+        return _of_dtensor(param, None)
+    if hasattr(param, "ds_tensor"):
+        return _of_group(param.ds_process_group, _unpadded(param, param.ds_tensor.detach()), None)
+    return Ranked(param)
+
+
+def ranked(param: Any, optimizer: Optimizer) -> Ranked:
+    """Return the weights of a parameter that this process steps, with their second moment where there is one yet.
+
+    Args:
+        param: One that :func:`group_params` returned.
+        optimizer: The optimizer that it was asked for.
+    """
+    if hasattr(param, "_z3_optimizer"):
+        return _of_group(param.ds_process_group, *_partition_of_zero3(param))
+    if hasattr(param, "_hp_mapping"):
+        return _of_group(param._dp_group, *_fragment_of_zero12(param, _deepspeed_optimizer(optimizer)))
+    # Not state[param], which would make an entry for a parameter that has never had a gradient.
+    second = optimizer.state.get(param, {}).get("exp_avg_sq")
+    if second is not None:
+        second = dequantize(local(second), torch.promote_types(second.dtype, torch.float32))
+    return _of_dtensor(param, second) if is_dtensor(param) else Ranked(param, second)
+
+
+def group_params(optimizer: Any) -> list[list[Tensor]]:
+    """Return the model's parameters in each of an optimizer's param groups.
+
+    DeepSpeed puts flat partitions of its own in their place.
+
+    Args:
+        optimizer: Any optimizer, wrapped by Accelerate, DeepSpeed or nobody.
+    """
+    engine = _deepspeed_optimizer(optimizer)
+    if engine is None:
+        return [list(group["params"]) for group in optimizer.param_groups]
+    if hasattr(engine, "sub_group_to_group_id"):
+        lists: list[list[Tensor]] = [[] for _ in engine.param_groups]
+        for number, params in enumerate(engine.fp16_groups):
+            lists[engine.sub_group_to_group_id[number]] += params
+        return lists
+    return [list(params) for params in getattr(engine, "bit16_groups", None) or engine.bf16_groups]
+
+
+def settle(model: torch.nn.Module) -> None:
+    """Have FSDP2 put away what a forward pass left gathered, so that the model's parameters are the optimizer's."""
+    module = sys.modules.get("torch.distributed.fsdp")
+    if module is None:
+        return
+    for part in model.modules():
+        if isinstance(part, module.FSDPModule):
+            part.reshard()
+
+
+@torch.no_grad()
+def publish(optimizer: Any) -> None:
+    """Let the model's weights follow what an optimizer's were set to; they are others only under DeepSpeed."""
+    engine = _deepspeed_optimizer(optimizer)
+    if engine is None:
+        return
+    if not hasattr(engine, "sub_group_to_group_id"):
+        engine.update_lp_params()
+        return
+    # Small parameters stay gathered, and would keep what they were.
+    engine._partition_all_parameters()
+    for number in range(len(engine.fp16_groups)):
+        engine._reassign_or_swap_out_partitioned_parameters(number)
+    if engine.persistent_parameters:
+        engine.persistent_parameters[0].all_gather(engine.persistent_parameters)
+
+
+@torch.no_grad()
+def wholly_zero(params: Sequence[Tensor]) -> list[bool]:
+    """Whether each parameter has no weight that is not 0, on any process."""
+    zero = []
+    for each in map(held, params):
+        nonzero = all_sum(each.weight.any().to(torch.int64), each.groups)
+        zero.append(not nonzero)
+    return zero
+
+
+def _of_group(group: Any, weight: Tensor, exp_avg_sq: Tensor | None) -> Ranked:
+    """A shard across the processes of a group."""
+    return Ranked(weight, exp_avg_sq, torch.distributed.get_rank(group), (group,))
+
+
+def _of_dtensor(param: Tensor, exp_avg_sq: Tensor | None) -> Ranked:
+    return Ranked(local(param), exp_avg_sq, *shard_groups(param))
+
+
+def _deepspeed_optimizer(optimizer: Any) -> Any:
+    """DeepSpeed's own optimizer around an optimizer, within what Accelerate wraps around both; None without one."""
+    while optimizer is not None:
+        if any(hasattr(optimizer, name) for name in ("sub_group_to_group_id", "bit16_groups", "bf16_groups")):
+            return optimizer
+        optimizer = getattr(optimizer, "optimizer", None)
+    return None
+
+
+def _partition_of_zero3(param: Any) -> tuple[Tensor, Tensor | None]:
+    engine = param._z3_optimizer
+    number, start, numel = engine.grad_position[engine.get_param_id(param)]
+    flat = engine.fp32_partitioned_groups_flat[number]
+    if flat is None or not flat.numel():
+        raise ValueError(
+            "A target_sparsity cannot reach weights that DeepSpeed keeps on NVMe: offload_optimizer and offload_param "
+            "must be 'cpu' or 'none'."
+        )
+    second = engine.optimizer.state[flat].get("exp_avg_sq") if flat in engine.optimizer.state else None
+    weight, exp_avg_sq = (
+        None if each is None else _unpadded(param, each.detach().narrow(0, start, numel)) for each in (flat, second)
+    )
+    return weight, exp_avg_sq  # type: ignore[return-value]
+
+
+def _fragment_of_zero12(param: Any, engine: Any) -> tuple[Tensor, Tensor | None]:
+    mapping = param._hp_mapping
+    if mapping is None:  # all of its weights are in the partitions of others
+        return param.new_empty(0, dtype=torch.float32), None
+    # What DeepSpeed itself links to the parameter lacks the state of all groups but the first.
+    partitions = getattr(engine, "single_partition_of_fp32_groups", None) or engine.fp32_groups_flat_partition
+    flat, place = partitions[mapping.param_group_index], mapping.get_hp_fragment_address()
+    second = engine.optimizer.state[flat].get("exp_avg_sq") if flat in engine.optimizer.state else None
+    return mapping.hp_fragment.detach(), None if second is None else second.narrow(0, place.start, place.numel)
+
+
+def _unpadded(param: Any, partition: Tensor) -> Tensor:
+    """A partition of a ZeRO-3 parameter without what makes those of all processes equally long."""
+    before = torch.distributed.get_rank(param.ds_process_group) * partition.numel()
+    return partition[: max(min(param.ds_numel - before, partition.numel()), 0)]
+
+
+class Ranked(NamedTuple):
+    """A tensor of weights, or this process's shard of one, ranked by |w| v^(1/4), or by |w| alone.
+
+    Attributes:
+        weight: Weights of any shape and floating dtype.
+        exp_avg_sq: Adam's second moment v of the same shape, or None.
+        slot: Which of the tensor's shards it is.
+        groups: Process groups that the shards lie across. All processes of them make the same calls with shards of the
+            same tensors, in the same order, and each is told the same.
+    """
+
+    weight: Tensor
+    exp_avg_sq: Tensor | None = None
+    slot: int = 0
+    groups: Groups = ()

@@ -1,0 +1,198 @@
+"""What decays as one in a param group, and where it lies in the group's parameters."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
+
+from torch import Tensor
+
+
+ELEMENT = "element"
+UNIT_KINDS = ("row", "column", "neuron", "head", "rank")
+KINDS = f"{ELEMENT}, {', '.join(UNIT_KINDS)}, or N:M such as 2:4"
+
+_N_OF_M = re.compile(r"([1-9]\d{0,3}):([1-9]\d{0,3})")
+
+
+Key = TypeVar("Key", str, int)
+
+
+@dataclass(frozen=True)
+class Member(Generic[Key]):
+    """Where the units of a layer lie in one parameter.
+
+    Unit u has the indices from ``offset + u * size`` up to ``offset + (u + 1) * size`` of dimension ``dim``.
+
+    Args:
+        param: Clean name of the parameter in its model, or its index in a param group.
+        dim: Dimension along which the units lie.
+        size: Number of consecutive indices that belong to one unit.
+        offset: Index at which the first unit begins.
+    """
+
+    param: Key
+    dim: int
+    size: int = 1
+    offset: int = 0
+
+
+@dataclass(frozen=True)
+class Units(Generic[Key]):
+    """The units of one kind in one layer, and where they lie.
+
+    A unit may lie in several parameters: a neuron of an FFN is a row of the up and gate projections, an entry of their
+    biases and a column of the down projection.
+
+    Args:
+        kind: ``"row"``, ``"column"``, ``"neuron"``, ``"head"``, ``"rank"`` or N:M.
+        count: Number of units.
+        members: The parameters that the units lie in; two members may be parts of the same parameter.
+        name: Clean name of the module that the units belong to, for messages.
+    """
+
+    kind: str
+    count: int
+    members: tuple[Member[Key], ...]
+    name: str = ""
+
+
+def kind_of(group: Mapping[str, Any]) -> str:
+    """Return what decays as one in a param group: ``"element"``, a kind of :data:`UNIT_KINDS`, or N:M."""
+    kind: str = group.get("group", ELEMENT)
+    return kind
+
+
+def n_of_m(kind: str) -> tuple[int, int] | None:
+    """Return N and M of ``"N:M"``; None for another kind.
+
+    Raises:
+        ValueError: If the kind is not known, or N is not below M.
+    """
+    match = _N_OF_M.fullmatch(kind) if isinstance(kind, str) else None
+    if match is None:
+        if kind != ELEMENT and kind not in UNIT_KINDS:
+            raise ValueError(f"Invalid group: group={kind!r}; it must be one of {KINDS}.")
+        return None
+    n, m = int(match[1]), int(match[2])
+    if n >= m:
+        raise ValueError(f"Invalid group: group={kind!r}; of N:M, N weights of M stay, so N must be below M: 2:4.")
+    return n, m
+
+
+def units_of(group: Mapping[str, Any]) -> list[Units[int]]:
+    """Return the units of a param group; without any, rows are along dimension 0 and columns along dimension 1.
+
+    For N:M the places say along which dimension the blocks lie, by default 1.
+    """
+    given = group.get("units")
+    if given is not None:
+        return [
+            Units(
+                kind_of(group),
+                each["count"],
+                tuple(Member(m["param"], m["dim"], m.get("size", 1), m.get("offset", 0)) for m in each["members"]),
+                each.get("name", ""),
+            )
+            for each in given
+        ]
+    dim = 0 if kind_of(group) == "row" else 1
+    return [
+        Units(kind_of(group), param.shape[dim], (Member(index, dim),)) for index, param in enumerate(group["params"])
+    ]
+
+
+def check_units(group: Mapping[str, Any]) -> None:
+    """Check ``group`` and ``units`` of a param group.
+
+    Raises:
+        ValueError: If the kind is not known, or the units are missing or do not fit the parameters.
+    """
+    kind, params = kind_of(group), group["params"]
+    blocks = n_of_m(kind)
+    if kind == ELEMENT:
+        return
+    if group.get("units") is None:
+        if kind not in ("row", "column") and blocks is None:
+            raise ValueError(
+                f"Invalid units: group={kind!r} without units, which say where in the parameters each {kind} "
+                "lies; lp_rules find them for the models that are known."
+            )
+        least = 1 if kind == "row" else 2
+        for param in params:
+            if param.dim() < least:
+                raise ValueError(
+                    f"Invalid group: group={kind!r} on a parameter of shape {tuple(param.shape)}; it takes at least "
+                    f"{least} dimensions."
+                )
+    try:
+        coupled = units_of(group)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"Invalid units: units={group.get('units')!r}; it must be a list of "
+            '{"count": 4, "name": "layer", "members": [{"param": 0, "dim": 0, "size": 1, "offset": 0}]}.'
+        ) from error
+    taken: dict[int, tuple[int, list[tuple[int, int]]]] = {}
+    for each in coupled:
+        if each.members and each.count == 0:
+            raise ValueError(
+                f"Invalid group: group={kind!r} on {each.name or 'a parameter'}, which is empty along that dimension; "
+                "leave it out."
+            )
+        if not each.members or not _whole(each.count, 1):
+            raise ValueError(f"Invalid units: {each!r} has no groups or no members.")
+        for place in each.members:
+            _check_place(each, place, params, taken, blocks)
+
+
+def _check_place(
+    coupled: Units[int],
+    place: Member[int],
+    params: Sequence[Tensor],
+    taken: dict[int, tuple[int, list[tuple[int, int]]]],
+    blocks: tuple[int, int] | None,
+) -> None:
+    where = f"{coupled.name or 'a coupling'}: {place!r}"
+    if not _whole(place.param, 0) or place.param >= len(params):
+        raise ValueError(f"Invalid units: {where} names parameter {place.param!r} of {len(params)}.")
+    shape = tuple(params[place.param].shape)
+    if not (_whole(place.dim, 0) and _whole(place.size, 1) and _whole(place.offset, 0)) or place.dim >= len(shape):
+        raise ValueError(f"Invalid units: {where} does not fit a parameter of shape {shape}.")
+    end = place.offset + coupled.count * place.size
+    if end > shape[place.dim]:
+        raise ValueError(
+            f"Invalid units: {where} with {coupled.count} groups reaches index {end} of dimension {place.dim} of a "
+            f"parameter of shape {shape}."
+        )
+    dim, spans = taken.setdefault(place.param, (place.dim, []))
+    if dim != place.dim or any(start < end and place.offset < stop for start, stop in spans):
+        raise ValueError(f"Invalid units: {where} has weights that are in another group of this kind already.")
+    spans.append((place.offset, end))
+    if blocks is not None and shape[place.dim] % blocks[1]:
+        raise ValueError(
+            f"Invalid group: group='{blocks[0]}:{blocks[1]}' on {coupled.name or 'a parameter'} of shape {shape}, "
+            f"whose dimension {place.dim} is not divisible by {blocks[1]}."
+        )
+
+
+def _whole(value: Any, least: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
+def unit_size(coupled: Units[int], params: Sequence[Tensor]) -> int:
+    """Return how many weights a group of a coupling has."""
+    return sum(
+        params[place.param].numel() // params[place.param].shape[place.dim] * place.size for place in coupled.members
+    )
+
+
+def decayed_groups(groups: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the groups on which p-norm decay acts."""
+    return [group for group in groups if is_decayed(group)]
+
+
+def is_decayed(group: Mapping[str, Any]) -> bool:
+    """Whether p-norm decay acts on a group; on one without the key ``decayed`` it does if its λ_p is above 0."""
+    return "p_norm" in group and bool(group.get("decayed", group["lambda_p"] > 0))

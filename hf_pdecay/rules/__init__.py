@@ -1,0 +1,1 @@
+"""Which weights decay, and how: ``lp_rules`` and module types become param groups."""

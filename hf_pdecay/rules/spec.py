@@ -1,0 +1,137 @@
+"""What ``lp_rules`` says, read and checked; needs no model."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from ..optim.decay import check_lambda_p, check_p_norm
+from ..optim.units import ELEMENT, n_of_m
+from ..target.budgets import check_target, check_target_of
+
+
+RuleSpec = Mapping[str, Any]
+
+_RULE_KEYS = ("p_norm", "lambda_p", "target_sparsity", "group")
+
+
+@dataclass(frozen=True)
+class Rule:
+    """What ``lp_rules`` says of the parameters that a pattern matches.
+
+    Args:
+        pattern: A regular expression, searched for anywhere in the parameter's name.
+        p_norm: p for them; None for the run's own.
+        lambda_p: λ_p for them; None for the run's own.
+        target_sparsity: Fraction of them that is to be zero, 0 to leave them to their λ_p; None for a share in
+            the run's own target.
+        group: What decays as one: ``"element"``, ``"row"``, ``"column"``, ``"neuron"``, ``"head"``, ``"rank"`` or N:M.
+        off: Whether they are left undecayed.
+    """
+
+    pattern: re.Pattern[str]
+    p_norm: float | None = None
+    lambda_p: float | None = None
+    target_sparsity: float | None = None
+    group: str = ELEMENT
+    off: bool = False
+
+
+def load_rules(spec: str | RuleSpec | None) -> dict[str, Any]:
+    """Read ``lp_rules`` from JSON text, from a JSON file or from a mapping, and check it.
+
+    Args:
+        spec: JSON text that starts with ``{``, the path of a JSON file, a mapping, or None for no rules. Keys are
+            regular expressions over parameter names; values are ``"off"`` or objects with ``p_norm``, ``lambda_p``,
+            ``target_sparsity`` and ``group``.
+
+    Returns:
+        The rules as a plain dict in their order, the first match of which wins.
+
+    Raises:
+        ValueError: If the file is missing or not JSON, a pattern does not compile, a key is there twice, or a key or
+            value is not known.
+    """
+    if spec is None:
+        return {}
+    if isinstance(spec, str):
+        text, where = spec, "the text given"
+        if not spec.lstrip().startswith(("{", "[")):
+            where = spec
+            try:
+                text = Path(spec).expanduser().read_text(encoding="utf-8")
+            except (OSError, UnicodeDecodeError) as error:
+                raise ValueError(
+                    f"Invalid lp_rules: cannot read the file {spec!r} ({error}); give a JSON file, or JSON text that "
+                    "starts with '{'."
+                ) from error
+        try:
+            spec = json.loads(text, object_pairs_hook=partial(_once, where))
+        except json.JSONDecodeError as error:
+            raise ValueError(
+                f'Invalid lp_rules: {where} is not JSON ({error}); right would be {{"attn": {{"p_norm": 0.5}}}}.'
+            ) from error
+    if not isinstance(spec, Mapping):
+        raise ValueError(f"Invalid lp_rules: lp_rules={spec!r}; it must be an object of pattern → settings.")
+    rules = dict(spec)
+    parse_rules(rules)
+    return rules
+
+
+def _once(where: str, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of JSON, whose keys, of which json would take the last without a word, must differ."""
+    found: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in found:
+            raise ValueError(f"Invalid lp_rules: {where} has {key!r} twice in one object; give it once.")
+        found[key] = value
+    return found
+
+
+def parse_rules(rules: RuleSpec) -> list[Rule]:
+    """Turn checked or unchecked rules into :class:`Rule` objects, in their order.
+
+    Raises:
+        ValueError: If a pattern does not compile, or a key or value is not known.
+    """
+    return [_parse_rule(pattern, settings) for pattern, settings in rules.items()]
+
+
+def _parse_rule(pattern: str, settings: Any) -> Rule:
+    try:
+        compiled = re.compile(pattern)
+    except (re.error, TypeError) as error:
+        raise ValueError(f"Invalid lp_rules: the pattern {pattern!r} is not a regular expression ({error}).") from error
+    if settings == "off":
+        return Rule(compiled, off=True)
+    if not isinstance(settings, Mapping):
+        raise ValueError(
+            f"Invalid lp_rules: {pattern!r} has the value {settings!r}; it must be 'off' or an object with "
+            f"{', '.join(_RULE_KEYS)}."
+        )
+    unknown = [key for key in settings if key not in _RULE_KEYS]
+    if unknown:
+        raise ValueError(
+            f"Invalid lp_rules: {pattern!r} has the unknown key {unknown[0]!r}; known keys are {', '.join(_RULE_KEYS)}."
+        )
+    try:
+        group = settings.get("group", ELEMENT)
+        n_of_m(group)
+        check_target_of(group, settings.get("target_sparsity"))
+        return Rule(
+            compiled,
+            group=group,
+            p_norm=check_p_norm(settings["p_norm"]) if "p_norm" in settings else None,
+            lambda_p=check_lambda_p(settings["lambda_p"]) if "lambda_p" in settings else None,
+            # None is a share in the run's own target; 0 is none at all.
+            target_sparsity=None
+            if settings.get("target_sparsity") is None
+            else check_target(settings["target_sparsity"]) or 0.0,
+        )
+    except ValueError as error:
+        raise ValueError(f"Invalid lp_rules: {pattern!r}: {error}") from error

@@ -1,0 +1,1 @@
+"""Smaller models: dead neurons, attention heads and ranks are removed from the weights."""

@@ -1,0 +1,73 @@
+"""The picture of a run: sparsity by step and by layer."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import Any
+
+from ..files import written_aside
+
+
+# More rows than this cannot be labelled legibly, so only every n-th is.
+_LABELLED_ROWS = 40
+
+
+def plot_sparsity(history: Sequence[dict[str, Any]], path: str | os.PathLike[str], title: str = "") -> None:
+    """Draw sparsity over the steps: the total as a line, and each tensor as a row of a heat map.
+
+    Args:
+        history: Lines of ``sparsity.jsonl``: each has ``step``, ``sparsity``, ``model_sparsity`` and ``layers``, a
+            mapping of tensor name → sparsity.
+        path: Where the PNG goes.
+        title: Heading of the picture.
+
+    Raises:
+        ValueError: If the history is empty.
+    """
+    if not history:
+        raise ValueError("plot_sparsity: history is empty; it takes at least one line of sparsity.jsonl.")
+    import numpy
+    from matplotlib.figure import Figure
+
+    steps = [line["step"] for line in history]
+    names = list(history[-1]["layers"])
+    rows = max(len(names), 1)
+    heat_height = min(0.22 * rows + 0.8, 14)
+    figure = Figure(figsize=(9, 2.6 + heat_height), layout="constrained")
+    line_axes, heat_axes = figure.subplots(2, 1, sharex=True, height_ratios=[2.2, heat_height])
+
+    marker = "o" if len(steps) < 3 else None
+    line_axes.plot(steps, [100 * line["sparsity"] for line in history], color="#1f4e9c", marker=marker, label="decayed")
+    line_axes.plot(
+        steps,
+        [100 * line["model_sparsity"] for line in history],
+        color="#8a8a8a",
+        linestyle="--",
+        marker=marker,
+        label="whole model",
+    )
+    line_axes.set_ylim(-2, 102)
+    line_axes.set_ylabel("exact zeros (%)")
+    line_axes.grid(alpha=0.3)
+    line_axes.legend(loc="best", frameon=False)
+    line_axes.set_title(title or "Exact zeros by step and by layer")
+
+    # A cell reaches from the log event before it to its own.
+    edges = [min(2 * steps[0] - steps[1], steps[0] - 1) if len(steps) > 1 else steps[0] - 1, *steps]
+    values = numpy.array([[100 * line["layers"].get(name, numpy.nan) for line in history] for name in names])
+    mesh = heat_axes.pcolormesh(
+        numpy.array(edges, dtype=float),
+        numpy.arange(len(names) + 1),
+        values.reshape(len(names), len(steps)),
+        cmap="viridis",
+        vmin=0,
+        vmax=100,
+    )
+    stride = -(-rows // _LABELLED_ROWS)
+    heat_axes.set_yticks([row + 0.5 for row in range(0, len(names), stride)], names[::stride], fontsize=7)
+    heat_axes.invert_yaxis()
+    heat_axes.set_xlabel("step")
+    figure.colorbar(mesh, ax=heat_axes, label="exact zeros (%)")
+    with written_aside(path) as aside:
+        figure.savefig(aside, dpi=120, format="png")

@@ -1,0 +1,289 @@
+"""Asking for a sparsity: schedules, the law that sets λ_p, the cuts, and healing. Knows nothing of any Trainer.
+
+From ``begin`` to ``end`` the share of zeros follows a schedule up to the target, in cuts. Weights are ranked by
+saliency in the metric in which Adam descends, |w| v^(1/4): its square is w² √v, the loss that removing a weight costs
+to second order (optimal brain damage, LeCun et al. 1989) with √v, what Adam divides by, for the curvature. Each cut
+sets the least salient weights to exactly 0, as many as the schedule asks for. On the way the weights compete: λ_p is a
+share of the one by which half of those that are to stay would be gone by the end of the run too, had they no gradient,
+and never such that more die by themselves than the next cut takes. After ``end`` zeros stay and the others train on
+("healing").
+
+Of groups of weights that decay as one (``optim.grouped``) the same holds with a group for a weight: its root mean
+square for |w|, and the mean of w² √v for the saliency.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from ..optim.decay import is_number, lambda_for_threshold
+from ..optim.shards import group_params, is_sharded, publish
+from ..optim.units import UNIT_KINDS, decayed_groups, kind_of
+from .budgets import Budget, budgets, check_budget, check_p_norms
+from .pruning import cut, excess, magnitudes
+from .schedule import BEGIN, END, Schedule, check_schedule
+
+
+_MIN_STEPS = 10
+
+# How much of the change is made when the decay ends, so that the last weights are chosen by the cuts alone.
+_LAST_DECAY = 0.99
+
+# λ_p of a group that a target controls while nothing is to decay: no weight feels it, and yet the step knows that the
+# group decays at other times, and goes on rounding stochastically and on its fast path.
+IDLE = 1e-300
+
+
+# Strength of the decay by default, from the figures in docs/choosing.md.
+DECAY = 0.3
+
+
+class SparsityControl:
+    """Brings the weights that an optimizer decays to a sparsity, step by step.
+
+    A training loop calls it around each step of the optimizer, steps being counted from 1:
+
+        >>> control = SparsityControl(optimizer, total_steps, target_sparsity=0.9)
+        >>> for step in range(1, total_steps + 1):
+        ...     control.before_step(step)
+        ...     loss.backward()  # where DeepSpeed steps
+        ...     optimizer.step()
+        ...     control.after_step(step)
+
+    All that it must remember lies in the param groups, so a checkpoint of the optimizer carries it: a resumed loop goes
+    on at the step that comes next. Groups with ``decayed`` false, or without it and with a λ_p of 0, are left alone.
+
+    Args:
+        optimizer: An :class:`~hf_pdecay.AdamWLp`. A group may name a ``target_sparsity`` of its own.
+        total_steps: Number of optimizer steps of the whole run.
+        target_sparsity: Fraction of exact zeros in all decayed weights at the end, and of dead groups among those that
+            decay by groups; None or 0 for what the groups' own targets and λ_p give.
+        sparsity_begin: Fraction of the run after which zeros begin; 0.1 by default.
+        sparsity_end: Fraction of the run after which the target is reached and zeros stay; 0.75 by default.
+        sparsity_schedule: ``"cubic"``, ``"linear"`` or ``"cosine"``.
+        sparsity_budget: ``"global"``, or ``"tensor"`` for the same sparsity in every tensor, or of groups in every
+            layer.
+        sparsity_decay: Strength of the decay on the way: 1 for the λ_p by which half of the weights that are to stay
+            would be gone by the end too, had they no gradient; 0 for cuts alone.
+        p_norm_begin: p until ``sparsity_begin``, from where it goes to the groups' p at ``sparsity_end``; None to keep
+            p as it is.
+        keep_zeros: Whether weights that are zero when the run starts stay zero.
+
+    Raises:
+        ValueError: If an argument is out of range, a target cannot be reached, or p is 2 or more where there is one.
+    """
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        total_steps: int,
+        *,
+        target_sparsity: float | None = None,
+        sparsity_begin: float = BEGIN,
+        sparsity_end: float = END,
+        sparsity_schedule: str = "cubic",
+        sparsity_budget: str = "global",
+        sparsity_decay: float = DECAY,
+        p_norm_begin: float | None = None,
+        keep_zeros: bool = False,
+    ) -> None:
+        check_decay(sparsity_decay)
+        self._optimizer = optimizer
+        self._options: dict[str, Any] = {
+            "target_sparsity": target_sparsity,
+            "sparsity_begin": sparsity_begin,
+            "sparsity_end": sparsity_end,
+            "sparsity_schedule": sparsity_schedule,
+            "sparsity_budget": sparsity_budget,
+            "p_norm_begin": p_norm_begin,
+        }
+        self._total_steps = total_steps
+        self._decay = sparsity_decay
+        self._p_norm_begin = p_norm_begin
+        self._keep_zeros = keep_zeros
+        self._adopt()
+
+    def _adopt(self) -> None:
+        """Plan for the optimizer's present param groups."""
+        groups, params = self._optimizer.param_groups, group_params(self._optimizer)
+        self._adopted = groups, params
+        self.schedule, self._budgets = plan(groups, self._total_steps, params=params, **self._options)
+        for group in decayed_groups(groups):
+            group.setdefault("p_norm_end", group["p_norm"])
+        members = [(group, budget.target) for budget in self._budgets for group, _ in budget.members]
+        # Whether λ_p is still what the user gave. Of shards a state came with that of a checkpoint, which a control has
+        # set: torch.distributed.checkpoint gives back no entry that a new group has not.
+        whole = _same([group["params"] for group in groups], params)
+        whole = whole and not any(is_sharded(param) for some in params for param in some)
+        unset = any("asked_sparsity" not in group for group, _ in members)
+        self._unset = unset and (whole or not self._optimizer.state)
+        for group, target in members:
+            group["asked_sparsity"] = target
+
+    @property
+    def budgets(self) -> list[Budget]:
+        """The weights that share a target; empty where there is none."""
+        # Loading a state, as Accelerator.prepare does too, gives the optimizer new param groups, and FSDP2 new
+        # parameters in the old ones.
+        groups, params = self._adopted
+        same = self._optimizer.param_groups is groups
+        if not same or not _same(group_params(self._optimizer), params):
+            self._adopt()
+        return self._budgets
+
+    @torch.no_grad()
+    def before_step(self, step: int) -> None:
+        """Set p, λ_p and ``keep_zeros`` of the groups for a step, which is about to be made.
+
+        Args:
+            step: Its number, the first of all being 1.
+        """
+        budgets, schedule = self.budgets, self.schedule
+        if self._p_norm_begin is not None:
+            for group in decayed_groups(self._optimizer.param_groups):
+                begin, end = self._p_norm_begin, group["p_norm_end"]
+                group["p_norm"] = begin + schedule.progress(step) * (end - begin)
+        upcoming = schedule.progress(schedule.next_pruning(step))
+        decaying = self._decay > 0 and schedule.begin < step and upcoming < _LAST_DECAY
+        fresh = decaying and (schedule.cuts(step - 1) or step == schedule.begin + 1 or self._unset)
+        self._unset = False
+        for group in self._groups:
+            if fresh:
+                group["lambda_p"] = math.inf
+            elif not decaying:
+                group["lambda_p"] = IDLE
+        for budget in budgets if fresh else ():
+            self._limit_lambda_p(budget, upcoming)
+        for group in self._groups:
+            # Zero absorbs while something decays, but for tensors that began as zeros and are to learn. While nothing
+            # does, what was cut must be held. Groups that are cut hold by themselves, and single zeros in others are
+            # no one's wish.
+            hold = kind_of(group) not in UNIT_KINDS and step > schedule.begin and group["lambda_p"] == IDLE
+            group["keep_zeros"] = self._keep_zeros or hold
+
+    @torch.no_grad()
+    def after_step(self, step: int) -> None:
+        """Set the least salient weights to 0, if a cut follows this step.
+
+        Args:
+            step: Number of the step that was just made, the first of all being 1.
+        """
+        if not self.schedule.cuts(step):
+            return
+        for budget in self.budgets:
+            cut(budget, self._optimizer, self.schedule.progress(step))
+        for group in self._groups if step == self.schedule.end else ():
+            if kind_of(group) in UNIT_KINDS:
+                # What has not learned by now is among the zeros that were asked for.
+                kept = group.get("dormant_units") or ()
+                group["dormant_units"] = [torch.zeros(len(each), dtype=torch.bool) for each in kept]
+        publish(self._optimizer)
+
+    def asked(self, step: int) -> float:
+        """Return the fraction of zeros that the schedule asks of the controlled weights after a step."""
+        numel = sum(budget.numel for budget in self.budgets)
+        wanted = sum(budget.target * budget.numel for budget in self.budgets)
+        return wanted / numel * self.schedule.progress(step) if numel else 0.0
+
+    def shortfall(self) -> float:
+        """Return which fraction of the controlled weights, or groups of them, is missing to the targets, about."""
+        return self._mean([max(-excess(each, self._optimizer), 0.0) for each in self.budgets])
+
+    def excess(self) -> float:
+        """Return which fraction of the controlled weights, or groups of them, is zero beyond the targets, about."""
+        return self._mean([max(excess(each, self._optimizer), 0.0) for each in self.budgets])
+
+    def _mean(self, fractions: Sequence[float]) -> float:
+        """The mean of a fraction of each budget, by their numbers of weights."""
+        numel = sum(budget.numel for budget in self.budgets)
+        if not numel:
+            return 0.0
+        return sum(each * budget.numel for each, budget in zip(fractions, self.budgets, strict=True)) / numel
+
+    @property
+    def _groups(self) -> Iterator[dict[str, Any]]:
+        return (group for budget in self.budgets for group, _ in budget.members)
+
+    def _limit_lambda_p(self, budget: Budget, upcoming: float) -> None:
+        """Lower λ_p of a budget's groups to what its present weights can bear until the next cut.
+
+        Args:
+            budget: Weights that share a target.
+            upcoming: How much of the change the next cut will have made.
+        """
+        ranking = magnitudes(budget, self._optimizer)
+        median, next_pruning = ranking.quantile((1 + budget.target) / 2), ranking.quantile(budget.target * upcoming)
+        for group, _ in budget.members:
+            # The highest that the rate will be: schedulers leave it in the group, OneCycleLR by another name.
+            rate = max(float(group[key]) for key in ("lr", "initial_lr", "max_lr") if key in group)
+            p_norm, strength = group["p_norm"], 0.0
+            if rate > 0:
+                # Most schedules fall to 0, and their rates add up to about half of what the highest would.
+                wanted = self._decay * lambda_for_threshold(p_norm, median, 0.5 * rate * self._total_steps)
+                strength = min(wanted, lambda_for_threshold(p_norm, next_pruning, rate * self.schedule.interval))
+            group["lambda_p"] = min(group["lambda_p"], max(strength, IDLE))
+
+
+def _same(some: Sequence[Sequence[Tensor]], others: Sequence[Sequence[Tensor]]) -> bool:
+    """Whether two lists of lists hold the very same tensors."""
+    if [len(each) for each in some] != [len(each) for each in others]:
+        return False
+    return all(x is y for a, b in zip(some, others, strict=True) for x, y in zip(a, b, strict=True))
+
+
+def plan(
+    groups: Sequence[dict[str, Any]],
+    total_steps: int,
+    *,
+    target_sparsity: float | None,
+    sparsity_begin: float,
+    sparsity_end: float,
+    sparsity_schedule: str,
+    sparsity_budget: str,
+    p_norm_begin: float | None,
+    params: Sequence[Sequence[Tensor]] | None = None,
+    **_: Any,
+) -> tuple[Schedule, list[Budget]]:
+    """Return the schedule and the budgets of a run; see :class:`SparsityControl` for the arguments.
+
+    Raises:
+        ValueError: If an argument is out of range, a target cannot be reached, or p is 2 or more where there is one.
+    """
+    check_schedule(sparsity_begin, sparsity_end, sparsity_schedule)
+    check_budget(sparsity_budget)
+    if not is_number(total_steps) or total_steps < 0:
+        raise ValueError(
+            f"Invalid total_steps: total_steps={total_steps!r}; it must be the number of optimizer steps of the run."
+        )
+    schedule = Schedule(round(sparsity_begin * total_steps), round(sparsity_end * total_steps), sparsity_schedule)
+    found = budgets(groups, target_sparsity, sparsity_budget, params)
+    if target_sparsity and not any(decayed_groups(groups)):
+        raise ValueError(
+            f"Invalid target_sparsity: target_sparsity={target_sparsity!r}, and nothing that is trained decays by p "
+            "norm. Train layers that do, bring weights in by lp_rules, or take AdamWLp or LpDecay."
+        )
+    controlled = {id(group) for budget in found for group, _ in budget.members}
+    for group in decayed_groups(groups):
+        check_p_norms(group.get("p_norm_end", group["p_norm"]), p_norm_begin, targeted=id(group) in controlled)
+    if found and schedule.end - schedule.begin < _MIN_STEPS:
+        least = math.ceil((_MIN_STEPS + 1) / (sparsity_end - sparsity_begin))
+        raise ValueError(
+            f"Invalid max_steps: of {total_steps} steps only {schedule.end - schedule.begin} lie between "
+            f"sparsity_begin={sparsity_begin:g} and sparsity_end={sparsity_end:g}, too few to reach target_sparsity. "
+            f"It takes at least {_MIN_STEPS} there, so max_steps of at least {least}; or move the two apart."
+        )
+    return schedule, found
+
+
+def check_decay(decay: float) -> None:
+    """Raise ValueError if the strength of a target's decay is not a finite number of at least 0."""
+    if not is_number(decay) or not 0 <= decay < math.inf:
+        raise ValueError(
+            f"Invalid sparsity_decay: sparsity_decay={decay!r}; it must be a finite number of at least 0, such as 1."
+        )

@@ -1,0 +1,73 @@
+"""When a run prunes, and how its sparsity grows from begin to end."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from ..optim.decay import is_number
+
+
+SHAPES = ("cubic", "linear", "cosine")
+
+# Cuts on the way from begin to end, and the steps that are at least and at most between two. On a CPU one costs a fifth
+# of a training step; in a long interval the decay would get ahead of the schedule.
+_CUTS = 40
+
+_INTERVALS = (8, 50)
+
+# Fractions of a run between which its zeros come, by default.
+BEGIN, END = 0.1, 0.75
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """When the sparsity, and p, change from their first to their last value.
+
+    Args:
+        begin: Number of steps before the change begins.
+        end: Number of steps after which it has ended.
+        shape: ``"cubic"`` is steep at first, 1 - (1 - t)³ (Zhu and Gupta, arXiv 1710.01878, equation 1); ``"linear"``
+            and ``"cosine"`` as the names say.
+    """
+
+    begin: int
+    end: int
+    shape: str = "cubic"
+
+    @property
+    def interval(self) -> int:
+        """Steps from one cut to the next."""
+        return min(max((self.end - self.begin) // _CUTS, _INTERVALS[0]), _INTERVALS[1])
+
+    def progress(self, step: int) -> float:
+        """Return how much of the change has been made after a number of steps, in [0, 1]."""
+        t = min(max((step - self.begin) / max(self.end - self.begin, 1), 0.0), 1.0)
+        if self.shape == "linear":
+            return t
+        return 1 - (1 - t) ** 3 if self.shape == "cubic" else (1 - math.cos(math.pi * t)) / 2
+
+    def cuts(self, step: int) -> bool:
+        """Whether a cut follows a step, the first of all steps being number 1."""
+        return self.begin < step <= self.end and (self.end - step) % self.interval == 0
+
+    def next_pruning(self, step: int) -> int:
+        """Return the first step from this one on that a cut follows."""
+        return min(step + (self.end - step) % self.interval, self.end)
+
+
+def check_schedule(begin: float, end: float, shape: str = "cubic") -> None:
+    """Check the fractions of the run between which the sparsity changes, and the shape of the change.
+
+    Raises:
+        ValueError: If they are not 0 <= begin < end <= 1, or the shape is unknown.
+    """
+    if not (is_number(begin) and is_number(end) and 0 <= begin < end <= 1):
+        raise ValueError(
+            f"Invalid sparsity_begin, sparsity_end: sparsity_begin={begin!r} and sparsity_end={end!r}; they must be "
+            "fractions of the run with 0 <= sparsity_begin < sparsity_end <= 1."
+        )
+    if shape not in SHAPES:
+        raise ValueError(
+            f"Invalid sparsity_schedule: sparsity_schedule={shape!r}; it must be one of {', '.join(SHAPES)}."
+        )

@@ -1,0 +1,168 @@
+"""What the engines that shard a run, FSDP and DeepSpeed, must be told; checked before any training."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object
+
+from ..optim.units import ELEMENT, kind_of
+
+
+if TYPE_CHECKING:
+    from transformers import Trainer, TrainingArguments
+
+
+# Optimizers that know no DTensor: torch 2.13's Adafactor stops at the norm of one, bitsandbytes at any.
+_NOT_ON_DTENSORS = ("adafactor_lp", "lion_lp", "lion_8bit_lp", "adamw_bnb_8bit_lp")
+# Optimizers whose step looks at each weight by itself.
+_ON_FLAT_SHARDS = ("adamw_lp", "sgd_lp", "lion_lp")
+
+
+def engine_of(trainer: Trainer) -> str:
+    """Return the name of the engine that shards a run: ``"FSDP"``, ``"DeepSpeed"``, or ``""`` for none."""
+    return "FSDP" if trainer.is_fsdp_enabled else "DeepSpeed" if trainer.is_deepspeed_enabled else ""
+
+
+def check_engine(trainer: Trainer, optim: str = "adamw_lp", moments: str | None = None) -> None:
+    """Check how a Trainer's run is sharded.
+
+    Args:
+        trainer: The Trainer, whose optimizer need not be there yet.
+        optim: The name of that optimizer.
+        moments: What it will store its moments as.
+
+    Raises:
+        ValueError: If it is in a way in which the decay would be wrong or do nothing.
+    """
+    if moments == "8bit" and engine_of(trainer):
+        raise ValueError(
+            f"Invalid moments: moments='8bit' under {engine_of(trainer)}, whose shards torchao cannot quantise; take "
+            "moments=bfloat16, or train on one process or under DDP."
+        )
+    if trainer.is_fsdp_enabled:
+        if optim in _NOT_ON_DTENSORS:
+            raise ValueError(
+                f"Invalid optim: optim={optim!r} under FSDP, whose shards it does not know; take adamw_lp, sgd_lp or "
+                "muon_lp, or train on one process or under DDP."
+            )
+        _check_fsdp(trainer)
+    if trainer.is_deepspeed_enabled:
+        if optim not in _ON_FLAT_SHARDS:
+            raise ValueError(
+                f"Invalid optim: optim={optim!r} under DeepSpeed, which gives an optimizer flat pieces of the weights, "
+                f"not their shapes; take one of {', '.join(_ON_FLAT_SHARDS)}, or FSDP2."
+            )
+        _check_deepspeed(trainer)
+
+
+def check_structured(
+    trainer: Trainer, groups: Iterable[Mapping[str, Any]], optim: str = "adamw_lp", backend: str = "auto"
+) -> None:
+    """Check that what decays by groups of weights is not partitioned by DeepSpeed, whose pieces have no shapes.
+
+    Args:
+        trainer: The Trainer.
+        groups: The param groups of its run.
+        optim: The name of its optimizer.
+        backend: What does the step of ``adamw_lp``.
+
+    Raises:
+        ValueError: If it is, or it is sharded by FSDP and the optimizer or its backend takes whole groups only.
+    """
+    kinds = [kind_of(group) for group in groups if kind_of(group) != ELEMENT]
+    if kinds and trainer.is_deepspeed_enabled:
+        raise ValueError(
+            f"Invalid lp_rules: group={kinds[0]!r} under {engine_of(trainer)}, which gives an optimizer flat pieces of "
+            "the weights, not their rows; structured decay takes one process, or several under DDP or FSDP2."
+        )
+    if kinds and trainer.is_fsdp_enabled and (optim != "adamw_lp" or backend in ("foreach", "reference")):
+        raise ValueError(
+            f"Invalid lp_rules: group={kinds[0]!r} under FSDP with optim={optim!r} and backend={backend!r}; groups of "
+            "sharded weights take adamw_lp with backend 'auto', 'compiled' or 'triton'."
+        )
+
+
+def check_same(settings: Mapping[str, Any]) -> None:
+    """Check that all processes were given the same settings; each looks at its own, and all of them must call.
+
+    Raises:
+        ValueError: In every process, if they differ.
+    """
+    if PartialState().num_processes == 1:
+        return
+    everyone: list[Mapping[str, Any]] = gather_object([dict(settings)])
+    for name in settings:
+        values = [each[name] for each in everyone]
+        if any(value != values[0] for value in values):
+            other = next(rank for rank, value in enumerate(values) if value != values[0])
+            raise ValueError(
+                f"Invalid {name}: {name}={values[0]!r} in process 0 and {values[other]!r} in process {other}; all must "
+                "be given the same."
+            )
+
+
+def check_world_size(args: TrainingArguments) -> None:
+    """Raise ValueError if a launcher started more processes than can train together.
+
+    On a CPU each would train a model alone; several on one GPU end in an error of NCCL, or wait for ever.
+    """
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if args.device.type == "cuda" and here > torch.cuda.device_count():
+        raise ValueError(
+            f"Invalid num_processes: {here} processes were started on a machine of {torch.cuda.device_count()} GPUs. "
+            "Start one for each, by num_processes in the accelerate config."
+        )
+    started = int(os.environ.get("WORLD_SIZE", args.world_size))
+    if started != args.world_size:
+        raise ValueError(
+            f"Invalid use_cpu: {started} processes were started (WORLD_SIZE={started}) and world_size="
+            f"{args.world_size}: they do not find each other. On a CPU give use_cpu=True, or start one process."
+        )
+
+
+@contextmanager
+def whole_model(trainer: Trainer) -> Iterator[None]:
+    """Have the Trainer save the whole model under FSDP, where it would save nothing when checkpoints are sharded."""
+    if not trainer.is_fsdp_enabled:
+        yield
+        return
+    plugin = trainer.accelerator.state.fsdp_plugin
+    kept = plugin.state_dict_type, plugin.state_dict_config, plugin.optim_state_dict_config
+    plugin.state_dict_config = plugin.optim_state_dict_config = None
+    plugin.set_state_dict_type("FULL_STATE_DICT")
+    try:
+        yield
+    finally:
+        plugin.state_dict_type, plugin.state_dict_config, plugin.optim_state_dict_config = kept
+
+
+def _check_fsdp(trainer: Trainer) -> None:
+    plugin = trainer.accelerator.state.fsdp_plugin
+    version = getattr(plugin, "fsdp_version", 1)
+    if version != 2:
+        raise ValueError(
+            f"Invalid fsdp_version: fsdp_version={version} flattens many parameters into one, so that their p, λ_p and "
+            "targets would be lost. Set fsdp_version: 2 in the accelerate config (or fsdp_config)."
+        )
+
+
+def _check_deepspeed(trainer: Trainer) -> None:
+    config = trainer.accelerator.state.deepspeed_plugin.hf_ds_config
+    if config.get_value("optimizer") is not None:
+        raise ValueError(
+            "Invalid deepspeed config: its entry 'optimizer' would take the place of optim='adamw_lp'. Remove that "
+            "entry, and the Trainer gives DeepSpeed its own optimizer."
+        )
+    for part in ("offload_optimizer", "offload_param"):
+        device = config.get_value(f"zero_optimization.{part}.device", "none")
+        if device == "nvme":
+            raise ValueError(
+                f"Invalid deepspeed config: zero_optimization.{part}.device={device!r}; adamw_lp steps and cuts "
+                "weights where they lie, which must be 'cpu' or 'none'."
+            )

@@ -1,0 +1,160 @@
+"""What a hyperparameter search found: its trials, and those that no other beats in loss and in sparsity."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ..files import written_aside
+
+
+SEARCH_FILE = "search.jsonl"
+PARETO_FILE = "pareto.png"
+
+# A database in memory, or one that SQLite itself is to find by its address, is no file to look for.
+_SQLITE_FILE = re.compile(r"sqlite(?:\+\w+)?:///(?!:memory:|file:)([^?]+)")
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One trial of a search.
+
+    Args:
+        name: Its name, that of its folder below the search's.
+        loss: Its loss.
+        sparsity: Fraction of exact zeros in its decayed weights, in [0, 1].
+        params: The hyperparameters that were tried.
+    """
+
+    name: str
+    loss: float
+    sparsity: float
+    params: dict[str, Any] = field(default_factory=dict)
+
+
+def read_trials(source: str | os.PathLike[str], study_name: str | None = None) -> list[Trial]:
+    """Return the trials of a search, each as it was evaluated last.
+
+    Args:
+        source: A folder with ``search.jsonl``, such a file, or an optuna storage such as ``sqlite:///search.db``, whose
+            study has two objectives, one minimised (the loss) and one maximised (the sparsity).
+        study_name: The study in the storage; not needed if there is one.
+
+    Raises:
+        ValueError: If there is no such search, or a study has other objectives.
+    """
+    if "://" in str(source):
+        return _of_study(str(source), study_name)
+    path = Path(source) / SEARCH_FILE if Path(source).is_dir() else Path(source)
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")[:-1]  # what a kill cut short has no end
+        found = [json.loads(line) for line in lines]
+        trials = {
+            each["trial"]: Trial(each["trial"], float(each["loss"]), float(each["sparsity"]), dict(each["params"]))
+            for each in found
+            if each["loss"] is not None
+        }
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{str(path)!r} is no search that hyperparameter_search has written ({error!r}).") from error
+    return list(trials.values())
+
+
+def _of_study(storage: str, study_name: str | None) -> list[Trial]:
+    try:
+        import optuna
+        from sqlalchemy.exc import SQLAlchemyError  # by which optuna reads
+    except ImportError as error:
+        raise ValueError("Reading an optuna storage takes optuna: pip install 'hf-pdecay[search]'.") from error
+    file = _SQLITE_FILE.match(storage)
+    if file is not None and not Path(file[1]).is_file():  # SQLite would make it
+        raise ValueError(f"There is no file {file[1]!r}, which {storage!r} names; name one that a search has written.")
+    try:
+        names = optuna.get_all_study_names(storage)
+    except (SQLAlchemyError, optuna.exceptions.StorageInternalError) as error:
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"{storage!r} is no storage of optuna that can be read ({reason}).") from error
+    if not names:
+        raise ValueError(f"The storage {storage!r} has no study; name one that a search has written.")
+    if study_name is None and len(names) != 1:
+        raise ValueError(f"The storage {storage!r} has the studies {', '.join(names)}; name one of them.")
+    study = optuna.load_study(study_name=study_name or names[0], storage=storage)
+    directions = [each.name for each in study.directions]
+    if sorted(directions) != ["MAXIMIZE", "MINIMIZE"]:
+        raise ValueError(
+            f"The study {study.study_name!r} has the directions {', '.join(directions).lower()}; a front of loss and "
+            "sparsity takes one objective that is minimised and one that is maximised."
+        )
+    loss, sparsity = directions.index("MINIMIZE"), directions.index("MAXIMIZE")
+    done = study.get_trials(deepcopy=False, states=(optuna.trial.TrialState.COMPLETE,))
+    return [Trial(f"run-{each.number}", each.values[loss], each.values[sparsity], each.params) for each in done]
+
+
+def pareto_front(trials: Iterable[Trial]) -> list[Trial]:
+    """Return the trials that no other beats: none is at least as good in loss and sparsity and better in one of them.
+
+    Args:
+        trials: Trials in any order. Those whose loss or sparsity is NaN are left out.
+
+    Returns:
+        The front, by rising sparsity. Of trials that are equal in both the first stands for all.
+    """
+    front: list[Trial] = []
+    finite = [each for each in trials if each.loss == each.loss and each.sparsity == each.sparsity]
+    for each in sorted(finite, key=lambda trial: (-trial.sparsity, trial.loss)):
+        if not front or each.loss < front[-1].loss:
+            front.append(each)
+    return front[::-1]
+
+
+def plot_pareto(trials: Sequence[Trial], path: str | os.PathLike[str], title: str = "") -> None:
+    """Draw the trials of a search, loss over sparsity, and their front as a line.
+
+    Args:
+        trials: The trials.
+        path: Where the PNG goes.
+        title: Heading of the picture.
+
+    Raises:
+        ValueError: If there is no trial to draw.
+    """
+    front = pareto_front(trials)
+    if not front:
+        raise ValueError("plot_pareto: trials is empty; it takes at least one with a loss and a sparsity.")
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7.5, 4.8), layout="constrained")
+    axes = figure.subplots()
+    others = [each for each in trials if each not in front]
+    axes.scatter(
+        [100 * each.sparsity for each in others], [each.loss for each in others], color="#b0b0b0", label="trials"
+    )
+    axes.plot(
+        [100 * each.sparsity for each in front],
+        [each.loss for each in front],
+        color="#1f4e9c",
+        marker="o",
+        drawstyle="steps-pre",
+        label="Pareto front",
+    )
+    for each in front if len(front) <= 12 else ():
+        axes.annotate(
+            each.name,
+            (100 * each.sparsity, each.loss),
+            xytext=(-4, 5),
+            textcoords="offset points",
+            fontsize=8,
+            ha="right",
+        )
+    axes.set_xlabel("exact zeros in decayed weights (%)")
+    axes.set_ylabel("loss")
+    axes.margins(x=0.12, y=0.1)
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False)
+    axes.set_title(title or f"{len(trials)} trials, {len(front)} of them on the front")
+    with written_aside(path) as aside:
+        figure.savefig(aside, dpi=120, format="png")

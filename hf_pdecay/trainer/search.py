@@ -1,0 +1,289 @@
+"""Hyperparameter search with ``Trainer.hyperparameter_search``: spaces, objectives, and what a search leaves behind."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from transformers import Trainer
+from transformers.trainer_utils import default_compute_objective
+
+from ..optim.decay import check_lambda_p, check_p_norm
+from ..rules.spec import parse_rules
+from ..sparsity.history import append_line
+from ..target.budgets import check_target
+from ..target.control import check_decay
+from .arguments import PDecayTrainingArguments, settings_of
+from .pareto import SEARCH_FILE
+from .settings import SETTINGS, DecaySettings, split_optim_args
+
+
+if TYPE_CHECKING:
+    from ..sparsity.counting import SparsityReport
+
+    _Base = Trainer
+else:
+    _Base = object
+
+logger = logging.getLogger(__name__)
+
+DIRECTIONS = ["minimize", "maximize"]
+"""Directions of :func:`loss_and_sparsity`, for ``hyperparameter_search(direction=DIRECTIONS)``."""
+
+Space = tuple[float, float] | Sequence[Any]
+
+_RANGES: dict[str, tuple[float, float]] = {
+    "learning_rate": (1e-5, 1e-3),
+    "p_norm": (0.5, 1.0),
+    "lambda_p": (1e-3, 1e-1),
+}
+# What matters of these is the order of magnitude.
+_LOGARITHMIC = ("learning_rate", "lambda_p", "weight_decay")
+_CHECKS: dict[str, Callable[[Any], Any]] = {
+    "p_norm": check_p_norm,
+    "p_norm_begin": check_p_norm,
+    "lambda_p": check_lambda_p,
+    "target_sparsity": check_target,
+    "sparsity_decay": check_decay,
+}
+
+
+@dataclass(frozen=True)
+class _HpSpace:
+    """An ``hp_space`` that knows what it searches.
+
+    Args:
+        ranges: By name, checked.
+        draw: Draws a trial's value: takes the trial, the name and the range.
+    """
+
+    ranges: dict[str, Space]
+    draw: Callable[[Any, str, Space], Any]
+
+    def __call__(self, trial: Any) -> dict[str, Any]:
+        return {name: self.draw(trial, name, given) for name, given in self.ranges.items()}
+
+    def fitting(self, settings: DecaySettings) -> _HpSpace:
+        """Return the space without λ_p if the run's target sets it for all weights: no rule leaves some to λ_p."""
+        target, rules = settings.target_sparsity, settings.lp_rules
+        given = parse_rules(rules) if isinstance(rules, dict) else []
+        left = any(each.target_sparsity == 0 and each.lambda_p is None for each in given)
+        if "lambda_p" not in self.ranges or target is None or left:
+            return self
+        logger.warning("lambda_p is not searched, as target_sparsity=%g of the arguments sets it.", target)
+        return _HpSpace({name: given for name, given in self.ranges.items() if name != "lambda_p"}, self.draw)
+
+
+def optuna_space(**ranges: Space | None) -> Callable[[Any], dict[str, Any]]:
+    """Return an ``hp_space`` for optuna.
+
+    Without arguments: ``learning_rate`` from 1e-5 to 1e-3, ``p_norm`` from 0.5 to 1, and ``lambda_p`` from 1e-3 to 1e-1
+    unless there is a ``target_sparsity``, here or in the arguments of the run, which sets it.
+
+        >>> space = optuna_space(learning_rate=(1e-4, 1e-2), target_sparsity=(0.5, 0.95), sparsity_decay=[0, 0.3, 1])
+        >>> best = trainer.hyperparameter_search(space, loss_and_sparsity, direction=DIRECTIONS, backend="optuna")
+
+    Args:
+        **ranges: Fields of ``PDecayTrainingArguments``: a tuple ``(low, high)`` is a range, of whole numbers if both
+            are such, and logarithmic for learning rate, λ_p and weight decay; a list holds the choices; None leaves one
+            out.
+
+    Raises:
+        ValueError: If a name is no field, a range or a value is not possible, or both λ_p and a target are given.
+    """
+    return _HpSpace(_checked(ranges), _by_optuna)
+
+
+def ray_space(**ranges: Space | None) -> Callable[[Any], dict[str, Any]]:
+    """Return an ``hp_space`` for Ray Tune; takes what :func:`optuna_space` takes.
+
+    Raises:
+        ValueError: As :func:`optuna_space`.
+    """
+    return _HpSpace(_checked(ranges), _by_ray)
+
+
+def _by_optuna(trial: Any, name: str, given: Space) -> Any:
+    if not isinstance(given, tuple):
+        return trial.suggest_categorical(name, list(given))
+    if all(isinstance(each, int) for each in given):
+        return trial.suggest_int(name, *given)
+    return trial.suggest_float(name, *given, log=name in _LOGARITHMIC)
+
+
+def _by_ray(trial: Any, name: str, given: Space) -> Any:
+    from ray import tune
+
+    if not isinstance(given, tuple):
+        return tune.choice(list(given))
+    if all(isinstance(each, int) for each in given):
+        return tune.randint(given[0], given[1] + 1)
+    return (tune.loguniform if name in _LOGARITHMIC else tune.uniform)(*given)
+
+
+def _checked(ranges: dict[str, Space | None]) -> dict[str, Space]:
+    known = {each.name for each in fields(PDecayTrainingArguments)}
+    unknown = next((name for name in ranges if name not in known), None)
+    if unknown is not None:
+        raise ValueError(f"Invalid space: {unknown!r} is no field of PDecayTrainingArguments.")
+    if ranges.get("lambda_p") is not None and ranges.get("target_sparsity") is not None:
+        raise ValueError("Invalid space: target_sparsity sets lambda_p itself; leave one of the two out.")
+    defaults: dict[str, Space | None] = {**_RANGES}
+    if ranges.get("target_sparsity") is not None:
+        del defaults["lambda_p"]
+    found = {name: given for name, given in {**defaults, **ranges}.items() if given is not None}
+    for name, given in found.items():
+        if isinstance(given, tuple):
+            lowest = "above 0" if name in _LOGARITHMIC else "a number"
+            numbers = len(given) == 2 and all(
+                isinstance(each, (int, float)) and not isinstance(each, bool) and math.isfinite(each) for each in given
+            )
+            if not numbers or not given[0] < given[1] or (name in _LOGARITHMIC and given[0] <= 0):
+                raise ValueError(
+                    f"Invalid space: {name}={given!r}; a range must be (low, high) with low {lowest} and below high; "
+                    "choices go into a list."
+                )
+        elif isinstance(given, str) or not isinstance(given, Sequence) or not given:
+            raise ValueError(f"Invalid space: {name}={given!r}; it must be a tuple (low, high) or a list of choices.")
+        for value in given:
+            if name in _CHECKS and value is not None:
+                try:
+                    _CHECKS[name](value)
+                except ValueError as error:
+                    raise ValueError(f"Invalid space: {error}") from error
+    if any(found.get("target_sparsity", ())):
+        for name in ("p_norm", "p_norm_begin"):
+            highest = max((value for value in found.get(name, ()) if value is not None), default=0)
+            if highest >= 2:
+                raise ValueError(
+                    f"Invalid space: {name}={found[name]!r} with a target_sparsity; for p >= 2 decay brings no weight "
+                    f"to 0. Keep {name} below 2, or search no target."
+                )
+    return found
+
+
+def loss_and_sparsity(metrics: dict[str, float]) -> list[float]:
+    """Return the evaluation loss and the fraction of exact zeros, the two objectives of a search for their front.
+
+    Args:
+        metrics: What ``hyperparameter_search`` of a ``PDecayTrainer`` hands to ``compute_objective``.
+
+    Raises:
+        ValueError: If the two are not in it, as in the search of another Trainer.
+    """
+    if "eval_loss" not in metrics or "eval_sparsity" not in metrics:
+        raise ValueError(
+            f"loss_and_sparsity takes metrics with eval_loss and eval_sparsity, not {', '.join(metrics)}: search with "
+            "a PDecayTrainer with optim='adamw_lp' and one eval_dataset."
+        )
+    return [metrics["eval_loss"], metrics["eval_sparsity"]]
+
+
+def _check_objectives(objective: Any, count: int, direction: Any) -> None:
+    """Raise ValueError if an objective gives another number of values than there are directions."""
+    wanted = len(direction) if isinstance(direction, list) else 1
+    if count != wanted:
+        raise ValueError(
+            f"Invalid direction: direction={direction!r} is for {wanted} objective{'s' * (wanted > 1)}, and "
+            f"compute_objective={getattr(objective, '__name__', objective)} gives {count}; loss_and_sparsity goes with "
+            "direction=DIRECTIONS, and one objective, as None is, with 'minimize' or 'maximize'."
+        )
+
+
+class SearchMixin(_Base):
+    """The part of ``PDecayTrainerMixin`` that searches.
+
+    Each trial has a folder of its own below ``output_dir``, with its sparsity, its card and its checkpoints, and each
+    evaluation appends a line to ``search.jsonl`` in ``output_dir``. ``compute_objective`` gets ``eval_sparsity`` among
+    the metrics.
+    """
+
+    if TYPE_CHECKING:
+
+        @property
+        def _decays(self) -> bool: ...
+
+        def measure_sparsity(self) -> SparsityReport: ...  # noqa: D102
+
+    _search_folder: str | None = None
+    _users_optim_args: str | None = None
+    _users_objective: Callable[[dict[str, float]], Any] | None = None
+    _users_direction: str | list[str] = "minimize"
+
+    def hyperparameter_search(
+        self,
+        hp_space: Callable[[Any], dict[str, Any]] | None = None,
+        compute_objective: Callable[[dict[str, float]], Any] | None = None,
+        n_trials: int = 20,
+        direction: str | list[str] = "minimize",
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
+        """Search; takes and returns what ``Trainer.hyperparameter_search`` does.
+
+        Raises:
+            ValueError: If the objective gives another number of values than there are directions, or a trial sets a
+                value that is out of its range.
+        """
+        args = (n_trials, direction, *args)
+        if not self._decays:
+            return super().hyperparameter_search(hp_space, compute_objective, *args, **kwargs)
+        if compute_objective in (None, loss_and_sparsity):  # of others it is seen at the first evaluation
+            _check_objectives(compute_objective, 1 if compute_objective is None else 2, direction)
+        if isinstance(hp_space, _HpSpace) and (settings := settings_of(self.args)) is not None:
+            hp_space = hp_space.fitting(settings)
+        self._users_direction = direction
+        self._search_folder, self._users_objective = str(self.args.output_dir), compute_objective
+        if not kwargs.get("load_if_exists") and self.is_world_process_zero():
+            (Path(self._search_folder) / SEARCH_FILE).unlink(missing_ok=True)
+        space = hp_space and (lambda trial: self._folded(hp_space(trial)))
+        try:
+            return super().hyperparameter_search(space, self._objective_of, *args, **kwargs)
+        finally:
+            self.args.output_dir, self._search_folder = self._search_folder, None
+
+    def _hp_search_setup(self, trial: Any) -> None:
+        # optuna asks the space; others hand over the values.
+        super()._hp_search_setup(self._folded(trial) if isinstance(trial, dict) else trial)
+        if self._search_folder is not None and trial is not None:
+            self.args.output_dir = self._search_folder
+            self.args.output_dir = super()._get_output_dir(trial)
+
+    def _folded(self, params: dict[str, Any]) -> dict[str, Any]:
+        """Put settings of the decay into ``optim_args`` where the arguments have no fields for them."""
+        ours = {key: value for key, value in params.items() if key in SETTINGS and not hasattr(self.args, key)}
+        if not ours:
+            return params
+        if self._users_optim_args is None:
+            self._users_optim_args = self.args.optim_args or ""
+        given = {**split_optim_args(self._users_optim_args), **ours}
+        text = ",".join(f"{key}={value}" for key, value in given.items())
+        return {**{key: value for key, value in params.items() if key not in ours}, "optim_args": text}
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return super()._get_output_dir(trial if self._search_folder is None else None)
+
+    def _objective_of(self, metrics: dict[str, float]) -> Any:
+        report = self.measure_sparsity()
+        if self._users_objective is None:  # which would add up all metrics if there were others than the loss
+            objective = default_compute_objective(dict(metrics))
+        else:
+            objective = self._users_objective({**metrics, "eval_sparsity": report.sparsity})
+            count = len(objective) if isinstance(objective, Sequence) else 1
+            _check_objectives(self._users_objective, count, self._users_direction)
+        if self.is_world_process_zero() and self._search_folder is not None:
+            line = {
+                "trial": Path(str(self.args.output_dir)).name,
+                "step": self.state.global_step,
+                "loss": metrics.get("eval_loss"),
+                "sparsity": report.sparsity,
+                "model_sparsity": report.model_sparsity,
+                "objective": objective,
+                "params": self.state.trial_params or {},
+            }
+            append_line(Path(self._search_folder) / SEARCH_FILE, line)
+        return objective

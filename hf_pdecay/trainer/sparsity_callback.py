@@ -1,0 +1,270 @@
+"""The callback that counts zeros during a run."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from accelerate.optimizer import AcceleratedOptimizer
+from accelerate.scheduler import AcceleratedScheduler
+from torch import nn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from ..files import remove_leftovers, write_text
+from ..optim.adamw_lp import AdamWLp
+from ..optim.shards import group_params, is_sharded, settle
+from ..optim.units import is_decayed
+from ..rules.assign import decayed_parameter_names, group_table
+from ..sparsity.counting import NEAR_ZERO_THRESHOLD, REPORT_FILE, SparsityReport, measure_sparsity, measure_with_extra
+from ..sparsity.dead_units import count_units
+from ..sparsity.history import HISTORY_FILE, PICTURE_FILE, append_line, read_history
+from ..target.forecast import DecayingGroup, forecast
+
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from transformers import Trainer
+
+logger = logging.getLogger(__name__)
+
+
+_SCHEDULE_SAMPLES = 1000
+
+_NAMED = 4  # tensors that a sentence names
+
+
+class SparsityCallback(TrainerCallback):
+    """Logs the exact zeros of a model while it trains, and reports them at the end.
+
+    With every log event of the training loss it adds ``sparsity/overall`` (decayed weights), ``sparsity/model`` and,
+    where weights decay by groups, the fraction of dead ones, such as ``sparsity/neurons``, to
+    what ``Trainer.log`` hands out, and appends a line to ``sparsity.jsonl`` in ``output_dir``; counting waits for the
+    device once. At the end it writes ``sparsity.json`` and ``sparsity.png`` and prints a table.
+
+    Trackers get their values in the order of the callbacks. ``PDecayTrainer`` puts this one first; with another Trainer
+    call :meth:`attach`, which does the same:
+
+        >>> trainer = Trainer(model=model, args=args, train_dataset=dataset)
+        >>> SparsityCallback(sparsity_logging="layer").attach(trainer)
+
+    Args:
+        sparsity_logging: ``"overall"``, or ``"layer"`` to add ``sparsity/layer/<name>`` for each decayed tensor.
+        near_zero_threshold: Magnitude below which a non-zero weight counts as near zero.
+
+    Raises:
+        ValueError: If ``sparsity_logging`` is neither of the two.
+    """
+
+    def __init__(self, sparsity_logging: str = "overall", near_zero_threshold: float = NEAR_ZERO_THRESHOLD) -> None:
+        if sparsity_logging not in ("overall", "layer"):
+            raise ValueError(
+                f"Invalid sparsity_logging: sparsity_logging={sparsity_logging!r}; it must be one of overall, layer."
+            )
+        self.sparsity_logging = sparsity_logging
+        self.near_zero_threshold = near_zero_threshold
+        self._skipped_steps = 0
+        self._said_that_all_are_skipped = False
+
+    def attach(self, trainer: Trainer) -> SparsityCallback:
+        """Make this the first callback of a Trainer, before its trackers, and return it."""
+        trainer.callback_handler.callbacks.insert(0, self)
+        return self
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Open ``sparsity.jsonl``, and say what the decay will come to."""
+        if state.is_world_process_zero:
+            remove_leftovers(_folder(args))
+            write_text(
+                _folder(args) / HISTORY_FILE,
+                "".join(
+                    f"{json.dumps(line)}\n" for line in read_history(_folder(args)) if line["step"] <= state.global_step
+                )
+                if state.global_step
+                else "",
+            )
+        optimizer = kwargs.get("optimizer")
+        decaying = _decaying_groups(optimizer)
+        if optimizer is None or not decaying:
+            return
+        # Each process looks at its shards, and one speaks.
+        sums = _lr_sums(optimizer.param_groups, kwargs["lr_scheduler"], state)
+        free = [each for each in decaying if "asked_sparsity" not in each.settings]
+        sentences = forecast(free, [sums[each.number] for each in free]) + _frozen_tensors(kwargs["model"], decaying)
+        if state.is_world_process_zero:
+            _console().print(group_table(optimizer.param_groups, group_params(optimizer)))
+            for device, (name, reason) in _backends(optimizer).items():
+                _console().print(f"Step on {device}: {name}, as {reason}.")
+            for sentence in sentences:
+                logger.warning(sentence)
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Add the sparsity to what is logged of the training loss."""
+        if logs is None or "loss" not in logs:
+            return
+        report = self._measure(kwargs["model"], kwargs.get("optimizer"), state)
+        if report is None:
+            return
+        values: dict[str, Any] = {"sparsity/overall": report.sparsity, "sparsity/model": report.model_sparsity}
+        if self.sparsity_logging == "layer":
+            values |= {f"sparsity/layer/{each.name}": each.sparsity for each in report.tensors if each.decayed}
+        if self._skipped_steps == state.global_step > 0 and not self._said_that_all_are_skipped:
+            self._said_that_all_are_skipped = True
+            logger.warning(
+                "All %d steps so far were skipped for NaN or infinite gradients, so nothing is learned.",
+                self._skipped_steps,
+            )
+        values |= {f"sparsity/{each.label.replace(' ', '_')}": each.sparsity for each in report.groups}
+        if self._skipped_steps:
+            values["skipped_steps"] = self._skipped_steps
+        # The Trainer has copied the dict into its history before it calls; the trackers after this get the dict itself.
+        logs.update(values)
+        state.log_history[-1].update(values)
+        if not _folder(args).is_dir():
+            logger.warning(
+                "output_dir=%r is gone. It is made again and the run goes on; what it held, with the checkpoints and "
+                "the lines of %s before step %d, is lost.",
+                str(args.output_dir),
+                HISTORY_FILE,
+                state.global_step,
+            )
+        append_line(_folder(args) / HISTORY_FILE, self._line(state, report))
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Write the report and the picture, and print the table."""
+        report = self._measure(kwargs["model"], kwargs.get("optimizer"), state)
+        if report is None:
+            return
+        report.save(_folder(args) / REPORT_FILE)
+        history = read_history(_folder(args))
+        if not history:
+            # A run too short for a log event still has a history: its end, which is not that of one that was stopped.
+            history = [self._line(state, report)]
+            if state.global_step >= state.max_steps:
+                append_line(_folder(args) / HISTORY_FILE, history[0])
+        # Not needed before: matplotlib takes longer to import than all of this package.
+        from ..sparsity.picture import plot_sparsity
+
+        plot_sparsity(history, _folder(args) / PICTURE_FILE)
+        _console().print(report)
+        dead = report.dead_tensors
+        if dead:
+            logger.warning(
+                "%d of %d decayed tensors are wholly zero: %s. If that is more than they can spare, give a target as "
+                "sparsity_budget='tensor', or by rules in lp_rules; without a target take a smaller lambda_p.",
+                len(dead),
+                report.decayed.tensors,
+                ", ".join(dead[:_NAMED]) + (" and others" if len(dead) > _NAMED else ""),
+            )
+        if 0 < self._skipped_steps < state.global_step:
+            logger.warning("%d steps were skipped for NaN or infinite gradients.", self._skipped_steps)
+        elif self._skipped_steps:
+            logger.warning(
+                "All %d steps were skipped for NaN or infinite gradients, so nothing was learned. Look at the data, "
+                "the learning rate and the precision.",
+                self._skipped_steps,
+            )
+
+    def _line(self, state: TrainerState, report: SparsityReport) -> dict[str, Any]:
+        return {
+            "step": state.global_step,
+            "epoch": state.epoch,
+            "sparsity": report.sparsity,
+            "model_sparsity": report.model_sparsity,
+            "near_zeros": report.decayed.near_zeros,
+            "skipped_steps": self._skipped_steps,
+            **({"groups": {each.label: each.sparsity for each in report.groups}} if report.groups else {}),
+            "layers": {each.name: each.sparsity for each in report.tensors if each.decayed},
+        }
+
+    def _measure(self, model: nn.Module, optimizer: Any, state: TrainerState) -> SparsityReport | None:
+        """Count; None on the processes that have nothing to count and nothing to say."""
+        settle(model)
+        if not state.is_world_process_zero and not any(is_sharded(param) for param in model.parameters()):
+            return None
+        groups = _decaying_groups(optimizer)
+        report, skipped = measure_with_extra(
+            model,
+            decayed=_names(model, groups) if groups else None,
+            near_zero_threshold=self.near_zero_threshold,
+            extra=[each.settings.get("skipped_steps", 0) for each in groups],
+            groups=count_units([each.settings for each in groups], [each.params for each in groups]),
+        )
+        self._skipped_steps = max(skipped, default=0)
+        return report if state.is_world_process_zero else None
+
+
+def _lr_sums(groups: Sequence[Mapping[str, Any]], lr_scheduler: Any, state: TrainerState) -> list[float]:
+    """Sum of the learning rates of the steps still to come, group by group.
+
+    Schedules that are functions of the step are sampled; for the others, which cannot be known beforehand, the present
+    learning rate stands for all.
+    """
+    steps = max(state.max_steps - state.global_step, 0)
+    if isinstance(lr_scheduler, AcceleratedScheduler):
+        lr_scheduler = lr_scheduler.scheduler
+    if not isinstance(lr_scheduler, torch.optim.lr_scheduler.LambdaLR) or not steps:
+        return [float(group["lr"]) * steps for group in groups]
+    samples = min(steps, _SCHEDULE_SAMPLES)
+    at = [state.global_step + int(steps * (sample + 0.5) / samples) for sample in range(samples)]
+    return [
+        float(base_lr) * sum(lr_lambda(step) for step in at) * steps / samples
+        for base_lr, lr_lambda in zip(lr_scheduler.base_lrs, lr_scheduler.lr_lambdas, strict=True)
+    ]
+
+
+def _frozen_tensors(model: nn.Module, groups: Sequence[DecayingGroup]) -> list[str]:
+    """Warn of tensors that ``keep_zeros`` will never let learn."""
+    keeping = [each for each in groups if each.settings["keep_zeros"]]
+    if not keeping:
+        return []
+    report = measure_sparsity(model, decayed=_names(model, keeping))
+    return [
+        f"keep_zeros: {each.name} is wholly zero and will stay so. If it is to learn, set it 'off' in lp_rules."
+        for each in report.tensors
+        if each.decayed and each.parameters and each.zeros == each.parameters
+    ]
+
+
+def _decaying_groups(optimizer: Any) -> list[DecayingGroup]:
+    """Param groups on which p-norm decay acts; none for an optimizer that knows nothing of it."""
+    if optimizer is None:
+        return []
+    return [
+        DecayingGroup(number, group, params)
+        for number, (group, params) in enumerate(zip(optimizer.param_groups, group_params(optimizer), strict=True))
+        if is_decayed(group)
+    ]
+
+
+def _names(model: nn.Module, groups: Sequence[DecayingGroup]) -> list[str]:
+    return decayed_parameter_names(model, [each.settings for each in groups], [each.params for each in groups])
+
+
+def _backends(optimizer: Any) -> dict[str, tuple[str, str]]:
+    inner = optimizer.optimizer if isinstance(optimizer, AcceleratedOptimizer) else optimizer
+    return inner.backends if isinstance(inner, AdamWLp) else {}
+
+
+def _folder(args: TrainingArguments) -> Path:
+    return Path(str(args.output_dir))
+
+
+def _console() -> Console:
+    from rich.console import Console
+
+    return Console()

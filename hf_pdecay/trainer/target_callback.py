@@ -1,0 +1,115 @@
+"""The callback that brings a run to the sparsity that was asked for."""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING, Any
+
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from ..rules.spec import parse_rules
+from ..target.control import SparsityControl
+from .arguments import settings_of
+from .settings import DecaySettings
+
+
+if TYPE_CHECKING:
+    from transformers import Trainer
+
+logger = logging.getLogger(__name__)
+
+# More than the error of the sample by which zeros are counted.
+_MISSED = 0.02
+
+
+class SparsityControlCallback(TrainerCallback):
+    """Drives a :class:`~hf_pdecay.target.control.SparsityControl` through a run, as its arguments say.
+
+    ``PDecayTrainer`` adds it, and after :func:`hf_pdecay.register` so does every Trainer with ``optim="adamw_lp"``.
+    Without ``target_sparsity``, in the arguments or in a rule, and without ``p_norm_begin`` it does nothing.
+    """
+
+    def __init__(self) -> None:
+        self._control: SparsityControl | None = None
+
+    def attach(self, trainer: Trainer) -> SparsityControlCallback:
+        """Make this the first callback of a Trainer, so that the others see what was cut, and return it."""
+        trainer.callback_handler.callbacks.insert(0, self)
+        return self
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Plan the run.
+
+        Raises:
+            ValueError: If the target cannot be reached in the steps of the run.
+        """
+        settings = settings_of(args)
+        if settings is None:
+            return
+        self._control = SparsityControl(kwargs["optimizer"], state.max_steps, **settings.control_options)
+        self._control.before_step(state.global_step + 1)
+        if state.global_step >= self._control.schedule.end:
+            missing = self._control.shortfall()  # which all processes count together
+            if missing > _MISSED and state.is_world_process_zero:
+                logger.warning(
+                    "The run goes on after step %d, past sparsity_end at step %d, and %.1f%% of what decays is missing "
+                    "to target_sparsity: nothing is cut any more. Ask for a later sparsity_end, or for more steps.",
+                    state.global_step,
+                    self._control.schedule.end,
+                    100 * missing,
+                )
+        if state.global_step > self._control.schedule.begin or settings.keep_zeros:
+            excess = self._control.excess()
+            if excess > _MISSED and state.is_world_process_zero:
+                logger.warning(
+                    "%.1f%% of what decays is zero beyond target_sparsity, and %s: the run will end with more zeros "
+                    "than it is asked for. Ask for as many, or start another from these weights without keep_zeros.",
+                    100 * excess,
+                    "keep_zeros keeps it" if settings.keep_zeros else "past sparsity_begin zeros stay",
+                )
+        overruled = _overruled(settings) if self._control.budgets and state.is_world_process_zero else []
+        if overruled:
+            logger.warning(
+                "target_sparsity wins over %s: it sets λ_p from the weights, step by step.", " and ".join(overruled)
+            )
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Cut, where the schedule has a cut after this step, and set p, λ_p and ``keep_zeros`` for the next."""
+        if self._control is None:
+            return
+        self._control.after_step(state.global_step)
+        if state.global_step < state.max_steps:
+            # Not before the optimizer's step, which DeepSpeed makes within backward, before any callback is asked.
+            self._control.before_step(state.global_step + 1)
+        if self._control.budgets and state.global_step <= self._control.schedule.end:
+            # What was best before was not yet as sparse as asked. load_best_model_at_end chooses among what comes then,
+            # and EarlyStoppingCallback, which counts evaluations that were no better, begins to count.
+            state.best_metric = state.best_model_checkpoint = state.best_global_step = None
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Say so where the run was stopped before it had the sparsity that was asked for."""
+        if self._control is None or not self._control.budgets or state.global_step >= self._control.schedule.end:
+            return
+        missing = self._control.shortfall()  # of what is to be saved, which all processes count together
+        if state.is_world_process_zero:
+            logger.warning(
+                "The run stopped after step %d, before sparsity_end at step %d: %.1f%% of what decays is missing to "
+                "target_sparsity. Resume it, or ask for an earlier sparsity_end.",
+                state.global_step,
+                self._control.schedule.end,
+                100 * missing,
+            )
+
+
+def _overruled(settings: DecaySettings) -> list[str]:
+    """The λ_p that the user gave and that a target makes void."""
+    given = [f"lambda_p={settings.lambda_p:g}"] if settings.lambda_p != DecaySettings.lambda_p else []
+    for rule in parse_rules(settings.lp_rules if isinstance(settings.lp_rules, dict) else {}):
+        target = settings.target_sparsity if rule.target_sparsity is None else rule.target_sparsity
+        if rule.lambda_p is not None and target:
+            given.append(f"lambda_p={rule.lambda_p:g} in the rule {rule.pattern.pattern!r}")
+    return given

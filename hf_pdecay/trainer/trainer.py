@@ -1,0 +1,309 @@
+"""The Trainer: optimizer creation, resuming and saving. Everything else is ``transformers.Trainer``'s own."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import os
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch.optim import Optimizer
+from transformers import Trainer, TrainingArguments
+from transformers.training_args import OptimizerNames
+
+from ..files import remove_leftovers
+from ..optim.adamw_lp import AdamWLp
+from ..optim.lp_decay import LpDecay
+from ..optim.named import OPTIMIZERS
+from ..sparsity.counting import REPORT_FILE
+from ..target.control import plan
+from .arguments import PDecayTrainingArguments, settings_of
+from .card_mixin import CardCallback, CardMixin
+from .checkpoints import (
+    STATE_FILE,
+    agreed_newest_whole,
+    check_checkpoint,
+    check_engine_of,
+    check_optimizer_state,
+    check_whole,
+    load_converted,
+    other_settings,
+)
+from .engines import check_engine, check_same, check_structured, check_world_size, engine_of, whole_model
+from .optimizer import check_hyperparameters, make, name_of, param_groups_of
+from .search import SearchMixin
+from .settings import DecaySettings
+from .sparsity_callback import SparsityCallback
+from .target_callback import SparsityControlCallback
+
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    _Base = Trainer
+else:
+    _Base = object
+
+logger = logging.getLogger(__name__)
+
+
+class PDecayTrainerMixin(SearchMixin, CardMixin, _Base):
+    """Weight decay for any p norm for a Trainer or a subclass of it; stands before it among the bases.
+
+        class SparseSeq2SeqTrainer(PDecayTrainerMixin, Seq2SeqTrainer): ...
+
+    With ``args.optim == "adamw_lp"``, or another of :data:`.optim.named.OPTIMIZERS`, it makes that optimizer, adds a
+    :class:`SparsityCallback` as the first callback, and writes ``sparsity.json`` and the model card beside every model
+    that it saves. With any other optimizer it changes nothing. The arguments are a :class:`PDecayTrainingArguments`,
+    or after :func:`hf_pdecay.register` any others.
+
+    Raises:
+        ValueError: Before any training, if ``lp_rules`` or ``optim_target_modules`` match nothing, the checkpoint to
+            resume from is of another model, FSDP or DeepSpeed is set up in a way that cannot work
+            (:func:`.engines.check_engine`), or, with any optimizer, if several processes were started that do not find
+            each other.
+        OSError: If ``output_dir`` cannot be written to.
+    """
+
+    if TYPE_CHECKING:
+        args: TrainingArguments
+        model: nn.Module
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        check_arguments(kwargs.get("args", args[1] if len(args) > 1 else None))
+        super().__init__(*args, **kwargs)
+        self._join()
+        if self._decays:
+            self._check_checkpoint(self.args.resume_from_checkpoint)
+
+    def _join(self) -> None:
+        """Check what was asked of the decay, and add the callbacks; a Trainer of any class is complete by then."""
+        self._card_kwargs: dict[str, Any] = {}
+        # An optimizer that the user made has the param groups that the user made.
+        self._given_optimizer = self.optimizer is not None or self.optimizer_cls_and_kwargs is not None
+        if not self._decays:
+            return
+        settings = self._settings
+        if self.train_dataset is None and not any(param.requires_grad for param in self.model.parameters()):
+            # Only to evaluate; what trains would be checked when it does.
+            self._attach(settings)
+            return
+        check_engine(self, settings.optim, settings.options.get("moments"))
+        check_same(asdict(settings) | {"optim": name_of(self.args), "weight_decay": self.args.weight_decay})
+        groups = param_groups_of(self.model, self.args, settings)
+        check_structured(self, groups, settings.optim, settings.options.get("backend", "auto"))
+        # The number of steps that epochs come to is known later, and is checked then.
+        plan(groups, self.args.max_steps if self.args.max_steps > 0 else 1 << 40, **settings.control_options)
+        self._attach(settings)
+
+    def _attach(self, settings: DecaySettings) -> None:
+        SparsityCallback(settings.sparsity_logging, settings.near_zero_threshold).attach(self)
+        SparsityControlCallback().attach(self)  # before the other, which then counts what was cut
+        self.add_callback(CardCallback(self))
+
+    @property
+    def _decays(self) -> bool:
+        return name_of(self.args) in OPTIMIZERS
+
+    @property
+    def _settings(self) -> DecaySettings:
+        """The settings of the decay; a file of rules that stock arguments name is read once."""
+        if isinstance(self.args, PDecayTrainingArguments):
+            return self.args.decay_settings
+        key = self.args.optim_args, self.args.optim_target_modules, name_of(self.args)
+        if self._settings_read is None or self._settings_read[0] != key:
+            self._settings_read = key, DecaySettings.from_optim_args(*key)
+        return self._settings_read[1]
+
+    _settings_read: tuple[Any, DecaySettings] | None = None
+
+    @property
+    def _output_dir(self) -> Path:
+        return Path(str(self.args.output_dir))
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """Train; takes what ``Trainer.train`` takes, and resumes only from a checkpoint that is whole.
+
+        Raises:
+            ValueError: If the checkpoint to resume from is cut short or of another model, or there is no whole one.
+        """
+        if self._decays:
+            # A subclass's own `train` gets what it was given, in the way that it was given.
+            by_name = "resume_from_checkpoint" in kwargs
+            resume = kwargs.get("resume_from_checkpoint", args[0] if args else None)
+            if resume is True:
+                resume = agreed_newest_whole(self._output_dir)
+                if by_name:
+                    kwargs["resume_from_checkpoint"] = resume
+                else:
+                    args = (resume, *args[1:])
+            self._check_checkpoint(resume, warn=True)
+        return super().train(*args, **kwargs)
+
+    def _check_checkpoint(self, folder: str | bool | None, *, warn: bool = False) -> None:
+        if not isinstance(folder, str) or not os.path.isdir(folder):
+            return  # the Trainer has a sentence for a folder that is not there
+        check_checkpoint(self.model, folder)
+        check_whole(folder)
+        check_engine_of(folder, engine_of(self), self.args.world_size)
+        if self._given_optimizer:
+            if self.optimizer is not None:
+                check_optimizer_state(self.optimizer.param_groups, folder)
+            return
+        groups, settings = self._param_groups(self.model), self._settings
+        check_optimizer_state(groups, folder)
+        if not warn:
+            return
+        _, found = plan(groups, 1 << 40, **settings.control_options)
+        targeted = {id(group) for budget in found for group, _ in budget.members}
+        controlled = [number for number, group in enumerate(groups) if id(group) in targeted]
+        for sentence in other_settings(groups, folder, controlled, annealed=settings.p_norm_begin is not None):
+            if self.is_world_process_zero():
+                logger.warning(sentence)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, *args, **kwargs)
+        if self._decays and not engine_of(self):
+            load_converted(self.model, resume_from_checkpoint)
+
+    def _load_best_model(self) -> None:
+        super()._load_best_model()
+        if self._decays and not engine_of(self) and self.state.best_model_checkpoint:
+            load_converted(self.model, self.state.best_model_checkpoint)
+
+    def create_optimizer(self, model: nn.Module | None = None) -> Optimizer:
+        """Make the optimizer; an :class:`~hf_pdecay.AdamWLp` if that is what ``args.optim`` names."""
+        if not self._decays or self.optimizer is not None or self.optimizer_cls_and_kwargs is not None:
+            given: Optimizer = super().create_optimizer() if model is None else super().create_optimizer(model)
+            if self._decays and not any("p_norm" in group for group in given.param_groups):
+                logger.warning(
+                    "optim=%r is not in use: the Trainer was given a %s, so no weight decays by p norm.",
+                    name_of(self.args),
+                    type(given).__name__,
+                )
+            return given
+        own = getattr(super().create_optimizer, "__func__", None)
+        if own is not None and own not in (Trainer.create_optimizer, PDecayTrainerMixin.create_optimizer):
+            logger.warning(
+                "optim=%r: %s is not asked for an optimizer or its param groups, since p-norm decay needs its own. "
+                "Rules by name go into lp_rules, learning rates by group into get_optimizer_cls_and_kwargs.",
+                name_of(self.args),
+                own.__qualname__,
+            )
+        model = self.model if model is None else model
+        self.optimizer = made = make(self.args, self._settings, self._param_groups(model))
+        self._share_grad_norm(made, model)
+        return made
+
+    def _share_grad_norm(self, optimizer: AdamWLp | LpDecay, model: nn.Module) -> None:
+        """Let the optimizer know the norm that the Trainer clips by, so that it need not look for NaN itself."""
+        clip = self.accelerator.clip_grad_norm_
+        if isinstance(clip, partial) and clip.func is _clip_and_tell:
+            # The optimizer before, of a model that model_init made, is not to be kept alive.
+            clip = self.accelerator.clip_grad_norm_ = clip.args[0]
+        clipped = {id(param) for param in model.parameters()}
+        if any(id(param) not in clipped for group in optimizer.param_groups for param in group["params"]):
+            return  # those of a loss have a norm that no one takes
+        if not self.is_deepspeed_enabled:
+            # DeepSpeed has stepped by the time that the Trainer learns of a norm.
+            self.accelerator.clip_grad_norm_ = partial(_clip_and_tell, clip, optimizer)
+
+    def _param_groups(self, model: nn.Module) -> list[dict[str, Any]]:
+        return param_groups_of(
+            model,
+            self.args,
+            self._settings,
+            weight_decay_names=self.get_decay_parameter_names(model),
+            isolate_zero=self.is_deepspeed_enabled,
+            theirs=self._their_groups(model),
+        )
+
+    def _their_groups(self, model: nn.Module) -> Sequence[Mapping[str, Any]] | None:
+        """The param groups that a subclass of Trainer has in place of Hugging Face's, as it would give AdamW them."""
+        plain = copy.copy(self.args)
+        plain.optim, plain.optim_args, plain.optim_target_modules = OptimizerNames.ADAMW_TORCH, None, None
+        _, kwargs = super().get_optimizer_cls_and_kwargs(plain, model)  # type: ignore[arg-type]
+        found = next((kwargs[key] for key in ("params", "model", "optimizer_dict") if key in kwargs), None)
+        return found if isinstance(found, list) else None
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save the model, and beside it its sparsity and, unless it is a checkpoint, its card.
+
+        Under FSDP2 that is a folder of the whole model, also where ``fsdp_state_dict_type`` shards checkpoints.
+        """
+        if self._decays and self.args.should_save and output_dir and _internal_call:
+            # The checkpoint is whole once this is written, last. One that is written anew is not until then.
+            (Path(output_dir) / STATE_FILE).unlink(missing_ok=True)
+            remove_leftovers(output_dir)
+        with whole_model(self) if self._decays and not _internal_call else nullcontext():
+            if _internal_call:
+                super().save_model(output_dir, _internal_call=True)
+            else:  # as a subclass may have it that knows of no internal calls
+                super().save_model(output_dir)
+        if not self._decays:
+            return
+        report = self._measured()
+        if report is not None and self.args.should_save:
+            folder = Path(output_dir) if output_dir else self._output_dir
+            report.save(folder / REPORT_FILE)
+            if not _internal_call:
+                self._write_card(folder, report)
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        super()._save_rng_state(output_dir)
+        if self._decays:
+            # trainer_state.json, which the first process writes next, then says that all processes are done.
+            self.accelerator.wait_for_everyone()
+
+
+class PDecayTrainer(PDecayTrainerMixin, Trainer):
+    """``transformers.Trainer`` with weight decay for any p norm; see :class:`PDecayTrainerMixin`.
+
+    Example:
+        >>> args = PDecayTrainingArguments("out", p_norm=0.8, lambda_p=0.01)
+        >>> trainer = PDecayTrainer(model=model, args=args, train_dataset=dataset)
+        >>> trainer.train()
+        >>> trainer.save_model()
+    """
+
+
+def _clip_and_tell(clip: Callable[..., Any], optimizer: AdamWLp | LpDecay, *args: Any, **kwargs: Any) -> Any:
+    optimizer.grad_norm = norm = clip(*args, **kwargs)
+    return norm
+
+
+def check_arguments(args: Any) -> None:
+    """Check, before a Trainer is made, what would otherwise fail in it or after it, and less plainly.
+
+    Args:
+        args: What it was given for ``args``; None and what knows nothing of the decay passes.
+
+    Raises:
+        ValueError: If a setting of the decay is wrong, or processes were started that do not find each other.
+        OSError: If ``output_dir`` cannot be written to.
+    """
+    decays = isinstance(args, TrainingArguments) and name_of(args) in OPTIMIZERS
+    if decays:
+        settings_of(args)
+        check_hyperparameters(args)
+    if decays or isinstance(args, PDecayTrainingArguments):
+        check_world_size(args)
+    if decays and args.should_save:
+        _check_writable(Path(str(args.output_dir)))
+
+
+def _check_writable(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise OSError(
+            f"Invalid output_dir: output_dir={str(folder)!r} cannot be written to ({error}); name a folder that can."
+        ) from error

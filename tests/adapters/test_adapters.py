@@ -1,0 +1,441 @@
+"""PEFT: what decays, merging into a sparse base, and the ranks of LoRA; all on real adapters."""
+
+from __future__ import annotations
+
+import copy
+import importlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
+
+
+peft = pytest.importorskip("peft")
+
+from hf_pdecay import PDecayTrainer, RankDecayCallback, mask_adapters, merge_keep_zeros, rank_sparsity, shrink_ranks  # noqa: E402
+from hf_pdecay.rules.assign import assign  # noqa: E402
+
+from ..helpers.adapter_models import fill, kill, logits, lora, sparse  # noqa: E402
+from ..helpers.models import build, tiny_gpt2  # noqa: E402
+
+
+pytestmark = pytest.mark.usefixtures("lora_beside_torchao")
+
+
+class TestDecay:
+    def test_which_weights_of_an_adapter_decay(self) -> None:
+        config = {"target_modules": ["q_proj", "embed_tokens"], "modules_to_save": ["lm_head"]}
+        found = assign(lora(build("llama"), **config), p_norm=0.8, lambda_p=0.1)
+        decayed = {name for name, how in found.items() if how.decayed}
+        assert len(decayed) == 4 and all(".q_proj.lora_" in name for name in decayed)
+        assert sum("embed" in name or "lm_head" in name for name in found) == 3
+        on_head = assign(lora(build("llama"), target_modules=["lm_head"]), p_norm=0.8, lambda_p=0.1)
+        assert len(on_head) == 2 and not any(how.decayed for how in on_head.values())
+        dora = assign(lora(build("llama"), use_dora=True), p_norm=0.8, lambda_p=0.1)
+        assert {how.decayed for name, how in dora.items() if "magnitude" in name} == {False}
+
+    @pytest.mark.parametrize("settings", [{"lambda_p": 1e-3}, {"target_sparsity": 0.5}])
+    def test_an_adapter_learns_though_b_starts_at_zero(
+        self, make_args: Callable[..., Any], tokens: Any, settings: dict[str, Any]
+    ) -> None:
+        args = make_args(max_steps=40, **{"lambda_p": 0.01, **settings})
+        trainer = PDecayTrainer(model=lora(build("llama")), args=args, train_dataset=tokens)
+        before = trainer.evaluate(tokens)["eval_loss"]
+        trainer.train()
+        assert trainer.evaluate(tokens)["eval_loss"] < before - 0.02
+        trainer.save_model()
+        saved = load_file(Path(args.output_dir) / "adapter_model.safetensors")
+        assert all(each.any() for name, each in saved.items() if "lora_B" in name)
+        text = (Path(args.output_dir) / "README.md").read_text(encoding="utf-8")
+        card = huggingface_hub.ModelCard(text)
+        assert card.data.library_name == "peft" and {"lora", "hf-pdecay"} <= set(card.data.tags)
+        assert "This adapter" in card.text and "The whole model counts its base model too" in card.text
+        assert "from scratch" not in card.text
+        if "target_sparsity" in settings:
+            zeros = sum(int((each == 0).sum()) for each in saved.values())
+            assert zeros / sum(each.numel() for each in saved.values()) == pytest.approx(0.5, abs=1e-3)
+
+    @pytest.mark.parametrize(
+        "config",
+        [
+            peft.LoraConfig(target_modules="all-linear", use_dora=True),
+            peft.LoraConfig(target_modules="all-linear", use_rslora=True),
+            peft.LoraConfig(target_modules=["q_proj"], modules_to_save=["lm_head"]),
+            peft.IA3Config(task_type="CAUSAL_LM"),
+            peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4),
+        ],
+        ids=["dora", "rslora", "modules_to_save", "ia3", "prompt"],
+    )
+    def test_other_methods_train_and_save(self, make_args: Callable[..., Any], tokens: Any, config: Any) -> None:
+        args = make_args(max_steps=4, lambda_p=0.01)
+        model = peft.get_peft_model(build("llama"), config)
+        before = {name: param.clone() for name, param in model.named_parameters() if param.requires_grad}
+        trainer = PDecayTrainer(model=model, args=args, train_dataset=tokens)
+        trainer.train()
+        trainer.save_model()
+        assert any(not torch.equal(param, before[name]) for name, param in model.named_parameters() if name in before)
+        assert {"adapter_model.safetensors", "sparsity.json", "README.md"} <= {
+            each.name for each in Path(args.output_dir).iterdir()
+        }
+
+
+class TestQuantisedBases:
+    @pytest.fixture(
+        params=[{"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}, {"load_in_8bit": True}], ids=["4", "8"]
+    )
+    def quantised(self, request: pytest.FixtureRequest, tmp_path: Path) -> nn.Module:
+        pytest.importorskip("bitsandbytes")
+        from transformers import BitsAndBytesConfig
+
+        build("llama").save_pretrained(tmp_path / "base")
+        config = BitsAndBytesConfig(**request.param)
+        return AutoModelForCausalLM.from_pretrained(tmp_path / "base", quantization_config=config, device_map="cpu")
+
+    def test_only_floating_point_weights_decay_and_count(
+        self, quantised: nn.Module, make_args: Callable[..., Any], tokens: Any
+    ) -> None:
+        packed = {n: p.clone() for n, p in quantised.named_parameters() if not p.is_floating_point()}
+        assert len(packed) >= 14
+        model = lora(peft.prepare_model_for_kbit_training(quantised, use_gradient_checkpointing=False))
+        args = make_args(max_steps=30, target_sparsity=0.5, lambda_p=0.01, lp_rules={"lora_A": {}})
+        trainer = PDecayTrainer(model=model, args=args, train_dataset=tokens)
+        trainer.train()
+        trainer.save_model()
+        report = json.loads((Path(args.output_dir) / "sparsity.json").read_text())
+        assert report["sparsity"] == pytest.approx(0.5, abs=1e-3)
+        assert not any("base_layer" in each["name"] for each in report["tensors"])
+        assert "sparsity" in (Path(args.output_dir) / "README.md").read_text()
+        after = {n.replace(".base_layer", ""): p for n, p in model.get_base_model().named_parameters()}
+        assert all(torch.equal(after[name], value) for name, value in packed.items())
+        assert trainer.state.log_history[-2]["loss"] < trainer.state.log_history[0]["loss"]
+
+    def test_ranks_die_on_a_quantised_base_too(
+        self, quantised: nn.Module, make_args: Callable[..., Any], tokens: Any, tmp_path: Path
+    ) -> None:
+        def computed(model: nn.Module) -> torch.Tensor:
+            # There is no dropout; in eval mode bitsandbytes repacks, which fails on a CPU for layers as small as these.
+            with torch.no_grad():
+                return model.train()(input_ids=torch.arange(24).reshape(2, 12)).logits
+
+        plain = copy.deepcopy(quantised)
+        model = lora(peft.prepare_model_for_kbit_training(quantised, use_gradient_checkpointing=False))
+        trainer = PDecayTrainer(model=model, args=make_args(max_steps=20, lambda_p=0), train_dataset=tokens)
+        RankDecayCallback(target_rank_sparsity=0.5).attach(trainer)
+        trainer.train()
+        before = computed(model)
+        shrink_ranks(model).save_pretrained(tmp_path / "cut")
+        torch.testing.assert_close(computed(model), before, rtol=1e-4, atol=1e-5)
+        loaded = peft.PeftModel.from_pretrained(
+            peft.prepare_model_for_kbit_training(plain, use_gradient_checkpointing=False), tmp_path / "cut"
+        )
+        torch.testing.assert_close(computed(loaded), before, rtol=1e-4, atol=1e-5)
+        assert rank_sparsity(loaded).ranks == 4 * 14 // 2
+
+    def test_what_cannot_be_done_is_refused(
+        self, quantised: nn.Module, make_args: Callable[..., Any], tokens: Any
+    ) -> None:
+        with pytest.raises(ValueError, match="adapters on top of the quantized model"):
+            PDecayTrainer(model=quantised, args=make_args(), train_dataset=tokens)
+        model = lora(quantised)
+        with pytest.raises(ValueError, match="quantised"):
+            merge_keep_zeros(model)
+        with pytest.raises(ValueError, match="Linear"):
+            mask_adapters(model)
+
+
+class Convolutions(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.conv = nn.Conv2d(3, 8, 3)
+        self.table = nn.Embedding(16, 8)
+        self.last = nn.Linear(8, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.last(self.conv(x).mean((2, 3)) + self.table(torch.arange(len(x))))
+
+
+class TestMerging:
+    @pytest.mark.parametrize("name", ["llama", "gpt2"])
+    def test_zeros_stay_and_the_rest_is_peft_s_own_merge(self, name: str, caplog: pytest.LogCaptureFixture) -> None:
+        model = fill(lora(sparse(build(name)), fan_in_fan_out=name == "gpt2"))
+        base = sparse(build(name)).state_dict()
+        theirs = copy.deepcopy(model).merge_and_unload().state_dict()
+        dropped: dict[str, float] = {}
+        merged = merge_keep_zeros(model, dropped=dropped)
+        assert type(merged) is type(build(name))
+        changed = 0
+        for key, value in merged.state_dict().items():
+            zero = base[key] == 0
+            if torch.equal(theirs[key], base[key]):
+                assert torch.equal(value, base[key])
+                continue
+            changed += 1
+            assert not value[zero].any() and torch.equal(value[~zero], theirs[key][~zero])
+            delta = (theirs[key] - base[key]).double()
+            lost = float(delta[zero].norm() / delta.norm())
+            assert dropped[key] == pytest.approx(lost, rel=1e-4)
+        assert changed == len(dropped) > 7
+        assert "of the norm of what the adapters add" in caplog.text and "mask_adapters" in caplog.text
+
+    @pytest.mark.parametrize(
+        "settings", [{"use_dora": True}, {"use_rslora": True}, {"lora_bias": True, "target_modules": ["last"]}]
+    )
+    def test_convolutions_embeddings_and_variants(self, settings: dict[str, Any]) -> None:
+        model = fill(lora(sparse(Convolutions()), **{"target_modules": ["conv", "table", "last"], **settings}))
+        theirs = copy.deepcopy(model).merge_and_unload()
+        merged = merge_keep_zeros(model)
+        for key, value in sparse(Convolutions()).named_parameters():
+            expected = theirs.get_parameter(key).clone()
+            if value.ndim > 1:
+                expected[value == 0] = 0
+            assert torch.equal(merged.get_parameter(key), expected)
+
+    def test_several_adapters_and_modules_trained_whole(self) -> None:
+        model = lora(sparse(build("llama")), target_modules=["q_proj"], modules_to_save=["lm_head"])
+        model.add_adapter("other", peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"]))
+        fill(model)
+        with torch.no_grad():
+            model.base_model.model.lm_head.modules_to_save["default"].weight.add_(0.5)
+        weight, layer = "model.layers.1.self_attn.q_proj", model.base_model.model.model.layers[1].self_attn.q_proj
+        base = layer.base_layer.weight.clone()
+        deltas = {name: layer.get_delta_weight(name).detach() for name in ("default", "other")}
+        one = merge_keep_zeros(copy.deepcopy(model), ["other"]).get_submodule(weight).weight
+        assert torch.allclose(one, base + (base != 0) * deltas["other"])
+        model.base_model.set_adapter(["default", "other"])
+        model.set_adapter("default")
+        merged = merge_keep_zeros(model, ["default", "other"])
+        both = base + (base != 0) * (deltas["default"] + deltas["other"])
+        assert torch.allclose(merged.get_submodule(weight).weight, both, atol=1e-6)
+        head = sparse(build("llama")).lm_head.weight
+        assert torch.allclose(merged.lm_head.weight, head + 0.5 * (head != 0))
+
+    def test_an_adapter_trained_with_the_mask_loses_nothing(self, make_args: Callable[..., Any], tokens: Any) -> None:
+        for name in ("llama", "gpt2"):
+            model = mask_adapters(lora(sparse(build(name)), fan_in_fan_out=name == "gpt2"))
+            args = make_args(max_steps=20, lambda_p=1e-4)
+            PDecayTrainer(model=model, args=args, train_dataset=tokens).train()
+            trained, plain = logits(model), logits(sparse(build(name)))
+            model.save_pretrained(Path(args.output_dir) / "adapter")
+            dropped: dict[str, float] = {}
+            merged = merge_keep_zeros(model, dropped=dropped)
+            assert set(dropped.values()) == {0.0}
+            torch.testing.assert_close(logits(merged), trained, rtol=1e-4, atol=1e-5)
+            assert (trained - plain).abs().max() > 0.01
+            again = peft.PeftModel.from_pretrained(sparse(build(name)), Path(args.output_dir) / "adapter")
+            torch.testing.assert_close(logits(merge_keep_zeros(again)), trained, rtol=1e-4, atol=1e-5)
+
+    def test_bad_input(self) -> None:
+        with pytest.raises(ValueError, match="takes a PeftModel .* not LlamaForCausalLM"):
+            merge_keep_zeros(build("llama"))
+        prompts = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)
+        with pytest.raises(ValueError, match="with prompts"):
+            merge_keep_zeros(peft.get_peft_model(build("llama"), prompts))
+        model = lora(build("llama"))
+        with pytest.raises(ValueError, match="no adapter 'mine'; there are default"):
+            merge_keep_zeros(model, ["mine"])
+        with pytest.raises(ValueError, match="adapter_name='mine'; the model has the LoRA adapters default"):
+            rank_sparsity(model, "mine")
+        adalora = peft.AdaLoraConfig(target_modules=["q_proj"], total_step=10)
+        for other in (build("llama"), peft.get_peft_model(build("llama"), adalora)):
+            with pytest.raises(ValueError, match="no LoRA adapter"):
+                rank_sparsity(other)
+        with pytest.raises(ValueError, match="all ranks of the adapter are dead"):
+            shrink_ranks(model)
+        with pytest.raises(ValueError, match="a variant of LoRA"):
+            mask_adapters(lora(build("llama"), use_dora=True))
+        model.merge_adapter()
+        with pytest.raises(ValueError, match="unmerge_adapter"):
+            merge_keep_zeros(model)
+
+
+class TestRanks:
+    @pytest.mark.parametrize(
+        "settings",
+        [
+            {},
+            {"use_rslora": True, "lora_alpha": 12},
+            {"use_dora": True},
+            {"rank_pattern": {"q_proj": 6}, "alpha_pattern": {"v_proj": 3}, "exclude_modules": ["up_proj"]},
+            {"target_modules": ["embed_tokens", "q_proj"]},
+        ],
+        ids=["lora", "rslora", "dora", "patterns", "embedding"],
+    )
+    def test_a_cut_adapter_computes_the_same_and_plain_peft_loads_it(
+        self, settings: dict[str, Any], tmp_path: Path
+    ) -> None:
+        model = fill(lora(build("llama"), **settings))
+        left = kill(model)
+        counted = rank_sparsity(model)
+        assert {each.name: each.ranks - each.dead for each in counted.layers} == left
+        assert counted.dead == sum(each.ranks for each in counted.layers) - sum(left.values()) > 4
+        before, size = logits(model), sum(p.numel() for n, p in model.named_parameters() if "lora_" in n)
+        assert shrink_ranks(model) is model
+        torch.testing.assert_close(logits(model), before, rtol=1e-5, atol=1e-6)
+        assert sum(p.numel() for n, p in model.named_parameters() if "lora_" in n) < 0.9 * size
+        model.save_pretrained(tmp_path)
+        saved = load_file(tmp_path / "adapter_model.safetensors")
+        loaded = peft.PeftModel.from_pretrained(build("llama"), tmp_path)
+        torch.testing.assert_close(logits(loaded), before, rtol=1e-5, atol=1e-6)
+        ranks = {each.name: each.ranks for each in rank_sparsity(loaded).layers}
+        keeps_one = {name: max(rank, 1) for name, rank in left.items()}
+        assert ranks == (keeps_one if settings.get("use_dora") else {n: r for n, r in left.items() if r})
+        assert sum("lora_" in name for name in saved) == len(ranks) * (3 if settings.get("use_dora") else 2)
+
+    def test_convolutions(self, tmp_path: Path) -> None:
+        model = fill(lora(Convolutions(), target_modules=["last", "conv"]))
+        kill(model)
+        x = torch.randn(5, 3, 6, 6, generator=torch.Generator().manual_seed(0))
+        before = model.eval()(x)
+        shrink_ranks(model).save_pretrained(tmp_path)
+        torch.testing.assert_close(model(x), before)
+        torch.testing.assert_close(peft.PeftModel.from_pretrained(Convolutions(), tmp_path).eval()(x), before)
+
+    @pytest.mark.parametrize("bias", ["lora_only", "all"])
+    def test_trained_biases_are_kept_where_no_rank_is_left(self, bias: str, tmp_path: Path) -> None:
+        if bias == "lora_only" and peft.__version__.startswith("0.18."):
+            pytest.skip("PEFT 0.18 does not give the biases of lora_only back, cut or not")
+        model = fill(lora(tiny_gpt2(), target_modules=["c_attn", "c_proj"], fan_in_fan_out=True, bias=bias))
+        with torch.no_grad():
+            for name, param in model.named_parameters():
+                if "bias" in name and param.requires_grad:
+                    param.add_(0.3)
+        kill(model)
+        before = logits(model)
+        shrink_ranks(model).save_pretrained(tmp_path)
+        loaded = peft.PeftModel.from_pretrained(tiny_gpt2(), tmp_path)
+        torch.testing.assert_close(logits(loaded), before, rtol=1e-5, atol=1e-6)
+
+    def test_one_adapter_of_two_is_cut(self) -> None:
+        model = lora(build("llama"))
+        model.add_adapter("other", peft.LoraConfig(r=2, target_modules=["q_proj"]))
+        fill(model)
+        kill(model)
+        model.set_adapter("other")
+        other = logits(model)
+        model.set_adapter("default")
+        default = logits(model)
+        shrink_ranks(model)
+        torch.testing.assert_close(logits(model), default, rtol=1e-5, atol=1e-6)
+        model.set_adapter("other")
+        assert torch.equal(logits(model), other)
+
+
+class TestRankDecay:
+    def run(self, folder: Path, tokens: Any, callback: Any, steps: int = 60, **settings: Any) -> Any:
+        model = lora(build("llama"), r=8, lora_alpha=16)
+        args = TrainingArguments(
+            **{
+                "output_dir": str(folder),
+                "max_steps": steps,
+                "learning_rate": 1e-2,
+                "logging_steps": 5,
+                "use_cpu": True,
+                "report_to": "none",
+                "save_strategy": "no",
+                "disable_tqdm": True,
+                **settings,
+            }
+        )
+        trainer = Trainer(model=model, args=args, train_dataset=tokens)
+        callback.attach(trainer)
+        return trainer
+
+    def test_a_step_is_the_formula(self, tmp_path: Path, tokens: Any) -> None:
+        seen: list[Any] = []
+
+        class Watched(RankDecayCallback):
+            def on_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+                rate = kwargs["optimizer"].param_groups[0]["lr"]
+                stepped = [(each.a.detach().double(), each.b.detach().double()) for each in self._layers]
+                before = seen[-1] if seen else None
+                super().on_optimizer_step(*args, **kwargs)
+                if before is not None:
+                    for each, (a, b), (old_a, old_b) in zip(self._layers, stepped, before, strict=True):
+                        square = old_a.square().sum(1) + old_b.square().sum(0)
+                        s = (square / (a.shape[1] + b.shape[0])).sqrt() ** (2 - 0.6)
+                        factor = torch.where(old_b.any(0), s / (s + rate * 0.05), torch.ones_like(s))
+                        torch.testing.assert_close(each.a.detach().double(), a * factor[:, None], rtol=1e-5, atol=1e-9)
+                        torch.testing.assert_close(each.b.detach().double(), b * factor, rtol=1e-5, atol=1e-9)
+                seen.append([(each.a.detach().double(), each.b.detach().double()) for each in self._layers])
+
+        self.run(tmp_path, tokens, Watched(p_norm=0.6, lambda_p=0.05), steps=6).train()
+        assert len(seen) == 6
+
+    @pytest.mark.parametrize("settings", [{"lambda_p": 0.1}, {"target_rank_sparsity": 0.5}], ids=["fixed", "target"])
+    def test_ranks_die_as_wholes_and_the_adapter_is_cut(
+        self, tmp_path: Path, tokens: Any, settings: dict[str, Any]
+    ) -> None:
+        trainer = self.run(tmp_path, tokens, RankDecayCallback(**settings))
+        before = trainer.evaluate(tokens)["eval_loss"]
+        trainer.train()
+        counted = rank_sparsity(trainer.model)
+        assert 0.05 < counted.sparsity < 0.95
+        if "target_rank_sparsity" in settings:
+            assert counted.dead == counted.ranks // 2
+        for name, param in trainer.model.named_parameters():
+            if "lora_" in name:  # all of a rank, or nothing of it
+                dead = (param == 0).all(1 if "lora_A" in name else 0)
+                assert int((param == 0).sum()) == int(dead.sum()) * param.numel() // 8
+        logged = [line["sparsity/ranks"] for line in trainer.state.log_history if "sparsity/ranks" in line]
+        assert logged[-1] == counted.sparsity and logged == sorted(logged)
+        assert trainer.evaluate(tokens)["eval_loss"] < before - 0.02
+        expected = logits(trainer.model)
+        shrink_ranks(trainer.model).save_pretrained(tmp_path / "cut")
+        loaded = peft.PeftModel.from_pretrained(build("llama"), tmp_path / "cut")
+        torch.testing.assert_close(logits(loaded), expected, rtol=1e-4, atol=1e-5)
+        assert rank_sparsity(loaded).ranks == counted.ranks - counted.dead
+
+    def test_a_resumed_run_goes_on_to_the_bit(self, tmp_path: Path, tokens: Any) -> None:
+        settings = {"save_strategy": "steps", "save_steps": 18, "steps": 30}  # at the end of an epoch
+        whole = self.run(tmp_path, tokens, RankDecayCallback(target_rank_sparsity=0.5), **settings)
+        whole.train()
+        resumed = self.run(tmp_path, tokens, RankDecayCallback(target_rank_sparsity=0.5), **settings)
+        resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-18"))
+        other = dict(resumed.model.named_parameters())
+        assert all(torch.equal(param, other[name]) for name, param in whole.model.named_parameters())
+
+    def test_bad_input(self, tmp_path: Path, tokens: Any) -> None:
+        with pytest.raises(ValueError, match="p_norm=2"):
+            RankDecayCallback(p_norm=2)
+        with pytest.raises(ValueError, match="target_rank_sparsity=1"):
+            RankDecayCallback(target_rank_sparsity=1)
+        with pytest.raises(ValueError, match="sparsity_begin=0.8"):
+            RankDecayCallback(begin=0.8, end=0.2)
+        with pytest.raises(ValueError, match="no LoRA adapter 'mine'"):
+            self.run(tmp_path, tokens, RankDecayCallback(adapter_name="mine")).train()
+        trainer = self.run(tmp_path, tokens, RankDecayCallback())
+        trainer.model.to(torch.bfloat16)
+        with pytest.raises(ValueError, match="float32"):
+            trainer.train()
+
+
+@pytest.mark.slow
+def test_the_example(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "examples"))
+    example = importlib.import_module("lora_peft")
+    (tmp_path / "text.txt").write_text("".join(f"{number} bottles of beer on the wall.\n" for number in range(300)))
+    base = sparse(tiny_gpt2(vocab_size=256, n_positions=64))
+    base.save_pretrained(tmp_path / "base")
+    words = {
+        "output_dir": tmp_path / "out",
+        "train_file": tmp_path / "text.txt",
+        "model_name_or_path": tmp_path / "base",
+    }
+    words |= {"max_steps": 30, "learning_rate": 0.01, "r": 4, "use_cpu": "true", "disable_tqdm": "true"}
+    found = example.main([f"--{name}={value}" for name, value in words.items()])
+    assert found["adapter"] < found["base"] - 0.1
+    assert found["merged"] == pytest.approx(found["adapter"], abs=1e-4)
+    assert found["sparsity"] == pytest.approx(0.5, abs=1e-3)
+    merged = load_file(tmp_path / "out" / "merged" / "model.safetensors")
+    for name, value in base.state_dict().items():
+        assert name not in merged or not merged[name][value == 0].any()
+    loaded = peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), tmp_path / "out")
+    assert rank_sparsity(loaded).ranks == 4 * 8 // 2

@@ -1,0 +1,77 @@
+"""The benchmark and the fuzzer of compressed checkpoints run and say what they ought to."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import transformers as tf
+from packaging.version import Version
+
+from ..helpers.storage_models import saved
+from .test_benchmarks import BENCHMARKS
+
+
+@pytest.fixture
+def scripts() -> Iterator[dict[str, ModuleType]]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(BENCHMARKS))
+        yield {name: importlib.import_module(name) for name in ("fuzz_storage", "storage")}
+        for name in ("fuzz_storage", "storage", "tables", "timing", "contenders", "memory"):
+            sys.modules.pop(name, None)
+
+
+def test_fuzzing(scripts: dict[str, ModuleType], tmp_path: Path) -> None:
+    assert scripts["fuzz_storage"].main(["--inputs", "300", "--output", str(tmp_path)]) == 0
+    targets = json.loads((tmp_path / "fuzz_storage.json").read_text())["targets"]
+    assert [each["inputs"] for each in targets] == [300, 300, 300, 60]
+    for each in targets:
+        assert each["refused"] > each["inputs"] / 3
+        assert each["refused"] + each["identical"] + each["other values"] == each["inputs"]
+        assert each["crash"] == 0 and each["crashes"] == []
+    assert targets[0]["other values"] > 0 and targets[2]["other values"] > 0
+    assert targets[1]["other values"] == targets[3]["other values"] == 0
+
+
+def test_fuzzing_finds_a_reader_that_crashes_and_one_that_does_not_look_at_checksums(
+    scripts: dict[str, ModuleType], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fuzz = scripts["fuzz_storage"]
+    real = fuzz.decode
+
+    def crashing(block: object, limit: int, what: str) -> object:
+        found, head = real(block, limit, what)
+        return found[head.dense], head
+
+    def careless(file: Path, checksum: str, checksums: bool) -> object:
+        return check(file, checksum, checksums=False)
+
+    check = fuzz.check_file
+    monkeypatch.setattr(fuzz, "check_file", careless)
+    assert fuzz.main(["--inputs", "300", "--output", str(tmp_path)]) == 1
+    assert "other values in spite of checksums" in (tmp_path / "fuzz_storage.md").read_text()
+    chance = fuzz.random.Random(0)
+    blocks = fuzz.Blocks(tmp_path)
+    monkeypatch.setattr(fuzz, "decode", crashing)
+    assert any(blocks.try_one(chance).startswith("crash: IndexError") for _ in range(100))
+
+
+@pytest.mark.skipif(Version(tf.__version__) < Version("5.23"), reason="loading needs transformers 5.23")
+def test_measuring(scripts: dict[str, ModuleType], tmp_path: Path) -> None:
+    storage = scripts["storage"]
+    saved("gpt2", tmp_path / "plain")
+    (tmp_path / "work").mkdir()
+    found = storage.measure("tiny", tmp_path / "plain", tmp_path / "work", tf.AutoModelForCausalLM, rounds=3)
+    assert found["rows"]["plain"]["bytes"] == (tmp_path / "plain" / "model.safetensors").stat().st_size
+    assert found["rows"]["plain"]["load_ratio"]["median"] == 1
+    for way in ("compressed", "compressed, zstd"):
+        row = found["rows"][way]
+        assert row["loaded_to_the_bit"] and row["decompressed_to_the_byte"]
+        assert row["share"] == row["bytes"] / found["rows"]["plain"]["bytes"] < 0.25
+    record = {"models": [found], "left_out": [], "command": "it", **storage.conditions("cpu", [])}
+    assert "| tiny, compressed, zstd |" in storage.report_text(record)

@@ -1,0 +1,121 @@
+"""What a run would do, said before it, beside what runs do."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.numpy import load_file
+from transformers import LlamaConfig
+from transformers.pytorch_utils import Conv1D
+
+from hf_pdecay import PDecayTrainer
+from hf_pdecay.cli.main import main
+from hf_pdecay.cli.preview import preview
+from hf_pdecay.trainer.settings import DecaySettings
+
+from ..helpers.models import tiny_gpt2
+
+
+@pytest.fixture
+def gpt2(tmp_path: Path) -> str:
+    config = tiny_gpt2().config
+    config.architectures = ["GPT2LMHeadModel"]
+    config.save_pretrained(tmp_path / "gpt2")
+    return str(tmp_path / "gpt2")
+
+
+@pytest.fixture
+def llama(tmp_path: Path) -> str:
+    config = LlamaConfig(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        architectures=["LlamaForCausalLM"],
+    )
+    config.save_pretrained(tmp_path / "llama")
+    return str(tmp_path / "llama")
+
+
+def test_the_zeros_are_those_of_the_run(
+    gpt2: str, make_args: Callable[..., Any], tokens: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rules = {"attn": {"p_norm": 0.6, "target_sparsity": 0.613}}
+    trainer = PDecayTrainer(
+        model=tiny_gpt2(), args=make_args(max_steps=40, target_sparsity=0.777, lp_rules=rules), train_dataset=tokens
+    )
+    trainer.train()
+    trainer.save_model(str(tmp_path / "trained"))
+    words = ["preview", gpt2, "--lp_rules", json.dumps(rules), "--max_steps", "40"]
+    words += ["--target_sparsity", "0.777", "--p_norm", f"{trainer.args.p_norm}"]
+    capsys.readouterr()
+    assert main([*words, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    decayed = [each for each in found["tensors"] if each["decayed"]]
+    saved = load_file(tmp_path / "trained" / "model.safetensors")
+    weights = [saved[each["name"]] for each in decayed]
+    assert [list(each.shape) for each in weights] == [each["shape"] for each in decayed]
+    assert found["decayed"] == sum(each.size for each in weights)
+    assert found["zeros"] == {"element": {"zeros": sum((each == 0).sum() for each in weights), "of": found["decayed"]}}
+    groups = [group for group in trainer.optimizer.param_groups if group["decayed"]]
+    assert {(each["rule"], each["p_norm"], each["target_sparsity"]) for each in decayed} == {
+        (group["rule"], group["p_norm"], group["asked_sparsity"]) for group in groups
+    }
+    assert found["cuts"][-1] == 30 and found["cuts"][0] > 4
+
+
+def test_what_decays_by_default(gpt2: str) -> None:
+    model = tiny_gpt2()
+    matrices = {
+        f"{name}.weight"
+        for name, module in model.named_modules()
+        if isinstance(module, (torch.nn.Linear, Conv1D)) and name != "lm_head"
+    }
+    found = preview(gpt2, DecaySettings())
+    assert {each.name for each in found.tensors if each.decayed} == matrices
+    assert [each.name for each in found.tensors] == [name for name, _ in model.named_parameters()]
+    assert found.parameters == sum(param.numel() for param in model.parameters())
+    assert (found.zeros, found.cuts) == ({}, [])
+
+
+def test_groups_of_weights(llama: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "160")
+    rules = json.dumps({"mlp": {"group": "neuron"}, "self_attn": {"group": "2:4"}})
+    assert main(["preview", llama, "--target_sparsity", "0.25", "--lp_rules", rules, "--tensors"]) == 0
+    out = capsys.readouterr().out
+    assert "Zero in the end: 24 of 96 neurons (25.00%)." in out
+    assert "Zero in the end, by 2:4: 4,096 of 8,192 weights (50.00%)." in out
+    assert "│ model.layers.1.mlp.up_proj.weight" in out and " 48 × 32 │ mlp " in out
+    assert "cuts, after steps" in out and " to 750 of 1,000." in out
+
+
+def test_settings_by_flags_and_in_optim_args_are_the_same(gpt2: str, capsys: pytest.CaptureFixture[str]) -> None:
+    given = {"target_sparsity": "0.5", "p_norm": "0.6", "sparsity_end": "0.9", "sparsity_budget": "tensor"}
+    flags = [word for name, value in given.items() for word in (f"--{name}", value)]
+    assert main(["preview", gpt2, "--json", *flags]) == 0
+    by_flags = capsys.readouterr().out
+    assert main(["preview", gpt2, "--json", "--optim_args", ",".join(f"{k}={v}" for k, v in given.items())]) == 0
+    assert capsys.readouterr().out == by_flags
+    assert json.loads(by_flags)["cuts"][-1] == 900
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--optim", "adam_lp"], "optim='adam_lp'"),
+        (["--lp_rules", '{"mpl": {}}'], "'mpl' matches no trainable parameter"),
+        (["--target_sparsity", "0.9", "--p_norm", "2"], "p_norm=2"),
+        (["--target_sparsity", "0.9", "--max_steps", "5"], "max_steps"),
+        (["--optim_args", "taget_sparsity=0.9"], "target_sparsity"),
+        (["--optim_target_modules", "nothing"], "optim_target_modules"),
+    ],
+)
+def test_what_a_run_would_refuse(words: list[str], said: str, gpt2: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["preview", gpt2, *words]) == 2
+    assert said in capsys.readouterr().err

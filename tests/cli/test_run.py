@@ -1,0 +1,198 @@
+"""``hf-pdecay run`` in real processes, on scripts that know nothing of hf_pdecay."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import transformers as tf
+
+from hf_pdecay import SparsityReport
+from hf_pdecay.cli.main import main
+
+from ..helpers.launching import LEAVING, ROOT
+from ..helpers.local_files import bert, json_lines, llama, sentences, zeros_on_disk
+
+
+SCRIPTS = ROOT / "tests/helpers/scripts"
+
+Run = Callable[..., subprocess.CompletedProcess[str]]
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Run:
+    """Runs Python in the test's own folder."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "MPLBACKEND": "Agg", "PYTHONPATH": str(ROOT)}
+
+    def start(*words: object) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, *map(str, words)],
+            cwd=tmp_path,
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=280,
+            check=False,
+        )
+
+    return start
+
+
+@pytest.fixture
+def training(tmp_path: Path) -> list[str]:
+    options = {
+        "model_name_or_path": llama(tmp_path / "model"),
+        "output_dir": tmp_path / "out",
+        "optim": "adamw_lp",
+        "optim_args": "p_norm=0.8,target_sparsity=0.5",
+        "use_cpu": True,
+        "report_to": "none",
+        "max_steps": 20,
+        "logging_steps": 5,
+        "save_steps": 20,
+        "learning_rate": 1e-3,
+        "per_device_train_batch_size": 4,
+    }
+    return [word for key, value in options.items() for word in (f"--{key}", str(value))]
+
+
+@pytest.fixture
+def texts(tmp_path: Path) -> Path:
+    return json_lines(tmp_path / "data" / "train.jsonl", [{"text": each} for each in sentences(48)])
+
+
+def _check(done: subprocess.CompletedProcess[str], folder: Path) -> None:
+    assert done.returncode == 0, done.stderr[-4000:]
+    zeros = zeros_on_disk(folder)
+    assert zeros == pytest.approx(0.5, abs=1e-4)
+    for place in (folder, folder / "checkpoint-20"):
+        assert SparsityReport.load(place / "sparsity.json").sparsity == zeros
+    lines = (folder / "sparsity.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [5, 10, 15, 20]
+    assert "not in use" not in done.stderr
+
+
+@pytest.mark.slow
+def test_the_sft_script_of_trl_as_it_is_installed(run: Run, training: list[str], texts: Path, tmp_path: Path) -> None:
+    if importlib.util.find_spec("trl") is None:
+        pytest.skip("trl is not installed")
+    script = Path(importlib.util.find_spec("trl").origin).parent / "scripts" / "sft.py"  # type: ignore
+    done = run("-m", "hf_pdecay", "run", script, *training, "--dataset_name", texts.parent, "--bf16", "false")
+    _check(done, tmp_path / "out")
+    card = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
+    assert f"hf-pdecay run {script} --model_name_or_path" in card
+
+
+@pytest.mark.slow
+def test_a_script_like_run_clm_and_on_two_processes(run: Run, training: list[str], texts: Path, tmp_path: Path) -> None:
+    words = ["-m", "hf_pdecay", "run", SCRIPTS / "clm_style.py", *training, "--train_file", texts]
+    _check(run(*words), tmp_path / "out")
+    again = tf.AutoModelForCausalLM.from_pretrained(tmp_path / "out")  # plain transformers
+    assert again.config.architectures == ["LlamaForCausalLM"]
+
+    launch = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes=2", "--main_process_port=0", *LEAVING]
+    words[words.index("--output_dir") + 1] = str(tmp_path / "two")
+    _check(run(*launch, *words), tmp_path / "two")
+
+
+@pytest.mark.slow
+def test_a_script_like_run_glue(run: Run, training: list[str], tmp_path: Path) -> None:
+    rows = [{"sentence": each, "label": number % 2} for number, each in enumerate(sentences(48))]
+    data = json_lines(tmp_path / "train.jsonl", rows)
+    training[training.index("--model_name_or_path") + 1] = str(bert(tmp_path / "bert"))
+    words = [*training, "--train_file", data, "--do_train", "--do_eval"]
+    _check(run("-m", "hf_pdecay", "run", SCRIPTS / "glue_style.py", *words), tmp_path / "out")
+    card = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
+    assert "pipeline_tag: text-classification" in card and "50.00% of the decayed weights" in card
+    assert "eval_accuracy" in json.loads((tmp_path / "out" / "eval_results.json").read_text())
+
+
+@pytest.mark.slow
+def test_another_optimizer_is_said_once(run: Run, training: list[str], texts: Path, tmp_path: Path) -> None:
+    training[training.index("--optim") + 1] = "adamw_torch"
+    training[training.index("--optim_args") : training.index("--optim_args") + 2] = []
+    done = run("-m", "hf_pdecay", "run", SCRIPTS / "clm_style.py", *training, "--train_file", texts)
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert done.stderr.count("not in use, as optim='adamw_torch'") == 1
+    assert not (tmp_path / "out" / "sparsity.json").exists()
+
+
+@pytest.mark.slow
+def test_an_optimizer_in_the_deepspeed_config_is_refused(run: Run, training: list[str], texts: Path) -> None:
+    if importlib.util.find_spec("deepspeed") is None:
+        pytest.skip("deepspeed is not installed")
+    config = texts.with_name("deepspeed.json")
+    config.write_text(
+        '{"zero_optimization": {"stage": 2}, "optimizer": {"type": "AdamW"}, "train_micro_batch_size_per_gpu": "auto"}'
+    )
+    words = [*training, "--train_file", texts, "--deepspeed", config]
+    done = run("-m", "hf_pdecay", "run", SCRIPTS / "clm_style.py", *words)
+    assert done.returncode == 1
+    assert "its entry 'optimizer' would take the place of optim='adamw_lp'" in done.stderr.splitlines()[-1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("as_module", [False, True])
+@pytest.mark.parametrize(("ending", "code"), [("exit", 7), ("fail", 1), ("return", 0)])
+def test_a_script_is_run_as_python_runs_it(as_module: bool, ending: str, code: int, run: Run, tmp_path: Path) -> None:
+    """The reference is Python itself."""
+    for name in ("probe.py", "neighbour.py"):
+        (tmp_path / name).write_text((SCRIPTS / name).read_text())
+    # Words that are ours, had they come before.
+    words = [*(["-m", "probe"] if as_module else ["probe.py"]), ending, "-m", "--help", "--version"]
+    plain, ours = run(*words), run("-m", "hf_pdecay", "run", *words)
+    assert plain.returncode == ours.returncode == code
+    said, expected = (json.loads(done.stdout) for done in (ours, plain))
+    assert said == expected
+    assert said["path"] == str(tmp_path) and said["main"] and said["spawned"] == [0, 1, 2, 3]
+    if ending == "fail":
+        assert "ValueError: of the script's own" in ours.stderr
+        assert "hf_pdecay" not in ours.stderr and "runpy" not in ours.stderr
+        if not as_module:
+            assert ours.stderr[ours.stderr.index("Traceback") :] == plain.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([], "Name what to run: hf-pdecay run SCRIPT"),
+        (["-m"], "Name what to run"),
+        (["nowhere.py", "--lr", "1"], "'nowhere.py' does not exist; name a Python script"),
+        (["."], "'.' is a folder; name a Python script"),
+        (["-m", "nowhere_at_all"], "module 'nowhere_at_all' is not found"),
+        (["-m", "nowhere_at_all.sft"], "module 'nowhere_at_all.sft' is not found"),
+        (["-m", "email"], "module 'email' has no __main__"),
+    ],
+)
+def test_what_cannot_be_run(
+    words: list[str], message: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    assert main(["run", *words]) == 2
+    said: Any = capsys.readouterr()
+    assert message in said.err and said.err.startswith("hf-pdecay run: ") and not said.out
+
+
+@pytest.mark.parametrize("words", [["--optim", "adamw_lp", "script.py"], ["--optim=adamw_lp", "script.py"]])
+def test_options_before_the_script(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["run", *words])
+    assert ended.value.code == 2
+    assert f"unrecognized arguments: {words[0]}; the script and its arguments come first" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["env", *words[:1]])
+    assert capsys.readouterr().err.endswith(f"unrecognized arguments: {words[0]}\n")
+
+
+def test_help_of_run_is_ours(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["run", "--help"])
+    assert ended.value.code == 0
+    assert "hf-pdecay run SCRIPT ARGS" in capsys.readouterr().out

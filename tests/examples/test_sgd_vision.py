@@ -1,0 +1,32 @@
+"""examples/sgd_vision.py: a convolutional network trained by SGD, as sparse as asked and still good."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.mark.slow
+def test_it_is_as_sparse_as_asked_and_reads_digits() -> None:
+    script = ROOT / "examples" / "sgd_vision.py"
+    assert len(script.read_text(encoding="utf-8").splitlines()) <= 60
+    done = subprocess.run(
+        [sys.executable, str(script), "--target_sparsity", "0.95", "--steps", "300"],
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = re.fullmatch(r"test accuracy (\S+), exact zeros in decayed weights (\S+)\n", done.stdout)
+    assert found is not None, done.stdout
+    # 600 steps to 90% zeros read 97.5% of them.
+    assert float(found[1]) > 0.95 and float(found[2]) == 0.95

@@ -1,0 +1,378 @@
+"""Sparse inference beside dense models and float64 products."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers as tf
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from hf_pdecay.inference import sparse_linear
+from hf_pdecay.inference.choice import to_dense_inference, to_sparse_inference
+from hf_pdecay.inference.sparse_linear import SparseLinear
+
+from ..helpers.models import ARCHITECTURES, build
+
+
+BOUNDS = {torch.float32: 1e-5, torch.bfloat16: 2**-7, torch.float16: 2**-10}
+
+
+def sparse_weight(out: int, size: int, zeros: float, seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.randn(out, size, generator=generator)
+    return weight * (torch.rand(out, size, generator=generator) >= zeros)
+
+
+def prune(model: nn.Module, zeros: float = 0.9) -> nn.Module:
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for param in model.parameters():
+            if param.dim() == 2:
+                param.mul_(torch.rand(param.shape, generator=generator) >= zeros)
+    return model.eval()
+
+
+def sparse_layers(model: nn.Module) -> list[SparseLinear]:
+    return [each for each in model.modules() if isinstance(each, SparseLinear)]
+
+
+@pytest.fixture(params=["compiled", "torch"])
+def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """By the C++ function, and as where no compiler is."""
+    if request.param == "torch":
+        monkeypatch.setattr(sparse_linear, "_library", lambda: None)
+    else:
+        assert sparse_linear._library() is not None
+    return str(request.param)
+
+
+def with_threads(threads: int, layer: SparseLinear, x: torch.Tensor) -> torch.Tensor:
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        return layer(x)  # type: ignore[no-any-return]
+    finally:
+        torch.set_num_threads(before)
+
+
+@settings(deadline=None, max_examples=150)
+@given(
+    st.integers(1, 80),
+    st.integers(1, 90),
+    st.integers(0, 140),
+    st.sampled_from([0.0, 0.5, 0.9, 1.0]),
+    st.sampled_from(list(BOUNDS)),
+    st.booleans(),
+    st.integers(1, 3),
+    st.integers(0, 99),
+)
+def test_equals_the_product_in_float64(
+    out: int, size: int, rows: int, zeros: float, dtype: torch.dtype, biased: bool, threads: int, seed: int
+) -> None:
+    weight = sparse_weight(out, size, zeros, seed).to(dtype)
+    x, bias = torch.randn(rows, size).to(dtype), torch.randn(out).to(dtype) if biased else None
+    y = with_threads(threads, SparseLinear(weight, bias), x)
+    expected = x.double() @ weight.double().t() + (0 if bias is None else bias.double())
+    size_of = x.double().abs() @ weight.double().abs().t() + 1 + (0 if bias is None else bias.double().abs())
+    assert y.dtype == dtype and y.shape == expected.shape
+    assert bool(((y.double() - expected).abs() <= BOUNDS[dtype] * size_of).all())
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("rows", [1, 2, 40, 601])  # of the last a thread takes whole blocks
+@pytest.mark.parametrize("shape", [(700, 300), (64, 2500)])
+def test_large_products_on_both_paths(path: str, shape: tuple[int, int], rows: int, threads: int) -> None:
+    weight, x, bias = sparse_weight(*shape, 0.95), torch.randn(2, rows, shape[1]), torch.randn(shape[0])
+    y = with_threads(threads, SparseLinear(weight, bias), x)
+    torch.testing.assert_close(y, (x.double() @ weight.double().t() + bias.double()).float(), rtol=1e-4, atol=1e-4)
+
+
+def test_views_and_transposed_activations_are_read_as_they_are() -> None:
+    layer, dense = SparseLinear(weight := sparse_weight(20, 30, 0.8)), weight.double()
+    x = torch.randn(30, 17)
+    torch.testing.assert_close(layer(x.t()).double(), x.t().double() @ dense.t(), rtol=1e-4, atol=1e-4)
+    x = torch.randn(5, 60)[:, ::2]
+    torch.testing.assert_close(layer(x).double(), x.double() @ dense.t(), rtol=1e-4, atol=1e-4)
+    assert layer(torch.randn(30)).shape == (20,)
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_models_give_what_they_gave(name: str) -> None:
+    model = prune(build(name))
+    inputs: dict[str, Tensor] = {"input_ids": torch.randint(1, 64, (3, 12))}
+    if name == "vit":
+        size, channels = model.config.image_size, model.config.num_channels
+        inputs = {"pixel_values": torch.randn(2, channels, size, size)}
+    elif name == "t5":
+        inputs["decoder_input_ids"] = torch.randint(1, 64, (3, 4))
+    with torch.no_grad():
+        before = model(**inputs)
+        choices = to_sparse_inference(model, min_sparsity=0.8)
+        after = model(**inputs)
+    assert len(sparse_layers(model)) == sum(each.swapped for each in choices) > 0
+    for key, value in before.items():
+        if isinstance(value, Tensor) and value.is_floating_point():
+            torch.testing.assert_close(after[key], value, rtol=1e-4, atol=1e-5)
+
+
+def test_gpt2_generates_is_saved_and_goes_back(tmp_path: Path) -> None:
+    shape = {"n_layer": 2, "n_embd": 32, "n_head": 2, "vocab_size": 60, "bos_token_id": 0, "eos_token_id": None}
+    model: Any = prune(tf.GPT2LMHeadModel(tf.GPT2Config(**shape)))
+    dense = copy.deepcopy(model)
+    choices = to_sparse_inference(model, min_sparsity=0.8)
+    assert [each.name for each in choices if not each.swapped] == ["lm_head"]  # tied to the embeddings
+    assert len(sparse_layers(model)) == 8
+    ids = torch.randint(0, 60, (2, 7))
+    options = {"max_new_tokens": 12, "do_sample": False, "attention_mask": torch.ones_like(ids), "pad_token_id": 0}
+    assert torch.equal(model.generate(ids, **options), dense.generate(ids, **options))
+    model.save_pretrained(tmp_path)
+    assert (tmp_path / "config.json").read_text() == saved_config(dense, tmp_path / "dense")
+    loaded = tf.AutoModelForCausalLM.from_pretrained(tmp_path)
+    for (name, found), (other, expected) in zip(loaded.named_parameters(), dense.named_parameters(), strict=True):
+        assert name == other and torch.equal(found, expected)
+    assert to_dense_inference(model) is model
+    assert not sparse_layers(model)
+    assert {name: type(each) for name, each in model.named_modules()} == {
+        name: type(each) for name, each in dense.named_modules()
+    }
+    for (name, found), (other, expected) in zip(model.named_parameters(), dense.named_parameters(), strict=True):
+        assert name == other and torch.equal(found, expected) and found.requires_grad
+    model(ids, labels=ids).loss.backward()
+    assert model.transformer.h[0].mlp.c_fc.weight.grad.abs().sum() > 0
+
+
+def saved_config(model: Any, folder: Path) -> str:
+    model.save_pretrained(folder)
+    return (folder / "config.json").read_text()
+
+
+def test_a_pipeline_goes_on_working() -> None:
+    config = tf.ViTConfig(
+        hidden_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=64,
+        image_size=16,
+        patch_size=8,
+        num_labels=3,
+    )
+    model = prune(tf.ViTForImageClassification(config))
+    processor = tf.ViTImageProcessor(size={"height": 16, "width": 16})
+    from PIL import Image
+
+    image = Image.new("RGB", (20, 20), (200, 30, 90))
+    ask = tf.pipeline("image-classification", model=model, image_processor=processor, device="cpu")
+    before = ask(image)
+    assert to_sparse_inference(model, min_sparsity=0.8) and sparse_layers(model)
+    after = ask(image)
+    assert [each["label"] for each in after] == [each["label"] for each in before]
+    assert [each["score"] for each in after] == pytest.approx([each["score"] for each in before], abs=1e-5)
+
+
+def test_what_a_swap_would_break_stays() -> None:
+    model = nn.ModuleDict(
+        {name: nn.Linear(8, 8) for name in ("tied", "other", "hooked", "wide", "dense", "low", "good")}
+    )
+    with torch.no_grad():
+        for name, layer in model.items():
+            if name != "dense":
+                layer.weight.mul_(torch.rand(8, 8) < 0.1)
+    model["other"].weight = model["tied"].weight
+    model["hooked"].register_forward_hook(lambda *_: None)
+    model["wide"].double()
+    model["low"].half()
+    model["twice"] = model["more"] = nn.Linear(8, 8)
+    model["quantizable"] = nn.modules.linear.NonDynamicallyQuantizableLinear(8, 8)
+    reasons = {each.name: each.reason for each in to_sparse_inference(model, min_sparsity=0.5)}
+    assert {name for name, layer in model.items() if isinstance(layer, SparseLinear)} == {"low", "good"}
+    assert "shared" in reasons["tied"] and "shared" in reasons["other"] and "shared" in reasons["twice"]
+    assert "hooks" in reasons["hooked"] and "torch.float64" in reasons["wide"]
+    assert "fewer than 50%" in reasons["dense"] and reasons["good"] == ""
+    assert "quantizable" not in reasons
+
+
+def test_the_measurement_decides() -> None:
+    """Of 2,048 × 2,048 weights one in 500 is left: no machine multiplies the dense layer faster. None of 4 × 4 is."""
+    model = nn.Sequential(nn.Linear(2048, 2048), nn.Linear(2048, 2048))
+    with torch.no_grad():
+        model[0].weight.mul_(torch.rand(2048, 2048) < 0.002)
+    found = to_sparse_inference(model, rows=32)
+    assert [each.swapped for each in found] == [True, False]
+    assert found[0].speedup is not None and found[0].speedup > 1 and found[1].speedup is None
+    assert found[0].sparsity == pytest.approx(1 - int(model[0].values.numel()) / 2048**2)
+
+
+def test_training_is_refused_and_inference_with_gradients_enabled_is_not() -> None:
+    model = nn.Sequential(nn.Linear(8, 8), nn.Sequential(nn.Linear(8, 4)))
+    to_sparse_inference(model[1], min_sparsity=0)
+    y = model(torch.randn(3, 8))
+    with pytest.raises(RuntimeError, match="SparseLinear has no gradient: call to_dense_inference"):
+        y.sum().backward()
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"rows": 0}, "rows=0; it must be a whole number of at least 1"),
+        ({"rows": 2.5}, "rows=2.5; it must be a whole number of at least 1"),
+        ({"min_sparsity": "90%"}, "min_sparsity='90%'; it must be in"),
+        ({"min_sparsity": 1.5}, r"min_sparsity=1.5; it must be in \[0, 1\]"),
+    ],
+)
+def test_bad_input_is_named(options: dict[str, Any], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        to_sparse_inference(nn.Linear(2, 2), **options)
+    with pytest.raises(ValueError, match="on meta; sparse inference works on a CPU"):
+        to_sparse_inference(nn.Sequential(nn.Linear(2, 2, device="meta")))
+    with pytest.raises(ValueError, match="3 dimensions, not 2"):
+        SparseLinear(torch.zeros(2, 2, 2))
+
+
+@pytest.mark.parametrize("layer", [nn.Linear(4, 4), Conv1D(4, 4)])
+def test_a_layer_by_itself_is_refused(layer: nn.Module) -> None:
+    with pytest.raises(ValueError, match="Invalid model: it is a .* give that"):
+        to_sparse_inference(layer, min_sparsity=0.0)
+
+
+def test_wrong_activations_are_named() -> None:
+    layer = SparseLinear(sparse_weight(4, 6, 0.5))
+    with pytest.raises(RuntimeError, match=r"x of shape \(3, 5\) for a layer of in_features=6"):
+        layer(torch.randn(3, 5))
+    with pytest.raises(RuntimeError, match=r"x of torch.float64 for a layer of torch.float32"):
+        layer(torch.randn(3, 6).double())
+
+
+def test_state_dicts_are_dense_and_load_and_dtypes_move() -> None:
+    weight, bias = sparse_weight(6, 5, 0.7), torch.randn(6)
+    layer = SparseLinear(weight, bias)
+    state = layer.state_dict()
+    assert set(state) == {"weight", "bias"} and torch.equal(state["weight"], weight)
+    assert torch.equal(layer.weight.to_dense(), weight)
+    other = SparseLinear(torch.zeros(6, 5), torch.zeros(6))
+    other.load_state_dict(state)
+    assert torch.equal(other.dense_weight(), weight) and torch.equal(other.bias, bias)
+    with pytest.raises(RuntimeError, match="size mismatch for weight"):
+        other.load_state_dict({"weight": torch.zeros(5, 5), "bias": bias})
+    with pytest.raises(RuntimeError, match="Missing key"):
+        other.load_state_dict({"bias": bias})
+    layer.to(torch.bfloat16)
+    assert (
+        torch.equal(layer.dense_weight(), weight.bfloat16()) and layer(torch.randn(5).bfloat16()).dtype == layer.dtype
+    )
+    assert torch.equal(copy.deepcopy(layer).float().dense_weight(), weight.bfloat16().float())
+
+
+def test_autocast_gives_its_dtype() -> None:
+    layer, x = SparseLinear(sparse_weight(6, 5, 0.7)), torch.randn(3, 5)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = layer(x)
+    assert y.dtype == torch.bfloat16
+    torch.testing.assert_close(y.float(), layer(x), rtol=2**-7, atol=2**-7)
+
+
+@pytest.mark.parametrize("large", [False, True])
+def test_layers_of_a_model_beyond_the_caches_are_measured_out_of_them(
+    large: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As they run there: between two calls of a layer the others' weights have taken its place."""
+    from hf_pdecay.inference import choice
+
+    monkeypatch.setattr(choice, "_CACHE", 4 * 64 * 64 * (3 if large else 4))
+    seen = []
+
+    def speedup(dense: nn.Module, sparse: nn.Module, x: torch.Tensor, others: torch.Tensor | None) -> float:
+        seen.append(others)
+        return 2.0
+
+    monkeypatch.setattr(choice, "_speedup", speedup)
+    model = nn.Sequential(*[nn.Linear(64, 64) for _ in range(4)])
+    with torch.no_grad():
+        for layer in model:
+            layer.weight.mul_(torch.rand(64, 64) < 0.1)  # type: ignore[operator]
+    assert all(each.swapped for each in to_sparse_inference(model))
+    assert all((others is not None and others.nbytes == choice._CACHE) == large for others in seen) and seen
+
+
+@pytest.mark.parametrize(("out", "size"), [(3, 0), (0, 3), (0, 0)])
+@pytest.mark.parametrize("shape", [(), (2,), (2, 0), (0, 2)])
+def test_layers_without_weights(out: int, size: int, shape: tuple[int, ...], path: str) -> None:
+    layer = SparseLinear(torch.zeros(out, size), torch.arange(out).float())
+    y = layer(torch.randn(*shape, size))
+    assert torch.equal(y, torch.arange(out).float().expand(*shape, out))
+    assert "sparsity=100.0%" in repr(layer)
+
+
+@pytest.mark.parametrize("kind", [nn.Linear, Conv1D])
+def test_what_was_frozen_is_frozen_when_it_is_dense_again(kind: type[nn.Module]) -> None:
+    model = nn.Sequential(*(kind(8, 8) for _ in range(3)))
+    model[0].requires_grad_(False)
+    model[1].weight.requires_grad_(False)
+    trained = [param.requires_grad for param in model.parameters()]
+    to_sparse_inference(model, min_sparsity=0)
+    assert len(sparse_layers(model)) == 3
+    to_dense_inference(copy.deepcopy(model))
+    assert [param.requires_grad for param in to_dense_inference(model).parameters()] == trained
+
+
+def test_encoder_layers_of_torch_go_on_working() -> None:
+    """In evaluation one operation of torch does all of such a layer, with its weights as they are."""
+    model = prune(nn.Sequential(nn.TransformerEncoderLayer(16, 2, 32, batch_first=True), nn.Linear(16, 4)))
+    x = torch.randn(2, 3, 16)
+    with torch.no_grad():
+        before = model(x)
+        found = to_sparse_inference(model, min_sparsity=0.5)
+        torch.testing.assert_close(model(x), before)
+    reasons = {each.name: each.reason for each in found}
+    assert set(reasons) == {"0.linear1", "0.linear2", "1"} and reasons["1"] == ""
+    assert "nn.TransformerEncoderLayer" in reasons["0.linear1"] and isinstance(model[1], SparseLinear)
+
+
+class ReadsWeight(nn.Module):
+    """Computes with a layer's weight itself, as Mamba's mixers and WavLM's attention do."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight: Any = self.layer.weight
+        return weight @ x if weight.shape == (8, 16) else weight.t() @ x
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", [nn.Linear, Conv1D])
+def test_who_computes_with_a_weight_gets_the_dense_one(kind: type[nn.Module], dtype: torch.dtype) -> None:
+    model: Any = prune(ReadsWeight(nn.Linear(16, 8) if kind is nn.Linear else Conv1D(8, 16))).to(dtype)
+    x = torch.randn(2, 16, 3, dtype=dtype)
+    with torch.no_grad():
+        before, weight = model(x), model.layer.weight.clone()
+        assert to_sparse_inference(model, min_sparsity=0.5)[0].swapped
+        torch.testing.assert_close(model(x), before)
+        seen = model.layer.weight
+        assert (seen.shape, seen.dtype, seen.device) == (weight.shape, dtype, weight.device)
+        assert torch.equal(seen, weight)
+        for change in (
+            lambda: seen.mul_(2),
+            lambda: seen.data.mul_(2),
+            lambda: seen.__setitem__(0, 0),
+            lambda: setattr(seen, "data", weight),  # as adapters do that are merged
+        ):
+            with pytest.raises(RuntimeError, match="to_dense_inference"):
+                change()
+
+
+def test_a_trace_which_would_keep_a_result_is_refused() -> None:
+    model = nn.Sequential(nn.Linear(8, 4))
+    to_sparse_inference(model, min_sparsity=0)
+    with pytest.raises(RuntimeError, match=r"cannot be traced or exported: call to_dense_inference\(model\) first"):
+        torch.jit.trace(model, torch.randn(2, 8))
+    if hasattr(torch.compiler, "is_exporting"):
+        with pytest.raises(RuntimeError, match="cannot be traced or exported"):
+            torch.export.export(model, (torch.randn(2, 8),))

@@ -1,0 +1,171 @@
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from transformers import HfArgumentParser, TrainingArguments
+from transformers.training_args import OptimizerNames
+
+from hf_pdecay import PDecayTrainingArguments
+from hf_pdecay.trainer.arguments import own_fields
+
+
+OWN = {
+    "p_norm": 0.5,
+    "lambda_p": 0.03,
+    "target_sparsity": 0.7,
+    "sparsity_begin": 0.2,
+    "sparsity_end": 0.6,
+    "sparsity_schedule": "linear",
+    "sparsity_budget": "tensor",
+    "sparsity_decay": 0.02,
+    "p_norm_begin": 1.5,
+    "keep_zeros": True,
+    "lp_rules": {"attn": {"p_norm": 0.4}, "mlp": "off"},
+    "skip_nonfinite": False,
+    "sparsity_logging": "layer",
+    "near_zero_threshold": 1e-9,
+}
+
+
+def _same(args: PDecayTrainingArguments) -> None:
+    for name, value in OWN.items():
+        assert getattr(args, name) == value, name
+    assert args.optim == "adamw_lp"
+    assert args.uses_adamw_lp
+
+
+def test_every_own_field_is_covered_here() -> None:
+    assert set(own_fields()) == set(OWN)
+    for name, value in OWN.items():
+        assert getattr(PDecayTrainingArguments(), name) != value, f"{name} is tested with its default"
+
+
+def test_command_line(tmp_path: Path) -> None:
+    words = ["--output_dir", str(tmp_path), "--optim", "adamw_lp", "--keep_zeros", "--no_skip_nonfinite"]
+    words += ["--p_norm", "0.5", "--lambda_p", "0.03", "--sparsity_logging", "layer", "--near_zero_threshold", "1e-9"]
+    words += ["--target_sparsity", "0.7", "--sparsity_begin", "0.2", "--sparsity_end", "0.6", "--p_norm_begin", "1.5"]
+    words += ["--sparsity_schedule", "linear", "--sparsity_budget", "tensor", "--sparsity_decay", "0.02"]
+    words += ["--lp_rules", json.dumps(OWN["lp_rules"]), "--weight_decay", "0.1"]
+    (args,) = HfArgumentParser(PDecayTrainingArguments).parse_args_into_dataclasses(words)
+    _same(args)
+    assert args.weight_decay == 0.1
+
+
+def test_help_of_what_means_something_else_here() -> None:
+    actions = HfArgumentParser(PDecayTrainingArguments)._actions
+    texts = {each.dest: each.help or "" for each in actions}
+    assert "backend=foreach" in texts["optim_args"]
+    assert "decay" in texts["optim_target_modules"]
+    assert "target_sparsity" in texts["lp_rules"] and "group" in texts["lp_rules"]
+
+
+@pytest.mark.parametrize("kind", ["json", "yaml", "dict", "to_dict", "replace", "pickle"])
+def test_round_trips(kind: str, tmp_path: Path) -> None:
+    parser = HfArgumentParser(PDecayTrainingArguments)
+    values: dict[str, Any] = {"output_dir": str(tmp_path), **OWN}
+    file = tmp_path / f"args.{kind}"
+    if kind == "json":
+        file.write_text(json.dumps(values))
+        (args,) = parser.parse_json_file(str(file))
+    elif kind == "yaml":
+        file.write_text(yaml.dump(values, sort_keys=False))
+        (args,) = parser.parse_yaml_file(str(file))
+    elif kind == "dict":
+        (args,) = parser.parse_dict(values)
+    elif kind == "to_dict":
+        written = json.loads(PDecayTrainingArguments(**values).to_json_string())
+        assert written["optim"] == "adamw_lp"
+        (args,) = parser.parse_dict(written)
+    elif kind == "replace":
+        args = replace(PDecayTrainingArguments(**values), output_dir=str(tmp_path / "other"))
+    else:
+        torch.save(PDecayTrainingArguments(**values), file)
+        args = torch.load(file, weights_only=False)
+    _same(args)
+
+
+def test_rules_file_becomes_part_of_the_arguments(tmp_path: Path) -> None:
+    file = tmp_path / "rules.json"
+    file.write_text(json.dumps(OWN["lp_rules"]))
+    args = PDecayTrainingArguments(str(tmp_path), lp_rules=str(file))
+    file.unlink()
+    assert args.to_dict()["lp_rules"] == OWN["lp_rules"]
+
+
+@pytest.mark.parametrize("name", [name.value for name in OptimizerNames])
+def test_all_other_names_are_accepted_as_before(name: str, tmp_path: Path) -> None:
+    words = ["--output_dir", str(tmp_path), "--optim", name]
+    (args,) = HfArgumentParser(PDecayTrainingArguments).parse_args_into_dataclasses(words)
+    (stock,) = HfArgumentParser(TrainingArguments).parse_args_into_dataclasses(words)
+    assert args.optim == stock.optim
+    assert type(args.optim) is type(stock.optim)
+    assert not args.uses_adamw_lp
+
+
+def test_nothing_else_differs_from_the_parent(tmp_path: Path) -> None:
+    # logging_dir and run_name carry the time of day on some releases.
+    ours, stock = PDecayTrainingArguments(str(tmp_path)).to_dict(), TrainingArguments(str(tmp_path)).to_dict()
+    differing = {name for name in stock if ours[name] != stock[name]} - {"logging_dir", "run_name"}
+    assert differing == {"optim"}
+    assert ours["weight_decay"] == 0
+
+
+def test_set_optimizer(tmp_path: Path) -> None:
+    args = PDecayTrainingArguments(str(tmp_path), optim="sgd")
+    assert args.set_optimizer("adamw_lp", learning_rate=1e-3, weight_decay=0.1).uses_adamw_lp
+    assert (args.learning_rate, args.weight_decay) == (1e-3, 0.1)
+    assert args.set_optimizer("adafactor").optim == OptimizerNames.ADAFACTOR
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("p_norm", 0, "p_norm=0; it must be a finite number above 0"),
+        ("p_norm", -1.0, "p_norm=-1.0; it must be"),
+        ("p_norm", float("nan"), "p_norm=nan"),
+        ("p_norm", float("inf"), "p_norm=inf"),
+        ("lambda_p", -0.1, "lambda_p=-0.1; it must be a finite number of at least 0"),
+        ("lambda_p", float("inf"), "lambda_p=inf"),
+        ("lambda_p", float("nan"), "lambda_p=nan"),
+        ("sparsity_logging", "all", "sparsity_logging='all'; it must be one of overall, layer"),
+        ("near_zero_threshold", -1.0, "near_zero_threshold=-1.0"),
+        ("near_zero_threshold", float("nan"), "near_zero_threshold=nan"),
+        ("near_zero_threshold", "x", "near_zero_threshold='x'; it must be a number"),
+        ("sparsity_begin", "0", "sparsity_begin='0'"),
+        ("sparsity_end", None, "sparsity_end=None"),
+        ("sparsity_decay", "much", "sparsity_decay='much'; it must be a finite number"),
+        ("optim_args", "p_norm=0.5", "optim_args='p_norm=0.5'; for optim='adamw_lp' it takes backend=NAME"),
+        ("optim_args", "backend", "optim_args='backend'; for optim='adamw_lp' it takes backend=NAME"),
+        ("optim_args", "backend=fast", "backend='fast' for optim='adamw_lp'; it must be one of auto, compiled"),
+        (
+            "optim_args",
+            "moments=4bit",
+            "moments='4bit' for optim='adamw_lp'; it must be one of float32, bf",
+        ),
+        ("lp_rules", "{", "lp_rules"),
+        ("keep_zeros", "no", "keep_zeros='no'; it must be True or False"),
+        ("skip_nonfinite", 3, "skip_nonfinite=3; it must be True or False"),
+        ("learning_rate", -1.0, "learning_rate=-1.0; it must be a finite number of at least 0"),
+        ("learning_rate", float("nan"), "learning_rate=nan"),
+        ("weight_decay", float("inf"), "weight_decay=inf"),
+        ("adam_epsilon", -1.0, "adam_epsilon=-1.0"),
+        ("adam_beta1", 1.5, "adam_beta1=1.5; it must be at least 0 and below 1"),
+        ("adam_beta2", 1.0, "adam_beta2=1.0"),
+        ("optim", "adamw_l", "adamw_l"),
+    ],
+)
+def test_bad_values_are_told_plainly(field: str, value: object, message: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=message):
+        PDecayTrainingArguments(str(tmp_path), **{field: value})
+
+
+def test_unknown_optimizer_on_the_command_line(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        HfArgumentParser(PDecayTrainingArguments).parse_args_into_dataclasses(["--optim", "adamw_l"])
+    assert "adamw_lp" in capsys.readouterr().err
