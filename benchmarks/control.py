@@ -51,7 +51,7 @@ def measure(model: Model, steps: int) -> str:
             whole = time.perf_counter() - begin
         weights = trainer.measure_sparsity().decayed.parameters
     schedule = Schedule(round(0.1 * steps), round(0.75 * steps))
-    cuts = sum(schedule.cuts(step) for step in range(1, steps + 1))
+    cuts = sum(schedule.prunes(step) for step in range(1, steps + 1))
     control = [sum(span.seconds) for span in spans]
     return (
         f"{model.name}, {weights / 1e6:.2f} M decayed weights, {steps} steps of {1e3 * whole / steps:.1f} ms: the "

@@ -43,7 +43,9 @@ def measure(tensors: int, width: int, rounds: int) -> dict[str, Any]:
     for param in model.parameters():
         param.grad = torch.randn_like(param).mul_(1e-3)
     # λ_p is set after a cut until the last weights are chosen by cuts alone.
-    cuts = [step for step in range(1, STEPS) if control.schedule.cuts(step) and control.schedule.progress(step) < 0.95]
+    cuts = [
+        step for step in range(1, STEPS) if control.schedule.prunes(step) and control.schedule.progress(step) < 0.95
+    ]
     chosen = [cuts[place * len(cuts) // rounds] for place in range(rounds)]
     control.before_step(control.schedule.begin + 1)
     for _ in range(2):  # compiles, and makes the moments

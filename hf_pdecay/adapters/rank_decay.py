@@ -143,7 +143,7 @@ class RankDecayCallback(TrainerCallback):
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Cut, where the schedule has a cut after this step."""
         step = state.global_step
-        if self.target is None or not (self._schedule.cuts(step) or step == self._schedule.end):
+        if self.target is None or not (self._schedule.prunes(step) or step == self._schedule.end):
             return
         least = [each.layer.scaling[self.adapter_name] * torch.mul(*each.norms) for each in self._layers]
         count = self._asked(step)

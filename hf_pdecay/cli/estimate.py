@@ -156,9 +156,9 @@ class Estimate:
     left_out: dict[str, str]
 
     @property
-    def cuts(self) -> int:
+    def pruning_steps(self) -> int:
         """Cuts of a run with a target."""
-        return cuts(self.setup.max_steps)
+        return pruning_steps(self.setup.max_steps)
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON types; all that is in bytes is for each GPU."""
@@ -171,7 +171,7 @@ class Estimate:
             "decayed_tensors": len(size.decayed),
             "tensors_assumed": size.assumed,
             **asdict(self.setup),
-            "cuts": self.cuts,
+            "pruning_steps": self.pruning_steps,
             "layouts": {
                 layout: {
                     "gpus": _processes(layout, self.setup.gpus),
@@ -237,7 +237,8 @@ class Estimate:
         )
         yield self.added_table()
         yield (
-            f"Nothing of it stays between steps. A run of {setup.max_steps:,} steps with a target has {self.cuts} cuts."
+            f"Nothing of it stays between steps. A run of {setup.max_steps:,} steps with a target "
+            f"prunes {self.pruning_steps} times."
         )
         yield from self.left_out.values()
 
@@ -323,10 +324,10 @@ def added_by(size: ModelSize, layout: str, gpus: int) -> Added:
     )
 
 
-def cuts(max_steps: int) -> int:
+def pruning_steps(max_steps: int) -> int:
     """Return how many cuts a run with a target has, by default settings."""
     schedule = Schedule(round(BEGIN * max_steps), round(END * max_steps))
-    return sum(schedule.cuts(step) for step in range(schedule.begin + 1, schedule.end + 1))
+    return sum(schedule.prunes(step) for step in range(schedule.begin + 1, schedule.end + 1))
 
 
 def _processes(layout: str, gpus: int) -> int:

@@ -12,7 +12,7 @@ from ..names import clean_name
 from ..optim.units import ELEMENT, is_decayed, n_of_m
 from ..rules.assign import group_table
 from ..target.budgets import Budget
-from ..target.control import plan
+from ..target.control import plan_target
 from ..target.pruning import wanted
 from ..target.schedule import Schedule
 from ..trainer.optimizer import param_groups_of
@@ -97,10 +97,10 @@ class Preview:
         return found
 
     @property
-    def cuts(self) -> list[int]:
+    def pruning_steps(self) -> list[int]:
         """The steps after which weights are cut; none without a target."""
         steps = range(self.schedule.begin + 1, self.schedule.end + 1) if self.budgets else ()
-        return [step for step in steps if self.schedule.cuts(step)]
+        return [step for step in steps if self.schedule.prunes(step)]
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON types."""
@@ -110,7 +110,7 @@ class Preview:
             "decayed": self.decayed_parameters,
             "zeros": {kind: {"zeros": dead, "of": units} for kind, (dead, units) in self.zeros.items()},
             "max_steps": self.max_steps,
-            "cuts": self.cuts,
+            "pruning_steps": self.pruning_steps,
             "tensors": [
                 {
                     "name": each.name,
@@ -152,8 +152,8 @@ class Preview:
             by = f", by {kind}" if alone and kind != ELEMENT else ""
             yield f"Zero in the end{by}: {dead:,} of {units:,} {what} ({dead / units:.2%})."
         if self.budgets:
-            first, last = self.cuts[0], self.cuts[-1]
-            yield f"{len(self.cuts)} cuts, after steps {first:,} to {last:,} of {self.max_steps:,}."
+            first, last = self.pruning_steps[0], self.pruning_steps[-1]
+            yield f"{len(self.pruning_steps)} pruning_steps, after steps {first:,} to {last:,} of {self.max_steps:,}."
         else:
             yield "No target_sparsity: λ_p alone decides how many weights become zero."
 
@@ -181,7 +181,7 @@ def preview(
     model: nn.Module = on_meta(name)
     args: Any = SimpleNamespace(weight_decay=weight_decay)
     groups = param_groups_of(model, args, settings)
-    schedule, budgets = plan(groups, max_steps, **settings.control_options)
+    schedule, budgets = plan_target(groups, max_steps, **settings.control_options)
     for budget in budgets:
         for group, _ in budget.members:
             group["asked_sparsity"] = budget.target

@@ -18,8 +18,8 @@ from .dormancy import Awakening, dormant_entry, is_awake, is_awake_for_good, pla
 from .functional import adamw_lp
 from .gradients import check_dense, count_skipped, finite_by_norm, skipped_steps
 from .moments import as_stored, clone, is_quantized, zero_moment
-from .step_cache import Plan, hyper_of
-from .tensor_step import Hyperparameters, Structure, TensorStep, strength
+from .step_cache import StepCache, hyper_of
+from .tensor_step import Hyperparameters, Structure, TensorStep, alpha_lambda_p
 from .unit_decay import UNFELT, UnitDecay
 from .units import ELEMENT, check_units, kind_of
 from .validation import FOREIGN_KEYS, check_hyperparameters, check_real, check_state_dict
@@ -101,7 +101,7 @@ class AdamWLp(Optimizer):
         # saves the look at the gradients, which is an eighth of a step.
         self.grad_norm: Tensor | float | None = None
         # What the last step did, for the next one to do again.
-        self._plan: Plan | None = None
+        self._plan: StepCache | None = None
         self._awakening = Awakening()
         defaults: dict[str, Any] = {
             "lr": lr,
@@ -285,10 +285,10 @@ class AdamWLp(Optimizer):
             return int(step.item()) if isinstance(step, Tensor) and step.is_cpu else step
 
         careful = group["skip_nonfinite"]
-        strength = partial(_alpha_lambda, group)
-        shrinkage.apply(strength, step_of, group_index << 20, finite if careful else True, done=done)
+        alpha_lambda_p = partial(_alpha_lambda, group)
+        shrinkage.apply(alpha_lambda_p, step_of, group_index << 20, finite if careful else True, done=done)
 
-    def _planned(self, shrinkages: Mapping[int, UnitDecay]) -> Plan:
+    def _planned(self, shrinkages: Mapping[int, UnitDecay]) -> StepCache:
         """Find out who does what, and make the state of tensors that have none yet."""
         for group in self.param_groups:
             check_dense(group["params"], "AdamWLp")
@@ -311,7 +311,7 @@ class AdamWLp(Optimizer):
             shrinkage.lasts(done[index]) for index, shrinkage in shrinkages.items()
         )
         tables = [(each.tables, hypers[index]) for index, each in shrinkages.items() if each.tables is not None]
-        return Plan(self.param_groups, self.state, hypers, parts, lasts, tables, done)
+        return StepCache(self.param_groups, self.state, hypers, parts, lasts, tables, done)
 
     def _tensor_steps(
         self, group_index: int, group: dict[str, Any], hyper: Hyperparameters, shrinkage: UnitDecay | None
@@ -343,7 +343,7 @@ class AdamWLp(Optimizer):
             steps.append(TensorStep(param, grad, exp_avg, exp_avg_sq, state["step"], awake, hyper, place, structure))
         return steps
 
-    def _finite(self, norm: Tensor | float | None, plan: Plan) -> bool | Tensor:
+    def _finite(self, norm: Tensor | float | None, plan: StepCache) -> bool | Tensor:
         """Whether all gradients of careful parts are finite: known by the norm of all, or looked at here."""
         parts = [part for part in plan.parts if part.careful]
         if not parts:
@@ -364,4 +364,4 @@ class AdamWLp(Optimizer):
 
 
 def _alpha_lambda(group: dict[str, Any], device: torch.device) -> float | Tensor:
-    return strength(group["lr"], group["lambda_p"], device)
+    return alpha_lambda_p(group["lr"], group["lambda_p"], device)

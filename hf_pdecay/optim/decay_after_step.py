@@ -38,7 +38,7 @@ def copies(weights: Sequence[Tensor]) -> list[Tensor]:
     return made
 
 
-def shrink(tensors: Sequence[Stepped], decay: Decay) -> None:
+def decay_weights(tensors: Sequence[Stepped], decay: Decay) -> None:
     """Shrink the weights of a param group, in place, after the base optimizer's step.
 
     On a CPU one C++ function does it where there is enough to do, and on a GPU one Triton kernel, as they do AdamWLp's
@@ -47,7 +47,7 @@ def shrink(tensors: Sequence[Stepped], decay: Decay) -> None:
     taken = _compiled(tensors, decay)
     if taken:
         weights, copied, places = zip(*((each.weight, each.before, each.place) for each in taken), strict=True)
-        compiled.shrink(weights, copied, places, decay)
+        compiled.decay_weights(weights, copied, places, decay)
     elif has_triton(tensors[0].weight.device if tensors else None):
         from .gpu import decay as triton_shrink  # imports triton, which takes its time
 

@@ -12,7 +12,7 @@ from torch.optim.optimizer import Optimizer
 
 from .bases import check_base, is_schedule_free, takes_found_inf
 from .decay import check_lambda_p, check_p_norm
-from .decay_after_step import can_compile, copies, on_device, rate_on, shrink
+from .decay_after_step import can_compile, copies, decay_weights, on_device, rate_on
 from .distributed import Owners, agreed_finite, is_dtensor, local, shard_place
 from .dormancy import Awakening, dormant_entry, is_awake, placed
 from .gradients import check_dense, count_skipped, finite_by_norm, grads_finite, skipped_steps
@@ -376,7 +376,7 @@ class LpDecay(Optimizer):
                 group["decay_steps"] + 1,
                 finite,
             )
-            shrink(tensors, decay)
+            decay_weights(tensors, decay)
 
 
 class _Copied(NamedTuple):

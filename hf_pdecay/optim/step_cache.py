@@ -18,7 +18,7 @@ from .cpu.units import UnitDivisors
 from .decay import check_lambda_p, check_p_norm
 from .distributed import Owners, is_dtensor, parts_here
 from .moments import address
-from .tensor_step import Hyperparameters, strength
+from .tensor_step import Hyperparameters, alpha_lambda_p
 from .units import ELEMENT, kind_of
 
 
@@ -52,7 +52,7 @@ def hyper_of(group: Mapping[str, Any]) -> Hyperparameters:
     )
 
 
-class Plan:
+class StepCache:
     """Which backend does which tensors of a step.
 
     Args:
@@ -147,7 +147,7 @@ class Plan:
     def _fill_tables(self) -> None:
         for tables, hyper in self._tables:
             tables.norms()
-            tables.fill(hyper.p_norm, strength(hyper.lr, hyper.lambda_p, tables.device))
+            tables.fill(hyper.p_norm, alpha_lambda_p(hyper.lr, hyper.lambda_p, tables.device))
 
 
 def _flags(group: Mapping[str, Any], hyper: Hyperparameters) -> tuple[Any, ...]:

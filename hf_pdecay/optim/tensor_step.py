@@ -102,7 +102,7 @@ class Decay(NamedTuple):
     finite: bool | Tensor
 
 
-def strength(lr: float | Tensor, lambda_p: float, device: torch.device) -> float | Tensor:
+def alpha_lambda_p(lr: float | Tensor, lambda_p: float, device: torch.device) -> float | Tensor:
     """Return α λ_p: a number, or a tensor on the device where the learning rate is one and that is no CPU."""
     if not isinstance(lr, Tensor) or device.type == "cpu":
         return float(lr) * float(lambda_p)

@@ -235,7 +235,7 @@ def decayed_parameter_names(
     return [clean_name(name) for name, param in model.named_parameters() if id(param) in chosen]
 
 
-def strength(group: Mapping[str, Any]) -> str:
+def lambda_text(group: Mapping[str, Any]) -> str:
     """Return a group's λ_p as text, or the sparsity that sets it."""
     asked, kind = group.get("asked_sparsity"), kind_of(group)
     if asked is None:
@@ -265,7 +265,7 @@ def group_table(groups: Sequence[Mapping[str, Any]], params: Sequence[Sequence[T
             f"{len(some):,}",
             f"{sum(full_numel(param) for param in some):,}",
             f"{group.get('p_norm_end', group['p_norm']):g}" if decayed else "-",
-            strength(group) if decayed else "-",
+            lambda_text(group) if decayed else "-",
             f"{group['weight_decay']:g}",
         )
     return table

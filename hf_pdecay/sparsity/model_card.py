@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .._version import __version__
-from ..rules.assign import strength
+from ..rules.assign import lambda_text
 from .counting import SparsityReport
 
 
@@ -79,7 +79,7 @@ class SparsitySection:
                 {
                     **group,
                     "tensors": len(group["params"]),
-                    "strength": strength(group),
+                    "strength": lambda_text(group),
                     "parameters": sum(param.numel() for param in group["params"]),
                 }
                 for group in (self.param_groups if self.trained else ())

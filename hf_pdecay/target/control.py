@@ -26,7 +26,7 @@ from ..optim.decay import is_number, lambda_for_threshold
 from ..optim.shards import group_params, is_sharded, publish
 from ..optim.units import UNIT_KINDS, decayed_groups, kind_of
 from .budgets import Budget, budgets, check_budget, check_p_norms
-from .pruning import cut, excess, magnitudes
+from .pruning import excess, magnitudes, prune
 from .schedule import BEGIN, END, Schedule, check_schedule
 
 
@@ -113,7 +113,7 @@ class SparsityControl:
         """Plan for the optimizer's present param groups."""
         groups, params = self._optimizer.param_groups, group_params(self._optimizer)
         self._adopted = groups, params
-        self.schedule, self._budgets = plan(groups, self._total_steps, params=params, **self._options)
+        self.schedule, self._budgets = plan_target(groups, self._total_steps, params=params, **self._options)
         for group in decayed_groups(groups):
             group.setdefault("p_norm_end", group["p_norm"])
         members = [(group, budget.target) for budget in self._budgets for group, _ in budget.members]
@@ -151,7 +151,7 @@ class SparsityControl:
                 group["p_norm"] = begin + schedule.progress(step) * (end - begin)
         upcoming = schedule.progress(schedule.next_pruning(step))
         decaying = self._decay > 0 and schedule.begin < step and upcoming < _LAST_DECAY
-        fresh = decaying and (schedule.cuts(step - 1) or step == schedule.begin + 1 or self._unset)
+        fresh = decaying and (schedule.prunes(step - 1) or step == schedule.begin + 1 or self._unset)
         self._unset = False
         for group in self._groups:
             if fresh:
@@ -174,10 +174,10 @@ class SparsityControl:
         Args:
             step: Number of the step that was just made, the first of all being 1.
         """
-        if not self.schedule.cuts(step):
+        if not self.schedule.prunes(step):
             return
         for budget in self.budgets:
-            cut(budget, self._optimizer, self.schedule.progress(step))
+            prune(budget, self._optimizer, self.schedule.progress(step))
         for group in self._groups if step == self.schedule.end else ():
             if kind_of(group) in UNIT_KINDS:
                 # What has not learned by now is among the zeros that were asked for.
@@ -237,7 +237,7 @@ def _same(some: Sequence[Sequence[Tensor]], others: Sequence[Sequence[Tensor]]) 
     return all(x is y for a, b in zip(some, others, strict=True) for x, y in zip(a, b, strict=True))
 
 
-def plan(
+def plan_target(
     groups: Sequence[dict[str, Any]],
     total_steps: int,
     *,

@@ -21,7 +21,7 @@ from .ranking import Ranking, prune_least, scores
 
 
 @torch.no_grad()
-def cut(budget: Budget, optimizer: Any, progress: float) -> None:
+def prune(budget: Budget, optimizer: Any, progress: float) -> None:
     """Set the least salient units of a budget to 0, in place.
 
     Args:

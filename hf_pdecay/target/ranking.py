@@ -32,7 +32,7 @@ _SCALE = 2.0**26
 
 
 @dataclass(frozen=True)
-class Cut:
+class Threshold:
     """The k least scores among some weights.
 
     Args:
@@ -75,7 +75,7 @@ class Ranking:
         """Return the fraction of the sample of :meth:`quantile` that is less than a score."""
         return int(torch.searchsorted(self._sample, score)) / len(self._sample)
 
-    def least(self, count: int) -> Cut:
+    def least(self, count: int) -> Threshold:
         """Find the ``count`` least scores, exactly.
 
         Args:
@@ -90,7 +90,7 @@ class Ranking:
             high = float(self._sample[last]) if last < size else math.inf
             below, within, inside = self._between(low, high)
             if low == 0 and count <= below:
-                return Cut(0.0, ties=count, equal=below)
+                return Threshold(0.0, ties=count, equal=below)
             if below < count <= below + within:
                 break
             if first <= 0 and last >= size:  # NaN is in no bracket
@@ -98,10 +98,10 @@ class Ranking:
                 break
             margin *= 4
         if count == below:
-            return Cut(low, ties=below, equal=below)
+            return Threshold(low, ties=below, equal=below)
         return self._kth(inside, count - below)
 
-    def _kth(self, inside: Mapping[Groups, Tensor], count: int) -> Cut:
+    def _kth(self, inside: Mapping[Groups, Tensor], count: int) -> Threshold:
         """The ``count``-th least of the scores that processes hold, by their bits from the first to the last."""
         # Numbers that are not negative have the order of their bits.
         whole = torch.int64 if self._dtype == torch.float64 else torch.int32
@@ -118,7 +118,7 @@ class Ranking:
             count, equal = count - before, int(found[digit]) - before
             prefix = prefix << width | digit
             bits = {groups: each[digits[groups] == digit] for groups, each in bits.items()}
-        return Cut(float(torch.tensor(prefix, dtype=whole).view(self._dtype)), ties=count, equal=equal)
+        return Threshold(float(torch.tensor(prefix, dtype=whole).view(self._dtype)), ties=count, equal=equal)
 
     def _take_sample(self) -> Tensor:
         """Scores at even distances through all tensors, sorted."""
@@ -183,7 +183,7 @@ def scores(tensor: Ranked, dtype: torch.dtype = torch.float32) -> Tensor:
 
 
 @torch.no_grad()
-def prune_least(tensors: Sequence[Ranked], cut: Cut) -> None:
+def prune_least(tensors: Sequence[Ranked], cut: Threshold) -> None:
     """Set the weights of a cut to 0, in place.
 
     Of those that are equal in score, many in low precision, it takes as many as belong to the cut, evenly spread.
@@ -221,7 +221,7 @@ def _zero_below(flat: Ranked, limit: float, dtype: torch.dtype, keep_equals: boo
     return torch.stack(equals).tolist() if equals else []
 
 
-def _zero_share(piece: Ranked, score: Tensor, cut: Cut, seen: int) -> None:
+def _zero_share(piece: Ranked, score: Tensor, cut: Threshold, seen: int) -> None:
     """Zero the cut's share of the weights whose scores are equal to its, given how many came before these."""
     places = (score == cut.score).nonzero().view(-1)
     number = torch.arange(seen, seen + len(places), device=places.device)

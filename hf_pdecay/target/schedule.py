@@ -47,7 +47,7 @@ class Schedule:
             return t
         return 1 - (1 - t) ** 3 if self.shape == "cubic" else (1 - math.cos(math.pi * t)) / 2
 
-    def cuts(self, step: int) -> bool:
+    def prunes(self, step: int) -> bool:
         """Whether a cut follows a step, the first of all steps being number 1."""
         return self.begin < step <= self.end and (self.end - step) % self.interval == 0
 

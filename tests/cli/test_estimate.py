@@ -150,7 +150,7 @@ def test_whole_tensors_need_no_communication() -> None:
 def test_cuts_are_those_of_a_run(max_steps: int) -> None:
     param = nn.Parameter(torch.ones(4))
     control = SparsityControl(AdamWLp([param], lambda_p=1.0), max_steps, target_sparsity=0.5)
-    assert est.cuts(max_steps) == sum(control.schedule.cuts(step) for step in range(max_steps + 2))
+    assert est.pruning_steps(max_steps) == sum(control.schedule.prunes(step) for step in range(max_steps + 2))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -213,7 +213,7 @@ def test_communication_is_that_of_real_processes(traffic: list[dict[str, Any]], 
         expected = {
             key: [value["all_reduces"], value["bytes"]] for key, value in said.items() if isinstance(value, dict)
         }
-        assert len(found["cut"]) == rank[case]["cuts"] > 3
+        assert len(found["cut"]) == rank[case]["pruning_steps"] > 3
         assert found["cut"] == [expected["cut"]] * len(found["cut"])
         assert rank[case]["tied"] == [a + b for a, b in zip(expected["cut"], expected["ties"], strict=True)]
         assert set(map(tuple, found["no cut"])) == {(0, 0)}

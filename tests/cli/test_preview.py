@@ -67,7 +67,7 @@ def test_the_zeros_are_those_of_the_run(
     assert {(each["rule"], each["p_norm"], each["target_sparsity"]) for each in decayed} == {
         (group["rule"], group["p_norm"], group["asked_sparsity"]) for group in groups
     }
-    assert found["cuts"][-1] == 30 and found["cuts"][0] > 4
+    assert found["pruning_steps"][-1] == 30 and found["pruning_steps"][0] > 4
 
 
 def test_what_decays_by_default(gpt2: str) -> None:
@@ -81,7 +81,7 @@ def test_what_decays_by_default(gpt2: str) -> None:
     assert {each.name for each in found.tensors if each.decayed} == matrices
     assert [each.name for each in found.tensors] == [name for name, _ in model.named_parameters()]
     assert found.parameters == sum(param.numel() for param in model.parameters())
-    assert (found.zeros, found.cuts) == ({}, [])
+    assert (found.zeros, found.pruning_steps) == ({}, [])
 
 
 def test_groups_of_weights(llama: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -102,7 +102,7 @@ def test_settings_by_flags_and_in_optim_args_are_the_same(gpt2: str, capsys: pyt
     by_flags = capsys.readouterr().out
     assert main(["preview", gpt2, "--json", "--optim_args", ",".join(f"{k}={v}" for k, v in given.items())]) == 0
     assert capsys.readouterr().out == by_flags
-    assert json.loads(by_flags)["cuts"][-1] == 900
+    assert json.loads(by_flags)["pruning_steps"][-1] == 900
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ from torch import nn
 from torch.distributed.fsdp import fully_shard
 
 from hf_pdecay import AdamWLp, measure_sparsity
-from hf_pdecay.cli.estimate import added_by, cuts
+from hf_pdecay.cli.estimate import added_by, pruning_steps
 from hf_pdecay.cli.model_size import of_model
 from hf_pdecay.rules.assign import build_param_groups
 from hf_pdecay.target.control import SparsityControl
@@ -76,10 +76,10 @@ def run(width: int) -> dict[str, Any]:
         net(torch.randn(4, 8, generator=torch.Generator().manual_seed(step))).square().mean().backward()
         found["lambda_p"].append(watched(partial(control.before_step, step)))
         found["step"].append(watched(optimizer.step))
-        found["cut" if control.schedule.cuts(step) else "no cut"].append(watched(partial(control.after_step, step)))
+        found["cut" if control.schedule.prunes(step) else "no cut"].append(watched(partial(control.after_step, step)))
         optimizer.zero_grad()
         found["log"].append(watched(partial(measure_sparsity, net)))
-    return {"found": found, "said": said, "cuts": cuts(STEPS), "tied": tied(width)}
+    return {"found": found, "said": said, "pruning_steps": pruning_steps(STEPS), "tied": tied(width)}
 
 
 def tied(width: int) -> list[int]:

@@ -223,8 +223,8 @@ def test_how_it_is_computed(monkeypatch: pytest.MonkeyPatch) -> None:
     if reason := compiled.unavailable():
         pytest.skip(reason)
     calls: list[int] = []
-    shrink = compiled.shrink
-    monkeypatch.setattr(compiled, "shrink", lambda some, *rest: calls.append(len(some)) or shrink(some, *rest))
+    shrink = compiled.decay_weights
+    monkeypatch.setattr(compiled, "decay_weights", lambda some, *rest: calls.append(len(some)) or shrink(some, *rest))
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
         results = []
         for least in (0, math.inf):

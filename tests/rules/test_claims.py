@@ -13,7 +13,7 @@ from hf_pdecay.rules.assign import build_param_groups
 from hf_pdecay.sparsity.dead_units import count_units
 from hf_pdecay.target.budgets import budgets
 from hf_pdecay.target.control import SparsityControl
-from hf_pdecay.target.pruning import cut
+from hf_pdecay.target.pruning import prune
 
 from ..helpers.models import build
 from ..helpers.steps import normal, through_a_file
@@ -165,7 +165,7 @@ def test_the_least_salient_groups_are_cut() -> None:
     plain = param.detach().square().sum(1).argsort()[:4]
     assert set(plain.tolist()) != set((expected == 0).all(1).nonzero().flatten().tolist())
     (budget,) = budgets(optimizer.param_groups, None)
-    cut(budget, optimizer, 1.0)
+    prune(budget, optimizer, 1.0)
     assert torch.equal(param, expected)
 
 
@@ -177,7 +177,7 @@ def test_groups_of_different_sizes_are_compared_by_weight() -> None:
         long[:3] *= 0.1
     optimizer = AdamWLp([{"params": [short, long], "group": "row"}])
     (budget,) = budgets(optimizer.param_groups, 0.5)
-    cut(budget, optimizer, 1.0)
+    prune(budget, optimizer, 1.0)
     assert [(each == 0).all(1).sum().item() for each in (short, long)] == [3, 3]
 
 
@@ -191,7 +191,7 @@ def test_cuts_of_blocks_take_the_least_of_the_weakest(dim: int) -> None:
     (budget,) = budgets(optimizer.param_groups, None)
     weakest = sorted(value for block in weights.abs().view(-1, 4).tolist() for value in sorted(block)[:2])
     for progress in (0.5, 1.0):
-        cut(budget, optimizer, progress)
+        prune(budget, optimizer, progress)
         count = round(progress * len(weakest))
         expected = weights.masked_fill(weights.abs() <= weakest[count - 1], 0) if progress < 1 else None
         now = param.detach().t() if dim == 0 else param.detach()
@@ -254,7 +254,7 @@ def test_attention_of_torch_has_rows_and_columns_and_blocks(kdim: int | None) ->
     optimizer.step()
     (budget,) = budgets(optimizer.param_groups, None)
     assert budget.units == 24
-    cut(budget, optimizer, 1.0)
+    prune(budget, optimizer, 1.0)
     assert not last[-3:].any() and not bias[-3:].any()
     assert all((param != 0).sum() == param.numel() - 3 * param[0].numel() for param in (last, bias))
     units, dead = count_units(optimizer.param_groups)["row"]

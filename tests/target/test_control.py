@@ -117,7 +117,7 @@ def test_rules_have_targets_of_their_own() -> None:
 def test_what_is_cut_costs_least_to_second_order_in_the_metric_of_adam() -> None:
     loop = Loop(target_sparsity=0.5, sparsity_decay=0.0)
     schedule = Schedule(20, 150)
-    first = next(step for step in range(1, STEPS) if schedule.cuts(step))
+    first = next(step for step in range(1, STEPS) if schedule.prunes(step))
     loop.run(last=first - 1)
     inputs, wanted = _batch(first, torch.float32)
     (loop.model(inputs) - wanted).square().mean().backward()
@@ -216,7 +216,7 @@ def test_schedules(steps: int, shape: str) -> None:
     progress = [schedule.progress(step) for step in range(steps + 1)]
     assert progress == sorted(progress)
     assert (progress[schedule.begin], progress[schedule.end], progress[-1]) == (0, 1, 1)
-    cuts = [step for step in range(1, steps + 1) if schedule.cuts(step)]
+    cuts = [step for step in range(1, steps + 1) if schedule.prunes(step)]
     intervals = {later - earlier for earlier, later in itertools.pairwise(cuts)}
     assert len(intervals) == 1 and (40 <= len(cuts) <= 85 or intervals <= {8, 50})
     assert cuts[-1] == schedule.end

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from hf_pdecay.optim.shards import Ranked
-from hf_pdecay.target.ranking import Cut, Ranking, prune_least, scores
+from hf_pdecay.target.ranking import Ranking, Threshold, prune_least, scores
 
 
 SAMPLE = 32_768
@@ -65,7 +65,7 @@ def _saliency(tensors: Sequence[Ranked]) -> np.ndarray:
     return np.concatenate(parts)
 
 
-def _check_by_magnitude(tensors: Sequence[Ranked], count: int) -> Cut:
+def _check_by_magnitude(tensors: Sequence[Ranked], count: int) -> Threshold:
     """Compare a cut by magnitude with a full sort, before and after it is made."""
     before = _flat(tensors)
     magnitudes = np.abs(before)

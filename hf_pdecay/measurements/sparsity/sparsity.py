@@ -10,7 +10,7 @@ import datasets
 import evaluate
 import transformers
 
-from ... import measure_sparsity
+from hf_pdecay import measure_sparsity
 
 
 _DESCRIPTION = """

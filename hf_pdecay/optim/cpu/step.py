@@ -21,7 +21,7 @@ from ..tensor_step import Decay, Hyperparameters, TensorStep, fuses, is_flat, sp
 from .native import load
 
 
-_PARTS = ("weights.cpp", "lanes.cpp", "divisors.cpp", "update.cpp", "groups.cpp", "eight_bit.cpp", "adamw_lp.cpp")
+_PARTS = ("weights.cpp", "lanes.cpp", "divisors.cpp", "update.cpp", "units.cpp", "eight_bit.cpp", "adamw_lp.cpp")
 SOURCES = tuple(Path(__file__).with_name(name) for name in _PARTS)
 
 CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
@@ -163,7 +163,7 @@ class Batch:
         torch.autograd.graph.increment_version(self._params)
 
 
-def shrink(weights: Sequence[Tensor], before: Sequence[Tensor], places: Sequence[int], decay: Decay) -> None:
+def decay_weights(weights: Sequence[Tensor], before: Sequence[Tensor], places: Sequence[int], decay: Decay) -> None:
     """Shrink weights that another optimizer has stepped, in place, by the C++ function for that.
 
     Args:
