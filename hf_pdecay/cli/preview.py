@@ -153,7 +153,7 @@ class Preview:
             yield f"Zero in the end{by}: {dead:,} of {units:,} {what} ({dead / units:.2%})."
         if self.budgets:
             first, last = self.pruning_steps[0], self.pruning_steps[-1]
-            yield f"{len(self.pruning_steps)} pruning_steps, after steps {first:,} to {last:,} of {self.max_steps:,}."
+            yield f"{len(self.pruning_steps)} pruning steps, after steps {first:,} to {last:,} of {self.max_steps:,}."
         else:
             yield "No target_sparsity: λ_p alone decides how many weights become zero."
 

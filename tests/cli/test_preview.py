@@ -92,7 +92,7 @@ def test_groups_of_weights(llama: str, capsys: pytest.CaptureFixture[str], monke
     assert "Zero in the end: 24 of 96 neurons (25.00%)." in out
     assert "Zero in the end, by 2:4: 4,096 of 8,192 weights (50.00%)." in out
     assert "│ model.layers.1.mlp.up_proj.weight" in out and " 48 × 32 │ mlp " in out
-    assert "cuts, after steps" in out and " to 750 of 1,000." in out
+    assert "pruning steps, after steps" in out and " to 750 of 1,000." in out
 
 
 def test_settings_by_flags_and_in_optim_args_are_the_same(gpt2: str, capsys: pytest.CaptureFixture[str]) -> None:
