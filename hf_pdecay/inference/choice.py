@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from ..optim.decay import is_number
+from ..checks import is_number
 from . import semi_structured, sparse_linear
 from .semi_structured import SemiStructuredLinear
 from .sparse_linear import SparseLinear

@@ -11,10 +11,11 @@ The paper's own code multiplies by p once more: its λ equals λ_p / p here.
 from __future__ import annotations
 
 import math
-from numbers import Real
 
 import torch
 from torch import Tensor
+
+from ..checks import is_number
 
 
 def check_p_norm(p_norm: float) -> float:
@@ -33,11 +34,6 @@ def check_lambda_p(lambda_p: float) -> float:
         ValueError: If it is not a finite number of at least 0.
     """
     return _check_number("lambda_p", lambda_p, "a finite number of at least 0, such as 0.01", above_zero=False)
-
-
-def is_number(value: object) -> bool:
-    """Whether a value is a real number, and no boolean."""
-    return isinstance(value, Real) and not isinstance(value, bool)
 
 
 def _check_number(name: str, value: object, right: str, *, above_zero: bool) -> float:

@@ -22,7 +22,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from ..optim.decay import is_number, lambda_for_threshold
+from ..checks import is_number
+from ..optim.decay import lambda_for_threshold
 from ..optim.shards import group_params, is_sharded, publish
 from ..optim.units import UNIT_KINDS, decayed_groups, kind_of
 from .budgets import Budget, budgets, check_budget, check_p_norms

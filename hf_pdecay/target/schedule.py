@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from ..optim.decay import is_number
+from ..checks import is_number
 
 
 SHAPES = ("cubic", "linear", "cosine")
