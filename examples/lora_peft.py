@@ -32,7 +32,8 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     """Train, cut and merge; return the held-out losses and the sparsity of the merged model."""
     groups = (clm.ModelArguments, clm.DataArguments, pd.PDecayTrainingArguments, LoraArguments)
     model_args, data, args, lora = parse_options(sys.argv[1:] if argv is None else argv, groups, clm.default_options)
-    args.lambda_p, args.batch_eval_metrics = 0.0, True  # ranks decay, not the weights one by one
+    args.batch_eval_metrics = True
+    args.lp_rules = {"lora_": {"group": "rank", "target_sparsity": lora.rank_sparsity}}
     base = clm.load_model(model_args, None, data)
     model: Any = get_peft_model(base, LoraConfig(r=lora.r, lora_alpha=lora.r, target_modules="all-linear"))
     model = pd.mask_adapters(model) if lora.mask else model
@@ -41,7 +42,6 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     sets["train_dataset"] = clm.to_blocks(train, None, data.block_size, data.max_train_samples, source)
     sets["eval_dataset"] = clm.to_blocks(held_out, None, data.block_size, data.max_eval_samples, source)
     trainer = pd.PDecayTrainer(model=model, args=args, **sets)
-    pd.RankDecayCallback(target_rank_sparsity=lora.rank_sparsity).attach(trainer)
     losses = {"base": trainer.evaluate()["eval_loss"]}
     trainer.train()
     Console().print(pd.rank_sparsity(model))

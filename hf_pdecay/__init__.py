@@ -16,7 +16,6 @@ from .storage.hook import install
 if TYPE_CHECKING:
     from .adapters.merging import mask_adapters as mask_adapters
     from .adapters.merging import merge_keep_zeros as merge_keep_zeros
-    from .adapters.rank_decay import RankDecayCallback as RankDecayCallback
     from .adapters.ranks import LayerRanks as LayerRanks
     from .adapters.ranks import RankSparsity as RankSparsity
     from .adapters.ranks import rank_sparsity as rank_sparsity
@@ -87,7 +86,6 @@ if TYPE_CHECKING:
 _MODULES = {
     "mask_adapters": "adapters.merging",
     "merge_keep_zeros": "adapters.merging",
-    "RankDecayCallback": "adapters.rank_decay",
     "LayerRanks": "adapters.ranks",
     "RankSparsity": "adapters.ranks",
     "rank_sparsity": "adapters.ranks",

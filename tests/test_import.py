@@ -49,8 +49,6 @@ def test_public_names() -> None:
     for name in hf_pdecay.__all__:
         assert getattr(hf_pdecay, name) is not None
     assert set(hf_pdecay.__all__) <= set(dir(hf_pdecay))
-    assert {"RankDecayCallback", "shrink_ranks", "mask_adapters", "merge_keep_zeros", "rank_sparsity"} <= set(
-        dir(hf_pdecay)
-    )
+    assert {"shrink_ranks", "mask_adapters", "merge_keep_zeros", "rank_sparsity"} <= set(dir(hf_pdecay))
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         _ = hf_pdecay.nothing

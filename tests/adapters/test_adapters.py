@@ -14,12 +14,21 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import nn
-from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
+from transformers import AutoModelForCausalLM
 
 
 peft = pytest.importorskip("peft")
 
-from hf_pdecay import PDecayTrainer, RankDecayCallback, mask_adapters, merge_keep_zeros, rank_sparsity, shrink_ranks  # noqa: E402
+from hf_pdecay import (  # noqa: E402
+    LpDecay,
+    PDecayTrainer,
+    SparsityControl,
+    build_param_groups,
+    mask_adapters,
+    merge_keep_zeros,
+    rank_sparsity,
+    shrink_ranks,
+)
 from hf_pdecay.rules.assign import assign  # noqa: E402
 
 from ..helpers.adapter_models import fill, kill, logits, lora, sparse  # noqa: E402
@@ -27,6 +36,8 @@ from ..helpers.models import build, tiny_gpt2  # noqa: E402
 
 
 pytestmark = pytest.mark.usefixtures("lora_beside_torchao")
+
+HALF_OF_THE_RANKS = {"lora_": {"group": "rank", "target_sparsity": 0.5}}
 
 
 class TestDecay:
@@ -126,8 +137,8 @@ class TestQuantisedBases:
 
         plain = copy.deepcopy(quantised)
         model = lora(peft.prepare_model_for_kbit_training(quantised, use_gradient_checkpointing=False))
-        trainer = PDecayTrainer(model=model, args=make_args(max_steps=20, lambda_p=0), train_dataset=tokens)
-        RankDecayCallback(target_rank_sparsity=0.5).attach(trainer)
+        args = make_args(max_steps=20, lp_rules=HALF_OF_THE_RANKS)
+        trainer = PDecayTrainer(model=model, args=args, train_dataset=tokens)
         trainer.train()
         before = computed(model)
         shrink_ranks(model).save_pretrained(tmp_path / "cut")
@@ -328,93 +339,68 @@ class TestRanks:
         assert torch.equal(logits(model), other)
 
 
-class TestRankDecay:
-    def run(self, folder: Path, tokens: Any, callback: Any, steps: int = 60, **settings: Any) -> Any:
+class TestRanksThatDie:
+    def train(self, make_args: Callable[..., Any], tokens: Any, resume: str | None = None, **settings: Any) -> Any:
+        settings = {"max_steps": 60, "learning_rate": 1e-2, "logging_steps": 5, **settings}
         model = lora(build("llama"), r=8, lora_alpha=16)
-        args = TrainingArguments(
-            **{
-                "output_dir": str(folder),
-                "max_steps": steps,
-                "learning_rate": 1e-2,
-                "logging_steps": 5,
-                "use_cpu": True,
-                "report_to": "none",
-                "save_strategy": "no",
-                "disable_tqdm": True,
-                **settings,
-            }
-        )
-        trainer = Trainer(model=model, args=args, train_dataset=tokens)
-        callback.attach(trainer)
+        trainer = PDecayTrainer(model=model, args=make_args(**settings), train_dataset=tokens)
+        trainer.train(resume_from_checkpoint=resume)
         return trainer
 
-    def test_a_step_is_the_formula(self, tmp_path: Path, tokens: Any) -> None:
-        seen: list[Any] = []
-
-        class Watched(RankDecayCallback):
-            def on_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
-                rate = kwargs["optimizer"].param_groups[0]["lr"]
-                stepped = [(each.a.detach().double(), each.b.detach().double()) for each in self._layers]
-                before = seen[-1] if seen else None
-                super().on_optimizer_step(*args, **kwargs)
-                if before is not None:
-                    for each, (a, b), (old_a, old_b) in zip(self._layers, stepped, before, strict=True):
-                        square = old_a.square().sum(1) + old_b.square().sum(0)
-                        s = (square / (a.shape[1] + b.shape[0])).sqrt() ** (2 - 0.6)
-                        factor = torch.where(old_b.any(0), s / (s + rate * 0.05), torch.ones_like(s))
-                        torch.testing.assert_close(each.a.detach().double(), a * factor[:, None], rtol=1e-5, atol=1e-9)
-                        torch.testing.assert_close(each.b.detach().double(), b * factor, rtol=1e-5, atol=1e-9)
-                seen.append([(each.a.detach().double(), each.b.detach().double()) for each in self._layers])
-
-        self.run(tmp_path, tokens, Watched(p_norm=0.6, lambda_p=0.05), steps=6).train()
-        assert len(seen) == 6
-
-    @pytest.mark.parametrize("settings", [{"lambda_p": 0.1}, {"target_rank_sparsity": 0.5}], ids=["fixed", "target"])
-    def test_ranks_die_as_wholes_and_the_adapter_is_cut(
-        self, tmp_path: Path, tokens: Any, settings: dict[str, Any]
-    ) -> None:
-        trainer = self.run(tmp_path, tokens, RankDecayCallback(**settings))
-        before = trainer.evaluate(tokens)["eval_loss"]
-        trainer.train()
-        counted = rank_sparsity(trainer.model)
-        assert 0.05 < counted.sparsity < 0.95
-        if "target_rank_sparsity" in settings:
-            assert counted.dead == counted.ranks // 2
-        for name, param in trainer.model.named_parameters():
+    def check_whole_ranks_are_dead(self, model: nn.Module) -> None:
+        for name, param in model.named_parameters():
             if "lora_" in name:  # all of a rank, or nothing of it
                 dead = (param == 0).all(1 if "lora_A" in name else 0)
                 assert int((param == 0).sum()) == int(dead.sum()) * param.numel() // 8
-        logged = [line["sparsity/ranks"] for line in trainer.state.log_history if "sparsity/ranks" in line]
-        assert logged[-1] == counted.sparsity and logged == sorted(logged)
-        assert trainer.evaluate(tokens)["eval_loss"] < before - 0.02
-        expected = logits(trainer.model)
-        shrink_ranks(trainer.model).save_pretrained(tmp_path / "cut")
-        loaded = peft.PeftModel.from_pretrained(build("llama"), tmp_path / "cut")
+
+    def check_removal(self, model: Any, folder: Path) -> None:
+        counted, expected = rank_sparsity(model), logits(model)
+        shrink_ranks(model).save_pretrained(folder)
+        loaded = peft.PeftModel.from_pretrained(build("llama"), folder)
         torch.testing.assert_close(logits(loaded), expected, rtol=1e-4, atol=1e-5)
         assert rank_sparsity(loaded).ranks == counted.ranks - counted.dead
 
-    def test_a_resumed_run_goes_on_to_the_bit(self, tmp_path: Path, tokens: Any) -> None:
-        settings = {"save_strategy": "steps", "save_steps": 18, "steps": 30}  # at the end of an epoch
-        whole = self.run(tmp_path, tokens, RankDecayCallback(target_rank_sparsity=0.5), **settings)
-        whole.train()
-        resumed = self.run(tmp_path, tokens, RankDecayCallback(target_rank_sparsity=0.5), **settings)
-        resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-18"))
+    @pytest.mark.parametrize(
+        "rule", [{"lambda_p": 0.1, "p_norm": 0.5}, {"target_sparsity": 0.5}], ids=["fixed", "target"]
+    )
+    def test_they_die_as_wholes_and_are_removed(
+        self, make_args: Callable[..., Any], tmp_path: Path, tokens: Any, rule: dict[str, Any]
+    ) -> None:
+        trainer = self.train(make_args, tokens, lp_rules={"lora_": {"group": "rank", **rule}})
+        counted = rank_sparsity(trainer.model)
+        assert 0.05 < counted.sparsity < 0.95
+        if "target_sparsity" in rule:
+            assert counted.dead == counted.ranks // 2
+        self.check_whole_ranks_are_dead(trainer.model)
+        logged = [line["sparsity/ranks"] for line in trainer.state.log_history if "sparsity/ranks" in line]
+        assert logged[-1] == counted.sparsity and logged == sorted(logged)
+        untrained = PDecayTrainer(model=lora(build("llama")), args=trainer.args, train_dataset=tokens)
+        assert trainer.evaluate(tokens)["eval_loss"] < untrained.evaluate(tokens)["eval_loss"] - 0.02
+        self.check_removal(trainer.model, tmp_path / "small")
+
+    def test_around_another_optimizer_in_a_training_loop(self, tmp_path: Path) -> None:
+        model = lora(build("llama"), r=8, lora_alpha=16)
+        groups = build_param_groups(model, p_norm=0.8, lambda_p=0.01, rules=HALF_OF_THE_RANKS)
+        optimizer = LpDecay(torch.optim.SGD(groups, lr=0.1, momentum=0.9))
+        control = SparsityControl(optimizer, total_steps=40)
+        ids = torch.arange(24).reshape(2, 12)
+        for step in range(1, 41):
+            control.before_step(step)
+            model(input_ids=ids, labels=ids).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            control.after_step(step)
+        assert rank_sparsity(model).sparsity == 0.5
+        self.check_whole_ranks_are_dead(model)
+        self.check_removal(model, tmp_path)
+
+    def test_a_resumed_run_is_bit_identical(self, make_args: Callable[..., Any], tmp_path: Path, tokens: Any) -> None:
+        settings = {"save_strategy": "steps", "save_steps": 18, "max_steps": 30}  # at the end of an epoch
+        settings |= {"output_dir": str(tmp_path), "lp_rules": HALF_OF_THE_RANKS}
+        whole = self.train(make_args, tokens, **settings)
+        resumed = self.train(make_args, tokens, resume=str(tmp_path / "checkpoint-18"), **settings)
         other = dict(resumed.model.named_parameters())
         assert all(torch.equal(param, other[name]) for name, param in whole.model.named_parameters())
-
-    def test_bad_input(self, tmp_path: Path, tokens: Any) -> None:
-        with pytest.raises(ValueError, match="p_norm=2"):
-            RankDecayCallback(p_norm=2)
-        with pytest.raises(ValueError, match="target_rank_sparsity=1"):
-            RankDecayCallback(target_rank_sparsity=1)
-        with pytest.raises(ValueError, match="sparsity_begin=0.8"):
-            RankDecayCallback(begin=0.8, end=0.2)
-        with pytest.raises(ValueError, match="no LoRA adapter 'mine'"):
-            self.run(tmp_path, tokens, RankDecayCallback(adapter_name="mine")).train()
-        trainer = self.run(tmp_path, tokens, RankDecayCallback())
-        trainer.model.to(torch.bfloat16)
-        with pytest.raises(ValueError, match="float32"):
-            trainer.train()
 
 
 @pytest.mark.slow

@@ -155,12 +155,9 @@ def test_an_adapter(
     make_args: Callable[..., Any], tokens: Any, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     peft = pytest.importorskip("peft")
-    from hf_pdecay import RankDecayCallback
-
     model = peft.get_peft_model(build("llama"), peft.LoraConfig(r=4, target_modules="all-linear"))
-    args = make_args(max_steps=20, lambda_p=0)
+    args = make_args(max_steps=20, lp_rules={"lora_": {"group": "rank", "target_sparsity": 0.25}})
     trainer = PDecayTrainer(model=model, args=args, train_dataset=tokens)
-    RankDecayCallback(target_rank_sparsity=0.25).attach(trainer)
     trainer.train()
     trainer.save_model()
     found = as_json(capsys, Path(args.output_dir))
