@@ -1,10 +1,10 @@
 """What p and λ_p do: zeros and loss over a grid, how the weights are spread, and where the zeros are.
 
-    python benchmarks/choosing.py --data FOLDER               # runs what the results file lacks, then draws
+    python benchmarks/choosing.py --data FOLDER               # makes the runs without a result, then draws
     python benchmarks/choosing.py --data FOLDER --only fashion_mnist
 
-The runs are short, of one seed, and all with λ_p fixed and the learning rate of `GRIDS`, which is tuned for none of
-them. Each appends a line to `results/choosing.jsonl` and is skipped from then on. Tables go to `results/choosing.md`,
+The runs are short and use one seed, a fixed λ_p and the learning rate of `GRIDS`, which is not tuned for any run.
+Each run appends a line to `results/choosing.jsonl` and is skipped from then on. Tables go to `results/choosing.md`,
 pictures to `docs/images/choosing_*.png`. `--data` holds `tinyshakespeare/input.txt` and `fashion-mnist/*.gz`.
 """
 
@@ -17,7 +17,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from quality import RESULTS, Run, perform, read
+import choosing_figures
+from quality.runs import RESULTS, Run, read
 
 
 IMAGES = Path(__file__).parents[1] / "docs" / "images"
@@ -28,12 +29,12 @@ GRIDS: dict[str, tuple[int, float]] = {"shakespeare": (500, 0.004), "fashion_mni
 
 
 def grid(task: str) -> list[Run]:
-    """Return the runs of a task: the dense one and those of all p and λ_p."""
+    """Return the runs of a task: the dense run, and one run for each p and λ_p."""
     steps, rate = GRIDS[task]
     common: dict[str, Any] = {"task": task, "steps": steps, "target": None, "learning_rate": rate, "seed": 0}
     common |= {"begin": 0.0, "end": 1.0}
     dense = Run(**common, method="dense", knob=None)
-    return [dense, *(Run(**common, method="pdecay_fixed", knob=[p, each]) for p in P_NORMS for each in LAMBDAS)]
+    return [dense, *(Run(**common, method="pdecay_fixed", knob=[p, lam]) for p in P_NORMS for lam in LAMBDAS)]
 
 
 def main() -> int:
@@ -41,11 +42,11 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", required=True, help="folder of the data sets")
     parser.add_argument("--only", action="append", choices=list(GRIDS), help="a task, instead of all")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="runs at a time, of a thread each")
-    parser.add_argument("--minutes", type=float, default=1e6, help="start no run after so many minutes")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="runs at a time; each uses one thread")
+    parser.add_argument("--minutes", type=float, default=1e6, help="start no run after this many minutes")
     options = parser.parse_args()
-    os.environ["OMP_NUM_THREADS"] = "1"
-    import choosing_figures
+    os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that train
+    from quality.training import perform
 
     path = RESULTS / "choosing.jsonl"
     runs = [run for task in options.only or GRIDS for run in grid(task)]

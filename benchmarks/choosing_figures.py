@@ -5,27 +5,22 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from quality.runs import Run, find
 
-if TYPE_CHECKING:
-    from quality import Run
 
 Line = dict[str, Any]
-Grids = Mapping[str, Sequence["Run"]]
+Grids = Mapping[str, Sequence[Run]]
 
 
 def _cells(results: Sequence[Line], runs: Sequence[Run]) -> dict[tuple[float, float], Line]:
-    """The lines of a grid's decayed runs, by p and λ_p."""
-    from quality import find
-
-    found = {tuple(run.knob): find(list(results), run) for run in runs if run.knob is not None}
-    return {knob: line for knob, line in found.items() if line is not None}
+    """The results of a grid's decayed runs, by p and λ_p."""
+    lines = {tuple(run.knob): find(list(results), run) for run in runs if run.knob is not None}
+    return {knob: line for knob, line in lines.items() if line is not None}
 
 
 def _dense(results: Sequence[Line], runs: Sequence[Run]) -> Line | None:
-    from quality import find
-
     return find(list(results), runs[0])
 
 
@@ -44,7 +39,7 @@ def write(results: Sequence[Line], grids: Grids, path: Path) -> str:
     parts = [
         "# What p and λ_p do",
         "`python benchmarks/choosing.py --data FOLDER`. A cell is the fraction of exact zeros in the decayed weights "
-        "and the score on the test part, of one run with one seed. Learning rates are the same in all runs and tuned "
+        "and the score on the test split, of one run with one seed. Learning rates are the same in all runs and tuned "
         "for none.",
     ]
     for task, runs in grids.items():
@@ -57,11 +52,11 @@ def write(results: Sequence[Line], grids: Grids, path: Path) -> str:
             f"Dense AdamW: {_score(dense)}."
         )
         lambdas = sorted({knob[1] for knob in cells})
-        rows = ["| p | " + " | ".join(f"λ_p = {each:g}" for each in lambdas) + " |", "|---|" + "---:|" * len(lambdas)]
+        rows = ["| p | " + " | ".join(f"λ_p = {lam:g}" for lam in lambdas) + " |", "|---|" + "---:|" * len(lambdas)]
         for p_norm in sorted({knob[0] for knob in cells}):
             row = [f"{p_norm:g}"]
-            for each in lambdas:
-                line = cells.get((p_norm, each))
+            for lam in lambdas:
+                line = cells.get((p_norm, lam))
                 row.append("not run yet" if line is None else f"{line['sparsity']:.1%}, {_score(line)}")
             rows.append("| " + " | ".join(row) + " |")
         parts.append("\n".join(rows))
@@ -97,8 +92,8 @@ def _heat_map(cells: Mapping[tuple[float, float], Line], dense: Line, task: str,
     accurate = "test_accuracy" in dense
     p_norms, lambdas = sorted({knob[0] for knob in cells}), sorted({knob[1] for knob in cells})
 
-    def values(of: Any) -> list[list[float]]:
-        return [[of(cells[p, each]) if (p, each) in cells else math.nan for each in lambdas] for p in p_norms]
+    def values(value: Any) -> list[list[float]]:
+        return [[value(cells[p, lam]) if (p, lam) in cells else math.nan for lam in lambdas] for p in p_norms]
 
     zeros = values(lambda line: 100 * line["sparsity"])
     key = "test_accuracy" if accurate else "test_loss"
@@ -117,8 +112,8 @@ def _heat_map(cells: Mapping[tuple[float, float], Line], dense: Line, task: str,
     figure, axes = pyplot.subplots(1, 2, figsize=(12, 4.6))
     for axis, (title, panel, colors, limits, form) in zip(axes, panels, strict=True):
         image = axis.imshow(panel, cmap=colors, vmin=limits[0], vmax=limits[1], aspect="auto", origin="lower")
-        axis.set_xticks(range(len(lambdas)), [f"{each:g}" for each in lambdas])
-        axis.set_yticks(range(len(p_norms)), [f"{each:g}" for each in p_norms])
+        axis.set_xticks(range(len(lambdas)), [f"{lam:g}" for lam in lambdas])
+        axis.set_yticks(range(len(p_norms)), [f"{p:g}" for p in p_norms])
         axis.set_xlabel("λ_p")
         axis.set_ylabel("p")
         axis.set_title(f"{task}: {title}", fontsize=10)
@@ -134,30 +129,30 @@ def _heat_map(cells: Mapping[tuple[float, float], Line], dense: Line, task: str,
 
 
 def _nearest(cells: Mapping[tuple[float, float], Line], p_norm: float, sparsity: float) -> tuple[float, Line]:
-    """The λ_p of a p whose run came nearest to a sparsity, and its line."""
-    some = {knob[1]: line for knob, line in cells.items() if knob[0] == p_norm}
-    best = min(some, key=lambda each: abs(some[each]["sparsity"] - sparsity))
-    return best, some[best]
+    """The λ_p whose run with this p came nearest to a sparsity, and the result of that run."""
+    lines = {knob[1]: line for knob, line in cells.items() if knob[0] == p_norm}
+    best = min(lines, key=lambda lam: abs(lines[lam]["sparsity"] - sparsity))
+    return best, lines[best]
 
 
 def _histograms(cells: Mapping[tuple[float, float], Line], path: Path) -> None:
-    """Weights by their magnitude, at the λ_p of each p that comes nearest to half zeros or, without zeros, at 0.03."""
+    """Weights by magnitude, for each p at the λ_p that comes nearest to half zeros, or at 0.03 if p gives no zeros."""
     from matplotlib import pyplot
 
     figure, axis = pyplot.subplots(figsize=(8, 4.4))
     for number, p_norm in enumerate(p for p in (0.4, 0.8, 1.0, 1.2, 1.5, 2.0) if any(knob[0] == p for knob in cells)):
-        each, line = _nearest(cells, p_norm, 0.5) if p_norm < 1.2 else (0.03, cells[p_norm, 0.03])
+        lam, line = _nearest(cells, p_norm, 0.5) if p_norm < 1.2 else (0.03, cells[p_norm, 0.03])
         counts = line["weights"]["counts"]
         edges = line["weights"]["edges"]
         total = sum(counts) + line["weights"]["zeros"]
         axis.stairs(
             [100 * count / total for count in counts],
             edges,
-            label=f"p = {p_norm:g}, λ_p = {each:g}: {line['weights']['zeros'] / total:.0%} zeros",
+            label=f"p = {p_norm:g}, λ_p = {lam:g}: {line['weights']['zeros'] / total:.0%} zeros",
             color=f"C{number}",
             linewidth=1.6,
         )
-    axis.set_xlabel("log10 of the magnitude of the weights that are not zero (the first bin has all below)")
+    axis.set_xlabel("log10 of the magnitude of the weights that are not zero (the first bin holds all smaller ones)")
     axis.set_ylabel("% of the decayed weights")
     axis.legend(fontsize=8)
     axis.grid(alpha=0.3)
@@ -167,21 +162,21 @@ def _histograms(cells: Mapping[tuple[float, float], Line], path: Path) -> None:
 
 
 def _layers(cells: Mapping[tuple[float, float], Line], path: Path) -> None:
-    """Zeros of each matrix, and those of its rows and columns that are wholly zero, at p = 0.8 and about 80% zeros."""
+    """Zero weights, rows and columns of each matrix, at p = 0.8 and about 80% zeros."""
     from matplotlib import pyplot
 
-    each, line = _nearest(cells, 0.8, 0.8)
+    lam, line = _nearest(cells, 0.8, 0.8)
     names = list(line["layers"])
     figure, axis = pyplot.subplots(figsize=(9, 4.8))
     width = 0.27
     for offset, (key, label) in enumerate(
         {"sparsity": "weights", "rows": "whole rows", "columns": "whole columns"}.items()
     ):
-        at = [place + (offset - 1) * width for place in range(len(names))]
-        axis.bar(at, [100 * line["layers"][name][key] for name in names], width, label=label)
+        positions = [index + (offset - 1) * width for index in range(len(names))]
+        axis.bar(positions, [100 * line["layers"][name][key] for name in names], width, label=label)
     axis.set_xticks(range(len(names)), [_short(name) for name in names], rotation=60, ha="right", fontsize=8)
     axis.set_ylabel("zero, %")
-    axis.set_title(f"p = 0.8, λ_p = {each:g}: {line['sparsity']:.0%} zeros", fontsize=10)
+    axis.set_title(f"p = 0.8, λ_p = {lam:g}: {line['sparsity']:.0%} zeros", fontsize=10)
     axis.set_ylim(0, 115)
     axis.legend(fontsize=8, loc="upper left", ncols=3)
     axis.grid(axis="y", alpha=0.3)

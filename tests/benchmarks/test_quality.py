@@ -1,4 +1,4 @@
-"""The benchmark of quality: its rivals do what their descriptions say, its plan and its table add up."""
+"""The quality benchmark: the methods do what their descriptions say; its choice of runs and its table are right."""
 
 from __future__ import annotations
 
@@ -22,10 +22,12 @@ MODULES = (
     "choosing",
     "choosing_figures",
     "quality",
-    "quality_methods",
-    "quality_table",
-    "quality_tasks",
-    "quality_zeros",
+    "quality.methods",
+    "quality.runs",
+    "quality.table",
+    "quality.tasks",
+    "quality.training",
+    "quality.zeros",
 )
 CONFIG: dict[str, Any] = {
     "begin": 0.1,
@@ -49,7 +51,7 @@ CONFIG: dict[str, Any] = {
 
 @pytest.fixture(scope="module")
 def quality() -> Iterator[dict[str, ModuleType]]:
-    """The scripts as modules; they import their neighbours, as they do when they are run."""
+    """The scripts as modules; they import their neighbours as they do when you run them."""
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(BENCHMARKS))
         yield {name: importlib.import_module(name) for name in MODULES}
@@ -59,7 +61,7 @@ def quality() -> Iterator[dict[str, ModuleType]]:
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a text of its own in the place of Tiny Shakespeare."""
+    """A folder with a generated text instead of Tiny Shakespeare."""
     folder = tmp_path_factory.mktemp("data")
     (folder / "tinyshakespeare").mkdir()
     words = np.random.default_rng(0).choice(["sow ", "reap ", "mow\n", "winnow, ", "thresh. "], 12_000)
@@ -68,7 +70,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def _run(quality: dict[str, ModuleType], method: str, target: float | None, knob: Any, **overrides: Any) -> Any:
-    run = quality["quality"].Run(
+    run = quality["quality.runs"].Run(
         task="shakespeare",
         method=method,
         steps=20,
@@ -98,7 +100,7 @@ def _run(quality: dict[str, ModuleType], method: str, target: float | None, knob
 def test_methods_that_are_asked_give_what_is_asked(
     method: str, knob: Any, quality: dict[str, ModuleType], data: Path
 ) -> None:
-    line = quality["quality"].execute(_run(quality, method, 0.7, knob), str(data))
+    line = quality["quality.training"].execute(_run(quality, method, 0.7, knob), str(data))
     assert line["sparsity"] == pytest.approx(0.7, abs=2e-3)
     assert 0 < line["test_loss"] < 4 and 0 < line["dev_loss"] < 4
     assert line["versions"]["torch"].startswith(torch.__version__.split("+")[0])
@@ -107,7 +109,7 @@ def test_methods_that_are_asked_give_what_is_asked(
 @pytest.mark.slow
 @pytest.mark.parametrize(("method", "knob"), [("dense", None), ("pdecay_fixed", 1.0), ("torchao_lasso", 1.0)])
 def test_methods_that_cannot_be_asked(method: str, knob: Any, quality: dict[str, ModuleType], data: Path) -> None:
-    line = quality["quality"].execute(_run(quality, method, None, knob), str(data))
+    line = quality["quality.training"].execute(_run(quality, method, None, knob), str(data))
     assert (line["sparsity"] == 0) == (method == "dense")
 
 
@@ -115,16 +117,16 @@ def test_methods_that_cannot_be_asked(method: str, knob: Any, quality: dict[str,
 def test_the_smallest_of_all_tensors_go(fraction: float, quality: dict[str, ModuleType]) -> None:
     generator = torch.Generator().manual_seed(0)
     weights = [torch.randn(40, 5, generator=generator), torch.randn(100, generator=generator) * 3]
-    masks = quality["quality_methods"].smallest(weights, fraction)
-    magnitudes = np.concatenate([each.abs().flatten().numpy() for each in weights])
-    kept = np.concatenate([each.flatten().numpy() for each in masks]) == 1
+    masks = quality["quality.methods"].smallest(weights, fraction)
+    magnitudes = np.concatenate([weight.abs().flatten().numpy() for weight in weights])
+    kept = np.concatenate([mask.flatten().numpy() for mask in masks]) == 1
     assert set(np.flatnonzero(~kept)) == set(np.argsort(magnitudes)[: round(fraction * 300)])
 
 
 def test_the_cubic_schedule_is_zhus_and_guptas(quality: dict[str, ModuleType]) -> None:
-    setting = quality["quality_methods"].Setting(0.9, None, 0.1, 0.75, {"max_steps": 1000})
-    fraction = quality["quality_methods"].cubic(setting)
-    for step in (110, 300, 500, 740):  # cuts, 10 apart and counted from the end
+    setting = quality["quality.methods"].Setting(0.9, None, 0.1, 0.75, {"max_steps": 1000})
+    fraction = quality["quality.methods"].cubic(setting)
+    for step in (110, 300, 500, 740):  # pruning steps, 10 apart and counted from the end
         assert fraction(step) == pytest.approx(0.9 + (0 - 0.9) * (1 - (step - 100) / 650) ** 3)
         assert fraction(step + 9) == fraction(step)
     assert fraction(100) == fraction(1) == 0
@@ -132,7 +134,7 @@ def test_the_cubic_schedule_is_zhus_and_guptas(quality: dict[str, ModuleType]) -
 
 
 def test_the_signed_square_is_its_inverses_inverse(quality: dict[str, ModuleType]) -> None:
-    square = quality["quality_methods"].SignedSquare()
+    square = quality["quality.methods"].SignedSquare()
     weight = torch.tensor([-4.0, -0.25, 0.0, 0.25, 9.0])
     assert torch.equal(square(square.right_inverse(weight)), weight)
 
@@ -144,7 +146,7 @@ def _result(run: Any, dev: float, test: float = 2.0) -> dict[str, Any]:
 
 
 def test_learning_rates_then_knobs_then_what_is_reported(quality: dict[str, ModuleType]) -> None:
-    planned = quality["quality"].planned
+    planned = quality["quality.runs"].planned
     choosing, reported = planned(CONFIG, [], "shakespeare")
     assert [(run.method, run.learning_rate, run.seed) for run in choosing] == [("dense", 0.1, 7), ("dense", 0.2, 7)]
     assert reported == []
@@ -164,7 +166,7 @@ def test_learning_rates_then_knobs_then_what_is_reported(quality: dict[str, Modu
 
 def test_uniform_pruning_takes_as_many_of_each_tensor(quality: dict[str, ModuleType]) -> None:
     weights = [torch.arange(1.0, 11.0), torch.arange(1.0, 21.0) / 1000]
-    pruning = quality["quality_methods"].MagnitudePruning(weights, lambda step: 0.4, uniform=True)
+    pruning = quality["quality.methods"].MagnitudePruning(weights, lambda step: 0.4, uniform=True)
     pruning.on_step_end(None, TrainerState(global_step=1), None)
     assert [int((weight == 0).sum()) for weight in weights] == [4, 8]
     assert bool((weights[0][4:] == torch.arange(5.0, 11.0)).all())
@@ -173,7 +175,7 @@ def test_uniform_pruning_takes_as_many_of_each_tensor(quality: dict[str, ModuleT
 def test_a_task_may_let_each_method_choose_its_learning_rate(quality: dict[str, ModuleType], tmp_path: Path) -> None:
     task = {**CONFIG["tasks"]["shakespeare"], "sparse_learning_rates": [0.2, 0.4]}
     config = {**CONFIG, "tasks": {"shakespeare": task}}
-    planned = quality["quality"].planned
+    planned = quality["quality.runs"].planned
     choosing, _ = planned(config, [], "shakespeare")
     results = [_result(choosing[0], 1.5), _result(choosing[1], 1.2)]
     choosing, _ = planned(config, results, "shakespeare")
@@ -181,10 +183,10 @@ def test_a_task_may_let_each_method_choose_its_learning_rate(quality: dict[str, 
     assert [(run.learning_rate, run.knob) for run in trials] == [(0.2, 0.6), (0.2, 0.75), (0.4, 0.6), (0.4, 0.75)]
     results += [_result(run, dev) for run, dev in zip(trials, [1.5, 1.4, 1.1, 1.3], strict=True)]
     _, reported = planned(config, results, "shakespeare")
-    found = {(run.method, run.learning_rate, run.knob) for run in reported if run.target or run.method == "dense"}
-    assert found == {("dense", 0.2, None), ("gmp", 0.4, 0.6)}
+    winners = {(run.method, run.learning_rate, run.knob) for run in reported if run.target or run.method == "dense"}
+    assert winners == {("dense", 0.2, None), ("gmp", 0.4, 0.6)}
     results += [_result(run, 1.0) for run in reported]
-    text = quality["quality_table"].write(results, reported, tmp_path / "table.md")
+    text = quality["quality.table"].write(results, reported, tmp_path / "table.md")
     assert "20 steps, learning rate 0.2: test loss" in text
     assert "| gradual magnitude pruning | 0.6, learning rate 0.4 |" in text
 
@@ -194,9 +196,9 @@ def test_a_run_that_is_there_is_not_made_again(quality: dict[str, ModuleType], t
     path = tmp_path / "results.jsonl"
     path.write_text("".join(json.dumps(_result(run, 1.0)) + "\n" for run in runs), encoding="utf-8")
     before = path.read_bytes()
-    quality["quality"].perform(lambda results: runs, path, "no folder", jobs=1, until=float("inf"))
+    quality["quality.training"].perform(lambda results: runs, path, "no folder", jobs=1, until=float("inf"))
     assert path.read_bytes() == before
-    assert quality["quality"].find(quality["quality"].read(path), replace(runs[0], learning_rate=0.5)) is None
+    assert quality["quality.runs"].find(quality["quality.runs"].read(path), replace(runs[0], learning_rate=0.5)) is None
 
 
 def test_the_table_compares_the_same_seeds(quality: dict[str, ModuleType], tmp_path: Path) -> None:
@@ -205,14 +207,14 @@ def test_the_table_compares_the_same_seeds(quality: dict[str, ModuleType], tmp_p
     results = [_result(run, 1.0, scores[run.method, run.seed]) for run in runs if (run.method, run.seed) in scores]
     runs.append(replace(runs[0], task="fashion_mnist"))
     results.append(_result(replace(runs[-1], seed=7), 1.0))
-    text = quality["quality_table"].write(results, runs, tmp_path / "table.md")
-    assert "fashion" not in text  # of which nothing that is reported has been run
+    text = quality["quality.table"].write(results, runs, tmp_path / "table.md")
+    assert "fashion" not in text  # none of its reported runs has a result
     assert "| **2.0000, 1 seed** |" in text and "| 2.1000, 1 seed |" in text and "1.0000" not in text
     results.append(_result(runs[1], 1.0, 1.5))
-    text = quality["quality_table"].write(results, runs, tmp_path / "table.md")
+    text = quality["quality.table"].write(results, runs, tmp_path / "table.md")
     assert "| **1.5500, 2 seeds: 1.0000 to 2.1000** |" in text and "| 1.7500, 2 seeds: 1.5000 to 2.0000 |" in text
     assert (tmp_path / "table.md").read_text(encoding="utf-8") == text
-    quality["quality_table"].draw(results, runs, tmp_path / "picture.png")
+    quality["quality.table"].draw(results, runs, tmp_path / "picture.png")
     assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -221,14 +223,14 @@ def test_weights_are_sorted_by_magnitude_and_zeros_by_place(quality: dict[str, M
     with torch.no_grad():
         model[0].weight.copy_(torch.tensor([[0.0, 0.0, 0.0, 0.0], [0.0, 0.5, 0.5, 1e-12], [0.0, 50.0, 50.0, 0.02]]))
         model[1].weight.fill_(0.03)
-    found = quality["quality_zeros"].spread(model)
-    weights = found["weights"]
+    picture = quality["quality.zeros"].spread(model)
+    weights = picture["weights"]
     assert weights["zeros"] == 6
     bins = {round(edge, 2): count for edge, count in zip(weights["edges"], weights["counts"], strict=False) if count}
     assert bins == {-8.0: 1, -1.75: 7, -0.5: 2, 0.75: 2}
-    assert found["layers"]["0.weight"] == pytest.approx({"sparsity": 0.5, "rows": 1 / 3, "columns": 0.25}, abs=1e-5)
-    assert found["layers"]["1.weight"] == {"sparsity": 0.0, "rows": 0.0, "columns": 0.0}
-    assert quality["quality_zeros"].fraction(model) == pytest.approx(6 / 18)
+    assert picture["layers"]["0.weight"] == pytest.approx({"sparsity": 0.5, "rows": 1 / 3, "columns": 0.25}, abs=1e-5)
+    assert picture["layers"]["1.weight"] == {"sparsity": 0.0, "rows": 0.0, "columns": 0.0}
+    assert quality["quality.zeros"].fraction(model) == pytest.approx(6 / 18)
 
 
 @pytest.mark.slow
@@ -242,9 +244,9 @@ def test_the_grid_of_p_and_lambda_is_run_written_and_drawn(
     runs = choosing.grid("shakespeare")
     assert [run.knob for run in runs] == [None, [0.8, 0.03], [0.8, 3.0], [1.5, 0.03], [1.5, 3.0]]
     path = tmp_path / "choosing.jsonl"
-    lines = [quality["quality"].execute(run, str(data)) for run in runs[:-1]]
+    lines = [quality["quality.training"].execute(run, str(data)) for run in runs[:-1]]
     path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
-    results = quality["quality"].read(path)
+    results = quality["quality.runs"].read(path)
     zeros, others = results[2]["weights"]["zeros"], sum(results[2]["weights"]["counts"])
     assert zeros / (zeros + others) == results[2]["sparsity"]
     assert results[2]["sparsity"] > 0.5 and results[3]["sparsity"] < 1e-4  # a weight may be drawn as 0

@@ -1,6 +1,6 @@
-"""The ways to a sparse model that the quality benchmark compares, each on the same Trainer and the same AdamW.
+"""The methods that the quality benchmark compares, all with the same Trainer and the same AdamW.
 
-What is not ours is written here from its description, or taken from its own package.
+Methods of other authors are written here from their descriptions, or come from their own packages.
 """
 
 from __future__ import annotations
@@ -18,18 +18,19 @@ from torch.nn.utils import parametrize
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from hf_pdecay import PDecayTrainer, PDecayTrainingArguments, decayable_parameter_names
-from quality_tasks import Task
+
+from .tasks import Task
 
 
 @dataclass(frozen=True)
 class Setting:
-    """One run: a method with its knob, and what all methods share.
+    """Settings of one run: the knob of its method, and the settings that all methods share.
 
     Args:
-        target: Fraction of zeros that is asked for; None for methods that cannot be asked.
+        target: Fraction of zeros to reach; None for methods that cannot be given one.
         knob: Value of the method's one knob.
         begin: Fraction of the steps after which pruning begins.
-        end: Fraction of the steps after which it has ended and the rest is healing.
+        end: Fraction of the steps after which pruning has ended and healing begins.
         arguments: Arguments of the Trainer.
     """
 
@@ -46,13 +47,13 @@ class Setting:
 
 
 def matrices(model: nn.Module) -> list[Tensor]:
-    """Return the weights that every method prunes: those that hf_pdecay decays by default."""
+    """Return the weights that every method prunes: the weights that hf_pdecay decays by default."""
     names = set(decayable_parameter_names(model))
     return [param for name, param in model.named_parameters() if name in names]
 
 
 def smallest(weights: Sequence[Tensor], fraction: float) -> list[Tensor]:
-    """Return masks of the weights that are kept when this fraction, the smallest of all tensors, goes."""
+    """Return masks that keep all weights but this fraction, the smallest of all tensors together."""
     magnitudes = torch.cat([weight.detach().abs().reshape(-1) for weight in weights])
     count = round(fraction * len(magnitudes))
     if count == 0:
@@ -65,9 +66,9 @@ class MagnitudePruning(TrainerCallback):
     """Gradual magnitude pruning (Zhu and Gupta, arXiv 1710.01878): the smallest weights of all, on a cubic schedule.
 
     Args:
-        weights: What is pruned.
-        fraction: Step → fraction that is to be zero after it; the same as the step before for no cut.
-        uniform: Whether each tensor gets as many zeros as the others, instead of all together.
+        weights: Weights to prune.
+        fraction: Step → fraction of zeros after it; a step prunes if its fraction is higher than before.
+        uniform: Prune the same fraction of each tensor, instead of the smallest weights of all tensors.
     """
 
     def __init__(self, weights: Sequence[Tensor], fraction: Callable[[int], float], uniform: bool = False) -> None:
@@ -79,25 +80,25 @@ class MagnitudePruning(TrainerCallback):
 
     @torch.no_grad()
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Cut, and hold what was cut at zero."""
+        """Prune, and keep pruned weights at zero."""
         wanted = self.fraction(state.global_step)
         for weight, mask in zip(self.weights, self.masks, strict=False):
             weight.mul_(mask)
         if wanted > self.now:
-            parts = [[weight] for weight in self.weights] if self.uniform else [self.weights]
-            self.now, self.masks = wanted, [mask for part in parts for mask in smallest(part, wanted)]
+            budgets = [[weight] for weight in self.weights] if self.uniform else [self.weights]
+            self.now, self.masks = wanted, [mask for budget in budgets for mask in smallest(budget, wanted)]
             for weight, mask in zip(self.weights, self.masks, strict=True):
                 weight.mul_(mask)
 
 
 def cubic(setting: Setting, every: int = 10) -> Callable[[int], float]:
-    """Return the cubic schedule, in cuts a number of steps apart of which the last reaches the target."""
+    """Return the cubic schedule, with a pruning step every few steps; the last one reaches the target."""
     begin, end = round(setting.begin * setting.steps), round(setting.end * setting.steps)
     target = setting.target or 0.0
 
     def fraction(step: int) -> float:
-        cut = end - math.ceil((end - min(step, end)) / every) * every  # the last one up to this step
-        t = min(max((cut - begin) / (end - begin), 0.0), 1.0)
+        pruning_step = end - math.ceil((end - min(step, end)) / every) * every  # the last one up to this step
+        t = min(max((pruning_step - begin) / (end - begin), 0.0), 1.0)
         return target * (1 - (1 - t) ** 3)
 
     return fraction
@@ -125,12 +126,12 @@ def _adamw(task: Task, setting: Setting, groups: Any = None) -> torch.optim.Adam
 
 
 def dense(task: Task, setting: Setting) -> Trainer:
-    """AdamW, and no zeros."""
+    """AdamW without pruning."""
     return _trainer(task, setting, _adamw(task, setting))
 
 
 def pdecay(task: Task, setting: Setting) -> Trainer:
-    """``--optim adamw_lp --target_sparsity``; the knob is ``sparsity_decay``, all else as the flags have it."""
+    """``--optim adamw_lp --target_sparsity``; the knob is ``sparsity_decay``, other flags keep their defaults."""
     args = PDecayTrainingArguments(
         **setting.arguments,
         target_sparsity=setting.target,
@@ -142,7 +143,7 @@ def pdecay(task: Task, setting: Setting) -> Trainer:
 
 
 def pdecay_fixed(task: Task, setting: Setting) -> Trainer:
-    """``--optim adamw_lp --lambda_p``, which cannot be asked for a sparsity; the knob is λ_p, or p and λ_p."""
+    """``--optim adamw_lp --lambda_p``, which cannot be given a target; the knob is λ_p, or p and λ_p."""
     p_norm, lambda_p = setting.knob if isinstance(setting.knob, (list, tuple)) else (0.8, setting.knob)
     args = PDecayTrainingArguments(**setting.arguments, p_norm=p_norm, lambda_p=lambda_p)
     return PDecayTrainer(model=task.model, args=args, train_dataset=task.train)
@@ -156,14 +157,14 @@ def gmp(task: Task, setting: Setting, uniform: bool = False) -> Trainer:
 
 
 def one_shot(task: Task, setting: Setting) -> Trainer:
-    """The smallest weights of all go at once, and the rest heals; the knob is when, as a fraction of the run."""
+    """Prune the smallest weights at once, then heal; the knob is the pruning step, as a fraction of the run."""
     at, target = round(setting.knob * setting.steps), setting.target or 0.0
     pruning = MagnitudePruning(matrices(task.model), lambda step: target if step >= at else 0.0)
     return _trainer(task, setting, _adamw(task, setting), [pruning])
 
 
 def one_shot_unhealed(task: Task, setting: Setting) -> Trainer:
-    """The smallest weights of all go after the last step, and nothing heals; it has no knob."""
+    """Prune the smallest weights after the last step, without healing; it has no knob."""
     pruning = MagnitudePruning(
         matrices(task.model), lambda step: (setting.target or 0.0) if step >= setting.steps else 0.0
     )
@@ -198,7 +199,7 @@ def torchao_min_sparsity(task: Task, setting: Setting) -> Trainer:
 
 
 def torchao_lasso(task: Task, setting: Setting) -> Trainer:
-    """``PruneOptimizer`` of torchao with ``ProxLasso``, which cannot be asked; the knob is ``reg_lambda``."""
+    """``PruneOptimizer`` of torchao with ``ProxLasso``, which cannot be given a target; the knob is ``reg_lambda``."""
     optimizer = _prune_optimizer(
         task, setting, prox_type="ProxLasso", group_type="ElemGrouper", reg_lambda=setting.knob
     )
@@ -218,7 +219,7 @@ class SignedSquare(nn.Module):
 
 
 def factored(task: Task, setting: Setting) -> Trainer:
-    """Two factors a weight with L2 decay, cut by magnitude at once at the end of the ramp; the knob is the decay."""
+    """L2 decay on two factors of each weight, pruned by magnitude when the ramp ends; the knob is the decay."""
     names = decayable_parameter_names(task.model)
     for name in names:
         module, _, attribute = name.rpartition(".")

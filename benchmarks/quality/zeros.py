@@ -8,10 +8,11 @@ import torch
 from torch import nn
 
 from hf_pdecay import decayable_parameter_names
-from quality_methods import matrices
+
+from .methods import matrices
 
 
-EDGES = [-8 + 0.25 * place for place in range(37)]
+EDGES = [-8 + 0.25 * number for number in range(37)]
 
 
 def fraction(model: nn.Module) -> float:
@@ -21,20 +22,20 @@ def fraction(model: nn.Module) -> float:
 
 
 def spread(model: nn.Module) -> dict[str, Any]:
-    """Return how the pruned weights are spread and where the zeros are.
+    """Return the distribution of the pruned weights and of the zeros.
 
     Returns:
-        ``weights``: how many are zero, and of the others how many have a magnitude in each quarter of a decade;
-        ``layers``: of each matrix the fraction of its weights, of its rows and of its columns that is wholly zero.
+        ``weights``: the number of zeros, and the number of other weights in each quarter of a decade of magnitude;
+        ``layers``: the fractions of zero weights, of wholly zero rows and of wholly zero columns of each matrix.
     """
     chosen = set(decayable_parameter_names(model))
     params = {name: param.detach() for name, param in model.named_parameters() if name in chosen}
-    magnitudes = torch.cat([each.abs().reshape(-1) for each in params.values()])
+    magnitudes = torch.cat([param.abs().reshape(-1) for param in params.values()])
     logs = magnitudes[magnitudes > 0].log10().clamp(EDGES[0], EDGES[-1])
     counts = torch.histogram(logs, torch.tensor(EDGES)).hist.long().tolist()
     layers = {}
     for name, param in params.items():
         zero = (param == 0).flatten(1)
-        parts = {"sparsity": zero, "rows": zero.all(1), "columns": zero.all(0)}
-        layers[name] = {key: round(float(each.float().mean()), 5) for key, each in parts.items()}
+        zeros = {"sparsity": zero, "rows": zero.all(1), "columns": zero.all(0)}
+        layers[name] = {key: round(float(flags.float().mean()), 5) for key, flags in zeros.items()}
     return {"weights": {"zeros": int((magnitudes == 0).sum()), "edges": EDGES, "counts": counts}, "layers": layers}

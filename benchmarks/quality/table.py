@@ -6,11 +6,10 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from .runs import Run
 
-if TYPE_CHECKING:
-    from quality import Run
 
 NAMES = {
     "dense": "dense AdamW",
@@ -20,7 +19,7 @@ NAMES = {
     "one_shot": "one-shot magnitude, healed",
     "one_shot_unhealed": "one-shot magnitude, not healed",
     "torchao_min_sparsity": "torchao MinSparsityConstraint",
-    "factored": "w = θ|θ|, L2 on θ, cut, healed",
+    "factored": "w = θ|θ|, L2 on θ, pruned, healed",
     "pdecay_fixed": "adamw_lp, fixed λ_p",
     "torchao_lasso": "torchao ProxLasso",
 }
@@ -33,28 +32,29 @@ def write(results: Sequence[Line], runs: Sequence[Run], path: Path) -> str:
 
     Args:
         results: Lines of the results file.
-        runs: Those to report; what is missing of them is counted as missing.
+        runs: The runs to report; a run without a result is shown as not run yet.
         path: File to write.
     """
     parts = [
         "# Loss against sparsity",
-        "`python benchmarks/quality.py --data FOLDER`, see [quality.yaml](../quality.yaml) for the runs and the data's "
-        "names in [quality.py](../quality.py). Mean over the seeds that all methods of a column have run, and from the "
-        "least to the largest; the best row of a column is bold. The sparsity is counted in the weights of linear "
-        "layers and convolutions.",
+        "`python benchmarks/quality --data FOLDER`; the runs are those of [runs.yaml](../quality/runs.yaml), and the "
+        "data are named in [the script](../quality/__main__.py). Mean over the seeds that all methods of a column have "
+        "run, and from the least to the largest; the best row of a column is bold. The sparsity is counted in the "
+        "weights of linear layers and convolutions.",
     ]
-    for task, some in _begun(results, runs).items():
-        parts += _task(results, some, task)
+    for task, reported in _begun(results, runs).items():
+        parts += _task(results, reported, task)
     versions = sorted({", ".join(f"{name} {value}" for name, value in line["versions"].items()) for line in results})
     dates = sorted({line["date"] for line in results})
     if results:
         hours: dict[str, float] = {}
         for line in results:
-            place = line.get("device", "CPU")
-            hours[place] = hours.get(place, 0.0) + line["seconds"] / 3600
+            device = line.get("device", "CPU")
+            hours[device] = hours.get(device, 0.0) + line["seconds"] / 3600
         spent = [
-            f"{each:.1f} hours on " + ("one CPU core each" if place == "CPU" else f"an {place} shared by several runs")
-            for place, each in hours.items()
+            f"{time:.1f} hours on "
+            + ("one CPU core each" if device == "CPU" else f"an {device} shared by several runs")
+            for device, time in hours.items()
         ]
         parts.append(
             f"{len(results)} runs so far, those by which knobs and learning rates were chosen included, of "
@@ -113,7 +113,7 @@ def _task(results: Sequence[Line], runs: Sequence[Run], task: str) -> list[str]:
 
 
 def _setting(run: Run, first: Run) -> str:
-    """The knob of a run, and its learning rate where that is not the dense model's."""
+    """The knob of a run, and its learning rate if that differs from the dense model's."""
     parts = [] if run.knob is None else [f"{run.knob:g}"]
     if run.learning_rate != first.learning_rate:
         parts.append(f"learning rate {run.learning_rate:g}")
@@ -121,14 +121,14 @@ def _setting(run: Run, first: Run) -> str:
 
 
 def _begun(results: Sequence[Line], runs: Sequence[Run]) -> dict[str, list[Run]]:
-    """Tasks of which a run that is reported has been made, and all of their runs."""
+    """The tasks with at least one reported result, and all of their runs."""
     tasks = {task: [run for run in runs if run.task == task] for task in dict.fromkeys(run.task for run in runs)}
-    return {task: some for task, some in tasks.items() if _lines(results, some)}
+    return {task: reported for task, reported in tasks.items() if _lines(results, reported)}
 
 
 def _lines(results: Sequence[Line], runs: Sequence[Run]) -> list[Line]:
     wanted = [asdict(run) for run in runs]
-    return [line for line in results if any(all(line[k] == v for k, v in each.items()) for each in wanted)]
+    return [line for line in results if any(all(line[k] == v for k, v in run.items()) for run in wanted)]
 
 
 def _scores(lines: Sequence[Line], accurate: bool) -> list[float]:
@@ -157,15 +157,15 @@ def draw(results: Sequence[Line], runs: Sequence[Run], path: Path) -> None:
     if not tasks:
         return
     figure, axes = pyplot.subplots(1, len(tasks), figsize=(6.5 * len(tasks), 4.6), squeeze=False)
-    for axis, (task, some) in zip(axes[0], tasks.items(), strict=True):
+    for axis, (task, reported) in zip(axes[0], tasks.items(), strict=True):
         key = (
             "test_accuracy" if any("test_accuracy" in line for line in results if line["task"] == task) else "test_loss"
         )
         for number, method in enumerate(NAMES):
             points = []
-            settings = dict.fromkeys(replace(run, seed=0) for run in some if run.method == method)
+            settings = dict.fromkeys(replace(run, seed=0) for run in reported if run.method == method)
             for setting in settings:
-                same = [run for run in some if replace(run, seed=0) == setting]
+                same = [run for run in reported if replace(run, seed=0) == setting]
                 lines = _lines(results, same)
                 if lines:
                     scores = [line[key] for line in lines]
@@ -191,10 +191,10 @@ def draw(results: Sequence[Line], runs: Sequence[Run], path: Path) -> None:
                 linestyle="--" if method in ("pdecay_fixed", "torchao_lasso") else "-",
                 capsize=2,
             )
-        healed = [line[key] for run in some if run.method != "one_shot_unhealed" for line in _lines(results, [run])]
+        healed = [line[key] for run in reported if run.method != "one_shot_unhealed" for line in _lines(results, [run])]
         if key == "test_loss" and healed:
             margin = 0.05 * (max(healed) - min(healed))
-            axis.set_ylim(min(healed) - margin, max(healed) + margin)  # what is not healed lies far above
+            axis.set_ylim(min(healed) - margin, max(healed) + margin)  # runs without healing lie far above
         axis.set_xlabel("exact zeros in the pruned weights, %")
         axis.set_ylabel(key.replace("_", " "))
         axis.set_title(task)

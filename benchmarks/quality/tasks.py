@@ -1,6 +1,6 @@
-"""What the quality benchmark trains: model, data and settings that all methods share.
+"""The tasks of the quality benchmark: the model, the data and the Trainer's arguments that all methods share.
 
-The data are public sets in a folder of one's own; see the README beside this file for the names of the files.
+The data are public sets in a folder of your own; `benchmarks/README.md` lists the files.
 """
 
 from __future__ import annotations
@@ -49,12 +49,12 @@ class Task:
     """A task: a fresh model, its data, and the arguments of the Trainer that belong to it.
 
     Args:
-        model: A model, initialised from the present seed.
+        model: A model, initialised from the seed of the run.
         train: Training examples.
-        dev: Examples held out of the training part, by which learning rates and knobs are chosen.
-        test: Examples of the part that is reported on.
+        dev: Examples held out of the training split, to choose learning rates and knobs.
+        test: Examples of the reported split.
         arguments: Arguments of ``TrainingArguments``.
-        accuracy: Whether the examples have one label each, so that there is an accuracy.
+        accuracy: Whether each example has one label, so that an accuracy can be computed.
     """
 
     model: nn.Module
@@ -80,7 +80,7 @@ def shakespeare(
 ) -> Task:
     """Tiny Shakespeare by characters: GPT-2 of 4 layers × 128, batches of 12 × 64.
 
-    The last tenth is the test part; the last tenth of the rest is held out as dev.
+    The last tenth is the test split; the last tenth of the rest is the dev split.
     """
     text = (data / "tinyshakespeare" / "input.txt").read_text(encoding="utf-8")
     numbers = {character: number for number, character in enumerate(sorted(set(text)))}
@@ -103,8 +103,8 @@ def shakespeare(
     starts = torch.randint(0, held - block, (steps * batch,), generator=torch.Generator().manual_seed(seed))
     windows = ids.unfold(0, block, 1)
 
-    def blocks(part: Tensor) -> Rows:
-        rows = part[: len(part) // block * block].view(-1, block)
+    def blocks(split: Tensor) -> Rows:
+        rows = split[: len(split) // block * block].view(-1, block)
         return Rows(input_ids=rows, labels=rows)
 
     train = windows[starts]
@@ -151,12 +151,12 @@ def sst2(data: Path, seed: int, steps: int) -> Task:
         "warmup_steps": min(20, steps // 5),
         "max_steps": steps,
     }
-    parts = [encode(*rows(name)) for name in ("train", "dev", "test")]
-    return Task(model, parts[0], parts[1], parts[2], arguments, accuracy=True)
+    train, dev, test = (encode(*rows(name)) for name in ("train", "dev", "test"))
+    return Task(model, train, dev, test, arguments, accuracy=True)
 
 
 class ConvNet(nn.Module):
-    """A convolutional net of 0.42 M parameters for images of 28 × 28, in the manner of the method's authors."""
+    """A convolutional net of 0.42 M parameters for images of 28 × 28, similar to the one of the paper."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -171,7 +171,7 @@ class ConvNet(nn.Module):
         self.classifier = nn.Sequential(nn.Flatten(), nn.Linear(64 * 7 * 7, 128), nn.ReLU(), nn.Linear(128, 10))
 
     def forward(self, pixel_values: Tensor, labels: Tensor | None = None) -> dict[str, Tensor]:
-        """Return the logits, and the loss where there are labels."""
+        """Return the logits, and the loss if labels are given."""
         logits = self.classifier(self.features(pixel_values))
         if labels is None:
             return {"logits": logits}
@@ -193,15 +193,15 @@ def fashion_mnist(data: Path, seed: int, steps: int, build: Callable[[], nn.Modu
         with gzip.open(folder / name, "rb") as file:
             return np.frombuffer(file.read(), dtype=np.uint8, offset=header)
 
-    def part(name: str) -> tuple[Tensor, Tensor]:
+    def split(name: str) -> tuple[Tensor, Tensor]:
         images = torch.from_numpy(read(f"{name}-images-idx3-ubyte.gz", 16).copy()).view(-1, 1, 28, 28)
         labels = torch.from_numpy(read(f"{name}-labels-idx1-ubyte.gz", 8).copy()).long()
         return (images.float() / 255 - 0.286) / 0.353, labels
 
     set_seed(seed)
     model = build()
-    images, labels = part("train")
-    test_images, test_labels = part("t10k")
+    images, labels = split("train")
+    test_images, test_labels = split("t10k")
     arguments = {
         "per_device_train_batch_size": 128,
         "per_device_eval_batch_size": 500,
@@ -220,7 +220,7 @@ def fashion_mnist(data: Path, seed: int, steps: int, build: Callable[[], nn.Modu
 
 TASKS: dict[str, Callable[[Path, int, int], Task]] = {
     "shakespeare": shakespeare,
-    # The model, batches, dropout and warm-up of nanoGPT's example for this text, which the method's paper takes too.
+    # The model, batches, dropout and warm-up of nanoGPT's example for this text, which the paper uses too.
     "nanogpt": partial(
         shakespeare, layers=6, heads=6, width=384, block=256, batch=64, dropout=0.2, bf16=torch.cuda.is_available()
     ),

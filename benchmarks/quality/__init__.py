@@ -1,0 +1,1 @@
+"""The quality benchmark: `python benchmarks/quality --help`."""
