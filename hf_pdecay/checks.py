@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection
 from numbers import Real
 
@@ -24,3 +25,28 @@ def check_choice(name: str, value: object, choices: Collection[str]) -> None:
     """
     if value not in choices:
         raise ValueError(f"Invalid {name}: {name}={value!r}; it must be one of {', '.join(choices)}.")
+
+
+def check_p_norm(p_norm: float) -> float:
+    """Return ``p_norm`` as a float.
+
+    Raises:
+        ValueError: If it is not a finite number above 0.
+    """
+    return _check_number("p_norm", p_norm, "a finite number above 0, such as 0.8", above_zero=True)
+
+
+def check_lambda_p(lambda_p: float) -> float:
+    """Return ``lambda_p`` as a float.
+
+    Raises:
+        ValueError: If it is not a finite number of at least 0.
+    """
+    return _check_number("lambda_p", lambda_p, "a finite number of at least 0, such as 0.01", above_zero=False)
+
+
+def _check_number(name: str, value: object, right: str, *, above_zero: bool) -> float:
+    number = float(value) if is_number(value) else math.nan  # type: ignore[arg-type]
+    if not math.isfinite(number) or number < 0 or (above_zero and number == 0):
+        raise ValueError(f"Invalid {name}: {name}={value!r}; it must be {right}.")
+    return number

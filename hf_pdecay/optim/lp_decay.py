@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer
 
+from ..checks import check_lambda_p, check_p_norm
 from .bases import check_base, is_schedule_free, takes_found_inf
-from .decay import check_lambda_p, check_p_norm
 from .decay_after_step import can_compile, copies, decay_weights, on_device, rate_on
 from .distributed import Owners, agreed_finite, is_dtensor, local, shard_place
 from .dormancy import Awakening, dormant_entry, is_awake, placed

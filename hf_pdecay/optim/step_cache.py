@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from ..checks import check_lambda_p, check_p_norm
 from .backends import Part
 from .cpu.units import UnitDivisors
-from .decay import check_lambda_p, check_p_norm
 from .distributed import Owners, is_dtensor, parts_here
 from .moments import address
 from .tensor_step import Hyperparameters, alpha_lambda_p

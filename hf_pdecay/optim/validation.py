@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from .decay import check_lambda_p, check_p_norm
+from ..checks import check_lambda_p, check_p_norm
 from .moments import check_moments
 
 

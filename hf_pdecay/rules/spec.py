@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ..optim.decay import check_lambda_p, check_p_norm
+from ..checks import check_lambda_p, check_p_norm
 from ..optim.units import ELEMENT, n_of_m
 from ..target.budgets import check_target, check_target_of
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..optim.decay import check_p_norm
+from ..checks import check_p_norm
 from ..optim.shards import full_numel
 from ..optim.units import ELEMENT, Units, decayed_groups, is_decayed, kind_of, n_of_m, unit_size, units_of
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from transformers import Trainer
 from transformers.trainer_utils import default_compute_objective
 
-from ..optim.decay import check_lambda_p, check_p_norm
+from ..checks import check_lambda_p, check_p_norm
 from ..rules.spec import parse_rules
 from ..sparsity.history import append_line
 from ..target.budgets import check_target

@@ -7,8 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from ..checks import is_number
-from ..optim.decay import check_lambda_p, check_p_norm
+from ..checks import check_lambda_p, check_p_norm, is_number
 from ..optim.named import ADAMW_LP, OPTIMIZERS, parse_options
 from ..rules.spec import load_rules
 from ..target.budgets import check_budget, check_p_norms, check_target
