@@ -24,8 +24,8 @@ from .cpu.units import UnitDivisors
 from .decay import shrink_factor
 from .distributed import is_dtensor, span_of
 from .tensor_step import Hyperparameters, Structure
-from .unit_operations import scale, shrink_weakest, square_sums
-from .units import Units, check_units, kind_of, n_of_m, unit_size, units_of
+from .unit_operations import mean_squares, scale, shrink_weakest
+from .units import Units, check_units, kind_of, n_of_m, units_of
 
 
 if TYPE_CHECKING:
@@ -129,7 +129,7 @@ class UnitDecay:
             if self.tables is not None:
                 rms = self.tables.norms()
             else:
-                rms = torch.cat([self._mean_squares(self._coupled[number], device) for number in numbers]).sqrt_()
+                rms = torch.cat([mean_squares(self._coupled[number], self._params) for number in numbers]).sqrt_()
             zero = rms == 0
             counts = [self._coupled[number].count for number in numbers]
             if kept is None:
@@ -147,13 +147,6 @@ class UnitDecay:
                     masks[number] = mask.clone()
             self._norms.append(_Norms(numbers, rms, dormant))
         self._group["dormant_units"] = masks
-
-    def _mean_squares(self, coupled: Units[int], device: torch.device) -> Tensor:
-        total: Tensor | float = 0.0
-        for place in coupled.members:
-            own = square_sums(self._params[place.param], place, coupled.count)
-            total = own.to(device) + total
-        return total / unit_size(coupled, self._params)  # type: ignore[return-value]
 
     def structures(
         self, hyper: Hyperparameters, alpha_lambda: Callable[[torch.device], float | Tensor]

@@ -1,48 +1,108 @@
-"""Sums over groups of weights, and products with a factor for each, in plain torch operations."""
+"""Operations on units in plain torch: their mean squares, which are alive, and products with a factor for each."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .decay import shrink_factor
+from .distributed import Span, all_sum, common_groups, first_index, local, span_of
 from .foreach import chunk_size
 from .rounding import LOW_PRECISION, noise_bits, stochastic_round
-from .units import Member
+from .units import Member, Units, unit_size
 
 
-def square_sums(weights: Tensor, place: Member[int], count: int) -> Tensor:
-    """Return the sum of the squares of each group's weights in one parameter, in float32, or float64 where they are.
+def mean_squares(
+    units: Units[int], params: Sequence[Tensor], values: Mapping[int, Tensor] | Sequence[Tensor] | None = None
+) -> Tensor:
+    """Return the mean square of each unit over all its members, of all processes that hold shards of them.
 
     Args:
-        weights: The parameter.
-        place: Where in it the groups lie.
-        count: Number of groups.
+        units: The units.
+        params: The parameters of the param group.
+        values: By the index of a parameter, values of the shape of its weights or of this process's shard of them, to
+            take in place of the weights.
 
     Returns:
-        A tensor of shape ``(count,)``.
+        A tensor of shape ``(units.count,)`` on the device of the first member, in float32 or float64.
     """
-    dim = place.dim
-    part = weights.detach().narrow(dim, place.offset, count * place.size)
-    dtype = torch.promote_types(part.dtype, torch.float32)
-    others = [each for each in range(part.dim()) if each != dim]
+    device = params[units.members[0].param].device
+    spans = {member.param: span_of(params[member.param]) for member in units.members}
+    total: Tensor | float = 0.0
+    for member in units.members:
+        value, span = (params if values is None else values)[member.param], spans[member.param]
+        if span is None:
+            sums = _square_sums(_narrowed(value.detach(), member, units.count), member.dim)
+        else:
+            sums = _square_sums(local(value.detach()), member.dim)
+            sums = _of_whole(sums, member, units.count, params[member.param].shape[member.dim], span)
+        if member.size > 1:
+            sums = sums.view(-1, member.size).sum(1)
+        total = sums.to(device) + total
+    total = all_sum(torch.as_tensor(total), common_groups(list(spans.values())))
+    return total / unit_size(units, params)
+
+
+def alive_units(units: Units[int], params: Sequence[Tensor]) -> Tensor:
+    """Return which units have a weight other than 0, as a bool tensor on the device of the first member.
+
+    All processes that hold shards of the parameters must call it, and get the same.
+    """
+    device = params[units.members[0].param].device
+    spans = {member.param: span_of(params[member.param]) for member in units.members}
+    alive = torch.zeros(units.count, dtype=torch.bool, device=device)
+    for member in units.members:
+        alive |= alive_here(params[member.param], member, units.count).to(device)
+    groups = common_groups(list(spans.values()))
+    return all_sum(alive.to(torch.int32), groups) > 0 if groups else alive
+
+
+def alive_here(param: Tensor, member: Member[Any], count: int) -> Tensor:
+    """Return which of ``count`` units have a weight other than 0 in what this process holds of one parameter.
+
+    Returns:
+        A bool tensor of shape ``(count,)`` on the device of the parameter.
+    """
+    span = span_of(param)
+    weights = local(param.detach())
+    if span is None:
+        weights = _narrowed(weights, member, count)
+    nonzero = (weights != 0).transpose(0, member.dim)
+    nonzero = nonzero.flatten(1).any(1) if nonzero.dim() > 1 else nonzero
+    if span is not None:
+        nonzero = _of_whole(nonzero, member, count, param.shape[member.dim], span)
+    return nonzero.view(count, -1).any(1)
+
+
+def _narrowed(tensor: Tensor, member: Member[Any], count: int) -> Tensor:
+    """The part of a whole tensor in which the units lie."""
+    return tensor.narrow(member.dim, member.offset, count * member.size)
+
+
+def _of_whole(here: Tensor, member: Member[Any], count: int, length: int, span: Span) -> Tensor:
+    """The indices in which the units lie, from one value for each index that this process has; 0 for the others."""
+    whole = here.new_zeros(length)
+    first = first_index(span, member.dim)
+    whole[first : first + len(here)] = here
+    return whole.narrow(0, member.offset, count * member.size)
+
+
+def _square_sums(weights: Tensor, dim: int) -> Tensor:
+    """The sum of the squares at each index of a dimension, in float32, or float64 if the weights are."""
+    dtype = torch.promote_types(weights.dtype, torch.float32)
+    others = [other for other in range(weights.dim()) if other != dim]
     if not others:
-        found = part.to(dtype).square()
-    elif not part.is_cpu or part.stride(dim) == max(part.stride()):
-        found = torch.linalg.vector_norm(part, dim=others, dtype=dtype).square_()
-    else:
-        # torch's norm along any but the last dimension takes ten times as long on a CPU.
-        found = torch.zeros(part.shape[dim], dtype=dtype)
-        for piece, _ in _pieces(part, dim):
-            found += piece.to(dtype).square().sum(others)
-    return _by_group(found, place.size)
-
-
-def _by_group(sums: Tensor, size: int) -> Tensor:
-    """Sums of groups from those of indices, ``size`` of which are one group."""
-    return sums.view(-1, size).sum(1) if size > 1 else sums
+        return weights.to(dtype).square()
+    if not weights.is_cpu or weights.stride(dim) == max(weights.stride()):
+        return torch.linalg.vector_norm(weights, dim=others, dtype=dtype).square_()
+    # torch's norm along any but the last dimension takes ten times as long on a CPU.
+    sums = torch.zeros(weights.shape[dim], dtype=dtype)
+    for piece, _ in _pieces(weights, dim):
+        sums += piece.to(dtype).square().sum(others)
+    return sums
 
 
 def _pieces(part: Tensor, dim: int, block: int = 1) -> Iterator[tuple[Tensor, slice]]:

@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..optim.distributed import Span, all_sum, common_groups, first_index, local, span_of
+from ..optim.distributed import first_index, local, span_of
 from ..optim.shards import Ranked, ranked
-from ..optim.unit_operations import square_sums, weakest
-from ..optim.units import ELEMENT, Member, Units, n_of_m, unit_size
+from ..optim.unit_operations import mean_squares, weakest
+from ..optim.units import ELEMENT, Member, Units, n_of_m
 from .budgets import Budget
 from .ranking import Ranking, prune_least, scores
 
@@ -66,35 +66,7 @@ def magnitudes(budget: Budget, optimizer: Any) -> Ranking:
 
 def root_mean_squares(coupled: Units[int], params: Sequence[Tensor]) -> Tensor:
     """Return the root mean square of the weights of each group, of shape ``(count,)``."""
-    return _rms(coupled, params, params)
-
-
-def _rms(coupled: Units[int], params: Sequence[Tensor], values: Sequence[Tensor] | dict[int, Tensor]) -> Tensor:
-    """Roots of the mean squares of values that go with the weights, which may be what this process has of them."""
-    total: Tensor | None = None
-    device = params[coupled.members[0].param].device
-    spans = {place.param: span_of(params[place.param]) for place in coupled.members}
-    for place in coupled.members:
-        if spans[place.param] is None:
-            own = square_sums(values[place.param], place, coupled.count)
-        else:
-            own = _partial_sums(
-                local(values[place.param]), place, coupled.count, params[place.param], spans[place.param]
-            )
-        total = own.to(device) if total is None else total + own.to(device)
-    if total is None:
-        raise ValueError(f"{coupled!r} has no members.")
-    return (all_sum(total, common_groups(list(spans.values()))) / unit_size(coupled, params)).sqrt()
-
-
-def _partial_sums(values: Tensor, place: Member[int], count: int, param: Tensor, span: Span | None) -> Tensor:
-    """This process's part of the sums of the squares of each group's weights in one sharded parameter."""
-    here = values.shape[place.dim]
-    own = square_sums(values, Member(place.param, place.dim), here)
-    whole = own.new_zeros(param.shape[place.dim])
-    first = first_index(span, place.dim)
-    whole[first : first + here] = own
-    return whole.narrow(0, place.offset, count * place.size).view(count, place.size).sum(1)
+    return mean_squares(coupled, params).sqrt()
 
 
 def _prune_units(budget: Budget, optimizer: Any, count: int) -> None:
@@ -106,7 +78,7 @@ def _prune_units(budget: Budget, optimizer: Any, count: int) -> None:
         salient = {
             place.param: _saliency(params[place.param], optimizer, seconds) for place in each.members
         }  # fmt: skip
-        found.append(_rms(each, params, salient).double().cpu())
+        found.append(mean_squares(each, params, salient).sqrt().double().cpu())
     flat = torch.cat(found)
     dead = torch.zeros(len(flat), dtype=torch.bool)
     dead[flat.argsort(stable=True)[:count]] = True
