@@ -15,7 +15,6 @@ from torch.optim.optimizer import Optimizer, ParamsT
 from .backends import MIN_COMPILED, Backend, all_finite
 from .distributed import agreed_finite, is_dtensor, local, local_grad, shard_place
 from .dormancy import Awakening, dormant_entry, is_awake, is_awake_for_good, placed
-from .functional import adamw_lp
 from .gradients import check_dense, count_skipped, finite_by_norm, skipped_steps
 from .moments import as_stored, clone, is_quantized, zero_moment
 from .step_cache import StepCache, hyper_of
@@ -23,9 +22,6 @@ from .tensor_step import Hyperparameters, Structure, TensorStep, alpha_lambda_p
 from .unit_decay import UNFELT, UnitDecay
 from .units import ELEMENT, check_units, kind_of
 from .validation import FOREIGN_KEYS, check_hyperparameters, check_real, check_state_dict
-
-
-__all__ = ["AdamWLp", "adamw_lp"]
 
 
 class AdamWLp(Optimizer):

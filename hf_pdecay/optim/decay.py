@@ -77,32 +77,6 @@ def _factor(weight: Tensor, p_norm: float, alpha_lambda: float | Tensor) -> Tens
     return abs_pow(weight, p_norm - 2).mul_(alpha_lambda).add_(1).reciprocal_()
 
 
-def critical_weight(p_norm: float, alpha_lambda: float) -> float:
-    """Return the magnitude below which a weight collapses to exact 0 in a few steps.
-
-    It is (α λ_p)^(1/(2-p)), where the shrink factor is one half.
-
-    Args:
-        p_norm: p, above 0 and below 2.
-        alpha_lambda: α λ_p, the learning rate times λ_p.
-
-    Raises:
-        ValueError: If ``p_norm`` is not in (0, 2): no weight reaches 0 for p >= 2.
-    """
-    return alpha_lambda ** (1 / _exponent(p_norm))
-
-
-def penalty(weight: Tensor, p_norm: float, lambda_p: float) -> Tensor:
-    """Return (λ_p / p) ‖w‖_p^p, the penalty that the decay minimises, as a 0-dim tensor.
-
-    Args:
-        weight: A floating-point tensor of any shape.
-        p_norm: p, any number above 0.
-        lambda_p: λ_p, any number of at least 0.
-    """
-    return abs_pow(weight, check_p_norm(p_norm)).sum() * (check_lambda_p(lambda_p) / p_norm)
-
-
 def forecast_threshold(p_norm: float, lambda_p: float, lr_sum: float) -> float:
     """Return the magnitude below which a weight would be dead by the end of training, were there no gradient.
 

@@ -32,19 +32,17 @@ def placed(dormant: Tensor) -> Tensor:
     return dormant if dormant.is_cpu or dormant.item() else dormant.cpu()
 
 
-def wake(param: Tensor, dormant: Tensor, on_device: bool | None = None) -> bool | Tensor:
-    """Note whether a tensor that began wholly zero still is, and return whether it is awake."""
-    if param.device.type != "cpu" if on_device is None else on_device:
-        dormant.logical_and_(~any_nonzero(param))
-        return ~dormant
-    if dormant.item():
-        dormant.logical_and_(~any_nonzero(param))
-    return not dormant.item()
-
-
 def is_awake(param: Tensor, dormant: Tensor) -> bool | Tensor:
-    """Whether a tensor decays in the step that is about to be made; no wait for the device."""
-    return True if is_awake_for_good(dormant) else wake(param, dormant)
+    """Note whether a tensor that began wholly zero still is, and return whether it decays in the step to come."""
+    if is_awake_for_good(dormant):
+        return True
+    awake = wake_on_device(param, dormant)
+    return bool(awake) if param.device.type == "cpu" else awake
+
+
+def wake_on_device(param: Tensor, dormant: Tensor) -> Tensor:
+    """Update the entry of a tensor that may still be wholly zero, and return its negation; the host does not wait."""
+    return ~dormant.logical_and_(~any_nonzero(param))
 
 
 def is_awake_for_good(dormant: Tensor) -> bool:

@@ -67,23 +67,29 @@ def device_scalars(step: Tensor, hyper: Hyperparameters) -> StepScalars:
     )
 
 
-def step(steps: Sequence[TensorStep], finite: bool | Tensor = True, capturable: bool | None = None) -> None:
+def step(steps: Sequence[TensorStep], finite: bool | Tensor = True) -> None:
     """Do one step on each tensor, in place.
 
     Args:
         steps: The tensors and their hyperparameters.
         finite: Whether the gradients are finite, as a bool or a 0-dim tensor; where not, nothing is written.
-        capturable: Whether all scalars stay on the device, so that the host never waits; by default everywhere but on a
-            CPU, where there is nothing to wait for.
     """
-    for each in steps:
-        on_device = each.param.device.type != "cpu" if capturable is None else capturable
-        ok = finite.to(each.param.device) if on_device and isinstance(finite, Tensor) else bool(finite)
-        if ok is False:
-            continue
-        each.step.add_(ok)
-        scalars = (device_scalars if on_device else host_scalars)(each.step, each.hyper)
-        _step_tensor(each, scalars, ok)
+    for tensor in steps:
+        if tensor.param.device.type != "cpu":
+            step_on_device(tensor, finite)
+        elif finite:
+            tensor.step.add_(1)
+            _step_tensor(tensor, host_scalars(tensor.step, tensor.hyper), True)
+
+
+def step_on_device(tensor: TensorStep, finite: bool | Tensor = True) -> None:
+    """Do one step on a tensor; all scalars stay on its device, so that the host never waits."""
+    if finite is False:
+        return
+    if isinstance(finite, Tensor):
+        finite = finite.to(tensor.param.device)
+    tensor.step.add_(finite)
+    _step_tensor(tensor, device_scalars(tensor.step, tensor.hyper), finite)
 
 
 def _step_tensor(each: TensorStep, scalars: StepScalars, finite: bool | Tensor) -> None:

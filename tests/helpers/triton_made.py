@@ -77,8 +77,9 @@ def ulp(values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 def assert_like_foreach(steps: Sequence[TensorStep], finite: bool | torch.Tensor = True, rare: float = 2e-3) -> None:
     """One step by the kernel and by foreach: equal but for float32's rounding, of which few roundings tell."""
     theirs = [cloned(each) for each in steps]
-    triton_step.step(steps, finite)
-    foreach.step(theirs, finite, capturable=True)
+    triton_step.Batch(steps).step(finite)
+    for their in theirs:
+        foreach.step_on_device(their, finite)
     for a, b in zip(steps, theirs, strict=True):
         assert torch.equal(a.step, b.step)
         for name in ("param", "exp_avg", "exp_avg_sq"):

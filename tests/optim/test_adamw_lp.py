@@ -12,7 +12,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hf_pdecay import AdamWLp
-from hf_pdecay.optim.decay import critical_weight
 from tests.helpers.reference.adamw_lp64 import Hyper, Reference
 
 
@@ -263,7 +262,7 @@ def test_zero_absorbs_whatever_the_gradient(p_norm: float, dtype: torch.dtype, g
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_weights_below_the_critical_one_collapse_and_large_ones_stay(p_norm: float, dtype: torch.dtype) -> None:
     lr, lambda_p = 1e-2, 1e-2
-    critical = critical_weight(p_norm, lr * lambda_p)
+    critical = (lr * lambda_p) ** (1 / (2 - p_norm))
     small = torch.tensor([critical / 2, -critical / 2, critical / 10], dtype=torch.float64)
     weight = torch.cat([small, torch.tensor([1.0, -1.0], dtype=torch.float64)]).to(dtype)
     parameter, optimizer = build(weight, Hyper(lr=lr, p_norm=p_norm, lambda_p=lambda_p))

@@ -14,8 +14,8 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from hf_pdecay.optim import lp_decay as wrapper
 from hf_pdecay.optim import parts
 from hf_pdecay.optim.lp_decay import LpDecay
+from tests.helpers.memory import PeakMemory
 from tests.helpers.steps import normal
-from tests.optim.test_adamw_lp_functional import PeakMemory
 
 
 SHAPES = [(40, 30), (7,), (64, 64), (3, 5), (90, 10)]

@@ -131,7 +131,7 @@ sys.exit(pytest.main(["-q", "-p", "no:cacheprovider", *sys.argv[1:]]))
             "-k",
             "compiled",
             "tests/optim/test_adamw_lp.py",
-            "tests/optim/test_adamw_lp_functional.py",
+            "tests/optim/test_foreach.py",
             "tests/optim/test_cpu_step.py",
         ),
         ("tests/inference/test_sparse_inference.py",),

@@ -11,11 +11,17 @@ import pytest
 import torch
 
 from hf_pdecay import AdamWLp
-from hf_pdecay.optim import adamw_lp
+from hf_pdecay.optim.backends import Backend
 from hf_pdecay.optim.cpu import step as compiled
 from hf_pdecay.optim.tensor_step import Hyperparameters, TensorStep
+from tests.helpers.memory import PeakMemory
 from tests.helpers.steps import BACKENDS, DTYPES, MOMENT_NAMES, OPTIONS, PLAIN, dense, normal, same, snapshot
-from tests.optim.test_adamw_lp_functional import PeakMemory
+
+
+def step_by(backend: str, *tensors: torch.Tensor) -> None:
+    """One step by a backend on weights, gradient, moments and counter that lie where a test has put them."""
+    for part in Backend(backend).assign([TensorStep(*tensors, True, Hyperparameters(**OPTIONS), 0)]):  # type: ignore[arg-type]
+        part.run()
 
 
 # --- layouts
@@ -88,7 +94,7 @@ def test_neighbouring_memory_stays_untouched(backend: str, dtype: torch.dtype) -
         aligned = [value.clone() for value in values]
         for some in (views, aligned):
             param, grad, exp_avg, exp_avg_sq = some
-            adamw_lp([param], [grad], [exp_avg], [exp_avg_sq], [torch.zeros(())], [None], **OPTIONS, backend=backend)
+            step_by(backend, param, grad, exp_avg, exp_avg_sq, torch.zeros(()))
         for store, view, expected in zip(stores, views, aligned, strict=True):
             assert bool((store[:offset] == guard).all()) and bool((store[offset + size :] == guard).all())
             assert torch.equal(view, expected)
@@ -260,7 +266,7 @@ def test_gradient_of_another_dtype_is_refused() -> None:
 
 @pytest.mark.parametrize("which", ["grad", "exp_avg", "exp_avg_sq"])
 @pytest.mark.parametrize("other", ["fewer", "bfloat16"])
-def test_functional_refuses_tensors_that_do_not_match(which: str, other: str) -> None:
+def test_refuses_tensors_that_do_not_match(which: str, other: str) -> None:
     """Read by their addresses they would be read and written beyond their end (here there is room behind it)."""
     tensors = {name: torch.zeros(64) for name in ("param", "grad", "exp_avg", "exp_avg_sq")}
     tensors[which] = torch.zeros(256)[:32] if other == "fewer" else torch.zeros(256, dtype=torch.bfloat16)[:64]
@@ -268,8 +274,7 @@ def test_functional_refuses_tensors_that_do_not_match(which: str, other: str) ->
         tensors["exp_avg_sq"] = torch.zeros(64)
     step = torch.zeros(())
     with pytest.raises((ValueError, RuntimeError)):
-        param, grad, exp_avg, exp_avg_sq = ([tensor] for tensor in tensors.values())
-        adamw_lp(param, grad, exp_avg, exp_avg_sq, [step], [None], **OPTIONS, backend="compiled")
+        step_by("compiled", *tensors.values(), step)
     assert step.item() == 0
 
 

@@ -22,7 +22,7 @@ from hf_pdecay.layers.matrices import decayable_parameter_names
 from ..helpers.models import build, tiny_gpt2
 
 
-adamw_lp = sys.modules["hf_pdecay.optim.adamw_lp"]  # the module, whose name the functional has too
+adamw_lp = sys.modules["hf_pdecay.optim.adamw_lp"]
 
 MakeArgs = Callable[..., Any]
 

@@ -120,11 +120,6 @@ class Batch:
         torch.autograd.graph.increment_version(self._params)
 
 
-def step(steps: Sequence[TensorStep], finite: bool | Tensor = True) -> None:
-    """Do one step on each tensor, in place; see :func:`hf_pdecay.optim.foreach.step`."""
-    Batch(steps).step(finite)
-
-
 class _Launch:
     """The step of tensors that share their device, dtypes and hyperparameters."""
 

@@ -54,11 +54,6 @@ def shrink(weights: Iterable[float], p_norm: float, alpha_lambda: float) -> Arra
     return np.array([shrink_element(float(w), p_norm, alpha_lambda) for w in weights], dtype=np.float64)
 
 
-def penalty(weights: Iterable[float], p_norm: float, lambda_p: float) -> float:
-    """(λ_p / p) Σ |w|^p."""
-    return lambda_p / p_norm * math.fsum(abs(float(w)) ** p_norm for w in weights)
-
-
 @dataclass
 class Reference:
     """One tensor and its optimizer state, flat, in float64.

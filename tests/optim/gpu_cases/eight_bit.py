@@ -51,8 +51,9 @@ def copied(each: TensorStep) -> TensorStep:
 def assert_like_foreach(steps: list[TensorStep], finite: bool | torch.Tensor = True) -> None:
     """One step by the kernel and by plain operations: the same codes, but where the last bit of float32 decides."""
     theirs = [copied(each) for each in steps]
-    triton_step.step(steps, finite)
-    foreach.step(theirs, finite, capturable=True)
+    triton_step.Batch(steps).step(finite)
+    for their in theirs:
+        foreach.step_on_device(their, finite)
     for a, b in zip(steps, theirs, strict=True):
         eps = torch.finfo(a.param.dtype).eps if a.param.dtype != F32 else 2e-5
         torch.testing.assert_close(a.param, b.param, rtol=2 * eps, atol=1e-7 if a.param.dtype == F32 else 2e-5)
@@ -76,8 +77,9 @@ class TestEightBit:
         before = plain.param.clone()
         steps = [encoded(made(256 * count, seed=count)) for count in (1, 3, 4, 16, 17, 33)]
         theirs = [copied(each) for each in steps]
-        triton_step.step([*steps, plain])
-        foreach.step(theirs, capturable=True)
+        triton_step.Batch([*steps, plain]).step()
+        for their in theirs:
+            foreach.step_on_device(their)
         assert not torch.equal(plain.param, before)
         for a, b in zip(steps, theirs, strict=True):
             torch.testing.assert_close(a.param, b.param, rtol=4e-5, atol=1e-7)
@@ -89,7 +91,7 @@ class TestEightBit:
     def test_a_skipped_step_writes_nothing(self) -> None:
         each = encoded(made(1024))
         before = copied(each)
-        triton_step.step([each], torch.tensor(False, device=DEVICE))
+        triton_step.Batch([each]).step(torch.tensor(False, device=DEVICE))
         assert torch.equal(each.param, before.param)
         for name in ("exp_avg", "exp_avg_sq"):
             assert torch.equal(getattr(each, name).codes, getattr(before, name).codes)
@@ -131,7 +133,7 @@ class TestCompiledEightBit:
 
         from tests.optim.gpu_cases.launch import compiled
 
-        triton_step.step([encoded(made(1024, (dtype, F32)))])
+        triton_step.Batch([encoded(made(1024, (dtype, F32)))]).step()
         for _, *launch in launches[1].calls:
             assembly = compiled(triton_step.update.kernel, *launch, GPUTarget("cuda", 80, 32))
             # Of whole blocks a thread loads its eight codes by 8 bytes, and of each moment.

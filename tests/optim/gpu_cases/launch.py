@@ -14,8 +14,6 @@ import triton
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from hf_pdecay import AdamWLp
-from hf_pdecay.optim import foreach
-from hf_pdecay.optim.adamw_lp import adamw_lp
 from hf_pdecay.optim.gpu import step as triton_step
 from hf_pdecay.optim.tensor_step import Hyperparameters
 from tests.helpers.triton_made import (
@@ -72,7 +70,7 @@ class TestLaunches:
         assert len(launches[1].calls) == 1
         assert_like_foreach([cloned(empty)])
         assert len(launches[1].calls) == 1
-        triton_step.step([])
+        triton_step.Batch([]).step()
 
     def test_any_address(self) -> None:
         for pair in ((F32, F32), (BF16, BF16), (F32, BF16), (F64, F64)):
@@ -97,7 +95,7 @@ class TestLaunches:
         steps = [made(size, pair, settings, size) for size in (3, 2000) for settings in (PLAIN, hyper(lambda_p=0.0))]
         before = [cloned(each) for each in steps]
         for finite in (torch.tensor(False), False):
-            triton_step.step(steps, finite)
+            triton_step.Batch(steps).step(finite)
         for a, b in zip(steps, before, strict=True):
             assert all(torch.equal(getattr(a, name), getattr(b, name)) for name in WRITTEN)
         assert_like_foreach([each for each in steps if each.hyper is PLAIN], torch.tensor(True))
@@ -121,7 +119,7 @@ class TestLaunches:
             for settings in (hyper(lr=lr), hyper(lr=lr, keep_zeros=True), hyper(lr=lr, lambda_p=0.0)):
                 steps = [made(50, pair, settings) for pair in PAIRS]
                 names.clear()
-                triton_step.step([each._replace(awake=torch.tensor(True)) for each in steps], torch.tensor(True))
+                triton_step.Batch([each._replace(awake=torch.tensor(True)) for each in steps]).step(torch.tensor(True))
                 waits = ("_local_scalar_dense", "item", "is_nonzero", "equal", "nonzero", "masked_select")
                 assert names and not [name for name in names if any(wait in name for wait in waits)]
 
@@ -130,7 +128,7 @@ class TestLaunches:
         steps = [made(10), made(20)]
 
         def table(settings: Hyperparameters = PLAIN) -> Any:
-            triton_step.step([each._replace(hyper=settings) for each in steps])
+            triton_step.Batch([each._replace(hyper=settings) for each in steps]).step()
             return update.calls[-1][1][0]
 
         first = table()
@@ -156,7 +154,7 @@ class TestLaunches:
 
         each = made(10)
         reference = weakref.ref(each.param)
-        triton_step.step([each])
+        triton_step.Batch([each]).step()
         del each
         gc.collect()
         assert reference() is None
@@ -176,7 +174,7 @@ class TestLaunches:
     def test_versions_are_bumped(self) -> None:
         each = made(10)
         version = each.param._version
-        triton_step.step([each])
+        triton_step.Batch([each]).step()
         assert each.param._version > version
 
     def test_refusals(self) -> None:
@@ -227,15 +225,6 @@ class TestLaunches:
             close = (ours - theirs).abs() <= 2e-5 if dtype == F32 else ours == theirs
             assert float(close.double().mean()) >= (1.0 if dtype == F32 else 0.99)
 
-    def test_functional(self) -> None:
-        each = made(30)
-        lists = [each.param], [each.grad], [each.exp_avg], [each.exp_avg_sq], [each.step]
-        options = {name: value for name, value in vars(PLAIN).items() if name != "skip_nonfinite"}
-        expected = cloned(each)._replace(place=0)
-        foreach.step([expected])
-        adamw_lp(*lists, [None], **options, finite=torch.tensor(True), backend="triton")
-        torch.testing.assert_close(each.param, expected.param, rtol=1e-5, atol=1e-7)
-
 
 # --- compiled for GPUs, without one
 
@@ -276,8 +265,8 @@ class TestCompiled:
     ) -> None:
         from triton.backends.compiler import GPUTarget
 
-        triton_step.step([made(5, pair)])
-        triton_step.step([made(5, pair, hyper(lambda_p=0.0))])
+        triton_step.Batch([made(5, pair)]).step()
+        triton_step.Batch([made(5, pair, hyper(lambda_p=0.0))]).step()
         for _, *launch in launches[1].calls:
             assembly = compiled(triton_step.update.kernel, *launch, GPUTarget("cuda", 80, 32))
             ptx = assembly["ptx"]
@@ -297,9 +286,9 @@ class TestCompiled:
         from triton.backends.compiler import GPUTarget
 
         if pair == (F32, F32):
-            triton_step.step([made(5, pair)])
+            triton_step.Batch([made(5, pair)]).step()
         else:
-            triton_step.step([made(5, pair, hyper(lr=torch.tensor(0.1)))], torch.tensor(True))
+            triton_step.Batch([made(5, pair, hyper(lr=torch.tensor(0.1)))]).step(torch.tensor(True))
         for _, *launch in launches[0].calls:
             assert "ptx" in compiled(triton_step.prepare.kernel, *launch, GPUTarget("cuda", 80, 32))
 
@@ -307,7 +296,7 @@ class TestCompiled:
     def test_compiles_for_hip(self, pair: tuple[torch.dtype, torch.dtype], launches: tuple[Launches, Launches]) -> None:
         from triton.backends.compiler import GPUTarget
 
-        triton_step.step([made(5, pair)], torch.tensor(True))
+        triton_step.Batch([made(5, pair)]).step(torch.tensor(True))
         for kernel in launches:
             for _, *launch in kernel.calls:
                 try:
@@ -345,7 +334,7 @@ class TestCompiled:
             hyper(keep_zeros=True, maximize=True),
         ):
             for count in (1, 2, 16):
-                triton_step.step([made(count * 16, settings=settings, steps=count) for _ in range(count)])
+                triton_step.Batch([made(count * 16, settings=settings, steps=count) for _ in range(count)]).step()
         for kernel in launches:
             binder = bind(kernel.kernel.signature, kernel.kernel.params, backend)
             keys = {str(binder(*args, **options)[1:]) for _, args, options in kernel.calls}

@@ -197,7 +197,7 @@ class TestCompiledGroups:
         each = made(1024, (dtype, dtype))._replace(param=normal(1024, 0).view(8, 128).to(dtype))
         each = each._replace(**{name: getattr(each, name).view(8, 128) for name in ("grad", "exp_avg", "exp_avg_sq")})
         for structure in (Structure(each.hyper, 0, torch.ones(8)), Structure(each.hyper, 1, blocks=(2, 4))):
-            triton_step.step([each._replace(structure=structure)])
+            triton_step.Batch([each._replace(structure=structure)]).step()
         for kernel in (*kernels.values(), launches[1]):
             assert kernel.calls
             for _, *launch in kernel.calls:

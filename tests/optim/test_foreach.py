@@ -1,8 +1,7 @@
-"""The functional, the path without host scalars that accelerators take, and the memory of a step."""
+"""The step in plain torch operations: its path without host scalars, for accelerators, and its memory."""
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -12,7 +11,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from hf_pdecay import AdamWLp
-from hf_pdecay.optim.adamw_lp import adamw_lp
+from hf_pdecay.optim import foreach
+from hf_pdecay.optim.dormancy import is_awake, wake_on_device
+from hf_pdecay.optim.tensor_step import Hyperparameters, TensorStep
+from tests.helpers.memory import PeakMemory
 
 
 P_NORMS = [0.1, 0.5, 0.8, 1.0, 1.5, 1.9, 2.0, 2.5, 3.0, 4.0]
@@ -53,16 +55,26 @@ class Bundle:
     def grads(self, seed: int) -> list[torch.Tensor]:
         return [normal(*p.shape, seed=seed + 10 * i).to(p.dtype) for i, p in enumerate(self.params)]
 
-    def step(self, seed: int, grads: list[torch.Tensor] | None = None, **options: Any) -> None:
-        adamw_lp(
-            self.params,
-            self.grads(seed) if grads is None else grads,
-            self.exp_avgs,
-            self.exp_avg_sqs,
-            self.steps,
-            self.dormants,
-            **{**DEFAULTS, **options},
-        )
+    def step(
+        self,
+        seed: int,
+        grads: list[torch.Tensor] | None = None,
+        finite: bool | torch.Tensor = True,
+        on_device: bool = False,
+        **options: Any,
+    ) -> None:
+        """One step, on request as on a device that the host does not wait for."""
+        hyper = Hyperparameters(**{**DEFAULTS, **options})
+        look = wake_on_device if on_device else is_awake
+        tensors = zip(self.params, grads or self.grads(seed), self.exp_avgs, self.exp_avg_sqs, self.steps, strict=True)
+        for place, (param, grad, exp_avg, exp_avg_sq, count) in enumerate(tensors):
+            dormant = self.dormants[place]
+            awake = True if dormant is None else look(param, dormant)
+            step = TensorStep(param, grad, exp_avg, exp_avg_sq, count, awake, hyper, place)
+            if on_device:
+                foreach.step_on_device(step, finite)
+            else:
+                foreach.step([step], finite)
 
 
 class OpLog(TorchDispatchMode):
@@ -79,83 +91,17 @@ class OpLog(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-class PeakMemory(TorchDispatchMode):
-    """The most bytes that tensors made inside it held at one time."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.alive = self.peak = 0
-        self.holders: dict[int, int] = {}
-
-    def _release(self, address: int, size: int) -> None:
-        self.holders[address] -= 1
-        if self.holders[address] == 0:
-            del self.holders[address]
-            self.alive -= size
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        given = {t.untyped_storage().data_ptr() for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
-        result = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(result):
-            if not isinstance(tensor, torch.Tensor):
-                continue
-            address, size = tensor.untyped_storage().data_ptr(), tensor.untyped_storage().nbytes()
-            if size == 0 or (address in given and address not in self.holders):
-                continue
-            if address not in self.holders:
-                self.holders[address] = 0
-                self.alive += size
-                self.peak = max(self.peak, self.alive)
-            self.holders[address] += 1
-            weakref.finalize(tensor, self._release, address, size)
-        return result
-
-
-# --- the functional
-
-
-@pytest.mark.parametrize("p_norm", P_NORMS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, *LOW])
-def test_functional_equals_the_class(p_norm: float, dtype: torch.dtype) -> None:
-    bundle = Bundle(dtype)
-    parameters = [torch.nn.Parameter(p.clone()) for p in bundle.params]
-    optimizer = AdamWLp(parameters, lr=1e-2, weight_decay=0.1, p_norm=p_norm, lambda_p=0.05)
-    for seed in range(4):
-        for p, grad in zip(parameters, bundle.grads(seed), strict=True):
-            p.grad = grad
-        if dtype in LOW:  # the rounding differs from step to step: start each from the class's state
-            for ours, p in zip(bundle.params, parameters, strict=True):
-                ours.copy_(p.detach())
-        bundle.step(seed, p_norm=p_norm)
-        optimizer.step()
-        for ours, p in zip(bundle.params, parameters, strict=True):
-            if dtype in LOW:
-                torch.testing.assert_close(ours, p.detach(), rtol=2 * torch.finfo(dtype).eps, atol=1e-6)
-            else:
-                assert torch.equal(ours, p)
-    assert [int(step) for step in bundle.steps] == [4, 4, 4]
-    assert bundle.dormants[2] is not None and not bool(bundle.dormants[2])
-
-
-def test_functional_of_empty_lists() -> None:
-    params: list[torch.Tensor] = []
-    adamw_lp(params, [], [], [], [], [], **DEFAULTS)
-    assert params == []
-
-
 # --- without host scalars
 
 
 @pytest.mark.parametrize("p_norm", P_NORMS)
 @pytest.mark.parametrize("options", [{}, {"maximize": True, "weight_decay": 0.0}, {"keep_zeros": True}], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_capturable_equals_host(p_norm: float, options: dict[str, Any], dtype: torch.dtype) -> None:
+def test_on_device_equals_host(p_norm: float, options: dict[str, Any], dtype: torch.dtype) -> None:
     host, device = Bundle(dtype), Bundle(dtype)
     for seed in range(6):
         host.step(seed, p_norm=p_norm, **options)
-        device.step(seed, p_norm=p_norm, **options, capturable=True, finite=torch.tensor(True))
+        device.step(seed, p_norm=p_norm, **options, on_device=True, finite=torch.tensor(True))
         for a, b in zip(host.tensors(), device.tensors(), strict=True):
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-8)
             assert torch.equal(a == 0, b == 0)
@@ -163,20 +109,20 @@ def test_capturable_equals_host(p_norm: float, options: dict[str, Any], dtype: t
 
 @pytest.mark.parametrize("p_norm", [0.8, 1.0, 3.0])
 @pytest.mark.parametrize("dtype", LOW)
-def test_capturable_equals_host_in_low_precision(p_norm: float, dtype: torch.dtype) -> None:
+def test_on_device_equals_host_in_low_precision(p_norm: float, dtype: torch.dtype) -> None:
     host, device = Bundle(dtype), Bundle(dtype)
     host.step(0, p_norm=p_norm)
-    device.step(0, p_norm=p_norm, capturable=True, finite=torch.tensor(True))
+    device.step(0, p_norm=p_norm, on_device=True, finite=torch.tensor(True))
     for a, b in zip(host.tensors(), device.tensors(), strict=True):
         torch.testing.assert_close(a, b, rtol=2 * torch.finfo(dtype).eps if a.dtype == dtype else 0, atol=1e-6)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, *LOW])
-def test_capturable_without_lambda_p_equals_host(dtype: torch.dtype) -> None:
+def test_on_device_without_lambda_p_equals_host(dtype: torch.dtype) -> None:
     host, device = Bundle(dtype), Bundle(dtype)
     for seed in range(6):
         host.step(seed, lambda_p=0.0, eps=1e-4)
-        device.step(seed, lambda_p=0.0, eps=1e-4, capturable=True, finite=torch.tensor(True))
+        device.step(seed, lambda_p=0.0, eps=1e-4, on_device=True, finite=torch.tensor(True))
     for a, b in zip(host.tensors(), device.tensors(), strict=True):
         eps = torch.finfo(dtype).eps if a.is_floating_point() else 0.0
         torch.testing.assert_close(a, b, rtol=max(4 * eps, 1e-5), atol=max(1e-2 * eps, 1e-7))
@@ -185,66 +131,66 @@ def test_capturable_without_lambda_p_equals_host(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("p_norm", [0.5, 0.8, 1.0, 1.5, 2.0, 3.0])
 @pytest.mark.parametrize("dtype", [torch.float32, *LOW])
 @pytest.mark.parametrize("lr", [0.01, torch.tensor(0.01)], ids=["float", "tensor"])
-def test_capturable_never_waits_for_the_device(p_norm: float, dtype: torch.dtype, lr: float | torch.Tensor) -> None:
+def test_on_device_never_waits_for_the_device(p_norm: float, dtype: torch.dtype, lr: float | torch.Tensor) -> None:
     bundle = Bundle(dtype)
     grads = bundle.grads(0)
     finite = torch.tensor(True)
     for options in ({}, {"keep_zeros": True}, {"lambda_p": 0.0}, {"maximize": True}):
         with OpLog() as log:
-            bundle.step(0, grads, p_norm=p_norm, lr=lr, capturable=True, finite=finite, **options)
+            bundle.step(0, grads, p_norm=p_norm, lr=lr, on_device=True, finite=finite, **options)
         waits = ("_local_scalar_dense", "item", "is_nonzero", "equal.", "nonzero", "masked_select")
         found = [name for name in log.names if any(wait in name for wait in waits) and "not_equal" not in name]
         assert log.names and not found
 
 
-@pytest.mark.parametrize("capturable", [True, None])
+@pytest.mark.parametrize("on_device", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, *LOW])
 @pytest.mark.parametrize("lambda_p", [0.0, 0.05])
-def test_finite_false_writes_nothing(capturable: bool | None, dtype: torch.dtype, lambda_p: float) -> None:
+def test_finite_false_writes_nothing(on_device: bool, dtype: torch.dtype, lambda_p: float) -> None:
     bundle = Bundle(dtype)
     bundle.step(0)
     before = [t.clone() for t in bundle.tensors()]
     for bad in (float("nan"), float("inf")):
         grads = [torch.full_like(p, bad) for p in bundle.params]
-        bundle.step(0, grads, lambda_p=lambda_p, capturable=capturable, finite=torch.tensor(False))
-        bundle.step(0, grads, lambda_p=lambda_p, capturable=None, finite=False)
+        bundle.step(0, grads, lambda_p=lambda_p, on_device=on_device, finite=torch.tensor(False))
+        bundle.step(0, grads, lambda_p=lambda_p, finite=False)
     for tensor, old in zip(bundle.tensors(), before, strict=True):
         if tensor.dtype != torch.bool:  # that a tensor has woken may be noted at any time
             assert torch.equal(tensor, old)
 
 
-@pytest.mark.parametrize("capturable", [True, None])
-def test_finite_false_wakes_no_tensor(capturable: bool | None) -> None:
+@pytest.mark.parametrize("on_device", [True, False])
+def test_finite_false_wakes_no_tensor(on_device: bool) -> None:
     bundle = Bundle()
-    bundle.step(0, capturable=capturable, finite=torch.tensor(False))
+    bundle.step(0, on_device=on_device, finite=torch.tensor(False))
     assert bundle.dormants[2] is not None and bool(bundle.dormants[2])
     assert [int(step) for step in bundle.steps] == [0, 0, 0]
-    bundle.step(0, capturable=capturable, finite=torch.tensor(True))
+    bundle.step(0, on_device=on_device, finite=torch.tensor(True))
     assert bool((bundle.params[2] != 0).all())
 
 
 @pytest.mark.parametrize("p_norm", P_NORMS)
-def test_capturable_with_lr_0_and_products_that_underflow(p_norm: float) -> None:
+def test_on_device_with_lr_0_and_products_that_underflow(p_norm: float) -> None:
     for lr, lambda_p in ((0.0, 10.0), (1e-30, 1e-30), (5e-324, 1.0), (1e-45, 1.0)):
         bundle = Bundle()
         before = [p.clone() for p in bundle.params]
         options: dict[str, Any] = {"lr": lr, "lambda_p": lambda_p, "p_norm": p_norm, "weight_decay": 0.1}
-        bundle.step(0, capturable=True, finite=torch.tensor(True), **options)
+        bundle.step(0, on_device=True, finite=torch.tensor(True), **options)
         for p, old in zip(bundle.params, before, strict=True):
             assert bool(p.isfinite().all())
             if lr == 0:
                 assert torch.equal(p, old)
 
 
-def test_capturable_wakes_a_sleeping_tensor() -> None:
+def test_on_device_wakes_a_sleeping_tensor() -> None:
     bundle = Bundle()
     for seed in range(3):
-        bundle.step(seed, capturable=True, finite=torch.tensor(True))
+        bundle.step(seed, on_device=True, finite=torch.tensor(True))
         assert bool((bundle.params[2] != 0).all())
     assert bundle.dormants[2] is not None and not bool(bundle.dormants[2])
 
 
-def test_capturable_continues_from_the_checkpoint_of_a_sleeping_tensor() -> None:
+def test_on_device_continues_from_the_checkpoint_of_a_sleeping_tensor() -> None:
     p = torch.nn.Parameter(torch.zeros(6))
     p.grad = torch.zeros(6)
     optimizer = AdamWLp([p])
@@ -253,8 +199,9 @@ def test_capturable_continues_from_the_checkpoint_of_a_sleeping_tensor() -> None
     fresh.load_state_dict(optimizer.state_dict())
     state = fresh.state[p]
     weight = p.detach()
-    lists = ([weight], [torch.ones(6)], [state["exp_avg"]], [state["exp_avg_sq"]], [state["step"]])
-    adamw_lp(*lists, [state["dormant"]], **DEFAULTS, capturable=True, finite=torch.tensor(True))
+    awake = wake_on_device(weight, state["dormant"])
+    tensors = weight, torch.ones(6), state["exp_avg"], state["exp_avg_sq"], state["step"]
+    foreach.step_on_device(TensorStep(*tensors, awake, Hyperparameters(**DEFAULTS), 0), torch.tensor(True))
     assert bool((weight < 0).all())
 
 
