@@ -13,9 +13,9 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 from ..checks import is_number
+from ..layers.matrices import Linear, is_plain_linear, is_transposed, make_linear
 from . import semi_structured, sparse_linear
 from .semi_structured import SemiStructuredLinear
 from .sparse_linear import SparseLinear
@@ -80,7 +80,7 @@ def to_sparse_inference(model: nn.Module, *, rows: int = 16, min_sparsity: float
         raise ValueError(f"Invalid rows: rows={rows!r}; it must be a whole number of at least 1.")
     if min_sparsity is not None and not (is_number(min_sparsity) and 0 <= min_sparsity <= 1):
         raise ValueError(f"Invalid min_sparsity: min_sparsity={min_sparsity!r}; it must be in [0, 1].")
-    if type(model) in (nn.Linear, Conv1D):
+    if is_plain_linear(model):
         raise ValueError(
             f"Invalid model: it is a {type(model).__name__}, and layers are swapped in what is around them; give that, "
             "such as nn.Sequential(layer)."
@@ -118,15 +118,15 @@ def to_dense_inference(model: nn.Module) -> nn.Module:
     return model
 
 
-def _linears(model: nn.Module) -> Iterator[tuple[nn.Module, str, str, nn.Linear | Conv1D]]:
+def _linears(model: nn.Module) -> Iterator[tuple[nn.Module, str, str, Linear]]:
     """Layers that are linear and nothing more: the module that holds each, its key there, its name, and itself."""
     for path, parent in model.named_modules():
         for key, module in parent.named_children():
-            if type(module) in (nn.Linear, Conv1D):
+            if is_plain_linear(module):
                 yield parent, key, f"{path}.{key}" if path else key, module
 
 
-def _kept(parent: nn.Module, module: nn.Linear | Conv1D, shared: bool) -> str | None:
+def _kept(parent: nn.Module, module: Linear, shared: bool) -> str | None:
     """Why a layer stays dense whatever its weights are, or None."""
     if shared:
         return "its weight is shared with another module"
@@ -139,7 +139,7 @@ def _kept(parent: nn.Module, module: nn.Linear | Conv1D, shared: bool) -> str | 
 
 def _choose(
     name: str,
-    module: nn.Linear | Conv1D,
+    module: Linear,
     rows: int,
     min_sparsity: float | None,
     measured: dict[tuple[object, ...], float],
@@ -148,7 +148,7 @@ def _choose(
 ) -> tuple[Choice, SparseLinear | SemiStructuredLinear | None]:
     on_gpu = module.weight.is_cuda
     refusal = semi_structured.refusal if on_gpu else sparse_linear.refusal
-    transposed = isinstance(module, Conv1D)
+    transposed = is_transposed(module)
     weight = module.weight.t() if transposed else module.weight
     reason = kept or refusal(weight)
     out, size = weight.shape[0], weight.shape[-1]
@@ -208,12 +208,9 @@ def _wait(x: Tensor) -> None:
 
 def _dense(sparse: SparseLinear | SemiStructuredLinear) -> nn.Module:
     weight = sparse.dense_weight()
-    with torch.device("meta"):
-        module: nn.Linear | Conv1D
-        if sparse.transposed:
-            module = Conv1D(sparse.out_features, sparse.in_features)
-        else:
-            module = nn.Linear(sparse.in_features, sparse.out_features, bias=sparse.bias is not None)
+    module = make_linear(
+        sparse.in_features, sparse.out_features, bias=sparse.bias is not None, transposed=sparse.transposed
+    )
     of_weight, of_bias = sparse.trained
     module.weight = nn.Parameter(weight, requires_grad=of_weight)
     if sparse.bias is not None:

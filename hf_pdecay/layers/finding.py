@@ -8,12 +8,12 @@ from functools import reduce
 from typing import Any, NamedTuple
 
 from torch import nn
-from transformers.pytorch_utils import Conv1D
 
 from ..names import clean_name
 from ..optim.shards import full_shape
 from ..optim.units import Member, Units
 from .architectures import Heads, Neurons, Row, rows_of
+from .matrices import is_linear, is_transposed, matrix_units
 
 
 KINDS = ("row", "column", "neuron", "head", "rank")
@@ -56,9 +56,10 @@ def find_units(model: nn.Module, kind: str) -> list[Units[str]]:
     Args:
         model: A model, whatever device it is on, the meta device included. Names are without the wrappers of
             ``torch.compile``, DDP and FSDP.
-        kind: ``"row"`` or ``"column"`` of each linear layer: what feeds one of its outputs, bias included, or takes
-            one of its inputs; ``"neuron"`` of each feed-forward layer; ``"head"`` of each attention layer, with grouped
-            queries a head of keys and values and the queries that share it; ``"rank"`` of each LoRA adapter.
+        kind: ``"row"`` or ``"column"`` of each linear layer, convolution and ``nn.MultiheadAttention``: what feeds
+            one of its outputs, bias included, or takes one of its inputs; ``"neuron"`` of each feed-forward layer;
+            ``"head"`` of each attention layer, with grouped queries a head of keys and values and the queries that
+            share it; ``"rank"`` of each LoRA adapter.
 
     Returns:
         A coupling for each layer, in the model's order.
@@ -75,7 +76,7 @@ def find_layers(model: nn.Module, kind: str) -> list[Layer]:
         raise ValueError(f"Invalid kind: kind={kind!r}; it must be one of {', '.join(KINDS)}.")
     names = {id(param): clean_name(name) for name, param in model.named_parameters()}
     if kind in ("row", "column"):
-        found = [Layer(each) for each in _sides(model, kind, names)]
+        found = [Layer(units) for units in matrix_units(model, kind)]
     elif kind == "rank":
         found = [Layer(each) for each in _ranks(model, names)]
     else:
@@ -83,20 +84,6 @@ def find_layers(model: nn.Module, kind: str) -> list[Layer]:
     if not found:
         raise ValueError(_unknown(model, kind))
     return found
-
-
-def _sides(model: nn.Module, kind: str, names: dict[int, str]) -> Iterator[Units[str]]:
-    linears: dict[str, list[tuple[str, Any]]] = {}  # that share a weight
-    for name, module in model.named_modules():
-        if isinstance(module, (nn.Linear, Conv1D)) and id(module.weight) in names:
-            linears.setdefault(names[id(module.weight)], []).append((name, module))
-    for weight, alike in linears.items():
-        name, first = alike[0]
-        dim = int((kind == "row") == isinstance(first, Conv1D))
-        members = {Member(weight, dim): None}
-        if kind == "row":
-            members |= {Member(names[id(each.bias)], 0): None for _, each in alike if each.bias is not None}
-        yield Units(kind, full_shape(first.weight)[dim], tuple(members), clean_name(name))
 
 
 def _ranks(model: nn.Module, names: dict[int, str]) -> Iterator[Units[str]]:
@@ -175,7 +162,7 @@ class _Part:
         index, parts = map(int, share.split("/")) if share else (0, 1)
         self.linear = attribute(module, path)
         self.name = clean_name(f"{name}.{path}")
-        if not isinstance(self.linear, (nn.Linear, Conv1D)):
+        if not is_linear(self.linear):
             raise ValueError(
                 f"{self.name} is a {type(self.linear).__name__}; groups are found in nn.Linear and Conv1D. "
                 "If it holds an adapter, merge that first."
@@ -185,7 +172,7 @@ class _Part:
                 f"{self.name} makes its weight from other parameters, by a parametrization; groups are found in layers "
                 "that hold it themselves."
             )
-        self.dim = int(columns != isinstance(self.linear, Conv1D))
+        self.dim = int(columns != is_transposed(self.linear))
         self.length = full_shape(self.linear.weight)[self.dim] // parts
         self.offset = index * self.length
 
@@ -219,13 +206,13 @@ def _fits(module: nn.Module, row: Row) -> bool:
 
 def _unknown(model: nn.Module, kind: str) -> str:
     if kind in ("row", "column"):
-        return f"{type(model).__name__} has no linear layer, so no groups of the kind {kind}."
+        return f"{type(model).__name__} has no linear layer and no convolution, so it has no {kind}s."
     if kind == "rank":
-        return f"{type(model).__name__} has no LoRA adapter, so no groups of the kind rank."
+        return f"{type(model).__name__} has no LoRA adapter, so it has no ranks."
     owners = {
         f"{type(module).__module__}.{type(module).__qualname__}": None
         for module in model.modules()
-        if any(isinstance(each, (nn.Linear, Conv1D)) for each in module.children())
+        if any(map(is_linear, module.children()))
     }
     return (
         f"{type(model).__name__} is of an architecture of which hf_pdecay does not know where the groups of the kind "

@@ -12,9 +12,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..layers.matrices import _layers
+from ..layers.finding import find_units
+from ..layers.matrices import matrix_units
 from ..optim.shards import full_shape
-from ..optim.units import ELEMENT, Units, n_of_m
+from ..optim.units import ELEMENT, Units
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,11 @@ def claimed(
             taken.append([])
             continue
         wanted = claim.names & set(default) or claim.names
-        found = [each for each in _find(model, claim, wanted) if any(m.param in wanted for m in each.members)]
+        if claim.kind in ("neuron", "head", "rank"):
+            units = find_units(model, claim.kind)
+            found = [each for each in units if any(m.param in wanted for m in each.members)]
+        else:
+            found = matrix_units(model, claim.kind, wanted)
         own = [each for each in found if not _belongs_to_others(each, claim, owners, trainable)]
         if not own:
             raise ValueError(
@@ -81,24 +86,6 @@ def claimed(
                 owners[member.param] = claim
         taken.append(own)
     return taken
-
-
-def _find(model: nn.Module, claim: Claim, wanted: Collection[str]) -> list[Units[str]]:
-
-    from ..layers.finding import find_units
-
-    blocks = n_of_m(claim.kind)
-    if blocks is not None:
-        return _layers(model, claim.kind, wanted)
-    if claim.kind not in ("row", "column"):
-        return find_units(model, claim.kind)
-    others = _layers(model, claim.kind, wanted, linear=False)
-    try:
-        return [*find_units(model, claim.kind), *others]
-    except ValueError:  # no linear layer
-        if others:
-            return others
-        raise
 
 
 def _check_apart(claim: Claim, units: Sequence[Units[str]]) -> None:

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 from ..layers.architectures import Heads
 from ..layers.finding import Layer, attribute, has
+from ..layers.matrices import is_transposed, update_sizes
 from ..names import clean_name
 
 
@@ -81,17 +81,12 @@ def _replace(model: nn.Module, new: dict[int, Tensor]) -> None:
                 value = new[id(old)].clone(memory_format=torch.contiguous_format)
                 params[id(old)] = nn.Parameter(value, requires_grad=old.requires_grad)
             module._parameters[key] = params[id(old)]
-        if isinstance(module, nn.Linear):
-            module.out_features, module.in_features = module.weight.shape
-        elif isinstance(module, Conv1D):
-            module.nx, module.nf = module.weight.shape
-        elif isinstance(module, nn.Embedding):
-            module.num_embeddings, module.embedding_dim = module.weight.shape
+        update_sizes(module)
 
 
 def _set_heads(module: nn.Module, row: Heads) -> None:
     linear = attribute(module, row.output.partition(":")[0])
-    width = linear.nx if isinstance(linear, Conv1D) else linear.in_features
+    width = linear.weight.shape[int(not is_transposed(linear))]
     values = {"heads": width // attribute(module, row.dim), "width": width}
     for path, what in row.attributes.items():
         if has(module, path):

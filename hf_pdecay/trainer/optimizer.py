@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from ..layers.matrices import is_linear
 from ..names import clean_name
 from ..optim.adamw_lp import AdamWLp
 from ..optim.lp_decay import LpDecay
@@ -146,11 +147,10 @@ def _in_target_modules(
 
 def _is_target(name: str, module: nn.Module, targets: str | Sequence[str]) -> bool:
     """Whether Hugging Face's optimizers for chosen modules, such as GaLore, would take a module."""
-    from transformers.pytorch_utils import Conv1D
     from transformers.trainer_utils import check_target_module_exists
 
     if isinstance(targets, str) and targets.replace("_", "-") == "all-linear":
-        return isinstance(module, (nn.Linear, Conv1D))
+        return is_linear(module)
     if not isinstance(targets, str) and not all(isinstance(each, str) for each in targets):
         raise ValueError(
             f"Invalid optim_target_modules: optim_target_modules={targets!r}; it must be a list of texts, a regular "
