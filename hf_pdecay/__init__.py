@@ -20,10 +20,10 @@ if TYPE_CHECKING:
     from .adapters.ranks import RankSparsity as RankSparsity
     from .adapters.ranks import rank_sparsity as rank_sparsity
     from .adapters.ranks import shrink_ranks as shrink_ranks
-    from .cli.report import FolderReport as FolderReport
-    from .cli.report import SearchReport as SearchReport
+    from .cli.folder_report import FolderReport as FolderReport
+    from .cli.folder_report import report_folder as report_folder
     from .cli.report import report as report
-    from .cli.report import report_folder as report_folder
+    from .cli.search_report import SearchReport as SearchReport
     from .inference.choice import Choice as Choice
     from .inference.choice import to_dense_inference as to_dense_inference
     from .inference.choice import to_sparse_inference as to_sparse_inference
@@ -90,10 +90,10 @@ _MODULES = {
     "RankSparsity": "adapters.ranks",
     "rank_sparsity": "adapters.ranks",
     "shrink_ranks": "adapters.ranks",
-    "FolderReport": "cli.report",
-    "SearchReport": "cli.report",
+    "FolderReport": "cli.folder_report",
+    "SearchReport": "cli.search_report",
     "report": "cli.report",
-    "report_folder": "cli.report",
+    "report_folder": "cli.folder_report",
     "Choice": "inference.choice",
     "to_dense_inference": "inference.choice",
     "to_sparse_inference": "inference.choice",

@@ -16,7 +16,7 @@ def _loaded_after(statement: str) -> set[str]:
 def test_import_loads_nothing_heavy() -> None:
     loaded = _loaded_after("import hf_pdecay")
     assert not loaded & {"torch", "transformers", "matplotlib", "rich", "datasets", "evaluate", "jinja2"}
-    assert not loaded & {"argparse", "hf_pdecay.cli.main", "hf_pdecay.cli.estimate"}
+    assert not loaded & {"argparse", "hf_pdecay.cli.main"}
 
 
 def test_the_optimizer_needs_torch_alone() -> None:
@@ -42,7 +42,7 @@ def test_without_peft() -> None:
 
 def test_help_of_the_command_line_loads_nothing_heavy() -> None:
     loaded = _loaded_after("from hf_pdecay.cli.main import main")
-    assert not loaded & {"torch", "transformers", "rich", "hf_pdecay.cli.estimate"}
+    assert not loaded & {"torch", "transformers", "rich", "hf_pdecay.cli.training_estimate"}
 
 
 def test_public_names() -> None:

@@ -1,16 +1,18 @@
-"""``hf-pdecay env``: what a bug report should say of the machine. Nothing is asked of a network."""
+"""``hf-pdecay env``: the facts about the machine that a bug report needs. It uses no network."""
 
 from __future__ import annotations
 
+import argparse
 import platform
 import subprocess
+import sys
 from importlib.metadata import PackageNotFoundError, version
 
-import torch
-
 from .._version import __version__
-from ..optim.backends import MIN_COMPILED, Backend
+from .command import Commands
 
+
+name = "env"
 
 _PACKAGES = (
     "torch",
@@ -27,32 +29,52 @@ _PACKAGES = (
 )
 
 
+def register(commands: Commands) -> None:
+    """Add the command to the parser."""
+    parser = commands.add_parser(
+        name,
+        help="print versions, devices and the backend of the step, ready to paste into a bug report",
+        description="Prints versions, devices, the C++ compiler and the backend of the step. No network is used.",
+    )
+    parser.set_defaults(run=run)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Print a line for each fact."""
+    sys.stdout.write("".join(f"- {fact}: {value}\n" for fact, value in describe().items()))
+    return 0
+
+
 def describe() -> dict[str, str]:
     """Return versions, devices, the C++ compiler, and the backend that ``auto`` takes on each kind of device, and why.
 
     The first call on a machine compiles the step for the CPU, as the first step of a run would.
     """
-    found = {"hf-pdecay": __version__, "python": platform.python_version(), "platform": platform.platform()}
-    found |= {name: _version(name) for name in _PACKAGES}
+    import torch
+
+    from ..optim.backends import MIN_COMPILED, Backend
+
+    facts = {"hf-pdecay": __version__, "python": platform.python_version(), "platform": platform.platform()}
+    facts |= {package: _version(package) for package in _PACKAGES}
     kinds = {"cpu": f"{platform.machine()}, {torch.get_num_threads()} threads"}
     for kind, module in (("cuda", torch.cuda), ("xpu", torch.xpu)):
-        names = [module.get_device_name(number) for number in range(module.device_count())]
-        if names:
-            kinds[kind] = ", ".join(f"{names.count(name)} × {name}" for name in dict.fromkeys(names))
+        devices = [module.get_device_name(number) for number in range(module.device_count())]
+        if devices:
+            kinds[kind] = ", ".join(f"{devices.count(device)} × {device}" for device in dict.fromkeys(devices))
     if torch.backends.mps.is_available():
         kinds["mps"] = platform.machine()
-    found["devices"] = "; ".join(f"{kind} ({what})" for kind, what in kinds.items())
-    found["CUDA of torch"] = torch.version.cuda or "none"
-    found["C++ compiler"] = _compiler()
+    facts["devices"] = "; ".join(f"{kind} ({devices})" for kind, devices in kinds.items())
+    facts["CUDA of torch"] = torch.version.cuda or "none"
+    facts["C++ compiler"] = _compiler()
     for kind in kinds:
-        name, reason = Backend().choice(kind, MIN_COMPILED, decays=True)
-        found[f"backend auto on {kind}"] = f"{name}, as {reason}"
-    return found
+        backend, reason = Backend().choice(kind, MIN_COMPILED, decays=True)
+        facts[f"backend auto on {kind}"] = f"{backend}, as {reason}"
+    return facts
 
 
-def _version(name: str) -> str:
+def _version(package: str) -> str:
     try:
-        return version(name)
+        return version(package)
     except PackageNotFoundError:
         return "not installed"
 
@@ -62,8 +84,8 @@ def _compiler() -> str:
     from torch._inductor.exc import InvalidCxxCompiler
 
     try:
-        name = str(get_cpp_compiler())
-        said = subprocess.run([name, "--version"], capture_output=True, text=True, check=False).stdout
+        compiler = str(get_cpp_compiler())
+        about = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=False).stdout
     except (InvalidCxxCompiler, OSError):
         return "none found"
-    return f"{name} ({said.splitlines()[0]})" if said else name
+    return f"{compiler} ({about.splitlines()[0]})" if about else compiler

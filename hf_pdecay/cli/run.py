@@ -1,7 +1,8 @@
-"""``hf-pdecay run``: runs a script that knows nothing of us, with our optimizers known to it."""
+"""``hf-pdecay run``: runs a script that does not know hf_pdecay, with the optimizers registered."""
 
 from __future__ import annotations
 
+import argparse
 import importlib.util
 import io
 import os
@@ -11,10 +12,32 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType, TracebackType
 
-from ..trainer.register import register
+from .command import Commands
 
+
+name = "run"
 
 _OURS = (__file__, runpy.__file__, "<frozen runpy>")
+
+
+def register(commands: Commands) -> None:
+    """Add the command to the parser."""
+    parser = commands.add_parser(
+        name,
+        usage="hf-pdecay run SCRIPT ARGS…  |  hf-pdecay run -m MODULE ARGS…",
+        help="run a script that knows nothing of hf_pdecay, with --optim adamw_lp known to it",
+        description="Runs a script as Python would, with optim='adamw_lp' known to TrainingArguments, HfArgumentParser "
+        "and every Trainer: --optim adamw_lp --optim_args p_norm=0.8,target_sparsity=0.9. On several processes: "
+        "accelerate launch -m hf_pdecay run SCRIPT ARGS…",
+    )
+    parser.add_argument("-m", dest="module", nargs=argparse.REMAINDER, help="a module and its arguments")
+    parser.add_argument("script", nargs=argparse.REMAINDER, help="a script and its arguments")
+    parser.set_defaults(run=run)
+
+
+def run(options: argparse.Namespace) -> Callable[[], int]:
+    """Return what runs the script."""
+    return prepare(options.script, options.module)
 
 
 def prepare(script: Sequence[str], module: Sequence[str] | None) -> Callable[[], int]:
@@ -47,7 +70,9 @@ def prepare(script: Sequence[str], module: Sequence[str] | None) -> Callable[[],
 
 
 def _run(start: Callable[[], object], argv: list[str]) -> int:
-    register(remind=True)
+    from ..trainer.register import register as register_optimizers
+
+    register_optimizers(remind=True)
     sys.argv[:] = argv
     try:
         start()

@@ -92,6 +92,8 @@ class ShrinkReport:
         if self.config:
             yield f"config: {', '.join(f'{key} {value}' for key, value in self.config.items())}"
         yield from self.notes
+        if self.left_out:
+            yield f"Left out, weights in other formats: {', '.join(self.left_out)}"
 
 
 def _change(what: str, before: int, after: int) -> str:

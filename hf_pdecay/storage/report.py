@@ -9,7 +9,7 @@ from .format import ENCODINGS
 
 
 if TYPE_CHECKING:
-    from rich.table import Table
+    from rich.console import Console, ConsoleOptions, RenderResult
 
 
 @dataclass
@@ -68,7 +68,8 @@ class StorageReport:
             "left_out": list(self.left_out),
         }
 
-    def __rich__(self) -> Table:
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        """Render as a table, and the files that were left out."""
         from rich.table import Table
 
         table = Table(title="Bytes of the weights")
@@ -83,7 +84,9 @@ class StorageReport:
         tensors = sum(each.tensors for each in self.encodings.values())
         table.add_section()
         table.add_row("all", f"{tensors:,}", f"{self.before:,}", f"{self.after:,}", _share(self.after, self.before))
-        return table
+        yield table
+        if self.left_out:
+            yield f"Left out, weights in other formats: {', '.join(self.left_out)}"
 
 
 def _share(part: int, whole: int) -> str:

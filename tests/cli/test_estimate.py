@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from hf_pdecay import AdamWLp, measure_sparsity
-from hf_pdecay.cli import estimate as est
-from hf_pdecay.cli.estimate import Setup, added_by, estimate, memory_of
+from hf_pdecay.cli import training_estimate as est
 from hf_pdecay.cli.model_size import ModelSize, TensorSize, from_parameters, from_pretrained, of_model
+from hf_pdecay.cli.training_estimate import Setup, added_by, estimate, memory_of
 from hf_pdecay.optim.shards import Ranked
 from hf_pdecay.rules.assign import build_param_groups
 from hf_pdecay.target import ranking as selection

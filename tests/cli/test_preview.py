@@ -15,7 +15,7 @@ from transformers.pytorch_utils import Conv1D
 
 from hf_pdecay import PDecayTrainer
 from hf_pdecay.cli.main import main
-from hf_pdecay.cli.preview import preview
+from hf_pdecay.cli.run_preview import preview
 from hf_pdecay.trainer.settings import DecaySettings
 
 from ..helpers.models import tiny_gpt2

@@ -15,9 +15,9 @@ from safetensors.numpy import load_file
 from safetensors.torch import save_file
 
 from hf_pdecay import PDecayTrainer, compress, measure_sparsity
+from hf_pdecay.cli.folder_report import report_folder
 from hf_pdecay.cli.main import main
 from hf_pdecay.cli.model_size import from_pretrained
-from hf_pdecay.cli.report import report_folder
 from hf_pdecay.shrinking.folder import shrink_folder
 
 from ..helpers.models import ARCHITECTURES, build, tiny_gpt2

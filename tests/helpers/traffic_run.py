@@ -20,8 +20,8 @@ from torch import nn
 from torch.distributed.fsdp import fully_shard
 
 from hf_pdecay import AdamWLp, measure_sparsity
-from hf_pdecay.cli.estimate import added_by, pruning_steps
 from hf_pdecay.cli.model_size import of_model
+from hf_pdecay.cli.training_estimate import added_by, pruning_steps
 from hf_pdecay.rules.assign import build_param_groups
 from hf_pdecay.target.control import SparsityControl
 from tests.helpers.launching import leave

@@ -16,8 +16,9 @@ from safetensors.torch import load_file, save_file
 peft = pytest.importorskip("peft")
 
 from hf_pdecay import measure_sparsity, rank_sparsity, shrink_ranks  # noqa: E402
+from hf_pdecay.cli.folder_report import FolderReport  # noqa: E402
 from hf_pdecay.cli.main import main  # noqa: E402
-from hf_pdecay.cli.report import FolderReport, report  # noqa: E402
+from hf_pdecay.cli.report import report  # noqa: E402
 from hf_pdecay.shrinking.folder import shrink_folder  # noqa: E402
 from hf_pdecay.sparsity.counting import SparsityReport  # noqa: E402
 

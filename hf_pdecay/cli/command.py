@@ -1,0 +1,54 @@
+"""Arguments that several commands share, and how a command prints its result."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from typing import Any, TypeAlias
+
+
+Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
+
+
+def add_config(parser: argparse.ArgumentParser, nargs: str | None = None) -> None:
+    """Add the argument that names a model of which only the config is read."""
+    parser.add_argument(
+        "model", nargs=nargs, metavar="CONFIG_OR_FOLDER", help="a folder with config.json, or a Hub name"
+    )
+
+
+def add_folders(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of a command that reads a model and writes another folder."""
+    parser.add_argument("model", metavar="MODEL", help="a folder with config.json and safetensors, or a Hub name")
+    parser.add_argument("out", metavar="OUT", help="the folder to write; it appears when it is complete")
+    parser.add_argument("--overwrite", action="store_true", help="replace OUT if it is a model's folder")
+
+
+def add_max_steps(parser: argparse.ArgumentParser) -> None:
+    """Add ``--max_steps``."""
+    parser.add_argument(
+        "--max_steps", type=int, default=1000, help="optimizer steps of the run, for its pruning steps (1000)"
+    )
+
+
+def add_json(parser: argparse.ArgumentParser) -> None:
+    """Add ``--json``, for :func:`show`."""
+    parser.add_argument("--json", action="store_true", help="print JSON in place of tables")
+
+
+def show(result: Any, as_json: bool = False) -> int:
+    """Print a result and return the exit code 0.
+
+    Args:
+        result: What rich can print; for JSON, an object with ``to_dict``.
+        as_json: Print JSON in place of tables. Numbers that are not finite become null, because JSON has no NaN.
+    """
+    if as_json:
+        finite = json.loads(json.dumps(result.to_dict()), parse_constant=lambda _: None)
+        sys.stdout.write(json.dumps(finite, indent=2) + "\n")
+    else:
+        from rich.console import Console
+
+        Console(markup=False, emoji=False).print(result)
+    return 0

@@ -1,0 +1,42 @@
+"""``hf-pdecay compress``: stores a model without its zeros."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from .command import Commands, add_folders, show
+
+
+name = "compress"
+
+
+def register(commands: Commands) -> None:
+    """Add the command to the parser."""
+    text = "write a model without its zeros; from_pretrained gives it back after import hf_pdecay"
+    parser = commands.add_parser(name, help=text, description=f"{text.capitalize()}.")
+    add_folders(parser)
+    parser.add_argument("--zstd", action="store_true", help="compress by zstd too; needs zstandard")
+    parser.add_argument("--max-shard-size", metavar="SIZE", help="of a file, such as 5GB (as the model has it)")
+    parser.add_argument("--push-to-hub", metavar="REPO", help="upload OUT to this repository of the Hub")
+    parser.set_defaults(run=run)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Compress a model, print the report, and upload the folder if asked to."""
+    from ..storage.writer import compress
+
+    show(
+        compress(
+            options.model,
+            options.out,
+            zstd=options.zstd,
+            max_shard_size=options.max_shard_size,
+            overwrite=options.overwrite,
+        )
+    )
+    if options.push_to_hub is not None:
+        from ..storage.hub import push_to_hub
+
+        sys.stdout.write(f"{push_to_hub(options.out, options.push_to_hub)}\n")
+    return 0

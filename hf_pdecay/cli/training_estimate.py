@@ -1,0 +1,356 @@
+"""What training a model takes, in memory and communication: arithmetic on the shapes of its parameters alone.
+
+Counted is what stays from step to step: weights, gradients, the optimizer's moments, master weights, DDP's buckets.
+Activations, layers that FSDP2 and ZeRO-3 gather for a while, and DeepSpeed's buckets are not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+from ..checks import check_choice
+from ..optim.moments import BLOCK, MIN_QUANTIZED, MOMENTS
+from ..sparsity.counting import CHUNK
+from ..target.ranking import DEVICE_CHUNK, DIGIT, SAMPLE, bracket_margin, sample_stride
+from ..target.schedule import BEGIN, END, Schedule
+from .model_size import ModelSize, TensorSize
+
+
+if TYPE_CHECKING:
+    from rich.console import Console, ConsoleOptions, RenderResult
+    from rich.table import Table
+
+LAYOUTS = ("single", "ddp", "fsdp2", "zero2", "zero3")
+PRECISIONS = ("bf16", "no")
+DTYPES = {"float32": 4, "bfloat16": 2}
+
+_STEP_SHARDED = ("fsdp2", "zero2", "zero3")  # processes step different weights
+_MODEL_SHARDED = ("fsdp2", "zero3")  # and hold different weights of the model
+_ZERO = ("zero2", "zero3")
+
+_INT64 = _FLOAT64 = 8
+_SCORE = 4  # scores are float32, unless weights are float64
+_SCORE_BITS = 31  # of which the sign is none
+# Bytes of temporaries at the most for each weight of a chunk that is ranked (with equal scores, which are counted in
+# int64), and for each in the bracket.
+_RANKED, _BRACKETED = 40, 20
+# For each weight of a chunk that is counted: its magnitude and a mask; and a mask of a whole tensor on a GPU.
+_COUNTED, _MASK = 5, 1
+
+
+@dataclass(frozen=True)
+class Setup:
+    """How a model is trained.
+
+    Args:
+        gpus: Number of GPUs, one process each.
+        mixed_precision: ``"bf16"`` or ``"no"``, as in the accelerate config.
+        dtype: Of the weights as they are loaded, ``"float32"`` or ``"bfloat16"``.
+        moments: As of :class:`~hf_pdecay.AdamWLp`; None for the dtype of the weights that the optimizer steps.
+        max_steps: Optimizer steps of the run.
+
+    Raises:
+        ValueError: If one of them is out of range or unknown.
+    """
+
+    gpus: int = 8
+    mixed_precision: str = "bf16"
+    dtype: str = "float32"
+    moments: str | None = None
+    max_steps: int = 1000
+
+    def __post_init__(self) -> None:
+        """Check the arguments."""
+        for name in ("gpus", "max_steps"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"Invalid {name}: {name}={getattr(self, name)}; it must be at least 1.")
+        check_choice("mixed_precision", self.mixed_precision, PRECISIONS)
+        check_choice("dtype", self.dtype, tuple(DTYPES))
+        if self.moments is not None:
+            check_choice("moments", self.moments, MOMENTS)
+
+    def refusal(self, layout: str) -> str | None:
+        """Return why a layout cannot be trained so, or None if it can."""
+        if self.moments == "8bit" and layout in _STEP_SHARDED:
+            return (
+                f"Invalid moments: moments='8bit' under layout={layout!r}, whose shards torchao cannot quantise; take "
+                "moments of float32 or bfloat16, or the layout single or ddp."
+            )
+        if layout in _ZERO and self.dtype != "float32" and self.mixed_precision == "no":
+            return (
+                f"Invalid dtype: dtype={self.dtype!r} without mixed precision under layout={layout!r}, where DeepSpeed "
+                "expects float32; take mixed_precision of bf16 or dtype of float32."
+            )
+        return None
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes that stay from step to step, on the GPU that has most of them."""
+
+    weights: int
+    gradients: int
+    moments: int
+    master: int
+    buckets: int
+
+    @property
+    def total(self) -> int:
+        """Their sum."""
+        return self.weights + self.gradients + self.moments + self.master + self.buckets
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """All-reduces of one process, and the bytes of the tensors in them."""
+
+    all_reduces: int = 0
+    bytes: int = 0
+
+    def __add__(self, other: Traffic) -> Traffic:
+        return Traffic(self.all_reduces + other.all_reduces, self.bytes + other.bytes)
+
+
+@dataclass(frozen=True)
+class Added:
+    """What hf_pdecay adds to AdamW under a layout, for each process.
+
+    Args:
+        step: Communication of each step, but for tensors that begin wholly zero: a CPU asks once a step whether each is
+            still so until it is not, a GPU in all steps.
+        cut: Of each cut by a target, without ``ties``.
+        ties: What a cut takes more where some of several equal scores are zeroed and some not: rare among few float32
+            weights, usual from some ten million on, as there are only so many float32 numbers, and in bfloat16.
+        lambda_p: Of each time that λ_p is set, which is after most cuts.
+        log: Of each log event.
+        cut_bytes: Temporaries during a cut on a GPU, at the most where weights are not all alike.
+        log_bytes: Temporaries during a log event on a GPU.
+    """
+
+    step: Traffic
+    cut: Traffic
+    ties: Traffic
+    lambda_p: Traffic
+    log: Traffic
+    cut_bytes: int
+    log_bytes: int
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What :func:`estimate` found; prints as tables.
+
+    Args:
+        size: The model.
+        setup: How it is trained.
+        memory: By layout.
+        added: By layout.
+        left_out: By layout why it cannot be trained so.
+    """
+
+    size: ModelSize
+    setup: Setup
+    memory: dict[str, Memory]
+    added: dict[str, Added]
+    left_out: dict[str, str]
+
+    @property
+    def pruning_steps(self) -> int:
+        """Cuts of a run with a target."""
+        return pruning_steps(self.setup.max_steps)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain JSON types; all that is in bytes is for each GPU."""
+        size = self.size
+        return {
+            "model": size.name,
+            "parameters": size.parameters,
+            "decayed": size.decayed_parameters,
+            "tensors": len(size.tensors),
+            "decayed_tensors": len(size.decayed),
+            "tensors_assumed": size.assumed,
+            **asdict(self.setup),
+            "pruning_steps": self.pruning_steps,
+            "layouts": {
+                layout: {
+                    "gpus": _processes(layout, self.setup.gpus),
+                    "memory": {**asdict(memory), "total": memory.total},
+                    "added": asdict(self.added[layout]),
+                }
+                for layout, memory in self.memory.items()
+            },
+            "left_out": self.left_out,
+        }
+
+    def memory_table(self) -> Table:
+        """Return a rich table: bytes per parameter and GiB per GPU, a row a layout."""
+        from rich.table import Table
+
+        heads = ("weights", "gradients", "moments", "master", "buckets")
+        table = Table(title="Bytes per parameter, and GiB, on each GPU")
+        for head in ("layout", "GPUs", *heads, "bytes", "GiB"):
+            table.add_column(head, justify="left" if head == "layout" else "right")
+        for layout, memory in self.memory.items():
+            per = [getattr(memory, head) / self.size.parameters for head in heads]
+            total = memory.total / self.size.parameters
+            table.add_row(
+                layout,
+                str(_processes(layout, self.setup.gpus)),
+                *(f"{each:.2f}" if each else "-" for each in per),
+                f"{total:.2f}",
+                f"{memory.total / 2**30:.2f}",
+            )
+        return table
+
+    def added_table(self) -> Table:
+        """Return a rich table: what hf_pdecay adds to AdamW, a row a layout."""
+        from rich.table import Table
+
+        table = Table(title="What hf_pdecay adds to AdamW: all-reduces / KiB, temporary MiB")
+        table.add_column("layout")
+        for head in ("a step", "a cut", "λ_p after it", "a log event", "cut, MiB", "log, MiB"):
+            table.add_column(head, justify="right")
+        for layout, added in self.added.items():
+            table.add_row(
+                layout,
+                *(_traffic_cell(each) for each in (added.step, added.cut + added.ties, added.lambda_p, added.log)),
+                f"{added.cut_bytes / 2**20:.0f}",
+                f"{added.log_bytes / 2**20:.0f}",
+            )
+        return table
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        """Render the tables and what must be known beside them."""
+        size, setup = self.size, self.setup
+        tensors = f"{len(size.decayed):,} of {len(size.tensors):,} tensors" + (", assumed" if size.assumed else "")
+        share = size.decayed_parameters / size.parameters
+        yield f"{size.name}: {size.parameters:,} weights, of which {size.decayed_parameters:,} ({share:.1%}) decay"
+        yield f"in {tensors}"
+        yield (
+            f"mixed_precision={setup.mixed_precision}, dtype={setup.dtype}, moments={setup.moments or 'as the weights'}"
+        )
+        yield self.memory_table()
+        yield (
+            "Not counted: activations, what is gathered or cast for a while (layers under FSDP2 and ZeRO-3, gradients "
+            "in float32 while ZeRO steps), and DeepSpeed's buckets."
+        )
+        yield self.added_table()
+        yield (
+            f"Nothing of it stays between steps. A run of {setup.max_steps:,} steps with a target "
+            f"prunes {self.pruning_steps} times."
+        )
+        yield from self.left_out.values()
+
+
+def estimate(size: ModelSize, setup: Setup, layout: str = "all") -> Estimate:
+    """Estimate what training takes.
+
+    Args:
+        size: The model.
+        setup: How it is trained.
+        layout: One of :data:`LAYOUTS`, or ``"all"`` for those that can be trained so.
+
+    Raises:
+        ValueError: If the layout is unknown, or cannot be trained so.
+    """
+    check_choice("layout", layout, (*LAYOUTS, "all"))
+    refusals = {each: setup.refusal(each) for each in (LAYOUTS if layout == "all" else [layout])}
+    left_out = {each: why for each, why in refusals.items() if why is not None}
+    if layout in left_out:
+        raise ValueError(left_out[layout])
+    taken = [each for each in refusals if each not in left_out]
+    memory = {each: memory_of(size, each, setup) for each in taken}
+    return Estimate(size, setup, memory, {each: added_by(size, each, setup.gpus) for each in taken}, left_out)
+
+
+def memory_of(size: ModelSize, layout: str, setup: Setup) -> Memory:
+    """Return the bytes on the GPU that has most of them.
+
+    Args:
+        size: The model.
+        layout: One of :data:`LAYOUTS`.
+        setup: How it is trained; one that the layout allows.
+    """
+    whole, held = size.parameters, sum(_held(size.tensors, layout, setup.gpus))
+    low = setup.mixed_precision == "bf16"
+    if layout in _ZERO:
+        # DeepSpeed casts the model and steps a float32 copy of its partition, which stage 3 spares in float32.
+        each = DTYPES["bfloat16" if low else "float32"]
+        weights, gradients, stepped = each * (whole if layout == "zero2" else held), each * held, "float32"
+        master = 0 if layout == "zero3" and not low else DTYPES["float32"] * held
+        buckets = 0
+    else:
+        # FSDP2 steps in float32 under mixed precision, whatever was loaded.
+        stepped = "float32" if layout == "fsdp2" and low else setup.dtype
+        weights = gradients = DTYPES[stepped] * held
+        master, buckets = 0, gradients if layout == "ddp" else 0
+    if setup.moments == "8bit":
+        moments = sum(_quantized_bytes(each.numel) for each in size.tensors)
+    else:
+        moments = 2 * DTYPES[setup.moments or stepped] * held
+    return Memory(weights, gradients, moments, master, buckets)
+
+
+def added_by(size: ModelSize, layout: str, gpus: int) -> Added:
+    """Return what hf_pdecay adds to AdamW for a model under a layout."""
+    decayed = size.decayed
+    numel, held = size.decayed_parameters, _held(decayed, layout, gpus)
+    step = cut = ties = lambda_p = log = Traffic()
+    if decayed and layout in _STEP_SHARDED:
+        # The table of who has how many weights of which tensor, or how many that are equal in score; and the sample.
+        ties = Traffic(1, len(decayed) * gpus * _INT64)
+        lambda_p = ranking = ties + Traffic(1, -(-numel // sample_stride(numel)) * _SCORE)
+        # How many are below and in the bracket, and the digits of the score.
+        cut = ranking + Traffic(1, 2 * _INT64)
+        for left in range(_SCORE_BITS, 0, -DIGIT):
+            cut += Traffic(1, (1 << min(DIGIT, left)) * _INT64)
+    if layout == "fsdp2":
+        step = Traffic(1, 4)  # whether gradients are finite on all processes
+    if layout in _MODEL_SHARDED:
+        log = Traffic(1, 3 * len(size.tensors) * _FLOAT64)  # zeros, near-zeros and norm of each tensor
+    largest_cut = max(held, default=0)
+    # The bracket is widest around the median.
+    bracket = min(2 * bracket_margin(SAMPLE / 2, SAMPLE) / SAMPLE, 1)
+    largest = max(_held(size.tensors, layout if layout in _MODEL_SHARDED else "single", gpus), default=0)
+    return Added(
+        step,
+        cut,
+        ties,
+        lambda_p,
+        log,
+        cut_bytes=_RANKED * min(largest_cut, DEVICE_CHUNK) + round(_BRACKETED * bracket * sum(held)),
+        log_bytes=max(_COUNTED * min(largest, CHUNK), _MASK * largest),
+    )
+
+
+def pruning_steps(max_steps: int) -> int:
+    """Return how many cuts a run with a target has, by default settings."""
+    schedule = Schedule(round(BEGIN * max_steps), round(END * max_steps))
+    return sum(schedule.prunes(step) for step in range(schedule.begin + 1, schedule.end + 1))
+
+
+def _processes(layout: str, gpus: int) -> int:
+    return 1 if layout == "single" else gpus
+
+
+def _held(tensors: Sequence[TensorSize], layout: str, gpus: int) -> list[int]:
+    """Weights of each tensor that the optimizer of the process that has most of them steps."""
+    if layout not in _STEP_SHARDED:
+        return [each.numel for each in tensors]
+    if layout == "fsdp2":  # rows, the first process has the most of them
+        rows = [(each.shape[0] if each.shape else 1, each.numel) for each in tensors]
+        return [-(-first // gpus) * (numel // first) if first else 0 for first, numel in rows]
+    return [-(-each.numel // gpus) for each in tensors]
+
+
+def _quantized_bytes(numel: int) -> int:
+    """Both moments of a tensor as `optim.moments` and torchao store them: codes, scales, and a table of 256 values."""
+    if numel < MIN_QUANTIZED or numel % BLOCK:
+        return 2 * DTYPES["float32"] * numel
+    return 2 * (numel + 4 * numel // BLOCK + 4 * 256)
+
+
+def _traffic_cell(traffic: Traffic) -> str:
+    return f"{traffic.all_reduces} / {traffic.bytes / 2**10:.1f}" if traffic.all_reduces else "-"
