@@ -1,4 +1,4 @@
-"""Counting and cutting the ranks of LoRA that died."""
+"""Dead ranks of LoRA: counting and removing them."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
 
-from .factors import LoraFactors, alive, check_model, lora_layers, named_factors
+from .factors import alive_ranks, check_model, lora_layers, named_factors
 from .merging import MaskedLora
 
 
@@ -55,12 +55,12 @@ class RankSparsity:
     @property
     def ranks(self) -> int:
         """Number of ranks of all layers."""
-        return sum(each.ranks for each in self.layers)
+        return sum(layer.ranks for layer in self.layers)
 
     @property
     def dead(self) -> int:
         """How many of them are dead."""
-        return sum(each.dead for each in self.layers)
+        return sum(layer.dead for layer in self.layers)
 
     @property
     def sparsity(self) -> float:
@@ -75,8 +75,8 @@ class RankSparsity:
         table.add_column("layer", overflow="fold")
         for heading in ("ranks", "dead", "left"):
             table.add_column(heading, justify="right")
-        for each in self.layers:
-            table.add_row(each.name, str(each.ranks), str(each.dead), str(each.ranks - each.dead))
+        for layer in self.layers:
+            table.add_row(layer.name, str(layer.ranks), str(layer.dead), str(layer.ranks - layer.dead))
         table.add_section()
         table.add_row("all layers", str(self.ranks), str(self.dead), str(self.ranks - self.dead), style="bold")
         yield table
@@ -94,22 +94,85 @@ def rank_sparsity(model: nn.Module, adapter_name: str = "default") -> RankSparsi
     Raises:
         ValueError: If the model has no LoRA adapter of that name.
     """
-    return RankSparsity(
-        [
-            LayerRanks(each.name, len(alive(each)), int((~alive(each)).sum()))
-            for each in named_factors(model, adapter_name)
-        ]
-    )
+    layers = []
+    for factors in named_factors(model, adapter_name):
+        alive = alive_ranks(factors.a, factors.b)
+        layers.append(LayerRanks(factors.name, len(alive), int((~alive).sum())))
+    return RankSparsity(layers)
+
+
+class Pair(NamedTuple):
+    """The factors of LoRA on one layer.
+
+    Attributes:
+        layer: Name of the layer in the base model.
+        a: A, of shape (rank, …).
+        b: B, of shape (outputs, rank, …).
+        scaling: Factor of B A.
+        does_more: Whether the adapter does more on this layer than add B A, as DoRA and trained biases do. One rank
+            then stays even if all are dead.
+    """
+
+    layer: str
+    a: Tensor
+    b: Tensor
+    scaling: float
+    does_more: bool
+
+
+class Remaining(NamedTuple):
+    """What remains of a :class:`Pair`.
+
+    Attributes:
+        a: A without the dead ranks, contiguous; no rank if the layer leaves the adapter.
+        b: B without them.
+        alpha: ``lora_alpha`` that keeps the scaling.
+        dead: Number of dead ranks.
+    """
+
+    a: Tensor
+    b: Tensor
+    alpha: float
+    dead: int
+
+
+def remove_dead_ranks(
+    pairs: Sequence[Pair], config: Mapping[str, Any], is_whole_adapter: bool
+) -> tuple[list[Remaining], dict[str, Any]]:
+    """Remove the dead ranks of a LoRA adapter.
+
+    Args:
+        pairs: Its layers.
+        config: Its config; not changed.
+        is_whole_adapter: Whether these are all layers of the adapter.
+
+    Returns:
+        What remains of each layer, and the entries of the config that change.
+    """
+    use_rslora = bool(config.get("use_rslora"))
+    remaining: list[Remaining] = []
+    for pair in pairs:
+        alive = alive_ranks(pair.a, pair.b)
+        keep = alive.nonzero().flatten()
+        if not len(keep) and pair.does_more:
+            keep = keep.new_zeros(1)
+        alpha = pair.scaling * (math.sqrt(len(keep)) if use_rslora else len(keep))
+        alpha = int(alpha) if float(alpha).is_integer() else alpha
+        a, b = pair.a[keep].contiguous(), pair.b[:, keep].contiguous()
+        remaining.append(Remaining(a, b, alpha, int((~alive).sum())))
+    sizes = {pair.layer: (len(rest.a), rest.alpha) for pair, rest in zip(pairs, remaining, strict=True) if len(rest.a)}
+    left = [pair.layer for pair in pairs if pair.layer not in sizes]
+    return remaining, _changed_entries(config, sizes, left, is_whole_adapter) if sizes else {}
 
 
 @torch.no_grad()
 def shrink_ranks(peft_model: PeftModel, adapter_name: str = "default") -> PeftModel:
-    """Cut the dead ranks out of a LoRA adapter, in place.
+    """Remove the dead ranks from a LoRA adapter, in place.
 
-    What is left computes the same. Layers come to have different ranks, which stand in the adapter's ``rank_pattern``
-    and ``alpha_pattern``, so that plain PEFT loads what ``save_pretrained`` writes; a layer with no rank left is taken
-    out of the adapter (``exclude_modules``), or keeps one if it does more than add B A, as DoRA and biases that are
-    trained do. An optimizer made before holds the old weights.
+    The smaller adapter computes the same. Its layers have different ranks, recorded in ``rank_pattern`` and
+    ``alpha_pattern``, so plain PEFT loads what ``save_pretrained`` writes. A layer without a live rank leaves the
+    adapter (``exclude_modules``), or keeps one rank if it does more than add B A, as DoRA and trained biases do. An
+    optimizer made before this call holds the old weights.
 
     Args:
         peft_model: A PEFT model whose adapter is not merged.
@@ -119,116 +182,113 @@ def shrink_ranks(peft_model: PeftModel, adapter_name: str = "default") -> PeftMo
         The same model.
 
     Raises:
-        ValueError: If it has no LoRA adapter of that name, the adapter is merged, all of its ranks are dead, or it
-            began with a part of the base's weights, see :func:`check_start`.
+        ValueError: If the model has no LoRA adapter of that name, the adapter is merged, all of its ranks are dead, or
+            its ``init_lora_weights`` depends on the number of ranks, see :func:`check_start`.
     """
     check_model(peft_model, "shrink_ranks")
-    found = named_factors(peft_model, adapter_name)
-    kept = [alive(each).nonzero().flatten() for each in found]
-    if not any(len(each) for each in kept):
+    factors = named_factors(peft_model, adapter_name)
+    config: Any = peft_model.peft_config[adapter_name]
+    pairs = [
+        Pair(name, a.detach(), b.detach(), layer.scaling[adapter_name], _does_more(layer, config, adapter_name))
+        for name, layer, a, b in factors
+    ]
+    if not any(alive_ranks(pair.a, pair.b).any() for pair in pairs):
         raise ValueError(
             "shrink_ranks: all ranks of the adapter are dead, as they are before training; none would be left."
         )
-    config: Any = peft_model.peft_config[adapter_name]
     check_start(config.init_lora_weights, "shrink_ranks")
-    whole = {name for name, layer in lora_layers(peft_model) if adapter_name in layer.r} == {x.name for x in found}
-    sizes: dict[str, tuple[int, float]] = {}
-    gone = []
-    for factors, keep in zip(found, kept, strict=True):
-        name, layer = factors.name, factors.layer
-        if not len(keep):
-            variant = layer.lora_variant.get(adapter_name)
-            more = layer.lora_bias.get(adapter_name) or config.bias != "none"
-            if (variant is None or isinstance(variant, MaskedLora)) and not more:
-                layer.delete_adapter(adapter_name)
-                gone.append(name)
-                continue
-            keep = torch.zeros(1, dtype=torch.long, device=factors.a.device)
-        rank = len(keep)
-        sizes[name] = rank, alpha_for(layer.scaling[adapter_name], rank, config.use_rslora)
-        _keep_ranks(factors, keep, adapter_name)
-        layer.r[adapter_name], layer.lora_alpha[adapter_name] = sizes[name]
-        layer.scaling[adapter_name] = sizes[name][1] / (math.sqrt(rank) if config.use_rslora else rank)
-    for key, value in changed_settings(vars(config), sizes, gone, whole).items():
+    layers = {name for name, layer in lora_layers(peft_model) if adapter_name in layer.r}
+    remaining, changed = remove_dead_ranks(pairs, vars(config), layers == {pair.layer for pair in pairs})
+    for (_, layer, _, _), rest in zip(factors, remaining, strict=True):
+        if len(rest.a):
+            _replace(layer, adapter_name, rest, config.use_rslora)
+        else:
+            layer.delete_adapter(adapter_name)
+    for key, value in changed.items():
         setattr(config, key, value)
     return peft_model
 
 
-def check_start(start: object, what: str) -> None:
-    """Raise ValueError, in the name of what is to be cut, if PEFT takes from the base what an adapter began with.
+def check_start(start: object, name: str) -> None:
+    """Check that an adapter can do with fewer ranks.
 
-    It does so anew whenever it loads the adapter, and how much depends on the number of ranks.
+    Some initial values are taken from the base. PEFT subtracts them from the base whenever it loads the adapter, and
+    they depend on the number of ranks.
 
     Args:
         start: ``init_lora_weights`` of the adapter's config.
-        what: What is to be cut.
+        name: The function or folder to name in the message.
+
+    Raises:
+        ValueError: If the initial values are taken from the base.
     """
     if isinstance(start, str) and start.lower().startswith(_FROM_BASE):
         raise ValueError(
-            f"{what}: the adapter has init_lora_weights={start!r}, by which PEFT subtracts from the base, when it "
-            "loads the adapter, what that many ranks began with; with fewer it would compute something else. Save the "
-            "base as it is under the adapter, set init_lora_weights to True in the adapter's config, and use them "
-            "together."
+            f"{name}: the adapter has init_lora_weights={start!r}. When PEFT loads it, PEFT subtracts the adapter's "
+            "initial values from the base, and with fewer ranks these would be others. Save the base as it is under "
+            "the adapter, set init_lora_weights to True in the adapter's config, and use them together."
         )
 
 
-def alpha_for(scaling: float, rank: int, use_rslora: bool) -> float:
-    """Return the ``lora_alpha`` with which a layer of so many ranks has a scaling."""
-    alpha = scaling * (math.sqrt(rank) if use_rslora else rank)
-    return int(alpha) if float(alpha).is_integer() else alpha
-
-
-def changed_settings(
-    config: Mapping[str, Any], sizes: Mapping[str, tuple[int, float]], gone: Sequence[str], whole: bool
+def _changed_entries(
+    config: Mapping[str, Any], sizes: Mapping[str, tuple[int, float]], left: Sequence[str], is_whole_adapter: bool
 ) -> dict[str, Any]:
-    """Return what an adapter's config has to say anew once ranks were cut.
+    """The entries of an adapter's config that change.
 
     Args:
-        config: The config as it was.
-        sizes: For each layer that is left its number of ranks and its ``lora_alpha``.
-        gone: Layers that have no adapter any more.
-        whole: Whether these are all of the adapter's layers.
+        config: The config.
+        sizes: Number of ranks and ``lora_alpha`` of each layer that stays in the adapter.
+        left: Layers that leave the adapter.
+        is_whole_adapter: Whether these are all layers of the adapter.
     """
     usual = Counter(sizes.values()).most_common(1)[0][0]
     ranks, alphas = config.get("rank_pattern") or {}, config.get("alpha_pattern") or {}
     changed: dict[str, Any] = {}
-    if whole:
+    if is_whole_adapter:
         # The old patterns go: PEFT takes the first that matches, and sorts them when it saves.
         changed["r"], changed["lora_alpha"] = usual
         ranks, alphas = {}, {}
-    else:  # what was not cut goes by the old settings
+    else:  # the other layers go by the old settings
         usual = (0, 0.0)
     special = {f"^{re.escape(name)}": size for name, size in sizes.items() if size != usual}
     for key, old, place in (("rank_pattern", ranks, 0), ("alpha_pattern", alphas, 1)):
-        # An earlier cut may have written an entry for the same layer.
+        # An earlier removal may have written an entry for the same layer.
         changed[key] = {name: size[place] for name, size in special.items()} | {
             name: value for name, value in old.items() if name not in special
         }
     if config.get("init_lora_weights") == "orthogonal":
-        changed["init_lora_weights"] = True  # that one takes even ranks only, and what is loaded replaces its weights
-    if gone:
-        changed["exclude_modules"] = _excluding(config.get("exclude_modules"), gone)
+        changed["init_lora_weights"] = True  # "orthogonal" needs an even rank; the loaded weights replace it anyway
+    if left:
+        changed["exclude_modules"] = _excluding(config.get("exclude_modules"), left)
     return changed
 
 
-def _keep_ranks(factors: LoraFactors, keep: Tensor, adapter_name: str) -> None:
-    layer = factors.layer
-    a, b = (
-        nn.Parameter(kept.clone(memory_format=torch.contiguous_format), requires_grad=param.requires_grad)
-        for param, kept in ((factors.a, factors.a[keep]), (factors.b, factors.b[:, keep]))
-    )
+def _does_more(layer: Any, config: Any, adapter_name: str) -> bool:
+    """Whether an adapter does more on a layer than add B A."""
+    variant = layer.lora_variant.get(adapter_name)
+    is_plain = variant is None or isinstance(variant, MaskedLora)
+    return not is_plain or bool(layer.lora_bias.get(adapter_name)) or config.bias != "none"
+
+
+def _replace(layer: Any, adapter_name: str, rest: Remaining, use_rslora: bool) -> None:
+    """Give a layer of PEFT smaller factors."""
+    rank = len(rest.a)
+    layer.r[adapter_name], layer.lora_alpha[adapter_name] = rank, rest.alpha
+    layer.scaling[adapter_name] = rest.alpha / (math.sqrt(rank) if use_rslora else rank)
     if adapter_name in layer.lora_embedding_A:
-        layer.lora_embedding_A[adapter_name], layer.lora_embedding_B[adapter_name] = a, b
+        for factors, value in ((layer.lora_embedding_A, rest.a), (layer.lora_embedding_B, rest.b)):
+            factors[adapter_name] = nn.Parameter(value, requires_grad=factors[adapter_name].requires_grad)
         return
     first, second = layer.lora_A[adapter_name], layer.lora_B[adapter_name]
-    first.weight, second.weight = a, b
-    outputs, inputs = ("out_features", "in_features") if a.ndim == 2 else ("out_channels", "in_channels")
-    setattr(first, outputs, len(keep))
-    setattr(second, inputs, len(keep))
+    for module, value in ((first, rest.a), (second, rest.b)):
+        module.weight = nn.Parameter(value, requires_grad=module.weight.requires_grad)
+    outputs, inputs = ("out_features", "in_features") if rest.a.ndim == 2 else ("out_channels", "in_channels")
+    setattr(first, outputs, rank)
+    setattr(second, inputs, rank)
 
 
 def _excluding(before: str | Sequence[str] | None, names: Sequence[str]) -> str:
-    """PEFT's ``exclude_modules`` as an expression that these names match wholly, beside what it excluded before."""
+    """PEFT's ``exclude_modules`` as an expression for these names, besides what it excluded before."""
     if before is not None and not isinstance(before, str):
         before = rf"(?:.*\.)?(?:{'|'.join(map(re.escape, before))})" if before else None
     return "|".join([*([f"(?:{before})"] if before else []), *map(re.escape, names)])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import re
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,7 +15,9 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..layers.matrices import decayable_parameter_names
-from ..names import natural_key, saved_names
+from ..names import lora_factor, natural_key, saved_names
+from ..optim.unit_operations import alive_here
+from ..optim.units import Member
 from ..shrinking.building import WRONG_CONFIG, at_most
 from ..shrinking.estimate import Estimator, ShrinkEstimate
 from ..sparsity.counting import NEAR_ZERO_THRESHOLD, REPORT_FILE, SparsityReport, TensorSparsity, count_tensor
@@ -33,7 +34,6 @@ logger = logging.getLogger(__name__)
 
 # From about here on a sparse layer is faster, see docs/inference.md.
 _WORTHWHILE = 0.8
-_RANK = re.compile(r"(.*)\.lora_(?:embedding_)?([AB])(?:\.weight)?$")
 
 
 @dataclass(frozen=True)
@@ -152,10 +152,10 @@ def report_folder(folder: str | os.PathLike[str], near_zero_threshold: float = N
         counts = count_tensor(tensor, near_zero_threshold)
         matrix = tensor.ndim > 1 and "embed" not in name  # the guess where nothing is known
         tensors.append(TensorSparsity(name, tuple(tensor.shape), *counts, decayed.get(name, matrix)))
-        factor = _RANK.match(name)
-        if factor and tensor.ndim > 1:
-            rows = tensor if factor[2] == "A" else tensor.movedim(1, 0)
-            alive.setdefault(factor[1], {})[factor[2]] = rows.flatten(1).any(1)
+        layer, factor = lora_factor(name) or ("", "")
+        if layer and tensor.ndim > 1:
+            dim = int(factor == "B")
+            alive.setdefault(layer, {})[factor] = alive_here(tensor, Member(name, dim), tensor.shape[dim])
     ranks = {
         name: (len(both["A"]), int((~(both["A"] & both["B"])).sum()))
         for name, both in alive.items()

@@ -15,7 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..names import natural_key, saved_names
+from ..names import lora_factor, natural_key, saved_names
 from ..sparsity.counting import SparsityReport, TensorSparsity, count_tensor
 from ..storage.container import FormatError, read_header
 from ..storage.folder import (
@@ -33,7 +33,6 @@ from .report import LayerCount, ShrinkReport
 
 
 WEIGHTS = "adapter_model.safetensors"
-_FACTOR = re.compile(r"(?P<layer>.+)\.lora_(?P<kind>embedding_)?(?P<which>[AB])(?P<end>\.weight)?")
 _PREFIX = "base_model.model."  # what PEFT puts before the name of a layer in the base model
 
 
@@ -54,52 +53,46 @@ def shrink_adapter(folder: Path, out: str | os.PathLike[str], *, overwrite: bool
             of the base's weights, which PEFT would take from the base by the number of ranks.
         ImportError: If PEFT is not installed.
     """
-    from ..adapters.factors import alive_ranks  # which takes PEFT
-    from ..adapters.ranks import alpha_for, changed_settings
+    from ..adapters.ranks import Pair, remove_dead_ranks  # imports PEFT
 
     config = _checked_config(folder)
     check_apart(folder, out)
     with safe_open(folder / WEIGHTS, framework="pt") as file:
         metadata = file.metadata()
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    pairs = _pairs(tensors)
-    if not pairs:
-        raise ValueError(f"Nothing of {str(folder)!r} can be cut: its {WEIGHTS} has no layer with both A and B.")
-    kept = {layer: alive_ranks(tensors[a], tensors[b]).nonzero().flatten() for layer, (a, b) in pairs.items()}
-    dead = sum(len(tensors[a]) - len(kept[layer]) for layer, (a, _) in pairs.items())
-    if not dead or not any(len(keep) for keep in kept.values()):
-        of = f"{sum(len(tensors[a]) for a, _ in pairs.values())} ranks"
-        raise ValueError(
-            f"Nothing of {str(folder)!r} can be cut: none of its {of} is dead."
-            if not dead
-            else f"Nothing of {str(folder)!r} would be left: all of its {of} are dead, as they are before training."
-        )
-    whole = len({name for name in tensors if ".lora_" in name and _FACTOR.fullmatch(name)}) == 2 * len(pairs)
+    names = _pairs(tensors)
+    if not names:
+        raise ValueError(f"Nothing of {str(folder)!r} can be removed: its {WEIGHTS} has no layer with both A and B.")
     # DoRA and biases do more than add B A.
     more = bool(config.get("use_dora") or config.get("lora_bias") or config.get("bias", "none") != "none")
-    sizes: dict[str, tuple[int, float]] = {}
+    pairs = []
+    for saved, (a, b) in names.items():
+        layer, ranks = saved.removeprefix(_PREFIX), len(tensors[a])
+        pairs.append(Pair(layer, tensors[a], tensors[b], _scaling(config, layer, ranks, folder), more))
+    is_whole = sum(lora_factor(name) is not None for name in tensors) == 2 * len(names)
+    remaining, changed = remove_dead_ranks(pairs, config, is_whole)
+    total, dead = sum(len(pair.a) for pair in pairs), sum(rest.dead for rest in remaining)
+    if dead == 0:
+        raise ValueError(f"Nothing of {str(folder)!r} can be removed: none of its {total} ranks is dead.")
+    if dead == total:
+        raise ValueError(
+            f"Nothing of {str(folder)!r} would be left: all of its {total} ranks are dead, as they are before training."
+        )
     report = ShrinkReport(parameters=(_count(tensors), 0))
-    gone = []
-    for layer, (a, b) in sorted(pairs.items(), key=lambda pair: natural_key(pair[0])):
-        name, keep, ranks = layer.removeprefix(_PREFIX), kept[layer], len(tensors[a])
-        report.layers.append(LayerCount(name, "rank", ranks, ranks - len(keep), max(len(keep), int(more))))
-        if not len(keep) and not more:
-            gone.append(name)
+    for (a, b), pair, rest in zip(names.values(), pairs, remaining, strict=True):
+        report.layers.append(LayerCount(pair.layer, "rank", len(pair.a), rest.dead, len(rest.a)))
+        if len(rest.a):
+            tensors[a], tensors[b] = rest.a, rest.b
+        else:
             del tensors[a], tensors[b]
-            continue
-        if not len(keep):
-            keep = torch.zeros(1, dtype=torch.long)
-        scaling = _scaling(config, name, ranks, folder)
-        sizes[name] = len(keep), alpha_for(scaling, len(keep), bool(config.get("use_rslora")))
-        tensors[a], tensors[b] = tensors[a][keep].contiguous(), tensors[b][:, keep].contiguous()
-    changed = changed_settings(config, sizes, gone, whole)
     report.config = {
         key: changed[key] for key in ("r", "lora_alpha") if key in changed and changed[key] != config.get(key)
     }
     if changed["rank_pattern"]:
         report.notes.append("Layers with other numbers of ranks stand in rank_pattern and alpha_pattern.")
+    gone = sum(not len(rest.a) for rest in remaining)
     if gone:
-        report.notes.append(f"{len(gone)} layers without ranks have no adapter any more.")
+        report.notes.append(f"{gone} layers without ranks have no adapter any more.")
     with written_folder(out, overwrite) as aside:
         save_file(tensors, aside / WEIGHTS, metadata=metadata)
         report.left_out = copy_along(folder, aside, (WEIGHTS, ADAPTER_CONFIG))
@@ -178,18 +171,18 @@ def _check_excluded(excluded: Any, folder: Path) -> None:
 
 
 def _pairs(tensors: Mapping[str, Tensor]) -> dict[str, tuple[str, str]]:
-    """The names of A and B of each layer that has both, with as many ranks."""
-    found: dict[str, dict[str, str]] = {}
+    """The names of A and B of each layer that has both, with the same number of ranks, in natural order."""
+    layers: dict[str, dict[str, str]] = {}
     for name in tensors:
-        match = _FACTOR.fullmatch(name)
-        if match is not None:
-            found.setdefault(match["layer"], {})[match["which"]] = name
+        layer, factor = lora_factor(name) or ("", "")
+        if layer:
+            layers.setdefault(layer, {})[factor] = name
     return {
-        layer: (both["A"], both["B"])
-        for layer, both in found.items()
-        if len(both) == 2
-        and min(tensors[name].ndim for name in both.values()) > 1
-        and len(tensors[both["A"]]) == tensors[both["B"]].shape[1] > 0
+        layer: (names["A"], names["B"])
+        for layer, names in sorted(layers.items(), key=lambda entry: natural_key(entry[0]))
+        if len(names) == 2
+        and min(tensors[name].ndim for name in names.values()) > 1
+        and len(tensors[names["A"]]) == tensors[names["B"]].shape[1] > 0
     }
 
 

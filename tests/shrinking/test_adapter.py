@@ -108,9 +108,9 @@ def test_an_adapter_that_began_with_a_part_of_the_base(start: str, tmp_path: Pat
     """PEFT subtracts from the base what so many ranks began with, each time it loads the adapter."""
     model, _ = saved(tmp_path / "adapter", init_lora_weights=start)
     before = logits(model)
-    with pytest.raises(ValueError, match=f"adapter': the adapter has init_lora_weights='{start}', by which PEFT"):
+    with pytest.raises(ValueError, match=f"adapter': the adapter has init_lora_weights='{start}'. When PEFT loads"):
         shrink_folder(tmp_path / "adapter", tmp_path / "small")
-    with pytest.raises(ValueError, match=f"shrink_ranks: the adapter has init_lora_weights='{start}', by which PEFT"):
+    with pytest.raises(ValueError, match=f"shrink_ranks: the adapter has init_lora_weights='{start}'. When PEFT loads"):
         shrink_ranks(model)
     # What the sentence says to do.
     model.peft_config["default"].init_lora_weights = True
@@ -139,7 +139,7 @@ def test_what_else_is_there_comes_along(tmp_path: Path) -> None:
     shrunk = report(small)
     assert isinstance(shrunk, FolderReport)
     assert sum(dead for _, dead in shrunk.ranks.values()) == 0
-    with pytest.raises(ValueError, match="Nothing of .*small' can be cut: none of its .* ranks is dead"):
+    with pytest.raises(ValueError, match="Nothing of .*small' can be removed: none of its .* ranks is dead"):
         shrink_folder(small, tmp_path / "again")
     with pytest.raises(ValueError, match="is there and not empty"):
         shrink_folder(adapter, small)
@@ -209,7 +209,7 @@ def test_what_cannot_be_cut_is_said_in_a_sentence(tmp_path: Path) -> None:
     refused("holds no object")
     settings.write_text(json.dumps(config))
     save_file({"base_model.model.lm_head.lora_A.weight": torch.ones(4, 32)}, weights)
-    refused("can be cut: its adapter_model.safetensors has no layer with both A and B")
+    refused("can be removed: its adapter_model.safetensors has no layer with both A and B")
     weights.write_bytes(whole[:-100])
     refused("adapter_model.safetensors")
     weights.write_bytes(struct.pack("<Q", 2**62) + whole[8:])
