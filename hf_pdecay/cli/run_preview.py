@@ -9,7 +9,8 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from ..names import clean_name
-from ..optim.units import ELEMENT, is_decayed, n_of_m
+from ..optim.param_groups import is_decayed
+from ..optim.units import ELEMENT, n_of_m
 from ..rules.assign import group_table
 from ..target.budgets import Budget
 from ..target.control import plan_target

@@ -17,9 +17,10 @@ from .distributed import agreed_finite, is_dtensor, local, local_grad, shard_pla
 from .dormancy import Awakening, dormant_entry, is_awake, is_awake_for_good, placed
 from .gradients import check_dense, count_skipped, finite_by_norm, skipped_steps
 from .moments import as_stored, clone, is_quantized, zero_moment
+from .param_groups import steps_decay
 from .step_cache import StepCache, hyper_of
 from .tensor_step import Hyperparameters, Structure, TensorStep, alpha_lambda_p
-from .unit_decay import UNFELT, UnitDecay
+from .unit_decay import UnitDecay
 from .units import ELEMENT, check_units, kind_of
 from .validation import FOREIGN_KEYS, check_hyperparameters, check_real, check_state_dict
 
@@ -144,7 +145,7 @@ class AdamWLp(Optimizer):
                 if is_dtensor(param) and kind_of(group) != ELEMENT:
                     # However few weights there are: groups of which are sharded take more than plain operations.
                     numel[param.device.type] = max(numel[param.device.type], MIN_COMPILED)
-        decays = any(group["lambda_p"] != 0 or group["keep_zeros"] for group in self.param_groups)
+        decays = any(steps_decay(group) or group["keep_zeros"] for group in self.param_groups)
         return {device: self._backend.choice(device, count, decays) for device, count in numel.items()}
 
     @property
@@ -263,7 +264,7 @@ class AdamWLp(Optimizer):
         structured = {
             index: group
             for index, group in enumerate(self.param_groups)
-            if kind_of(group) != ELEMENT and group["lambda_p"] != 0
+            if kind_of(group) != ELEMENT and steps_decay(group)
         }
         if structured and not self._backend.chosen:
             _ = self.backends  # chosen from all weights, whether or not they have gradients in this step
@@ -316,7 +317,7 @@ class AdamWLp(Optimizer):
         if shrinkage is not None:
             structures = shrinkage.structures(hyper, partial(_alpha_lambda, group))
             # What decays by groups is not felt in the step itself.
-            hyper = replace(hyper, lambda_p=UNFELT)
+            hyper = replace(hyper, lambda_p=0.0, rounds=True)
         steps = []
         for index, param in enumerate(group["params"]):
             grad = param.grad

@@ -139,7 +139,7 @@ class Backend:
             device = "cpu" if each.param.is_cpu else each.param.device.type
             alike.setdefault((device, each.hyper.skip_nonfinite), []).append(index)
         # Of all tensors of the step: a group without decay beside one with it takes the same backend.
-        decays = any(each.hyper.lambda_p != 0 or each.hyper.keep_zeros for each in steps)
+        decays = any(each.hyper.decays or each.hyper.keep_zeros for each in steps)
         splits = []
         for (device, careful), some in alike.items():
             numel = 0 if device in self.chosen else sum(e.param.numel() for e in steps if e.param.device.type == device)

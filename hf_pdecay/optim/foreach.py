@@ -100,8 +100,8 @@ def _step_tensor(each: TensorStep, scalars: StepScalars, finite: bool | Tensor) 
     """
     hyper, awake, dtype = each.hyper, each.awake, each.param.dtype
     select = isinstance(finite, Tensor)
-    decays = hyper.lambda_p != 0 and awake is not False
-    upcast = (dtype in LOW_PRECISION and hyper.lambda_p != 0) or each.exp_avg.dtype != dtype
+    decays = hyper.decays and awake is not False
+    upcast = (dtype in LOW_PRECISION and hyper.decays) or each.exp_avg.dtype != dtype
     upcast = upcast or is_quantized(each.exp_avg)
     half = each.exp_avg.dtype == torch.float16
     floor = _FLOAT16_DENOMINATOR if each.exp_avg.dtype == torch.float16 and hyper.eps < 2.0**-25 else 0.0

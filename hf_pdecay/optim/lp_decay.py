@@ -16,6 +16,7 @@ from .decay_after_step import can_compile, copies, decay_weights, on_device, rat
 from .distributed import Owners, agreed_finite, is_dtensor, local, shard_place
 from .dormancy import Awakening, dormant_entry, is_awake, placed
 from .gradients import check_dense, count_skipped, finite_by_norm, grads_finite, skipped_steps
+from .param_groups import steps_decay
 from .parts import Part, parts, step_part
 from .tensor_step import Decay, Stepped, smallest
 from .unit_decay import UnitDecay
@@ -268,7 +269,7 @@ class LpDecay(Optimizer):
         shrinkages = {
             number: UnitDecay(group, "compiled" if can_compile(group["params"]) else "")
             for number, group in enumerate(self.param_groups)
-            if kind_of(group) != ELEMENT and group["lambda_p"] != 0
+            if kind_of(group) != ELEMENT and steps_decay(group)
         }
         for shrinkage in shrinkages.values():
             shrinkage.check(())
@@ -389,12 +390,12 @@ class _Copied(NamedTuple):
 
 
 def _decays(group: dict[str, Any]) -> bool:
-    return group["lambda_p"] != 0 or group["keep_zeros"]
+    return steps_decay(group) or group["keep_zeros"]
 
 
 def _may_shrink(group: dict[str, Any]) -> bool:
     """Whether a group's decay can change a weight in this step; where the host does not know the rate, it may."""
     lr, lambda_p = group["lr"], group["lambda_p"]
     if on_device(lr):
-        return bool(lambda_p != 0)
+        return steps_decay(group)
     return bool(float(lr) * lambda_p >= min((smallest(param.dtype) for param in group["params"]), default=1.0))

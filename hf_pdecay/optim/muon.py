@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
+from .param_groups import LAMBDA_P, P_NORM, is_decayed
 from .units import ELEMENT, kind_of
 
 
@@ -134,7 +135,7 @@ def _parted(group: Mapping[str, Any]) -> list[dict[str, Any]]:
             f"Invalid group: group={kind_of(group)!r} with Muon, which parts the parameters of a group into matrices "
             "and others; take another optimizer, such as adamw_lp."
         )
-    decayed = group.get("decayed", group.get("lambda_p", 1) != 0)
+    decayed = is_decayed({"p_norm": P_NORM, "lambda_p": LAMBDA_P, **group})
     matrices = [param for param in params if decayed and param.dim() == 2]
     chosen = {id(param) for param in matrices}
     others = [param for param in params if id(param) not in chosen]

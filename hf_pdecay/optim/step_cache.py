@@ -49,6 +49,7 @@ def hyper_of(group: Mapping[str, Any]) -> Hyperparameters:
         group["keep_zeros"],
         group["maximize"],
         group["skip_nonfinite"],
+        rounds="phase" in group,
     )
 
 
@@ -116,7 +117,7 @@ class StepCache:
             fresh = hyper_of(group)
             if _flags(group, fresh) != flags:
                 return False
-            vars(hyper).update(vars(fresh))
+            hyper.update(fresh)
         params = _params(groups)
         here = self._here(params)
         if here is None:
@@ -155,7 +156,7 @@ def _flags(group: Mapping[str, Any], hyper: Hyperparameters) -> tuple[Any, ...]:
     structure = None
     if kind_of(group) != ELEMENT:
         structure = kind_of(group), group.get("units"), [param.shape for param in group["params"]]
-    return structure, hyper.lambda_p != 0, hyper.keep_zeros, hyper.skip_nonfinite, isinstance(hyper.lr, Tensor)
+    return structure, hyper.decays, hyper.keep_zeros, hyper.skip_nonfinite, isinstance(hyper.lr, Tensor)
 
 
 def _params(groups: Sequence[Mapping[str, Any]]) -> list[Tensor]:

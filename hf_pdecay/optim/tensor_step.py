@@ -12,9 +12,13 @@ from torch import Tensor
 
 @dataclass
 class Hyperparameters:
-    """What a param group says of its step; see :class:`~hf_pdecay.AdamWLp`.
+    """The hyperparameters of a param group; see :class:`~hf_pdecay.AdamWLp`.
 
-    One object for all tensors of a group, which takes on what the group says in later steps.
+    All tensors of a group share one object, which :meth:`update` brings up to date in later steps.
+
+    Attributes:
+        rounds: Whether the step rounds stochastically also where λ_p is 0, as the weights decay at other times, or
+            after the step.
     """
 
     lr: float | Tensor
@@ -27,6 +31,16 @@ class Hyperparameters:
     keep_zeros: bool
     maximize: bool
     skip_nonfinite: bool = True
+    rounds: bool = False
+
+    @property
+    def decays(self) -> bool:
+        """Whether the step is one of weights that decay; one that is not is torch's AdamW."""
+        return self.lambda_p != 0 or self.rounds
+
+    def update(self, fresh: Hyperparameters) -> None:
+        """Take over all values of another object."""
+        vars(self).update(vars(fresh))
 
 
 class Structure(NamedTuple):

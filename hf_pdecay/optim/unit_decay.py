@@ -31,10 +31,6 @@ from .units import Units, check_units, kind_of, n_of_m, units_of
 if TYPE_CHECKING:
     from .gpu.units import UnitFactors
 
-# λ_p with which the optimizer's own step is done in place of one that is not 0: no weight feels it, at no learning
-# rate, and yet the step rounds stochastically and takes the fast path of those that decay.
-UNFELT = 5e-324
-
 # Roots of sums of squares are taken in float32; random bits of the multiplication are others than those of the step.
 _NOISE = 1 << 19
 

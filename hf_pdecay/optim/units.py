@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
@@ -186,13 +186,3 @@ def unit_size(coupled: Units[int], params: Sequence[Tensor]) -> int:
     return sum(
         params[place.param].numel() // params[place.param].shape[place.dim] * place.size for place in coupled.members
     )
-
-
-def decayed_groups(groups: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return the groups on which p-norm decay acts."""
-    return [group for group in groups if is_decayed(group)]
-
-
-def is_decayed(group: Mapping[str, Any]) -> bool:
-    """Whether p-norm decay acts on a group; on one without the key ``decayed`` it does if its λ_p is above 0."""
-    return "p_norm" in group and bool(group.get("decayed", group["lambda_p"] > 0))

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ..layers.matrices import decayable_parameter_names
 from ..names import clean_name
+from ..optim.param_groups import is_decayed
 from ..optim.shards import full_numel, full_shape, wholly_zero
 from ..optim.units import ELEMENT, kind_of
 from .claims import Claim, as_data, claimed
@@ -226,12 +227,7 @@ def decayed_parameter_names(
     """
     groups = list(groups)
     lists = [group["params"] for group in groups] if params is None else params
-    chosen = {
-        id(param)
-        for group, some in zip(groups, lists, strict=True)
-        if group.get("decayed", group.get("lambda_p", 0) > 0)
-        for param in some
-    }
+    chosen = {id(param) for group, some in zip(groups, lists, strict=True) if is_decayed(group) for param in some}
     return [clean_name(name) for name, param in model.named_parameters() if id(param) in chosen]
 
 
@@ -258,7 +254,7 @@ def group_table(groups: Sequence[Mapping[str, Any]], params: Sequence[Sequence[T
     for heading in (*(["group"] if structured else []), "tensors", "parameters", "p", "λ_p", "weight decay"):
         table.add_column(heading, justify="right")
     for number, (group, some) in enumerate(zip(groups, params or [group["params"] for group in groups], strict=True)):
-        decayed = group.get("decayed", group["lambda_p"] > 0)
+        decayed = is_decayed(group)
         table.add_row(
             group.get("rule", f"group {number}"),
             *([kind_of(group) if decayed else "-"] if structured else []),

@@ -9,8 +9,9 @@ from typing import Any
 from torch import Tensor
 
 from ..checks import check_p_norm
+from ..optim.param_groups import decayed_groups, is_decayed
 from ..optim.shards import full_numel
-from ..optim.units import ELEMENT, Units, decayed_groups, is_decayed, kind_of, n_of_m, unit_size, units_of
+from ..optim.units import ELEMENT, Units, kind_of, n_of_m, unit_size, units_of
 
 
 BUDGETS = ("global", "tensor")

@@ -24,8 +24,9 @@ from torch.optim import Optimizer
 
 from ..checks import is_number
 from ..optim.decay import lambda_for_threshold
+from ..optim.param_groups import DENSE, HEALING, PRUNING, decayed_groups
 from ..optim.shards import group_params, is_sharded, publish
-from ..optim.units import UNIT_KINDS, decayed_groups, kind_of
+from ..optim.units import UNIT_KINDS, kind_of
 from .budgets import Budget, budgets, check_budget, check_p_norms
 from .pruning import excess, magnitudes, prune
 from .schedule import BEGIN, END, Schedule, check_schedule
@@ -35,11 +36,6 @@ _MIN_STEPS = 10
 
 # How much of the change is made when the decay ends, so that the last weights are chosen by the cuts alone.
 _LAST_DECAY = 0.99
-
-# λ_p of a group that a target controls while nothing is to decay: no weight feels it, and yet the step knows that the
-# group decays at other times, and goes on rounding stochastically and on its fast path.
-IDLE = 1e-300
-
 
 # Strength of the decay by default, from the figures in docs/choosing.md.
 DECAY = 0.3
@@ -114,10 +110,10 @@ class SparsityControl:
         """Plan for the optimizer's present param groups."""
         groups, params = self._optimizer.param_groups, group_params(self._optimizer)
         self._adopted = groups, params
-        self.schedule, self._budgets = plan_target(groups, self._total_steps, params=params, **self._options)
+        self.schedule, self.budgets = plan_target(groups, self._total_steps, params=params, **self._options)
         for group in decayed_groups(groups):
             group.setdefault("p_norm_end", group["p_norm"])
-        members = [(group, budget.target) for budget in self._budgets for group, _ in budget.members]
+        members = [(group, budget.target) for budget in self.budgets for group, _ in budget.members]
         # Whether λ_p is still what the user gave. Of shards a state came with that of a checkpoint, which a control has
         # set: torch.distributed.checkpoint gives back no entry that a new group has not.
         whole = _same([group["params"] for group in groups], params)
@@ -127,16 +123,15 @@ class SparsityControl:
         for group, target in members:
             group["asked_sparsity"] = target
 
-    @property
-    def budgets(self) -> list[Budget]:
-        """The weights that share a target; empty where there is none."""
-        # Loading a state, as Accelerator.prepare does too, gives the optimizer new param groups, and FSDP2 new
-        # parameters in the old ones.
+    def _refresh(self) -> None:
+        """Plan anew if the optimizer has other param groups or parameters than before.
+
+        Loading a state gives it new groups, which ``Accelerator.prepare`` does too, and FSDP2 puts new parameters into
+        the old ones.
+        """
         groups, params = self._adopted
-        same = self._optimizer.param_groups is groups
-        if not same or not _same(group_params(self._optimizer), params):
+        if self._optimizer.param_groups is not groups or not _same(group_params(self._optimizer), params):
             self._adopt()
-        return self._budgets
 
     @torch.no_grad()
     def before_step(self, step: int) -> None:
@@ -145,7 +140,8 @@ class SparsityControl:
         Args:
             step: Its number, the first of all being 1.
         """
-        budgets, schedule = self.budgets, self.schedule
+        self._refresh()
+        schedule = self.schedule
         if self._p_norm_begin is not None:
             for group in decayed_groups(self._optimizer.param_groups):
                 begin, end = self._p_norm_begin, group["p_norm_end"]
@@ -154,19 +150,17 @@ class SparsityControl:
         decaying = self._decay > 0 and schedule.begin < step and upcoming < _LAST_DECAY
         fresh = decaying and (schedule.prunes(step - 1) or step == schedule.begin + 1 or self._unset)
         self._unset = False
+        if fresh:
+            self._set_lambda_p(upcoming)
         for group in self._groups:
-            if fresh:
-                group["lambda_p"] = math.inf
-            elif not decaying:
-                group["lambda_p"] = IDLE
-        for budget in budgets if fresh else ():
-            self._limit_lambda_p(budget, upcoming)
-        for group in self._groups:
-            # Zero absorbs while something decays, but for tensors that began as zeros and are to learn. While nothing
-            # does, what was cut must be held. Groups that are cut hold by themselves, and single zeros in others are
-            # no one's wish.
-            hold = kind_of(group) not in UNIT_KINDS and step > schedule.begin and group["lambda_p"] == IDLE
-            group["keep_zeros"] = self._keep_zeros or hold
+            group["phase"] = DENSE if step <= schedule.begin else PRUNING if step <= schedule.end else HEALING
+            if not decaying:
+                group["lambda_p"] = 0.0
+            # While something decays zero absorbs, except in tensors that began as zeros and are to learn. While nothing
+            # does, pruned weights must be held. Pruned units hold by themselves, and single zeros in living units need
+            # not be kept.
+            pruned = group["phase"] != DENSE and kind_of(group) not in UNIT_KINDS
+            group["keep_zeros"] = self._keep_zeros or (pruned and group["lambda_p"] == 0)
 
     @torch.no_grad()
     def after_step(self, step: int) -> None:
@@ -177,6 +171,7 @@ class SparsityControl:
         """
         if not self.schedule.prunes(step):
             return
+        self._refresh()
         for budget in self.budgets:
             prune(budget, self._optimizer, self.schedule.progress(step))
         for group in self._groups if step == self.schedule.end else ():
@@ -186,49 +181,49 @@ class SparsityControl:
                 group["dormant_units"] = [torch.zeros(len(each), dtype=torch.bool) for each in kept]
         publish(self._optimizer)
 
-    def asked(self, step: int) -> float:
-        """Return the fraction of zeros that the schedule asks of the controlled weights after a step."""
-        numel = sum(budget.numel for budget in self.budgets)
-        wanted = sum(budget.target * budget.numel for budget in self.budgets)
-        return wanted / numel * self.schedule.progress(step) if numel else 0.0
-
     def shortfall(self) -> float:
-        """Return which fraction of the controlled weights, or groups of them, is missing to the targets, about."""
-        return self._mean([max(-excess(each, self._optimizer), 0.0) for each in self.budgets])
+        """Return about which fraction of the controlled weights, or units, is missing to the targets."""
+        return self._mean_excess(-1)
 
     def excess(self) -> float:
-        """Return which fraction of the controlled weights, or groups of them, is zero beyond the targets, about."""
-        return self._mean([max(excess(each, self._optimizer), 0.0) for each in self.budgets])
+        """Return about which fraction of the controlled weights, or units, is zero beyond the targets."""
+        return self._mean_excess(1)
 
-    def _mean(self, fractions: Sequence[float]) -> float:
-        """The mean of a fraction of each budget, by their numbers of weights."""
-        numel = sum(budget.numel for budget in self.budgets)
-        if not numel:
-            return 0.0
-        return sum(each * budget.numel for each, budget in zip(fractions, self.budgets, strict=True)) / numel
+    def _mean_excess(self, sign: int) -> float:
+        """Return the mean over all budgets of the excess of one sign, weighted by their numbers of weights."""
+        self._refresh()
+        parts = [max(sign * excess(budget, self._optimizer), 0.0) * budget.numel for budget in self.budgets]
+        return sum(parts) / sum(budget.numel for budget in self.budgets) if parts else 0.0
 
     @property
     def _groups(self) -> Iterator[dict[str, Any]]:
         return (group for budget in self.budgets for group, _ in budget.members)
 
-    def _limit_lambda_p(self, budget: Budget, upcoming: float) -> None:
-        """Lower λ_p of a budget's groups to what its present weights can bear until the next cut.
+    def _set_lambda_p(self, upcoming: float) -> None:
+        """Set λ_p of all groups to what the weights of their budgets can bear until the next pruning.
 
         Args:
-            budget: Weights that share a target.
-            upcoming: How much of the change the next cut will have made.
+            upcoming: How much of the change the next pruning will have made.
         """
-        ranking = magnitudes(budget, self._optimizer)
-        median, next_pruning = ranking.quantile((1 + budget.target) / 2), ranking.quantile(budget.target * upcoming)
-        for group, _ in budget.members:
-            # The highest that the rate will be: schedulers leave it in the group, OneCycleLR by another name.
-            rate = max(float(group[key]) for key in ("lr", "initial_lr", "max_lr") if key in group)
-            p_norm, strength = group["p_norm"], 0.0
-            if rate > 0:
-                # Most schedules fall to 0, and their rates add up to about half of what the highest would.
-                wanted = self._decay * lambda_for_threshold(p_norm, median, 0.5 * rate * self._total_steps)
-                strength = min(wanted, lambda_for_threshold(p_norm, next_pruning, rate * self.schedule.interval))
-            group["lambda_p"] = min(group["lambda_p"], max(strength, IDLE))
+        limits: dict[int, float] = {}
+        for budget in self.budgets:
+            ranking = magnitudes(budget, self._optimizer)
+            median, next_pruning = ranking.quantile((1 + budget.target) / 2), ranking.quantile(budget.target * upcoming)
+            for group, _ in budget.members:
+                limit = self._lambda_p(group, median, next_pruning)
+                limits[id(group)] = min(limits.get(id(group), limit), limit)
+        for group in self._groups:
+            group["lambda_p"] = limits[id(group)]
+
+    def _lambda_p(self, group: dict[str, Any], median: float, next_pruning: float) -> float:
+        """Return λ_p for a group, whose budget has these magnitudes at the median and at the next threshold."""
+        # The highest that the rate will be: schedulers leave it in the group, OneCycleLR by another name.
+        rate = max(float(group[key]) for key in ("lr", "initial_lr", "max_lr") if key in group)
+        if rate <= 0:
+            return 0.0
+        # Most schedules fall to 0, and their rates add up to about half of what the highest would.
+        wanted = self._decay * lambda_for_threshold(group["p_norm"], median, 0.5 * rate * self._total_steps)
+        return min(wanted, lambda_for_threshold(group["p_norm"], next_pruning, rate * self.schedule.interval))
 
 
 def _same(some: Sequence[Sequence[Tensor]], others: Sequence[Sequence[Tensor]]) -> bool:

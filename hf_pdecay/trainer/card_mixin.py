@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ..files import write_text
+from ..optim.param_groups import is_decayed
 from ..optim.shards import group_params, is_sharded, settle
-from ..optim.units import is_decayed
 from ..rules.assign import decayed_parameter_names
 from ..sparsity.counting import SparsityReport, measure_sparsity
 from ..sparsity.dead_units import count_units

@@ -16,8 +16,8 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from ..files import remove_leftovers, write_text
 from ..optim.adamw_lp import AdamWLp
+from ..optim.param_groups import is_decayed
 from ..optim.shards import group_params, is_sharded, settle
-from ..optim.units import is_decayed
 from ..rules.assign import decayed_parameter_names, group_table
 from ..sparsity.counting import NEAR_ZERO_THRESHOLD, REPORT_FILE, SparsityReport, measure_sparsity, measure_with_extra
 from ..sparsity.dead_units import count_units

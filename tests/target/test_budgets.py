@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from hf_pdecay.optim.units import decayed_groups
+from hf_pdecay.optim.param_groups import decayed_groups
 from hf_pdecay.rules.assign import build_param_groups
 from hf_pdecay.target.budgets import Budget, budgets, check_budget, check_p_norms, check_target
 

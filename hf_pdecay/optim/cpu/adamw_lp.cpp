@@ -45,7 +45,7 @@ struct Row {  // one tensor
 constexpr int64_t kRow = 19;
 
 struct Hyper {  // one param group
-  double lr, beta1, beta2, eps, weight_decay, p_norm, lambda_p, keep_zeros, maximize;
+  double lr, beta1, beta2, eps, weight_decay, p_norm, lambda_p, keep_zeros, maximize, decays;
 };
 
 // --- one tensor's scalars
@@ -56,7 +56,7 @@ Scalars<T> scalars_of(const Hyper& h, const Row& row, double least, double tiny,
   Scalars<T> s;
   s.keep_zeros = h.keep_zeros != 0;
   static_cast<Power<T>&>(s) = power_of<T>(h.p_norm, h.lr * h.lambda_p, s.keep_zeros, tiny, decays);
-  *decays = *decays && h.lambda_p != 0 && row.asleep == 0;
+  *decays = *decays && row.asleep == 0;
   s.beta1 = static_cast<T>(h.beta1);
   s.weight1 = static_cast<T>(h.maximize != 0 ? h.beta1 - 1 : 1 - h.beta1);  // the second moment knows no sign
   s.beta2 = static_cast<T>(h.beta2);
@@ -66,7 +66,7 @@ Scalars<T> scalars_of(const Hyper& h, const Row& row, double least, double tiny,
   s.least = static_cast<T>(least);
   s.step_size = static_cast<T>(h.lr / (1 - std::pow(h.beta1, step)));
   s.shrink_l2 = static_cast<T>(1 - h.lr * h.weight_decay);
-  s.nearest = h.lambda_p == 0 && row.param_dtype == row.moment_dtype ? ~0u : 0u;
+  s.nearest = h.decays == 0 && row.param_dtype == row.moment_dtype ? ~0u : 0u;
   s.noise_a = mix(static_cast<uint32_t>(step) + static_cast<uint32_t>(row.index) * 0x9e3779b9u);
   s.noise_b = mix(s.noise_a ^ 0x68e31da4u);
   return s;

@@ -156,7 +156,7 @@ class Batch:
         hypers = array("d")
         for each in self._hypers:
             numbers = float(each.lr), each.beta1, each.beta2, each.eps, each.weight_decay, each.p_norm, each.lambda_p
-            hypers.extend((*numbers, each.keep_zeros, each.maximize))
+            hypers.extend((*numbers, each.keep_zeros, each.maximize, each.decays))
         rows = address(self._rows)
         if self._library.hf_pdecay_step(rows, len(self._params), address(hypers), torch.get_num_threads()):
             raise RuntimeError("The compiled step met a dtype that it does not know; take backend='foreach'.")
@@ -175,7 +175,9 @@ def decay_weights(weights: Sequence[Tensor], before: Sequence[Tensor], places: S
     """
     functions = library()
     rows, count = array("q"), array("f", [decay.step])
-    hyper = array("d", (float(decay.alpha_lambda), 0.5, 0.5, 0.0, 0.0, decay.p_norm, 1.0, decay.keep_zeros, False))
+    hyper = array(
+        "d", (float(decay.alpha_lambda), 0.5, 0.5, 0.0, 0.0, decay.p_norm, 1.0, decay.keep_zeros, False, True)
+    )
     step = count.buffer_info()[0]
     for weight, copy, place in zip(weights, before, places, strict=True):
         code = CODES[weight.dtype]

@@ -82,7 +82,7 @@ class Batch:
     def __init__(self, steps: Sequence[TensorStep]) -> None:
         kinds: dict[tuple[Any, ...], list[int]] = {}
         for index, each in enumerate(steps):
-            decay = "elements" if each.hyper.lambda_p != 0 and each.awake is not False else "none"
+            decay = "elements" if each.hyper.decays and each.awake is not False else "none"
             hyper = each.hyper
             if each.structure is not None and fuses(each):
                 decay = "2:4" if each.structure.table is None else "groups"
@@ -138,7 +138,7 @@ class _Launch:
             stored, self._encoding = tl.uint8, _encoding(some)
         self._groups = _groups(some) if decay == "groups" else None
         # What neither decays nor has moments of another dtype is rounded as torch does.
-        nearest = param == torch.float64 or (param == moment and (self._hyper.lambda_p == 0 or param == torch.float32))
+        nearest = param == torch.float64 or (param == moment and (not self._hyper.decays or param == torch.float32))
         self._shared_dtype = param if param == torch.float64 else torch.float32
         self._prepare = {"MOMENT": stored, "ROWS": _ROWS, **OPTIONS}
         self._look = {"PARAM": TYPES[param], "CHUNK": _CHUNK, "BLOCK": BLOCK, **OPTIONS}
