@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# From about here on a sparse layer is faster, see docs/inference.md.
+# From about this sparsity on a sparse layer is faster, see docs/inference.md.
 _WORTHWHILE = 0.8
 
 
@@ -42,15 +42,15 @@ class FolderReport:
 
     Args:
         folder: The folder that was read.
-        sparsity: Zeros of its tensors. Which of them decayed, the run's ``sparsity.json`` says, or else the model's
+        sparsity: Zeros of its tensors. The run's ``sparsity.json`` says which of them decayed, or else the model's
             class.
-        ranks: Of a LoRA adapter, number of ranks and of dead ones by layer.
+        ranks: Number of ranks and of dead ones by layer, for a LoRA adapter.
         stored: Bytes of its tensors.
-        compressed: About how many bytes ``hf-pdecay compress`` would store them in, without zstd; of weights that are
-            quantized or shrunk layer by layer, which it does not take, as many as they have.
-        shrunk: What ``hf-pdecay shrink`` would leave; None where the architecture is not known, or the tensors have
-            other names than the model's parameters, or are compressed, quantized or shrunk layer by layer.
-        packed: Of a compressed folder, bytes of its files of weights.
+        compressed: About the bytes that ``hf-pdecay compress`` would need, without zstd. Equal to ``stored`` for
+            weights that are quantized or shrunk layer by layer, because it refuses those.
+        shrunk: What ``hf-pdecay shrink`` would leave. None if the architecture is not known, the tensors have other
+            names than the model's parameters, or they are compressed, quantized or shrunk layer by layer.
+        packed: Bytes of the files of weights, for a compressed folder.
     """
 
     folder: Path
@@ -64,25 +64,25 @@ class FolderReport:
     def to_dict(self) -> dict[str, Any]:
         """Return the report as plain JSON types."""
         sizes = {"bytes": self.stored, "compressed_bytes": self.compressed}
-        found = {"folder": str(self.folder), **self.sparsity.to_dict(), **sizes}
+        result = {"folder": str(self.folder), **self.sparsity.to_dict(), **sizes}
         if self.ranks:
-            found["ranks"] = {name: {"ranks": ranks, "dead": dead} for name, (ranks, dead) in self.ranks.items()}
+            result["ranks"] = {name: {"ranks": ranks, "dead": dead} for name, (ranks, dead) in self.ranks.items()}
         if self.packed is not None:
-            found["compressed_folder_bytes"] = self.packed
+            result["compressed_folder_bytes"] = self.packed
         if self.shrunk is not None:
-            found["shrink"] = self.shrunk.to_dict()
-        return found
+            result["shrink"] = self.shrunk.to_dict()
+        return result
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        """Render as a table, and what the zeros are good for as sentences."""
+        """Render as a table and sentences on what the zeros are good for."""
         yield self.sparsity.to_table()
         if self.ranks:
-            ranks, dead = (sum(each[place] for each in self.ranks.values()) for place in (0, 1))
+            ranks, dead = map(sum, zip(*self.ranks.values(), strict=True))
             yield f"{dead} of {ranks} ranks in {len(self.ranks)} layers are dead."
             if dead == ranks:
-                yield "So they are in an adapter that has not been trained: its B is zero."
+                yield "This is normal before training: B is zero."
             elif dead:
-                yield f"hf-pdecay shrink {_word(self.folder)} OUT takes them out."
+                yield f"hf-pdecay shrink {_word(self.folder)} OUT removes them."
             return
         if self.packed is not None:
             share = self.packed / max(self.stored, 1)
@@ -96,7 +96,7 @@ class FolderReport:
             )
         if self.shrunk is not None and self.shrunk.sentence(_word(self.folder)):
             yield self.shrunk.sentence(_word(self.folder))
-        layers = [each for each in self.sparsity.tensors if each.decayed and each.sparsity >= _WORTHWHILE]
+        layers = [tensor for tensor in self.sparsity.tensors if tensor.decayed and tensor.sparsity >= _WORTHWHILE]
         if layers:
             yield (
                 f"{len(layers)} tensors have at least {_WORTHWHILE:.0%} zeros: hf_pdecay.to_sparse_inference(model) "
@@ -115,60 +115,80 @@ def report_folder(folder: str | os.PathLike[str], near_zero_threshold: float = N
     Raises:
         ValueError: If there is no such model, or a file of it is cut short.
     """
-    path = Path(folder)
-    if not path.exists():
-        raise ValueError(f"Invalid folder: there is no {str(folder)!r}.")
-    if not path.is_dir():
-        raise ValueError(f"Invalid folder: {str(folder)!r} is a file; name the folder that it lies in.")
-    if not any(path.glob("*.safetensors")):
-        newest = newest_whole(path) if path.is_dir() else None
-        if newest is None or not any(Path(newest).glob("*.safetensors")):
-            raise ValueError(
-                f"Invalid folder: {str(folder)!r} holds no model in safetensors, no checkpoint and no {SEARCH_FILE}; "
-                "name a folder that save_model() or a search has written."
-            )
-        path = Path(newest)
+    path = _model_folder(Path(folder))
     method = _method(path)
-    packed = method == METHOD
     model = _on_meta(path)
-    counted = _counted_by_run(path)
-    others = {} if model is None else names_in_files(model)
-    decayed = _decayed(counted, model, others)
-    if model is not None:
-        decayed |= {name: False for name, _ in model.named_buffers()}
-    in_memory = {names[0]: name for name, names in others.items() if len(names) == 1}
+    run_report = _report_of_run(path)
+    saved = {} if model is None else names_in_files(model)
+    decayed = _decayed(run_report, model, saved)
+    own_names = {names[0]: name for name, names in saved.items() if len(names) == 1}
     estimator = None if method else _estimator(model)
     tensors: list[TensorSparsity] = []
-    alive: dict[str, dict[str, Tensor]] = {}
+    ranks = _RankCounter()
     stored = compressed = 0
-    for name, kept in _decoded(path) if packed else _tensors(path):
-        tensor = _countable(kept)
-        stored += kept.nbytes
-        compressed += _compressed(tensor, kept.element_size())
+    for name, raw in _decoded(path) if method == METHOD else _tensors(path):
+        tensor = _countable(raw)
+        stored += raw.nbytes
+        compressed += _compressed(tensor, raw.element_size())
         if estimator is not None:
-            estimator.see(in_memory.get(name, name), tensor)
-        if not tensor.is_floating_point():
-            continue
-        counts = count_tensor(tensor, near_zero_threshold)
-        matrix = tensor.ndim > 1 and "embed" not in name  # the guess where nothing is known
-        tensors.append(TensorSparsity(name, tuple(tensor.shape), *counts, decayed.get(name, matrix)))
+            estimator.see(own_names.get(name, name), tensor)
+        if tensor.is_floating_point():
+            is_decayed = decayed.get(name, tensor.ndim > 1 and "embed" not in name)  # a guess for unknown models
+            counts = count_tensor(tensor, near_zero_threshold)
+            tensors.append(TensorSparsity(name, tuple(tensor.shape), *counts, is_decayed))
+            ranks.see(name, tensor)
+    return FolderReport(
+        path,
+        # Only the run knows which weights decayed as units.
+        SparsityReport(tensors, near_zero_threshold, [] if run_report is None else run_report.groups),
+        ranks.counts(),
+        stored,
+        stored if method and method != METHOD else compressed,  # `compress` refuses other methods
+        None if estimator is None else estimator.estimate(),
+        sum(file.stat().st_size for file in _files(path)) if method == METHOD else None,
+    )
+
+
+class _RankCounter:
+    """Counts the dead ranks of a LoRA adapter whose tensors come one by one."""
+
+    def __init__(self) -> None:
+        self._alive: dict[str, dict[str, Tensor]] = {}
+
+    def see(self, name: str, tensor: Tensor) -> None:
         layer, factor = lora_factor(name) or ("", "")
         if layer and tensor.ndim > 1:
             dim = int(factor == "B")
-            alive.setdefault(layer, {})[factor] = alive_here(tensor, Member(name, dim), tensor.shape[dim])
-    ranks = {
-        name: (len(both["A"]), int((~(both["A"] & both["B"])).sum()))
-        for name, both in alive.items()
-        if len(both) == 2 and len(both["A"]) == len(both["B"])
-    }
-    shrunk = None if estimator is None else estimator.estimate()
-    if method and not packed:
-        compressed = stored  # which `compress` refuses
-    size = sum(each.stat().st_size for each in _files(path)) if packed else None
-    # The weights alone do not tell of groups that decay as one.
-    groups = [] if counted is None else counted.groups
-    found = SparsityReport(tensors, near_zero_threshold, groups)
-    return FolderReport(path, found, ranks, stored, compressed, shrunk, size)
+            self._alive.setdefault(layer, {})[factor] = alive_here(tensor, Member(name, dim), tensor.shape[dim])
+
+    def counts(self) -> dict[str, tuple[int, int]]:
+        """Number of ranks and of dead ones, by layer."""
+        return {
+            layer: (len(alive["A"]), int((~(alive["A"] & alive["B"])).sum()))
+            for layer, alive in self._alive.items()
+            if len(alive) == 2 and len(alive["A"]) == len(alive["B"])
+        }
+
+
+def _model_folder(folder: Path) -> Path:
+    """The folder itself, or its newest whole checkpoint if it holds no model.
+
+    Raises:
+        ValueError: If it holds neither.
+    """
+    if not folder.exists():
+        raise ValueError(f"Invalid folder: {str(folder)!r} does not exist.")
+    if not folder.is_dir():
+        raise ValueError(f"Invalid folder: {str(folder)!r} is a file; name the folder that it lies in.")
+    if any(folder.glob("*.safetensors")):
+        return folder
+    newest = newest_whole(folder)
+    if newest is None or not any(Path(newest).glob("*.safetensors")):
+        raise ValueError(
+            f"Invalid folder: {str(folder)!r} holds no model in safetensors, no checkpoint and no {SEARCH_FILE}; "
+            "name a folder that save_model() or a search has written."
+        )
+    return Path(newest)
 
 
 def _word(folder: Path) -> str:
@@ -176,24 +196,24 @@ def _word(folder: Path) -> str:
 
 
 def _method(folder: Path) -> str | None:
-    """By which method the weights of a folder are stored, as ``hf-pdecay compress`` has its own; None if plainly."""
+    """The ``quant_method`` of a folder's config, such as that of ``hf-pdecay compress``; None for plain weights."""
     settings = read_config(folder).get("quantization_config") if (folder / CONFIG).is_file() else None
     return None if settings is None else str(settings.get("quant_method") if isinstance(settings, dict) else settings)
 
 
-def _counted_by_run(folder: Path) -> SparsityReport | None:
-    """What a run has counted, if it has left that and it can be read."""
+def _report_of_run(folder: Path) -> SparsityReport | None:
+    """The counts that a run has left in the folder, if they can be read."""
     if not (folder / REPORT_FILE).is_file():
         return None
     try:
         return SparsityReport.load(folder / REPORT_FILE)
     except ValueError as error:
-        logger.warning("%s What decays by default counts as decayed, and no groups are reported.", error)
+        logger.warning("%s Weights that decay by default count as decayed, and units are not reported.", error)
         return None
 
 
 def _countable(tensor: Tensor) -> Tensor:
-    """The values in a dtype of which torch counts zeros: not of float8, nor of unsigned numbers of 16 bits and more."""
+    """The values in a dtype in which torch can count zeros: not float8, nor unsigned integers of 16 bits and more."""
     if tensor.is_floating_point():
         return tensor.float() if tensor.element_size() == 1 else tensor
     return tensor.long() if tensor.dtype in (torch.uint16, torch.uint32, torch.uint64) else tensor
@@ -212,9 +232,9 @@ def _compressed(tensor: Tensor, size: int) -> int:
 
 
 def _files(folder: Path) -> list[Path]:
-    """The files that hold a model's weights, as ``from_pretrained`` takes them; all there are where none has its name.
+    """The files that hold a model's weights, as ``from_pretrained`` chooses them; else all safetensors files.
 
-    Beside them there may be others with the same weights, such as shards of an earlier saving.
+    Others beside them may hold the same weights, such as shards of an earlier saving.
     """
     if (folder / WEIGHTS).is_file():
         return [folder / WEIGHTS]
@@ -225,7 +245,7 @@ def _files(folder: Path) -> list[Path]:
     missing = sorted(name for name in names if not (folder / name).is_file())
     if missing or not names:
         raise ValueError(
-            f"{str(folder)!r} is no whole model: {missing[0]} of its {INDEX} is missing."
+            f"{str(folder)!r} is incomplete: {missing[0]} of its {INDEX} is missing."
             if missing
             else f"{INDEX} in {str(folder)!r} has no weight_map."
         )
@@ -258,7 +278,7 @@ def _count(folder: Path) -> int:
 
 
 def _on_meta(folder: Path) -> Any:
-    """The model of a folder without weights; None where its config names no class of transformers."""
+    """The model of a folder without weights; None if its config names no class of transformers."""
     if not (folder / "config.json").is_file():
         return None
     try:
@@ -269,30 +289,32 @@ def _on_meta(folder: Path) -> Any:
         with torch.device("meta"), at_most(_count(folder), str(folder)):
             return None if known is None else known(config)
     except (ValueError, SafetensorError, *WRONG_CONFIG):
-        return None  # a config that is of another release, or wrong
+        return None  # a config of another release, or an invalid one
 
 
 def _estimator(model: Any) -> Estimator | None:
-    """What looks for dead neurons and heads; None where it is not known where a model has them."""
+    """What looks for dead neurons and heads; None if the architecture is not known."""
     try:
         return None if model is None else Estimator(model)
     except ValueError:
         return None
 
 
-def _decayed(counted: SparsityReport | None, model: Any, others: Mapping[str, Sequence[str]]) -> dict[str, bool]:
+def _decayed(run_report: SparsityReport | None, model: Any, saved: Mapping[str, Sequence[str]]) -> dict[str, bool]:
     """Whether each tensor of a folder decayed, by its name there: as the run says, or else as it does by default.
 
     Args:
-        counted: What the run has counted.
+        run_report: The counts of the run.
         model: The model without weights, if its class is known.
-        others: Under which names parameters are saved, where they are not their own.
+        saved: The names under which parameters are saved, if they differ.
     """
-    if counted is not None:
-        known = {each.name: each.decayed for each in counted.tensors}
+    decayed: dict[str, bool] = {}
+    if run_report is not None:
+        decayed = {tensor.name: tensor.decayed for tensor in run_report.tensors}
     elif model is not None:
         chosen = set(decayable_parameter_names(model))
-        known = {name: name in chosen for name, _ in model.named_parameters()}
-    else:
-        return {}
-    return {saved: is_decayed for name, is_decayed in known.items() for saved in others.get(name, saved_names(name))}
+        decayed = {name: name in chosen for name, _ in model.named_parameters()}
+    names = {name: saved.get(name, saved_names(name)) for name in decayed}
+    in_files = {alias: decayed[name] for name, aliases in names.items() for alias in aliases}
+    buffers = [] if model is None else model.named_buffers()
+    return in_files | {name: False for name, _ in buffers}

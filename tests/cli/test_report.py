@@ -223,7 +223,7 @@ def test_what_cannot_be_reported_is_said_in_a_sentence(tmp_path: Path, capsys: p
     (tmp_path / "search").mkdir()
     (tmp_path / "search" / "search.jsonl").write_text("")
     wrong = {
-        "nowhere": "there is no",
+        "nowhere": "does not exist",
         "model/model.safetensors": "is a file; name the folder",
         "empty": "holds no model",
         "model": "cut short",

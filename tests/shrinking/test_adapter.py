@@ -168,7 +168,7 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeyp
     monkeypatch.setenv("COLUMNS", "150")
     _, left = saved(tmp_path / "adapter")
     assert main(["report", str(tmp_path / "adapter")]) == 0
-    assert f"hf-pdecay shrink {tmp_path / 'adapter'} OUT takes them out." in capsys.readouterr().out.replace("\n", "")
+    assert f"hf-pdecay shrink {tmp_path / 'adapter'} OUT removes them." in capsys.readouterr().out.replace("\n", "")
     assert main(["shrink", str(tmp_path / "adapter"), str(tmp_path / "small")]) == 0
     printed = capsys.readouterr().out
     assert "Ranks" in printed
