@@ -18,11 +18,12 @@ from ..layers.matrices import decayable_parameter_names
 from ..names import lora_factor, natural_key, saved_names
 from ..optim.unit_operations import alive_here
 from ..optim.units import Member
-from ..shrinking.building import WRONG_CONFIG, at_most
 from ..shrinking.estimate import Estimator, ShrinkEstimate
 from ..sparsity.counting import NEAR_ZERO_THRESHOLD, REPORT_FILE, SparsityReport, TensorSparsity, count_tensor
 from ..storage.folder import CONFIG, INDEX, WEIGHTS, check_shard_name, read_config, read_json
+from ..storage.format import smallest_payload
 from ..storage.manifest import METHOD
+from ..storage.untrusted import auto_config, model_class, on_meta
 from ..trainer.checkpoints import names_in_files, newest_whole
 from ..trainer.pareto import SEARCH_FILE
 
@@ -129,7 +130,7 @@ def report_folder(folder: str | os.PathLike[str], near_zero_threshold: float = N
     for name, raw in _decoded(path) if method == METHOD else _tensors(path):
         tensor = _countable(raw)
         stored += raw.nbytes
-        compressed += _compressed(tensor, raw.element_size())
+        compressed += smallest_payload(tensor.numel(), int(tensor.count_nonzero()), raw.element_size())
         if estimator is not None:
             estimator.see(own_names.get(name, name), tensor)
         if tensor.is_floating_point():
@@ -219,18 +220,6 @@ def _countable(tensor: Tensor) -> Tensor:
     return tensor.long() if tensor.dtype in (torch.uint16, torch.uint32, torch.uint64) else tensor
 
 
-def _compressed(tensor: Tensor, size: int) -> int:
-    """Bytes of the smallest of a bitmask and values, gaps of a byte and values, and the tensor as it is.
-
-    Args:
-        tensor: Of any dtype.
-        size: Bytes of a number in the file.
-    """
-    numel = tensor.numel()
-    values = int(tensor.count_nonzero())
-    return min(numel * size, -(-numel // 8) + values * size, values * (1 + size))
-
-
 def _files(folder: Path) -> list[Path]:
     """The files that hold a model's weights, as ``from_pretrained`` chooses them; else all safetensors files.
 
@@ -268,27 +257,15 @@ def _decoded(folder: Path) -> Iterator[tuple[str, Tensor]]:
     return tensors_of(folder)
 
 
-def _count(folder: Path) -> int:
-    """Number of tensors in a folder's files."""
-    total = 0
-    for path in _files(folder):
-        with safe_open(path, framework="pt") as file:
-            total += len(file.keys())
-    return total
-
-
 def _on_meta(folder: Path) -> Any:
     """The model of a folder without weights; None if its config names no class of transformers."""
     if not (folder / "config.json").is_file():
         return None
     try:
-        import transformers
-
-        config = transformers.AutoConfig.from_pretrained(folder)
-        known = getattr(transformers, (config.architectures or [""])[0], None)
-        with torch.device("meta"), at_most(_count(folder), str(folder)):
-            return None if known is None else known(config)
-    except (ValueError, SafetensorError, *WRONG_CONFIG):
+        config = auto_config(folder)
+        known = model_class(config.architectures)
+        return None if known is None else on_meta(known, config, folder)
+    except ValueError:
         return None  # a config of another release, or an invalid one
 
 

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
 
 from ..layers.matrices import decayable_parameter_names
 from ..names import clean_name
-from ..shrinking.building import WRONG_CONFIG
+from ..storage.untrusted import auto_config, model_class
+from ..storage.untrusted import on_meta as built_on_meta
 
 
 # Of a number of parameters alone nothing is known of its tensors: about as many as a Llama of 8 B has.
@@ -95,32 +95,27 @@ def on_meta(name: str) -> torch.nn.Module:
 
     from ..shrinking.quantizer import cut_as_noted
 
-    path = Path(name)
+    source = str(Path(name).parent) if Path(name).name == "config.json" else name
     try:
-        config = transformers.AutoConfig.from_pretrained(path.parent if path.name == "config.json" else name)
-    except (OSError, ValueError, KeyError, StrictDataclassError) as error:
+        config = auto_config(source)
+    except ValueError as error:
         reason = str(error).strip().split("\n")[0]
         raise ValueError(
-            f"Invalid model: {name!r} has no config that can be read ({reason}); name a folder with config.json, a "
-            "model on the Hub, or give --parameters."
+            f"Invalid model: {reason}; name a folder with config.json, a model on the Hub, or give --parameters."
         ) from error
-    known = None
-    try:
-        if config.architectures:
-            known = getattr(transformers, config.architectures[0], None)
-        with torch.device("meta"):
-            model: torch.nn.Module = (
-                transformers.AutoModelForCausalLM.from_config(config) if known is None else known(config)
+    make = model_class(config.architectures)
+    if make is None:
+        if type(config) not in transformers.MODEL_FOR_CAUSAL_LM_MAPPING:
+            raise ValueError(
+                f"Invalid model: {name!r} is of type {config.model_type!r}, which has no causal LM; name the class in "
+                "'architectures' of its config.json."
             )
+        make = transformers.AutoModelForCausalLM.from_config
+    try:
+        model: torch.nn.Module = built_on_meta(make, config, source)
         cut_as_noted(model)
-    except (ValueError, *WRONG_CONFIG) as error:
-        raise ValueError(
-            f"Invalid model: {name!r} is of type {config.model_type!r}, which has no causal LM; name the class in "
-            "'architectures' of its config.json."
-            if known is None and isinstance(error, ValueError)
-            else f"Invalid model: {name!r} has a config of which no model can be made ({type(error).__name__}: "
-            f"{str(error).strip()}); correct its config.json."
-        ) from error
+    except ValueError as error:
+        raise ValueError(f"Invalid model: {error}; correct its config.json.") from error
     return model
 
 

@@ -7,8 +7,6 @@ import os
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from ..sparsity.counting import SparsityReport, measure_sparsity
 from ..storage.container import FormatError, Header
 from ..storage.folder import (
@@ -25,8 +23,8 @@ from ..storage.folder import (
 )
 from ..storage.hub import local_folder
 from ..storage.manifest import METHOD as COMPRESSED
+from ..storage.untrusted import explained, model_class, on_meta
 from .adapter import shrink_adapter
-from .building import WRONG_CONFIG, at_most
 from .card import SPARSITY, note_in_card
 from .model import check_layout, count_parameters, shrink_model
 from .report import ShrinkReport
@@ -116,36 +114,28 @@ def _load(folder: Path, config: dict[str, Any], headers: dict[str, Header]) -> t
     """The model of a folder, by the class of transformers that its config names, and what this does not take."""
     import transformers
 
-    names = config.get("architectures")
-    name = names[0] if isinstance(names, list) and names else None
-    known: Any = getattr(transformers, name, None) if isinstance(name, str) else None
-    is_model = isinstance(known, type) and issubclass(known, transformers.PreTrainedModel)
-    if not is_model or known.config_class is None:
+    cls = model_class(config.get("architectures"))
+    if cls is None:
+        names = config.get("architectures")
         raise ValueError(
-            f"{CONFIG} of {str(folder)!r} names {name!r} in architectures, which is no model of transformers "
+            f"{CONFIG} of {str(folder)!r} names {names!r} in architectures; the first must be a model of transformers "
             f"{transformers.__version__}."
         )
-    cls: Any = known
-    try:
-        shapes = [each.shape for header in headers.values() for each in header.entries.values()]
-        there = sum(math.prod(shape) for shape in shapes)
-        with torch.device("meta"), at_most(len(shapes), str(folder)):
-            wanted = count_parameters(cls(cls.config_class.from_pretrained(str(folder))))
-        # What is missing would be made, however large a forged config says that it is.
+    name, source = cls.__name__, str(folder)
+    with explained(f"{source!r} cannot be loaded as a {name}"):
+        wanted = count_parameters(on_meta(cls, cls.config_class.from_pretrained(source), folder))
+        there = sum(math.prod(entry.shape) for header in headers.values() for entry in header.entries.values())
+        # transformers would make missing weights, at any size that a forged config gives.
         if wanted > there:
             raise FormatError(
-                f"{str(folder)!r} is no whole {name}: its config tells of {wanted:,} weights, and its files have "
+                f"{source!r} is not a whole {name}: its config describes {wanted:,} weights, and its files have "
                 f"{there:,}."
             )
         model, info = cls.from_pretrained(
-            str(folder), dtype="auto", use_safetensors=True, local_files_only=True, output_loading_info=True
+            source, dtype="auto", use_safetensors=True, local_files_only=True, output_loading_info=True
         )
-    except WRONG_CONFIG as error:
-        raise ValueError(f"{str(folder)!r} cannot be loaded as a {name} ({str(error).strip()}).") from error
     if info["missing_keys"]:
-        raise FormatError(
-            f"{str(folder)!r} is no whole {name}: {min(info['missing_keys'])} is missing from its weights."
-        )
+        raise FormatError(f"{source!r} is not a whole {name}: {min(info['missing_keys'])} is missing from its weights.")
     return model.eval(), sorted(info["unexpected_keys"])
 
 

@@ -133,6 +133,18 @@ def encode(data: Bytes, dtype: str, shape: tuple[int, ...], zstd: bool = False) 
     return best.encoding, blob
 
 
+def smallest_payload(numel: int, values: int, itemsize: int) -> int:
+    """Return the bytes of a tensor in its smallest encoding, without head and zstd; gaps are taken to fit a byte.
+
+    Args:
+        numel: Number of elements.
+        values: Number of elements that are not zero.
+        itemsize: Bytes of an element.
+    """
+    ways = (_Way(DENSE, numel, 0, False), _Way(BITMASK, values, 0, False), _Way(GAPS, values, 1, False))
+    return min(sum(size for size, _ in _sections(way.encoding, numel, *way[1:3], itemsize, way.signs)) for way in ways)
+
+
 def blob_shape(blob: Bytes, shape: tuple[int, ...]) -> tuple[int, ...]:
     """Return the shape in which a block is stored: never that of its tensor.
 

@@ -106,7 +106,7 @@ class TestSparsity:
 
     def test_what_is_no_model_is_named(self, tmp_path: Path) -> None:
         measurement = load_measurement("sparsity")
-        with pytest.raises(ValueError, match="is no transformers model"):
+        with pytest.raises(ValueError, match="is not a transformers model"):
             measurement.compute(data=[str(tmp_path / "nowhere")])
         config = {"model_type": "gpt2", "architectures": ["NobodysModel"]}
         (tmp_path / "config.json").write_text(json.dumps(config))

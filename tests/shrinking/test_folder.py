@@ -123,16 +123,19 @@ def _bad_folders(folder: Path) -> Iterator[tuple[str, str]]:
 
     yield save("alive", build("llama")), "0 of its neurons and heads are dead"
     yield save("mixtral", build("mixtral")), r"MixtralForCausalLM is of an architecture.*add_architecture"
-    yield save("own", half_dead("gpt2")[0], architectures=["OwnModel"]), "names 'OwnModel' in architectures"
-    yield save("os", half_dead("gpt2")[0], architectures=["logging"]), "names 'logging' in architectures"
+    yield save("own", half_dead("gpt2")[0], architectures=["OwnModel"]), "names .*OwnModel"
+    yield save("os", half_dead("gpt2")[0], architectures=["logging"]), "names .*logging"
     yield save("quantized", half_dead("gpt2")[0], quantization_config={"quant_method": "x"}), "quantization_config"
     yield (
         save("larger", half_dead("gpt2")[0], n_layer=3),
-        "tells of 41,248 weights, and its files have 28,544",
+        "describes 41,248 weights, and its files have 28,544",
     )
-    yield save("forged", half_dead("gpt2")[0], n_inner=10**12), "tells of 130,000,000,011,904 weights"
+    yield save("forged", half_dead("gpt2")[0], n_inner=10**12), "describes 130,000,000,011,904 weights"
     yield save("deep", half_dead("gpt2")[0], n_layer=10**9), "many more tensors than the 28 that its files have"
-    yield save("base", half_dead("gpt2")[0], architectures=["PreTrainedModel"]), "names 'PreTrainedModel'"
+    yield (
+        save("base", half_dead("gpt2")[0], architectures=["PreTrainedModel"]),
+        "names .*PreTrainedModel",
+    )
     yield save("headless", half_dead("llama")[0], num_attention_heads=0), "cannot be loaded as a LlamaForCausalLM"
     yield save("narrower", half_dead("llama")[0], intermediate_size=40), "cannot be loaded as a LlamaForCausalLM"
     yield save("wrong", half_dead("gpt2")[0], n_head=3), "must be divisible by num_heads"

@@ -16,6 +16,7 @@ import torch
 
 from hf_pdecay import compress, decompress
 from hf_pdecay.storage.container import FormatError, read_header
+from hf_pdecay.storage.untrusted import on_meta
 
 from ..helpers.storage_models import files_of, saved, write_folder
 from .test_format import huge_block
@@ -386,3 +387,17 @@ def test_code_in_a_model_is_copied_and_not_run(tmp_path: Path) -> None:
     decompress(tmp_path / "small", tmp_path / "back")
     assert files_of(tmp_path / "back") == files_of(plain)
     assert not (tmp_path / "sprung").exists()
+
+
+@pytest.mark.parametrize("counted", [True, False])
+def test_a_config_cannot_ask_for_a_model_without_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, counted: bool
+) -> None:
+    model = saved("gpt2", tmp_path / "model")
+    model.config.n_layer = 10**9
+    if not counted:
+        (tmp_path / "model/model.safetensors").unlink()
+        monkeypatch.setattr("hf_pdecay.storage.untrusted._MOST_TENSORS", 10)
+    there = "the 28 that its files have" if counted else "any model has"
+    with pytest.raises(FormatError, match=f"many more tensors than {there}"):
+        on_meta(type(model), model.config, tmp_path / "model")

@@ -11,6 +11,7 @@ import evaluate
 import transformers
 
 from hf_pdecay import measure_sparsity
+from hf_pdecay.storage.untrusted import auto_config, model_class, on_meta
 
 
 _DESCRIPTION = """
@@ -76,12 +77,12 @@ class Sparsity(evaluate.Measurement):
 def _load_model(name: str) -> transformers.PreTrainedModel:
     """Load `name` with the class that its configuration names, so that heads are counted as well."""
     try:
-        config = transformers.AutoConfig.from_pretrained(name)
-    except (OSError, ValueError) as error:
-        hint = "there is no such folder" if not Path(name).exists() else "its config.json cannot be read"
-        raise ValueError(f"Invalid data: {name!r} is no transformers model ({hint})") from error
-    architectures = config.architectures or ["AutoModel"]
-    model_class = getattr(transformers, architectures[0], None)
-    if model_class is None:
-        raise ValueError(f"Invalid data: the config.json of {name!r} names {architectures[0]}, unknown to transformers")
-    return model_class.from_pretrained(name)
+        config = auto_config(name)
+        cls = model_class(config.architectures)
+        if cls is None and config.architectures:
+            raise ValueError(f"its config.json names {config.architectures[0]}, unknown to transformers")
+        on_meta(cls or transformers.AutoModel.from_config, config, name)
+    except ValueError as error:
+        hint = error if Path(name).exists() else "there is no such folder"
+        raise ValueError(f"Invalid data: {name!r} is not a transformers model ({hint})") from error
+    return (cls or transformers.AutoModel).from_pretrained(name)
