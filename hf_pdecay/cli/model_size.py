@@ -99,19 +99,18 @@ def on_meta(name: str) -> torch.nn.Module:
     try:
         config = auto_config(source)
     except ValueError as error:
-        reason = str(error).strip().split("\n")[0]
         raise ValueError(
-            f"Invalid model: {reason}; name a folder with config.json, a model on the Hub, or give --parameters."
+            f"Invalid model: {error}; name a folder with config.json, a model on the Hub, or give --parameters."
         ) from error
-    make = model_class(config.architectures)
-    if make is None:
-        if type(config) not in transformers.MODEL_FOR_CAUSAL_LM_MAPPING:
-            raise ValueError(
-                f"Invalid model: {name!r} is of type {config.model_type!r}, which has no causal LM; name the class in "
-                "'architectures' of its config.json."
-            )
-        make = transformers.AutoModelForCausalLM.from_config
     try:
+        make = model_class(config.architectures)
+        if make is None:
+            if type(config) not in transformers.MODEL_FOR_CAUSAL_LM_MAPPING:
+                raise ValueError(
+                    f"{name!r} is of type {config.model_type!r}, which has no causal LM, and names no class of "
+                    "transformers in 'architectures'"
+                )
+            make = transformers.AutoModelForCausalLM.from_config
         model: torch.nn.Module = built_on_meta(make, config, source)
         cut_as_noted(model)
     except ValueError as error:

@@ -46,16 +46,25 @@ def auto_config(source: str | os.PathLike[str]) -> Any:
     """
     import transformers
 
-    with explained(f"{str(source)!r} has no config that can be read"):
+    try:
         return transformers.AutoConfig.from_pretrained(source)
+    except (ValueError, *_ERRORS) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise ValueError(f"{str(source)!r} has no config that can be read ({reason})") from error
 
 
 def model_class(architectures: object) -> Any:
-    """Return the model class of transformers that ``architectures`` of a config names first, or None."""
+    """Return the model class of transformers that ``architectures`` of a config names first; None if there is none.
+
+    Raises:
+        ValueError: If it names something that is not a string.
+    """
     import transformers
 
-    name = architectures[0] if isinstance(architectures, list) and architectures else None
-    known: Any = getattr(transformers, name, None) if isinstance(name, str) else None
+    name = architectures[0] if isinstance(architectures, list) and architectures else ""
+    if not isinstance(name, str):
+        raise ValueError(f"The config has architectures={architectures!r}; it must be a list of names of classes")
+    known: Any = getattr(transformers, name, None)
     is_model = isinstance(known, type) and issubclass(known, transformers.PreTrainedModel)
     return known if is_model and known.config_class is not None else None
 
