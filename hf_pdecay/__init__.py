@@ -65,6 +65,7 @@ if TYPE_CHECKING:
     from .storage.writer import save_compressed as save_compressed
     from .target.control import SparsityControl as SparsityControl
     from .target.schedule import Schedule as Schedule
+    from .target.settings import Target as Target
     from .trainer.arguments import PDecayTrainingArguments as PDecayTrainingArguments
     from .trainer.checkpoints import check_checkpoint as check_checkpoint
     from .trainer.checkpoints import check_optimizer_state as check_optimizer_state
@@ -135,6 +136,7 @@ _MODULES = {
     "save_compressed": "storage.writer",
     "SparsityControl": "target.control",
     "Schedule": "target.schedule",
+    "Target": "target.settings",
     "PDecayTrainingArguments": "trainer.arguments",
     "check_checkpoint": "trainer.checkpoints",
     "check_optimizer_state": "trainer.checkpoints",

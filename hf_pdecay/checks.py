@@ -27,13 +27,13 @@ def check_choice(name: str, value: object, choices: Collection[str]) -> None:
         raise ValueError(f"Invalid {name}: {name}={value!r}; it must be one of {', '.join(choices)}.")
 
 
-def check_p_norm(p_norm: float) -> float:
-    """Return ``p_norm`` as a float.
+def check_p_norm(p_norm: float, name: str = "p_norm") -> float:
+    """Return a p as a float; ``name`` is that of the argument, for the message.
 
     Raises:
         ValueError: If it is not a finite number above 0.
     """
-    return _check_number("p_norm", p_norm, "a finite number above 0, such as 0.8", above_zero=True)
+    return _check_number(name, p_norm, "a finite number above 0, such as 0.8", above_zero=True)
 
 
 def check_lambda_p(lambda_p: float) -> float:

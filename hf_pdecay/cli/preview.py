@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 
+from ..trainer.fields import SETTINGS
 from .command import Commands, add_config, add_json, add_max_steps, show
 
 
@@ -22,10 +23,9 @@ def register(commands: Commands) -> None:
     parser.add_argument("--optim", default="adamw_lp", help="adamw_lp or another of ours (adamw_lp)")
     parser.add_argument("--optim_args", help="as in TrainingArguments: p_norm=0.8,target_sparsity=0.9")
     parser.add_argument("--optim_target_modules", nargs="+", help="as in TrainingArguments")
-    for setting in ("target_sparsity", "p_norm", "p_norm_begin", "lambda_p", "sparsity_begin", "sparsity_end"):
-        parser.add_argument(f"--{setting}", type=float)
-    for setting in ("lp_rules", "sparsity_schedule", "sparsity_budget"):
-        parser.add_argument(f"--{setting}")
+    for field in SETTINGS.values():
+        default = "none" if field.default is None else field.default
+        parser.add_argument(f"--{field.name}", metavar="VALUE", help=f"{field.metadata['help']} ({default})")
     add_max_steps(parser)
     parser.add_argument("--weight_decay", type=float, default=0.0, help="L2 decay of the run (0)")
     parser.add_argument("--tensors", action="store_true", help="list each tensor")
@@ -35,22 +35,20 @@ def register(commands: Commands) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Print the preview."""
-    from dataclasses import replace
-
     from ..checks import check_choice
     from ..optim.named import OPTIMIZERS
-    from ..trainer.settings import SETTINGS, DecaySettings
+    from ..trainer.settings import DecaySettings
     from .run_preview import preview
 
     check_choice("optim", options.optim, OPTIMIZERS)
     targets = options.optim_target_modules
+    flags = {name: string for name in SETTINGS if (string := getattr(options, name)) is not None}
     settings = DecaySettings.from_optim_args(
-        options.optim_args, targets[0] if targets and len(targets) == 1 else targets, options.optim
+        options.optim_args, targets[0] if targets and len(targets) == 1 else targets, options.optim, **flags
     )
-    flags = {setting: value for setting in SETTINGS if (value := getattr(options, setting, None)) is not None}
     result = preview(
         options.model,
-        replace(settings, **flags),
+        settings,
         max_steps=options.max_steps,
         weight_decay=options.weight_decay,
         all_tensors=options.tensors,

@@ -182,7 +182,7 @@ def preview(
     model: nn.Module = on_meta(name)
     args: Any = SimpleNamespace(weight_decay=weight_decay)
     groups = param_groups_of(model, args, settings)
-    schedule, budgets = plan_target(groups, max_steps, **settings.control_options)
+    budgets = plan_target(groups, max_steps, settings)
     for budget in budgets:
         for group, _ in budget.members:
             group["asked_sparsity"] = budget.target
@@ -199,4 +199,4 @@ def preview(
         for key, param in model.named_parameters()
         if id(param) in group_of
     ]
-    return Preview(name, groups, tensors, budgets, schedule, max_steps, all_tensors)
+    return Preview(name, groups, tensors, budgets, settings.schedule(max_steps), max_steps, all_tensors)

@@ -14,7 +14,7 @@ from ..checks import check_choice
 from ..optim.moments import BLOCK, MIN_QUANTIZED, MOMENTS
 from ..sparsity.counting import CHUNK
 from ..target.ranking import DEVICE_CHUNK, DIGIT, SAMPLE, bracket_margin, sample_stride
-from ..target.schedule import BEGIN, END, Schedule
+from ..target.settings import Target
 from .model_size import ModelSize, TensorSize
 
 
@@ -327,7 +327,7 @@ def added_by(size: ModelSize, layout: str, gpus: int) -> Added:
 
 def pruning_steps(max_steps: int) -> int:
     """Return how many cuts a run with a target has, by default settings."""
-    schedule = Schedule(round(BEGIN * max_steps), round(END * max_steps))
+    schedule = Target().schedule(max_steps)
     return sum(schedule.prunes(step) for step in range(schedule.begin + 1, schedule.end + 1))
 
 

@@ -12,7 +12,8 @@ from typing import Any
 
 from ..checks import check_lambda_p, check_p_norm
 from ..optim.units import ELEMENT, n_of_m
-from ..target.budgets import check_target, check_target_of
+from ..target.budgets import check_target_of
+from ..target.settings import check_target
 
 
 RuleSpec = Mapping[str, Any]

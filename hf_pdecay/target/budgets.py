@@ -8,13 +8,10 @@ from typing import Any
 
 from torch import Tensor
 
-from ..checks import check_p_norm
 from ..optim.param_groups import decayed_groups, is_decayed
 from ..optim.shards import full_numel
 from ..optim.units import ELEMENT, Units, kind_of, n_of_m, unit_size, units_of
-
-
-BUDGETS = ("global", "tensor")
+from .settings import check_target
 
 
 Members = list[tuple[dict[str, Any], list[Tensor]]]
@@ -179,44 +176,3 @@ def _left(kind: str, target: float, by_target: Mapping[float | None, Members]) -
             "target, or those of the rules."
         )
     return max(left, 0.0) / free if free else 0.0
-
-
-def check_target(target: float | None, name: str = "target_sparsity") -> float | None:
-    """Return a target as a number, or None where there is none: for None and 0.
-
-    Raises:
-        ValueError: If it is outside of [0, 1).
-    """
-    if target is None:
-        return None
-    if isinstance(target, bool) or not isinstance(target, (int, float)) or not 0 <= target < 1:
-        raise ValueError(f"Invalid {name}: {name}={target!r}; it must be at least 0 and below 1, such as 0.9 for 90%.")
-    return float(target) or None
-
-
-def check_budget(budget: str) -> None:
-    """Raise ValueError if a budget is not one of :data:`BUDGETS`."""
-    if budget not in BUDGETS:
-        raise ValueError(
-            f"Invalid sparsity_budget: sparsity_budget={budget!r}; it must be one of {', '.join(BUDGETS)}."
-        )
-
-
-def check_p_norms(p_norm: float, p_norm_begin: float | None = None, *, targeted: bool = False) -> None:
-    """Check p and the p that it begins with: above 0, and where there is a target below 2.
-
-    Raises:
-        ValueError: If they are not.
-    """
-    for name, value in (("p_norm", p_norm), ("p_norm_begin", p_norm_begin)):
-        if value is None:
-            continue
-        try:
-            check_p_norm(value)
-        except ValueError as error:
-            raise ValueError(str(error).replace("p_norm", name)) from error
-        if targeted and value >= 2:
-            raise ValueError(
-                f"Invalid {name}: {name}={value:g} with a target_sparsity; for p >= 2 decay brings no weight to 0. "
-                f"Take {name} below 2, such as 0.8, or no target."
-            )

@@ -16,29 +16,26 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from ..checks import is_number
 from ..optim.decay import lambda_for_threshold
 from ..optim.param_groups import DENSE, HEALING, PRUNING, decayed_groups
 from ..optim.shards import group_params, is_sharded, publish
 from ..optim.units import UNIT_KINDS, kind_of
-from .budgets import Budget, budgets, check_budget, check_p_norms
+from .budgets import Budget, budgets
 from .pruning import excess, magnitudes, prune
-from .schedule import BEGIN, END, Schedule, check_schedule
+from .settings import Target, check_p_norms
 
 
 _MIN_STEPS = 10
 
 # How much of the change is made when the decay ends, so that the last weights are chosen by the cuts alone.
 _LAST_DECAY = 0.99
-
-# Strength of the decay by default, from the figures in docs/choosing.md.
-DECAY = 0.3
 
 
 class SparsityControl:
@@ -59,58 +56,25 @@ class SparsityControl:
     Args:
         optimizer: An :class:`~hf_pdecay.AdamWLp`. A group may name a ``target_sparsity`` of its own.
         total_steps: Number of optimizer steps of the whole run.
-        target_sparsity: Fraction of exact zeros in all decayed weights at the end, and of dead groups among those that
-            decay by groups; None or 0 for what the groups' own targets and λ_p give.
-        sparsity_begin: Fraction of the run after which zeros begin; 0.1 by default.
-        sparsity_end: Fraction of the run after which the target is reached and zeros stay; 0.75 by default.
-        sparsity_schedule: ``"cubic"``, ``"linear"`` or ``"cosine"``.
-        sparsity_budget: ``"global"``, or ``"tensor"`` for the same sparsity in every tensor, or of groups in every
-            layer.
-        sparsity_decay: Strength of the decay on the way: 1 for the λ_p by which half of the weights that are to stay
-            would be gone by the end too, had they no gradient; 0 for cuts alone.
-        p_norm_begin: p until ``sparsity_begin``, from where it goes to the groups' p at ``sparsity_end``; None to keep
-            p as it is.
-        keep_zeros: Whether weights that are zero when the run starts stay zero.
+        target: The settings, a :class:`~hf_pdecay.target.settings.Target`; its defaults if None.
+        **fields: Fields of ``Target`` that win over those of ``target``.
 
     Raises:
         ValueError: If an argument is out of range, a target cannot be reached, or p is 2 or more where there is one.
     """
 
-    def __init__(
-        self,
-        optimizer: Optimizer,
-        total_steps: int,
-        *,
-        target_sparsity: float | None = None,
-        sparsity_begin: float = BEGIN,
-        sparsity_end: float = END,
-        sparsity_schedule: str = "cubic",
-        sparsity_budget: str = "global",
-        sparsity_decay: float = DECAY,
-        p_norm_begin: float | None = None,
-        keep_zeros: bool = False,
-    ) -> None:
-        check_decay(sparsity_decay)
+    def __init__(self, optimizer: Optimizer, total_steps: int, target: Target | None = None, **fields: Any) -> None:
         self._optimizer = optimizer
-        self._options: dict[str, Any] = {
-            "target_sparsity": target_sparsity,
-            "sparsity_begin": sparsity_begin,
-            "sparsity_end": sparsity_end,
-            "sparsity_schedule": sparsity_schedule,
-            "sparsity_budget": sparsity_budget,
-            "p_norm_begin": p_norm_begin,
-        }
         self._total_steps = total_steps
-        self._decay = sparsity_decay
-        self._p_norm_begin = p_norm_begin
-        self._keep_zeros = keep_zeros
+        self._target = replace(target or Target(), **fields)
         self._adopt()
 
     def _adopt(self) -> None:
         """Plan for the optimizer's present param groups."""
         groups, params = self._optimizer.param_groups, group_params(self._optimizer)
         self._adopted = groups, params
-        self.schedule, self.budgets = plan_target(groups, self._total_steps, params=params, **self._options)
+        self.schedule = self._target.schedule(self._total_steps)
+        self.budgets = plan_target(groups, self._total_steps, self._target, params)
         for group in decayed_groups(groups):
             group.setdefault("p_norm_end", group["p_norm"])
         members = [(group, budget.target) for budget in self.budgets for group, _ in budget.members]
@@ -142,12 +106,12 @@ class SparsityControl:
         """
         self._refresh()
         schedule = self.schedule
-        if self._p_norm_begin is not None:
+        if self._target.p_norm_begin is not None:
             for group in decayed_groups(self._optimizer.param_groups):
-                begin, end = self._p_norm_begin, group["p_norm_end"]
+                begin, end = self._target.p_norm_begin, group["p_norm_end"]
                 group["p_norm"] = begin + schedule.progress(step) * (end - begin)
         upcoming = schedule.progress(schedule.next_pruning(step))
-        decaying = self._decay > 0 and schedule.begin < step and upcoming < _LAST_DECAY
+        decaying = self._target.sparsity_decay > 0 and schedule.begin < step and upcoming < _LAST_DECAY
         fresh = decaying and (schedule.prunes(step - 1) or step == schedule.begin + 1 or self._unset)
         self._unset = False
         if fresh:
@@ -160,7 +124,7 @@ class SparsityControl:
             # does, pruned weights must be held. Pruned units hold by themselves, and single zeros in living units need
             # not be kept.
             pruned = group["phase"] != DENSE and kind_of(group) not in UNIT_KINDS
-            group["keep_zeros"] = self._keep_zeros or (pruned and group["lambda_p"] == 0)
+            group["keep_zeros"] = self._target.keep_zeros or (pruned and group["lambda_p"] == 0)
 
     @torch.no_grad()
     def after_step(self, step: int) -> None:
@@ -222,7 +186,8 @@ class SparsityControl:
         if rate <= 0:
             return 0.0
         # Most schedules fall to 0, and their rates add up to about half of what the highest would.
-        wanted = self._decay * lambda_for_threshold(group["p_norm"], median, 0.5 * rate * self._total_steps)
+        halving = lambda_for_threshold(group["p_norm"], median, 0.5 * rate * self._total_steps)
+        wanted = self._target.sparsity_decay * halving
         return min(wanted, lambda_for_threshold(group["p_norm"], next_pruning, rate * self.schedule.interval))
 
 
@@ -235,51 +200,39 @@ def _same(some: Sequence[Sequence[Tensor]], others: Sequence[Sequence[Tensor]]) 
 
 def plan_target(
     groups: Sequence[dict[str, Any]],
-    total_steps: int,
-    *,
-    target_sparsity: float | None,
-    sparsity_begin: float,
-    sparsity_end: float,
-    sparsity_schedule: str,
-    sparsity_budget: str,
-    p_norm_begin: float | None,
+    total_steps: int | None,
+    target: Target,
     params: Sequence[Sequence[Tensor]] | None = None,
-    **_: Any,
-) -> tuple[Schedule, list[Budget]]:
-    """Return the schedule and the budgets of a run; see :class:`SparsityControl` for the arguments.
+) -> list[Budget]:
+    """Divide a run's weights into the budgets that share a target, and check that the run can reach them.
+
+    Args:
+        groups: Param groups of the run's optimizer.
+        total_steps: Optimizer steps of the run; None if not known yet.
+        target: The settings.
+        params: The model's parameters in each group, where the groups hold others.
 
     Raises:
-        ValueError: If an argument is out of range, a target cannot be reached, or p is 2 or more where there is one.
+        ValueError: If a target cannot be reached, or p is 2 or more where there is one.
     """
-    check_schedule(sparsity_begin, sparsity_end, sparsity_schedule)
-    check_budget(sparsity_budget)
-    if not is_number(total_steps) or total_steps < 0:
+    shares = budgets(groups, target.target_sparsity, target.sparsity_budget, params)
+    if target.target_sparsity and not any(decayed_groups(groups)):
         raise ValueError(
-            f"Invalid total_steps: total_steps={total_steps!r}; it must be the number of optimizer steps of the run."
+            f"Invalid target_sparsity: target_sparsity={target.target_sparsity!r}, and nothing that is trained decays "
+            "by p norm. Train layers that do, bring weights in by lp_rules, or take AdamWLp or LpDecay."
         )
-    schedule = Schedule(round(sparsity_begin * total_steps), round(sparsity_end * total_steps), sparsity_schedule)
-    found = budgets(groups, target_sparsity, sparsity_budget, params)
-    if target_sparsity and not any(decayed_groups(groups)):
-        raise ValueError(
-            f"Invalid target_sparsity: target_sparsity={target_sparsity!r}, and nothing that is trained decays by p "
-            "norm. Train layers that do, bring weights in by lp_rules, or take AdamWLp or LpDecay."
-        )
-    controlled = {id(group) for budget in found for group, _ in budget.members}
+    controlled = {id(group) for budget in shares for group, _ in budget.members}
     for group in decayed_groups(groups):
-        check_p_norms(group.get("p_norm_end", group["p_norm"]), p_norm_begin, targeted=id(group) in controlled)
-    if found and schedule.end - schedule.begin < _MIN_STEPS:
-        least = math.ceil((_MIN_STEPS + 1) / (sparsity_end - sparsity_begin))
+        p_norm = group.get("p_norm_end", group["p_norm"])
+        check_p_norms(targeted=id(group) in controlled, p_norm=p_norm, p_norm_begin=target.p_norm_begin)
+    if not shares or total_steps is None:
+        return shares
+    schedule, begin, end = target.schedule(total_steps), target.sparsity_begin, target.sparsity_end
+    if schedule.end - schedule.begin < _MIN_STEPS:
         raise ValueError(
             f"Invalid max_steps: of {total_steps} steps only {schedule.end - schedule.begin} lie between "
-            f"sparsity_begin={sparsity_begin:g} and sparsity_end={sparsity_end:g}, too few to reach target_sparsity. "
-            f"It takes at least {_MIN_STEPS} there, so max_steps of at least {least}; or move the two apart."
+            f"sparsity_begin={begin:g} and sparsity_end={end:g}, too few to reach target_sparsity. It takes at least "
+            f"{_MIN_STEPS} there, so max_steps of at least {math.ceil((_MIN_STEPS + 1) / (end - begin))}; or move the "
+            "two apart."
         )
-    return schedule, found
-
-
-def check_decay(decay: float) -> None:
-    """Raise ValueError if the strength of a target's decay is not a finite number of at least 0."""
-    if not is_number(decay) or not 0 <= decay < math.inf:
-        raise ValueError(
-            f"Invalid sparsity_decay: sparsity_decay={decay!r}; it must be a finite number of at least 0, such as 1."
-        )
+    return shares

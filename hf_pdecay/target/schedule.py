@@ -5,8 +5,6 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from ..checks import is_number
-
 
 SHAPES = ("cubic", "linear", "cosine")
 
@@ -15,9 +13,6 @@ SHAPES = ("cubic", "linear", "cosine")
 _CUTS = 40
 
 _INTERVALS = (8, 50)
-
-# Fractions of a run between which its zeros come, by default.
-BEGIN, END = 0.1, 0.75
 
 
 @dataclass(frozen=True)
@@ -54,20 +49,3 @@ class Schedule:
     def next_pruning(self, step: int) -> int:
         """Return the first step from this one on that a cut follows."""
         return min(step + (self.end - step) % self.interval, self.end)
-
-
-def check_schedule(begin: float, end: float, shape: str = "cubic") -> None:
-    """Check the fractions of the run between which the sparsity changes, and the shape of the change.
-
-    Raises:
-        ValueError: If they are not 0 <= begin < end <= 1, or the shape is unknown.
-    """
-    if not (is_number(begin) and is_number(end) and 0 <= begin < end <= 1):
-        raise ValueError(
-            f"Invalid sparsity_begin, sparsity_end: sparsity_begin={begin!r} and sparsity_end={end!r}; they must be "
-            "fractions of the run with 0 <= sparsity_begin < sparsity_end <= 1."
-        )
-    if shape not in SHAPES:
-        raise ValueError(
-            f"Invalid sparsity_schedule: sparsity_schedule={shape!r}; it must be one of {', '.join(SHAPES)}."
-        )

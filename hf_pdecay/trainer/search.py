@@ -5,21 +5,19 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from transformers import Trainer
 from transformers.trainer_utils import default_compute_objective
 
-from ..checks import check_lambda_p, check_p_norm
 from ..rules.spec import parse_rules
 from ..sparsity.history import append_line
-from ..target.budgets import check_target
-from ..target.control import check_decay
 from .arguments import PDecayTrainingArguments, settings_of
+from .fields import SETTINGS, DecayFields
 from .pareto import SEARCH_FILE
-from .settings import SETTINGS, DecaySettings, split_optim_args
+from .settings import DecaySettings, split_optim_args
 
 
 if TYPE_CHECKING:
@@ -41,15 +39,10 @@ _RANGES: dict[str, tuple[float, float]] = {
     "p_norm": (0.5, 1.0),
     "lambda_p": (1e-3, 1e-1),
 }
+# By these each value of a setting can be checked alone.
+_WHOLE_RUN = DecayFields(sparsity_begin=0.0, sparsity_end=1.0)
 # What matters of these is the order of magnitude.
 _LOGARITHMIC = ("learning_rate", "lambda_p", "weight_decay")
-_CHECKS: dict[str, Callable[[Any], Any]] = {
-    "p_norm": check_p_norm,
-    "p_norm_begin": check_p_norm,
-    "lambda_p": check_lambda_p,
-    "target_sparsity": check_target,
-    "sparsity_decay": check_decay,
-}
 
 
 @dataclass(frozen=True)
@@ -149,10 +142,11 @@ def _checked(ranges: dict[str, Space | None]) -> dict[str, Space]:
                 )
         elif isinstance(given, str) or not isinstance(given, Sequence) or not given:
             raise ValueError(f"Invalid space: {name}={given!r}; it must be a tuple (low, high) or a list of choices.")
-        for value in given:
-            if name in _CHECKS and value is not None:
+        values: Sequence[Any] = given
+        for value in values:
+            if name in SETTINGS and value is not None:
                 try:
-                    _CHECKS[name](value)
+                    replace(_WHOLE_RUN, **{name: value})
                 except ValueError as error:
                     raise ValueError(f"Invalid space: {error}") from error
     if any(found.get("target_sparsity", ())):

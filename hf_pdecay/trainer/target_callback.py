@@ -48,7 +48,7 @@ class SparsityControlCallback(TrainerCallback):
         settings = settings_of(args)
         if settings is None:
             return
-        self._control = SparsityControl(kwargs["optimizer"], state.max_steps, **settings.control_options)
+        self._control = SparsityControl(kwargs["optimizer"], state.max_steps, settings)
         self._control.before_step(state.global_step + 1)
         if state.global_step >= self._control.schedule.end:
             missing = self._control.shortfall()  # which all processes count together

@@ -99,7 +99,7 @@ class PDecayTrainerMixin(SearchMixin, CardMixin, _Base):
         groups = param_groups_of(self.model, self.args, settings)
         check_structured(self, groups, settings.optim, settings.options.get("backend", "auto"))
         # The number of steps that epochs come to is known later, and is checked then.
-        plan_target(groups, self.args.max_steps if self.args.max_steps > 0 else 1 << 40, **settings.control_options)
+        plan_target(groups, self.args.max_steps if self.args.max_steps > 0 else None, settings)
         self._attach(settings)
 
     def _attach(self, settings: DecaySettings) -> None:
@@ -160,8 +160,8 @@ class PDecayTrainerMixin(SearchMixin, CardMixin, _Base):
         check_optimizer_state(groups, folder)
         if not warn:
             return
-        _, found = plan_target(groups, 1 << 40, **settings.control_options)
-        targeted = {id(group) for budget in found for group, _ in budget.members}
+        budgets = plan_target(groups, None, settings)
+        targeted = {id(group) for budget in budgets for group, _ in budget.members}
         controlled = [number for number, group in enumerate(groups) if id(group) in targeted]
         for sentence in other_settings(groups, folder, controlled, annealed=settings.p_norm_begin is not None):
             if self.is_world_process_zero():

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from hf_pdecay.optim.param_groups import decayed_groups
 from hf_pdecay.rules.assign import build_param_groups
-from hf_pdecay.target.budgets import Budget, budgets, check_budget, check_p_norms, check_target
+from hf_pdecay.target.budgets import Budget, budgets
+from hf_pdecay.target.settings import Target, check_p_norms, check_target
 
 from ..helpers.models import tiny_gpt2
 
@@ -169,22 +170,22 @@ def test_targets_in_range() -> None:
 @pytest.mark.parametrize("scope", ["layer", "Global", None, ""])
 def test_unknown_budgets(scope: Any) -> None:
     with pytest.raises(ValueError, match=re.escape(f"sparsity_budget={scope!r}; it must be one of global, tensor")):
-        check_budget(scope)
+        Target(sparsity_budget=scope)
 
 
 @pytest.mark.parametrize("value", [2, 2.0, 3.5])
 def test_p_of_two_and_more_has_no_target(value: float) -> None:
-    check_p_norms(value, value)
+    check_p_norms(targeted=False, p_norm=value, p_norm_begin=value)
     with pytest.raises(ValueError, match=rf"Invalid p_norm: p_norm={value:g} with a target_sparsity"):
-        check_p_norms(value, targeted=True)
+        check_p_norms(targeted=True, p_norm=value)
     with pytest.raises(ValueError, match=rf"Invalid p_norm_begin: p_norm_begin={value:g} with a target_sparsity"):
-        check_p_norms(0.8, value, targeted=True)
+        check_p_norms(targeted=True, p_norm=0.8, p_norm_begin=value)
 
 
 @pytest.mark.parametrize("value", [0, -1, float("nan"), float("inf"), True, "0.5"])
 def test_p_norm_begin_out_of_range(value: Any) -> None:
     with pytest.raises(ValueError, match=re.escape(f"Invalid p_norm_begin: p_norm_begin={value!r}; it must be")):
-        check_p_norms(0.8, value)
+        Target(p_norm_begin=value)
 
 
 def test_groups_that_decay() -> None:

@@ -12,7 +12,7 @@ from transformers import HfArgumentParser, TrainingArguments
 from transformers.training_args import OptimizerNames
 
 from hf_pdecay import PDecayTrainingArguments
-from hf_pdecay.trainer.arguments import own_fields
+from hf_pdecay.trainer.fields import SETTINGS
 
 
 OWN = {
@@ -37,11 +37,10 @@ def _same(args: PDecayTrainingArguments) -> None:
     for name, value in OWN.items():
         assert getattr(args, name) == value, name
     assert args.optim == "adamw_lp"
-    assert args.uses_adamw_lp
 
 
 def test_every_own_field_is_covered_here() -> None:
-    assert set(own_fields()) == set(OWN)
+    assert set(SETTINGS) == set(OWN)
     for name, value in OWN.items():
         assert getattr(PDecayTrainingArguments(), name) != value, f"{name} is tested with its default"
 
@@ -105,7 +104,6 @@ def test_all_other_names_are_accepted_as_before(name: str, tmp_path: Path) -> No
     (stock,) = HfArgumentParser(TrainingArguments).parse_args_into_dataclasses(words)
     assert args.optim == stock.optim
     assert type(args.optim) is type(stock.optim)
-    assert not args.uses_adamw_lp
 
 
 def test_nothing_else_differs_from_the_parent(tmp_path: Path) -> None:
@@ -118,7 +116,7 @@ def test_nothing_else_differs_from_the_parent(tmp_path: Path) -> None:
 
 def test_set_optimizer(tmp_path: Path) -> None:
     args = PDecayTrainingArguments(str(tmp_path), optim="sgd")
-    assert args.set_optimizer("adamw_lp", learning_rate=1e-3, weight_decay=0.1).uses_adamw_lp
+    assert args.set_optimizer("adamw_lp", learning_rate=1e-3, weight_decay=0.1).optim == "adamw_lp"
     assert (args.learning_rate, args.weight_decay) == (1e-3, 0.1)
     assert args.set_optimizer("adafactor").optim == OptimizerNames.ADAFACTOR
 

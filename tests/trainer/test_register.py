@@ -19,7 +19,8 @@ from transformers.training_args import OptimizerNames
 
 import hf_pdecay
 from hf_pdecay import AdamWLp, PDecayTrainer, PDecayTrainerMixin, PDecayTrainingArguments, SparsityReport
-from hf_pdecay.trainer.arguments import own_fields, settings_of
+from hf_pdecay.trainer import fields
+from hf_pdecay.trainer.arguments import settings_of
 from hf_pdecay.trainer.settings import DecaySettings
 
 from ..helpers.models import build, tiny_gpt2
@@ -120,7 +121,7 @@ def test_saved_arguments(tmp_path: Path) -> None:
 def test_every_setting_goes_through_optim_args(registered: None, tmp_path: Path) -> None:
     file = tmp_path / "some rules.json"
     file.write_text(json.dumps(RULES))
-    assert {*SETTINGS, "lp_rules"} == {*own_fields()}
+    assert {*SETTINGS, "lp_rules"} == {*fields.SETTINGS}
     text = ", ".join(f"{key} = {value}" for key, value in SETTINGS.items())
     text += f", lp_rules={file}, backend=foreach, moments=bfloat16"
     stock = settings_of(_args(tmp_path, text, optim_target_modules=["attn"]))
@@ -297,9 +298,9 @@ class TestBadInput:
         [
             ("p_nrom=0.8", "key 'p_nrom' in optim_args='p_nrom=0.8' is not known; did you mean 'p_norm'"),
             ("target=0.8,zzz=1", "key 'target' .* did you mean 'target_sparsity'"),
-            ("zzz=1", "key 'zzz' .* known keys are p_norm, lambda_p"),
+            ("zzz=1", "key 'zzz' .* known keys are target_sparsity, sparsity_begin"),
             ("target_modules=attn", "key 'target_modules'"),
-            ("p_norm=much", "p_norm in optim_args: p_norm='much'; it must be a number"),
+            ("p_norm=much", "Invalid p_norm: p_norm='much'; it must be a number"),
             ("p_norm=none", "p_norm='none'; it must be a number"),
             ("keep_zeros=maybe", "keep_zeros='maybe'; it must be true or false"),
             ("p_norm", "'p_norm' in optim_args='p_norm' is not KEY=VALUE"),
