@@ -7,9 +7,26 @@ from typing import Any
 
 import pytest
 
+from .helpers import warm
+
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+_server: warm.Server | None = None
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Start what gives tests their processes, once for all workers; without a call it imports nothing."""
+    global _server
+    if warm.ADDRESS not in os.environ and hasattr(os, "fork"):
+        _server = warm.Server()
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    if _server is not None:
+        _server.close()
 
 
 @pytest.fixture(autouse=True)

@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import platform
 import shutil
-import subprocess
-import sys
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -19,6 +17,7 @@ from hf_pdecay import AdamWLp, __version__
 from hf_pdecay.cli.main import main
 
 from ..helpers.models import tiny_gpt2
+from ..helpers.warm import python
 
 
 @pytest.fixture
@@ -130,11 +129,11 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
 
 @pytest.mark.slow
 def test_processes(folder: str) -> None:
-    command = [sys.executable, "-m", "hf_pdecay", "estimate"]
-    good = subprocess.run([*command, folder, "--json"], capture_output=True, text=True, check=False)
+    command = ["-m", "hf_pdecay", "estimate"]
+    good = python(*command, folder, "--json")
     assert good.returncode == 0, good.stderr
     assert json.loads(good.stdout)["decayed"] > 0
-    bad = subprocess.run([*command, folder, "--gpus", "-3"], capture_output=True, text=True, check=False)
+    bad = python(*command, folder, "--gpus", "-3")
     assert bad.returncode == 2
     assert "gpus=-3" in bad.stderr and "Traceback" not in bad.stderr
 

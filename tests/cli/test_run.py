@@ -17,11 +17,13 @@ import transformers as tf
 from hf_pdecay import SparsityReport
 from hf_pdecay.cli.main import main
 
-from ..helpers.launching import LEAVING, ROOT
+from ..helpers.launching import LEAVING
 from ..helpers.local_files import bert, json_lines, llama, sentences, zeros_on_disk
+from ..helpers.warm import ENVIRONMENT, ROOT, python
 
 
 SCRIPTS = ROOT / "tests/helpers/scripts"
+CONSOLE = Path(sys.executable).with_name("hf-pdecay")
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
 
@@ -29,20 +31,7 @@ Run = Callable[..., subprocess.CompletedProcess[str]]
 @pytest.fixture
 def run(tmp_path: Path) -> Run:
     """Runs Python in the test's own folder."""
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "MPLBACKEND": "Agg", "PYTHONPATH": str(ROOT)}
-
-    def start(*words: object) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            [sys.executable, *map(str, words)],
-            cwd=tmp_path,
-            env=environment,
-            capture_output=True,
-            text=True,
-            timeout=280,
-            check=False,
-        )
-
-    return start
+    return lambda *words: python(*words, cwd=tmp_path, timeout=280)
 
 
 @pytest.fixture
@@ -143,11 +132,27 @@ def test_an_optimizer_in_the_deepspeed_config_is_refused(run: Run, training: lis
 @pytest.mark.parametrize(("ending", "code"), [("exit", 7), ("fail", 1), ("return", 0)])
 def test_a_script_is_run_as_python_runs_it(as_module: bool, ending: str, code: int, run: Run, tmp_path: Path) -> None:
     """The reference is Python itself."""
+
+    def cold(*words: object) -> subprocess.CompletedProcess[str]:
+        environment = {**os.environ, **ENVIRONMENT}
+        return subprocess.run(
+            [*map(str, words)],
+            cwd=tmp_path,
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=280,
+            check=False,
+        )
+
     for name in ("probe.py", "neighbour.py"):
         (tmp_path / name).write_text((SCRIPTS / name).read_text())
     # Words that are ours, had they come before.
     words = [*(["-m", "probe"] if as_module else ["probe.py"]), ending, "-m", "--help", "--version"]
-    plain, ours = run(*words), run("-m", "hf_pdecay", "run", *words)
+    plain = cold(sys.executable, *words)
+    # The console script itself, once.
+    installed = (ending, as_module) == ("fail", False)
+    ours = cold(CONSOLE, "run", *words) if installed else run("-m", "hf_pdecay", "run", *words)
     assert plain.returncode == ours.returncode == code
     said, expected = (json.loads(done.stdout) for done in (ours, plain))
     assert said == expected

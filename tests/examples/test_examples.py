@@ -3,8 +3,6 @@ from __future__ import annotations
 import importlib
 import json
 import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -16,6 +14,8 @@ import torch
 from datasets import Dataset
 from safetensors.numpy import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+
+from ..helpers.warm import python
 
 
 ROOT = Path(__file__).parents[2]
@@ -205,12 +205,11 @@ class TestTrainClm:
 
     @pytest.mark.slow
     def test_runs_as_a_script_and_complains_in_one_sentence(self, clm_options: list[str]) -> None:
-        environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-        command = [sys.executable, str(ROOT / "examples" / "train_clm.py"), *clm_options]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+        words = [ROOT / "examples" / "train_clm.py", *clm_options]
+        done = python(*words)
         assert done.returncode == 0, done.stderr
         assert "eval_perplexity" in done.stdout
-        done = subprocess.run([*command, "--p_norm=-1"], env=environment, capture_output=True, text=True, timeout=300)
+        done = python(*words, "--p_norm=-1")
         assert done.returncode == 2
         assert "Traceback" not in done.stderr
         assert [line for line in done.stderr.splitlines() if "p_norm" in line and "-1" in line]

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
-import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -20,6 +18,7 @@ from hf_pdecay import AdamWLp
 from hf_pdecay.target.control import SparsityControl
 
 from ..helpers.launching import LEAVING
+from ..helpers.warm import python
 
 
 ROOT = Path(__file__).parents[2]
@@ -43,7 +42,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 def run(
     inputs: list[str], out: Path, *options: str, launcher: tuple[str, ...] = ()
 ) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, *launcher, "examples/no_trainer.py", *inputs, f"--output_dir={out}", "--cpu=true"]
+    command = [*launcher, "examples/no_trainer.py", *inputs, f"--output_dir={out}", "--cpu=true"]
     command += [
         f"--max_steps={STEPS}",
         "--batch_size=8",
@@ -51,10 +50,7 @@ def run(
         "--warmup_steps=2",
         "--learning_rate=0.01",
     ]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.run(
-        [*command, *options], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600, check=False
-    )
+    return python(*command, *options)
 
 
 def log_of(done: subprocess.CompletedProcess[str]) -> list[dict[str, float]]:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+
+from ..helpers.warm import python
 
 
 ROOT = Path(__file__).parents[2]
@@ -18,13 +17,7 @@ ROOT = Path(__file__).parents[2]
 def test_it_is_as_sparse_as_asked_and_reads_digits() -> None:
     script = ROOT / "examples" / "sgd_vision.py"
     assert len(script.read_text(encoding="utf-8").splitlines()) <= 60
-    done = subprocess.run(
-        [sys.executable, str(script), "--target_sparsity", "0.95", "--steps", "300"],
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    done = python(script, "--target_sparsity", "0.95", "--steps", "300")
     assert done.returncode == 0, done.stderr[-2000:]
     found = re.fullmatch(r"test accuracy (\S+), exact zeros in decayed weights (\S+)\n", done.stdout)
     assert found is not None, done.stdout

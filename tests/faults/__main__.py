@@ -23,6 +23,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from ..helpers.launching import LEAVING
+from ..helpers.warm import ADDRESS, Server, python
 from .compare import differences
 from .moments import Kill
 from .run import LOGGING_STEPS, STEPS, live
@@ -47,12 +48,15 @@ def main() -> int:
     os.environ["OMP_NUM_THREADS"] = "1"
     work = Path(tempfile.mkdtemp(prefix="faults-"))
     rows = []
+    server = Server() if ADDRESS not in os.environ else None
     try:
         for layout in options.layouts:
             start = time.monotonic()
             survived, identical = campaign(work / layout, layout, options.kills, options.lives, options.seed)
             rows.append((LAYOUTS[layout], survived, options.kills, identical, time.monotonic() - start))
     finally:
+        if server is not None:
+            server.close()
         if options.keep:
             say(f"The runs are in {work}")
         else:
@@ -144,19 +148,14 @@ def _fork(folder: Path) -> int:
 
 
 def _launch(folder: Path) -> int:
-    command = [
-        *(sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"),
-        *("--main_process_port", "0", *LEAVING, "-m", "tests.faults.run", str(folder)),
-    ]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    with open(folder / "log", "ab") as log:
-        launcher = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=log)
-        try:
-            return launcher.wait(timeout=LIMIT)
-        except subprocess.TimeoutExpired:
-            launcher.terminate()  # it ends its processes
-            launcher.wait()
-            return 1
+    launcher = ("-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", 2, "--main_process_port", 0)
+    try:
+        done = python(*launcher, *LEAVING, "-m", "tests.faults.run", folder, timeout=LIMIT)
+    except subprocess.TimeoutExpired:
+        return 1
+    with open(folder / "log", "a") as log:
+        log.write(done.stdout + done.stderr)
+    return done.returncode
 
 
 def _tail(folder: Path) -> str:

@@ -3,29 +3,25 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import socket
 import subprocess
-import sys
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 
+from ..helpers.warm import python
 from .moments import Kill
 
-
-ROOT = Path(__file__).parents[2]
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 
 pytestmark = pytest.mark.slow
 
 
 @pytest.mark.parametrize(("layout", "kills"), [("single", 8), ("ddp", 2)])
 def test_killed_runs_end_like_those_that_were_left_alone(layout: str, kills: int) -> None:
-    command = [sys.executable, "-m", "tests.faults", "--layouts", layout, "--kills", str(kills), "--lives", "4"]
-    done = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, check=False)
+    done = python("-m", "tests.faults", "--layouts", layout, "--kills", kills, "--lives", 4)
     assert done.returncode == 0, done.stdout + done.stderr[-3000:]
     assert re.search(rf" {kills} / {kills} +yes ", done.stdout), done.stdout
     assert done.stdout.count(": killed rank ") == kills
@@ -37,20 +33,17 @@ def test_a_process_whose_partner_is_killed_ends(tmp_path: Path) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
-    processes = []
-    for rank in ("0", "1"):
-        environment = {**ENVIRONMENT, "RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+
+    def run(rank: str) -> subprocess.CompletedProcess[str]:
+        environment = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
         environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        command = [sys.executable, "-m", "tests.faults.run", str(tmp_path)]
-        processes.append(subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True))
-    try:
-        complaints = [process.communicate(timeout=240)[1] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    assert processes[1].returncode == -9
-    assert processes[0].returncode == 1, complaints[0][-2000:]
-    assert re.search(r"Connection (closed|reset) by peer|Broken pipe", complaints[0]), complaints[0][-2000:]
+        return python("-m", "tests.faults.run", tmp_path, timeout=240, **environment)
+
+    with ThreadPoolExecutor() as pool:
+        left, killed = pool.map(run, ("0", "1"))
+    assert killed.returncode == -9
+    assert left.returncode == 1, left.stderr[-2000:]
+    assert re.search(r"Connection (closed|reset) by peer|Broken pipe", left.stderr), left.stderr[-2000:]
     assert (tmp_path / "killed").read_text() == "rank 1, step 6, moment 9: open rng_state_1.pth\n"
     saved = {each.name for each in (tmp_path / "out" / "checkpoint-6").iterdir()}
     assert "rng_state_0.pth" in saved

@@ -8,14 +8,12 @@ from __future__ import annotations
 
 import os
 import runpy
-import subprocess
 import sys
 from pathlib import Path
 
-import torch
+from .warm import ADDRESS, become, python
 
 
-ROOT = Path(__file__).parents[2]
 # Between a launcher and the script that it launches.
 LEAVING = ("-m", "tests.helpers.launching")
 
@@ -26,14 +24,11 @@ def launch(module: str, *arguments: object, processes: int | None = 2, timeout: 
     Raises:
         AssertionError: With what the processes wrote, if one of them failed.
     """
-    command = [sys.executable, "-m"]
+    words: tuple[object, ...] = ("-m", module, *arguments)
     if processes is not None:
-        command += ["torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", "-m"]
-    command += [module, *map(str, arguments)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "MPLBACKEND": "Agg"}
-    done = subprocess.run(
-        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=timeout, check=False
-    )
+        launcher = ("-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}")
+        words = (*launcher, *LEAVING, *words)
+    done = python(*words, timeout=timeout)
     if done.returncode != 0:
         # What torchrun adds comes last, and says no more than which process it was.
         said, _, verdict = done.stderr.partition("Failures:")
@@ -46,6 +41,8 @@ def leave() -> None:
     gloo's threads may still hold tensors that are Python objects. Let go of while the interpreter ends they abort the
     process now and then, also after ``destroy_process_group``: https://github.com/pytorch/pytorch/issues/190489.
     """
+    import torch
+
     if torch.distributed.is_initialized():
         torch.distributed.barrier()
     sys.stdout.flush()
@@ -70,4 +67,7 @@ def run_and_leave(words: list[str]) -> None:
 
 
 if __name__ == "__main__":
+    if ADDRESS in os.environ:
+        code = "import sys; from tests.helpers.launching import run_and_leave; run_and_leave(sys.argv[1:])"
+        become(["-c", code, *sys.argv[1:]])
     run_and_leave(sys.argv[1:])

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +10,7 @@ import torch
 import transformers as tf
 from safetensors.torch import load_file
 
-from .launching import ROOT
+from .warm import ROOT, python
 
 
 WORDS = "the a small red green boat bird runs sings sees on under hill river and not".split()
@@ -102,9 +99,6 @@ def run_example(name: str, folder: Path, sparsity: float) -> None:
     script = ROOT / "examples" / f"{name}.py"
     assert len(script.read_text(encoding="utf-8").splitlines()) <= 60
     words = ["--output_dir", str(folder), "--max_steps", "20", "--use_cpu", "--report_to", "none"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "MPLBACKEND": "Agg", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(
-        [sys.executable, str(script), *words], env=environment, capture_output=True, text=True, timeout=280, check=False
-    )
+    done = python(script, *words)
     assert done.returncode == 0, done.stderr[-4000:]
     assert abs(zeros_on_disk(folder) - sparsity) < 1e-4

@@ -59,7 +59,7 @@ def test_nothing_compiles_again(monkeypatch: pytest.MonkeyPatch) -> None:
 STEP = """
 import torch
 from torch import Tensor
-from hf_pdecay import AdamWLp, native
+from hf_pdecay import AdamWLp
 for backend in ("auto", "auto", "compiled"):
     param = torch.nn.Parameter(torch.ones(80_000))
     param.grad = torch.ones(80_000)
@@ -254,7 +254,7 @@ def test_two_optimizers_in_two_threads(number: int, threads: Callable[[int], Non
 
 FORK = """
 import os, signal, sys, torch
-from hf_pdecay import AdamWLp, native
+from hf_pdecay import AdamWLp
 param = torch.nn.Parameter(torch.ones(300_000))
 param.grad = torch.ones(300_000)
 optimizer = AdamWLp([param], backend="compiled")

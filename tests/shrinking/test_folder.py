@@ -23,6 +23,7 @@ from hf_pdecay.shrinking.model import shrink_model
 
 from ..helpers.models import build
 from ..helpers.storage_models import files_of, weights
+from ..helpers.warm import python
 from .test_model import half_dead, loaded
 
 
@@ -248,7 +249,7 @@ def test_a_shrunk_llama_loads_where_hf_pdecay_is_not(tmp_path: Path) -> None:
     torch.save({"ids": ids, "logits": model(ids).logits.detach()}, tmp_path / "said.pt")
     for layers in ("uniform", "ragged"):
         words = ["shrink", str(tmp_path / "sparse"), str(tmp_path / layers), "--layers", layers]
-        subprocess.run([sys.executable, "-m", "hf_pdecay", *words], check=True, capture_output=True)
+        python("-m", "hf_pdecay", *words).check_returncode()
 
     def elsewhere(folder: str) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, "-I", "-c", _ELSEWHERE, str(tmp_path / folder), str(tmp_path / "said.pt")]
@@ -267,7 +268,7 @@ def test_a_shrunk_llama_loads_where_hf_pdecay_is_not(tmp_path: Path) -> None:
 def test_the_benchmark_runs(tmp_path: Path) -> None:
     script = Path(__file__).parents[2] / "benchmarks/shrink.py"
     words = ["--quick", "--rounds", "2", "--output", str(tmp_path)]
-    subprocess.run([sys.executable, str(script), *words], check=True, capture_output=True)
+    python(script, *words).check_returncode()
     record = json.loads((tmp_path / "shrink_cpu_quick.json").read_text())
     assert len(record["rows"]) == 12 and not record["left_out"]
     assert record["command"] == "python benchmarks/shrink.py --quick --rounds 2"

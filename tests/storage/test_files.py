@@ -22,6 +22,7 @@ from hf_pdecay.storage.container import FormatError
 
 from ..helpers.reference.compressed_reader import read_block
 from ..helpers.storage_models import bits, files_of, saved, sparsified, weights, write_folder
+from ..helpers.warm import python
 
 
 DTYPES = [
@@ -236,7 +237,7 @@ MEMORY = """
 import sys
 from pathlib import Path
 import psutil
-from hf_pdecay.storage import compress, decompress
+from hf_pdecay import compress, decompress
 
 def kilobytes(key):
     lines = Path("/proc/self/status").read_text().splitlines()
@@ -271,7 +272,8 @@ def test_memory_is_bounded_by_a_few_tensors(tmp_path: Path) -> None:
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from hf_pdecay.storage import compress, writer, folder
+from hf_pdecay import compress
+from hf_pdecay.storage import folder, writer
 place, count = sys.argv[3], int(sys.argv[4])
 owner, name = {
     "tensor": (writer._Shards, "add"), "file": (writer, "write_file"), "rename": (Path, "rename"),
@@ -299,8 +301,7 @@ def test_a_killed_process_leaves_the_old_folder_or_none(tmp_path: Path, place: s
     compress(plain, out)
     compress(plain, tmp_path / "new", zstd=True)
     old, new = files_of(out), files_of(tmp_path / "new")
-    words = [sys.executable, "-c", KILLED, str(plain), str(out), place, str(count)]
-    assert subprocess.run(words, check=False).returncode == -signal.SIGKILL
+    assert python("-c", KILLED, plain, out, place, count).returncode == -signal.SIGKILL
     # The folder is moved away by the first renaming, and the new one comes by the second.
     expected = {("rename", 2): None, ("removal", 1): new}.get((place, count), old)
     assert (files_of(out) if out.exists() else None) == expected

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 import tracemalloc
@@ -24,6 +23,7 @@ from hf_pdecay.storage.container import FormatError
 
 from ..helpers.models import ARCHITECTURES
 from ..helpers.storage_models import bits, files_of, same_state, saved, sparsified
+from ..helpers.warm import python
 from .test_hostile import edit_json, with_huge_tensor
 
 
@@ -276,9 +276,9 @@ def test_a_new_model_from_the_config_of_a_compressed_one(gpt2: tuple[Any, Path, 
     tf.AutoModelForCausalLM.from_pretrained(tmp_path / "new")
 
 
-def run(code: str, *words: str, **env: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-c", code, *words]
-    return subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ, **env})
+def run(code: str, *words: str) -> subprocess.CompletedProcess[str]:
+    """In a process that has imported nothing."""
+    return subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, check=False)
 
 
 @loads
@@ -323,12 +323,12 @@ from transformers import AutoModelForCausalLM
 AutoModelForCausalLM.from_pretrained(sys.argv[1])
 print("loaded")
 """
-    done = run(code, str(gpt2[2]))
+    done = python("-c", code, gpt2[2])
     assert done.returncode == 1
     assert "Unknown quantization type, got hf_pdecay" in done.stderr
     assert "RuntimeError: You set `ignore_mismatched_sizes` to `False`, thus raising an error." in done.stderr
     hf_pdecay.decompress(gpt2[2], gpt2[2].parent / "back")
-    assert run(code, str(gpt2[2].parent / "back")).stdout.split()[-1:] == ["loaded"]
+    assert python("-c", code, gpt2[2].parent / "back").stdout.split()[-1:] == ["loaded"]
 
 
 def test_the_hook_can_be_undone_and_done_again() -> None:
@@ -376,7 +376,7 @@ from transformers import AutoModelForCausalLM
 AutoModelForCausalLM.from_pretrained(sys.argv[1], tp_plan="auto")
 """
     env = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
-    done = run(code, str(tmp_path / "small"), **env)
+    done = python("-c", code, tmp_path / "small", **env)
     assert "cannot be loaded in parts, by tp_plan or distributed_config" in done.stderr, done.stderr
 
 

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -17,6 +15,7 @@ from hf_pdecay import SparsityReport
 
 from ..faults.compare import same
 from ..helpers.launching import LEAVING
+from ..helpers.warm import python
 
 
 ROOT = Path(__file__).parents[2]
@@ -25,9 +24,7 @@ pytestmark = pytest.mark.slow
 
 
 def _run(*words: str, launcher: tuple[str, ...] = ()) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, *launcher, "-m", "tests.helpers.tiny_run", *words]
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    return python(*launcher, "-m", "tests.helpers.tiny_run", *words)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -19,8 +18,9 @@ from safetensors.torch import load_file
 from hf_pdecay import PDecayTrainer
 from tests.helpers.launching import LEAVING
 from tests.helpers.models import tiny_gpt2
+from tests.helpers.warm import python
 
-from .conftest import PAIRS, ROOT, write
+from .conftest import PAIRS, write
 
 
 # Port 0 is any that is free: tests run beside one another.
@@ -139,9 +139,7 @@ class TestRuns:
 
 class TestProcesses:
     def launch(self, launcher: tuple[str, ...], *argv: str) -> subprocess.CompletedProcess[str]:
-        environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-        command = [sys.executable, *launcher, "examples/finetune_llm.py", *argv]
-        return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
+        return python(*launcher, "examples/finetune_llm.py", *argv)
 
     @pytest.mark.slow
     def test_two_processes_reach_the_target_together(self, options: Callable[..., list[str]], tmp_path: Path) -> None:

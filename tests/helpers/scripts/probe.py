@@ -4,17 +4,27 @@ from __future__ import annotations
 
 import json
 import sys
+from multiprocessing import get_context
 
 import neighbour  # noqa: F401  # lies beside this file
-from torch.utils.data import DataLoader, Dataset
 
 
-class Numbers(Dataset):
+class Numbers:
     def __len__(self) -> int:
         return 4
 
     def __getitem__(self, number: int) -> int:
         return number
+
+
+def from_a_worker() -> list[int]:
+    """Numbers from a process that is spawned, which imports this script to know their class."""
+    if sys.argv[1] == "return":
+        from torch.utils.data import DataLoader
+
+        return [int(number) for number in DataLoader(Numbers(), num_workers=1, multiprocessing_context="spawn")]
+    with get_context("spawn").Pool(1) as pool:
+        return pool.map(Numbers().__getitem__, range(4))
 
 
 def fail() -> None:
@@ -23,7 +33,6 @@ def fail() -> None:
 
 if __name__ == "__main__":
     main = sys.modules["__main__"]
-    loader = DataLoader(Numbers(), num_workers=1, multiprocessing_context="spawn")
     sys.stdout.write(
         json.dumps(
             {
@@ -32,7 +41,7 @@ if __name__ == "__main__":
                 "file": __file__,
                 "main": main.__dict__ is globals(),
                 "spec": getattr(__spec__, "name", None),
-                "spawned": [int(each) for each in loader],
+                "spawned": from_a_worker(),
             }
         )
     )
