@@ -71,6 +71,7 @@ format: $(VENV)/.installed ## put the code into the house's format
 
 docs: export NO_MKDOCS_2_WARNING := 1
 docs: $(VENV)/.installed ## build the documentation into site/; a link or a name that leads nowhere is an error
+	$(BIN)/python docs/hooks.py
 	$(BIN)/mkdocs build --strict --quiet
 
 clean: ## delete the environments, the caches, the demo's output and what was built
