@@ -12,7 +12,7 @@ from ..layers.architectures import Neurons
 from ..layers.finding import Layer, attribute
 from ..names import clean_name
 from ..optim.shards import is_sharded
-from ..optim.units import Member, Units
+from ..optim.unit_operations import alive_here
 
 
 def dead_groups(model: nn.Module, layers: Sequence[Layer]) -> list[Tensor]:
@@ -30,16 +30,9 @@ def dead_groups(model: nn.Module, layers: Sequence[Layer]) -> list[Tensor]:
                 raise ValueError(
                     f"{member.param} is divided among processes; save the model, and shrink what from_pretrained gives."
                 )
-            zeros.append(wholly_zero(params[member.param], member, layer.units))
+            zeros.append(~alive_here(params[member.param], member, layer.units.count).cpu())
         found.append(dead(layer, zeros))
     return found
-
-
-@torch.no_grad()
-def wholly_zero(tensor: Tensor, member: Member[str], found: Units[str]) -> Tensor:
-    """Return which groups are wholly zero in one of their parameters, as booleans on the CPU."""
-    part = tensor.detach().narrow(member.dim, member.offset, found.count * member.size).movedim(member.dim, 0)
-    return ~part.reshape(found.count, -1).any(1).cpu()
 
 
 def dead(layer: Layer, zeros: Sequence[Tensor]) -> Tensor:

@@ -7,7 +7,8 @@ from typing import Any
 
 from torch import Tensor
 
-from .dead import dead, wholly_zero
+from ..optim.unit_operations import alive_here
+from .dead import dead
 from .model import layers_of, planned
 
 
@@ -90,7 +91,7 @@ class Estimator:
         if name in self._where and tensor.shape == self._shapes[name]:
             for place, index in self._where[name]:
                 found = self.layers[place].units
-                self._zeros[place][index] = wholly_zero(tensor, found.members[index], found)
+                self._zeros[place][index] = ~alive_here(tensor, found.members[index], found.count).cpu()
 
     def estimate(self) -> ShrinkEstimate | None:
         """Return what was found; None where tensors of the model have not been seen under its parameters' names."""

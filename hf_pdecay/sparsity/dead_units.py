@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..optim.distributed import all_sum, common_groups, first_index, local, span_of
-from ..optim.units import ELEMENT, Units, kind_of, n_of_m, units_of
+from ..optim.distributed import all_sum, common_groups, local, span_of
+from ..optim.unit_operations import alive_units
+from ..optim.units import ELEMENT, kind_of, n_of_m, units_of
 
 
 @dataclass(frozen=True)
@@ -42,28 +43,6 @@ class UnitSparsity:
         return f"{self.label}: {self.sparsity:.1%} of {self.groups:,} {'fit' if ':' in self.kind else 'dead'}"
 
 
-def alive(coupled: Units[int], params: Sequence[Tensor]) -> Tensor:
-    """Return which groups of a coupling have a weight that is not zero, as a bool tensor on the first one's device.
-
-    Of sharded parameters all processes must call it, and are told the same.
-    """
-    found: Tensor | None = None
-    spans = {place.param: span_of(params[place.param]) for place in coupled.members}
-    for place in coupled.members:
-        param = params[place.param]
-        weights = local(param.detach())
-        there = torch.zeros(param.shape[place.dim], dtype=torch.bool, device=weights.device)
-        first = first_index(spans[place.param], place.dim)
-        rows = (weights != 0).transpose(0, place.dim)
-        there[first : first + len(rows)] = rows.flatten(1).any(1) if rows.dim() > 1 else rows
-        own = there.narrow(0, place.offset, coupled.count * place.size).view(coupled.count, -1).any(1)
-        found = own if found is None else found | own.to(found.device)
-    if found is None:
-        raise ValueError(f"{coupled!r} has no members.")
-    groups = common_groups(list(spans.values()))
-    return all_sum(found.to(torch.int32), groups) > 0 if groups else found
-
-
 @torch.no_grad()
 def count_units(
     groups: Iterable[Mapping[str, Any]], params: Iterable[Sequence[Tensor]] | None = None
@@ -86,7 +65,7 @@ def count_units(
         blocks = n_of_m(kind)
         for each in units_of(group):
             if blocks is None:
-                units, died = each.count, (~alive(each, some)).sum()
+                units, died = each.count, (~alive_units(each, some)).sum()
             else:
                 param = some[each.members[0].param]
                 weights = local(param.detach()).movedim(each.members[0].dim, -1)
