@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from ..names import clean_name
 from ..optim.param_groups import is_decayed
 from ..optim.units import ELEMENT, n_of_m
-from ..rules.assign import group_table
+from ..rules.table import group_table
 from ..target.budgets import Budget
 from ..target.control import plan_target
 from ..target.pruning import wanted

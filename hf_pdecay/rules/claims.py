@@ -1,14 +1,12 @@
-"""Structured decay of a model: which rule takes which groups of weights, and how many of them are dead.
+"""Which rule takes each parameter, and which units the rules with a ``group`` take.
 
-The groups themselves, such as the neurons of a layer, are found in ``coupling``; how they decay is in
-``optim.grouped``.
+``layers`` finds the units, such as the neurons of a layer; ``optim.unit_decay`` decays them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from torch import Tensor, nn
 
@@ -16,134 +14,117 @@ from ..layers.finding import find_units
 from ..layers.matrices import matrix_units
 from ..optim.shards import full_shape
 from ..optim.units import ELEMENT, Units
+from .spec import Rule
 
 
 @dataclass(frozen=True)
 class Claim:
-    """What a rule says of groups.
+    """What a rule takes.
 
     Args:
-        pattern: The rule's pattern, for messages.
-        kind: What is to decay as one; ``"element"`` for a rule that has no groups, which comes first where it comes
-            first.
-        names: Names of the parameters that it matches.
+        rule: The rule.
+        units: The units that it takes, layer by layer; empty for a rule without ``group``.
     """
 
-    pattern: str
-    kind: str
-    names: frozenset[str]
+    rule: Rule
+    units: tuple[Units[str], ...] = ()
+
+    @property
+    def params(self) -> set[str]:
+        """Names of the parameters in which its units lie."""
+        return {member.param for layer in self.units for member in layer.members}
+
+    def __str__(self) -> str:
+        return f"{self.rule.text!r} (group={self.rule.group!r})"
 
 
-def claimed(
-    model: nn.Module, claims: Sequence[Claim], trainable: Mapping[str, Tensor], default: Collection[str]
-) -> list[list[Units[str]]]:
-    """Decide which groups each rule takes.
+def claims_by_name(
+    model: nn.Module,
+    matches: Mapping[Rule, Collection[str]],
+    trainable: Mapping[str, Tensor],
+    default: Collection[str],
+) -> dict[str, Claim]:
+    """Decide which rule takes each parameter.
 
-    A rule takes, whole, each layer's groups of its kind of which it matches a weight that decays by default, or any
-    parameter if it matches none that does. A layer whose weights all belong to rules before it, without groups or with
-    the same kind, it leaves to them.
+    A rule without ``group`` takes the parameters that it matches and that no rule before it has. A rule with a
+    ``group`` takes whole layers: all units of its kind in a layer of which it matches a parameter that decays by
+    default, or any parameter if it matches none of those. It skips a layer whose weights all belong to rules before it
+    that have no group or the same one.
 
     Args:
         model: Any module, wrapped or not.
-        claims: The rules in their order.
+        matches: For each rule, in order, names of the parameters that it matches.
         trainable: Trainable parameters by name.
-        default: Names of those that decay by default.
+        default: Names of the parameters that decay by default.
 
     Returns:
-        For each rule what it takes, nothing for those without groups.
+        Name of a parameter → the claim on it; without the parameters that no rule takes.
 
     Raises:
-        ValueError: If a rule finds no groups, a parameter would be in groups of two kinds or a layer's weights belong
-            to several rules, or a group has weights that are not trained.
+        ValueError: If a rule finds no units, a parameter would be in units of two kinds, the weights of a layer belong
+            to several rules, or a unit has weights that are not trained.
     """
-    owners: dict[str, Claim] = {}
-    taken: list[list[Units[str]]] = []
-    for claim in claims:
-        if claim.kind == ELEMENT:
-            for name in claim.names:
-                owners.setdefault(name, claim)
-            taken.append([])
+    claims: dict[str, Claim] = {}
+    for rule, names in matches.items():
+        if rule.group == ELEMENT:
+            for name in names:
+                claims.setdefault(name, Claim(rule))
             continue
-        wanted = claim.names & set(default) or claim.names
-        if claim.kind in ("neuron", "head", "rank"):
-            units = find_units(model, claim.kind)
-            found = [each for each in units if any(m.param in wanted for m in each.members)]
-        else:
-            found = matrix_units(model, claim.kind, wanted)
-        own = [each for each in found if not _belongs_to_others(each, claim, owners, trainable)]
-        if not own:
+        wanted = set(names) & set(default) or set(names)
+        layers = _layers(model, rule.group, wanted)
+        free = [layer for layer in layers if not _is_taken(layer, rule, claims, trainable)]
+        if not free:
+            why = f"what it matches is in no {rule.group}: {', '.join(sorted(wanted)[:3])}."
             raise ValueError(
-                f"Invalid lp_rules: {claim.pattern!r} has group={claim.kind!r}, and "
-                + (
-                    "rules before it have all that it matches."
-                    if found
-                    else f"what it matches is in no {claim.kind}: {', '.join(sorted(wanted)[:3])}."
-                )
+                f"Invalid lp_rules: {rule.text!r} has group={rule.group!r}, and "
+                f"{'rules before it have all that it matches.' if layers else why}"
             )
-        _check_apart(claim, own)
-        for each in own:
-            for member in each.members:
-                owners[member.param] = claim
-        taken.append(own)
-    return taken
+        _check_apart(rule, free)
+        claim = Claim(rule, tuple(free))
+        claims.update(dict.fromkeys(claim.params, claim))
+    return claims
 
 
-def _check_apart(claim: Claim, units: Sequence[Units[str]]) -> None:
-    """Raise ValueError if layers share a weight, such as a bias, which would be in groups of both."""
+def _layers(model: nn.Module, kind: str, wanted: Collection[str]) -> list[Units[str]]:
+    """The units of a kind, layer by layer, of the layers that have a wanted parameter."""
+    if kind not in ("neuron", "head", "rank"):
+        return matrix_units(model, kind, wanted)
+    return [layer for layer in find_units(model, kind) if any(member.param in wanted for member in layer.members)]
+
+
+def _check_apart(rule: Rule, layers: Sequence[Units[str]]) -> None:
+    """Raise ValueError if layers share a weight, such as a bias, which would be in units of both."""
     taken: dict[str, list[tuple[int, range, str]]] = {}
-    for each in units:
-        own = [(m.param, m.dim, range(m.offset, m.offset + each.count * m.size)) for m in each.members]
-        for name, dim, span in own:
-            for other_dim, other, layer in taken.get(name, []):
+    for layer in layers:
+        spans = [(m.param, m.dim, range(m.offset, m.offset + layer.count * m.size)) for m in layer.members]
+        for name, dim, span in spans:
+            for other_dim, other, other_layer in taken.get(name, []):
                 if other_dim != dim or (other.start < span.stop and span.start < other.stop):
                     raise ValueError(
-                        f"Invalid lp_rules: {claim.pattern!r} has group={claim.kind!r}, and {layer} and {each.name} "
-                        f"share {name}, which would be in groups of both; leave one of the two out of the rule."
+                        f"Invalid lp_rules: {rule.text!r} has group={rule.group!r}, and {other_layer} and {layer.name} "
+                        f"share {name}, which would be in {rule.group}s of both; leave one of the two out of the rule."
                     )
-        for name, dim, span in own:
-            taken.setdefault(name, []).append((dim, span, each.name))
+        for name, dim, span in spans:
+            taken.setdefault(name, []).append((dim, span, layer.name))
 
 
-def _belongs_to_others(
-    coupling: Units[str], claim: Claim, owners: Mapping[str, Claim], trainable: Mapping[str, Tensor]
-) -> bool:
-    names = {member.param for member in coupling.members}
+def _is_taken(layer: Units[str], rule: Rule, claims: Mapping[str, Claim], trainable: Mapping[str, Tensor]) -> bool:
+    """Whether a layer belongs to rules before this one; raise ValueError if a part of it does."""
+    names = {member.param for member in layer.members}
     frozen = sorted(names - trainable.keys())
     if frozen:
         raise ValueError(
-            f"Invalid lp_rules: {claim.pattern!r} has group={claim.kind!r}, and {frozen[0]}, in which groups of "
-            f"{coupling.name} lie, is not trained; set requires_grad, or leave {coupling.name} out of the rule."
+            f"Invalid lp_rules: {rule.text!r} has group={rule.group!r}, and {frozen[0]}, in which {rule.group}s of "
+            f"{layer.name} lie, is not trained; set requires_grad, or leave {layer.name} out of the rule."
         )
-    others = {name: owners[name] for name in sorted(names & owners.keys())}
+    others = {name: claims[name] for name in sorted(names & claims.keys())}
     matrices = {name for name in names if len(full_shape(trainable[name])) > 1}
-    alike = all(other.kind in (ELEMENT, claim.kind) for other in others.values())
+    alike = all(other.rule.group in (ELEMENT, rule.group) for other in others.values())
     if others and alike and matrices <= others.keys():
         return True
     for name, other in others.items():
         raise ValueError(
-            f"Invalid lp_rules: {name} is in groups of {claim.pattern!r} (group={claim.kind!r}) and belongs to "
-            f"{other.pattern!r} (group={other.kind!r}) too; it can be in one of the two only. Make one of the patterns "
-            "narrower."
+            f"Invalid lp_rules: {name} is claimed by {Claim(rule)} and by {other}; only one rule can have it. Make "
+            "one of the patterns narrower."
         )
     return False
-
-
-def as_data(units: Iterable[Units[str]], names: Sequence[str]) -> list[dict[str, Any]]:
-    """Return units as a param group carries them: plain data, with parameters by their index.
-
-    Args:
-        units: The groups.
-        names: Names of the parameters of the param group, in order.
-    """
-    index = {name: number for number, name in enumerate(names)}
-    return [
-        {
-            "kind": each.kind,
-            "count": each.count,
-            "name": each.name,
-            "members": [
-                {"param": index[m.param], "dim": m.dim, "size": m.size, "offset": m.offset} for m in each.members
-            ],
-        }
-        for each in units
-    ]

@@ -1,4 +1,4 @@
-"""What ``lp_rules`` says, read and checked; needs no model."""
+"""``lp_rules``, read and checked; needs no model."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ _RULE_KEYS = ("p_norm", "lambda_p", "target_sparsity", "group")
 
 @dataclass(frozen=True)
 class Rule:
-    """What ``lp_rules`` says of the parameters that a pattern matches.
+    """One entry of ``lp_rules``.
 
     Args:
-        pattern: A regular expression, searched for anywhere in the parameter's name.
-        p_norm: p for them; None for the run's own.
-        lambda_p: λ_p for them; None for the run's own.
-        target_sparsity: Fraction of them that is to be zero, 0 to leave them to their λ_p; None for a share in
-            the run's own target.
+        pattern: A regular expression, searched for anywhere in a parameter's name.
+        p_norm: p of the parameters that it matches; None for that of the run.
+        lambda_p: λ_p of them; None for that of the run.
+        target_sparsity: Fraction of zeros asked for in them, 0 to leave them to their λ_p; None for a share in the
+            target of the run.
         group: What decays as one: ``"element"``, ``"row"``, ``"column"``, ``"neuron"``, ``"head"``, ``"rank"`` or N:M.
-        off: Whether they are left undecayed.
+        off: Whether they do not decay.
     """
 
     pattern: re.Pattern[str]
@@ -42,63 +42,68 @@ class Rule:
     group: str = ELEMENT
     off: bool = False
 
+    @property
+    def text(self) -> str:
+        """The pattern as a string."""
+        return self.pattern.pattern
+
 
 def load_rules(spec: str | RuleSpec | None) -> dict[str, Any]:
-    """Read ``lp_rules`` from JSON text, from a JSON file or from a mapping, and check it.
+    """Read ``lp_rules`` from a JSON string, from a JSON file or from a mapping, and check it.
 
     Args:
-        spec: JSON text that starts with ``{``, the path of a JSON file, a mapping, or None for no rules. Keys are
+        spec: A JSON string that starts with ``{``, the path of a JSON file, a mapping, or None for no rules. Keys are
             regular expressions over parameter names; values are ``"off"`` or objects with ``p_norm``, ``lambda_p``,
             ``target_sparsity`` and ``group``.
 
     Returns:
-        The rules as a plain dict in their order, the first match of which wins.
+        The rules as a plain dict in their order; the first match wins.
 
     Raises:
-        ValueError: If the file is missing or not JSON, a pattern does not compile, a key is there twice, or a key or
-            value is not known.
+        ValueError: If the file is missing or not JSON, a pattern does not compile, a key appears twice, or a key or
+            value is unknown.
     """
     if spec is None:
         return {}
     if isinstance(spec, str):
-        text, where = spec, "the text given"
+        text, where = spec, "the given string"
         if not spec.lstrip().startswith(("{", "[")):
             where = spec
             try:
                 text = Path(spec).expanduser().read_text(encoding="utf-8")
             except (OSError, UnicodeDecodeError) as error:
                 raise ValueError(
-                    f"Invalid lp_rules: cannot read the file {spec!r} ({error}); give a JSON file, or JSON text that "
-                    "starts with '{'."
+                    f"Invalid lp_rules: cannot read the file {spec!r} ({error}); give a JSON file, or a JSON string "
+                    "that starts with '{'."
                 ) from error
         try:
             spec = json.loads(text, object_pairs_hook=partial(_once, where))
         except json.JSONDecodeError as error:
             raise ValueError(
-                f'Invalid lp_rules: {where} is not JSON ({error}); right would be {{"attn": {{"p_norm": 0.5}}}}.'
+                f'Invalid lp_rules: {where} is not JSON ({error}); valid would be {{"attn": {{"p_norm": 0.5}}}}.'
             ) from error
     if not isinstance(spec, Mapping):
-        raise ValueError(f"Invalid lp_rules: lp_rules={spec!r}; it must be an object of pattern → settings.")
+        raise ValueError(f"Invalid lp_rules: lp_rules={spec!r}; it must be a JSON object of pattern → settings.")
     rules = dict(spec)
     parse_rules(rules)
     return rules
 
 
 def _once(where: str, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """An object of JSON, whose keys, of which json would take the last without a word, must differ."""
-    found: dict[str, Any] = {}
+    """Build a JSON object, whose keys must differ: json would silently take the last of equal keys."""
+    result: dict[str, Any] = {}
     for key, value in pairs:
-        if key in found:
+        if key in result:
             raise ValueError(f"Invalid lp_rules: {where} has {key!r} twice in one object; give it once.")
-        found[key] = value
-    return found
+        result[key] = value
+    return result
 
 
 def parse_rules(rules: RuleSpec) -> list[Rule]:
     """Turn checked or unchecked rules into :class:`Rule` objects, in their order.
 
     Raises:
-        ValueError: If a pattern does not compile, or a key or value is not known.
+        ValueError: If a pattern does not compile, or a key or value is unknown.
     """
     return [_parse_rule(pattern, settings) for pattern, settings in rules.items()]
 
@@ -129,7 +134,7 @@ def _parse_rule(pattern: str, settings: Any) -> Rule:
             group=group,
             p_norm=check_p_norm(settings["p_norm"]) if "p_norm" in settings else None,
             lambda_p=check_lambda_p(settings["lambda_p"]) if "lambda_p" in settings else None,
-            # None is a share in the run's own target; 0 is none at all.
+            # None means a share in the target of the run; 0 means no target.
             target_sparsity=None
             if settings.get("target_sparsity") is None
             else check_target(settings["target_sparsity"]) or 0.0,

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .._version import __version__
-from ..rules.assign import lambda_text
+from ..rules.table import lambda_text
 from .counting import SparsityReport
 
 

@@ -18,7 +18,8 @@ from ..files import remove_leftovers, write_text
 from ..optim.adamw_lp import AdamWLp
 from ..optim.param_groups import is_decayed
 from ..optim.shards import group_params, is_sharded, settle
-from ..rules.assign import decayed_parameter_names, group_table
+from ..rules.assign import decayed_parameter_names
+from ..rules.table import group_table
 from ..sparsity.counting import NEAR_ZERO_THRESHOLD, REPORT_FILE, SparsityReport, measure_sparsity, measure_with_extra
 from ..sparsity.dead_units import count_units
 from ..sparsity.history import HISTORY_FILE, PICTURE_FILE, append_line, read_history

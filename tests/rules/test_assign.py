@@ -7,14 +7,10 @@ import torch
 from torch import nn
 
 from hf_pdecay.layers.matrices import decayable_parameter_names
-from hf_pdecay.rules.assign import (
-    assign,
-    build_param_groups,
-    clean_name,
-    decayed_parameter_names,
-    group_table,
-    load_rules,
-)
+from hf_pdecay.names import clean_name
+from hf_pdecay.rules.assign import assign, build_param_groups, decayed_parameter_names
+from hf_pdecay.rules.spec import load_rules
+from hf_pdecay.rules.table import group_table
 
 from ..helpers.models import ARCHITECTURES, build, tiny_gpt2
 
@@ -191,9 +187,9 @@ def test_a_frozen_parameter_is_no_match() -> None:
         ({"a": {"lambda_p": -1}}, "lambda_p=-1; it must be"),
         ({"a": {"p_norm": float("nan")}}, "p_norm=nan"),
         ("{not json", "is not JSON"),
-        ("[1, 2]", "must be an object"),
+        ("[1, 2]", "must be a JSON object"),
         ('{"a": "off"', "is not JSON"),
-        ('{"a": "off", "b": {}, "a": {"p_norm": 0.5}}', "the text given has 'a' twice in one object; give it once"),
+        ('{"a": "off", "b": {}, "a": {"p_norm": 0.5}}', "the given string has 'a' twice in one object; give it once"),
         ('{"a": {"p_norm": 0.5, "p_norm": 0.8}}', "has 'p_norm' twice"),
         ("missing.json", "cannot read the file 'missing.json'"),
     ],
@@ -212,7 +208,7 @@ def test_rules_come_from_text_file_or_dict(tmp_path: object) -> None:
     assert list(load_rules(str(file))) == ["attn", "mlp"]
     assert load_rules(None) == {}
     file.write_text("[1]")
-    with pytest.raises(ValueError, match="must be an object"):
+    with pytest.raises(ValueError, match="must be a JSON object"):
         load_rules(str(file))
 
 

@@ -76,7 +76,7 @@ def test_rules_before_it_keep_what_they_have() -> None:
 def test_a_bias_of_two_layers_is_in_rows_of_one(layers: tuple[nn.Module, nn.Module]) -> None:
     model = nn.ModuleDict({"one": layers[0], "other": layers[1]})
     model["other"].bias = model["one"].bias
-    words = "'one|other' has group='row', and one and other share one.bias, which would be in groups of both; leave one"
+    words = "'one|other' has group='row', and one and other share one.bias, which would be in rows of both; leave one"
     with pytest.raises(ValueError, match=words.replace("|", r"\|")):
         groups_of(model, {"one|other": {"group": "row"}})
     for pattern in ("one", "other"):

@@ -260,12 +260,12 @@ def test_a_forecast_of_groups(make_args: MakeArgs, tokens: Any, caplog: pytest.L
         (
             {"mlp": {"group": "neuron"}, "down_proj": {"group": "2:4"}},
             {},
-            r"down_proj.weight is in groups of 'down_proj' \(group='2:4'\) and belongs to 'mlp' \(group='neuron'\)",
+            r"down_proj.weight is claimed by 'down_proj' \(group='2:4'\) and by 'mlp' \(group='neuron'\)",
         ),
         (
             {"up_proj": {"p_norm": 0.5}, "mlp": {"group": "neuron"}},
             {},
-            r"up_proj.weight is in groups of 'mlp' \(group='neuron'\) and belongs to 'up_proj' \(group='element'\)",
+            r"up_proj.weight is claimed by 'mlp' \(group='neuron'\) and by 'up_proj' \(group='element'\)",
         ),
         ({"mlp": "off", "mlp.": {"group": "neuron"}}, {}, "rules before it have all that it matches"),
         ({"mlp": {"group": "neuron", "p_norm": 2, "target_sparsity": 0.5}}, {}, "p_norm=2 with a target_sparsity"),
@@ -285,7 +285,7 @@ def test_frozen_members_are_refused(make_args: MakeArgs, tokens: Any) -> None:
     model = build("llama")
     model.model.layers[1].mlp.gate_proj.weight.requires_grad_(False)
     with pytest.raises(
-        ValueError, match=r"layers\.1\.mlp\.gate_proj\.weight, in which groups of .* lie, is not trained"
+        ValueError, match=r"layers\.1\.mlp\.gate_proj\.weight, in which neurons of .* lie, is not trained"
     ):
         args = make_args(lp_rules={"mlp": {"group": "neuron"}})
         PDecayTrainer(model=model, args=args, train_dataset=tokens)

@@ -1,0 +1,53 @@
+"""The table of param groups that a run prints before it starts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from ..optim.param_groups import is_decayed
+from ..optim.shards import full_numel
+from ..optim.units import ELEMENT, kind_of
+
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+
+def lambda_text(group: Mapping[str, Any]) -> str:
+    """Return a group's λ_p as a string, or the sparsity that sets it."""
+    asked, kind = group.get("asked_sparsity"), kind_of(group)
+    if asked is None:
+        return f"{group['lambda_p']:g}"
+    return f"for {asked:.4g} zeros" if kind == ELEMENT or ":" in kind else f"for {asked:.4g} of the {kind}s"
+
+
+def group_table(groups: Sequence[Mapping[str, Any]], params: Sequence[Sequence[Tensor]] | None = None) -> Table:
+    """Return a rich table of param groups: tensors, parameters, p, λ_p and weight decay of each.
+
+    Args:
+        groups: An optimizer's ``param_groups``.
+        params: The model's parameters in each group, if the groups hold others.
+    """
+    from rich.table import Table
+
+    table = Table(title="Parameter groups")
+    table.add_column("rule", overflow="fold")
+    with_kind = any(kind_of(group) != ELEMENT for group in groups)
+    for heading in (*(["group"] if with_kind else []), "tensors", "parameters", "p", "λ_p", "weight decay"):
+        table.add_column(heading, justify="right")
+    lists = [group["params"] for group in groups] if params is None else params
+    for number, (group, tensors) in enumerate(zip(groups, lists, strict=True)):
+        decayed = is_decayed(group)
+        table.add_row(
+            group.get("rule", f"group {number}"),
+            *([kind_of(group) if decayed else "-"] if with_kind else []),
+            f"{len(tensors):,}",
+            f"{sum(map(full_numel, tensors)):,}",
+            f"{group.get('p_norm_end', group['p_norm']):g}" if decayed else "-",
+            lambda_text(group) if decayed else "-",
+            f"{group['weight_decay']:g}",
+        )
+    return table
