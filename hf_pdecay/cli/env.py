@@ -52,7 +52,7 @@ def describe() -> dict[str, str]:
     """
     import torch
 
-    from ..optim.backends import MIN_COMPILED, Backend
+    from ..optim.backends import MIN_COMPILED, BackendChoice
 
     facts = {"hf-pdecay": __version__, "python": platform.python_version(), "platform": platform.platform()}
     facts |= {package: _version(package) for package in _PACKAGES}
@@ -67,7 +67,7 @@ def describe() -> dict[str, str]:
     facts["CUDA of torch"] = torch.version.cuda or "none"
     facts["C++ compiler"] = _compiler()
     for kind in kinds:
-        backend, reason = Backend().choice(kind, MIN_COMPILED, decays=True)
+        backend, reason = BackendChoice().choice(kind, MIN_COMPILED, decays=True)
         facts[f"backend auto on {kind}"] = f"{backend}, as {reason}"
     return facts
 

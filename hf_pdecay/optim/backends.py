@@ -1,4 +1,4 @@
-"""How a step is computed: which backend does which tensor, and why."""
+"""Which backend computes the step of which tensor, and why."""
 
 from __future__ import annotations
 
@@ -6,19 +6,17 @@ import functools
 import importlib.util
 import logging
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
+from ..checks import check_choice
 from . import foreach, reference
 from .cpu import step as compiled
 from .gradients import grads_finite
 from .tensor_step import TensorStep
 
-
-if TYPE_CHECKING:
-    from .gpu import step as triton_step
 
 logger = logging.getLogger(__name__)
 
@@ -28,86 +26,126 @@ BACKENDS = ("auto", "compiled", "triton", "foreach", "reference")
 MIN_COMPILED = 1 << 16
 
 
-def check_backend(backend: object) -> None:
-    """Check the argument.
-
-    Raises:
-        ValueError: If it is not one of :data:`BACKENDS`.
-    """
-    if backend not in BACKENDS:
-        raise ValueError(f"Invalid backend: backend={backend!r}; it must be one of {', '.join(BACKENDS)}.")
-
-
-class Part:
-    """Tensors of one step that one backend does.
-
-    Args:
-        name: The backend.
-        steps: The tensors, none of which it refuses.
-        careful: Whether they are spared a step with NaN or infinite gradients.
-        indices: Which of the tensors of the step they are.
+class Backend(Protocol):
+    """The step of some tensors, computed in one way.
 
     Attributes:
-        batch: What can be done again while the tensors are the same, and holds no gradient; None for the backends of
-            plain operations.
+        shrunk: Indices of the tensors whose structured decay the step does too.
+        repeats: Whether the step can be repeated while the tensors stay where they are. Such a backend holds addresses
+            of gradients and not the gradients, which the caller must keep alive.
     """
 
-    def __init__(self, name: str, steps: Sequence[TensorStep], careful: bool, indices: Sequence[int] = ()) -> None:
-        self.name = name
-        self.careful = careful
-        self.indices = indices
-        self.batch: compiled.Batch | triton_step.Batch | None = None
-        self.steps: Sequence[TensorStep] = steps
-        if name in ("compiled", "triton"):
-            self.batch = compiled.Batch(steps) if name == "compiled" else _triton().Batch(steps)
+    shrunk: Sequence[int]
+    repeats: bool
 
-    def release(self) -> None:
-        """Let the gradients go, which a batch finds by their addresses; whoever calls it keeps them alive."""
-        self.steps = ()
+    def __init__(self, steps: Sequence[TensorStep]) -> None:
+        """Prepare the step of tensors, none of which :meth:`refusal` refuses. Nothing is written yet."""
 
-    @property
-    def shrunk(self) -> list[int]:
-        """Which of the tensors of the step have their structured decay done here."""
-        return [] if self.batch is None else [self.indices[index] for index in self.batch.shrunk]
+    @staticmethod
+    def refusal(each: TensorStep, /) -> str | None:
+        """Return why the backend cannot step a tensor, or None."""
 
-    def run(self, finite: bool | Tensor = True) -> None:
-        """Do one step on each tensor, in place; where ``finite`` is false nothing is written."""
-        if self.batch is not None:
-            self.batch.step(finite)
-        elif self.name == "reference":
-            reference.step(self.steps, finite)
-        else:
-            foreach.step(self.steps, finite)
+    def point(self, addresses: Sequence[int]) -> None:
+        """Take the gradients at these addresses, if everything else is as before; for a backend that repeats."""
+
+    def all_finite(self) -> bool | Tensor:
+        """Return whether all gradients are finite, as a 0-dim tensor where the host would have to wait."""
+
+    def step(self, finite: bool | Tensor = True) -> None:
+        """Step each tensor, in place; where ``finite`` is false nothing is written."""
 
 
-def all_finite(parts: Sequence[Part]) -> bool | Tensor:
-    """Whether all gradients are finite: a bool on a CPU, else a 0-dim tensor, for which the host does not wait."""
-    found: bool | Tensor = True
-    for part in parts:
-        finite = grads_finite([each.grad for each in part.steps]) if part.batch is None else part.batch.all_finite()
-        if isinstance(finite, Tensor) and isinstance(found, Tensor):
-            found = found & finite.to(found.device)
+class Foreach:
+    """The step in plain torch operations, see ``foreach.py``."""
+
+    shrunk: Sequence[int] = ()
+    repeats = False
+
+    def __init__(self, steps: Sequence[TensorStep]) -> None:
+        self._steps = steps
+
+    @staticmethod
+    def refusal(_: TensorStep) -> str | None:
+        """Return None: plain operations step every tensor."""
+        return None
+
+    def point(self, addresses: Sequence[int]) -> None:
+        """Do not call: plain operations do not repeat."""
+        raise NotImplementedError
+
+    def all_finite(self) -> bool | Tensor:
+        """Return whether all gradients are finite."""
+        return grads_finite([step.grad for step in self._steps])
+
+    def step(self, finite: bool | Tensor = True) -> None:
+        """Step each tensor, in place."""
+        foreach.step(self._steps, finite)
+
+
+class Reference(Foreach):
+    """The step as the formulas say it, see ``reference.py``."""
+
+    def step(self, finite: bool | Tensor = True) -> None:
+        """Step each tensor, in place."""
+        reference.step(self._steps, finite)
+
+
+def backend_of(name: str) -> type[Backend]:
+    """Return the backend with a name of :data:`BACKENDS` other than ``"auto"``."""
+    if name == "triton":
+        from .gpu import step as triton_step  # imports triton, which takes its time
+
+        return triton_step.Batch
+    backends: dict[str, type[Backend]] = {"compiled": compiled.Batch, "foreach": Foreach, "reference": Reference}
+    return backends[name]
+
+
+class Share(NamedTuple):
+    """The tensors of a step that one backend does.
+
+    Attributes:
+        backend: Does them.
+        indices: Their indices among the tensors of the step.
+        careful: Whether a NaN or infinite gradient skips their step.
+    """
+
+    backend: Backend
+    indices: Sequence[int]
+    careful: bool
+
+
+def all_finite(backends: Sequence[Backend]) -> bool | Tensor:
+    """Return whether all gradients are finite: a bool on a CPU, else a 0-dim tensor; the host does not wait."""
+    result: bool | Tensor = True
+    for backend in backends:
+        finite = backend.all_finite()
+        if isinstance(finite, Tensor) and isinstance(result, Tensor):
+            result = result & finite.to(result.device)
         elif isinstance(finite, Tensor):
-            found = finite if found else found
+            result = finite if result else result
         elif not finite:
             return False
-    return found
+    return result
 
 
-class Backend:
-    """The backend of an optimizer: what was asked for, and what that came to on each kind of device.
+class BackendChoice:
+    """The backends of an optimizer.
 
     Args:
         name: One of :data:`BACKENDS`.
 
     Attributes:
-        chosen: For each device type that has done a step, the backend and the reason for it.
+        chosen: For each device type that has done a step, the name of the backend and the reason for it.
     """
 
     def __init__(self, name: str = "auto") -> None:
-        check_backend(name)
+        check_choice("backend", name, BACKENDS)
         self.name = name
         self.chosen: dict[str, tuple[str, str]] = {}
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Copy and pickle what was asked for; a copy chooses anew."""
+        return BackendChoice, (self.name,)
 
     def choice(self, device: str, numel: int, decays: bool) -> tuple[str, str]:
         """Return the backend for a type of device and the reason, which are logged once.
@@ -118,7 +156,7 @@ class Backend:
             decays: Whether any of them decays or keeps its zeros.
         """
         if self.name == "auto" and device == "cpu" and not decays:
-            dense = "foreach", "nothing decays, and by plain operations the step is torch's AdamW to the bit"
+            dense = "foreach", "nothing decays, and by plain operations the step is bit-identical to torch's AdamW"
             _say(logging.INFO, device, *dense)
             return dense
         if device not in self.chosen:
@@ -128,42 +166,46 @@ class Backend:
             self.chosen[device] = name, reason
         return self.chosen[device]
 
-    def assign(self, steps: Sequence[TensorStep]) -> list[Part]:
+    def assign(self, steps: Sequence[TensorStep]) -> list[Share]:
         """Return which backend does which tensors. Nothing is written yet.
 
         Raises:
             ValueError: If a backend other than ``auto`` was asked for and cannot do a tensor.
         """
         alike: dict[tuple[str, bool], list[int]] = {}
-        for index, each in enumerate(steps):
-            device = "cpu" if each.param.is_cpu else each.param.device.type
-            alike.setdefault((device, each.hyper.skip_nonfinite), []).append(index)
+        for index, step in enumerate(steps):
+            device = "cpu" if step.param.is_cpu else step.param.device.type
+            alike.setdefault((device, step.hyper.skip_nonfinite), []).append(index)
         # Of all tensors of the step: a group without decay beside one with it takes the same backend.
-        decays = any(each.hyper.decays or each.hyper.keep_zeros for each in steps)
-        splits = []
-        for (device, careful), some in alike.items():
-            numel = 0 if device in self.chosen else sum(e.param.numel() for e in steps if e.param.device.type == device)
+        decays = any(step.hyper.decays or step.hyper.keep_zeros for step in steps)
+        # First all refusals, so that a step that is refused has made nothing.
+        splits: list[tuple[type[Backend], list[int], bool]] = []
+        for (device, careful), indices in alike.items():
+            numel = 0 if device in self.chosen else sum(s.param.numel() for s in steps if s.param.device.type == device)
             name, _ = self.choice(device, numel, decays)
-            splits += [(*split, careful) for split in self._split(name, steps, some)]
-        return [Part(name, [steps[index] for index in some], careful, some) for name, some, careful in splits]
+            taken = self._taken(name, steps, indices)
+            left = [index for index in indices if index not in taken]
+            splits += [(backend_of(name), list(taken), careful), (Foreach, left, careful)]
+        return [
+            Share(backend([steps[index] for index in indices]), indices, careful)
+            for backend, indices, careful in splits
+            if indices
+        ]
 
-    def _split(self, name: str, steps: Sequence[TensorStep], some: list[int]) -> list[tuple[str, list[int]]]:
-        """Part the tensors that a backend does from those that it refuses, which `auto` leaves to `foreach`."""
-        if name in ("foreach", "reference"):
-            return [(name, some)]
-        refusal = compiled.refusal if name == "compiled" else _triton().refusal
-        taken: list[int] = []
-        refused: list[int] = []
-        for index in some:
-            each = steps[index]
-            reason = refusal(each)
-            if reason is not None and self.name != "auto":
+    def _taken(self, name: str, steps: Sequence[TensorStep], indices: Sequence[int]) -> dict[int, None]:
+        """Return the tensors that a backend does not refuse, as the keys; ``auto`` leaves the others to `foreach`."""
+        backend = backend_of(name)
+        taken: dict[int, None] = {}
+        for index in indices:
+            reason = backend.refusal(steps[index])
+            if reason is None:
+                taken[index] = None
+            elif self.name != "auto":
                 raise ValueError(
-                    f"backend={name!r} cannot do the step of a tensor of shape {tuple(each.param.shape)}: {reason}. "
-                    "Take backend='auto' or 'foreach'."
+                    f"backend={name!r} cannot do the step of a tensor of shape {tuple(steps[index].param.shape)}: "
+                    f"{reason}. Take backend='auto' or 'foreach'."
                 )
-            (taken if reason is None else refused).append(index)
-        return [(each, those) for each, those in ((name, taken), ("foreach", refused)) if those]
+        return taken
 
 
 @functools.cache
@@ -190,9 +232,3 @@ def has_triton(device: torch.device | str | None) -> bool:
     """Whether there are Triton kernels for a device, or a type of it."""
     kind = getattr(device, "type", device)
     return kind in ("cuda", "xpu") and importlib.util.find_spec("triton") is not None
-
-
-def _triton():  # type: ignore[no-untyped-def]
-    from .gpu import step as triton_step  # imports triton, which takes its time
-
-    return triton_step

@@ -81,6 +81,10 @@ class Awakening:
     def __init__(self) -> None:
         self._asked: list[_Question] = []
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Copy and pickle no question: a copy asks anew."""
+        return Awakening, ()
+
     def ask(self, states: Mapping[Tensor, dict[str, Any]]) -> None:
         """Have the entries of tensors that may be asleep copied, unless an earlier question is still open.
 

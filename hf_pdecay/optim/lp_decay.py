@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -11,54 +10,52 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer
 
 from ..checks import check_lambda_p, check_p_norm
+from .base import DecayOptimizer
 from .bases import check_base, is_schedule_free, takes_found_inf
 from .decay_after_step import can_compile, copies, decay_weights, on_device, rate_on
 from .distributed import Owners, agreed_finite, is_dtensor, local, shard_place
 from .dormancy import Awakening, dormant_entry, is_awake, placed
-from .gradients import check_dense, count_skipped, finite_by_norm, grads_finite, skipped_steps
-from .param_groups import steps_decay
+from .gradients import check_dense, finite_by_norm, grads_finite
+from .param_groups import LAMBDA_P, P_NORM, steps_decay
 from .parts import Part, parts, step_part
-from .tensor_step import Decay, Stepped, smallest
+from .tensor_step import Decay, Stepped, noise_place, smallest
 from .unit_decay import UnitDecay
 from .units import ELEMENT, check_units, kind_of
 from .validation import check_decay_settings, check_real, check_saved_groups
 
 
-class LpDecay(Optimizer):
+class LpDecay(DecayOptimizer):
     r"""Decoupled weight decay for any p norm around another optimizer.
 
-    Each step is the base optimizer's, whatever that is, followed by the shrink that :class:`~hf_pdecay.AdamWLp` does,
-    whose factor comes from the weight before the step:
+    Each step is the base optimizer's, followed by the decay of :class:`~hf_pdecay.AdamWLp`, whose factor comes from the
+    weight before the step:
 
         w_{n+1} = w' · s / (s + α λ_p),   s = |w_n|^(2-p)         p < 2
         w_{n+1} = w' / (1 + α λ_p |w_n|^(p-2))                    p >= 2
 
-    with w' what the base made of w_n and α the group's ``lr`` (https://huggingface.co/papers/2404.10824, algorithm 1,
-    with another optimizer in the place of Adam). Around ``torch.optim.AdamW`` it is ``AdamWLp``, to rounding, and
-    slower. The base's own ``weight_decay`` keeps its meaning.
+    with w' the weight after the base's step and α the group's ``lr`` (https://huggingface.co/papers/2404.10824,
+    algorithm 1, with another optimizer in place of Adam). Around ``torch.optim.AdamW`` it equals ``AdamWLp`` to
+    rounding, and is slower. The base's own ``weight_decay`` keeps its meaning.
 
-    The param groups, the defaults and the state are the base's own objects, so that schedulers, ``SparsityControl`` and
-    checkpoints find in one place what both need. A checkpoint of the base alone loads too.
+    The param groups, the defaults and the state are the base's own objects, so schedulers, ``SparsityControl`` and
+    checkpoints find everything in one place. A checkpoint of the base alone loads too.
 
-    - Zero absorbs, dormant tensors sleep, zeros are kept, and groups of weights decay as one, as in ``AdamWLp``.
-    - Memory: while the base steps, a copy of the weights that decay or keep their zeros, of their dtype; nothing
-      between steps. torch's optimizers, which step each tensor by itself, do so in parts of which one is copied at a
-      time; others step all weights at once.
-    - bfloat16 and float16 weights shrink in float32 and are rounded stochastically, by bits that depend on the step and
-      the place of the weight only. The base rounds its own result before that, as it does without the decay: torch's
-      optimizers to nearest, so that updates below half of the last bit are lost, and what a base of another library
-      does is its own affair.
-    - A step with a NaN or infinite gradient is skipped and counted, and the base does not see it, see
-      :attr:`skipped_steps`. On an accelerator that takes one wait for the device a step, as it does in ``GradScaler``,
-      unless the base can be told on the device (torch's optimizers with ``fused=True``) or ``skip_nonfinite`` is False.
-      The decay itself never waits.
-    - A closure is called once, before the step.
-    - Schedule-free optimizers train y and are used at x, an average of y and of z, which they keep: y decays as
-      above, and z by the same factors, so that x shrinks by them too, and is zero where y is.
+    - Zero absorbs, dormant tensors sleep, zeros are kept, and units decay as one, as in ``AdamWLp``.
+    - Memory: while the base steps, a copy of the weights that decay or keep their zeros, in their dtype; nothing
+      between steps. torch's optimizers that step each tensor by itself step batches of tensors, one of which is copied
+      at a time; others step all weights at once.
+    - bfloat16 and float16 weights decay in float32 and are rounded stochastically, by bits that depend only on the step
+      and the place of the weight. The base rounds its own result before that. torch's optimizers round to nearest,
+      which loses updates below half of the last bit; other libraries' optimizers use their own rounding.
+    - A step with a NaN or infinite gradient is skipped and counted before the base sees it, see :attr:`skipped_steps`.
+      On an accelerator that takes one wait for the device a step, as in ``GradScaler``, unless the base can be told on
+      the device (torch's optimizers with ``fused=True``) or ``skip_nonfinite`` is False. The decay itself never waits.
+    - Schedule-free optimizers train y and are used at x, an average of y and of their own z: y decays as above and z by
+      the same factors, so x shrinks by them too, and is zero where y is.
 
     Args:
         base_optimizer: The optimizer, whose groups may name their own ``p_norm``, ``lambda_p`` and ``keep_zeros``. It
-            is to be stepped through this one from now on.
+            must be stepped through this one from now on.
         p_norm: p, above 0. Below 2 weights become exactly zero.
         lambda_p: λ_p, at least 0. The penalty minimised is (λ_p / p) ‖w‖_p^p.
         keep_zeros: Whether weights that are zero stay zero, also where λ_p or the learning rate is 0.
@@ -66,9 +63,9 @@ class LpDecay(Optimizer):
 
     Raises:
         TypeError: If ``base_optimizer`` is not an optimizer.
-        ValueError: If a hyperparameter is out of its range, a parameter is not real and floating-point, or it is a base
-            around which the decay would be wrong: one that steps within backward, needs a closure, finds its step size
-            itself, or decays already.
+        ValueError: If a hyperparameter is out of its range, a parameter is not real and floating-point, or the decay
+            would be wrong around the base: it steps within backward, needs a closure, finds its step size itself, or
+            decays already.
 
     Example:
         >>> optimizer = LpDecay(torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9), p_norm=0.8, lambda_p=0.001)
@@ -77,14 +74,13 @@ class LpDecay(Optimizer):
     """
 
     base: Optimizer
-    grad_norm: Tensor | float | None
 
     def __init__(
         self,
         base_optimizer: Optimizer,
         *,
-        p_norm: float = 0.8,
-        lambda_p: float = 0.01,
+        p_norm: float = P_NORM,
+        lambda_p: float = LAMBDA_P,
         keep_zeros: bool = False,
         skip_nonfinite: bool = True,
     ) -> None:
@@ -107,7 +103,7 @@ class LpDecay(Optimizer):
         for group in base_optimizer.param_groups:
             for name, value in settings.items():
                 group.setdefault(name, value)
-        # Not Optimizer.__init__, which would make groups and state of its own. This makes the hooks alone.
+        # Not Optimizer.__init__, which would make groups and state of its own. This makes only the hooks.
         self.__setstate__({"base": base_optimizer})
 
     @property
@@ -137,41 +133,19 @@ class LpDecay(Optimizer):
     def defaults(self, defaults: dict[str, Any]) -> None:
         self.base.defaults = defaults
 
-    @property
-    def skipped_steps(self) -> int:
-        """Number of steps skipped for NaN or infinite gradients. Reading it synchronises with the device."""
-        return skipped_steps(self.param_groups)
-
     def __getstate__(self) -> dict[str, Any]:
         """Return what a pickle or a copy holds."""
         return {"base": self.base}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restore from a pickle or a copy."""
-        # Whoever has taken the norm of all gradients, to clip them, may leave it at `grad_norm` before a step: a finite
-        # norm saves the look at the gradients.
-        super().__setstate__({"grad_norm": None, "_awakening": Awakening(), **state})
+        super().__setstate__({"_awakening": Awakening(), **state})
 
     def __repr__(self) -> str:
         return f"LpDecay({self.base!r})"
 
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group of parameters, whose missing hyperparameters are the optimizer's defaults.
-
-        Raises:
-            ValueError: If a hyperparameter of the decay is out of its range, or a parameter is not real and
-                floating-point.
-        """
-        check_decay_settings({**self.defaults, **param_group})
-        before = len(self.param_groups)
+    def _append(self, param_group: dict[str, Any]) -> None:
         self.base.add_param_group(param_group)
-        try:
-            for group in self.param_groups[before:]:
-                check_real(group["params"], "LpDecay")
-                check_units(group)
-        except ValueError:
-            del self.param_groups[before:]
-            raise
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Reset the gradients, as the base does."""
@@ -187,16 +161,16 @@ class LpDecay(Optimizer):
         """Put a schedule-free base into evaluation mode, with zeros where the trained weights have them."""
         if not is_schedule_free(self.base):
             return
-        for group in filter(_decays, self.param_groups):
+        for group in filter(_changes_weights, self.param_groups):
             for param in group["params"]:
                 state = self.state.get(param)
-                # What a control has set to zero since the last step.
+                # A control may have pruned since the last step.
                 if state and group["train_mode"] and not bool(state["dormant"]):
                     local(state["z"]).masked_fill_(local(param) == 0, 0)
         self.base.eval()  # type: ignore[attr-defined]
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the base's state and groups, which hold those of the decay, as ``Optimizer.state_dict`` does."""
+        """Return the base's state and groups, which hold the decay's too, as ``Optimizer.state_dict`` does."""
         for before in self._optimizer_state_dict_pre_hooks.values():
             before(self)
         state_dict = self.base.state_dict()
@@ -208,7 +182,7 @@ class LpDecay(Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a checkpoint of this optimizer or of the base alone.
 
-        What the checkpoint does not name, such as ``p_norm`` in one of the base, stays as it is in each group.
+        Settings that the checkpoint does not name, such as ``p_norm`` in one of the base, keep their values.
 
         Args:
             state_dict: What ``state_dict()`` of either optimizer returned.
@@ -220,12 +194,7 @@ class LpDecay(Optimizer):
             changed = before(self, state_dict)
             state_dict = state_dict if changed is None else changed
         check_saved_groups(state_dict, self.param_groups)
-        saved = state_dict["param_groups"]
-        groups = [{**ours, **theirs} for ours, theirs in zip(self.param_groups, saved, strict=True)]
-        for group, ours in zip(groups, self.param_groups, strict=True):
-            check_decay_settings(group)
-            check_units({**group, "params": ours["params"]})
-        self.base.load_state_dict({**state_dict, "param_groups": groups})
+        self.base.load_state_dict({**state_dict, "param_groups": self._merged_groups(state_dict)})
         for group in self.param_groups:
             for param in group["params"]:
                 state = self.state.get(param)
@@ -238,24 +207,7 @@ class LpDecay(Optimizer):
         for after in self._optimizer_load_state_dict_post_hooks.values():
             after(self)
 
-    @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Do one step.
-
-        Args:
-            closure: Recomputes the loss and returns it, with gradients enabled.
-
-        Returns:
-            What the closure returned, or None.
-
-        Raises:
-            ValueError: If a gradient is sparse, or a hyperparameter of the decay is out of its range.
-        """
-        loss = None
-        norm, self.grad_norm = self.grad_norm, None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+    def _step(self, norm: Tensor | float | None) -> bool | Tensor:
         for group in self.param_groups:
             # Not the rate, which may be on the device.
             check_p_norm(group["p_norm"])
@@ -263,30 +215,27 @@ class LpDecay(Optimizer):
             check_dense(group["params"], "LpDecay")
         finite = self._finite(norm)
         if finite is False:
-            count_skipped(self.param_groups, finite)
-            return loss
+            return finite
         self._awakening.hear()
-        shrinkages = {
-            number: UnitDecay(group, "compiled" if can_compile(group["params"]) else "")
-            for number, group in enumerate(self.param_groups)
+        unit_decays = {
+            index: UnitDecay(group, "compiled" if can_compile(group["params"]) else "")
+            for index, group in enumerate(self.param_groups)
             if kind_of(group) != ELEMENT and steps_decay(group)
         }
-        for shrinkage in shrinkages.values():
-            shrinkage.check(())
-            shrinkage.remember(())
-        for part in parts(self.base, _decays):
+        for unit_decay in unit_decays.values():
+            unit_decay.check(())
+            unit_decay.remember(())
+        for part in parts(self.base, _changes_weights):
             self._step_part(part, finite)
-        for number, group in enumerate(self.param_groups):
+        for index, group in enumerate(self.param_groups):
             group["decay_steps"] += 1
-            if number in shrinkages:
-                self._shrink_groups(number, group, shrinkages[number], finite)
+            if index in unit_decays:
+                self._decay_units(index, unit_decays[index], finite)
         self._awakening.ask({param: state for param, state in self.state.items() if state and "dormant" in state})
-        if finite is not True:
-            count_skipped(self.param_groups, finite)
-        return loss
+        return finite
 
     def _finite(self, norm: Tensor | float | None) -> bool | Tensor:
-        """Whether the gradients that a step must not see otherwise are finite; a tensor if the base can take it."""
+        """Return whether the gradients of careful groups are finite; a tensor if the base can take it."""
         careful = [param for group in self.param_groups if group["skip_nonfinite"] for param in group["params"]]
         if not careful:
             return True
@@ -298,21 +247,21 @@ class LpDecay(Optimizer):
         return finite if takes_found_inf(self.base) else bool(finite)
 
     def _step_part(self, part: Part, finite: bool | Tensor) -> None:
-        """Step some parameters and shrink their weights one by one, from a copy of those before."""
+        """Step some parameters and decay their weights one by one, by factors from a copy of them."""
         dormant: dict[Tensor, Tensor] = {}
-        copied = {number: self._copied(number, params, dormant) for number, params in part.items()}
+        copied = {index: self._copied(index, params, dormant) for index, params in part.items()}
         self._step_base(part, finite)
         for param, entry in dormant.items():
-            # Not before, as bases make their state where there is none.
+            # Only now, as bases make their state where there is none.
             self.state[param]["dormant"] = entry
-        for number, some in copied.items():
-            self._shrink(self.param_groups[number], some, finite)
+        for index, tensors in copied.items():
+            self._decay_weights(self.param_groups[index], tensors, finite)
 
     def _step_base(self, part: Part, finite: bool | Tensor) -> None:
         if not isinstance(finite, Tensor):
             step_part(self.base, part)
             return
-        # The contract of GradScaler with optimizers that look on the device whether they are to step.
+        # The contract of GradScaler with optimizers that read on the device whether to step.
         base: Any = self.base
         base.grad_scale, base.found_inf = None, (~finite).to(torch.float32)
         try:
@@ -320,12 +269,12 @@ class LpDecay(Optimizer):
         finally:
             del base.grad_scale, base.found_inf
 
-    def _copied(self, number: int, some: dict[int, Tensor], dormant: dict[Tensor, Tensor]) -> list[_Copied]:
-        """Copy what is to shrink of some of a group, and note in ``dormant`` what has not stepped before."""
-        group = self.param_groups[number]
-        places = {param: (number << 20) + place for place, param in some.items() if param.grad is not None}
+    def _copied(self, group_index: int, params: dict[int, Tensor], dormant: dict[Tensor, Tensor]) -> list[_Copied]:
+        """Copy the weights of a group that are to decay, and note in ``dormant`` which have not stepped before."""
+        group = self.param_groups[group_index]
+        places = {param: noise_place(group_index, index) for index, param in params.items() if param.grad is not None}
         awake: dict[Tensor, bool | Tensor] = {}
-        # What decays by groups only keeps its zeros here, if it is to.
+        # The weights of units only keep their zeros here, if that is asked for.
         whole = kind_of(group) == ELEMENT
         for param in places:
             state = self.state.get(param) or {}
@@ -333,51 +282,47 @@ class LpDecay(Optimizer):
             if entry is None:
                 entry = dormant[param] = dormant_entry(param) if whole else torch.zeros((), dtype=torch.bool)
             awake[param] = is_awake(param, entry) if whole else False
-        shrinks = _may_shrink(group)
-        chosen = [each for each in places if group["keep_zeros"] or (shrinks and awake[each] is not False)]
+        decays = _may_decay(group)
         by_kind: dict[Any, list[Tensor]] = {}
-        for param in chosen:
-            by_kind.setdefault((param.device, param.dtype), []).append(param)
-        found = []
-        for alike in by_kind.values():
-            for param, before in zip(alike, copies([local(each) for each in alike]), strict=True):
-                found.append(_Copied(param, before, awake[param], places[param]))
-        return found
+        for param in places:
+            if group["keep_zeros"] or (decays and awake[param] is not False):
+                by_kind.setdefault((param.device, param.dtype), []).append(param)
+        return [
+            _Copied(param, before, awake[param], places[param])
+            for alike in by_kind.values()
+            for param, before in zip(alike, copies([local(param) for param in alike]), strict=True)
+        ]
 
-    def _shrink_groups(self, number: int, group: dict[str, Any], shrinkage: UnitDecay, finite: bool | Tensor) -> None:
-        averaging = is_schedule_free(self.base)
-        lr = group["scheduled_lr"] if averaging else group["lr"]
+    def _rate(self, group: dict[str, Any]) -> float | Tensor:
+        """Return α of a group; schedule-free optimizers warm up by themselves."""
+        rate: float | Tensor = group["scheduled_lr" if is_schedule_free(self.base) else "lr"]
+        return rate
+
+    def _decay_units(self, group_index: int, unit_decay: UnitDecay, finite: bool | Tensor) -> None:
+        group = self.param_groups[group_index]
 
         def alpha_lambda(device: torch.device) -> float | Tensor:
-            return rate_on(lr, device) * float(group["lambda_p"])
+            return rate_on(self._rate(group), device) * float(group["lambda_p"])
 
         def averaged(index: int) -> Tensor | None:
-            return self.state[group["params"][index]].get("z") if averaging else None
+            return self.state[group["params"][index]].get("z") if is_schedule_free(self.base) else None
 
-        shrinkage.apply(alpha_lambda, lambda _: group["decay_steps"], number << 20, finite, averaged)
+        unit_decay.apply(alpha_lambda, lambda _: group["decay_steps"], noise_place(group_index), finite, averaged)
 
-    def _shrink(self, group: dict[str, Any], copied: list[_Copied], finite: bool | Tensor) -> None:
-        averaging = is_schedule_free(self.base)
-        # Schedule-free optimizers warm up by themselves.
-        lr = group["scheduled_lr"] if averaging else group["lr"]
+    def _decay_weights(self, group: dict[str, Any], copied: list[_Copied], finite: bool | Tensor) -> None:
         by_device: dict[torch.device, list[Stepped]] = {}
         for param, before, awake, place in copied:
-            z = local(self.state[param]["z"]) if averaging else None
+            z = local(self.state[param]["z"]) if is_schedule_free(self.base) else None
             if is_dtensor(param):
-                # Autograd looks at the DTensor; the shrink changes the shard that it holds.
+                # Autograd looks at the DTensor; the decay changes the shard that it holds.
                 torch.autograd.graph.increment_version(param)
                 place = shard_place(param, place)
             stepped = Stepped(local(param), before, z, awake, place)
             by_device.setdefault(before.device, []).append(stepped)
         for device, tensors in by_device.items():
-            decay = Decay(
-                group["p_norm"],
-                rate_on(lr, device) * group["lambda_p"],
-                group["keep_zeros"],
-                group["decay_steps"] + 1,
-                finite,
-            )
-            decay_weights(tensors, decay)
+            alpha_lambda = rate_on(self._rate(group), device) * group["lambda_p"]
+            step = group["decay_steps"] + 1
+            decay_weights(tensors, Decay(group["p_norm"], alpha_lambda, group["keep_zeros"], step, finite))
 
 
 class _Copied(NamedTuple):
@@ -389,13 +334,13 @@ class _Copied(NamedTuple):
     place: int
 
 
-def _decays(group: dict[str, Any]) -> bool:
+def _changes_weights(group: dict[str, Any]) -> bool:
     return steps_decay(group) or group["keep_zeros"]
 
 
-def _may_shrink(group: dict[str, Any]) -> bool:
+def _may_decay(group: dict[str, Any]) -> bool:
     """Whether a group's decay can change a weight in this step; where the host does not know the rate, it may."""
-    lr, lambda_p = group["lr"], group["lambda_p"]
-    if on_device(lr):
+    if on_device(group["lr"]):
         return steps_decay(group)
-    return bool(float(lr) * lambda_p >= min((smallest(param.dtype) for param in group["params"]), default=1.0))
+    least = min((smallest(param.dtype) for param in group["params"]), default=1.0)
+    return bool(float(group["lr"]) * group["lambda_p"] >= least)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
+from .base import evaluate
 from .param_groups import LAMBDA_P, P_NORM, is_decayed
 from .units import ELEMENT, kind_of
 
@@ -97,10 +98,7 @@ class MuonWithAdamW(Optimizer):
         Returns:
             What the closure returned, or None.
         """
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        loss = evaluate(closure)
         parts: tuple[tuple[bool, Optimizer], ...] = (
             (True, torch.optim.Muon([torch.zeros(1, 1)])),
             (False, torch.optim.AdamW([torch.zeros(1)])),

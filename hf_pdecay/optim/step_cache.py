@@ -1,7 +1,7 @@
 """What a step has in common with the one before it: found out once, and checked by addresses before each step.
 
-Finding out which backend does which tensor costs the host several times what the step itself costs it. For models of
-many small tensors, and on a GPU, that is what a step takes.
+To find out which backend does which tensor costs the host several times what the step itself costs it. For models of
+many small tensors, and on a GPU, that is the time of a step.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 
 from ..checks import check_lambda_p, check_p_norm
-from .backends import Part
+from .backends import Share
 from .cpu.units import UnitDivisors
 from .distributed import Owners, is_dtensor, parts_here
 from .moments import address
-from .tensor_step import Hyperparameters, alpha_lambda_p
+from .tensor_step import Hyperparameters, TensorStep, alpha_lambda_p
 from .units import ELEMENT, kind_of
 
 
@@ -30,7 +30,7 @@ _STATE = ("exp_avg", "exp_avg_sq", "step")
 
 
 def hyper_of(group: Mapping[str, Any]) -> Hyperparameters:
-    """Return the hyperparameters of a param group, after a look at those that may have changed.
+    """Return the hyperparameters of a param group, and check those that may have changed.
 
     Raises:
         ValueError: If p or λ_p is out of its range.
@@ -59,15 +59,16 @@ class StepCache:
     Args:
         groups: The optimizer's param groups.
         state: Its state.
-        hypers: The hyperparameters of each group, which the parts look at in each step.
-        parts: What the backends do.
-        lasts: Whether the next step may be done by the same parts, if it has the same tensors.
-        tables: What groups of weights are divided by, and the hyperparameters of their param group.
-        done: By the index of a param group the indices of its parameters whose structured decay the parts do.
+        hypers: The hyperparameters of each group, which the backends read in each step.
+        steps: The tensors of the step.
+        shares: Who does them.
+        lasts: Whether the next step may be done in the same way, if it has the same tensors.
+        tables: The factors of units, and the hyperparameters of their param group.
+        done: For the index of a param group, the indices of its parameters whose structured decay the backends do.
 
     Attributes:
-        owners: Who holds the parameters whose shards lie on several processes; None if there are none. All of these
-            processes follow their plans or none does, but for addresses, of which no communication depends.
+        owners: The processes that hold the parameters whose shards lie on several ones; None if there are none. All of
+            them follow their caches or none does, except for addresses, on which no communication depends.
     """
 
     def __init__(
@@ -75,37 +76,37 @@ class StepCache:
         groups: Sequence[Mapping[str, Any]],
         state: Mapping[Tensor, Mapping[str, Any]],
         hypers: list[Hyperparameters],
-        parts: list[Part],
+        steps: Sequence[TensorStep],
+        shares: list[Share],
         lasts: bool,
         tables: Sequence[tuple[UnitDivisors | UnitFactors, Hyperparameters]],
         done: Mapping[int, set[int]],
     ) -> None:
-        self.parts = parts
+        self.shares = shares
         self.done = done
         self._hypers = hypers
         self._tables = tables
         params = _params(groups)
         sharded = [param for param in params if is_dtensor(param)]
         self.owners = Owners.of(sharded)
-        here = self._here(params) if lasts and all(part.batch for part in parts) else None
+        here = self._here(params) if lasts and all(share.backend.repeats for share in shares) else None
         self.lasts = here is not None and _are_plain(*here)
         if here is not None and self.lasts:
             self._places, self._grads = _places(params, here[0], state), _addresses(here[1])
-            self.lasts = self._places is not None  # else nothing would tell of a change
+            self.lasts = self._places is not None  # else no comparison would show a change
+        # Backends that repeat hold addresses alone. Gradients that are not the parameters' own must outlive the step.
+        self._alive = () if self.lasts else steps
         if self.lasts:
             # Copies, as units may be changed in place.
             self._flags = copy.deepcopy([_flags(group, hyper) for group, hyper in zip(groups, hypers, strict=True)])
-            # These are the parameters' own.
-            for part in parts:
-                part.release()
 
     def _here(self, params: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor | None]] | None:
-        """Return parameters and gradients as they are on this process; None where a step would have to move some."""
+        """Return the parts of parameters and gradients on this process; None where a step would have to move some."""
         grads = [param.grad for param in params]
         return (list(params), grads) if self.owners is None else parts_here(params, grads)
 
     def follow(self, groups: Sequence[Mapping[str, Any]], state: Mapping[Tensor, Mapping[str, Any]]) -> bool:
-        """Take over what may change from one step to the next, and return whether all else is as it was.
+        """Take over what may change from one step to the next, and return whether all else is the same.
 
         Args:
             groups: The optimizer's param groups.
@@ -122,7 +123,7 @@ class StepCache:
         here = self._here(params)
         if here is None:
             return False
-        some, grads = here
+        weights, grads = here
         if any(grad is not None and grad.is_sparse for grad in grads):
             return False
         addresses = _addresses(grads)
@@ -130,29 +131,25 @@ class StepCache:
             same = _are_contiguous(grads)
         else:
             there = [address < 0 for address in addresses] == [address < 0 for address in self._grads]
-            same = there and _are_plain(some, grads)
-        if not same or _places(params, some, state) != self._places:
+            same = there and _are_plain(weights, grads)
+        if not same or _places(params, weights, state) != self._places:
             return False
         if self.owners is not None:
             # Autograd looks at the DTensors; the step changes the shards that they hold.
             torch.autograd.graph.increment_version([param for param in params if param.grad is not None])
         if addresses != self._grads:
             stepped = [grad for grad in grads if grad is not None]
-            for part in self.parts:
-                if part.batch is not None:
-                    part.batch.point([stepped[index].data_ptr() for index in part.indices])
+            for share in self.shares:
+                share.backend.point([stepped[index].data_ptr() for index in share.indices])
             self._grads = addresses
-        self._fill_tables()
-        return True
-
-    def _fill_tables(self) -> None:
         for tables, hyper in self._tables:
             tables.norms()
             tables.fill(hyper.p_norm, alpha_lambda_p(hyper.lr, hyper.lambda_p, tables.device))
+        return True
 
 
 def _flags(group: Mapping[str, Any], hyper: Hyperparameters) -> tuple[Any, ...]:
-    """What decides who does a step, and how it is parted."""
+    """What decides which backend does a step, and in which shares."""
     structure = None
     if kind_of(group) != ELEMENT:
         structure = kind_of(group), group.get("units"), [param.shape for param in group["params"]]
@@ -170,15 +167,15 @@ def _addresses(grads: Sequence[Tensor | None]) -> list[int]:
 def _places(
     params: Sequence[Tensor], here: Sequence[Tensor], state: Mapping[Tensor, Mapping[str, Any]]
 ) -> list[int] | None:
-    """Which parameters there are, and where they and the state of the optimizer lie; None where state is missing.
+    """Return which parameters there are, and where they and the optimizer's state lie; None where state is missing.
 
-    ``here`` has of each parameter what is on this process. How many weights that are, of which dtype, and whether in
-    the order of memory, is a part of it, as ``param.data = param.data[:n]`` leaves the addresses as they are.
+    ``here`` is the part of each parameter on this process. Its number of weights, dtype and order in memory count too,
+    as ``param.data = param.data[:n]`` does not change the addresses.
     """
     if not all(param.is_contiguous() for param in here):
         return None
     try:
-        moments = [address(each[name]) for each in state.values() if each for name in _STATE]
+        moments = [address(entry[name]) for entry in state.values() if entry for name in _STATE]
     except (KeyError, AttributeError):
         return None
     whose = [id(param) for param in params] + [param.data_ptr() for param in here] + moments
@@ -190,7 +187,7 @@ def _are_contiguous(grads: Sequence[Tensor | None]) -> bool:
 
 
 def _are_plain(params: Sequence[Tensor], grads: Sequence[Tensor | None]) -> bool:
-    """Whether gradients are such that their addresses say all of them."""
+    """Whether the addresses of gradients say everything about them."""
     return _are_contiguous(grads) and all(
         param.is_contiguous() and grad.dtype == param.dtype and grad.shape == param.shape
         for param, grad in zip(params, grads, strict=True)

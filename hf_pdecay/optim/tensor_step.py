@@ -87,6 +87,11 @@ class TensorStep(NamedTuple):
     structure: Structure | None = None
 
 
+def noise_place(group: int, index: int = 0) -> int:
+    """Return the place in the optimizer, from which the random bits come, of a parameter of a param group."""
+    return (group << 20) + index
+
+
 def fuses(each: TensorStep) -> bool:
     """Whether the C++ step and the Triton kernel do the structured decay of a tensor that they step, too."""
     structure = each.structure

@@ -145,9 +145,9 @@ def followed(mesh: DeviceMesh) -> Any:
     plans: dict[str, bool] = {}
 
     def step(name: str, **how: Any) -> None:
-        plan = case.optimizer._plan
+        plan = case.optimizer._cache.last
         case.step(len(plans), **how)
-        plans[name] = plan is not None and case.optimizer._plan is plan
+        plans[name] = plan is not None and case.optimizer._cache.last is plan
 
     def spoil(k: int, grad: torch.Tensor) -> None:
         if k == 0:

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from hf_pdecay import AdamWLp
-from hf_pdecay.optim.backends import Backend
+from hf_pdecay.optim.backends import BackendChoice
 from hf_pdecay.optim.cpu import step as compiled
 from hf_pdecay.optim.tensor_step import Hyperparameters, TensorStep
 from tests.helpers.memory import PeakMemory
@@ -20,8 +20,9 @@ from tests.helpers.steps import BACKENDS, DTYPES, MOMENT_NAMES, OPTIONS, PLAIN, 
 
 def step_by(backend: str, *tensors: torch.Tensor) -> None:
     """One step by a backend on weights, gradient, moments and counter that lie where a test has put them."""
-    for part in Backend(backend).assign([TensorStep(*tensors, True, Hyperparameters(**OPTIONS), 0)]):  # type: ignore[arg-type]
-        part.run()
+    step = TensorStep(*tensors, True, Hyperparameters(**OPTIONS), 0)  # type: ignore[arg-type]
+    for share in BackendChoice(backend).assign([step]):
+        share.backend.step()
 
 
 # --- layouts

@@ -103,21 +103,6 @@ def test_copies_continue_to_the_bit(backend: str, moments: str | None, how: str)
     assert other is not param and torch.equal(other, param)
 
 
-def test_pickle_of_an_older_version_can_be_read() -> None:
-    """As ``__setstate__`` says; 0.1.0 knew no backends and no moments."""
-    param = torch.nn.Parameter(normal(70))
-    param.grad = torch.ones(70)
-    optimizer = AdamWLp([param])
-    optimizer.step()
-    old = copy.deepcopy({key: optimizer.__getstate__()[key] for key in ("defaults", "state", "param_groups")})
-    for each in (old["defaults"], *old["param_groups"]):
-        del each["moments"]
-    again = AdamWLp.__new__(AdamWLp)
-    again.__setstate__(old)
-    again.step()
-    assert again._backend.name == "auto"
-
-
 RESUME = """
 import sys, torch
 from hf_pdecay import AdamWLp

@@ -67,7 +67,7 @@ class TestStep:
         for _ in range(5):
             optimizer.step()
             torch.cuda.current_stream().synchronize()
-        assert optimizer.state[weights[-1]]["dormant"].is_cpu and optimizer._plan is not None
+        assert optimizer.state[weights[-1]]["dormant"].is_cpu and optimizer._cache.last is not None
 
     @pytest.mark.skipif(not torch.distributed.is_available(), reason="needs torch.distributed")
     def test_shards_that_began_as_zeros_do_not_hold_up_the_others(self, tmp_path: Path) -> None:
@@ -87,7 +87,7 @@ class TestStep:
                     one.grad = distribute_tensor(other.grad, mesh, [Shard(0)])
                 for optimizer in optimizers:
                     optimizer.step()
-            assert optimizers[0].state[sharded[1]]["dormant"].is_cpu and optimizers[0]._plan is not None
+            assert optimizers[0].state[sharded[1]]["dormant"].is_cpu and optimizers[0]._cache.last is not None
             for one, other in zip(sharded, plain, strict=True):
                 torch.testing.assert_close(one.full_tensor(), other, rtol=0, atol=0)  # type: ignore[attr-defined]
         finally:

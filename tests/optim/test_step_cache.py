@@ -49,11 +49,11 @@ class Twins:
                     transposed = param.grad is not None and not param.grad.is_contiguous()
                     param.grad = fresh.mT.contiguous().mT if transposed else fresh
         first, second = self.optimizers
-        second._plan = None
-        plan = first._plan
+        second._cache.last = None
+        plan = first._cache.last
         first.step()
         second.step()
-        assert (plan is not None and first._plan is plan) == planned
+        assert (plan is not None and first._cache.last is plan) == planned
         assert all(torch.equal(a, b) for a, b in zip(snapshot(first), snapshot(second), strict=True))
 
     def each(self, change: Callable[[AdamWLp, list[torch.nn.Parameter]], object]) -> None:
@@ -326,7 +326,7 @@ def test_no_gradient_is_kept() -> None:
 def test_copies_begin_anew() -> None:
     twins = begun()
     copied = copy.deepcopy(twins.optimizers[0])
-    assert copied._plan is None
+    assert copied._cache.last is None
     for old, new in zip(twins.params[0], (p for group in copied.param_groups for p in group["params"]), strict=True):
         assert old.grad is not None
         new.grad = old.grad.clone()

@@ -100,10 +100,12 @@ class Batch:
         RuntimeError: If the function cannot be had, see :func:`unavailable`.
     """
 
+    repeats = True
+
     def __init__(self, steps: Sequence[TensorStep]) -> None:
         self._library = library()
         self._params = [each.param for each in steps]
-        self.shrunk = [index for index, each in enumerate(steps) if fuses(each)]
+        self.shrunk: Sequence[int] = [index for index, each in enumerate(steps) if fuses(each)]
         # The rows name addresses of theirs.
         self._tables = [each.structure.table for each in steps if each.structure is not None]
         self._rows = array("q")
@@ -140,6 +142,11 @@ class Batch:
                     *encoding,
                 )
             )
+
+    @staticmethod
+    def refusal(each: TensorStep) -> str | None:
+        """Return why the step of this tensor cannot be done, or None."""
+        return refusal(each)
 
     def point(self, addresses: Sequence[int]) -> None:
         """Take the gradients at these addresses, all else being as it was."""

@@ -79,6 +79,8 @@ class Batch:
         steps: Tensors none of which :func:`refusal` refuses.
     """
 
+    repeats = True
+
     def __init__(self, steps: Sequence[TensorStep]) -> None:
         kinds: dict[tuple[Any, ...], list[int]] = {}
         for index, each in enumerate(steps):
@@ -91,10 +93,15 @@ class Batch:
             kind = each.param.device, each.param.dtype, each.exp_avg.dtype, encoded, id(hyper), decay
             kinds.setdefault(kind, []).append(index)
         self._params = [each.param for each in steps]
-        self.shrunk = [index for index, each in enumerate(steps) if fuses(each)]
+        self.shrunk: Sequence[int] = [index for index, each in enumerate(steps) if fuses(each)]
         # The launches name addresses of theirs.
         self._tables = [each.structure.table for each in steps if each.structure is not None]
         self._launches = [_Launch([steps[index] for index in some], some, decay) for (*_, decay), some in kinds.items()]
+
+    @staticmethod
+    def refusal(each: TensorStep) -> str | None:
+        """Return why the step of this tensor cannot be done, or None."""
+        return refusal(each)
 
     def point(self, addresses: Sequence[int]) -> None:
         """Take the gradients at these addresses, all else being as it was."""

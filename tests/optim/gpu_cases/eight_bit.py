@@ -121,7 +121,7 @@ class TestEightBit:
         for seed in range(3):
             param.grad = normal(1 << 14, seed)
             optimizer.step()
-        assert optimizer._plan is not None
+        assert optimizer._cache.last is not None
         assert type(optimizer.state[param]["exp_avg"]).__name__ == "OptimState8bit"
 
 

@@ -1,0 +1,106 @@
+"""What AdamWLp and LpDecay have in common."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import Optimizer
+
+from .gradients import count_skipped, skipped_steps
+from .units import check_units
+from .validation import check_decay_settings, check_real
+
+
+class DecayOptimizer(Optimizer):
+    """An optimizer whose param groups decay by a p norm.
+
+    Attributes:
+        grad_norm: The norm of all gradients, if the caller knows it before a step, as from clipping them. A finite norm
+            saves the look at the gradients, which is an eighth of a step.
+    """
+
+    grad_norm: Tensor | float | None = None
+
+    @property
+    def skipped_steps(self) -> int:
+        """Number of steps skipped for NaN or infinite gradients. Reading it synchronises with the device."""
+        return skipped_steps(self.param_groups)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group of parameters, whose missing hyperparameters are the optimizer's defaults.
+
+        Raises:
+            ValueError: If a hyperparameter is out of its range, ``units`` do not fit, or a parameter is not real and
+                floating-point.
+        """
+        self._check_group({**self.defaults, **param_group})
+        before = len(self.param_groups)
+        self._append(param_group)
+        try:
+            for group in self.param_groups[before:]:
+                check_real(group["params"], type(self).__name__)
+                check_units(group)
+        except ValueError:
+            del self.param_groups[before:]
+            raise
+
+    def _append(self, param_group: dict[str, Any]) -> None:
+        super().add_param_group(param_group)
+
+    def _check_group(self, group: dict[str, Any]) -> None:
+        check_decay_settings(group)
+
+    def _merged_groups(self, state_dict: dict[str, Any], dropped: Collection[str] = ()) -> list[dict[str, Any]]:
+        """Return the param groups of a checkpoint, with this optimizer's values for keys that it does not name.
+
+        Args:
+            state_dict: A checkpoint with as many groups as this optimizer has.
+            dropped: Keys to leave out.
+        """
+        groups = []
+        for ours, theirs in zip(self.param_groups, state_dict["param_groups"], strict=True):
+            group = {key: value for key, value in {**ours, **theirs}.items() if key not in dropped}
+            self._check_group(group)
+            check_units({**group, "params": ours["params"]})
+            groups.append(group)
+        return groups
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Do one step.
+
+        Args:
+            closure: Recomputes the loss and returns it, with gradients enabled; called once, before the step.
+
+        Returns:
+            What the closure returned, or None.
+
+        Raises:
+            ValueError: If a gradient is sparse, a hyperparameter is out of its range, or the requested backend cannot
+                step a tensor.
+        """
+        norm, self.grad_norm = self.grad_norm, None
+        loss = evaluate(closure)
+        finite = self._step(norm)
+        if finite is not True:
+            count_skipped(self.param_groups, finite)
+        return loss
+
+    def _step(self, norm: Tensor | float | None) -> bool | Tensor:
+        """Do one step, and return whether the gradients were finite.
+
+        Args:
+            norm: The norm of all gradients, or None.
+        """
+        raise NotImplementedError
+
+
+def evaluate(closure: Callable[[], Any] | None) -> Any:
+    """Return what a closure returns with gradients enabled; None without a closure."""
+    if closure is None:
+        return None
+    with torch.enable_grad():
+        return closure()
