@@ -1,4 +1,4 @@
-"""The optimizer of a run and its param groups, from the run's arguments and the settings of the decay."""
+"""Makes the optimizer of a run, and its param groups, from the run's arguments and the settings of the decay."""
 
 from __future__ import annotations
 
@@ -24,17 +24,26 @@ if TYPE_CHECKING:
     from transformers import TrainingArguments
 
 
-def make(args: TrainingArguments, settings: DecaySettings, groups: list[dict[str, Any]]) -> AdamWLp | LpDecay:
+def build_optimizer(
+    model: nn.Module, args: TrainingArguments, settings: DecaySettings, **grouping: Any
+) -> AdamWLp | LpDecay:
     """Make the optimizer of a run.
 
     Args:
-        args: Arguments of the run, from which learning rate, betas and eps are taken.
-        settings: Those of the decay.
-        groups: What :func:`param_groups_of` returned.
+        model: Any module, wrapped or not.
+        args: Arguments of the run: learning rate, betas, eps and weight decay are read.
+        settings: The settings of the decay.
+        **grouping: ``weight_decay_names``, the names of the parameters with L2 decay, by default those that decay by p
+            norm; ``isolate_zero``, whether each wholly zero tensor that decays gets a group of its own; ``theirs``,
+            param groups that a Trainer has instead of Hugging Face's, such as sentence-transformers', whose losses may
+            have weights. Their learning rates and weight decay hold; parameters that they leave out stay out.
+
+    Raises:
+        ValueError: If ``lp_rules`` or ``optim_target_modules`` match nothing, or no parameter is trainable.
     """
     return make_optimizer(
         settings.optim,
-        groups,
+        _divided(model, args, settings, **grouping),
         lr=args.learning_rate,
         betas=(args.adam_beta1, args.adam_beta2),
         eps=args.adam_epsilon,
@@ -45,8 +54,15 @@ def make(args: TrainingArguments, settings: DecaySettings, groups: list[dict[str
     )
 
 
+def param_groups_of(
+    model: nn.Module, args: TrainingArguments, settings: DecaySettings, **grouping: Any
+) -> list[dict[str, Any]]:
+    """Return the param groups that :func:`build_optimizer` makes; takes what it takes."""
+    return arranged(settings.optim, _divided(model, args, settings, **grouping))
+
+
 def check_hyperparameters(args: TrainingArguments) -> None:
-    """Check Hugging Face's own arguments that the optimizer takes, under the names that the user knows.
+    """Check the arguments of Hugging Face that the optimizer takes, under the names that the user knows.
 
     Raises:
         ValueError: If one is out of its range.
@@ -60,11 +76,11 @@ def check_hyperparameters(args: TrainingArguments) -> None:
 
 
 def name_of(args: TrainingArguments) -> str:
-    """Return the name in ``args.optim``, which is a text or an enum of Hugging Face's."""
+    """Return the name in ``args.optim``, which is a string or an enum of Hugging Face's."""
     return str(getattr(args.optim, "value", args.optim))
 
 
-def param_groups_of(
+def _divided(
     model: nn.Module,
     args: TrainingArguments,
     settings: DecaySettings,
@@ -73,20 +89,6 @@ def param_groups_of(
     isolate_zero: bool = False,
     theirs: Sequence[Mapping[str, Any]] | None = None,
 ) -> list[dict[str, Any]]:
-    """Return the param groups of a run; see :func:`.rules.build_param_groups`.
-
-    Args:
-        model: Any module, wrapped or not.
-        args: Arguments of the run, from which the weight decay is taken.
-        settings: Those of the decay.
-        weight_decay_names: Names of the parameters with L2 decay; those that decay by p norm if None.
-        isolate_zero: Whether each wholly zero tensor that decays gets a group of its own.
-        theirs: Param groups that a Trainer has in place of Hugging Face's, such as sentence-transformers', whose losses
-            may have weights. Their learning rates and weight decay hold, and so does what they leave out.
-
-    Raises:
-        ValueError: If ``lp_rules`` or ``optim_target_modules`` match nothing, or no parameter is trainable.
-    """
     groups = build_param_groups(
         model,
         p_norm=settings.p_norm,
@@ -99,7 +101,7 @@ def param_groups_of(
     )
     if settings.target_modules is not None:
         groups = _in_target_modules(model, groups, settings.target_modules)
-    return arranged(settings.optim, groups if theirs is None else _adopted(groups, theirs))
+    return groups if theirs is None else _merged(groups, theirs)
 
 
 def _undecayed(group: Mapping[str, Any], params: list[nn.Parameter], rule: str = "not decayed") -> dict[str, Any]:
@@ -111,7 +113,7 @@ def _undecayed(group: Mapping[str, Any], params: list[nn.Parameter], rule: str =
 def _in_target_modules(
     model: nn.Module, groups: list[dict[str, Any]], targets: str | Sequence[str]
 ) -> list[dict[str, Any]]:
-    """Leave undecayed what decays by default and is no weight of a target module; what a rule brought in stays."""
+    """Take from the decay what decays by default and lies in no target module; what a rule brought in stays."""
     chosen = {
         id(param)
         for name, module in model.named_modules()
@@ -130,7 +132,7 @@ def _in_target_modules(
         near = difflib.get_close_matches(wanted, owners, n=3, cutoff=0.3) or owners[:3]
         raise ValueError(
             f"Invalid optim_target_modules: optim_target_modules={targets!r} matches no module whose weights decay; "
-            f"modules are named like: {', '.join(near)}. Give a list of parts of names, a regular expression for the "
+            f"modules are named like: {', '.join(near)}. Give a list of substrings, a regular expression for the "
             f"whole name such as '.*{near[0].rpartition('.')[2]}', or 'all-linear'."
         )
     kept, rest = [], []
@@ -142,7 +144,8 @@ def _in_target_modules(
             group = {**group, "params": [param for param in group["params"] if id(param) in chosen]}
         if group["params"]:
             kept.append(group)
-    return [*(each for each in kept if each["decayed"]), *rest, *(each for each in kept if not each["decayed"])]
+    decayed = [group for group in kept if group["decayed"]]
+    return [*decayed, *rest, *(group for group in kept if not group["decayed"])]
 
 
 def _is_target(name: str, module: nn.Module, targets: str | Sequence[str]) -> bool:
@@ -151,9 +154,9 @@ def _is_target(name: str, module: nn.Module, targets: str | Sequence[str]) -> bo
 
     if isinstance(targets, str) and targets.replace("_", "-") == "all-linear":
         return is_linear(module)
-    if not isinstance(targets, str) and not all(isinstance(each, str) for each in targets):
+    if not isinstance(targets, str) and not all(isinstance(part, str) for part in targets):
         raise ValueError(
-            f"Invalid optim_target_modules: optim_target_modules={targets!r}; it must be a list of texts, a regular "
+            f"Invalid optim_target_modules: optim_target_modules={targets!r}; it must be a list of strings, a regular "
             "expression or 'all-linear'."
         )
     try:
@@ -164,25 +167,23 @@ def _is_target(name: str, module: nn.Module, targets: str | Sequence[str]) -> bo
         ) from error
 
 
-def _adopted(ours: list[dict[str, Any]], theirs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Our groups, parted and ordered as another Trainer parts the parameters, each part with what it says of them."""
+def _merged(ours: list[dict[str, Any]], theirs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Our groups, divided and ordered as another Trainer's, with what its groups say of learning rates and the like."""
     structured = [group for group in ours if kind_of(group) != ELEMENT]
     if structured:
         raise ValueError(
-            f"Invalid lp_rules: group={kind_of(structured[0])!r} in a Trainer that parts the parameters into param "
-            "groups of its own, across which groups of weights could lie; take a Trainer without, or rules without "
-            "group."
+            f"Invalid lp_rules: group={kind_of(structured[0])!r} in a Trainer with param groups of its own, which "
+            "could divide a unit; take a Trainer without, or rules without group."
         )
-    place = {id(param): number for number, group in enumerate(ours) for param in group["params"]}
-    found = []
+    index_of = {id(param): index for index, group in enumerate(ours) for param in group["params"]}
+    merged = []
     for group in theirs:
-        said = {key: value for key, value in group.items() if key != "params"}
-        parts: dict[int | None, list[nn.Parameter]] = {}
+        overrides = {key: value for key, value in group.items() if key != "params"}
+        shares: dict[int | None, list[nn.Parameter]] = {}
         for param in group["params"]:
-            parts.setdefault(place.get(id(param)), []).append(param)
-        for number, params in parts.items():
-            if number is None:  # no parameter of the model, such as one of a loss
-                found.append({**_undecayed(ours[0], params), **said})
-            else:
-                found.append({**ours[number], **said, "params": params})
-    return sorted(found, key=lambda group: not group["decayed"])
+            shares.setdefault(index_of.get(id(param)), []).append(param)
+        for index, params in shares.items():
+            # Without an index they belong to no module of the model but, for example, to a loss.
+            base = _undecayed(ours[0], params) if index is None else {**ours[index], "params": params}
+            merged.append({**base, **overrides})
+    return sorted(merged, key=lambda group: not group["decayed"])

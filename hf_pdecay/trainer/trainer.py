@@ -36,7 +36,7 @@ from .checkpoints import (
     other_settings,
 )
 from .engines import check_engine, check_same, check_structured, check_world_size, engine_of, whole_model
-from .optimizer import check_hyperparameters, make, name_of, param_groups_of
+from .optimizer import build_optimizer, check_hyperparameters, name_of, param_groups_of
 from .search import SearchMixin
 from .settings import DecaySettings
 from .sparsity_callback import SparsityCallback
@@ -156,7 +156,8 @@ class PDecayTrainerMixin(SearchMixin, CardMixin, _Base):
             if self.optimizer is not None:
                 check_optimizer_state(self.optimizer.param_groups, folder)
             return
-        groups, settings = self._param_groups(self.model), self._settings
+        settings = self._settings
+        groups = param_groups_of(self.model, self.args, settings, **self._grouping(self.model))
         check_optimizer_state(groups, folder)
         if not warn:
             return
@@ -197,9 +198,9 @@ class PDecayTrainerMixin(SearchMixin, CardMixin, _Base):
                 own.__qualname__,
             )
         model = self.model if model is None else model
-        self.optimizer = made = make(self.args, self._settings, self._param_groups(model))
-        self._share_grad_norm(made, model)
-        return made
+        self.optimizer = optimizer = build_optimizer(model, self.args, self._settings, **self._grouping(model))
+        self._share_grad_norm(optimizer, model)
+        return optimizer
 
     def _share_grad_norm(self, optimizer: AdamWLp | LpDecay, model: nn.Module) -> None:
         """Let the optimizer know the norm that the Trainer clips by, so that it need not look for NaN itself."""
@@ -214,15 +215,13 @@ class PDecayTrainerMixin(SearchMixin, CardMixin, _Base):
             # DeepSpeed has stepped by the time that the Trainer learns of a norm.
             self.accelerator.clip_grad_norm_ = partial(_clip_and_tell, clip, optimizer)
 
-    def _param_groups(self, model: nn.Module) -> list[dict[str, Any]]:
-        return param_groups_of(
-            model,
-            self.args,
-            self._settings,
-            weight_decay_names=self.get_decay_parameter_names(model),
-            isolate_zero=self.is_deepspeed_enabled,
-            theirs=self._their_groups(model),
-        )
+    def _grouping(self, model: nn.Module) -> dict[str, Any]:
+        """How this Trainer divides the parameters, for :func:`.optimizer.param_groups_of`."""
+        return {
+            "weight_decay_names": self.get_decay_parameter_names(model),
+            "isolate_zero": self.is_deepspeed_enabled,
+            "theirs": self._their_groups(model),
+        }
 
     def _their_groups(self, model: nn.Module) -> Sequence[Mapping[str, Any]] | None:
         """The param groups that a subclass of Trainer has in place of Hugging Face's, as it would give AdamW them."""

@@ -332,7 +332,7 @@ class TestBadInput:
             (["wte"], "matches no module whose weights decay"),
             ([], r"optim_target_modules=\[\] matches no module"),
             ("(", r"optim_target_modules='\(' is not a regular expression"),
-            ([1], r"optim_target_modules=\[1\]; it must be a list of texts"),
+            ([1], r"optim_target_modules=\[1\]; it must be a list of strings"),
         ],
     )
     def test_target_modules(self, targets: Any, message: str, tmp_path: Path) -> None:
