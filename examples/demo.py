@@ -3,7 +3,7 @@
     python examples/demo.py
 
 Both runs train the small GPT-2 of `train_clm.py` on the source text of Python's standard library, from the same seed
-and on the same batches. Their folders, and the figures of the table as `results.json`, come to lie in `demo_output`.
+and on the same batches. `demo_output` gets their folders, and the figures of the table as `results.json`.
 """
 
 import argparse
@@ -76,8 +76,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--output_dir", type=Path, default=Path("demo_output"), help="folder for everything")
     parser.add_argument("--max_steps", type=int, default=1000, help="steps of each run (1000)")
     parser.add_argument("--p_norm", type=float, help="p of the sparse run, instead of its default")
-    parser.add_argument("--target_sparsity", type=float, default=0.9, help="zeros that it asks for (0.9)")
-    parser.add_argument("--lambda_p", type=float, help="its lambda_p, instead of a target")
+    parser.add_argument("--target_sparsity", type=float, default=0.9, help="fraction of zeros of the sparse run (0.9)")
+    parser.add_argument("--lambda_p", type=float, help="lambda_p of the sparse run, instead of a target")
     parser.add_argument("--max_eval_samples", type=int, default=1500, help="validation blocks (1500)")
     parser.add_argument("--seed", type=int, default=42, help="seed of both runs (42)")
     options = parser.parse_args(argv)

@@ -52,13 +52,13 @@ class ModelArguments:
     config_name: str | None = arg(None, help="Config to train from scratch: a folder, JSON file or Hub id.")
     preset: str | None = arg(None, help="Size to train from scratch, bert-tiny by default.", choices=list(PRESETS))
     tokenizer_name: str | None = arg(
-        None, help="Tokenizer, a folder or Hub id; if none is at hand, the words of the training text."
+        None, help="Tokenizer, a folder or Hub id; without one, the words of the training text."
     )
-    vocabulary_size: int = arg(16384, help="Words to know at most, where they come from the training text.")
-    trust_remote_code: bool = arg(False, help="Run the code that a model of the Hub brings along.")
+    vocabulary_size: int = arg(16384, help="Maximum number of words taken from the training text.")
+    trust_remote_code: bool = arg(False, help="Run the code of a model on the Hub.")
 
     def __post_init__(self) -> None:
-        """Check that one model is named at most."""
+        """Check that at most one model is named."""
         named = [name for name in ("model_name_or_path", "config_name", "preset") if getattr(self, name) is not None]
         if len(named) > 1:
             raise ValueError(f"--{named[0]} and --{named[1]} both name a model; give one of them")
@@ -68,19 +68,19 @@ class ModelArguments:
 
 @dataclass
 class DataArguments:
-    """Which texts it learns to tell apart."""
+    """The texts and labels to learn."""
 
     dataset_name: str | None = arg(None, help="Data set: a Hub id or a folder.")
     dataset_config_name: str | None = arg(None, help="Configuration of that data set.")
     train_file: str | None = arg(None, help="Training data: .tsv, .csv, .json, .jsonl or .parquet.")
     validation_file: str | None = arg(None, help="Validation data in one of these formats.")
-    test_file: str | None = arg(None, help="Test data in one of these formats, looked at once, at the end.")
+    test_file: str | None = arg(None, help="Test data in one of these formats, used once, at the end.")
     text_column: str | None = arg(None, help="Column of the text: sentence, text or the first by default.")
     label_column: str | None = arg(None, help="Column of the label: label or the second by default.")
-    validation_fraction: float = arg(0.1, help="Last part of the training data, if validation has no other.")
-    max_length: int = arg(128, help="Tokens of a text to look at.")
-    max_train_samples: int | None = arg(None, help="Training examples to use at most.")
-    max_eval_samples: int | None = arg(None, help="Validation and test examples to use at most.")
+    validation_fraction: float = arg(0.1, help="Last fraction of the training data, if no validation data are given.")
+    max_length: int = arg(128, help="Maximum number of tokens of a text.")
+    max_train_samples: int | None = arg(None, help="Maximum number of training examples.")
+    max_eval_samples: int | None = arg(None, help="Maximum number of validation and test examples.")
 
     def __post_init__(self) -> None:
         """Check what can be checked without reading anything."""
@@ -95,19 +95,19 @@ class DataArguments:
 
 @dataclass
 class Examples:
-    """Texts and their labels, and where they come from."""
+    """Texts, their labels and their source."""
 
     texts: list[str]
     labels: list[str]
     source: str
 
-    def __getitem__(self, part: slice) -> "Examples":
-        """Return a part of the examples."""
-        return Examples(self.texts[part], self.labels[part], self.source)
+    def __getitem__(self, span: slice) -> "Examples":
+        """Return a span of the examples."""
+        return Examples(self.texts[span], self.labels[span], self.source)
 
 
 def default_options(given: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what suits the model and is not `given`."""
+    """Return options that suit the model, without those that are `given`."""
     defaults: dict[str, Any] = {"output_dir": "finetune_classifier_output", "logging_steps": 50, "report_to": "none"}
     defaults |= {"per_device_train_batch_size": 32, "per_device_eval_batch_size": 64}
     defaults |= {"warmup_steps": 50, "dataloader_pin_memory": torch.cuda.is_available()}
@@ -121,8 +121,8 @@ def default_options(given: Mapping[str, Any]) -> dict[str, Any]:
 def read_delimited(path: str, option: str, data: DataArguments, header: list[str] | None) -> Dataset:
     """Read a TSV or CSV file, whose first line may or may not name the columns.
 
-    It does if it is `header`, that of the training file, or holds a column that the user or convention names, or if
-    its second field is found in no other line (labels recur).
+    It does if it equals `header`, the header of the training file, if it holds a column that the user or convention
+    names, or if no other line has its second field (labels recur).
     """
     tabs = path.endswith(".tsv")
     separator = "tab" if tabs else "comma"
@@ -155,7 +155,7 @@ def read_delimited(path: str, option: str, data: DataArguments, header: list[str
 
 
 def read_table(path: str, option: str, data: DataArguments, header: list[str] | None = None) -> Dataset:
-    """Read a table in any of the formats."""
+    """Read a table of any format."""
     formats = {".json": "json", ".jsonl": "json", ".parquet": "parquet"}
     if Path(path).suffix in (".tsv", ".csv"):
         return read_delimited(path, option, data, header)
@@ -164,7 +164,7 @@ def read_table(path: str, option: str, data: DataArguments, header: list[str] | 
 
 
 def examples_of(table: Dataset, data: DataArguments, source: str) -> Examples:
-    """Take texts and labels out of a table."""
+    """Return the texts and labels of a table."""
     columns = table.column_names
     if len(columns) < 2 or not len(table):
         raise ValueError(f"{source} has {len(columns)} columns and {len(table)} rows; it must hold texts with labels")
@@ -189,8 +189,8 @@ def examples_of(table: Dataset, data: DataArguments, source: str) -> Examples:
 
 
 def load_examples(data: DataArguments) -> tuple[Examples, dict[str, Examples | None]]:
-    """Return the training examples, and those for validation and test by name."""
-    found: dict[str, Examples | None] = {"validation": None, "test": None}
+    """Return the training examples, and the validation and test examples by name."""
+    others: dict[str, Examples | None] = {"validation": None, "test": None}
     header: list[str] | None = None
     if data.dataset_name is not None:
         source = f"--dataset_name {data.dataset_name!r}"
@@ -199,38 +199,38 @@ def load_examples(data: DataArguments) -> tuple[Examples, dict[str, Examples | N
             raise ValueError(f"{source} has no split named train; it has {', '.join(splits)}")
         train = examples_of(splits["train"], data, source)
         if "validation" in splits:
-            found["validation"] = examples_of(splits["validation"], data, source)
+            others["validation"] = examples_of(splits["validation"], data, source)
     else:
         table = read_table(str(data.train_file), "train_file", data)
         header = table.column_names
         train = examples_of(table, data, f"--train_file {data.train_file!r}")
-    for part in found:
-        path = getattr(data, f"{part}_file")
+    for split in others:
+        path = getattr(data, f"{split}_file")
         if path is not None:
-            table = read_table(path, f"{part}_file", data, header)
-            found[part] = examples_of(table, data, f"--{part}_file {path!r}")
-    if found["validation"] is None and data.validation_fraction:
-        cut = int(len(train.texts) * (1 - data.validation_fraction))
-        train, found["validation"] = train[:cut], train[cut:]
+            table = read_table(path, f"{split}_file", data, header)
+            others[split] = examples_of(table, data, f"--{split}_file {path!r}")
+    if others["validation"] is None and data.validation_fraction:
+        end = int(len(train.texts) * (1 - data.validation_fraction))
+        train, others["validation"] = train[:end], train[end:]
     if not train.texts:
         raise ValueError(
             f"{train.source} has too few rows to keep --validation_fraction {data.validation_fraction} back"
         )
     return train[: data.max_train_samples], {
-        name: None if part is None else part[: data.max_eval_samples] for name, part in found.items()
+        name: None if split is None else split[: data.max_eval_samples] for name, split in others.items()
     }
 
 
 def label_names(train: Examples, others: Iterable[Examples | None]) -> list[str]:
-    """Return the labels of the training examples in order, numbers by value; the others must have no more."""
-    found = set(train.labels)
-    if len(found) < 2:
+    """Return the labels of the training examples in order, numbers by value; the others may not have more."""
+    labels = set(train.labels)
+    if len(labels) < 2:
         raise ValueError(f"{train.source} has one label, {train.labels[0]!r}; a classifier needs two at least")
-    for part in others:
-        if part is not None and (unknown := sorted(set(part.labels) - found)):
-            raise ValueError(f"{part.source} has the label {unknown[0]!r}, which no training example has")
-    numbers = all(label.lstrip("-").isdigit() for label in found)
-    return sorted(found, key=int) if numbers else sorted(found)
+    for split in others:
+        if split is not None and (unknown := sorted(set(split.labels) - labels)):
+            raise ValueError(f"{split.source} has the label {unknown[0]!r}, which no training example has")
+    numbers = all(label.lstrip("-").isdigit() for label in labels)
+    return sorted(labels, key=int) if numbers else sorted(labels)
 
 
 def train_tokenizer(texts: list[str], vocabulary_size: int, max_length: int) -> PreTrainedTokenizerFast:
@@ -302,8 +302,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         set_seed(args.seed)
         model, tokenizer = load_model(model_args, data, train.texts, labels)
         encoded = {
-            name: None if part is None else encode(part, tokenizer, labels, data.max_length)
-            for name, part in {"train": train, **others}.items()
+            name: None if split is None else encode(split, tokenizer, labels, data.max_length)
+            for name, split in {"train": train, **others}.items()
         }
         trainer = PDecayTrainer(
             model=model,
@@ -324,9 +324,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         results["eval"] = trainer.evaluate()
     if encoded["test"] is not None:
         results["test"] = trainer.predict(encoded["test"], metric_key_prefix="test").metrics or {}
-    for part, metrics in results.items():
-        trainer.log_metrics(part, metrics)
-        trainer.save_metrics(part, metrics)
+    for split, metrics in results.items():
+        trainer.log_metrics(split, metrics)
+        trainer.save_metrics(split, metrics)
     trainer.save_state()
     trainer.create_model_card(dataset=data.dataset_name or Path(data.train_file or "").name)
     trainer.save_model()

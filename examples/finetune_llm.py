@@ -7,8 +7,8 @@
     python examples/finetune_llm.py options.yaml --max_steps 500
 
 Rows hold `prompt` and `completion`; `instruction`, `output` and maybe `input`; `messages`, which the tokenizer's chat
-template renders; or `text`. Only answers are learned, and text. Examples are packed into blocks in which they do not
-see one another. All options of `TrainingArguments` work; `--help` lists them. With no model named, a small GPT-2 over
+template renders; or `text`. The model learns answers and text only. Examples are packed into blocks and do not see one
+another. All options of `TrainingArguments` work; `--help` lists them. With no model named, a small GPT-2 over
 bytes is trained from scratch; with no data named, on the source text of Python's standard library. The output folder
 loads with plain `AutoModelForCausalLM.from_pretrained`. The script needs `instructions.py`, `packing.py`,
 `train_clm.py` and `options.py` beside it.
@@ -36,7 +36,7 @@ from packing import Collator, Example, fit, keeps_apart, model_options, pack, to
 
 
 logger = logging.getLogger("finetune_llm")
-Rows = list[tuple[str, Mapping[str, Any]]]  # each with its place, for complaints
+Rows = list[tuple[str, Mapping[str, Any]]]  # each with its position, for errors
 
 
 @dataclass
@@ -46,22 +46,22 @@ class ModelArguments(train_clm.ModelArguments):
 
 @dataclass
 class DataArguments(train_clm.DataArguments):
-    """What it learns. With neither a file nor a data set: the source text of Python's standard library."""
+    """The training data. Without a file or data set: the source text of Python's standard library."""
 
     train_on_prompts: bool = arg(False, help="Learn prompts as well as answers.")
     packing: bool = arg(
         True,
-        help="Several examples in a block, which do not see one another. Where the model cannot keep them apart, each "
-        "has a block of its own, filled up: models with a state (Mamba and hybrids), classes that ignore positions "
-        "which begin anew, and flash attention in batches of more than one block. Eager, sdpa and flex attention can.",
+        help="Put several examples into a block; they do not see one another. Each example gets its own padded block "
+        "if the model cannot separate them: models with a state (Mamba and hybrids), classes that ignore restarting "
+        "positions, and flash attention in batches of several blocks. Eager, sdpa and flex attention can.",
     )
 
 
 def default_options(given: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what suits the model and is not `given`."""
+    """Return options that suit the model, without those that are `given`."""
     defaults = train_clm.default_options(given) | {"output_dir": "finetune_llm_output", "generate_tokens": 0}
     older = Version(transformers.__version__).major < 5
-    if older:  # what version 5 has by itself; the other kind does not work with DDP
+    if older:  # the default of version 5; reentrant checkpointing does not work with DDP
         defaults["gradient_checkpointing_kwargs"] = {"use_reentrant": False}
     if "warmup_steps" not in given:
         defaults.pop("warmup_steps", None)
@@ -72,12 +72,12 @@ def default_options(given: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def placed(rows: Sequence[Mapping[str, Any]], source: str) -> Rows:
-    """Say of each row where it stands."""
+    """Add its position to each row."""
     return [(f"row {number} of {source}", row) for number, row in enumerate(rows, start=1)]
 
 
 def load_rows(data: DataArguments) -> tuple[Rows, Rows, str]:
-    """Return the rows for training, those held out, and the name of their source."""
+    """Return the training rows, the held-out rows, and the name of their source."""
     validation: Rows | None = None
     column = data.text_column
     if data.dataset_name is not None:
@@ -93,23 +93,23 @@ def load_rows(data: DataArguments) -> tuple[Rows, Rows, str]:
         train = placed(read_rows(data.train_file, "train_file", column), source)
     else:
         source = "Python's standard library"
-        parts = train_clm.standard_library()
-        train, validation = (placed([{column: text} for text in part], source) for part in parts)
+        splits = train_clm.standard_library()
+        train, validation = (placed([{column: text} for text in split], source) for split in splits)
     if data.validation_file is not None:
         option = f"--validation_file {data.validation_file!r}"
         validation = placed(read_rows(data.validation_file, "validation_file", column), option)
     if validation is not None:
         return train, validation, source
-    if len(train) == 1 and isinstance(text := train[0][1].get(column), str):  # the last part of a single text
-        cut = int(len(text) * (1 - data.validation_fraction))
-        train, validation = (placed([{column: part}], source) if part else [] for part in (text[:cut], text[cut:]))
+    if len(train) == 1 and isinstance(text := train[0][1].get(column), str):  # the end of a single text
+        end = int(len(text) * (1 - data.validation_fraction))
+        train, validation = (placed([{column: piece}], source) if piece else [] for piece in (text[:end], text[end:]))
         return train, validation, source
-    cut = max(1, int(len(train) * (1 - data.validation_fraction)))
-    return train[:cut], train[cut:], source
+    end = max(1, int(len(train) * (1 - data.validation_fraction)))
+    return train[:end], train[end:], source
 
 
 def to_blocks(examples: Iterable[Example], size: int, most: int | None, packed: bool, source: str) -> Dataset:
-    """Divide examples, `most` at the most, over blocks; what is longer than a block counts as several."""
+    """Divide at most `most` examples over blocks; an example longer than a block counts as several."""
     pieces: list[Example] = []
     longer = 0
     for example in examples:
@@ -121,15 +121,15 @@ def to_blocks(examples: Iterable[Example], size: int, most: int | None, packed: 
     if not pieces:
         raise ValueError(f"{source} has nothing in it to learn")
     if longer:
-        logger.info("%d examples of %s are longer than a block of %d tokens; they are cut.", longer, source, size)
-    numbers = pack([len(piece) for piece in pieces], size) if packed else [[each] for each in range(len(pieces))]
+        logger.info("%d examples of %s are longer than a block of %d tokens; they are split.", longer, source, size)
+    numbers = pack([len(piece) for piece in pieces], size) if packed else [[number] for number in range(len(pieces))]
     return to_dataset([[pieces[number] for number in block] for block in numbers])
 
 
 def can_pack(model: Any, args: PDecayTrainingArguments) -> bool:
-    """Whether the model keeps packed examples apart in this run's batches.
+    """Whether the model separates packed examples in this run's batches.
 
-    Under FSDP and DeepSpeed weights are not at hand to try it, and what its class says of itself has to do.
+    Under FSDP and DeepSpeed no process has the weights to run the model, so its class decides.
     """
     rows = max(args.per_device_train_batch_size, args.per_device_eval_batch_size)
     if "true" in (os.environ.get("ACCELERATE_USE_FSDP"), os.environ.get("ACCELERATE_USE_DEEPSPEED")):
@@ -143,14 +143,14 @@ def can_pack(model: Any, args: PDecayTrainingArguments) -> bool:
 
 
 def prepare(argv: Sequence[str]) -> tuple[PDecayTrainer, PreTrainedTokenizerBase, DataArguments]:
-    """Read, check and load everything. What is wrong comes out as ValueError or OSError, before any training."""
+    """Read, check and load everything; raise ValueError or OSError before any training."""
     groups = (ModelArguments, DataArguments, PDecayTrainingArguments)
     model_args, data, args = parse_options(argv, groups, default_options)
     check_run(args)
     logger.setLevel(logging.INFO if args.process_index == 0 else logging.ERROR)
-    args.batch_eval_metrics = True  # as causal_lm_hooks wants it
+    args.batch_eval_metrics = True  # causal_lm_hooks needs it
     train, validation, source = load_rows(data)
-    sources = {"train": source, "validation": f"The validation part of {source}"}
+    sources = {"train": source, "validation": f"The validation split of {source}"}
     if data.validation_file is not None:
         sources["validation"] = f"--validation_file {data.validation_file!r}"
     tokenizer = train_clm.load_tokenizer(model_args)
@@ -165,13 +165,13 @@ def prepare(argv: Sequence[str]) -> tuple[PDecayTrainer, PreTrainedTokenizerBase
         )
     packed = data.packing and can_pack(model, args)
     if data.packing and not packed:
-        logger.warning("%s cannot keep packed examples apart here: each has a block of its own.", type(model).__name__)
+        logger.warning("%s cannot keep packed examples apart here: each gets its own block.", type(model).__name__)
     most = {"train": data.max_train_samples, "validation": data.max_eval_samples}
     blocks: dict[str, Dataset] = {}
-    for part, rows in (("train", train), ("validation", validation)):
-        if rows or part == "train":
+    for split, rows in (("train", train), ("validation", validation)):
+        if rows or split == "train":
             examples = load_examples(rows, tokenizer, data.text_column, data.train_on_prompts)
-            blocks[part] = to_blocks(examples, data.block_size, most[part], packed, sources[part])
+            blocks[split] = to_blocks(examples, data.block_size, most[split], packed, sources[split])
     if tokenizer.chat_template is None and any("messages" in row for _, row in train):
         tokenizer.chat_template = PLAIN_CHAT
     filling = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id

@@ -3,8 +3,8 @@
     python examples/hyperparameter_search.py --output_dir search --n_trials 20
     hf-pdecay report search
 
-The options are those of `train_clm.py`, and `--n_trials`. Without others it trains the small GPT-2 of `train_clm.py` on
-the source text of Python's standard library. Each trial has its folder, `search/run-N`.
+The options are those of `train_clm.py`, and `--n_trials`. By default it trains the small GPT-2 of `train_clm.py` on the
+source text of Python's standard library. Each trial has a folder, `search/run-N`.
 """
 
 import sys
@@ -38,7 +38,7 @@ def main(argv: list[str] | None = None) -> SearchReport:
     groups = (clm.ModelArguments, clm.DataArguments, PDecayTrainingArguments, SearchArguments)
     model_args, data, args, search = parse_options(sys.argv[1:] if argv is None else argv, groups, clm.default_options)
     args.batch_eval_metrics = True
-    clm.load_model(model_args, None, data)  # which settles the size of a block
+    clm.load_model(model_args, None, data)  # sets the size of a block
     train, held_out, source = clm.load_documents(data)
     sets: dict[str, Any] = {"data_collator": clm.collate, **clm.causal_lm_hooks()}
     sets["train_dataset"] = clm.to_blocks(train, None, data.block_size, data.max_train_samples, source)
@@ -48,9 +48,9 @@ def main(argv: list[str] | None = None) -> SearchReport:
     trainer.hyperparameter_search(
         space, loss_and_sparsity, n_trials=search.n_trials, direction=DIRECTIONS, backend="optuna"
     )
-    found = report(str(args.output_dir))
-    Console().print(found)
-    return found  # type: ignore[return-value]
+    result = report(str(args.output_dir))
+    Console().print(result)
+    return result  # type: ignore[return-value]
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What `finetune_llm.py` reads: rows of instructions or text, turned into tokens with labels."""
+"""Rows of instructions or text for `finetune_llm.py`, turned into tokens with labels."""
 
 import json
 from bisect import bisect_left
@@ -16,25 +16,25 @@ from train_clm import load_table, read_file
 
 
 FORMATS = "prompt and completion; instruction and output, with or without input; messages; or"
-# That of https://github.com/tatsu-lab/stanford_alpaca
+# The prompt of https://github.com/tatsu-lab/stanford_alpaca
 ALPACA = (
     "Below is an instruction that describes a task{hint}. Write a response that appropriately completes the request."
     "\n\n### Instruction:\n{instruction}\n\n{context}### Response:\n"
 )
 ALPACA_HINT = ", paired with an input that provides further context"
-# For tokenizers that have none. It is saved with the tokenizer, so that one chats with the model as it was trained.
+# For tokenizers without one. It is saved with the tokenizer, so that a chat uses the form of the training.
 PLAIN_CHAT = (
     "{% for message in messages %}{{ message['role'] | capitalize + ':\n' + message['content'] }}"
     "{% if message['role'] == 'assistant' %}{{ eos_token or '' }}{% endif %}{{ '\n\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ 'Assistant:\n' }}{% endif %}"
 )
 
-Segments = list[tuple[str, bool]]  # pieces of a text, and whether each is to be learned
+Segments = list[tuple[str, bool]]  # pieces of a text, and whether to learn each
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
-    """Make a tokenizer whose tokens 0 to 255 are bytes, as `train_clm.py` has them, and 256 is the end of a text."""
-    alphabet = [*range(33, 127), *range(161, 173), *range(174, 256)]  # bytes that stand for themselves
+    """Make a tokenizer with the byte tokens 0 to 255 of `train_clm.py`, and 256 as the end of a text."""
+    alphabet = [*range(33, 127), *range(161, 173), *range(174, 256)]  # bytes that represent themselves
     others = [byte for byte in range(256) if byte not in alphabet]
     vocabulary = {chr(byte): byte for byte in alphabet} | {chr(256 + n): byte for n, byte in enumerate(others)}
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
@@ -51,7 +51,7 @@ def read_rows(path: str, option: str, text_column: str) -> list[dict[str, Any]]:
         return list(load_table(option, path, formats[suffix], data_files=path, split="train").to_list())
     if suffix not in (".json", ".jsonl"):
         return [{text_column: text}]
-    # Read here, not as a table: rows may differ in their columns, and an error should name the row.
+    # Not read as a table: rows may differ in their columns, and an error must name the row.
     whole = text.lstrip().startswith("[")
     rows: list[dict[str, Any]] = []
     try:
@@ -71,7 +71,7 @@ def read_rows(path: str, option: str, text_column: str) -> list[dict[str, Any]]:
 def segments_of(
     row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, text_column: str
 ) -> Iterator[tuple[Segments, bool]]:
-    """Take the examples out of a row: their texts, and whether a beginning and an end are still to be added.
+    """Yield the examples of a row: their segments, and whether they still need start and end tokens.
 
     Raises:
         ValueError: If the row fits no format.
@@ -107,13 +107,13 @@ def _text(row: Mapping[str, Any], column: str) -> str:
 
 
 def _chat(messages: Any, tokenizer: PreTrainedTokenizerBase) -> list[Segments]:
-    """Render a conversation by the tokenizer's template, and mark what the assistant says.
+    """Render a conversation by the tokenizer's template, and mark the assistant's answers.
 
-    Each answer follows what the model would see when asked for it. Where a template renders earlier turns differently
-    once there are later ones, as with the thoughts of reasoning models, each answer becomes an example of its own.
+    Each answer follows the prompt that the model would see. Some templates render earlier turns differently once later
+    turns exist, for example the thoughts of reasoning models; then each answer becomes a separate example.
     """
-    whole = isinstance(messages, list) and all(isinstance(each, dict) and "role" in each for each in messages)
-    turns = [number for number, each in enumerate(messages) if each["role"] == "assistant"] if whole else []
+    whole = isinstance(messages, list) and all(isinstance(message, dict) and "role" in message for message in messages)
+    turns = [number for number, message in enumerate(messages) if message["role"] == "assistant"] if whole else []
     if not turns:
         raise ValueError(
             "has messages without an answer; they must be a list of objects with role and content, one of them the "
@@ -129,13 +129,13 @@ def _chat(messages: Any, tokenizer: PreTrainedTokenizerBase) -> list[Segments]:
             raise ValueError(f"has messages that the tokenizer's chat template refuses: {error}") from error
 
     examples: list[Segments] = []
-    done = ""  # what the last example renders to
+    done = ""  # the last example, rendered
     for turn in turns:
         prompt, rendered = render(turn, add_generation_prompt=True) if turn else "", render(turn + 1)
         if not rendered.startswith(prompt):
             prompt = render(turn)
         if not rendered.startswith(prompt):
-            raise ValueError("has messages of which the tokenizer's chat template renders no answer after its prompt")
+            raise ValueError("has messages for which the tokenizer's chat template renders no answer after its prompt")
         if not (examples and prompt.startswith(done)):
             examples.append([])
             done = ""
@@ -147,26 +147,26 @@ def _chat(messages: Any, tokenizer: PreTrainedTokenizerBase) -> list[Segments]:
 def encode(
     texts: Sequence[tuple[Segments, bool]], tokenizer: PreTrainedTokenizerBase, train_on_prompts: bool = False
 ) -> Iterator[Example]:
-    """Turn texts into tokens. A token that reaches into an answer is learned.
+    """Turn texts into tokens. A token that overlaps an answer is learned.
 
-    Texts are not cut at the seams before they become tokens: some tokenizers would put a space there.
+    Texts become tokens as a whole, because some tokenizers would put a space at the seams between segments.
     """
-    beginning = tokenizer("")["input_ids"][:1]  # such as Llama's <s>; some tokenizers have an end here
+    beginning = tokenizer("")["input_ids"][:1]  # such as Llama's <s>; some tokenizers have an end token here
     beginning = beginning if beginning == [tokenizer.bos_token_id] else []
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     joined = ["".join(text for text, _ in segments) for segments, _ in texts]
     encoded = tokenizer(joined, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-    for (segments, bare), ids, places in zip(texts, encoded["input_ids"], encoded["offset_mapping"], strict=True):
+    for (segments, bare), ids, spans in zip(texts, encoded["input_ids"], encoded["offset_mapping"], strict=True):
         seams = list(accumulate(len(text) for text, _ in segments))
         learned = [answer or train_on_prompts for _, answer in segments]
         labels = [
-            token if learned[bisect_left(seams, stop)] else -100 for token, (_, stop) in zip(ids, places, strict=True)
+            token if learned[bisect_left(seams, stop)] else -100 for token, (_, stop) in zip(ids, spans, strict=True)
         ]
         if bare and ids[-1:] != end:
             ids, labels = ids + end, labels + (end if learned[-1] else [-100] * len(end))
         before = beginning if bare else []
         if not before and labels and labels[0] not in (-100, tokenizer.bos_token_id):
-            before = end  # of the text before, or nothing would predict the first token
+            before = end  # of the previous text: without it nothing would predict the first token
         yield Example([*before, *ids], [-100, *([-100] * len(before) + labels)[1:]])
 
 
@@ -179,19 +179,19 @@ def load_examples(
     """Turn rows into examples.
 
     Args:
-        rows: Each with its place, by which an error names it.
-        tokenizer: One that says where tokens lie in a text.
-        text_column: Column of rows that are just text.
-        train_on_prompts: Whether prompts are to be learned as well.
+        rows: Each with its position, for errors.
+        tokenizer: A fast tokenizer, which knows the spans of tokens.
+        text_column: Column of plain text rows.
+        train_on_prompts: Whether to learn prompts as well.
 
     Raises:
         ValueError: If a row fits no format.
     """
     for first in range(0, len(rows), 100):
         texts: list[tuple[Segments, bool]] = []
-        for place, row in rows[first : first + 100]:
+        for position, row in rows[first : first + 100]:
             try:
                 texts += segments_of(row, tokenizer, text_column)
             except ValueError as error:
-                raise ValueError(f"{place} {error}") from error
+                raise ValueError(f"{position} {error}") from error
         yield from encode(texts, tokenizer, train_on_prompts)

@@ -1,10 +1,10 @@
-"""Fine-tune a sparse causal LM with LoRA, cut the ranks that died, and merge without losing a zero of the base.
+"""Fine-tune a sparse causal LM with LoRA, remove the dead ranks, and merge without losing a zero of the base.
 
     python examples/train_clm.py --optim adamw_lp --target_sparsity 0.8 --output_dir base
     python examples/lora_peft.py --model_name_or_path base --train_file text.txt --output_dir adapter
 
-The options are those of `train_clm.py`, of whose models this takes those whose tokens are bytes, and `--r`,
-`--rank_sparsity` and `--mask`. The adapter comes to lie in `--output_dir`, the merged model in `merged` in it.
+The options are those of `train_clm.py`, and `--r`, `--rank_sparsity` and `--mask`. The base must have bytes as tokens.
+The adapter goes to `--output_dir`, the merged model to its subfolder `merged`.
 """
 
 import sys
@@ -23,13 +23,13 @@ from options import arg, parse_options
 class LoraArguments:
     """The adapter."""
 
-    r: int = arg(16, help="Ranks of each layer to begin with.")
-    rank_sparsity: float = arg(0.5, help="Fraction of all ranks that is to die.")
-    mask: bool = arg(True, help="Train with the base's zeros kept, as the merged model has them.")
+    r: int = arg(16, help="Ranks of each layer at the start.")
+    rank_sparsity: float = arg(0.5, help="Fraction of all ranks to die.")
+    mask: bool = arg(True, help="Train with the zeros of the base, as in the merged model.")
 
 
 def main(argv: list[str] | None = None) -> dict[str, float]:
-    """Train, cut and merge; return the held-out losses and the sparsity of the merged model."""
+    """Train, shrink and merge; return the held-out losses and the sparsity of the merged model."""
     groups = (clm.ModelArguments, clm.DataArguments, pd.PDecayTrainingArguments, LoraArguments)
     model_args, data, args, lora = parse_options(sys.argv[1:] if argv is None else argv, groups, clm.default_options)
     args.batch_eval_metrics = True

@@ -3,9 +3,9 @@
     python examples/no_trainer.py --target_sparsity 0.9 --output_dir out
     accelerate launch --config_file examples/accelerate_configs/ddp.yaml examples/no_trainer.py --train_file input.txt
 
-Model and text are those of `train_clm.py`, which with `options.py` must lie beside this script. The loop takes as many
-blocks for a step whatever the number of processes: `--batch_size` is of all of them together. A checkpoint
-(`--save_steps`) holds what a run needs to go on as if it had not been stopped, on the same number of processes.
+Model and text are those of `train_clm.py`; that script and `options.py` must lie beside this one. `--batch_size` is the
+number of blocks of a step on all processes together. A run that resumes from a checkpoint (`--save_steps`) is
+bit-identical to an uninterrupted one, on the same number of processes.
 """
 
 import json
@@ -54,21 +54,21 @@ class LoopArguments:
 
     output_dir: str = arg("no_trainer_output", help="Folder of the model.")
     max_steps: int = arg(1000, help="Steps of the optimizer.")
-    batch_size: int = arg(16, help="Blocks of a step, of all processes and micro-batches together.")
+    batch_size: int = arg(16, help="Blocks of a step, on all processes and in all micro-batches together.")
     gradient_accumulation_steps: int = arg(1, help="Micro-batches of a step.")
     learning_rate: float = arg(2e-3, help="Highest learning rate; it falls along a cosine.")
     warmup_steps: int = arg(100, help="Steps in which the learning rate rises.")
     max_grad_norm: float = arg(1.0, help="Norm to which gradients are clipped.")
     p_norm: float = arg(0.8, help="p of the decay.")
-    lambda_p: float = arg(0.0, help="Its strength, where no sparsity is asked for.")
-    target_sparsity: float | None = arg(None, help="Fraction of exact zeros that the decayed weights are to have.")
-    lp_rules: str | None = arg(None, help="JSON, or a file of it: p, λ_p and targets of parameters by regex.")
+    lambda_p: float = arg(0.0, help="Strength of the decay, without a target.")
+    target_sparsity: float | None = arg(None, help="Fraction of exact zeros in the decayed weights.")
+    lp_rules: str | None = arg(None, help="JSON string or file: p, λ_p and targets of parameters by regex.")
     logging_steps: int = arg(50, help="Steps from one line of the log to the next.")
     save_steps: int = arg(0, help="Steps from one checkpoint to the next; 0 for none.")
-    resume_from_checkpoint: str | None = arg(None, help="Checkpoint from which the run goes on.")
-    mixed_precision: str | None = arg(None, help="Instead of the launcher's.", choices=["no", "fp16", "bf16"])
+    resume_from_checkpoint: str | None = arg(None, help="Checkpoint from which the run resumes.")
+    mixed_precision: str | None = arg(None, help="Overrides the launcher's.", choices=["no", "fp16", "bf16"])
     seed: int = arg(42, help="Seed of the weights and of the order of the blocks.")
-    cpu: bool = arg(False, help="Stay on the CPU; beside the launcher's word, too.")
+    cpu: bool = arg(False, help="Stay on the CPU; needed also if the launcher is told so.")
 
     def __post_init__(self) -> None:
         """Check what can be checked without reading anything."""
@@ -77,43 +77,43 @@ class LoopArguments:
             if getattr(self, name) < least:
                 raise ValueError(f"--{name} {getattr(self, name)} must be at least {least}")
         folder = self.resume_from_checkpoint
-        # DeepSpeed writes `latest` in place of an optimizer.
+        # DeepSpeed writes `latest` instead of an optimizer.
         if folder is not None and not any(any(Path(folder).glob(mark)) for mark in ("optimizer*", "latest")):
-            raise ValueError(f"--resume_from_checkpoint {folder!r} is no checkpoint; name a folder step-N")
+            raise ValueError(f"--resume_from_checkpoint {folder!r} is not a checkpoint; name a folder step-N")
 
 
 @dataclass
 class Progress:
-    """How many steps have been made; a checkpoint carries it."""
+    """The number of finished steps; a checkpoint carries it."""
 
     step: int = 0
 
     def state_dict(self) -> dict[str, int]:
-        """Return what a checkpoint keeps."""
+        """Return the entry of a checkpoint."""
         return {"step": self.step}
 
     def load_state_dict(self, state: Mapping[str, int]) -> None:
-        """Take it back."""
+        """Restore the entry of a checkpoint."""
         self.step = state["step"]
 
 
 class Loop:
-    """A run: what is trained, and how far it is.
+    """A run: the model, its data and its progress.
 
     Raises:
-        ValueError: If an option is out of range or the checkpoint is of another model.
+        ValueError: If an option is out of range or the checkpoint belongs to another model.
     """
 
     def __init__(self, accelerator: Accelerator, options: LoopArguments, model: Any, train: Dataset) -> None:
         self.options = options
         self.accelerator = accelerator
-        parts = self.accelerator.num_processes * options.gradient_accumulation_steps
-        if options.batch_size % parts:
-            raise ValueError(f"--batch_size {options.batch_size} must be a multiple of {parts} parts")
+        micro_batches = self.accelerator.num_processes * options.gradient_accumulation_steps
+        if options.batch_size % micro_batches:
+            raise ValueError(f"--batch_size {options.batch_size} must be a multiple of {micro_batches} micro-batches")
         deepspeed = accelerator.state.deepspeed_plugin
         if deepspeed is not None:
-            # DeepSpeed counts micro-batches by itself, and is told of them before it prepares anything.
-            deepspeed.deepspeed_config["train_micro_batch_size_per_gpu"] = options.batch_size // parts
+            # DeepSpeed counts micro-batches itself and must know them before it prepares anything.
+            deepspeed.deepspeed_config["train_micro_batch_size_per_gpu"] = options.batch_size // micro_batches
             deepspeed.deepspeed_config["gradient_accumulation_steps"] = options.gradient_accumulation_steps
             deepspeed.deepspeed_config["gradient_clipping"] = options.max_grad_norm
         groups = build_param_groups(
@@ -136,7 +136,7 @@ class Loop:
                 raise ValueError(
                     f"--resume_from_checkpoint {options.resume_from_checkpoint!r} does not fit: {error}"
                 ) from error
-        # The whole run's blocks in their order: a resumed run takes them up where it stopped.
+        # The blocks of the whole run in their order: a resumed run continues where it stopped.
         wanted = options.max_steps * options.batch_size
         generator = torch.Generator().manual_seed(options.seed)
         order = torch.cat([torch.randperm(len(train), generator=generator) for _ in range(wanted // len(train) + 1)])
@@ -147,7 +147,7 @@ class Loop:
         return self.accelerator.prepare(DataLoader(blocks, batch_size, collate_fn=collate))
 
     def train(self) -> None:
-        """Make the steps that are left."""
+        """Make the remaining steps."""
         options, accelerator = self.options, self.accelerator
         self.model.train()
         for batch in self.loader:
@@ -155,7 +155,7 @@ class Loop:
                 if accelerator.sync_gradients:
                     self.control.before_step(self.progress.step + 1)
                 loss = self.model(**batch).loss
-                accelerator.backward(loss)  # where DeepSpeed also clips and steps
+                accelerator.backward(loss)  # DeepSpeed also clips and steps here
                 if not accelerator.sync_gradients:
                     continue
                 accelerator.clip_grad_norm_(self.model.parameters(), options.max_grad_norm)
@@ -179,13 +179,13 @@ class Loop:
 
     @torch.no_grad()
     def evaluate(self, blocks: Dataset) -> float:
-        """Return the mean loss of a token; all blocks have as many."""
+        """Return the mean loss of a token; all blocks have the same number."""
         self.model.eval()
         losses = []
         for batch in self._loader(blocks, 64 * self.accelerator.num_processes):
             scores = self.model(input_ids=batch["input_ids"]).logits[:, :-1].float()
             loss = cross_entropy(scores.transpose(1, 2), batch["labels"][:, 1:], reduction="none").mean(1)
-            losses.append(self.accelerator.gather_for_metrics(loss))  # which drops the blocks that fill the last batch
+            losses.append(self.accelerator.gather_for_metrics(loss))  # drops the padding blocks of the last batch
         return torch.cat(losses).mean().item()
 
     def log(self, **figures: float) -> None:
@@ -193,9 +193,9 @@ class Loop:
         self.accelerator.print(json.dumps({"step": self.progress.step, **figures}))
 
     def save(self) -> None:
-        """Write the model, which plain transformers loads, and its zeros."""
+        """Write the model, which plain transformers loads, and the report of its zeros."""
         report = self.measure()
-        weights = self.accelerator.get_state_dict(self.model)  # of the whole model, on the main process
+        weights = self.accelerator.get_state_dict(self.model)  # the whole model, on the main process
         if self.accelerator.is_main_process:
             self.accelerator.unwrap_model(self.model).save_pretrained(self.options.output_dir, state_dict=weights)
             report.save(Path(self.options.output_dir) / "sparsity.json")
@@ -203,7 +203,7 @@ class Loop:
 
 
 def default_options(given: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what suits the model and is not `given`."""
+    """Return options that suit the model, without those that are `given`."""
     trained = {"model_name_or_path", "config_name", "preset"} & given.keys()
     return {} if trained else {"block_size": PRESETS["tiny"][1]["block_size"]}
 
@@ -223,7 +223,7 @@ def start(options: LoopArguments) -> Accelerator:
 
 
 def prepare(argv: Sequence[str]) -> tuple[Loop, Dataset | None]:
-    """Read, check and load everything. What is wrong comes out as ValueError or OSError, before any training."""
+    """Read, check and load everything; raise ValueError or OSError before any training."""
     model_args, data, options = parse_options(argv, (ModelArguments, DataArguments, LoopArguments), default_options)
     accelerator = start(options)
     train, validation, source = load_documents(data)
@@ -246,7 +246,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if held_out is not None:
         loop.log(eval_loss=loop.evaluate(held_out))
     loop.save()
-    # gloo's threads let go of what they hold while this waits; at the end they might wait for Python, and it for them.
+    # gloo's threads release their objects while this waits; at exit they and Python might wait for each other.
     loop.accelerator.wait_for_everyone()
     loop.accelerator.end_training()
     return 0

@@ -1,4 +1,4 @@
-"""What the example scripts share: reading their options, and checking them before any time is spent."""
+"""Options of the example scripts: reading them, and checking them before any work begins."""
 
 import json
 import sys
@@ -14,12 +14,12 @@ from hf_pdecay import PDecayTrainer, PDecayTrainingArguments, check_checkpoint, 
 
 
 def arg(default: Any, **metadata: Any) -> Any:
-    """Return a dataclass field that `HfArgumentParser` makes an option of."""
+    """Return a dataclass field that `HfArgumentParser` turns into an option."""
     return field(default=default, metadata=metadata)
 
 
 class Parser(HfArgumentParser):
-    """A parser that raises ValueError instead of printing two hundred options before its complaint."""
+    """A parser that raises ValueError instead of printing two hundred options before the error."""
 
     def error(self, message: str) -> NoReturn:
         """Raise `message`."""
@@ -31,7 +31,7 @@ def parse_options(
 ) -> tuple[Any, ...]:
     """Parse a command line, which may start with a JSON or YAML file of options, into one object for each dataclass.
 
-    `defaults` is called with the options that are given and returns values for those that are not.
+    `defaults` takes the given options and returns values for the others.
     """
     if argv and Path(argv[0]).suffix in (".json", ".yaml", ".yml"):
         argv = [*read_options(argv[0]), *argv[1:]]
@@ -61,7 +61,7 @@ def read_options(path: str) -> list[str]:
 
 
 def check_run(args: PDecayTrainingArguments) -> None:
-    """Check what the Trainer would stumble over later, and turn `--resume_from_checkpoint true` into a path."""
+    """Check values at which the Trainer would fail later; turn `--resume_from_checkpoint true` into a path."""
     for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
         if getattr(args, name) < 1:
             raise ValueError(f"--{name} {getattr(args, name)} must be at least 1")
@@ -73,21 +73,19 @@ def check_run(args: PDecayTrainingArguments) -> None:
     elif asked.lower() in ("true", "yes", "latest"):
         args.resume_from_checkpoint = newest_whole(folder)
         if args.resume_from_checkpoint is None:
-            raise ValueError(
-                f"--resume_from_checkpoint {asked}: --output_dir {folder!r} has no checkpoint in it that is whole"
-            )
+            raise ValueError(f"--resume_from_checkpoint {asked}: --output_dir {folder!r} has no complete checkpoint")
     elif not Path(asked).is_dir():
         raise OSError(f"--resume_from_checkpoint {asked!r} is missing; it must be a folder, or true for the last one")
     elif not (Path(asked) / "trainer_state.json").is_file() or not any(Path(asked).glob("optimizer*")):
         inside = ", ".join(sorted(path.name for path in Path(asked).glob("checkpoint-*"))) or "none"
         raise ValueError(
-            f"--resume_from_checkpoint {asked!r} is no checkpoint: it needs trainer_state.json and the optimizer's "
+            f"--resume_from_checkpoint {asked!r} is not a checkpoint: it needs trainer_state.json and the optimizer's "
             f"state. Checkpoints in it: {inside}"
         )
 
 
 def create_optimizer_early(trainer: PDecayTrainer) -> None:
-    """Make the optimizer now, so that what is wrong with it or the checkpoint shows; sharded engines make their own."""
+    """Make the optimizer now, to find errors in it or the checkpoint; sharded engines make their own."""
     if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
         return
     optimizer, folder = trainer.create_optimizer(), trainer.args.resume_from_checkpoint

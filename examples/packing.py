@@ -1,4 +1,4 @@
-"""What `finetune_llm.py` trains on: blocks of tokens, each of several examples that do not see one another."""
+"""Blocks of tokens for `finetune_llm.py`: each holds several examples that do not see one another."""
 
 from bisect import bisect_left, insort
 from collections.abc import Iterator, Sequence
@@ -12,7 +12,7 @@ from datasets import Dataset
 
 @dataclass
 class Example:
-    """Tokens, and as labels those of them that are to be learned; -100 elsewhere, and always at the first."""
+    """Tokens, and labels: the tokens to learn, and -100 elsewhere, always at the first token."""
 
     input_ids: list[int]
     labels: list[int]
@@ -21,20 +21,20 @@ class Example:
         """Return the number of tokens."""
         return len(self.input_ids)
 
-    def __getitem__(self, part: slice) -> "Example":
-        """Return some of the tokens; nothing predicts the first of them."""
-        return Example(self.input_ids[part], [-100, *self.labels[part][1:]])
+    def __getitem__(self, span: slice) -> "Example":
+        """Return a span of the tokens; nothing predicts its first token."""
+        return Example(self.input_ids[span], [-100, *self.labels[span][1:]])
 
     @property
     def learned(self) -> int:
-        """Number of tokens that are to be learned."""
+        """Number of tokens to learn."""
         return sum(label != -100 for label in self.labels)
 
 
 def fit(example: Example, size: int) -> Iterator[Example]:
-    """Cut an example into pieces of at most `size` tokens, of which each begins with the last token of the one before.
+    """Split an example into pieces of at most `size` tokens; each begins with the last token of the previous one.
 
-    So every token is learned once, as in a text. But a piece of a long answer does not see the question.
+    So every token is learned once, as in a text. A later piece of a long answer does not see the question.
     """
     for first in range(0, max(len(example) - 1, 1), size - 1):
         piece = example[first : first + size]
@@ -48,10 +48,10 @@ def pack(lengths: Sequence[int], size: int) -> list[list[int]]:
     Returns the numbers of the examples in each block.
     """
     blocks: list[list[int]] = []
-    room: list[tuple[int, int]] = []  # what each block has left, and its number, in order
-    for number in sorted(range(len(lengths)), key=lambda each: -lengths[each]):
-        place = bisect_left(room, (lengths[number], 0))
-        left, block = room.pop(place) if place < len(room) else (size, len(blocks))
+    room: list[tuple[int, int]] = []  # the free tokens of each block, and its number, in order
+    for number in sorted(range(len(lengths)), key=lambda index: -lengths[index]):
+        position = bisect_left(room, (lengths[number], 0))
+        left, block = room.pop(position) if position < len(room) else (size, len(blocks))
         if block == len(blocks):
             blocks.append([])
         blocks[block].append(number)
@@ -61,7 +61,7 @@ def pack(lengths: Sequence[int], size: int) -> list[list[int]]:
 
 
 def to_dataset(blocks: Sequence[Sequence[Example]]) -> Dataset:
-    """Join the examples of each block; positions begin anew with each, by which a model tells them apart."""
+    """Join the examples of each block; positions restart with each example, so that a model can separate them."""
     columns: dict[str, list[list[int]]] = {"input_ids": [], "labels": [], "position_ids": []}
     for block in blocks:
         columns["input_ids"].append([token for example in block for token in example.input_ids])
@@ -72,15 +72,15 @@ def to_dataset(blocks: Sequence[Sequence[Example]]) -> Dataset:
 
 @dataclass
 class Collator:
-    """Makes a batch of blocks, filled up to the longest of them.
+    """Makes a batch of blocks, padded to the longest of them.
 
-    Packed, the filling is one more example, of which nothing is learned: a mask over it would make the model ignore
-    where examples begin. So would a cache, which some releases of transformers make even in training.
+    In packed blocks the padding is one more example without labels: a mask over it would make the model ignore where
+    examples begin. So would a cache, which some releases of transformers make even in training.
 
     Args:
         packed: Whether blocks hold several examples.
-        filling: Token to fill up with.
-        extra: What else the model is given.
+        filling: Token for the padding.
+        extra: Further arguments of the model.
     """
 
     packed: bool
@@ -93,7 +93,7 @@ class Collator:
         missing = [width - len(row["input_ids"]) for row in rows]
 
         def stack(name: str, fillings: Sequence[Sequence[int]]) -> torch.Tensor:
-            return torch.tensor([[*row[name], *some] for row, some in zip(rows, fillings, strict=True)])
+            return torch.tensor([[*row[name], *filling] for row, filling in zip(rows, fillings, strict=True)])
 
         batch = {
             "input_ids": stack("input_ids", [[self.filling] * count for count in missing]),
@@ -107,21 +107,21 @@ class Collator:
 
 
 def model_options(model: Any) -> dict[str, Any]:
-    """What a model is given with each batch, see `Collator`."""
+    """Return the further arguments of a model, see `Collator`."""
     return {"use_cache": False} if "use_cache" in signature(model.forward).parameters else {}
 
 
 @torch.no_grad()
 def keeps_apart(model: Any, rows: int, tolerance: float = 1e-3) -> bool:
-    """Whether a model's scores for an example are the same packed with another, in batches of `rows` blocks.
+    """Whether a model scores an example alone as it does packed with another, in batches of `rows` blocks.
 
-    It is tried: whether a model heeds restarting positions depends on its class, its kind of attention and the release
+    This runs the model: whether it respects restarting positions depends on its class, its attention and the release
     of transformers. Models with a state, such as Mamba, do not; flash attention does in batches of one block.
 
     Args:
-        model: The model, with its weights on the device on which it will be trained.
+        model: The model, with its weights on the training device.
         rows: Blocks in a batch.
-        tolerance: Difference that rounding may make, relative to the largest score.
+        tolerance: Permitted rounding difference, relative to the largest score.
     """
     if "position_ids" not in signature(model.forward).parameters:
         return False
@@ -136,7 +136,7 @@ def keeps_apart(model: Any, rows: int, tolerance: float = 1e-3) -> bool:
     model.eval()
     try:
         scores = [
-            model(**{name: part.to(model.device) if torch.is_tensor(part) else part for name, part in batch.items()})
+            model(**{key: value.to(model.device) if torch.is_tensor(value) else value for key, value in batch.items()})
             .logits[:, -len(second) :]
             .float()
             for batch in (together, alone)

@@ -1,10 +1,10 @@
-"""Train sentence embeddings to 80% zeros with the trainer of sentence-transformers, which knows `adamw_lp` by then.
+"""Train sentence embeddings to 80% zeros with the trainer of sentence-transformers and `--optim adamw_lp`.
 
     python examples/sentence_embeddings.py --output_dir out
     python examples/sentence_embeddings.py --model MODEL --train_file pairs.jsonl --output_dir out
 
-Rows of the file hold `anchor` and `positive`. Without a model and a file a small BERT learns to find, for the first
-half of a paragraph of Python's help, its second half. All flags of the trainer's arguments are there.
+Rows of the file hold `anchor` and `positive`. Without a model and a file a small BERT learns to find the second half of
+a paragraph of Python's help from its first half. All flags of the trainer's arguments work.
 """
 
 import pydoc_data.topics
@@ -45,8 +45,8 @@ def main() -> None:
     parser = HfArgumentParser([Options, SentenceTransformerTrainingArguments])  # type: ignore[list-item]
     parser.set_defaults(optim="adamw_lp", optim_args="target_sparsity=0.8", max_steps=200, learning_rate=1e-3)
     options, args = parser.parse_args_into_dataclasses()
-    parts = [part for topic in pydoc_data.topics.topics.values() for part in topic.split("\n\n") if len(part) > 80]
-    rows = [{"anchor": part[: len(part) // 2], "positive": part[len(part) // 2 :]} for part in parts]
+    texts = [text for topic in pydoc_data.topics.topics.values() for text in topic.split("\n\n") if len(text) > 80]
+    rows = [{"anchor": text[: len(text) // 2], "positive": text[len(text) // 2 :]} for text in texts]
     file = options.train_file
     data = load_dataset("json", data_files=file, split="train") if file else Dataset.from_list(rows)
     model = SentenceTransformer(options.model) if options.model else small(data)

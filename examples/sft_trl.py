@@ -1,10 +1,10 @@
-"""Fine-tune to 50% zeros with TRL's SFTTrainer, which knows `adamw_lp` once `register()` was called.
+"""Fine-tune to 50% zeros with TRL's SFTTrainer; `register()` adds `adamw_lp` to its `--optim`.
 
     python examples/sft_trl.py --output_dir out
     python examples/sft_trl.py --model_name_or_path MODEL --dataset_name DATASET --learning_rate 1e-4 --output_dir out
 
-Without a model and a data set it trains a small Llama on the topics of Python's help, and needs no network. TRL's own
-scripts need no line of this: `hf-pdecay run trl/scripts/sft.py --optim adamw_lp --optim_args target_sparsity=0.5 …`.
+Without a model and a data set it trains a small Llama on the topics of Python's help, without a network. TRL's own
+scripts need no change: `hf-pdecay run trl/scripts/sft.py --optim adamw_lp --optim_args target_sparsity=0.5 …`.
 """
 
 import pydoc_data.topics
@@ -20,7 +20,7 @@ import hf_pdecay
 
 
 def small(data: Dataset, seed: int) -> tuple[Any, Any]:
-    """Return a Llama of about 0.5 M parameters, and a tokenizer of 1000 parts of words made from the data."""
+    """Return a Llama of about 0.5 M parameters, and a tokenizer of 1000 word pieces made from the data."""
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     bpe.train_from_iterator(data["text"], trainers.BpeTrainer(vocab_size=1000, special_tokens=["<pad>", "</s>"]))
@@ -43,7 +43,7 @@ def main() -> None:
         data = load_dataset(script.dataset_name, name=script.dataset_config)[script.dataset_train_split]
     else:
         topics = pydoc_data.topics.topics.values()
-        data = Dataset.from_dict({"text": [part for topic in topics for part in topic.split("\n\n") if len(part) > 40]})
+        data = Dataset.from_dict({"text": [text for topic in topics for text in topic.split("\n\n") if len(text) > 40]})
     model, tokenizer = model_config.model_name_or_path, None
     if model is None:
         model, tokenizer = small(data, args.seed)

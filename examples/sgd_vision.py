@@ -2,7 +2,7 @@
 
     python examples/sgd_vision.py --target_sparsity 0.9
 
-The images are the 1797 handwritten digits of 8 × 8 pixels that come with scikit-learn; 360 of them are for testing.
+The images are the 1797 handwritten digits of 8 × 8 pixels in scikit-learn; 360 of them are test images.
 """
 
 import argparse
@@ -16,9 +16,9 @@ from hf_pdecay import LpDecay, SparsityControl, build_param_groups, decayed_para
 
 
 def main() -> None:
-    """Train, and print the accuracy and the share of zeros."""
+    """Train, and print the accuracy and the fraction of zeros."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--target_sparsity", type=float, default=0.9, help="fraction of zeros (0.9), 0 for none asked")
+    parser.add_argument("--target_sparsity", type=float, default=0.9, help="fraction of zeros (0.9), 0 for no target")
     parser.add_argument("--lr", type=float, default=0.05, help="learning rate (0.05)")
     parser.add_argument("--steps", type=int, default=600, help="steps of 64 images (600)")
     options = parser.parse_args()

@@ -32,7 +32,7 @@ from hf_pdecay import PDecayTrainer, PDecayTrainingArguments, causal_lm_hooks
 from options import arg, check_run, create_optimizer_early, parse_options
 
 
-# Models to train from scratch: the config, and the options that suit it where the user gives none.
+# Models to train from scratch: the config, and default options that suit it.
 _SMALL: dict[str, Any] = {"block_size": 64, "per_device_train_batch_size": 16, "per_device_eval_batch_size": 64}
 _SMALL |= {"learning_rate": 2e-3, "warmup_steps": 100, "max_steps": 1000}
 _NANO: dict[str, Any] = {"block_size": 256, "per_device_train_batch_size": 64, "max_steps": 5000}
@@ -59,10 +59,10 @@ class ModelArguments:
     tokenizer_name: str | None = arg(None, help="Tokenizer, a folder or Hub id, if not the model's.")
     dtype: Literal["float32", "bfloat16", "float16", "auto"] = arg("float32", help="Type of the weights.")
     attn_implementation: str | None = arg(None, help="Attention: eager, sdpa, flash_attention_2; or the model's own.")
-    trust_remote_code: bool = arg(False, help="Run the code that a model of the Hub brings along.")
+    trust_remote_code: bool = arg(False, help="Run the code of a model on the Hub.")
 
     def __post_init__(self) -> None:
-        """Check that one model is named at most."""
+        """Check that at most one model is named."""
         named = [name for name in ("model_name_or_path", "config_name", "preset") if getattr(self, name) is not None]
         if len(named) > 1:
             raise ValueError(f"--{named[0]} and --{named[1]} both name a model; give one of them")
@@ -70,17 +70,17 @@ class ModelArguments:
 
 @dataclass
 class DataArguments:
-    """Which text it learns. With neither a file nor a data set: the source text of Python's standard library."""
+    """The training text. Without a file or data set: the source text of Python's standard library."""
 
     dataset_name: str | None = arg(None, help="Data set: a Hub id or a folder.")
     dataset_config_name: str | None = arg(None, help="Configuration of that data set.")
     train_file: str | None = arg(None, help="Training data: .txt, .json, .jsonl, .csv or .parquet.")
     validation_file: str | None = arg(None, help="Validation data in one of these formats.")
     text_column: str = arg("text", help="Column of the text in data sets and tables.")
-    validation_fraction: float = arg(0.1, help="Last part of the training data, if validation has no other.")
+    validation_fraction: float = arg(0.1, help="Last fraction of the training data, if no validation data are given.")
     block_size: int | None = arg(None, help="Tokens in a training example.")
-    max_train_samples: int | None = arg(None, help="Training examples to use at most.")
-    max_eval_samples: int | None = arg(None, help="Validation examples to use at most.")
+    max_train_samples: int | None = arg(None, help="Maximum number of training examples.")
+    max_eval_samples: int | None = arg(None, help="Maximum number of validation examples.")
     generate_prompt: str = arg("\n", help="Start of the text that is generated at the end.")
     generate_tokens: int = arg(256, help="Length of that text; 0 for none.")
 
@@ -99,7 +99,7 @@ class DataArguments:
 
 
 def default_options(given: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what suits the model and is not `given`."""
+    """Return options that suit the model, without those that are `given`."""
     defaults: dict[str, Any] = {"output_dir": "train_clm_output", "logging_steps": 50, "report_to": "none"}
     defaults |= {"lr_scheduler_type": "cosine", "dataloader_pin_memory": torch.cuda.is_available()}
     if "save_steps" not in given:
@@ -114,7 +114,7 @@ def default_options(given: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def read_file(path: str, option: str, suffixes: Sequence[str]) -> str:
-    """Return the text of a data file, line ends as they are; nothing for .parquet, which is none."""
+    """Return the text of a data file with its line ends, or an empty string for .parquet."""
     file = Path(path)
     if not file.is_file():
         raise OSError(f"--{option} {path!r} is missing; it must be a file")
@@ -130,7 +130,7 @@ def read_file(path: str, option: str, suffixes: Sequence[str]) -> str:
 
 
 def load_table(option: str, value: str, *names: Any, **options: Any) -> Any:
-    """`datasets.load_dataset`, complaining about the option that named the data."""
+    """`datasets.load_dataset` with errors that name the option."""
     try:
         return load_dataset(*names, **options)
     except (DatasetsError, OSError, ValueError) as error:
@@ -161,15 +161,15 @@ def standard_library(most: int = 4_000_000) -> tuple[list[str], list[str]]:
     root = Path(get_paths()["stdlib"])
     packages = ("asyncio", "collections", "concurrent", "email", "html", "http", "importlib", "json", "logging")
     files = [*root.glob("*.py"), *(file for package in packages for file in (root / package).rglob("*.py"))]
-    parts: tuple[list[str], list[str]] = ([], [])
+    splits: tuple[list[str], list[str]] = ([], [])
     for digest, file in sorted((sha256(file.relative_to(root).as_posix().encode()).digest(), file) for file in files):
         text = file.read_bytes().decode("utf-8", errors="replace")
         if len(text) <= most:
             most -= len(text)
-            parts[digest[0] % 10 == 0].append(text)
-    if not all(parts):
+            splits[digest[0] % 10 == 0].append(text)
+    if not all(splits):
         raise OSError(f"Python's standard library has no source text in {str(root)!r}; give --train_file")
-    return parts
+    return splits
 
 
 def load_documents(data: "DataArguments") -> tuple[list[str], list[str], str]:
@@ -192,23 +192,23 @@ def load_documents(data: "DataArguments") -> tuple[list[str], list[str], str]:
     if data.validation_file is not None:
         validation = read_documents(data.validation_file, "validation_file", data.text_column)
     if validation is None:
-        whole: Any = train[0] if len(train) == 1 else train  # the last part of a single text, or the last rows
-        cut = int(len(whole) * (1 - data.validation_fraction))
-        train, validation = ([whole[:cut]], [whole[cut:]]) if len(train) == 1 else (whole[:cut], whole[cut:])
+        whole: Any = train[0] if len(train) == 1 else train  # the end of a single text, or the last rows
+        end = int(len(whole) * (1 - data.validation_fraction))
+        train, validation = ([whole[:end]], [whole[end:]]) if len(train) == 1 else (whole[:end], whole[end:])
     return train, [text for text in validation if text], source
 
 
 def to_blocks(documents: list[str], tokenizer: Tokenizer | None, size: int, most: int | None, source: str) -> Dataset:
-    """Join the tokens of all documents and cut them into blocks of `size`, `most` at the most."""
+    """Join the tokens of all documents and divide them into blocks of `size` tokens, at most `most` of them."""
     if tokenizer is None:
         tokens = np.frombuffer("\n".join(documents).encode("utf-8"), dtype=np.uint8)
     else:
         end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-        parts = [np.zeros(0, dtype=np.int32)]
+        encoded_documents = [np.zeros(0, dtype=np.int32)]
         for first in range(0, len(documents), 1000):
             encoded = tokenizer(documents[first : first + 1000], add_special_tokens=False, verbose=False)["input_ids"]
-            parts.extend(np.array(ids + end, dtype=np.int32) for ids in encoded)
-        tokens = np.concatenate(parts)
+            encoded_documents.extend(np.array(ids + end, dtype=np.int32) for ids in encoded)
+        tokens = np.concatenate(encoded_documents)
     blocks = tokens[: len(tokens) // size * size].reshape(-1, size)[:most]
     if not len(blocks):
         raise ValueError(f"{source} has {len(tokens)} tokens; --block_size {size} must be at most that")
@@ -219,12 +219,12 @@ def collate(rows: list[dict[str, np.ndarray]]) -> dict[str, torch.Tensor]:
     """Stack blocks into a batch; the model itself shifts the labels."""
     tokens = torch.from_numpy(np.stack([row["input_ids"] for row in rows]).astype(np.int64))
     labels = tokens.clone()
-    labels[:, 0] = -100  # predicted from nothing, so never; the Trainer would count it into its mean loss
+    labels[:, 0] = -100  # nothing predicts the first token; the Trainer would count it in its mean loss
     return {"input_ids": tokens, "labels": labels}
 
 
 def load_tokenizer(model: ModelArguments) -> Tokenizer | None:
-    """Return the tokenizer, or None where bytes are the tokens: no model is named, or it has none with it."""
+    """Return the tokenizer, or None for bytes: if no model is named, or the model has no tokenizer."""
     option = "model_name_or_path" if model.tokenizer_name is None else "tokenizer_name"
     name = getattr(model, option)
     if name is None:
@@ -240,7 +240,7 @@ def load_tokenizer(model: ModelArguments) -> Tokenizer | None:
 
 
 def load_model(model: ModelArguments, tokenizer: Tokenizer | None, data: DataArguments, grow: bool = False) -> Any:
-    """Build or load the model, and settle the block size; `grow` it where the tokenizer has tokens that it lacks."""
+    """Build or load the model, and set the block size; `grow` it if the tokenizer has more tokens."""
     remote = {"trust_remote_code": model.trust_remote_code}
     options: dict[str, Any] = {} if model.dtype == "auto" else {"dtype": getattr(torch, model.dtype)}
     if model.attn_implementation is not None:
@@ -267,7 +267,7 @@ def load_model(model: ModelArguments, tokenizer: Tokenizer | None, data: DataArg
         )
     if model.model_name_or_path is None:
         loaded = AutoModelForCausalLM.from_config(config, **options, **remote)
-    elif tokenizer is None and config.vocab_size != 256:  # it did not learn bytes
+    elif tokenizer is None and config.vocab_size != 256:  # the model did not learn bytes
         raise ValueError(f"--{option} {name!r} has no tokenizer with it; give --tokenizer_name")
     else:
         loaded = AutoModelForCausalLM.from_pretrained(name, **options, **remote)
@@ -277,41 +277,41 @@ def load_model(model: ModelArguments, tokenizer: Tokenizer | None, data: DataArg
 
 
 def prepare(argv: Sequence[str]) -> tuple[PDecayTrainer, Tokenizer | None, DataArguments]:
-    """Read, check and load everything. What is wrong comes out as ValueError or OSError, before any training."""
+    """Read, check and load everything; raise ValueError or OSError before any training."""
     groups = (ModelArguments, DataArguments, PDecayTrainingArguments)
     model_args, data, args = parse_options(argv, groups, default_options)
     check_run(args)
-    args.batch_eval_metrics = True  # as causal_lm_hooks wants it
+    args.batch_eval_metrics = True  # causal_lm_hooks needs it
     train, validation, source = load_documents(data)
     tokenizer = load_tokenizer(model_args)
     set_seed(args.seed)
     model = load_model(model_args, tokenizer, data)
-    parts = [to_blocks(train, tokenizer, data.block_size, data.max_train_samples, source)]
+    datasets = [to_blocks(train, tokenizer, data.block_size, data.max_train_samples, source)]
     if validation:
         source = (
-            f"The validation part of {source}"
+            f"The validation split of {source}"
             if data.validation_file is None
             else f"--validation_file {data.validation_file!r}"
         )
-        parts.append(to_blocks(validation, tokenizer, data.block_size, data.max_eval_samples, source))
-    sets = {"train_dataset": parts[0], "eval_dataset": parts[1] if validation else None, "data_collator": collate}
+        datasets.append(to_blocks(validation, tokenizer, data.block_size, data.max_eval_samples, source))
+    sets = {"train_dataset": datasets[0], "eval_dataset": datasets[1] if validation else None, "data_collator": collate}
     trainer = PDecayTrainer(model=model, args=args, processing_class=tokenizer, **sets, **causal_lm_hooks())
     create_optimizer_early(trainer)
     return trainer, tokenizer, data
 
 
 def run(trainer: PDecayTrainer, tokenizer: Tokenizer | None, data: DataArguments) -> dict[str, float]:
-    """Train, evaluate, save; return the metrics of all of it."""
+    """Train, evaluate and save; return all metrics."""
     results = {"train": trainer.train(resume_from_checkpoint=trainer.args.resume_from_checkpoint).metrics}
     if trainer.eval_dataset is not None:
         results["eval"] = trainer.evaluate()
-    for part, metrics in results.items():
-        trainer.log_metrics(part, metrics)
-        trainer.save_metrics(part, metrics)
+    for split, metrics in results.items():
+        trainer.log_metrics(split, metrics)
+        trainer.save_metrics(split, metrics)
     trainer.save_state()
     trainer.create_model_card(dataset=data.dataset_name or Path(data.train_file or "Python standard library").name)
     trainer.save_model()
-    sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled  # there every process would have to generate
+    sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled  # every process would have to generate
     if data.generate_tokens and trainer.is_world_process_zero() and not sharded:
         print("----- generated text -----", generate(trainer, tokenizer, data), "-----", sep="\n")
     return {name: value for metrics in results.values() for name, value in metrics.items()}
@@ -319,7 +319,7 @@ def run(trainer: PDecayTrainer, tokenizer: Tokenizer | None, data: DataArguments
 
 @torch.no_grad()
 def generate(trainer: PDecayTrainer, tokenizer: Tokenizer | None, data: DataArguments) -> str:
-    """Continue the prompt; the model sees at most the last half block, so that its positions suffice."""
+    """Continue the prompt; the model sees at most the last half block, so its positions suffice."""
     model = trainer.accelerator.unwrap_model(trainer.model).eval()
     prompt, window = data.generate_prompt, data.block_size or 2
     tokens = (list(prompt.encode()) if tokenizer is None else tokenizer(prompt)["input_ids"]) or [0]

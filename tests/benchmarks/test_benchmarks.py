@@ -59,8 +59,8 @@ def numbers(tree: Any) -> Iterator[float]:
         if isinstance(tree, (int, float)) and not isinstance(tree, bool):
             yield tree
         return
-    for each in tree:
-        yield from numbers(each)
+    for branch in tree:
+        yield from numbers(branch)
 
 
 def record_of(bench: dict[str, ModuleType], speed: dict[str, Any]) -> dict[str, Any]:
@@ -75,7 +75,7 @@ def record_of(bench: dict[str, ModuleType], speed: dict[str, Any]) -> dict[str, 
 def test_speed_has_all_rows_and_finite_numbers(bench: dict[str, ModuleType], speed: dict[str, Any]) -> None:
     contenders = bench["contenders"]
     size = contenders.Size("tiny", ((64, 128), (16, 256), (33,)))
-    expected = {each.name for each in contenders.contenders_for(size, "cpu", quick=True)}
+    expected = {contender.name for contender in contenders.contenders_for(size, "cpu", quick=True)}
     rows = {row["name"]: row for row in speed["rows"]}
     assert rows.keys() | speed["left_out"].keys() == expected
     ours = {f"AdamWLp auto, p = {p}" for p in ("0.5", "0.8", "1", "1.2", "1.5", "2", "3")}
@@ -130,11 +130,13 @@ def test_optimizers_share_moments_where_memory_is_short(
     timing, contenders = bench["timing"], bench["contenders"]
     size = contenders.Size("tiny", ((16, 256),))
     monkeypatch.setattr(timing, "choose_sharing", lambda *_: timing.NOTHING)
-    some = [each for each in contenders.contenders_for(size, "cpu", quick=True) if each.missing is None]
-    entrants, left_out, _ = timing.line_up(some, size, "cpu")
-    assert all("torchao" in name for name in left_out) and len(entrants) + len(left_out) == len(some)
-    plain = [each for each in entrants if each.contender.plain_state]
-    addresses = {each.step.__self__.state[param]["exp_avg"].data_ptr() for each in plain for param in state_of(each)}
+    available = [one for one in contenders.contenders_for(size, "cpu", quick=True) if one.missing is None]
+    entrants, left_out, _ = timing.line_up(available, size, "cpu")
+    assert all("torchao" in name for name in left_out) and len(entrants) + len(left_out) == len(available)
+    plain = [entrant for entrant in entrants if entrant.contender.plain_state]
+    addresses = {
+        entrant.step.__self__.state[param]["exp_avg"].data_ptr() for entrant in plain for param in state_of(entrant)
+    }
     assert len(plain) > 5 and len(addresses) == 1
 
 
@@ -149,8 +151,8 @@ def test_what_cannot_run_is_left_out_with_a_reason(bench: dict[str, ModuleType])
     def broken(params: list[torch.Tensor]) -> None:
         raise ValueError("it is broken\nand more")
 
-    some = [contenders.contenders_for(size, "cpu")[0], contenders.Contender("broken", broken)]
-    result = timing.race(some, size, "cpu", 9, seconds=0, copy_numel=1024)
+    runners = [contenders.contenders_for(size, "cpu")[0], contenders.Contender("broken", broken)]
+    result = timing.race(runners, size, "cpu", 9, seconds=0, copy_numel=1024)
     assert result.left_out == {"broken": "it is broken"} and result.others == []
     assert result.rounds == 3  # the least, when the time is up
 

@@ -29,11 +29,11 @@ def scripts() -> Iterator[dict[str, ModuleType]]:
 def test_fuzzing(scripts: dict[str, ModuleType], tmp_path: Path) -> None:
     assert scripts["fuzz_storage"].main(["--inputs", "300", "--output", str(tmp_path)]) == 0
     targets = json.loads((tmp_path / "fuzz_storage.json").read_text())["targets"]
-    assert [each["inputs"] for each in targets] == [300, 300, 300, 60]
-    for each in targets:
-        assert each["refused"] > each["inputs"] / 3
-        assert each["refused"] + each["identical"] + each["other values"] == each["inputs"]
-        assert each["crash"] == 0 and each["crashes"] == []
+    assert [target["inputs"] for target in targets] == [300, 300, 300, 60]
+    for target in targets:
+        assert target["refused"] > target["inputs"] / 3
+        assert target["refused"] + target["identical"] + target["other values"] == target["inputs"]
+        assert target["crash"] == 0 and target["crashes"] == []
     assert targets[0]["other values"] > 0 and targets[2]["other values"] > 0
     assert targets[1]["other values"] == targets[3]["other values"] == 0
 
@@ -45,8 +45,8 @@ def test_fuzzing_finds_a_reader_that_crashes_and_one_that_does_not_look_at_check
     real = fuzz.decode
 
     def crashing(block: object, limit: int, what: str) -> object:
-        found, head = real(block, limit, what)
-        return found[head.dense], head
+        decoded, head = real(block, limit, what)
+        return decoded[head.dense], head
 
     def careless(file: Path, checksum: str, checksums: bool) -> object:
         return check(file, checksum, checksums=False)
@@ -66,12 +66,12 @@ def test_measuring(scripts: dict[str, ModuleType], tmp_path: Path) -> None:
     storage = scripts["storage"]
     saved("gpt2", tmp_path / "plain")
     (tmp_path / "work").mkdir()
-    found = storage.measure("tiny", tmp_path / "plain", tmp_path / "work", tf.AutoModelForCausalLM, rounds=3)
-    assert found["rows"]["plain"]["bytes"] == (tmp_path / "plain" / "model.safetensors").stat().st_size
-    assert found["rows"]["plain"]["load_ratio"]["median"] == 1
+    record = storage.measure("tiny", tmp_path / "plain", tmp_path / "work", tf.AutoModelForCausalLM, rounds=3)
+    assert record["rows"]["plain"]["bytes"] == (tmp_path / "plain" / "model.safetensors").stat().st_size
+    assert record["rows"]["plain"]["load_ratio"]["median"] == 1
     for way in ("compressed", "compressed, zstd"):
-        row = found["rows"][way]
+        row = record["rows"][way]
         assert row["loaded_to_the_bit"] and row["decompressed_to_the_byte"]
-        assert row["share"] == row["bytes"] / found["rows"]["plain"]["bytes"] < 0.25
-    record = {"models": [found], "left_out": [], "command": "it", **storage.conditions("cpu", [])}
+        assert row["share"] == row["bytes"] / record["rows"]["plain"]["bytes"] < 0.25
+    record = {"models": [record], "left_out": [], "command": "it", **storage.conditions("cpu", [])}
     assert "| tiny, compressed, zstd |" in storage.report_text(record)

@@ -240,7 +240,7 @@ class TestBadInputOfTrainClm:
             (["--optim=adamw_torch", "--learning_rate=-1"], ["-1"]),
             (["--per_device_train_batch_size=0"], ["--per_device_train_batch_size", "0", "at least 1"]),
             (["--generate_tokens=-3"], ["--generate_tokens", "-3", "at least 0"]),
-            (["--resume_from_checkpoint=."], ["--resume_from_checkpoint", "no checkpoint"]),
+            (["--resume_from_checkpoint=."], ["--resume_from_checkpoint", "is not a checkpoint"]),
             ([f"--output_dir={__file__}"], ["--output_dir", "is a file"]),
         ],
     )
@@ -263,7 +263,7 @@ class TestBadInputOfTrainClm:
         assert "must hold text" in refused("numbers.jsonl", b'{"text": 1}\n')
         assert "cannot be loaded" in refused("broken.jsonl", b'{"text": \n')
         assert "cannot be loaded" in refused("broken.parquet", b"PAR0")
-        assert "The validation part of" in refused("short.txt", b"x" * 100)
+        assert "The validation split of" in refused("short.txt", b"x" * 100)
 
     def test_models(self, train_clm: ModuleType, complaint: Any, text_file: Path, tmp_path: Path) -> None:
         def refused(**options: Any) -> str:
@@ -289,7 +289,7 @@ class TestBadInputOfTrainClm:
         refused = complaint(train_clm.main, *clm_options, f"--output_dir={tmp_path / 'file'}")
         assert str(tmp_path / "file") in refused
         refused = complaint(train_clm.main, *clm_options, "--resume_from_checkpoint=true")
-        assert "has no checkpoint" in refused
+        assert "has no complete checkpoint" in refused
         refused = complaint(train_clm.main, *clm_options, "--resume_from_checkpoint=nowhere")
         assert "--resume_from_checkpoint 'nowhere' is missing" in refused
         refused = complaint(train_clm.main, *clm_options, '--lp_rules={"no_such_layer": "off"}')

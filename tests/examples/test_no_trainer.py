@@ -60,8 +60,8 @@ def log_of(done: subprocess.CompletedProcess[str]) -> list[dict[str, float]]:
 
 def zeros(folder: Path) -> float:
     saved = load_file(folder / "model.safetensors")
-    matrices = [each for name, each in saved.items() if name.endswith(("attn.weight", "proj.weight", "fc.weight"))]
-    return sum(int((each == 0).sum()) for each in matrices) / sum(each.numel() for each in matrices)
+    matrices = [matrix for name, matrix in saved.items() if name.endswith(("attn.weight", "proj.weight", "fc.weight"))]
+    return sum(int((matrix == 0).sum()) for matrix in matrices) / sum(matrix.numel() for matrix in matrices)
 
 
 @pytest.mark.slow
@@ -73,9 +73,9 @@ def test_one_process_and_two_make_the_same_model_stopped_or_not(inputs: list[str
     for one, two in zip(alone, both, strict=True):
         for name in one.keys() - {"loss"}:  # that of a micro-batch, of which two processes have other ones
             assert two[name] == pytest.approx(one[name], rel=1e-3), name
-    for each, log in (("alone", alone), ("both", both)):
-        assert zeros(tmp_path / each) == pytest.approx(0.8, abs=1e-3)
-        assert log[-2]["sparsity"] == zeros(tmp_path / each)
+    for name, log in (("alone", alone), ("both", both)):
+        assert zeros(tmp_path / name) == pytest.approx(0.8, abs=1e-3)
+        assert log[-2]["sparsity"] == zeros(tmp_path / name)
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "both").eval()
     text = (Path(inputs[0].split("=")[1])).read_bytes()
     held_out = torch.tensor(list(text[int(len(text) * 0.9) :]))
@@ -97,8 +97,8 @@ def test_one_process_and_two_make_the_same_model_stopped_or_not(inputs: list[str
         assert zeros(tmp_path / name) == pytest.approx(0.8, abs=1e-3)
         assert log[-1]["eval_loss"] == pytest.approx(alone[-1]["eval_loss"], rel=1e-3)
         if name.endswith("again"):
-            whole, resumed = (load_file(tmp_path / each / "model.safetensors") for each in (begun, name))
-            assert all(torch.equal(each, resumed[key]) for key, each in whole.items())
+            whole, resumed = (load_file(tmp_path / folder / "model.safetensors") for folder in (begun, name))
+            assert all(torch.equal(tensor, resumed[key]) for key, tensor in whole.items())
 
 
 @pytest.mark.parametrize(
@@ -106,7 +106,7 @@ def test_one_process_and_two_make_the_same_model_stopped_or_not(inputs: list[str
     [
         (["--batch_size=9", "--gradient_accumulation_steps=2"], "--batch_size 9 must be a multiple of 2"),
         (["--target_sparsity=1.5"], "target_sparsity=1.5; it must be at least 0 and below 1"),
-        (["--resume_from_checkpoint=nowhere"], "'nowhere' is no checkpoint"),
+        (["--resume_from_checkpoint=nowhere"], "'nowhere' is not a checkpoint"),
         (["--max_steps=0"], "--max_steps 0 must be at least 1"),
     ],
 )

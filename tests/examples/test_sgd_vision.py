@@ -19,7 +19,7 @@ def test_it_is_as_sparse_as_asked_and_reads_digits() -> None:
     assert len(script.read_text(encoding="utf-8").splitlines()) <= 60
     done = python(script, "--target_sparsity", "0.95", "--steps", "300")
     assert done.returncode == 0, done.stderr[-2000:]
-    found = re.fullmatch(r"test accuracy (\S+), exact zeros in decayed weights (\S+)\n", done.stdout)
-    assert found is not None, done.stdout
+    line = re.fullmatch(r"test accuracy (\S+), exact zeros in decayed weights (\S+)\n", done.stdout)
+    assert line is not None, done.stdout
     # 600 steps to 90% zeros read 97.5% of them.
-    assert float(found[1]) > 0.95 and float(found[2]) == 0.95
+    assert float(line[1]) > 0.95 and float(line[2]) == 0.95

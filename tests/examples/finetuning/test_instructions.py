@@ -57,7 +57,7 @@ class TestRows:
         assert "### Instruction:\nDouble.\n\n### Input:\n4\n\n### Response:\n8<|" in tokenizer.decode(full.input_ids)
         assert "### Instruction:\nDouble.\n\n### Response:\n8<|" in tokenizer.decode(empty.input_ids)
         assert empty == none
-        assert {learned(each, tokenizer) for each in (full, empty)} == {"8<|endoftext|>"}
+        assert {learned(example, tokenizer) for example in (full, empty)} == {"8<|endoftext|>"}
         tokenizer.chat_template = "{% for m in messages %}[{{ m.role }}] {{ m.content }};{% endfor %}"
         (chat,) = self.examples(instructions, tokenizer, rows[0])
         assert tokenizer.decode(chat.input_ids) == "<|endoftext|>[user] Double.\n\n4;[assistant] 8;"[13:]

@@ -38,7 +38,7 @@ class TestPacking:
         def pairs(ids: list[int], labels: list[int]) -> Counter[tuple[int, int]]:
             return Counter((before, label) for before, label in zip(ids, labels[1:], strict=False) if label != -100)
 
-        wanted = sum((pairs(each.input_ids, each.labels) for each in examples), Counter())
+        wanted = sum((pairs(example.input_ids, example.labels) for example in examples), Counter())
         assert sum((pairs(row["input_ids"], row["labels"]) for row in blocks), Counter()) == wanted
 
     @pytest.mark.parametrize("attention", ["eager", "sdpa"])
@@ -48,7 +48,7 @@ class TestPacking:
         config = tf.AutoConfig.for_model(**CONFIGS[name] | {"initializer_range": 0.2})
         model = tf.AutoModelForCausalLM.from_config(config, attn_implementation=attention).eval()
         examples = self.examples(packing)
-        numbers = packing.pack([len(each) for each in examples], SIZE)
+        numbers = packing.pack([len(example) for example in examples], SIZE)
         rows = list(packing.to_dataset([[examples[number] for number in block] for block in numbers]))
         assert len({len(row["input_ids"]) for row in rows}) > 1  # so that some are filled up
         batch = packing.Collator(True, 0, packing.model_options(model))(rows)

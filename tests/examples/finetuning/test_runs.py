@@ -31,9 +31,9 @@ CPU_DDP = (*ACCELERATE, "--config_file", "examples/accelerate_configs/cpu_ddp.ya
 def recount(folder: Path) -> tuple[int, int]:
     """Zeros and weights of the matrices of the layers, from the file alone."""
     saved = load_file(folder / "model.safetensors")
-    matrices = [each for name, each in saved.items() if ".layers." in name or ".h." in name]
-    matrices = [each for each in matrices if each.dim() == 2]
-    return sum(int((each == 0).sum()) for each in matrices), sum(each.numel() for each in matrices)
+    matrices = [matrix for name, matrix in saved.items() if ".layers." in name or ".h." in name]
+    matrices = [matrix for matrix in matrices if matrix.dim() == 2]
+    return sum(int((matrix == 0).sum()) for matrix in matrices), sum(matrix.numel() for matrix in matrices)
 
 
 class TestRuns:
@@ -57,8 +57,8 @@ class TestRuns:
             tokens = torch.tensor([[*prompt.encode(), *answer.encode(), 256]])
             with torch.no_grad():
                 scores = tuned(tokens).logits[0, :-1].double().log_softmax(-1)
-            each = -scores.gather(-1, tokens[0, 1:, None])[len(prompt) - 1 :, 0]
-            nll, count = nll + float(each.sum()), count + len(each)
+            losses = -scores.gather(-1, tokens[0, 1:, None])[len(prompt) - 1 :, 0]
+            nll, count = nll + float(losses.sum()), count + len(losses)
         assert results["eval_perplexity"] == pytest.approx(float(torch.tensor(nll / count).exp()), rel=1e-4)
 
     @pytest.mark.slow
