@@ -1,34 +1,59 @@
-"""Files that appear whole or not at all."""
+"""Files that are written completely or not at all."""
 
 from __future__ import annotations
 
+import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:
-    """Write a text file aside and rename it, so that it appears whole or not at all."""
+    """Write a text file, see :func:`written_aside`."""
     with written_aside(path) as aside:
         aside.write_text(text, encoding="utf-8")
 
 
 @contextmanager
 def written_aside(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Give the name of a file to write to, and rename it to ``path`` if the writing succeeds; makes the folder."""
-    target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    aside = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    """Yield the name of a temporary file, and rename it to ``path`` if writing succeeds; creates the folder."""
+    final = Path(path)
+    final.parent.mkdir(parents=True, exist_ok=True)
+    aside = final.with_name(f".{final.name}.{os.getpid()}.tmp")
     try:
         yield aside
-        aside.replace(target)
+        aside.replace(final)
     finally:
         aside.unlink(missing_ok=True)
 
 
-def remove_leftovers(folder: str | os.PathLike[str]) -> None:
-    """Delete what had been written aside in a folder by processes that were killed before they could rename it."""
-    for name in ("sparsity.json", "sparsity.jsonl", "sparsity.png", "README.md"):
+def remove_leftovers(folder: str | os.PathLike[str], names: Iterable[str]) -> None:
+    """Delete temporary files of :func:`written_aside` that processes left in a folder when they were killed.
+
+    Args:
+        folder: The folder.
+        names: Names of the files that they were writing.
+    """
+    for name in names:
         for aside in Path(folder).glob(f".{name}.*.tmp"):
             aside.unlink(missing_ok=True)
+
+
+def append_line(path: Path, line: dict[str, Any]) -> None:
+    """Append a line of JSON to a file, completely or not at all; creates the file and its folder.
+
+    Raises:
+        OSError: If it cannot be written, as on a full disk. The file is then unchanged.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "ab", buffering=0) as file:
+        before = file.tell()
+        text = f"{json.dumps(line)}\n".encode()
+        try:
+            while text:  # a disk that is nearly full takes only some of it
+                text = text[file.write(text) :]
+        except OSError:
+            file.truncate(before)
+            raise

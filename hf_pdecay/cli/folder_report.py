@@ -19,7 +19,8 @@ from ..names import lora_factor, natural_key, saved_names
 from ..optim.unit_operations import alive_here
 from ..optim.units import Member
 from ..shrinking.estimate import Estimator, ShrinkEstimate
-from ..sparsity.counting import NEAR_ZERO_THRESHOLD, REPORT_FILE, SparsityReport, TensorSparsity, count_tensor
+from ..sparsity.counting import NEAR_ZERO_THRESHOLD, SparsityReport, TensorSparsity, count_tensor
+from ..sparsity.file_names import REPORT_FILE
 from ..storage.folder import CONFIG, INDEX, WEIGHTS, check_shard_name, read_config, read_json
 from ..storage.format import smallest_payload
 from ..storage.manifest import METHOD

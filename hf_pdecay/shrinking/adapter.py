@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ..names import lora_factor, natural_key, saved_names
 from ..sparsity.counting import SparsityReport, TensorSparsity, count_tensor
+from ..sparsity.file_names import REPORT_FILE
 from ..storage.container import FormatError, read_header
 from ..storage.folder import (
     ADAPTER_CONFIG,
@@ -28,7 +29,7 @@ from ..storage.folder import (
     write_json,
     written_folder,
 )
-from .card import SPARSITY, note_in_card
+from .card import note_in_card
 from .report import LayerCount, ShrinkReport
 
 
@@ -98,9 +99,9 @@ def shrink_adapter(folder: Path, out: str | os.PathLike[str], *, overwrite: bool
         report.left_out = copy_along(folder, aside, (WEIGHTS, ADAPTER_CONFIG))
         write_json(aside / ADAPTER_CONFIG, config | changed)
         report.parameters = report.parameters[0], _count(tensors)
-        if (aside / SPARSITY).is_file():
-            _recounted(tensors, SparsityReport.load(aside / SPARSITY)).save(aside / SPARSITY)
-        note_in_card(aside, report, "ranks out of the adapter")
+        if (aside / REPORT_FILE).is_file():
+            _recounted(tensors, SparsityReport.load(aside / REPORT_FILE)).save(aside / REPORT_FILE)
+        note_in_card(aside, report, "ranks from the adapter")
         settle_files(aside)
         report.bytes = (folder / WEIGHTS).stat().st_size, (aside / WEIGHTS).stat().st_size
     return report

@@ -1,60 +1,32 @@
-"""What a run has left beside a model, once it is a smaller one."""
+"""The card of a shrunk model."""
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
-from typing import Any
 
+from ..sparsity.card import add_note, set_sparsity
 from ..sparsity.counting import SparsityReport
+from ..sparsity.file_names import CARD_FILE, REPORT_FILE
 from .report import ShrinkReport
 
 
-SPARSITY = "sparsity.json"
-_CARD, _HEADING = "README.md", "## Sparsity\n\n"
-
-
-def note_in_card(folder: Path, report: ShrinkReport, what: str, loading: str = "") -> None:
-    """Say in a card of ours that its counts are those of the model before; its header has those of the smaller one.
+def note_in_card(folder: Path, report: ShrinkReport, removed: str, loading: str = "") -> None:
+    """Say in a card that its counts are those of the larger model; its header gets the sparsity of the smaller one.
 
     Args:
-        folder: Of the smaller model.
-        report: What was cut, with the parameters that are left.
-        what: What is dead, and out of what it was cut.
-        loading: A sentence on how the model loads, if not as any other.
+        folder: The folder of the smaller model.
+        report: What was removed, and the number of parameters.
+        removed: What was dead, and from what it was removed.
+        loading: A sentence on how to load the model, if it needs more than ``from_pretrained``.
     """
-    card = folder / _CARD
+    card = folder / CARD_FILE
     if not card.is_file():
         return
     before, left = report.parameters
-    text = _with_own_sparsity(card.read_text(encoding="utf-8"), folder)
+    sparsity = SparsityReport.load(folder / REPORT_FILE).sparsity if (folder / REPORT_FILE).is_file() else None
     note = (
-        f"`hf-pdecay shrink` has cut dead {what}: {left:,} of {before:,} parameters are left.{loading}\n"
-        "What follows counts the model before; `sparsity.json` counts this one."
+        f"`hf-pdecay shrink` has removed dead {removed}: {left:,} of {before:,} parameters are left.{loading}\n"
+        f"The counts below are those of the larger model; `{REPORT_FILE}` counts this one."
     )
-    card.write_text(text.replace(_HEADING, f"{_HEADING}{note}\n\n", 1), encoding="utf-8")
-
-
-def _with_own_sparsity(card: str, folder: Path) -> str:
-    """Return a card whose model-index has the sparsity that the folder's report counts, or none without a report."""
-    import yaml
-
-    header = re.match(r"---\n(.*?)\n---\n", card, flags=re.DOTALL)
-    own = SparsityReport.load(folder / SPARSITY).sparsity if (folder / SPARSITY).is_file() else None
-    changed = False
-    try:
-        metadata: Any = yaml.safe_load(header[1]) if header else None
-        for model in metadata["model-index"]:
-            for result in model["results"]:
-                for metric in [each for each in result["metrics"] if each["type"] == "sparsity"]:
-                    changed = True
-                    if own is None:
-                        result["metrics"].remove(metric)
-                    else:
-                        metric["value"] = own
-            model["results"] = [each for each in model["results"] if each["metrics"]]
-    except (yaml.YAMLError, LookupError, TypeError):
-        return card  # without a header that has a model-index as the Hub knows it
-    if header is None or not changed:
-        return card
-    return f"---\n{yaml.safe_dump(metadata, sort_keys=False, allow_unicode=True)}---\n{card[header.end() :]}"
+    text = set_sparsity(card.read_text(encoding="utf-8"), sparsity)
+    card.write_text(add_note(text, note), encoding="utf-8")

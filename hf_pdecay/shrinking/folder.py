@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..sparsity.counting import SparsityReport, measure_sparsity
+from ..sparsity.file_names import REPORT_FILE
 from ..storage.container import FormatError, Header
 from ..storage.folder import (
     ADAPTER_CONFIG,
@@ -25,7 +26,7 @@ from ..storage.hub import local_folder
 from ..storage.manifest import METHOD as COMPRESSED
 from ..storage.untrusted import explained, model_class, on_meta
 from .adapter import shrink_adapter
-from .card import SPARSITY, note_in_card
+from .card import note_in_card
 from .model import check_layout, count_parameters, shrink_model
 from .report import ShrinkReport
 from .sizes import METHOD
@@ -98,13 +99,13 @@ def shrink_folder(
         settings = getattr(loaded.config, "quantization_config", None)
         more = {} if settings is None else {"quantization_config": settings}
         write_json(aside / CONFIG, config | report.config | more)
-        if (aside / SPARSITY).is_file():
-            old = SparsityReport.load(aside / SPARSITY)
+        if (aside / REPORT_FILE).is_file():
+            old = SparsityReport.load(aside / REPORT_FILE)
             decayed = [each.name for each in old.tensors if each.decayed]
             threshold = old.near_zero_threshold
-            measure_sparsity(loaded, decayed=decayed, near_zero_threshold=threshold).save(aside / SPARSITY)
+            measure_sparsity(loaded, decayed=decayed, near_zero_threshold=threshold).save(aside / REPORT_FILE)
         loading = "" if settings is None else " The model loads after `import hf_pdecay` (`pip install hf-pdecay`)."
-        note_in_card(aside, report, "neurons and heads out of the model", loading)
+        note_in_card(aside, report, "neurons and heads from the model", loading)
         settle_files(aside)
         report.bytes = _weights_bytes(folder, headers), _weights_bytes(aside, read_weights(aside))
     return report

@@ -32,7 +32,6 @@ if TYPE_CHECKING:
 NEAR_ZERO_THRESHOLD = 1e-13
 
 # Where a run leaves its report, in the folder of the model.
-REPORT_FILE = "sparsity.json"
 
 CHUNK = 1 << 24
 _TABLE_ROWS = 40

@@ -6,8 +6,6 @@ import copy
 import os
 import platform
 import re
-import shlex
-import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import resources
@@ -17,6 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 from .._version import __version__
 from ..rules.table import lambda_text
+from .card import add_section, add_tags, split_card
+from .command_line import command_line
 from .counting import SparsityReport
 
 
@@ -27,13 +27,8 @@ if TYPE_CHECKING:
 
 TAGS = ("hf-pdecay", "sparse", "p-norm-weight-decay")
 
-# Between these stands what we add to a card that another library writes.
-_ADDED_FROM, _ADDED_TO = "<!-- hf_pdecay -->", "<!-- /hf_pdecay -->"
-_ADDED = re.compile(f"{_ADDED_FROM}.*?{_ADDED_TO}\n?", flags=re.DOTALL)
-
 _TIMES = re.compile(r"_(runtime|samples_per_second|steps_per_second|model_preparation_time)$")
 _UNSEEN = 5e-5  # what does not show in a percentage of two digits
-_SECRET = re.compile(r"(?:^|[-_])(?:token|password|secret|api[-_]?key)$", re.IGNORECASE)
 _HUB_METRICS = {"loss": "loss", "accuracy": "accuracy", "perplexity": "perplexity", "f1": "f1"}
 
 
@@ -54,7 +49,7 @@ class SparsitySection:
 
     report: SparsityReport
     param_groups: Iterable[Mapping[str, Any]] = ()
-    command: str = field(default_factory=lambda: command_line())
+    command: str = field(default_factory=command_line)
     picture: str | None = None
     skipped_steps: int = 0
     trained: bool = True
@@ -164,7 +159,7 @@ class SparsityCard:
             metadata["pipeline_tag"] = task
         data = ModelCardData(**metadata, model_name=summary.model_name, eval_results=self.eval_results())
 
-        body = re.sub(r"\A---\n.*?\n---\n", "", summary.to_model_card(), flags=re.DOTALL)
+        _, body = split_card(summary.to_model_card())
         if self.origin is not None:
             body = body.replace("This model was trained from scratch on", f"{self.origin} on", 1)
         before, heading, after = body.partition("\n## Model description")
@@ -221,54 +216,9 @@ def settings_in_words(param_groups: Sequence[Mapping[str, Any]]) -> str:
     return f" with {', '.join(shown)}" if shown else ""
 
 
-def add_section(card: str, section: str) -> str:
-    """Return a card that another library wrote, with our tags, and with a section at its end.
-
-    Args:
-        card: Markdown, with or without a YAML header; a section that was added before is replaced.
-        section: From :meth:`SparsitySection.render`.
-    """
-    added = f"{_ADDED_FROM}\n{section}{_template('citation.md')}\n{_ADDED_TO}\n"
-    return f"{_ADDED.sub('', add_tags(card, TAGS)).rstrip()}\n\n{added}"
-
-
-def add_tags(card: str, tags: Iterable[str]) -> str:
-    """Return a card, Markdown with or without a YAML header, with tags added to those that it has."""
-    import yaml
-
-    header = re.match(r"---\n(.*?)\n---\n", card, flags=re.DOTALL)
-    metadata = (yaml.safe_load(header[1]) if header else None) or {}
-    had = metadata.get("tags") or []
-    metadata["tags"] = list(dict.fromkeys([*([had] if isinstance(had, str) else had), *tags]))
-    if not metadata.get("base_model", "some"):
-        del metadata["base_model"]  # which PEFT names so where it has none
-    text = yaml.safe_dump(metadata, sort_keys=False, allow_unicode=True)
-    return f"---\n{text}---\n{card[header.end() :] if header else card}"
-
-
-def command_line() -> str:
-    """Return the command of this process, without what may be a secret."""
-    prefix, given = _launched_by_run() or ([], sys.argv)
-    words, hide = [], False
-    for word in given:
-        name, equals, _ = word.partition("=")
-        secret = word.startswith("-") and bool(_SECRET.search(name))
-        words.append("***" if hide else f"{name}=***" if secret and equals else word)
-        hide = secret and not equals
-    script = words[0] if words else ""
-    if not prefix and script.endswith(".py"):
-        prefix = ["python"]
-    return shlex.join([*prefix, *words])
-
-
-def _launched_by_run() -> tuple[list[str], list[str]] | None:
-    """What stands before the script and its own words, if ``hf-pdecay run`` runs it."""
-    words = sys.orig_argv
-    for number, (word, after) in enumerate(zip(words, words[1:], strict=False)):
-        module = word == "hf_pdecay" and words[number - 1] == "-m"
-        if after == "run" and (module or Path(word).stem == "hf-pdecay"):
-            return ["hf-pdecay", "run"], words[number + 2 :]
-    return None
+def add_sparsity(card: str, section: SparsitySection) -> str:
+    """Return a card that another library wrote with our tags, our section and the citation."""
+    return add_section(add_tags(card, TAGS), section.render() + _template("citation.md"))
 
 
 def _template(name: str) -> str:
@@ -279,8 +229,3 @@ def _first(value: Any) -> str | None:
     if isinstance(value, (list, tuple)):
         return str(value[0]) if value else None
     return value or None
-
-
-def picture_in(folder: Path, name: str) -> str | None:
-    """Return the picture's name if it lies in the folder."""
-    return name if (folder / name).is_file() else None

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from ..sparsity.file_names import CARD_FILE
 from .container import settle
 
 
-CARD = "README.md"
 _BEGIN, _END = "\n<!-- written by hf-pdecay compress -->\n", "<!-- until here -->\n"
 _NOTE = f"""{_BEGIN}
 ## Loading
@@ -21,14 +21,14 @@ the model back to the bit. `hf-pdecay decompress` writes the plain folder, which
 
 def add_note(folder: Path) -> None:
     """Say in a card, if there is one, how the model is loaded."""
-    card = folder / CARD
+    card = folder / CARD_FILE
     if card.is_file():
         _write(card, card.read_bytes() + _NOTE.encode())
 
 
 def remove_note(folder: Path) -> None:
     """Give a card back as it was before :func:`add_note`."""
-    card = folder / CARD
+    card = folder / CARD_FILE
     if card.is_file():
         _write(card, card.read_bytes().replace(_NOTE.encode(), b"", 1))
 

@@ -11,17 +11,16 @@ from ..files import write_text
 from ..optim.param_groups import is_decayed
 from ..optim.shards import group_params, is_sharded, settle
 from ..rules.assign import decayed_parameter_names
+from ..sparsity.card import add_tags
 from ..sparsity.counting import SparsityReport, measure_sparsity
 from ..sparsity.dead_units import count_units
-from ..sparsity.history import PICTURE_FILE
+from ..sparsity.file_names import CARD_FILE, PICTURE_FILE
 from ..sparsity.model_card import (
     TAGS,
     SparsityCard,
     SparsitySection,
-    add_section,
-    add_tags,
+    add_sparsity,
     origin_of,
-    picture_in,
     settings_in_words,
     summary_of,
 )
@@ -103,7 +102,7 @@ class CardMixin(_Base):
         return None
 
     def _write_card(self, folder: Path, report: SparsityReport) -> None:
-        file = folder / "README.md"
+        file = folder / CARD_FILE
         trained = self.state.global_step > 0
         if not trained and file.is_file() and not self._writes_own_card:
             return  # of a training that this process knows nothing of
@@ -113,14 +112,14 @@ class CardMixin(_Base):
         section = SparsitySection(
             report,
             groups,
-            picture=picture_in(folder, PICTURE_FILE),
+            picture=PICTURE_FILE if (folder / PICTURE_FILE).is_file() else None,
             skipped_steps=max((int(group.get("skipped_steps", 0)) for group in groups), default=0),
             trained=trained,
             adapter=adapter,
             asked=self._asked() if trained else None,
         )
         if self._writes_own_card and file.is_file():
-            write_text(file, add_section(file.read_text(encoding="utf-8"), section.render()))
+            write_text(file, add_sparsity(file.read_text(encoding="utf-8"), section))
             return
         summary = summary_of(self, self._card_kwargs)
         summary.hyperparameters = {

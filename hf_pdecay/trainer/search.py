@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 from transformers import Trainer
 from transformers.trainer_utils import default_compute_objective
 
+from ..files import append_line
 from ..rules.spec import parse_rules
-from ..sparsity.history import append_line
 from .arguments import PDecayTrainingArguments, settings_of
 from .fields import SETTINGS, DecayFields
 from .pareto import SEARCH_FILE

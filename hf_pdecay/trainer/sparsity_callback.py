@@ -14,15 +14,16 @@ from accelerate.scheduler import AcceleratedScheduler
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from ..files import remove_leftovers, write_text
+from ..files import append_line, remove_leftovers, write_text
 from ..optim.adamw_lp import AdamWLp
 from ..optim.param_groups import is_decayed
 from ..optim.shards import group_params, is_sharded, settle
 from ..rules.assign import decayed_parameter_names
 from ..rules.table import group_table
-from ..sparsity.counting import NEAR_ZERO_THRESHOLD, REPORT_FILE, SparsityReport, measure_sparsity, measure_with_extra
+from ..sparsity.counting import NEAR_ZERO_THRESHOLD, SparsityReport, measure_sparsity, measure_with_extra
 from ..sparsity.dead_units import count_units
-from ..sparsity.history import HISTORY_FILE, PICTURE_FILE, append_line, read_history
+from ..sparsity.file_names import HISTORY_FILE, PICTURE_FILE, REPORT_FILE, RUN_FILES
+from ..sparsity.history import read_history
 from ..target.forecast import DecayingGroup, forecast
 
 
@@ -80,7 +81,7 @@ class SparsityCallback(TrainerCallback):
     ) -> None:
         """Open ``sparsity.jsonl``, and say what the decay will come to."""
         if state.is_world_process_zero:
-            remove_leftovers(_folder(args))
+            remove_leftovers(_folder(args), RUN_FILES)
             write_text(
                 _folder(args) / HISTORY_FILE,
                 "".join(

@@ -21,7 +21,7 @@ from ..files import remove_leftovers
 from ..optim.adamw_lp import AdamWLp
 from ..optim.lp_decay import LpDecay
 from ..optim.named import OPTIMIZERS
-from ..sparsity.counting import REPORT_FILE
+from ..sparsity.file_names import REPORT_FILE, RUN_FILES
 from ..target.control import plan_target
 from .arguments import PDecayTrainingArguments, settings_of
 from .card_mixin import CardCallback, CardMixin
@@ -239,7 +239,7 @@ class PDecayTrainerMixin(SearchMixin, CardMixin, _Base):
         if self._decays and self.args.should_save and output_dir and _internal_call:
             # The checkpoint is whole once this is written, last. One that is written anew is not until then.
             (Path(output_dir) / STATE_FILE).unlink(missing_ok=True)
-            remove_leftovers(output_dir)
+            remove_leftovers(output_dir, RUN_FILES)
         with whole_model(self) if self._decays and not _internal_call else nullcontext():
             if _internal_call:
                 super().save_model(output_dir, _internal_call=True)

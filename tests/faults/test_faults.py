@@ -23,7 +23,8 @@ from torch.utils.data import SequentialSampler
 from transformers import TrainerCallback
 
 from hf_pdecay import PDecayTrainer, SparsityReport
-from hf_pdecay.sparsity.history import append_line, read_history
+from hf_pdecay.files import append_line
+from hf_pdecay.sparsity.history import read_history
 from hf_pdecay.trainer.checkpoints import fault, newest_whole
 from tests.helpers.models import tiny_gpt2
 

@@ -161,7 +161,7 @@ def test_what_a_run_has_left_is_counted_anew(tmp_path: Path) -> None:
     }
     assert all(each.decayed for each in counted.tensors)
     card = (small / "README.md").read_text()
-    assert "`hf-pdecay shrink` has cut dead ranks out of the adapter" in card and "So many zeros." in card
+    assert "`hf-pdecay shrink` has removed dead ranks from the adapter" in card and "So many zeros." in card
 
 
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

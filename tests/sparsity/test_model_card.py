@@ -11,7 +11,9 @@ from transformers import GPT2LMHeadModel, TrainerCallback, TrainerControl, Train
 
 import hf_pdecay
 from hf_pdecay import PDecayTrainer
-from hf_pdecay.sparsity.model_card import TAGS, SparsityCard, add_section, command_line
+from hf_pdecay.sparsity.command_line import command_line
+from hf_pdecay.sparsity.counting import SparsityReport
+from hf_pdecay.sparsity.model_card import TAGS, SparsityCard, SparsitySection, add_sparsity
 
 from ..helpers.models import tiny_gpt2
 
@@ -102,15 +104,16 @@ def test_the_command_hides_secrets(monkeypatch: pytest.MonkeyPatch) -> None:
     ],
 )
 def test_a_section_in_a_card_of_another_library(card: str, tags: list[str]) -> None:
-    once = add_section(card, "## Sparsity\n\nfirst\n")
-    twice = add_section(once, "## Sparsity\n\nsecond\n")
+    first, second = (SparsitySection(SparsityReport([], 1e-13), command=command) for command in ("first", "second"))
+    once = add_sparsity(card, first)
+    twice = add_sparsity(once, second)
     data = ModelCard(twice).data
     assert data.tags == tags
     assert data.license == ("mit" if "license" in card else None)
     assert "# Theirs\n\ntext\n" in twice
     assert twice.count("## Sparsity") == twice.count("@article{outmezguine2024decoupled") == 1
     assert "second" in twice and "first" not in twice
-    assert add_section(twice, "## Sparsity\n\nsecond\n") == twice
+    assert add_sparsity(twice, second) == twice
 
 
 def test_evaluating_alone_leaves_a_card_as_it_is(

@@ -1,0 +1,36 @@
+"""The command of this process, for the card."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import sys
+from pathlib import Path
+
+
+_SECRET = re.compile(r"(?:^|[-_])(?:token|password|secret|api[-_]?key)$", re.IGNORECASE)
+
+
+def command_line() -> str:
+    """Return the command of this process, without what may be a secret."""
+    prefix, given = _launched_by_run() or ([], sys.argv)
+    words, hide = [], False
+    for word in given:
+        name, equals, _ = word.partition("=")
+        secret = word.startswith("-") and bool(_SECRET.search(name))
+        words.append("***" if hide else f"{name}=***" if secret and equals else word)
+        hide = secret and not equals
+    script = words[0] if words else ""
+    if not prefix and script.endswith(".py"):
+        prefix = ["python"]
+    return shlex.join([*prefix, *words])
+
+
+def _launched_by_run() -> tuple[list[str], list[str]] | None:
+    """What stands before the script and its own words, if ``hf-pdecay run`` runs it."""
+    words = sys.orig_argv
+    for number, (word, after) in enumerate(zip(words, words[1:], strict=False)):
+        module = word == "hf_pdecay" and words[number - 1] == "-m"
+        if after == "run" and (module or Path(word).stem == "hf-pdecay"):
+            return ["hf-pdecay", "run"], words[number + 2 :]
+    return None
