@@ -67,14 +67,14 @@ if TYPE_CHECKING:
     from .target.schedule import Schedule as Schedule
     from .target.settings import Target as Target
     from .trainer.arguments import PDecayTrainingArguments as PDecayTrainingArguments
-    from .trainer.checkpoints import check_checkpoint as check_checkpoint
-    from .trainer.checkpoints import check_optimizer_state as check_optimizer_state
     from .trainer.checkpoints import newest_whole as newest_whole
     from .trainer.pareto import pareto_front as pareto_front
     from .trainer.pareto import plot_pareto as plot_pareto
     from .trainer.pareto import read_trials as read_trials
     from .trainer.register import register as register
     from .trainer.register import unregister as unregister
+    from .trainer.resume_checks import check_checkpoint as check_checkpoint
+    from .trainer.resume_checks import check_optimizer_state as check_optimizer_state
     from .trainer.search import DIRECTIONS as DIRECTIONS
     from .trainer.search import loss_and_sparsity as loss_and_sparsity
     from .trainer.search import optuna_space as optuna_space
@@ -138,14 +138,14 @@ _MODULES = {
     "Schedule": "target.schedule",
     "Target": "target.settings",
     "PDecayTrainingArguments": "trainer.arguments",
-    "check_checkpoint": "trainer.checkpoints",
-    "check_optimizer_state": "trainer.checkpoints",
     "newest_whole": "trainer.checkpoints",
     "pareto_front": "trainer.pareto",
     "plot_pareto": "trainer.pareto",
     "read_trials": "trainer.pareto",
     "register": "trainer.register",
     "unregister": "trainer.register",
+    "check_checkpoint": "trainer.resume_checks",
+    "check_optimizer_state": "trainer.resume_checks",
     "DIRECTIONS": "trainer.search",
     "loss_and_sparsity": "trainer.search",
     "optuna_space": "trainer.search",

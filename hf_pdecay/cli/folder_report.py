@@ -25,8 +25,9 @@ from ..storage.folder import CONFIG, INDEX, WEIGHTS, check_shard_name, read_conf
 from ..storage.format import smallest_payload
 from ..storage.manifest import METHOD
 from ..storage.untrusted import auto_config, model_class, on_meta
-from ..trainer.checkpoints import names_in_files, newest_whole
+from ..trainer.checkpoints import newest_whole
 from ..trainer.pareto import SEARCH_FILE
+from ..trainer.saved_names import names_in_files
 
 
 if TYPE_CHECKING:

@@ -193,7 +193,7 @@ class LpDecay(DecayOptimizer):
         for before in self._optimizer_load_state_dict_pre_hooks.values():
             changed = before(self, state_dict)
             state_dict = state_dict if changed is None else changed
-        check_saved_groups(state_dict, self.param_groups)
+        check_saved_groups(state_dict["param_groups"], self.param_groups)
         self.base.load_state_dict({**state_dict, "param_groups": self._merged_groups(state_dict)})
         for group in self.param_groups:
             for param in group["params"]:

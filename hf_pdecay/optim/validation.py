@@ -77,8 +77,8 @@ def check_real(params: Sequence[Tensor], name: str) -> None:
 
 def check_state_dict(state_dict: dict[str, Any], groups: list[dict[str, Any]]) -> None:
     """Raise ValueError if a checkpoint cannot be one of an AdamW over the same parameters."""
-    check_saved_groups(state_dict, groups)
     saved = state_dict["param_groups"]
+    check_saved_groups(saved, groups)
     if any(group.get("amsgrad") for group in saved):
         raise ValueError("The optimizer checkpoint is of AdamW with amsgrad=True, which AdamWLp does not do.")
     params = [param for group in groups for param in group["params"]]
@@ -101,12 +101,30 @@ def check_state_dict(state_dict: dict[str, Any], groups: list[dict[str, Any]]) -
                 )
 
 
-def check_saved_groups(state_dict: dict[str, Any], groups: list[dict[str, Any]]) -> None:
-    """Raise ValueError if a checkpoint has other param groups than an optimizer."""
-    saved = state_dict["param_groups"]
-    sizes, saved_sizes = ([len(group["params"]) for group in some] for some in (groups, saved))
+def check_saved_groups(
+    saved: Sequence[dict[str, Any]], groups: Sequence[dict[str, Any]], source: str = "The optimizer checkpoint"
+) -> None:
+    """Check that the param groups of a checkpoint fit those of an optimizer.
+
+    Args:
+        saved: Param groups of the checkpoint.
+        groups: Param groups of the optimizer.
+        source: What the message calls the checkpoint.
+
+    Raises:
+        ValueError: If the numbers of tensors differ, or the rules: moments would silently go to other weights of the
+            same shapes.
+    """
+    sizes, saved_sizes = ([len(group["params"]) for group in side] for side in (groups, saved))
     if sizes != saved_sizes:
         raise ValueError(
-            f"The optimizer checkpoint has param groups of {saved_sizes} tensors, this optimizer has {sizes}: it is of "
-            "another model, or of other lp_rules."
+            f"{source} has param groups of {saved_sizes} tensors, this optimizer has {sizes}: it is of another model, "
+            "or of another optim, lp_rules or weight_decay."
         )
+    for ours, theirs in zip(groups, saved, strict=True):
+        for name in ("rule", "group") if "rule" in theirs else ():
+            if ours.get(name) != theirs.get(name):
+                raise ValueError(
+                    f"{source} has a param group with {name}={theirs.get(name)!r}, this optimizer has "
+                    f"{name}={ours.get(name)!r} there: it is of another optim or of other lp_rules."
+                )

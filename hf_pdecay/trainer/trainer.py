@@ -25,18 +25,11 @@ from ..sparsity.file_names import REPORT_FILE, RUN_FILES
 from ..target.control import plan_target
 from .arguments import PDecayTrainingArguments, settings_of
 from .card_mixin import CardCallback, CardMixin
-from .checkpoints import (
-    STATE_FILE,
-    agreed_newest_whole,
-    check_checkpoint,
-    check_engine_of,
-    check_optimizer_state,
-    check_whole,
-    load_converted,
-    other_settings,
-)
+from .checkpoints import STATE_FILE, agreed_newest_whole, check_whole
 from .engines import check_engine, check_same, check_structured, check_world_size, engine_of, whole_model
 from .optimizer import build_optimizer, check_hyperparameters, name_of, param_groups_of
+from .resume_checks import check_checkpoint, check_engine_of, check_optimizer_state, other_settings
+from .saved_names import load_converted
 from .search import SearchMixin
 from .settings import DecaySettings
 from .sparsity_callback import SparsityCallback

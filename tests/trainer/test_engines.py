@@ -11,8 +11,8 @@ import pytest
 import torch
 from accelerate.utils.deepspeed import HfDeepSpeedConfig
 
-from hf_pdecay.trainer.checkpoints import check_engine_of
 from hf_pdecay.trainer.engines import check_engine, check_structured, check_world_size, engine_of
+from hf_pdecay.trainer.resume_checks import check_engine_of
 
 
 def trainer(fsdp: int | None = None, deepspeed: dict[str, Any] | None = None) -> Any:

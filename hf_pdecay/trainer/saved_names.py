@@ -1,0 +1,70 @@
+"""The names under which transformers saves the weights of a model, if they are not the model's own."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from safetensors import safe_open
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+
+
+if TYPE_CHECKING:
+    from torch import nn
+    from transformers import PreTrainedModel
+
+
+def load_converted(model: nn.Module, folder: str) -> None:
+    """Load the model of a checkpoint that names its weights otherwise than the model does.
+
+    transformers 5 saves some models, such as ViT and GPT-NeoX, under the names that their files had before. Its Trainer
+    looks for names as they are, and leaves weights that it does not find as they happen to be.
+
+    Args:
+        model: The model, into which the Trainer has loaded the checkpoint.
+        folder: The checkpoint. Nothing is done if it has no model in safetensors, or the names are those of the model.
+    """
+    from transformers import PreTrainedModel
+
+    if not isinstance(model, PreTrainedModel) or set(_saved_names(Path(folder))) <= model.state_dict().keys():
+        return
+    model.load_state_dict(type(model).from_pretrained(folder, config=model.config, dtype=model.dtype).state_dict())
+
+
+def names_in_files(model: PreTrainedModel) -> dict[str, tuple[str, ...]]:
+    """Return under which names transformers saves the parameters of a model, of those that it saves under others.
+
+    Several are the parts of one parameter, such as experts that are fused in memory.
+
+    Args:
+        model: The model, with weights or on the meta device. It is not changed.
+    """
+    try:
+        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.core_model_loading import PrefixChange, revert_weight_conversion
+    except ImportError:  # transformers 4 saves what there is
+        return {}
+    found: dict[str, tuple[str, ...]] = {}
+    conversions = get_model_conversion_mapping(model, add_legacy=False)
+    # Whether a file's names have a prefix depends on where the model came from.
+    if not any(not isinstance(each, PrefixChange) for each in conversions):
+        return found
+    for name, param in model.named_parameters():
+        try:
+            names = tuple(revert_weight_conversion(model, {name: param.detach()}))
+        except (RuntimeError, ValueError, KeyError, IndexError, TypeError):
+            continue  # one that a file has as a part of another
+        if names != (name,):
+            found[name] = names
+    return found
+
+
+def _saved_names(folder: Path) -> list[str]:
+    """The names of a saved model's weights; none without safetensors."""
+    if (folder / SAFE_WEIGHTS_INDEX_NAME).is_file():
+        return list(json.loads((folder / SAFE_WEIGHTS_INDEX_NAME).read_text(encoding="utf-8"))["weight_map"])
+    if not (folder / SAFE_WEIGHTS_NAME).is_file():
+        return []
+    with safe_open(folder / SAFE_WEIGHTS_NAME, framework="pt") as file:
+        return list(file.keys())
