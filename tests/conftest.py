@@ -84,13 +84,13 @@ def threads() -> Iterator[Callable[[int], None]]:
 @pytest.fixture
 def launches(monkeypatch: pytest.MonkeyPatch) -> Any:
     """The launches of the first and of the second Triton kernel, which are done in Triton's interpreter or on a GPU."""
-    from hf_pdecay.optim.gpu import step as triton_step
-    from tests.helpers.triton_made import DEVICE, INTERPRETED, Launches
+    from hf_pdecay.optim.gpu import step as gpu_step
+    from tests.helpers.gpu_steps import DEVICE, INTERPRETED, Launches
 
     does = INTERPRETED or DEVICE == "cuda"
-    prepare, update = Launches(triton_step.prepare, does), Launches(triton_step.update, does)
-    monkeypatch.setattr(triton_step, "prepare", prepare)
-    monkeypatch.setattr(triton_step, "update", update)
+    prepare, update = Launches(gpu_step.prepare, does), Launches(gpu_step.update, does)
+    monkeypatch.setattr(gpu_step, "prepare", prepare)
+    monkeypatch.setattr(gpu_step, "update", update)
     return prepare, update
 
 

@@ -21,7 +21,7 @@ from .moments import as_stored, clone, is_quantized, zero_moment
 from .param_groups import LAMBDA_P, P_NORM, steps_decay
 from .step_cache import StepCache, hyper_of
 from .tensor_step import Hyperparameters, Structure, TensorStep, alpha_lambda_p, noise_place
-from .unit_decay import UnitDecay
+from .unit_decay import UnitDecay, unit_decay_of
 from .units import ELEMENT, kind_of
 from .validation import FOREIGN_KEYS, check_hyperparameters, check_state_dict
 
@@ -193,42 +193,36 @@ class AdamWLp(DecayOptimizer):
         # 2. Whether all gradients are finite, which on an accelerator the host does not know.
         finite = self._finite(norm, cache)
         # 3. AdamW's step and the decay of single weights, and of units where the backend can do it in the same pass.
-        for index, unit_decay in unit_decays.items():
-            unit_decay.remember(cache.done[index])
         for share in cache.shares:
             share.backend.step(finite if share.careful else True)
         # 4. The decay of all other units.
         for index, unit_decay in unit_decays.items():
-            self._decay_units(index, unit_decay, finite, cache.done[index])
+            unit_decay.after_step(finite if self.param_groups[index]["skip_nonfinite"] else True)
         if cache.lasts:  # others hold gradients
             self._cache.last = cache
         return finite
 
     def _unit_decays(self) -> dict[int, UnitDecay]:
         """Return the decay of each param group whose weights decay by units, by the index of the group."""
-        structured = {
+        in_units = {
             index: group
             for index, group in enumerate(self.param_groups)
             if kind_of(group) != ELEMENT and steps_decay(group)
         }
-        if structured and not self._backend.chosen:
+        if in_units and not self._backend.chosen:
             _ = self.backends  # chosen from all weights, whether or not they have gradients in this step
         chosen = {device: name for device, (name, _) in self._backend.chosen.items()}
-        return {
-            index: UnitDecay(group, chosen.get(group["params"][0].device.type, "") if group["params"] else "")
-            for index, group in structured.items()
-        }
+        decays = {}
+        for index, group in in_units.items():
+            decays[index] = unit_decay_of(
+                group, noise_place(index), _alpha_lambda(group), partial(self._step_of, group)
+            )
+            decays[index].take_norms(chosen.get(group["params"][0].device.type, "") if group["params"] else "")
+        return decays
 
-    def _decay_units(self, group_index: int, unit_decay: UnitDecay, finite: bool | Tensor, done: set[int]) -> None:
-        group = self.param_groups[group_index]
-
-        def step_of(index: int) -> int | Tensor:
-            step = self.state.get(group["params"][index], {}).get("step", 0)
-            return int(step.item()) if isinstance(step, Tensor) and step.is_cpu else step
-
-        if not group["skip_nonfinite"]:
-            finite = True
-        unit_decay.apply(_alpha_lambda(group), step_of, noise_place(group_index), finite, done=done)
+    def _step_of(self, group: dict[str, Any], index: int) -> int | Tensor:
+        step: Tensor | int = self.state.get(group["params"][index], {}).get("step", 0)
+        return int(step.item()) if isinstance(step, Tensor) and step.is_cpu else step
 
     def _assign(self, unit_decays: Mapping[int, UnitDecay]) -> StepCache:
         """Find out which backend does which tensors, and make the state of tensors that have none yet."""
@@ -246,21 +240,19 @@ class AdamWLp(DecayOptimizer):
         states = [self.state[param] for param in params]
         self._cache.awakening.ask(dict(zip(params, states, strict=True)))
         shrunk = [owners[share.indices[index]] for share in shares for index in share.backend.shrunk]
-        done = {index: {number for owner, number in shrunk if owner == index} for index in unit_decays}
         for index, unit_decay in unit_decays.items():
-            unit_decay.check(done[index])
-        lasts = all(is_awake_for_good(state["dormant"]) for state in states) and all(
-            unit_decay.lasts(done[index]) for index, unit_decay in unit_decays.items()
-        )
+            unit_decay.before_step({number for owner, number in shrunk if owner == index})
+        lasts = all(is_awake_for_good(state["dormant"]) for state in states)
+        lasts = lasts and all(unit_decay.lasts for unit_decay in unit_decays.values())
         tables = [(decay.tables, hypers[index]) for index, decay in unit_decays.items() if decay.tables is not None]
-        return StepCache(self.param_groups, self.state, hypers, steps, shares, lasts, tables, done)
+        return StepCache(self.param_groups, self.state, hypers, steps, shares, lasts, tables)
 
     def _tensor_steps(
         self, group_index: int, group: dict[str, Any], hyper: Hyperparameters, unit_decay: UnitDecay | None
     ) -> list[TensorStep]:
         structures: dict[int, Structure] = {}
         if unit_decay is not None:
-            structures = unit_decay.structures(hyper, _alpha_lambda(group))
+            structures = unit_decay.structures(hyper)
             # The single weights of units do not decay in the step.
             hyper = replace(hyper, lambda_p=0.0, rounds=True)
         steps = []

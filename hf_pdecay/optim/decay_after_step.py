@@ -49,14 +49,14 @@ def decay_weights(tensors: Sequence[Stepped], decay: Decay) -> None:
         weights, copied, places = zip(*((each.weight, each.before, each.place) for each in taken), strict=True)
         compiled.decay_weights(weights, copied, places, decay)
     elif has_triton(tensors[0].weight.device if tensors else None):
-        from .gpu import decay as triton_shrink  # imports triton, which takes its time
+        from .gpu import decay as gpu_decay  # imports triton, which takes its time
 
-        taken = [each for each in tensors if triton_shrink.takes(each)]
+        taken = [each for each in tensors if gpu_decay.takes(each)]
         by_dtype: dict[torch.dtype, list[Stepped]] = {}
         for each in taken:
             by_dtype.setdefault(each.weight.dtype, []).append(each)
         for some in by_dtype.values():
-            triton_shrink.decay_all(some, decay)
+            gpu_decay.decay_weights(some, decay)
     chosen = {id(each) for each in taken}
     tensors = [each for each in tensors if id(each) not in chosen]
     for batch in _batches(tensors):

@@ -19,7 +19,7 @@ from .gradients import check_dense, finite_by_norm, grads_finite
 from .param_groups import LAMBDA_P, P_NORM, steps_decay
 from .parts import Part, parts, step_part
 from .tensor_step import Decay, Stepped, noise_place, smallest
-from .unit_decay import UnitDecay
+from .unit_decay import UnitDecay, unit_decay_of
 from .units import ELEMENT, check_units, kind_of
 from .validation import check_decay_settings, check_real, check_saved_groups
 
@@ -218,19 +218,18 @@ class LpDecay(DecayOptimizer):
             return finite
         self._awakening.hear()
         unit_decays = {
-            index: UnitDecay(group, "compiled" if can_compile(group["params"]) else "")
+            index: self._unit_decay(index, group)
             for index, group in enumerate(self.param_groups)
             if kind_of(group) != ELEMENT and steps_decay(group)
         }
         for unit_decay in unit_decays.values():
-            unit_decay.check(())
-            unit_decay.remember(())
+            unit_decay.before_step()
         for part in parts(self.base, _changes_weights):
             self._step_part(part, finite)
         for index, group in enumerate(self.param_groups):
             group["decay_steps"] += 1
             if index in unit_decays:
-                self._decay_units(index, unit_decays[index], finite)
+                unit_decays[index].after_step(finite)
         self._awakening.ask({param: state for param, state in self.state.items() if state and "dormant" in state})
         return finite
 
@@ -298,8 +297,8 @@ class LpDecay(DecayOptimizer):
         rate: float | Tensor = group["scheduled_lr" if is_schedule_free(self.base) else "lr"]
         return rate
 
-    def _decay_units(self, group_index: int, unit_decay: UnitDecay, finite: bool | Tensor) -> None:
-        group = self.param_groups[group_index]
+    def _unit_decay(self, group_index: int, group: dict[str, Any]) -> UnitDecay:
+        """Return the decay of a param group by units, which has taken the norms."""
 
         def alpha_lambda(device: torch.device) -> float | Tensor:
             return rate_on(self._rate(group), device) * float(group["lambda_p"])
@@ -307,7 +306,10 @@ class LpDecay(DecayOptimizer):
         def averaged(index: int) -> Tensor | None:
             return self.state[group["params"][index]].get("z") if is_schedule_free(self.base) else None
 
-        unit_decay.apply(alpha_lambda, lambda _: group["decay_steps"], noise_place(group_index), finite, averaged)
+        place = noise_place(group_index)
+        unit_decay = unit_decay_of(group, place, alpha_lambda, lambda _: group["decay_steps"], averaged)
+        unit_decay.take_norms("compiled" if can_compile(group["params"]) else "")
+        return unit_decay
 
     def _decay_weights(self, group: dict[str, Any], copied: list[_Copied], finite: bool | Tensor) -> None:
         by_device: dict[torch.device, list[Stepped]] = {}

@@ -8,22 +8,18 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..checks import check_lambda_p, check_p_norm
 from .backends import Share
-from .cpu.units import UnitDivisors
 from .distributed import Owners, is_dtensor, parts_here
 from .moments import address
 from .tensor_step import Hyperparameters, TensorStep, alpha_lambda_p
+from .unit_tables import UnitTables
 from .units import ELEMENT, kind_of
-
-
-if TYPE_CHECKING:
-    from .gpu.units import UnitFactors
 
 
 _STATE = ("exp_avg", "exp_avg_sq", "step")
@@ -63,8 +59,7 @@ class StepCache:
         steps: The tensors of the step.
         shares: Who does them.
         lasts: Whether the next step may be done in the same way, if it has the same tensors.
-        tables: The factors of units, and the hyperparameters of their param group.
-        done: For the index of a param group, the indices of its parameters whose structured decay the backends do.
+        tables: The tables from which units decay, and the hyperparameters of their param group.
 
     Attributes:
         owners: The processes that hold the parameters whose shards lie on several ones; None if there are none. All of
@@ -79,11 +74,9 @@ class StepCache:
         steps: Sequence[TensorStep],
         shares: list[Share],
         lasts: bool,
-        tables: Sequence[tuple[UnitDivisors | UnitFactors, Hyperparameters]],
-        done: Mapping[int, set[int]],
+        tables: Sequence[tuple[UnitTables, Hyperparameters]],
     ) -> None:
         self.shares = shares
-        self.done = done
         self._hypers = hypers
         self._tables = tables
         params = _params(groups)

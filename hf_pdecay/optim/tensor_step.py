@@ -44,13 +44,12 @@ class Hyperparameters:
 
 
 class Structure(NamedTuple):
-    """What a tensor that decays by groups, or N:M, takes beside its step. Most backends leave it to be done after it.
+    """What a step needs to decay the units or N:M blocks of a tensor. Most backends leave that until after the step.
 
     Attributes:
         hyper: Hyperparameters of the group with their λ_p; those of the step have one that is not felt.
-        dim: Dimension along which the groups or blocks lie.
-        table: Of groups, what the weights at each index of that dimension are divided by on a CPU, in the dtype of the
-            step's computation, and multiplied by on a GPU.
+        dim: Dimension along which the units or blocks lie.
+        table: For units, the table of the tensor, see :class:`~.unit_tables.UnitTables`.
         blocks: N and M.
     """
 

@@ -1,21 +1,22 @@
-"""Structured decay: groups of weights that shrink by one factor each, and the weakest weights of N:M blocks.
+"""Structured decay: units of weights that each decay by one factor, and the weakest weights of N:M blocks.
 
-With w_g the |g| weights of a group before the step and α λ_p as ever:
+With w_u the |u| weights of a unit before the step and α λ_p as for single weights:
 
-    s_g = (‖w_g‖₂ / √|g|)^(2-p),   w_g ← w'_g · s_g / (s_g + α λ_p)
+    s_u = (‖w_u‖₂ / √|u|)^(2-p),   w_u ← w'_u · s_u / (s_u + α λ_p)
 
 The square of the root mean square r takes the place of w² in the derivation of the rule for single weights
-(https://huggingface.co/papers/2404.10824, algorithm 1), so what is minimised is (λ_p / p) Σ_g |g| r_g^p: for p = 1 the
-group lasso (Yuan and Lin 2006) with its usual weights √|g|.
+(https://huggingface.co/papers/2404.10824, algorithm 1). So the penalty is (λ_p / p) Σ_u |u| r_u^p: for p = 1 the group
+lasso (Yuan and Lin 2006) with its usual weights √|u|.
 
-The norms are taken before the optimizer's step, and the weights multiplied after it.
+The norms are taken before the optimizer's step, and the weights are multiplied after it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,238 +26,268 @@ from .decay import shrink_factor
 from .distributed import is_dtensor, span_of
 from .tensor_step import Hyperparameters, Structure
 from .unit_operations import mean_squares, scale, shrink_weakest
-from .units import Units, check_units, kind_of, n_of_m, units_of
+from .unit_tables import UnitTables
+from .units import Member, Units, check_units, kind_of, n_of_m, units_of
 
 
-if TYPE_CHECKING:
-    from .gpu.units import UnitFactors
-
-# Roots of sums of squares are taken in float32; random bits of the multiplication are others than those of the step.
+# Random bits of the multiplication differ from those of the step.
 _NOISE = 1 << 19
+
+
+def unit_decay_of(group: dict[str, Any], *arguments: Any, **more: Any) -> UnitDecay:
+    """Return the decay of a param group around one step; see :class:`UnitDecay` for the arguments.
+
+    Raises:
+        ValueError: If ``units`` do not fit the parameters.
+    """
+    check_units(group)  # units may have changed since the last step, and compiled functions believe every place
+    kind = CoupledDecay if n_of_m(kind_of(group)) is None else BlockDecay
+    return kind(group, *arguments, **more)
+
+
+@dataclass
+class UnitDecay(ABC):
+    """The decay of one param group around one step of its optimizer.
+
+    The order of the calls is :meth:`take_norms`, :meth:`structures` for a step that can decay units itself,
+    :meth:`before_step`, the step, :meth:`after_step`.
+
+    Args:
+        group: The param group, with ``group`` other than ``"element"``.
+        first_place: Place of its first parameter in the optimizer.
+        alpha_lambda: α λ_p on a device.
+        step_of: By the index of a parameter, the number of its step, from which its random bits come.
+        averaged: By the index of a parameter, the weights z of a schedule-free optimizer, which decay as its own do.
+
+    Attributes:
+        tables: The tables from which a fused step decays units, if there are any.
+    """
+
+    group: dict[str, Any]
+    first_place: int
+    alpha_lambda: Callable[[torch.device], float | Tensor]
+    step_of: Callable[[int], int | Tensor]
+    averaged: Callable[[int], Tensor | None] = lambda _: None
+    tables: UnitTables | None = field(default=None, init=False)
+
+    def __post_init__(self) -> None:
+        self._params: list[Tensor] = [param.detach() for param in self.group["params"]]
+        self._with_grad = {index for index, param in enumerate(self.group["params"]) if param.grad is not None}
+        self._sharded = {index for index, param in enumerate(self._params) if is_dtensor(param)}
+        self._units = units_of(self.group)
+        self._done: Collection[int] = ()
+        self._norms: list[_Norms] = []
+        self._factors: list[tuple[Units[int], Tensor]] | None = None
+        self._before: dict[int, Tensor] = {}
+
+    @abstractmethod
+    def take_norms(self, backend: str = "") -> None:
+        """Take what the decay needs of the weights before the step.
+
+        Args:
+            backend: ``"compiled"`` or ``"triton"`` to take the norms by its functions, which differ in their last bits.
+                The caller has made sure that they are available.
+
+        Raises:
+            ValueError: If a parameter is sharded in a way that the decay cannot handle.
+        """
+
+    @abstractmethod
+    def structures(self, hyper: Hyperparameters) -> dict[int, Structure]:
+        """Return, by the index of a parameter, what a step needs in order to decay it itself.
+
+        Args:
+            hyper: Hyperparameters of the param group, with their λ_p.
+        """
+
+    def before_step(self, done: Collection[int] = ()) -> None:
+        """Prepare for :meth:`after_step`.
+
+        Args:
+            done: Indices of the parameters that the step decays itself.
+
+        Raises:
+            ValueError: If a sharded parameter is not among them.
+        """
+        self._done = done
+        if {member.param for _, member in self._members()} & self._sharded & self._with_grad - set(done):
+            raise ValueError(self._refusal())
+
+    @property
+    def lasts(self) -> bool:
+        """Whether the step decays all parameters itself, and the next one can be repeated with tables filled anew."""
+        # Also those without units: their step has hyperparameters of its own, which would not be renewed.
+        return self._with_grad <= set(self._done)
+
+    def after_step(self, finite: bool | Tensor = True) -> None:
+        """Multiply the weights that the step has not decayed itself.
+
+        Args:
+            finite: Whether the optimizer has stepped.
+        """
+        if finite is not False:
+            with torch.no_grad():
+                self._decay(finite)
+
+    @abstractmethod
+    def _decay(self, finite: bool | Tensor) -> None: ...
+
+    def _refusal(self) -> str:
+        return (
+            f"Invalid group: group={kind_of(self.group)!r} on sharded parameters, which takes AdamWLp, weights in one "
+            "piece and the backends 'compiled' on a CPU or 'triton' on a GPU. Or train on one process or under DDP."
+        )
+
+    def _members(self) -> Iterator[tuple[Units[int], Member[int]]]:
+        for layer in self._units:
+            for member in layer.members:
+                yield layer, member
+
+    def _weights(self, index: int) -> Iterator[Tensor]:
+        """The weights of a parameter, and those of a schedule-free optimizer beside them."""
+        yield self._params[index]
+        averaged = self.averaged(index)
+        if averaged is not None:
+            yield averaged
+
+
+class BlockDecay(UnitDecay):
+    """The decay of N:M blocks: of M consecutive weights each of the M - N weakest decays by its own factor."""
+
+    @property
+    def _blocks(self) -> tuple[int, int]:
+        return n_of_m(kind_of(self.group)) or (0, 0)
+
+    def take_norms(self, backend: str = "") -> None:
+        """Check that no block lies in several processes; there are no norms."""
+        for layer, member in self._members():
+            span = span_of(self._params[member.param])
+            if span is not None and span.dim == member.dim and span.each % self._blocks[1]:
+                raise ValueError(
+                    f"Invalid group: group={kind_of(self.group)!r} on {layer.name or 'a parameter'}: each process has "
+                    f"{span.each} of the indices along which the blocks lie, which must be divisible by "
+                    f"{self._blocks[1]}."
+                )
+
+    def structures(self, hyper: Hyperparameters) -> dict[int, Structure]:
+        """See :meth:`UnitDecay.structures`."""
+        return {member.param: Structure(hyper, member.dim, blocks=self._blocks) for _, member in self._members()}
+
+    def before_step(self, done: Collection[int] = ()) -> None:
+        """Copy the weights that the step does not decay itself."""
+        super().before_step(done)
+        left = {member.param for _, member in self._members()} & self._with_grad - set(done)
+        self._before = {index: self._params[index].clone() for index in left}
+
+    def _decay(self, finite: bool | Tensor) -> None:
+        for _, member in self._members():
+            before = self._before.get(member.param)
+            if before is None:
+                continue
+            noise = self.first_place + member.param + _NOISE, self.step_of(member.param)
+            alpha_lambda = self.alpha_lambda(before.device)
+            for weights in self._weights(member.param):
+                shrink_weakest(
+                    weights, before, member.dim, self._blocks, self.group["p_norm"], alpha_lambda, finite, noise
+                )
 
 
 @dataclass
 class _Norms:
-    """What is known of the groups on one device before the step: numbers of the units, and r of all groups."""
+    """The norms on one device before the step: indices of layers, r of all their units, and which are dormant."""
 
-    numbers: list[int]
+    layers: list[int]
     rms: Tensor
     dormant: Tensor | None
 
 
-class UnitDecay:
-    """The shrink of one param group around a step of its optimizer. No wait for the device, but at the first step.
+class CoupledDecay(UnitDecay):
+    """The decay of rows, columns, neurons, heads or ranks. The host waits for the device in the first step only.
 
-    A group that is wholly zero at its first step decays no earlier than it has become non-zero, which the entry
-    ``dormant_units`` of the param group remembers. Other groups that are wholly zero stay so while λ_p > 0 and p < 2,
-    whatever the learning rate. A root mean square below about 1e-19 counts as 0, as its square is 0 in float32.
-
-    It is made before the step, and takes the norms. What the step does not do itself, :meth:`apply` does after it.
-
-    Args:
-        group: The param group, with ``group`` other than ``"element"``.
-        backend: ``"compiled"`` or ``"triton"`` if its functions take the norms, which differ in their last bits. It is
-            not known to this class whether they can be had.
-
-    Attributes:
-        tables: What these functions find, if they do.
-
-    Raises:
-        ValueError: If a parameter is a shard for which the backend's functions cannot do it, or ``units`` do not
-            fit.
+    A unit that is wholly zero at its first step decays only once it has become non-zero, which the entry
+    ``dormant_units`` of the param group remembers. Other units that are wholly zero stay so while λ_p > 0 and p < 2,
+    whatever the learning rate. A root mean square below about 1e-19 counts as 0, because its square is 0 in float32.
     """
 
-    def __init__(self, group: dict[str, Any], backend: str = "") -> None:
-        self._group = group
-        self._params: list[Tensor] = [param.detach() for param in group["params"]]
-        self._grads = [param.grad is not None for param in group["params"]]
-        check_units(group)  # units may have changed since, and compiled functions believe every place
-        self._blocks = n_of_m(kind_of(group))
-        self._coupled = units_of(group)
-        self._sharded = {index for index, param in enumerate(self._params) if is_dtensor(param)}
-        self._norms: list[_Norms] = []
-        self._before: dict[int, Tensor] = {}
-        self._factors: list[tuple[Units[int], Tensor]] | None = None
-        self.tables: UnitDivisors | UnitFactors | None = None
-        if self._blocks is None:
-            self.tables = _tables(self._params, self._coupled, backend)
-            if self._sharded and self.tables is None:
-                raise ValueError(self._refusal())
-            self._take_norms()
-        for each in self._coupled if self._blocks is not None else ():
-            for place in each.members:
-                span = span_of(self._params[place.param])
-                if self._blocks and span is not None and span.dim == place.dim and span.each % self._blocks[1]:
-                    raise ValueError(
-                        f"Invalid group: group={kind_of(group)!r} on {each.name or 'a parameter'}, of which a process "
-                        f"has {span.each} of the indices along which the blocks lie; a block must lie in one process."
-                    )
-
-    def _refusal(self) -> str:
-        return (
-            f"Invalid group: group={kind_of(self._group)!r} on sharded parameters, which takes AdamWLp, weights in one "
-            "piece and the backends 'compiled' on a CPU or 'triton' on a GPU. Or train on one process or under DDP."
-        )
-
-    def check(self, done: Container[int]) -> None:
-        """Check that the step does itself what nothing else would do.
-
-        Args:
-            done: Indices of the parameters whose shrink the step does itself.
-
-        Raises:
-            ValueError: If it leaves a sharded parameter to be shrunk after it.
-        """
-        if any(self._grads[index] and index not in done for index in self._coupled_params() & self._sharded):
+    def take_norms(self, backend: str = "") -> None:
+        """Take the norms of the units, and note in the param group which units are dormant."""
+        self.tables = _tables(self._params, self._units, backend)
+        if self._sharded and self.tables is None:
             raise ValueError(self._refusal())
-
-    def _coupled_params(self) -> set[int]:
-        return {place.param for each in self._coupled for place in each.members}
-
-    def _take_norms(self) -> None:
         by_device: dict[torch.device, list[int]] = {}
-        for number, each in enumerate(self._coupled):
-            by_device.setdefault(self._params[each.members[0].param].device, []).append(number)
-        kept: list[Tensor | None] | None = self._group.get("dormant_units")
-        # As many tensors at all times: torch.distributed.checkpoint loads into what an optimizer that has stepped the
-        # weights as they are now has. Those on a CPU without a group that sleeps are awake for good.
-        masks = [torch.zeros(each.count, dtype=torch.bool) for each in self._coupled]
-        for device, numbers in by_device.items():
+        for index, layer in enumerate(self._units):
+            by_device.setdefault(self._params[layer.members[0].param].device, []).append(index)
+        remembered: list[Tensor | None] | None = self.group.get("dormant_units")
+        # The number of tensors never changes: torch.distributed.checkpoint loads into what an optimizer that has
+        # stepped the present weights has. A mask on a CPU without a dormant unit says that all are awake for good.
+        masks = [torch.zeros(layer.count, dtype=torch.bool) for layer in self._units]
+        for device, layers in by_device.items():
             if self.tables is not None:
                 rms = self.tables.norms()
             else:
-                rms = torch.cat([mean_squares(self._coupled[number], self._params) for number in numbers]).sqrt_()
-            zero = rms == 0
-            counts = [self._coupled[number].count for number in numbers]
-            if kept is None:
-                dormant = zero
-            elif all(_are_awake(kept[number]) for number in numbers):
+                rms = torch.cat([mean_squares(self._units[index], self._params) for index in layers]).sqrt_()
+            counts = [self._units[index].count for index in layers]
+            dormant: Tensor | None = rms == 0
+            if remembered is not None and all(_are_awake(remembered[index]) for index in layers):
                 dormant = None
-            else:
-                some = [_mask(kept[number], count, device) for number, count in zip(numbers, counts, strict=True)]
-                dormant = torch.cat(some) & zero
-            # The host looks once, and on a CPU as long as there is something to see.
-            if dormant is not None and (kept is None or dormant.is_cpu) and not dormant.any():
+            elif remembered is not None:
+                known = [_mask(remembered[index], count, device) for index, count in zip(layers, counts, strict=True)]
+                dormant = torch.cat(known) & (rms == 0)
+            # The host looks once, and on a CPU as long as a unit is dormant.
+            if dormant is not None and (remembered is None or dormant.is_cpu) and not dormant.any():
                 dormant = None
             if dormant is not None:
-                for number, mask in zip(numbers, dormant.split(counts), strict=True):
-                    masks[number] = mask.clone()
-            self._norms.append(_Norms(numbers, rms, dormant))
-        self._group["dormant_units"] = masks
+                for index, mask in zip(layers, dormant.split(counts), strict=True):
+                    masks[index] = mask.clone()
+            self._norms.append(_Norms(layers, rms, dormant))
+        self.group["dormant_units"] = masks
 
-    def structures(
-        self, hyper: Hyperparameters, alpha_lambda: Callable[[torch.device], float | Tensor]
-    ) -> dict[int, Structure]:
-        """Return what a step that can do the shrink itself needs of each parameter, by the index of it.
+    def structures(self, hyper: Hyperparameters) -> dict[int, Structure]:
+        """See :meth:`UnitDecay.structures`; fills the tables."""
+        if self.tables is None:
+            return {}
+        self._all_factors()
+        dims = {member.param: member.dim for _, member in self._members()}
+        return {index: Structure(hyper, dim, self.tables.tables[index]) for index, dim in dims.items()}
 
-        Args:
-            hyper: Hyperparameters of the param group, with their λ_p.
-            alpha_lambda: α λ_p on a device.
-        """
-        if self._blocks is not None:
-            return {
-                place.param: Structure(hyper, place.dim, blocks=self._blocks)
-                for each in self._coupled
-                for place in each.members
-            }
-        if self.tables is not None:
-            self._all_factors(alpha_lambda)
-            dims = {place.param: place.dim for each in self._coupled for place in each.members}
-            return {index: Structure(hyper, dim, self.tables.tables[index]) for index, dim in dims.items()}
-        return {}
-
-    def lasts(self, done: Container[int]) -> bool:
-        """Whether the next step may be done as this one, by tables that are filled anew: it does all of the shrink.
-
-        Args:
-            done: Indices of the parameters whose shrink the step does itself.
-        """
-        # Those in no coupling too: their step has hyperparameters of its own, which nobody would renew.
-        if not all(index in done for index, there in enumerate(self._grads) if there):
-            return False
-        if self._blocks is not None:
-            return True
+    @property
+    def lasts(self) -> bool:
+        """See :attr:`UnitDecay.lasts`."""
         awake = all(norms.dormant is None for norms in self._norms)
-        places = [place.param for each in self._coupled for place in each.members]
-        return self.tables is not None and awake and all(self._grads[index] for index in places)
+        with_grad = all(member.param in self._with_grad for _, member in self._members())
+        return super().lasts and self.tables is not None and awake and with_grad
 
-    def remember(self, done: Container[int]) -> None:
-        """Copy the weights of N:M blocks whose shrink is to be done after the step.
-
-        Args:
-            done: Indices of the parameters whose shrink the step does itself.
-        """
-        if self._blocks is not None:
-            places = [place for each in self._coupled for place in each.members]
-            self._before = {
-                each.param: self._params[each.param].clone()
-                for each in places
-                if self._grads[each.param] and each.param not in done
-            }
-
-    @torch.no_grad()
-    def apply(
-        self,
-        alpha_lambda: Callable[[torch.device], float | Tensor],
-        step_of: Callable[[int], int | Tensor],
-        first_place: int,
-        finite: bool | Tensor = True,
-        averaged: Callable[[int], Tensor | None] = lambda _: None,
-        done: Container[int] = (),
-    ) -> None:
-        """Multiply the weights, which the optimizer has stepped.
-
-        Args:
-            alpha_lambda: α λ_p on a device.
-            step_of: The number of the step of the parameter with an index, from which the random bits come.
-            first_place: Member of the first parameter in the optimizer.
-            finite: Whether there was a step.
-            averaged: The weights z of a schedule-free optimizer for the parameter with an index, if there are any.
-            done: Indices of the parameters whose shrink the step has done itself.
-        """
-        if finite is False:
-            return
-        p_norm: float = self._group["p_norm"]
-        for each in self._coupled if self._blocks is not None else ():
-            for place in each.members:
-                before = self._before.get(place.param)
-                if before is None or self._blocks is None:
-                    continue
-                noise = first_place + place.param + _NOISE, step_of(place.param)
-                strength = alpha_lambda(before.device)
-                for weights in (self._params[place.param], averaged(place.param)):
-                    if weights is not None:
-                        shrink_weakest(weights, before, place.dim, self._blocks, p_norm, strength, finite, noise)
-        for each, factor in self._all_factors(alpha_lambda):
-            stepped = [place.param for place in each.members if self._grads[place.param]]
+    def _decay(self, finite: bool | Tensor) -> None:
+        for layer, factor in self._all_factors():
+            stepped = [member.param for member in layer.members if member.param in self._with_grad]
             if not stepped:
-                continue  # no step was made with them
+                continue  # the step has not touched them
             if isinstance(finite, Tensor):
                 factor = torch.where(finite.to(factor.device), factor, torch.ones_like(factor))
-            for nth, place in enumerate(each.members):
-                if place.param in done or place.param in self._sharded:
+            for number, member in enumerate(layer.members):
+                if member.param in self._done or member.param in self._sharded:
                     continue
-                # The counter of one without a gradient stands still, and so would its random bits.
-                counted = place.param if self._grads[place.param] else stepped[0]
-                noise = first_place + place.param + _NOISE * (1 + nth), step_of(counted)
-                spread = factor.repeat_interleave(place.size) if place.size > 1 else factor
-                for weights in (self._params[place.param], averaged(place.param)):
-                    if weights is not None:
-                        part = weights.narrow(place.dim, place.offset, len(spread))
-                        scale(part, place.dim, spread.to(part.device), *noise)
+                # The counter of a parameter without a gradient stands still, and so would its random bits.
+                counted = member.param if member.param in self._with_grad else stepped[0]
+                noise = self.first_place + member.param + _NOISE * (1 + number), self.step_of(counted)
+                spread = factor.repeat_interleave(member.size) if member.size > 1 else factor
+                for weights in self._weights(member.param):
+                    of_units = weights.narrow(member.dim, member.offset, len(spread))
+                    scale(of_units, member.dim, spread.to(weights.device), *noise)
 
-    def _all_factors(self, alpha_lambda: Callable[[torch.device], float | Tensor]) -> list[tuple[Units[int], Tensor]]:
-        """Each coupling with the factors of its groups."""
+    def _all_factors(self) -> list[tuple[Units[int], Tensor]]:
+        """The units of each layer with their factors."""
         if self._factors is None:
             self._factors = []
             for norms in self._norms:
-                factor = self._factor(norms, alpha_lambda(norms.rms.device))
-                split = factor.split([self._coupled[number].count for number in norms.numbers])
-                self._factors += zip((self._coupled[number] for number in norms.numbers), split, strict=True)
+                layers = [self._units[index] for index in norms.layers]
+                factors = self._factor(norms).split([layer.count for layer in layers])
+                self._factors += zip(layers, factors, strict=True)
         return self._factors
 
-    def _factor(self, norms: _Norms, alpha_lambda: float | Tensor) -> Tensor:
-        p_norm: float = self._group["p_norm"]
+    def _factor(self, norms: _Norms) -> Tensor:
+        p_norm: float = self.group["p_norm"]
+        alpha_lambda = self.alpha_lambda(norms.rms.device)
         if self.tables is not None:
             dtype = torch.float64 if any(param.dtype == torch.float64 for param in self._params) else torch.float32
             self.tables.fill(p_norm, alpha_lambda, norms.dormant)
@@ -269,23 +300,24 @@ class UnitDecay:
         return factor
 
 
-def _tables(params: Sequence[Tensor], coupled: Sequence[Units[int]], backend: str) -> UnitDivisors | UnitFactors | None:
-    """What finds the factors of all groups, if the backend's functions take all parameters, which are on one device."""
-    weights = [params[place.param] for each in coupled for place in each.members]
-    if len({weight.device for weight in weights}) != 1:
+def _tables(params: Sequence[Tensor], units: Sequence[Units[int]], backend: str) -> UnitTables | None:
+    """The tables of a backend, if its functions take all parameters and these are on one device."""
+    weights = [params[member.param] for layer in units for member in layer.members]
+    if backend not in ("compiled", "triton") or len({weight.device for weight in weights}) != 1:
         return None
-    made: type[UnitDivisors | UnitFactors] = UnitDivisors
+    kind: type[UnitTables] = UnitDivisors
     if backend == "triton":
         from .gpu.units import UnitFactors  # imports triton, which takes its time
 
-        made = UnitFactors
-    known = backend in ("compiled", "triton") and all(made.takes(weight) for weight in weights)
-    return made(params, coupled) if known else None
+        kind = UnitFactors
+    return kind(params, units) if all(kind.takes(weight) for weight in weights) else None
 
 
-def _are_awake(kept: Tensor | None) -> bool:
-    return kept is None or (kept.is_cpu and not kept.any())
+def _are_awake(remembered: Tensor | None) -> bool:
+    return remembered is None or (remembered.is_cpu and not remembered.any())
 
 
-def _mask(kept: Tensor | None, count: int, device: torch.device) -> Tensor:
-    return torch.zeros(count, dtype=torch.bool, device=device) if kept is None else kept.to(device)
+def _mask(remembered: Tensor | None, count: int, device: torch.device) -> Tensor:
+    if remembered is None:
+        return torch.zeros(count, dtype=torch.bool, device=device)
+    return remembered.to(device)

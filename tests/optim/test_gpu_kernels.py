@@ -27,11 +27,11 @@ OTHERS = [
     "other.py::TestOthers",
     "eight_bit.py::TestEightBit",
 ]
-GROUPS = ["units.py::TestGroups", "units.py::TestByReference"]
+UNITS = ["units.py::TestUnits", "units.py::TestByReference"]
 COMPILED = [
     "launch.py::TestCompiled",
     "eight_bit.py::TestCompiledEightBit",
-    "units.py::TestCompiledGroups",
+    "units.py::TestCompiledUnits",
 ]
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -42,9 +42,9 @@ needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GP
     [
         (ARITHMETIC, True, False),
         (OTHERS, True, False),
-        (GROUPS, True, False),
+        (UNITS, True, False),
         (COMPILED, False, False),
-        pytest.param([*ARITHMETIC, *OTHERS, *GROUPS], False, True, marks=needs_gpu),
+        pytest.param([*ARITHMETIC, *OTHERS, *UNITS], False, True, marks=needs_gpu),
     ],
     ids=str,
 )

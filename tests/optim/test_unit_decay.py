@@ -16,7 +16,7 @@ from torch import nn
 
 from hf_pdecay import AdamWLp, LpDecay
 from hf_pdecay.optim import foreach
-from hf_pdecay.optim import unit_decay as grouped
+from hf_pdecay.optim.unit_decay import unit_decay_of
 from hf_pdecay.optim.unit_operations import weakest
 from tests.helpers.reference.adamw_lp64 import Hyper
 from tests.helpers.reference.unit_decay64 import UnitReference, Where, indices
@@ -369,9 +369,10 @@ def test_it_never_waits_for_the_device(kind: str, dtype: torch.dtype) -> None:
     scalar = torch.zeros((), device="meta")
     sleeping = [torch.zeros(16, dtype=torch.bool, device="meta")]
     group = {"params": [param], "group": kind, "p_norm": 0.8, "dormant_units": sleeping}
-    shrinkage = grouped.UnitDecay(group)
-    shrinkage.remember(())
-    shrinkage.apply(lambda _: scalar, lambda _: scalar, 0, scalar.bool())
+    decay = unit_decay_of(group, 0, lambda _: scalar, lambda _: scalar)
+    decay.take_norms()
+    decay.before_step()
+    decay.after_step(scalar.bool())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -382,9 +383,11 @@ def test_a_step_that_the_device_knows_to_be_skipped(kind: str, dtype: torch.dtyp
     param.grad = torch.zeros_like(param)
     before = bits(param)
     for finite in (False, True):
-        shrinkage = grouped.UnitDecay({"params": [param], "group": kind, "p_norm": 0.8})
-        shrinkage.remember(())
-        shrinkage.apply(lambda _: torch.tensor(0.1), lambda _: torch.tensor(1.0), 0, torch.tensor(finite))
+        group = {"params": [param], "group": kind, "p_norm": 0.8}
+        decay = unit_decay_of(group, 0, lambda _: torch.tensor(0.1), lambda _: torch.tensor(1.0))
+        decay.take_norms()
+        decay.before_step()
+        decay.after_step(torch.tensor(finite))
         assert torch.equal(bits(param), before) == (not finite)
 
 

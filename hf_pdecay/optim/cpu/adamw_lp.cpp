@@ -329,7 +329,7 @@ int hf_pdecay_step(const Row* rows, int64_t count, const Hyper* hypers, int thre
 }
 
 // Shrinks the weights of each row by what `grad`, their copy from before a step, gives. Returns as hf_pdecay_step does.
-int hf_pdecay_shrink(const Row* rows, int64_t count, const Hyper* hypers, int threads) {
+int hf_pdecay_decay(const Row* rows, int64_t count, const Hyper* hypers, int threads) {
   std::vector<Plan> plans(count);
   for (int64_t i = 0; i < count; ++i) {
     if (!make_shrink_plan(&plans[i], hypers[rows[i].hyper], rows[i])) return 1;

@@ -190,7 +190,7 @@ def decay_weights(weights: Sequence[Tensor], before: Sequence[Tensor], places: S
         code = CODES[weight.dtype]
         first = weight.data_ptr(), copy.data_ptr(), 0, 0, step, weight.numel(), 0, place, code, code, 0, 0, 1, 1
         rows.extend((*first, *(0,) * (_COLUMNS - len(first))))
-    if functions.hf_pdecay_shrink(address(rows), len(weights), address(hyper), torch.get_num_threads()):
+    if functions.hf_pdecay_decay(address(rows), len(weights), address(hyper), torch.get_num_threads()):
         raise RuntimeError("The compiled shrink met a dtype that it does not know.")
     torch.autograd.graph.increment_version(list(weights))
 
@@ -218,12 +218,12 @@ def _load() -> tuple[ctypes.CDLL | None, str | None]:
     loaded, reason = load(SOURCES, "AdamWLp", "step")
     if loaded is not None:
         pointer, count, number, threads = ctypes.c_void_p, ctypes.c_int64, ctypes.c_double, ctypes.c_int
-        for name in ("step", "shrink", "all_finite", "square_sums"):
+        for name in ("step", "decay", "all_finite", "square_sums"):
             getattr(loaded, f"hf_pdecay_{name}").restype = ctypes.c_int
-        for name in ("group_norms", "group_divisors"):
+        for name in ("unit_norms", "unit_divisors"):
             getattr(loaded, f"hf_pdecay_{name}").restype = None
-        loaded.hf_pdecay_step.argtypes = loaded.hf_pdecay_shrink.argtypes = (pointer, count, pointer, threads)
+        loaded.hf_pdecay_step.argtypes = loaded.hf_pdecay_decay.argtypes = (pointer, count, pointer, threads)
         loaded.hf_pdecay_all_finite.argtypes = loaded.hf_pdecay_square_sums.argtypes = (pointer, count, threads)
-        loaded.hf_pdecay_group_norms.argtypes = (pointer, count, pointer, pointer, threads)
-        loaded.hf_pdecay_group_divisors.argtypes = (pointer, count, *(pointer,) * 4, number, number, threads)
+        loaded.hf_pdecay_unit_norms.argtypes = (pointer, count, pointer, pointer, threads)
+        loaded.hf_pdecay_unit_divisors.argtypes = (pointer, count, *(pointer,) * 4, number, number, threads)
     return loaded, reason

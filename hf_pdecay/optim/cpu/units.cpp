@@ -177,7 +177,7 @@ int hf_pdecay_square_sums(const Summed* rows, int64_t count, int threads) {
   return 0;
 }
 // The root mean square of each group of all couplings, from the sums of squares.
-void hf_pdecay_group_norms(const Coupling* couplings, int64_t count, const Member* members, double* rms, int threads) {
+void hf_pdecay_unit_norms(const Coupling* couplings, int64_t count, const Member* members, double* rms, int threads) {
 #pragma omp parallel for num_threads(threads) schedule(dynamic) if (count > 1)
   for (int64_t i = 0; i < count; ++i) {
     const Coupling& coupling = couplings[i];
@@ -196,7 +196,7 @@ void hf_pdecay_group_norms(const Coupling* couplings, int64_t count, const Membe
 }
 
 // What each group is divided by, and the tables of the tensors. `dormant`, which may be null, are groups that are spared.
-void hf_pdecay_group_divisors(const Coupling* couplings, int64_t count, const Member* members, const double* rms,
+void hf_pdecay_unit_divisors(const Coupling* couplings, int64_t count, const Member* members, const double* rms,
                               const uint8_t* dormant, double* divisors, double p_norm, double alpha_lambda,
                               int threads) {
 #pragma omp parallel for num_threads(threads) schedule(dynamic) if (count > 1)

@@ -1,7 +1,4 @@
-"""What coupled groups of weights on a CPU are divided by, computed in C++ into tables that stay where they are.
-
-triton_groups.py does the same on a GPU.
-"""
+"""Divisors of units on a CPU, computed in C++."""
 
 from __future__ import annotations
 
@@ -11,107 +8,81 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..distributed import all_sum, common_groups, first_index, is_dtensor, local, span_of
+from ..distributed import all_sum, is_dtensor, local
 from ..tensor_step import is_flat, spacing
+from ..unit_tables import UnitTables
 from ..units import Units, unit_size
 from .step import CODES, address, library
 
 
-class UnitDivisors:
-    """The root mean square of each group of a param group, and 1 over the factor by which it shrinks.
+class UnitDivisors(UnitTables):
+    """The divisors that the C++ step takes, in the dtype of its computation; see :class:`~..unit_tables.UnitTables`."""
 
-    Nothing but addresses and numbers is looked at from one step to the next, so it can be used again while weights and
-    units stay. Of sharded parameters each process adds up its own weights, and the sums of all are added.
-
-    Args:
-        params: The parameters of the param group.
-        coupled: Its units, all of whose parameters :meth:`takes`.
-
-    Attributes:
-        tables: For each parameter in a coupling, by its index, the divisor of each index of its dimension: of the
-            dtype that its weights are computed in, 1 where there is no group; of those indices that this process has.
-        device: Where the weights are.
-    """
-
-    def __init__(self, params: Sequence[Tensor], coupled: Sequence[Units[int]]) -> None:
-        self.device = torch.device("cpu")
-        dims = {place.param: place.dim for each in coupled for place in each.members}
-        dtypes = {index: torch.promote_types(params[index].dtype, torch.float32) for index in dims}
-        lengths = {index: params[index].shape[dim] for index, dim in dims.items()}
-        spans = {index: span_of(params[index]) for index in dims}
-        self._groups = common_groups(list(spans.values()))
-        self._flat = {
-            dtype: torch.zeros(sum(length for index, length in lengths.items() if dtypes[index] == dtype), dtype=dtype)
-            for dtype in set(dtypes.values())
+    def __init__(self, params: Sequence[Tensor], units: Sequence[Units[int]]) -> None:
+        super().__init__(params, units)
+        tables = self._whole_tables
+        self._sums = {
+            dtype: torch.zeros(sum(len(table) for table in tables.values() if table.dtype == dtype), dtype=dtype)
+            for dtype in {table.dtype for table in tables.values()}
         }
-        left = dict(self._flat)
-        sums, tables = {}, {}
-        self.tables = {}
-        for index, length in lengths.items():
-            dtype = dtypes[index]
-            sums[index], left[dtype] = left[dtype].split((length, len(left[dtype]) - length))
-            tables[index] = torch.ones(length, dtype=dtype)
-            first, here = first_index(spans[index], dims[index]), local(params[index]).shape[dims[index]]
-            self.tables[index] = tables[index].narrow(0, first, here)
-        self._kept = tables
-        total = sum(each.count for each in coupled)
+        rest = dict(self._sums)
+        sums = {}
+        for index, table in tables.items():
+            sums[index], rest[table.dtype] = rest[table.dtype].split((len(table), len(rest[table.dtype]) - len(table)))
+        total = sum(layer.count for layer in units)
         self._rms, self._divisors = torch.empty(2, total, dtype=torch.float64)
         self._rows = 0
-        self._summed, self._members, self._couplings = array("q"), array("q"), array("q")
-        for index, dim in dims.items():
-            param = local(params[index])
-            if param.numel():
-                shape = param.numel(), spacing(param, dim), param.shape[dim]
-                first = sums[index][first_index(spans[index], dim) :].data_ptr()
-                self._summed.extend((param.data_ptr(), first, *shape, CODES[param.dtype]))
+        self._summed, self._members, self._layers = array("q"), array("q"), array("q")
+        for index, dim in self._dims.items():
+            weights = self._weights[index]
+            if weights.numel():
+                shape = weights.numel(), spacing(weights, dim), weights.shape[dim]
+                first = sums[index][self._firsts[index] :].data_ptr()
+                self._summed.extend((weights.data_ptr(), first, *shape, CODES[weights.dtype]))
                 self._rows += 1
         first = begin = 0
-        for each in coupled:
-            wide = [dtypes[place.param] == torch.float64 for place in each.members]
-            for place, is_wide in zip(each.members, wide, strict=True):
-                addresses = sums[place.param].data_ptr(), tables[place.param].data_ptr()
-                self._members.extend((*addresses, place.offset, place.size, is_wide))
-            weights = unit_size(each, params)
-            self._couplings.extend((first, len(each.members), begin, each.count, weights, any(wide)))
-            first, begin = first + len(each.members), begin + each.count
-        self._count = len(coupled)
+        for layer in units:
+            wide = [tables[member.param].dtype == torch.float64 for member in layer.members]
+            for member, is_wide in zip(layer.members, wide, strict=True):
+                addresses = sums[member.param].data_ptr(), tables[member.param].data_ptr()
+                self._members.extend((*addresses, member.offset, member.size, is_wide))
+            size = unit_size(layer, params)
+            self._layers.extend((first, len(layer.members), begin, layer.count, size, any(wide)))
+            first, begin = first + len(layer.members), begin + layer.count
+        self._count = len(units)
         self._functions = library()
 
     @staticmethod
+    def _table_dtype(param: Tensor) -> torch.dtype:
+        return torch.promote_types(param.dtype, torch.float32)
+
+    @staticmethod
     def takes(weights: Tensor) -> bool:
-        """Whether the C++ functions can add up the squares of these weights."""
+        """Whether the C++ functions can sum the squares of these weights."""
         if is_dtensor(weights):
             weights = local(weights)
             return weights.is_cpu and weights.dtype in CODES and weights.is_contiguous()
         return weights.is_cpu and weights.dtype in CODES and weights.numel() > 0 and is_flat(weights)
 
     def norms(self) -> Tensor:
-        """Return the root mean square of each group of all units, in float64: a tensor that the next call changes.
-
-        Squares are added up in the dtype in which the weights are computed.
-        """
+        """Return the root mean squares in float64; squares are summed in the dtype of the step's computation."""
         threads = torch.get_num_threads()
-        for each in self._flat.values() if self._groups else ():
-            each.zero_()
+        if self._process_groups:
+            for sums in self._sums.values():
+                sums.zero_()
         if self._functions.hf_pdecay_square_sums(address(self._summed), self._rows, threads):
             raise RuntimeError("The compiled sums met a dtype that they do not know.")
-        for each in self._flat.values() if self._groups else ():
-            all_sum(each, self._groups)
-        self._functions.hf_pdecay_group_norms(
-            address(self._couplings), self._count, address(self._members), self._rms.data_ptr(), threads
+        for sums in self._sums.values() if self._process_groups else ():
+            all_sum(sums, self._process_groups)
+        self._functions.hf_pdecay_unit_norms(
+            address(self._layers), self._count, address(self._members), self._rms.data_ptr(), threads
         )
         return self._rms
 
     def fill(self, p_norm: float, alpha_lambda: float | Tensor, dormant: Tensor | None = None) -> None:
-        """Fill the tables by the norms of the last call of :meth:`norms`.
-
-        Args:
-            p_norm: p.
-            alpha_lambda: α λ_p.
-            dormant: Groups that are divided by 1, a bool tensor.
-        """
-        self._functions.hf_pdecay_group_divisors(
-            address(self._couplings),
+        """See :meth:`~..unit_tables.UnitTables.fill`."""
+        self._functions.hf_pdecay_unit_divisors(
+            address(self._layers),
             self._count,
             address(self._members),
             self._rms.data_ptr(),
@@ -123,5 +94,5 @@ class UnitDivisors:
         )
 
     def factors(self) -> Tensor:
-        """Return the factor of each group, in float64, by the last call of :meth:`fill`; 0 for a dead one at p < 2."""
+        """Return the factors in float64."""
         return self._divisors.reciprocal()

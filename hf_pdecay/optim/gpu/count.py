@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from array import array
 from collections.abc import Sequence
 
 import torch
@@ -11,8 +10,8 @@ import triton.language as tl
 from torch import Tensor
 
 from ..tensor_step import is_flat
-from .kernels import COLUMNS, chunk_of, load_block, row_of
-from .step import ALIGNMENT, BLOCK, DEVICES, OPTIONS, TYPES, guard, table_of
+from .arithmetic import COLUMNS, chunk_of, load_block, row_of
+from .launch import BLOCK, DEVICES, OPTIONS, TYPES, guard, rows_of_tensors, table_of
 
 
 _CHUNK = 16 * BLOCK  # elements of a program: it adds to memory that others add to, once for all of them
@@ -34,13 +33,8 @@ def count_zeros(tensors: Sequence[Tensor], threshold: float) -> Tensor:
         An int64 tensor of shape ``(len(tensors), 2)``: zeros, and weights below the threshold, zeros among them.
     """
     device, dtype = tensors[0].device, tensors[0].dtype
-    words = array("q")
-    chunks = 0
-    for each in tensors:
-        address = each.data_ptr()
-        row = [chunks, address, 0, 0, 0, 0, 0, each.numel(), 0, address % ALIGNMENT == 0]
-        words.extend(row[: COLUMNS.value])
-        chunks += triton.cdiv(each.numel(), _CHUNK)
+    columns = ({"weights": tensor.data_ptr(), "numel": tensor.numel()} for tensor in tensors)
+    words, chunks = rows_of_tensors(columns, _CHUNK)
     counts = torch.zeros(len(tensors), 2, dtype=torch.int64, device=device)
     if chunks:
         limit = float(torch.tensor(threshold, dtype=dtype))

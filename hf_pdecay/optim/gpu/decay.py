@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from array import array
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -12,14 +11,25 @@ import triton.language as tl
 from torch import Tensor
 
 from ..tensor_step import Decay, is_flat, smallest
-from .kernels import COLUMNS, chunk_of, factor_of, float64_of, load_block, mix, noise_of, row_of, store_block
-from .step import ALIGNMENT, BLOCK, DEVICES, OPTIONS, TYPES, bits, guard, table_of
+from .arithmetic import (
+    COLUMNS,
+    chunk_of,
+    factor_of,
+    felt,
+    float64_of,
+    load_block,
+    mix,
+    noise_of,
+    row_of,
+    scaled,
+    seed_of,
+    store_block,
+)
+from .launch import BLOCK, CHUNK, DEVICES, OPTIONS, TYPES, bits, guard, rows_of_tensors, table_of
 
 
 if TYPE_CHECKING:
     from ..tensor_step import Stepped
-
-_CHUNK = 4 * BLOCK  # elements of a program, over which finding their tensor is spread
 
 
 def takes(each: Stepped) -> bool:
@@ -29,7 +39,7 @@ def takes(each: Stepped) -> bool:
     return known and each.awake is True and each.averaged is None and is_flat(weight, each.before)
 
 
-def decay_all(tensors: Sequence[Stepped], decay: Decay) -> None:
+def decay_weights(tensors: Sequence[Stepped], decay: Decay) -> None:
     """Shrink weights in place; the host does not wait.
 
     Args:
@@ -37,30 +47,31 @@ def decay_all(tensors: Sequence[Stepped], decay: Decay) -> None:
         decay: See there.
     """
     device, dtype = tensors[0].weight.device, tensors[0].weight.dtype
-    words = array("q")
-    chunks = 0
-    for weight, before, _, _, place in tensors:
-        addresses = weight.data_ptr(), before.data_ptr()
-        aligned = all(address % ALIGNMENT == 0 for address in addresses)
-        row = (chunks, *addresses, 0, 0, 0, 0, weight.numel(), place, aligned)
-        words.extend(row[: COLUMNS.value])
-        chunks += triton.cdiv(weight.numel(), _CHUNK)
+    words, chunks = rows_of_tensors(
+        {
+            "weights": stepped.weight.data_ptr(),
+            "grad": stepped.before.data_ptr(),
+            "numel": stepped.weight.numel(),
+            "place": stepped.place,
+        }
+        for stepped in tensors
+    )
     strength, finite = decay.alpha_lambda, decay.finite
     given = strength.to(device) if isinstance(strength, Tensor) else None
     flag = finite.to(device) if isinstance(finite, Tensor) else None
     numbers = bits((2 - decay.p_norm, 0.0 if isinstance(strength, Tensor) else strength, smallest(dtype)))
     if chunks:
-        sizes = {"PARAM": TYPES[dtype], "CHUNK": _CHUNK, "BLOCK": BLOCK}
+        sizes = {"PARAM": TYPES[dtype], "CHUNK": CHUNK, "BLOCK": BLOCK}
         table = table_of(words, device)
         with guard(device):
-            shrink[(chunks,)](
+            decay_chunk[(chunks,)](
                 table, given, flag, len(tensors), *numbers, decay.step, int(decay.keep_zeros), **sizes, **OPTIONS
             )
         torch.autograd.graph.increment_version([each.weight for each in tensors])
 
 
 @triton.jit(do_not_specialize=list(range(3, 9)))
-def shrink(
+def decay_chunk(
     table: tl.tensor,
     given: tl.tensor,
     finite: tl.tensor,
@@ -85,18 +96,16 @@ def shrink(
     alpha_lambda = float64_of(strength)
     if given is not None:
         alpha_lambda = tl.load(given).to(tl.float64)
-    decays = alpha_lambda >= float64_of(least)
-    log2 = tl.where(decays, tl.log2(tl.where(decays, alpha_lambda, 1.0)), float("-inf")).to(tl.float32)
-    at_zero = tl.where(exponent > 0, 0.0, tl.where(exponent == 0, 1.0 / (1.0 + alpha_lambda), 1.0))
+    decays, log2, at_zero = felt(alpha_lambda, exponent, float64_of(least))
     at_zero = tl.where(keep_zeros != 0, 0.0, tl.where(decays, at_zero, 1.0)).to(tl.float32)
     minus_x = (-exponent).to(tl.float32)
-    noise = mix(step.to(tl.uint32) + tl.load(words + 8).to(tl.uint32) * 0x9E3779B9)
-    _shrunk(words, begin, whole, minus_x, log2, at_zero, noise, PARAM, BLOCK, True)
-    _shrunk(words, whole, end, minus_x, log2, at_zero, noise, PARAM, BLOCK, False)
+    noise = seed_of(step.to(tl.uint32), tl.load(words + 8).to(tl.uint32))
+    _decay(words, begin, whole, minus_x, log2.to(tl.float32), at_zero, noise, PARAM, BLOCK, True)
+    _decay(words, whole, end, minus_x, log2.to(tl.float32), at_zero, noise, PARAM, BLOCK, False)
 
 
 @triton.jit
-def _shrunk(
+def _decay(
     words: tl.tensor,
     begin: tl.tensor,
     end: tl.tensor,
@@ -114,10 +123,8 @@ def _shrunk(
     for at in range(begin, end, BLOCK):
         mask = lane < tl.minimum(end - at, BLOCK).to(tl.int32)
         w = load_block(before, at, lane, mask, PARAM, WHOLE)
-        factor = tl.where(w == 0, at_zero, factor_of(tl.abs(w), minus_x, log2, False))
-        result = load_block(weight, at, lane, mask, PARAM, WHOLE) * factor
-        normal = tl.where(factor < 1.0, 2.0**-126, 0.0)
-        result = tl.where((result == 0) | (tl.abs(result) < normal), 0.0, result)
+        factor = factor_of(w, minus_x, log2, at_zero, False)
+        result = scaled(load_block(weight, at, lane, mask, PARAM, WHOLE), factor, False)
         noise = tl.zeros([BLOCK], tl.uint32)
         if PARAM != tl.float32:
             a, b = noise_a.to(tl.float32, bitcast=True), noise_b.to(tl.float32, bitcast=True)

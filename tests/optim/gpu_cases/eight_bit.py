@@ -9,10 +9,10 @@ import torch
 
 from hf_pdecay import AdamWLp
 from hf_pdecay.optim import foreach
-from hf_pdecay.optim.gpu import step as triton_step
+from hf_pdecay.optim.gpu import step as gpu_step
 from hf_pdecay.optim.tensor_step import TensorStep
 from tests.helpers.eight_bit import borders, state_of
-from tests.helpers.triton_made import (
+from tests.helpers.gpu_steps import (
     BF16,
     DEVICE,
     F16,
@@ -51,7 +51,7 @@ def copied(each: TensorStep) -> TensorStep:
 def assert_like_foreach(steps: list[TensorStep], finite: bool | torch.Tensor = True) -> None:
     """One step by the kernel and by plain operations: the same codes, but where the last bit of float32 decides."""
     theirs = [copied(each) for each in steps]
-    triton_step.Batch(steps).step(finite)
+    gpu_step.Batch(steps).step(finite)
     for their in theirs:
         foreach.step_on_device(their, finite)
     for a, b in zip(steps, theirs, strict=True):
@@ -77,7 +77,7 @@ class TestEightBit:
         before = plain.param.clone()
         steps = [encoded(made(256 * count, seed=count)) for count in (1, 3, 4, 16, 17, 33)]
         theirs = [copied(each) for each in steps]
-        triton_step.Batch([*steps, plain]).step()
+        gpu_step.Batch([*steps, plain]).step()
         for their in theirs:
             foreach.step_on_device(their)
         assert not torch.equal(plain.param, before)
@@ -91,7 +91,7 @@ class TestEightBit:
     def test_a_skipped_step_writes_nothing(self) -> None:
         each = encoded(made(1024))
         before = copied(each)
-        triton_step.Batch([each]).step(torch.tensor(False, device=DEVICE))
+        gpu_step.Batch([each]).step(torch.tensor(False, device=DEVICE))
         assert torch.equal(each.param, before.param)
         for name in ("exp_avg", "exp_avg_sq"):
             assert torch.equal(getattr(each, name).codes, getattr(before, name).codes)
@@ -133,8 +133,8 @@ class TestCompiledEightBit:
 
         from tests.optim.gpu_cases.launch import compiled
 
-        triton_step.Batch([encoded(made(1024, (dtype, F32)))]).step()
+        gpu_step.Batch([encoded(made(1024, (dtype, F32)))]).step()
         for _, *launch in launches[1].calls:
-            assembly = compiled(triton_step.update.kernel, *launch, GPUTarget("cuda", 80, 32))
+            assembly = compiled(gpu_step.update.kernel, *launch, GPUTarget("cuda", 80, 32))
             # Of whole blocks a thread loads its eight codes by 8 bytes, and of each moment.
             assert assembly["ptx"].count("ld.global.v2.b32") >= 2

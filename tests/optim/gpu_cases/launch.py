@@ -6,6 +6,7 @@ on a GPU.
 
 from __future__ import annotations
 
+from array import array
 from typing import Any
 
 import pytest
@@ -14,9 +15,10 @@ import triton
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from hf_pdecay import AdamWLp
-from hf_pdecay.optim.gpu import step as triton_step
+from hf_pdecay.optim.gpu import launch
+from hf_pdecay.optim.gpu import step as gpu_step
 from hf_pdecay.optim.tensor_step import Hyperparameters
-from tests.helpers.triton_made import (
+from tests.helpers.gpu_steps import (
     BF16,
     DEVICE,
     F16,
@@ -45,7 +47,7 @@ class TestLaunches:
         steps = [made(size, seed=size) for size in SIZES]
         assert_like_foreach(steps)
         assert [grid for grid, *_ in prepare.calls] == [(1,)]
-        assert [grid for grid, *_ in update.calls] == [(sum(-(-size // triton_step._CHUNK) for size in SIZES),)]
+        assert [grid for grid, *_ in update.calls] == [(sum(-(-size // launch.CHUNK) for size in SIZES),)]
 
     def test_more_tensors_than_a_program_prepares(self, launches: tuple[Launches, Launches]) -> None:
         prepare, update = launches
@@ -70,7 +72,7 @@ class TestLaunches:
         assert len(launches[1].calls) == 1
         assert_like_foreach([cloned(empty)])
         assert len(launches[1].calls) == 1
-        triton_step.Batch([]).step()
+        gpu_step.Batch([]).step()
 
     def test_any_address(self) -> None:
         for pair in ((F32, F32), (BF16, BF16), (F32, BF16), (F64, F64)):
@@ -85,7 +87,7 @@ class TestLaunches:
                 if shift == 3:  # only one of them is not aligned
                     inside = {**{name: getattr(each, name) for name in inside}, "exp_avg": inside["exp_avg"]}
                 steps = [each._replace(**inside), made(10, pair)]
-                assert triton_step._words(steps)[0].tolist()[9::10] == [0, 1]
+                assert launch.rows_of_tensors(map(gpu_step._columns, steps))[0].tolist()[9::10] == [0, 1]
                 assert_like_foreach(steps)
                 for whole in parts.values():
                     assert bool((whole[:shift] == 7).all() and (whole[shift + 3000 :] == 7).all())
@@ -95,7 +97,7 @@ class TestLaunches:
         steps = [made(size, pair, settings, size) for size in (3, 2000) for settings in (PLAIN, hyper(lambda_p=0.0))]
         before = [cloned(each) for each in steps]
         for finite in (torch.tensor(False), False):
-            triton_step.Batch(steps).step(finite)
+            gpu_step.Batch(steps).step(finite)
         for a, b in zip(steps, before, strict=True):
             assert all(torch.equal(getattr(a, name), getattr(b, name)) for name in WRITTEN)
         assert_like_foreach([each for each in steps if each.hyper is PLAIN], torch.tensor(True))
@@ -106,8 +108,8 @@ class TestLaunches:
         self, lr: float | torch.Tensor, capturing: bool, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         for name in ("prepare", "update"):  # the interpreter itself reads what the kernel reads
-            monkeypatch.setattr(triton_step, name, Launches(None, does=False))
-        monkeypatch.setattr(triton_step, "_is_capturing", lambda device: capturing)
+            monkeypatch.setattr(gpu_step, name, Launches(None, does=False))
+        monkeypatch.setattr(launch, "_is_capturing", lambda device: capturing)
         names: set[str] = set()
 
         class OpLog(TorchDispatchMode):
@@ -119,7 +121,7 @@ class TestLaunches:
             for settings in (hyper(lr=lr), hyper(lr=lr, keep_zeros=True), hyper(lr=lr, lambda_p=0.0)):
                 steps = [made(50, pair, settings) for pair in PAIRS]
                 names.clear()
-                triton_step.Batch([each._replace(awake=torch.tensor(True)) for each in steps]).step(torch.tensor(True))
+                gpu_step.Batch([each._replace(awake=torch.tensor(True)) for each in steps]).step(torch.tensor(True))
                 waits = ("_local_scalar_dense", "item", "is_nonzero", "equal", "nonzero", "masked_select")
                 assert names and not [name for name in names if any(wait in name for wait in waits)]
 
@@ -128,7 +130,7 @@ class TestLaunches:
         steps = [made(10), made(20)]
 
         def table(settings: Hyperparameters = PLAIN) -> Any:
-            triton_step.Batch([each._replace(hyper=settings) for each in steps]).step()
+            gpu_step.Batch([each._replace(hyper=settings) for each in steps]).step()
             return update.calls[-1][1][0]
 
         first = table()
@@ -140,7 +142,7 @@ class TestLaunches:
         assert table() is second
         steps[0] = steps[0]._replace(place=77)
         assert table() is not second
-        assert triton_step._copied_table.cache_info().maxsize
+        assert launch._copied_table.cache_info().maxsize
 
     def test_a_gradient_that_moves_is_followed(self) -> None:
         each = made(100)
@@ -154,33 +156,33 @@ class TestLaunches:
 
         each = made(10)
         reference = weakref.ref(each.param)
-        triton_step.Batch([each]).step()
+        gpu_step.Batch([each]).step()
         del each
         gc.collect()
         assert reference() is None
 
     def test_a_table_filled_by_kernels_is_the_same(self, monkeypatch: pytest.MonkeyPatch) -> None:
         steps = [made(size, seed=size) for size in (1, 7, 5000)]
-        words, _ = triton_step._words(steps)
+        words, _ = launch.rows_of_tensors(map(gpu_step._columns, steps))
         device = torch.device(DEVICE)
-        assert torch.equal(triton_step._filled_table(words, device), triton_step.table_of(words, device))
-        large = triton_step.array("q", [2**57 + 1, -3, 2**63 - 1, 0])
-        assert triton_step._filled_table(large, device).tolist() == large.tolist()
-        monkeypatch.setattr(triton_step, "_is_capturing", lambda device: True)
-        kept = triton_step._copied_table.cache_info().currsize
+        assert torch.equal(launch._filled_table(words, device), launch.table_of(words, device))
+        large = array("q", [2**57 + 1, -3, 2**63 - 1, 0])
+        assert launch._filled_table(large, device).tolist() == large.tolist()
+        monkeypatch.setattr(launch, "_is_capturing", lambda device: True)
+        kept = launch._copied_table.cache_info().currsize
         assert_like_foreach(steps)
-        assert triton_step._copied_table.cache_info().currsize == kept
+        assert launch._copied_table.cache_info().currsize == kept
 
     def test_versions_are_bumped(self) -> None:
         each = made(10)
         version = each.param._version
-        triton_step.Batch([each]).step()
+        gpu_step.Batch([each]).step()
         assert each.param._version > version
 
     def test_refusals(self) -> None:
         each = made(4096)
-        assert triton_step.refusal(each) is None
-        assert all(triton_step.refusal(made(8, pair)) is None for pair in PAIRS)
+        assert gpu_step.refusal(each) is None
+        assert all(gpu_step.refusal(made(8, pair)) is None for pair in PAIRS)
         for refused, why in (
             (each._replace(exp_avg=each.exp_avg.double(), exp_avg_sq=each.exp_avg_sq.double()), "float64"),
             (each._replace(param=each.param.to("meta")), "meta"),
@@ -194,10 +196,10 @@ class TestLaunches:
             (each._replace(exp_avg=each.exp_avg[:-1]), "shape"),
             (each._replace(grad=torch._neg_view(each.grad)), "as they are in memory"),
         ):
-            assert why in (triton_step.refusal(refused) or "")
+            assert why in (gpu_step.refusal(refused) or "")
         subclass_8bit = pytest.importorskip("torchao.optim.subclass_8bit")
         eight = subclass_8bit.OptimState8bit.zeros((4096,), signed=True, block_size=256)
-        assert "both moments in 8 bits" in (triton_step.refusal(each._replace(exp_avg=eight)) or "")
+        assert "both moments in 8 bits" in (gpu_step.refusal(each._replace(exp_avg=eight)) or "")
 
     @pytest.mark.parametrize("moments", [None, "bfloat16"])
     @pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
@@ -253,7 +255,7 @@ def compiled(kernel: Any, args: tuple[Any, ...], options: dict[str, Any], target
 @needs_compiler
 class TestCompiled:
     def test_works_on_gpus_only(self) -> None:
-        assert "not on cpu" in (triton_step.refusal(made(5)) or "")
+        assert "not on cpu" in (gpu_step.refusal(made(5)) or "")
         with pytest.raises(ValueError, match="backend='triton' cannot do the step.*GPU, not on cpu"):
             p = torch.nn.Parameter(torch.ones(3))
             p.grad = torch.ones(3)
@@ -265,10 +267,10 @@ class TestCompiled:
     ) -> None:
         from triton.backends.compiler import GPUTarget
 
-        triton_step.Batch([made(5, pair)]).step()
-        triton_step.Batch([made(5, pair, hyper(lambda_p=0.0))]).step()
-        for _, *launch in launches[1].calls:
-            assembly = compiled(triton_step.update.kernel, *launch, GPUTarget("cuda", 80, 32))
+        gpu_step.Batch([made(5, pair)]).step()
+        gpu_step.Batch([made(5, pair, hyper(lambda_p=0.0))]).step()
+        for _, *arguments in launches[1].calls:
+            assembly = compiled(gpu_step.update.kernel, *arguments, GPUTarget("cuda", 80, 32))
             ptx = assembly["ptx"]
             # Of whole blocks a thread loads its eight elements by 16 bytes.
             wide = ".v2.b64" if pair[0] == F64 else ".v4.b32"
@@ -286,21 +288,21 @@ class TestCompiled:
         from triton.backends.compiler import GPUTarget
 
         if pair == (F32, F32):
-            triton_step.Batch([made(5, pair)]).step()
+            gpu_step.Batch([made(5, pair)]).step()
         else:
-            triton_step.Batch([made(5, pair, hyper(lr=torch.tensor(0.1)))]).step(torch.tensor(True))
-        for _, *launch in launches[0].calls:
-            assert "ptx" in compiled(triton_step.prepare.kernel, *launch, GPUTarget("cuda", 80, 32))
+            gpu_step.Batch([made(5, pair, hyper(lr=torch.tensor(0.1)))]).step(torch.tensor(True))
+        for _, *arguments in launches[0].calls:
+            assert "ptx" in compiled(gpu_step.prepare.kernel, *arguments, GPUTarget("cuda", 80, 32))
 
     @pytest.mark.parametrize("pair", [(F32, BF16)], ids=str)
     def test_compiles_for_hip(self, pair: tuple[torch.dtype, torch.dtype], launches: tuple[Launches, Launches]) -> None:
         from triton.backends.compiler import GPUTarget
 
-        triton_step.Batch([made(5, pair)]).step(torch.tensor(True))
+        gpu_step.Batch([made(5, pair)]).step(torch.tensor(True))
         for kernel in launches:
-            for _, *launch in kernel.calls:
+            for _, *arguments in kernel.calls:
                 try:
-                    assembly = compiled(kernel.kernel, *launch, GPUTarget("hip", "gfx942", 64))
+                    assembly = compiled(kernel.kernel, *arguments, GPUTarget("hip", "gfx942", 64))
                 except Exception as error:
                     if "ld.lld" not in str(error):
                         raise
@@ -309,12 +311,12 @@ class TestCompiled:
 
     def test_nothing_that_changes_is_a_constant(self) -> None:
         constants = {"PARAM", "MOMENT", "DECAY", "NEAREST", "CHUNK", "BLOCK", "ROWS"}
-        for kernel in (triton_step.prepare, triton_step.update):
+        for kernel in (gpu_step.prepare, gpu_step.update):
             for param in kernel.params:
                 assert param.is_constexpr == (param.name in constants), param.name
                 if not param.is_constexpr and param.name not in ("table", "shared"):
                     assert param.do_not_specialize, param.name
-                if param.name not in (*constants, "table", "shared", "encoding", "groups", "finite", "rate"):
+                if param.name not in (*constants, "table", "shared", "encoding", "units", "finite", "rate"):
                     assert param.annotation_type in ("i32", "i64"), param.name
 
     def test_nothing_is_compiled_again(self, launches: tuple[Launches, Launches]) -> None:
@@ -334,7 +336,7 @@ class TestCompiled:
             hyper(keep_zeros=True, maximize=True),
         ):
             for count in (1, 2, 16):
-                triton_step.Batch([made(count * 16, settings=settings, steps=count) for _ in range(count)]).step()
+                gpu_step.Batch([made(count * 16, settings=settings, steps=count) for _ in range(count)]).step()
         for kernel in launches:
             binder = bind(kernel.kernel.signature, kernel.kernel.params, backend)
             keys = {str(binder(*args, **options)[1:]) for _, args, options in kernel.calls}

@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from hf_pdecay.optim import decay_after_step as shrinking
-from hf_pdecay.optim.gpu import count as triton_count
-from hf_pdecay.optim.gpu import decay as triton_shrink
-from hf_pdecay.optim.gpu import step as triton_step
+from hf_pdecay.optim.gpu import count as gpu_count
+from hf_pdecay.optim.gpu import decay as gpu_decay
+from hf_pdecay.optim.gpu import step as gpu_step
 from hf_pdecay.optim.tensor_step import Decay
-from tests.helpers.triton_made import BF16, F16, F32, F64, SOME_PAIRS, hyper, made, needs_kernel, normal
+from tests.helpers.gpu_steps import BF16, F16, F32, F64, SOME_PAIRS, hyper, made, needs_kernel, normal
 
 
 @needs_kernel
@@ -23,16 +23,16 @@ class TestOthers:
         for size, place in ((1, 0), (1000, 999), (1025, 1024), (9000, 5000), (9000, 0)):
             for value in (float("nan"), float("inf"), -float("inf")):
                 steps = [made(size, pair, seed=seed) for seed in range(3)]
-                assert bool(triton_step.Batch(steps).all_finite())
+                assert bool(gpu_step.Batch(steps).all_finite())
                 steps[1].grad[place] = value
-                assert not bool(triton_step.Batch(steps).all_finite())
-                assert not bool(triton_step.Batch([steps[0], steps[1]._replace(hyper=hyper(lr=0.5))]).all_finite())
+                assert not bool(gpu_step.Batch(steps).all_finite())
+                assert not bool(gpu_step.Batch([steps[0], steps[1]._replace(hyper=hyper(lr=0.5))]).all_finite())
 
     def test_large_gradients_are_finite(self) -> None:
         for dtype in (F32, F64, BF16, F16):
             each = made(3000, (dtype, dtype))
             each.grad.fill_(torch.finfo(dtype).max)
-            assert bool(triton_step.Batch([each]).all_finite())
+            assert bool(gpu_step.Batch([each]).all_finite())
 
     @pytest.mark.parametrize("dtype", [F32, F64, BF16, F16], ids=str)
     def test_counts(self, dtype: torch.dtype) -> None:
@@ -44,12 +44,12 @@ class TestOthers:
             tensors.append(weights)
         tensors.append(normal(3001, 5).to(dtype)[1:])  # not aligned
         for threshold in (0.0, 1e-13, 1e-2):
-            found = triton_count.count_zeros(tensors, threshold)
+            found = gpu_count.count_zeros(tensors, threshold)
             limit = torch.tensor(threshold, dtype=dtype)
             expected = [[int((each == 0).sum()), int((each.abs() < limit).sum())] for each in tensors]
             assert found.tolist() == expected
-        assert all(triton_count.countable(each) for each in tensors)
-        assert not triton_count.countable(normal(64, 0)[::2])
+        assert all(gpu_count.countable(each) for each in tensors)
+        assert not gpu_count.countable(normal(64, 0)[::2])
 
     @pytest.mark.parametrize("keep_zeros", [False, True])
     @pytest.mark.parametrize("p_norm", [0.5, 1.0, 1.9, 2.0, 3.0])
@@ -66,8 +66,8 @@ class TestOthers:
                         weight = stepped.to(dtype)
                         some.append(shrinking.Stepped(weight, before, None, True, (2 << 20) + size))
                 decay = Decay(p_norm, strength, keep_zeros, 7, finite)
-                assert all(triton_shrink.takes(each) for each in ours)
-                triton_shrink.decay_all(ours, decay)
+                assert all(gpu_decay.takes(each) for each in ours)
+                gpu_decay.decay_weights(ours, decay)
                 for each in theirs:
                     shrinking._shrink_batch([shrinking._Part(*each, 0)], decay)
                 for a, b in zip(ours, theirs, strict=True):

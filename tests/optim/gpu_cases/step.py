@@ -14,10 +14,9 @@ import torch
 
 from hf_pdecay import AdamWLp
 from hf_pdecay.optim import foreach
-from hf_pdecay.optim.gpu import step as triton_step
+from hf_pdecay.optim.gpu import step as gpu_step
 from hf_pdecay.optim.rounding import LOW_PRECISION
-from tests.helpers.reference.adamw_lp64 import Hyper, Reference
-from tests.helpers.triton_made import (
+from tests.helpers.gpu_steps import (
     BF16,
     F16,
     F32,
@@ -35,6 +34,7 @@ from tests.helpers.triton_made import (
     normal,
     ulp,
 )
+from tests.helpers.reference.adamw_lp64 import Hyper, Reference
 
 
 # --- the arithmetic
@@ -120,7 +120,7 @@ class TestArithmetic:
             each = made(len(ends), settings=settings)._replace(param=ends.clone())
             for name in ("grad", "exp_avg", "exp_avg_sq"):
                 getattr(each, name).zero_()
-            triton_step.Batch([each]).step()
+            gpu_step.Batch([each]).step()
             w = ends.double()
             expected = w / (1 + alpha_lambda * w.abs() ** (p_norm - 2))
             expected[(w == 0) | (alpha_lambda * w.abs() ** (p_norm - 2) > 2.0**126)] = 0
@@ -135,7 +135,7 @@ class TestArithmetic:
         each = made(5, (dtype, dtype), hyper(p_norm=p_norm, lambda_p=50.0))
         each.param.zero_()
         undecayed = cloned(each)._replace(hyper=hyper(p_norm=p_norm, lambda_p=0.0))
-        triton_step.Batch([each, undecayed]).step()
+        gpu_step.Batch([each, undecayed]).step()
         assert bool((undecayed.param != 0).all())
         factor = 0.0 if p_norm < 2 else 1.0 if p_norm > 2 else 1 / 1.5
         eps = 2 * torch.finfo(dtype).eps
@@ -147,7 +147,7 @@ class TestArithmetic:
         for lambda_p, awake in ((0.05, True), (0.05, False), (0.05, torch.tensor(False)), (0.0, True)):
             each = made(70, (dtype, dtype), hyper(p_norm=p_norm, lambda_p=lambda_p, keep_zeros=True))
             zeros = each.param == 0
-            triton_step.Batch([each._replace(awake=awake)]).step()
+            gpu_step.Batch([each._replace(awake=awake)]).step()
             assert bool((each.param[zeros] == 0).all()) and not bool(each.param[zeros].signbit().any())
             assert bool((each.param[~zeros] != 0).any())
 
@@ -158,7 +158,7 @@ class TestArithmetic:
         for rate in (lr, torch.tensor(lr)):
             each = made(50, settings=dataclasses.replace(settings, lr=rate))
             before = each.param.clone()
-            triton_step.Batch([each]).step()
+            gpu_step.Batch([each]).step()
             torch.testing.assert_close(each.param, before, rtol=0, atol=1e-28)
             assert torch.equal(each.param[before != 0], before[before != 0])
 
@@ -169,7 +169,7 @@ class TestArithmetic:
         each.exp_avg.zero_()
         before = each.param.clone()
         for _ in range(3):
-            triton_step.Batch([each]).step()
+            gpu_step.Batch([each]).step()
         assert torch.equal(each.param, before)
 
     @pytest.mark.parametrize("eps", [0.0, 1e-8])
@@ -182,7 +182,7 @@ class TestArithmetic:
         each.exp_avg.zero_()
         each.exp_avg_sq.zero_()
         for _ in range(2):
-            triton_step.Batch([each]).step()
+            gpu_step.Batch([each]).step()
             nothing = (g == 0) & (eps == 0)
             assert bool(each.param[~nothing].isfinite().all())
 
@@ -215,7 +215,7 @@ class TestArithmetic:
     def test_a_first_moment_without_memory_is_the_gradient(self, pair: tuple[torch.dtype, torch.dtype]) -> None:
         each = made(30, pair, hyper(beta1=0.0))
         each.exp_avg.mul_(1e20)
-        triton_step.Batch([each]).step()
+        gpu_step.Batch([each]).step()
         assert torch.equal(each.exp_avg, each.grad)
 
     def test_tensors_asleep(self) -> None:
@@ -223,7 +223,7 @@ class TestArithmetic:
             steps = [made(60, seed=seed)._replace(awake=awake) for seed in range(3)]
             plain = [cloned(each)._replace(awake=True, hyper=hyper(lambda_p=0.0)) for each in steps]
             assert_like_foreach(steps)
-            triton_step.Batch(plain).step()
+            gpu_step.Batch(plain).step()
             decayed = any(not torch.equal(a.param, b.param) for a, b in zip(steps, plain, strict=True))
             assert decayed == bool(awake)
 
@@ -239,7 +239,7 @@ class TestRounding:
             each = made(1500, pair, seed=place % 1000)._replace(place=place)
             other = cloned(each)._replace(place=place + 1)
             assert_like_foreach([each])
-            triton_step.Batch([other]).step()
+            gpu_step.Batch([other]).step()
             low = [name for name in WRITTEN[:3] if getattr(each, name).dtype in LOW_PRECISION]
             assert all(float((getattr(each, name) != getattr(other, name)).double().mean()) > 0.1 for name in low)
 
@@ -266,7 +266,7 @@ class TestRounding:
             each.param.mul_(scale)
             wide = cloned(each)
             wide = wide._replace(**{name: getattr(wide, name).float() for name in ("grad", *WRITTEN)})
-            triton_step.Batch([each]).step()
+            gpu_step.Batch([each]).step()
             foreach.step([wide])
             for name in ("param", "exp_avg", "exp_avg_sq"):
                 nearest = getattr(wide, name).to(dtype)
@@ -278,9 +278,9 @@ class TestRounding:
         four = [getattr(each, name).view(4, 5, 5, 3).permute(0, 3, 1, 2) for name in (*WRITTEN[:3], "grad")]
         last = each._replace(**dict(zip((*WRITTEN[:3], "grad"), four, strict=True)))
         assert last.param.is_contiguous(memory_format=torch.channels_last)
-        assert triton_step.refusal(last) is None
-        triton_step.Batch([last]).step()
-        triton_step.Batch([flat]).step()
+        assert gpu_step.refusal(last) is None
+        gpu_step.Batch([last]).step()
+        gpu_step.Batch([flat]).step()
         assert torch.equal(each.param, flat.param)
 
 

@@ -10,11 +10,11 @@ import torch
 
 from hf_pdecay import AdamWLp
 from hf_pdecay.optim.decay import shrink_factor
-from hf_pdecay.optim.gpu import step as triton_step
-from hf_pdecay.optim.gpu import units as triton_groups
+from hf_pdecay.optim.gpu import step as gpu_step
+from hf_pdecay.optim.gpu import units as gpu_units
 from hf_pdecay.optim.tensor_step import Structure, fuses
 from hf_pdecay.optim.units import Member, Units
-from tests.helpers.triton_made import (
+from tests.helpers.gpu_steps import (
     BF16,
     DEVICE,
     F16,
@@ -27,7 +27,7 @@ from tests.helpers.triton_made import (
     needs_kernel,
     normal,
 )
-from tests.optim import test_unit_decay as test_grouped
+from tests.optim import test_unit_decay
 
 
 on_a_cpu = pytest.mark.skipif(not INTERPRETED, reason="makes its tensors on a CPU")
@@ -60,12 +60,12 @@ def expected_norms(params: list[torch.Tensor]) -> torch.Tensor:
 
 
 @needs_kernel
-class TestGroups:
+class TestUnits:
     @pytest.mark.parametrize("dtype", [F32, BF16, F16], ids=str)
     def test_norms_and_factors(self, dtype: torch.dtype) -> None:
         params = weights(dtype)
         params[1][:, 5:7] = 0
-        made_of = triton_groups.UnitFactors(params, UNITS)
+        made_of = gpu_units.UnitFactors(params, UNITS)
         norms = made_of.norms()
         torch.testing.assert_close(norms.double(), expected_norms(params), rtol=1e-5, atol=0)
         assert float(norms[4]) == 0
@@ -83,7 +83,7 @@ class TestGroups:
     def test_no_decay_and_groups_that_sleep(self) -> None:
         params = weights(F32)
         params[1][:, 5:9] = 0
-        made_of = triton_groups.UnitFactors(params, UNITS)
+        made_of = gpu_units.UnitFactors(params, UNITS)
         made_of.norms()
         dormant = torch.zeros(69, dtype=torch.bool, device=DEVICE)
         dormant[4] = True
@@ -142,8 +142,8 @@ class TestGroups:
         assert optimizer.skipped_steps == 1
 
     def test_what_is_left_to_plain_operations(self) -> None:
-        assert not triton_groups.UnitFactors.takes(normal(8, 0).double())
-        assert not triton_groups.UnitFactors.takes(torch.zeros(4, 4, 2, device=DEVICE)[..., 0])
+        assert not gpu_units.UnitFactors.takes(normal(8, 0).double())
+        assert not gpu_units.UnitFactors.takes(torch.zeros(4, 4, 2, device=DEVICE)[..., 0])
         three = Structure(made(8).hyper, 0, blocks=(3, 4))
         assert not fuses(made(8)._replace(structure=three))
 
@@ -151,34 +151,34 @@ class TestGroups:
 @needs_kernel
 @on_a_cpu
 class TestByReference:
-    """The cases of test_grouped.py, which compare with float64."""
+    """The cases of test_unit_decay.py, which compare with float64."""
 
     @pytest.mark.parametrize("dtype", [F32, F64, BF16, F16], ids=str)
     def test_coupled_groups_shrink_as_one(self, dtype: torch.dtype) -> None:
-        test_grouped.test_coupled_groups_shrink_as_one("triton", dtype)
+        test_unit_decay.test_coupled_groups_shrink_as_one("triton", dtype)
 
     @pytest.mark.parametrize("dtype", [F32, F64, BF16], ids=str)
     @pytest.mark.parametrize("kind", ["2:4", "1:4"])
     def test_n_of_m_shrinks_the_weakest(self, kind: str, dtype: torch.dtype) -> None:
-        test_grouped.test_n_of_m_shrinks_the_weakest(kind, (6, 16), "triton", dtype)
+        test_unit_decay.test_n_of_m_shrinks_the_weakest(kind, (6, 16), "triton", dtype)
 
     def test_a_dead_group_stays_dead(self) -> None:
-        test_grouped.test_a_dead_group_stays_dead_and_one_that_began_so_may_learn("triton")
+        test_unit_decay.test_a_dead_group_stays_dead_and_one_that_began_so_may_learn("triton")
 
     def test_ranks_whose_b_is_zero(self) -> None:
-        test_grouped.test_ranks_whose_b_is_zero_decay_by_their_a("triton")
+        test_unit_decay.test_ranks_whose_b_is_zero_decay_by_their_a("triton")
 
     @pytest.mark.parametrize("kind", ["row", "2:4"])
     def test_zeros_are_kept(self, kind: str) -> None:
-        test_grouped.test_zeros_are_kept_where_that_was_asked_for(kind, "triton")
+        test_unit_decay.test_zeros_are_kept_where_that_was_asked_for(kind, "triton")
 
     @pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
     def test_a_checkpoint_goes_on_to_the_bit(self, dtype: torch.dtype) -> None:
-        test_grouped.test_a_checkpoint_goes_on_to_the_bit("triton", dtype)
+        test_unit_decay.test_a_checkpoint_goes_on_to_the_bit("triton", dtype)
 
 
 @needs_compiler
-class TestCompiledGroups:
+class TestCompiledUnits:
     @pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
     def test_compiles_for_cuda(
         self, dtype: torch.dtype, launches: tuple[Launches, Launches], monkeypatch: pytest.MonkeyPatch
@@ -187,17 +187,17 @@ class TestCompiledGroups:
 
         from tests.optim.gpu_cases.launch import compiled
 
-        kernels = {name: Launches(getattr(triton_groups, name), False) for name in ("square_sums", "norms", "factors")}
+        kernels = {name: Launches(getattr(gpu_units, name), False) for name in ("square_sums", "norms", "factors")}
         for name, kernel in kernels.items():
-            monkeypatch.setattr(triton_groups, name, kernel)
-        made_of = triton_groups.UnitFactors(weights(dtype), UNITS)
+            monkeypatch.setattr(gpu_units, name, kernel)
+        made_of = gpu_units.UnitFactors(weights(dtype), UNITS)
         made_of.norms()
         made_of.fill(0.8, 0.1)
         made_of.fill(0.8, torch.tensor(0.1), torch.zeros(69, dtype=torch.bool))
         each = made(1024, (dtype, dtype))._replace(param=normal(1024, 0).view(8, 128).to(dtype))
         each = each._replace(**{name: getattr(each, name).view(8, 128) for name in ("grad", "exp_avg", "exp_avg_sq")})
         for structure in (Structure(each.hyper, 0, torch.ones(8)), Structure(each.hyper, 1, blocks=(2, 4))):
-            triton_step.Batch([each._replace(structure=structure)]).step()
+            gpu_step.Batch([each._replace(structure=structure)]).step()
         for kernel in (*kernels.values(), launches[1]):
             assert kernel.calls
             for _, *launch in kernel.calls:

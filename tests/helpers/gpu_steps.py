@@ -1,4 +1,4 @@
-"""Tensors to step by the Triton kernel, and how its results are compared and its launches noted."""
+"""Tensors to step by the Triton kernels, a comparison of their results, and a record of their launches."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from hf_pdecay.optim import foreach
-from hf_pdecay.optim.gpu import step as triton_step
+from hf_pdecay.optim.gpu import step as gpu_step
 from hf_pdecay.optim.rounding import LOW_PRECISION
 from hf_pdecay.optim.tensor_step import Hyperparameters, TensorStep
 
@@ -77,7 +77,7 @@ def ulp(values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 def assert_like_foreach(steps: Sequence[TensorStep], finite: bool | torch.Tensor = True, rare: float = 2e-3) -> None:
     """One step by the kernel and by foreach: equal but for float32's rounding, of which few roundings tell."""
     theirs = [cloned(each) for each in steps]
-    triton_step.Batch(steps).step(finite)
+    gpu_step.Batch(steps).step(finite)
     for their in theirs:
         foreach.step_on_device(their, finite)
     for a, b in zip(steps, theirs, strict=True):

@@ -1,0 +1,77 @@
+"""What a fused step applies to the weights of each unit: a table for each parameter, filled before each step."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .distributed import common_groups, first_index, local, span_of
+from .units import Units
+
+
+class UnitTables(ABC):
+    """The root mean square of each unit of a param group, and tables of what its shrink factor makes of the weights.
+
+    The C++ step divides by its tables and the Triton kernel multiplies by them. Each does so with single weights too:
+    C++ computes w / (1 + α λ_p |w|^-x), in which a dead weight has the divisor infinity. A product with 1 over the
+    divisor would round differently, so that rows of one weight would no longer decay as single weights do.
+
+    The tables keep their addresses, so a step can be repeated while weights and units stay the same. Each process sums
+    over its own shards, and the sums of all processes are added.
+
+    Args:
+        params: The parameters of the param group, all of which :meth:`takes`, on one device.
+        units: The units of the param group.
+
+    Attributes:
+        tables: By the index of a parameter, a divisor (CPU) or a factor (GPU) for each index of the dimension along
+            which its units lie that this process holds; 1 for indices in no unit.
+        device: Where the weights are.
+    """
+
+    def __init__(self, params: Sequence[Tensor], units: Sequence[Units[int]]) -> None:
+        self._dims = {member.param: member.dim for layer in units for member in layer.members}
+        self._lengths = {index: params[index].shape[dim] for index, dim in self._dims.items()}
+        spans = {index: span_of(params[index]) for index in self._dims}
+        self._firsts = {index: first_index(spans[index], dim) for index, dim in self._dims.items()}
+        self._weights = {index: local(params[index]) for index in self._dims}
+        self._process_groups = common_groups(list(spans.values()))
+        self.device = next(iter(self._weights.values())).device
+        self._whole_tables = {
+            index: torch.ones(length, dtype=self._table_dtype(params[index]), device=self.device)
+            for index, length in self._lengths.items()
+        }
+        self.tables = {
+            index: table.narrow(0, self._firsts[index], self._weights[index].shape[self._dims[index]])
+            for index, table in self._whole_tables.items()
+        }
+
+    @staticmethod
+    def _table_dtype(param: Tensor) -> torch.dtype:
+        return torch.float32
+
+    @staticmethod
+    @abstractmethod
+    def takes(weights: Tensor) -> bool:
+        """Whether the backend can sum the squares of these weights."""
+
+    @abstractmethod
+    def norms(self) -> Tensor:
+        """Return the root mean square of each unit, in a tensor that the next call overwrites."""
+
+    @abstractmethod
+    def fill(self, p_norm: float, alpha_lambda: float | Tensor, dormant: Tensor | None = None) -> None:
+        """Fill the tables from the norms that the last call of :meth:`norms` found.
+
+        Args:
+            p_norm: p.
+            alpha_lambda: α λ_p, a float or a 0-dim tensor on the device.
+            dormant: Units that do not decay, a bool tensor.
+        """
+
+    @abstractmethod
+    def factors(self) -> Tensor:
+        """Return the shrink factor of each unit by the last call of :meth:`fill`; 0 for a dead one at p < 2."""
