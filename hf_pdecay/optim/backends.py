@@ -93,9 +93,9 @@ class Reference(Foreach):
 def backend_of(name: str) -> type[Backend]:
     """Return the backend with a name of :data:`BACKENDS` other than ``"auto"``."""
     if name == "triton":
-        from .gpu import step as triton_step  # imports triton, which takes its time
+        from .gpu import step as gpu_step  # imports triton, which takes its time
 
-        return triton_step.Batch
+        return gpu_step.Batch
     backends: dict[str, type[Backend]] = {"compiled": compiled.Batch, "foreach": Foreach, "reference": Reference}
     return backends[name]
 
