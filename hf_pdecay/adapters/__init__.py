@@ -1,8 +1,8 @@
-"""Adapters of PEFT: merging that keeps a sparse base's zeros, and counting and cutting the ranks of LoRA that died.
+"""Adapters of PEFT: merging that keeps the zeros of a sparse base, and dead ranks of LoRA.
 
-LoRA adds ΔW = scaling · B A to a frozen weight W (https://huggingface.co/papers/2106.09685). ΔW is dense, whatever
-zeros A and B have, so merging fills a sparse W in; and row r of A with column r of B is a term of its own, which is
-nothing once either of the two is wholly zero.
+LoRA adds ΔW = scaling · B A to a frozen weight W (https://huggingface.co/papers/2106.09685). ΔW is dense even if A and
+B have zeros, so merging fills the zeros of a sparse W. Row r of A and column r of B form one term of B A; the rank is
+dead if either is wholly zero.
 """
 
 from __future__ import annotations
@@ -11,4 +11,4 @@ from __future__ import annotations
 try:
     import peft as _  # noqa: F401
 except ImportError as error:
-    raise ImportError("Adapters take PEFT, which is not installed: pip install 'hf-pdecay[peft]'.") from error
+    raise ImportError("Adapters need PEFT, which is not installed: pip install 'hf-pdecay[peft]'.") from error

@@ -1,4 +1,4 @@
-"""The factors of LoRA, layer by layer, and which of their ranks are alive."""
+"""The factors of LoRA adapters, layer by layer, and their live ranks."""
 
 from __future__ import annotations
 

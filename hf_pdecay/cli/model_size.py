@@ -1,4 +1,4 @@
-"""How large a model is, tensor by tensor: from its config on the meta device, or from a number of parameters alone."""
+"""The size of a model, tensor by tensor: from its config on the meta device, or from a number of parameters."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from ..storage.untrusted import auto_config, model_class
 from ..storage.untrusted import on_meta as built_on_meta
 
 
-# Of a number of parameters alone nothing is known of its tensors: about as many as a Llama of 8 B has.
+# Assumed if only the number of parameters is known: about as many tensors as a Llama of 8 B has.
 _ASSUMED_TENSORS = 300
 
 
 @dataclass(frozen=True)
 class TensorSize:
-    """A parameter: its shape, and whether it decays."""
+    """The shape of a parameter, and whether it decays."""
 
     shape: tuple[int, ...]
     decayed: bool
@@ -34,12 +34,12 @@ class TensorSize:
 
 @dataclass(frozen=True)
 class ModelSize:
-    """What the arithmetic needs of a model.
+    """The tensors of a model.
 
     Args:
-        name: What it is called in the output.
+        name: Its name in the output.
         tensors: Its trainable floating-point parameters, shared ones once.
-        assumed: Whether the tensors are assumed, as only their number of weights is known.
+        assumed: Whether the tensors are assumed because only their number of weights is known.
     """
 
     name: str
@@ -49,21 +49,21 @@ class ModelSize:
     @property
     def parameters(self) -> int:
         """Number of weights."""
-        return sum(each.numel for each in self.tensors)
+        return sum(tensor.numel for tensor in self.tensors)
 
     @property
     def decayed(self) -> list[TensorSize]:
         """The tensors that decay."""
-        return [each for each in self.tensors if each.decayed]
+        return [tensor for tensor in self.tensors if tensor.decayed]
 
     @property
     def decayed_parameters(self) -> int:
         """Number of weights that decay."""
-        return sum(each.numel for each in self.decayed)
+        return sum(tensor.numel for tensor in self.decayed)
 
 
 def from_parameters(parameters: float) -> ModelSize:
-    """Return a model of which only the number of parameters is known; all of them decay.
+    """Return the size of a model if only its number of parameters is known; all of them decay.
 
     Raises:
         ValueError: If it is not a finite number of at least 1.
@@ -73,25 +73,25 @@ def from_parameters(parameters: float) -> ModelSize:
     numel = int(parameters)
     tensors = min(_ASSUMED_TENSORS, numel)
     sizes = [numel // tensors + (place < numel % tensors) for place in range(tensors)]
-    return ModelSize(f"{numel:.3g} parameters", [TensorSize((each,), True) for each in sizes], assumed=True)
+    return ModelSize(f"{numel:.3g} parameters", [TensorSize((size,), True) for size in sizes], assumed=True)
 
 
 def from_pretrained(name: str) -> ModelSize:
-    """Return the size of a model by its config; for the argument and what is raised see :func:`on_meta`."""
+    """Return the size of a model from its config; arguments and errors as in :func:`on_meta`."""
     return of_model(on_meta(name), name)
 
 
 def on_meta(name: str) -> torch.nn.Module:
-    """Return a model by its config, on the meta device, without weights.
+    """Build a model from its config on the meta device, without weights.
 
     Args:
         name: A folder with ``config.json``, that file, or a name on the Hub. The class is the first of the config's
-            ``architectures``, and a causal LM where there is none.
+            ``architectures``, or a causal LM if it names none.
 
     Raises:
-        ValueError: If there is no such config, or transformers has no model for it, or none can be made of it.
+        ValueError: If the config does not exist, or transformers cannot build a model from it.
     """
-    import transformers.quantizers  # with which ours is imported, and before which it cannot be
+    import transformers.quantizers  # registers our quantizers; must come first
 
     from ..shrinking.quantizer import cut_as_noted
 
@@ -121,5 +121,9 @@ def on_meta(name: str) -> torch.nn.Module:
 def of_model(model: torch.nn.Module, name: str = "model") -> ModelSize:
     """Return the size of a model, whatever device it is on."""
     decayed = set(decayable_parameter_names(model))
-    trained = [each for each in model.named_parameters() if each[1].requires_grad and each[1].is_floating_point()]
-    return ModelSize(name, [TensorSize(tuple(param.shape), clean_name(key) in decayed) for key, param in trained])
+    sizes = [
+        TensorSize(tuple(param.shape), clean_name(key) in decayed)
+        for key, param in model.named_parameters()
+        if param.requires_grad and param.is_floating_point()
+    ]
+    return ModelSize(name, sizes)

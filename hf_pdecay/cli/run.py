@@ -36,31 +36,31 @@ def register(commands: Commands) -> None:
 
 
 def run(options: argparse.Namespace) -> Callable[[], int]:
-    """Return what runs the script."""
+    """Return a function that runs the script."""
     return prepare(options.script, options.module)
 
 
 def prepare(script: Sequence[str], module: Sequence[str] | None) -> Callable[[], int]:
-    """Find what is to be run, and return what runs it as ``__main__``, with its own argv, exit code and tracebacks.
+    """Return a function that runs a script or module as ``__main__``, with its own argv, exit code and tracebacks.
 
     Args:
         script: A script and its arguments.
         module: A module and its arguments, as ``python -m`` takes them; None for a script.
 
     Raises:
-        ValueError: If there is no such script or module.
+        ValueError: If the script or module does not exist.
     """
     words = script if module is None else module
     if not words:
-        raise ValueError("Name what to run: hf-pdecay run SCRIPT ARGS…, or hf-pdecay run -m MODULE ARGS….")
+        raise ValueError("Name a script or module: hf-pdecay run SCRIPT ARGS…, or hf-pdecay run -m MODULE ARGS….")
     first, *arguments = words
     if module is not None:
         _first_on_path(os.getcwd())
         _check_module(first)
         return lambda: _run(lambda: runpy.run_module(first, run_name="__main__", alter_sys=True), [first, *arguments])
     if not Path(first).is_file():
-        what = "is a folder" if Path(first).is_dir() else "does not exist"
-        raise ValueError(f"Invalid SCRIPT: {first!r} {what}; name a Python script, or a module after -m.")
+        reason = "is a folder" if Path(first).is_dir() else "does not exist"
+        raise ValueError(f"Invalid SCRIPT: {first!r} {reason}; name a Python script, or a module after -m.")
 
     def start() -> None:
         _first_on_path(os.path.dirname(os.path.realpath(first)))
@@ -85,9 +85,9 @@ def _run(start: Callable[[], object], argv: list[str]) -> int:
 
 
 def _run_script(path: str) -> None:
-    """Run a script as Python itself does: in a ``__main__`` that stays, since what runs at exit may look for it."""
+    """Run a script as Python itself does: in a ``__main__`` that stays, because exit handlers may need it."""
     main = ModuleType("__main__")
-    # Processes that are spawned import the script by its file, as there is no spec.
+    # Without a spec, spawned processes import the script by its file.
     main.__dict__.update(__file__=path, __builtins__=__builtins__, __spec__=None, __cached__=None, __package__=None)
     with io.open_code(path) as file:
         code = compile(file.read(), path, "exec")
@@ -96,7 +96,7 @@ def _run_script(path: str) -> None:
 
 
 def _show_their_frames_only(traceback: TracebackType | None) -> None:
-    """Have the traceback that ends the process begin where the script does."""
+    """Make the traceback that ends the process begin in the script."""
     while traceback is not None and traceback.tb_frame.f_code.co_filename in _OURS:
         traceback = traceback.tb_next
     hook = sys.excepthook
@@ -108,19 +108,19 @@ def _show_their_frames_only(traceback: TracebackType | None) -> None:
 
 
 def _first_on_path(folder: str) -> None:
-    """Put a folder where the interpreter would have put it, were it the one to run the script."""
+    """Put the folder where the interpreter puts that of a script which it runs."""
     if sys.version_info < (3, 11) or not sys.flags.safe_path:
         sys.path[0] = folder
 
 
 def _check_module(name: str) -> None:
-    for each in (name, f"{name}.__main__"):
-        what = "is not found" if each == name else "has no __main__, so it cannot be run"
+    for module in (name, f"{name}.__main__"):
+        reason = "is not found" if module == name else "has no __main__, so it cannot be run"
         try:
-            spec = importlib.util.find_spec(each)
+            spec = importlib.util.find_spec(module)
         except (ImportError, ValueError) as error:  # of a parent, or of a module that has no spec
-            raise ValueError(f"Invalid MODULE: the module {name!r} {what} ({error}).") from error
+            raise ValueError(f"Invalid MODULE: the module {name!r} {reason} ({error}).") from error
         if spec is None:
-            raise ValueError(f"Invalid MODULE: the module {name!r} {what}; name one as python -m takes it.")
+            raise ValueError(f"Invalid MODULE: the module {name!r} {reason}; name one that python -m can run.")
         if spec.submodule_search_locations is None:
             return

@@ -1,10 +1,10 @@
-"""What a run would do to a model, said before it: which weights decay, by which rule, and how many zeros come of it."""
+"""A preview of a run: which weights of a model would decay, by which rule, and how many zeros that gives."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
@@ -29,15 +29,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class TensorPreview:
-    """A trained parameter, and how it decays.
+    """A trained parameter and how it decays.
 
     Args:
         name: Its name in the model.
         shape: Its shape.
-        rule: The pattern of the rule that it falls under, ``"default"``, or why it does not decay.
+        rule: The pattern of its rule, ``"default"``, or why it does not decay.
         decayed: Whether it decays by p norm.
-        p_norm: p; None where it does not decay.
-        target_sparsity: Fraction of its budget that is to be zero, for groups of weights of the groups; None for none.
+        p_norm: p; None if it does not decay.
+        target_sparsity: Fraction of its budget that must become zero, weights or units; None for no target.
     """
 
     name: str
@@ -55,13 +55,13 @@ class TensorPreview:
 
 @dataclass(frozen=True)
 class Preview:
-    """What :func:`preview` found; prints as tables.
+    """The result of :func:`preview`; prints as tables.
 
     Args:
-        name: What the model is called in the output.
-        groups: Param groups as the optimizer of the run would have them.
+        name: Name of the model in the output.
+        groups: The param groups of the run's optimizer.
         tensors: The trained parameters, shared ones once, in the model's order.
-        budgets: The weights that share a target; none where there is no target.
+        budgets: The weights that share a target; empty without a target.
         schedule: When its zeros come.
         max_steps: Optimizer steps of the run.
         all_tensors: Whether each tensor is printed.
@@ -78,28 +78,25 @@ class Preview:
     @property
     def parameters(self) -> int:
         """Number of trained weights."""
-        return sum(each.numel for each in self.tensors)
+        return sum(tensor.numel for tensor in self.tensors)
 
     @property
     def decayed_parameters(self) -> int:
         """Number of weights that decay."""
-        return sum(each.numel for each in self.tensors if each.decayed)
+        return sum(tensor.numel for tensor in self.tensors if tensor.decayed)
 
     @property
     def zeros(self) -> dict[str, tuple[int, int]]:
-        """By what decays as one, ``"element"`` or the kind of group, how many are to be zero in the end, of how many.
-
-        Of N:M it is weights that are counted.
-        """
-        found: dict[str, tuple[int, int]] = {}
+        """By kind of unit, how many must be zero at the end, of how many; weights for ``"element"`` and N:M."""
+        counts: dict[str, tuple[int, int]] = {}
         for budget in self.budgets:
-            dead, units = found.get(budget.kind, (0, 0))
-            found[budget.kind] = dead + wanted(budget, 1.0), units + budget.units
-        return found
+            dead, units = counts.get(budget.kind, (0, 0))
+            counts[budget.kind] = dead + wanted(budget, 1.0), units + budget.units
+        return counts
 
     @property
     def pruning_steps(self) -> list[int]:
-        """The steps after which weights are cut; none without a target."""
+        """The steps after which weights are pruned; none without a target."""
         steps = range(self.schedule.begin + 1, self.schedule.end + 1) if self.budgets else ()
         return [step for step in steps if self.schedule.prunes(step)]
 
@@ -112,40 +109,30 @@ class Preview:
             "zeros": {kind: {"zeros": dead, "of": units} for kind, (dead, units) in self.zeros.items()},
             "max_steps": self.max_steps,
             "pruning_steps": self.pruning_steps,
-            "tensors": [
-                {
-                    "name": each.name,
-                    "shape": list(each.shape),
-                    "rule": each.rule,
-                    "decayed": each.decayed,
-                    "p_norm": each.p_norm,
-                    "target_sparsity": each.target_sparsity,
-                }
-                for each in self.tensors
-            ],
+            "tensors": [{**asdict(tensor), "shape": list(tensor.shape)} for tensor in self.tensors],
         }
 
     def tensor_table(self) -> Table:
-        """Return a rich table, a row a tensor."""
+        """Return a rich table with a row for each tensor."""
         from rich.table import Table
 
         table = Table(title="Tensors")
         table.add_column("tensor", overflow="fold")
         table.add_column("shape", justify="right")
         table.add_column("rule", overflow="fold")
-        for each in self.tensors:
-            table.add_row(each.name, " × ".join(map(str, each.shape)) or "-", each.rule)
+        for tensor in self.tensors:
+            table.add_row(tensor.name, " × ".join(map(str, tensor.shape)) or "-", tensor.rule)
         return table
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        """Render the tables and what comes of them."""
-        decayed = [each for each in self.tensors if each.decayed]
+        """Render the tables and a summary."""
+        decayed = sum(tensor.decayed for tensor in self.tensors)
         yield group_table(self.groups)
         if self.all_tensors:
             yield self.tensor_table()
         yield (
             f"{self.name}: {self.decayed_parameters:,} of {self.parameters:,} trained weights decay "
-            f"({self.decayed_parameters / self.parameters:.2%}), in {len(decayed):,} of {len(self.tensors):,} tensors."
+            f"({self.decayed_parameters / self.parameters:.2%}), in {decayed:,} of {len(self.tensors):,} tensors."
         )
         for kind, (dead, units) in self.zeros.items():
             alone = kind == ELEMENT or n_of_m(kind) is not None
@@ -167,17 +154,17 @@ def preview(
     weight_decay: float = 0.0,
     all_tensors: bool = False,
 ) -> Preview:
-    """Say what a run would do to a model; no weights are loaded.
+    """Preview a run of a model; weights are not loaded.
 
     Args:
         name: A folder with ``config.json``, that file, or a name on the Hub.
-        settings: Of the run.
+        settings: Settings of the run.
         max_steps: Optimizer steps of the run.
         weight_decay: L2 decay of the run.
-        all_tensors: Whether the output is to list each tensor.
+        all_tensors: Whether the output lists each tensor.
 
     Raises:
-        ValueError: If there is no such model, a rule matches nothing, or a target cannot be reached.
+        ValueError: If the model does not exist, a rule matches nothing, or a target cannot be reached.
     """
     model: nn.Module = on_meta(name)
     args: Any = SimpleNamespace(weight_decay=weight_decay)

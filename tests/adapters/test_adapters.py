@@ -67,7 +67,7 @@ class TestDecay:
         text = (Path(args.output_dir) / "README.md").read_text(encoding="utf-8")
         card = huggingface_hub.ModelCard(text)
         assert card.data.library_name == "peft" and {"lora", "hf-pdecay"} <= set(card.data.tags)
-        assert "This adapter" in card.text and "The whole model counts its base model too" in card.text
+        assert "This adapter" in card.text and "The whole model includes the base model" in card.text
         assert "from scratch" not in card.text
         if "target_sparsity" in settings:
             zeros = sum(int((each == 0).sum()) for each in saved.values())
@@ -250,7 +250,7 @@ class TestMerging:
         with pytest.raises(ValueError, match="with prompts"):
             merge_keep_zeros(peft.get_peft_model(build("llama"), prompts))
         model = lora(build("llama"))
-        with pytest.raises(ValueError, match="no adapter 'mine'; there are default"):
+        with pytest.raises(ValueError, match="no adapter 'mine'; it has default"):
             merge_keep_zeros(model, ["mine"])
         with pytest.raises(ValueError, match="adapter_name='mine'; the model has the LoRA adapters default"):
             rank_sparsity(model, "mine")

@@ -167,8 +167,8 @@ def test_a_script_is_run_as_python_runs_it(as_module: bool, ending: str, code: i
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ([], "Name what to run: hf-pdecay run SCRIPT"),
-        (["-m"], "Name what to run"),
+        ([], "Name a script or module: hf-pdecay run SCRIPT"),
+        (["-m"], "Name a script or module"),
         (["nowhere.py", "--lr", "1"], "'nowhere.py' does not exist; name a Python script"),
         (["."], "'.' is a folder; name a Python script"),
         (["-m", "nowhere_at_all"], "module 'nowhere_at_all' is not found"),

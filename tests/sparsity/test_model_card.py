@@ -179,8 +179,10 @@ def test_the_card_says_what_was_asked_for_and_where_a_model_falls_short(
         args = make_args(max_steps=40, target_sparsity=0.75)
         PDecayTrainer(model=tiny_gpt2(), args=args, train_dataset=tokens, callbacks=list(callbacks)).train()
         text = ModelCard.load(tmp_path / "out" / "README.md").text
-        shown = " 75.00% of the decayed weights was asked for"
-        return f"{shown}. The file" in text, f"**{shown.strip()}, and is not reached.** The file" in text
+        return (
+            "The target was 75.00% of the decayed weights. The file" in text,
+            "**The target of 75.00% of the decayed weights was not reached.** The file" in text,
+        )
 
     assert said() == (True, False)
     assert said(StopAt(30)) == (True, False)  # by then the last cut is done
