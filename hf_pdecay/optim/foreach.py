@@ -1,12 +1,13 @@
 """The step in plain torch operations on bounded chunks: it runs wherever torch does.
 
-The order of the operations is that of ``torch.optim.AdamW``, so that λ_p = 0 gives its weights to the bit on a CPU.
+The order of the operations is that of ``torch.optim.AdamW``, so that λ_p = 0 gives bit-identical weights on a CPU.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,14 +23,14 @@ from .tensor_step import Hyperparameters, TensorStep, apply_factor_, flat_views
 CPU_CHUNK = 1 << 18
 DEVICE_CHUNK = 1 << 22
 
-# A second moment below float16's smallest number is stored as 0, and m / (0 + eps) is no step that anyone wants. This
-# is the square root of that number, so a denominator that torch's AdamW would have computed is left as it is.
+# A second moment below float16's smallest number is stored as 0, and m / (0 + eps) would be a huge step. This is the
+# square root of that number, so a denominator that torch's AdamW would have computed does not change.
 _FLOAT16_DENOMINATOR = 2.0**-12
 
 
 @dataclass(frozen=True)
 class StepScalars:
-    """What one step of one tensor needs beside the tensors: floats, or 0-dim tensors on the tensor's device."""
+    """The scalars of one step of one tensor: floats, or 0-dim tensors on the tensor's device."""
 
     shrink_l2: float | Tensor
     step_size: float | Tensor
@@ -38,32 +39,24 @@ class StepScalars:
     count: int | Tensor
 
 
-def host_scalars(step: Tensor, hyper: Hyperparameters) -> StepScalars:
-    """Compute the scalars in Python, as torch's AdamW does for a step that the host knows."""
-    count, rate = step.item(), float(hyper.lr)
+def scalars_of(step: Tensor, hyper: Hyperparameters, on_device: bool) -> StepScalars:
+    """Compute the scalars on the device of ``step``, without a synchronisation, or in Python as torch's AdamW does."""
+    count: Any = (
+        step.item() if not on_device else step.to(torch.float32 if step.device.type == "mps" else torch.float64)
+    )
+    rate: Any = hyper.lr
+    if not on_device:
+        rate = float(rate)
+    elif isinstance(rate, Tensor):
+        rate = rate.reshape(()).to(step.device, count.dtype, non_blocking=True)
+    else:
+        rate = torch.full((), rate, dtype=count.dtype, device=step.device)
     return StepScalars(
         shrink_l2=1 - rate * hyper.weight_decay,
         step_size=rate / (1 - hyper.beta1**count),
         bias_correction2_sqrt=(1 - hyper.beta2**count) ** 0.5,
         alpha_lambda=rate * hyper.lambda_p,
-        count=int(count),
-    )
-
-
-def device_scalars(step: Tensor, hyper: Hyperparameters) -> StepScalars:
-    """Compute the scalars on the device of ``step``, without a synchronisation."""
-    dtype = torch.float32 if step.device.type == "mps" else torch.float64
-    count = step.to(dtype)
-    if isinstance(hyper.lr, Tensor):
-        rate = hyper.lr.reshape(()).to(step.device, dtype, non_blocking=True)
-    else:
-        rate = torch.full((), hyper.lr, dtype=dtype, device=step.device)
-    return StepScalars(
-        shrink_l2=1 - rate * hyper.weight_decay,
-        step_size=rate / (1 - hyper.beta1**count),
-        bias_correction2_sqrt=(1 - hyper.beta2**count).sqrt(),
-        alpha_lambda=rate * hyper.lambda_p,
-        count=step,
+        count=step if on_device else int(count),
     )
 
 
@@ -79,7 +72,7 @@ def step(steps: Sequence[TensorStep], finite: bool | Tensor = True) -> None:
             step_on_device(tensor, finite)
         elif finite:
             tensor.step.add_(1)
-            _step_tensor(tensor, host_scalars(tensor.step, tensor.hyper), True)
+            _step_tensor(tensor, scalars_of(tensor.step, tensor.hyper, on_device=False), True)
 
 
 def step_on_device(tensor: TensorStep, finite: bool | Tensor = True) -> None:
@@ -89,26 +82,25 @@ def step_on_device(tensor: TensorStep, finite: bool | Tensor = True) -> None:
     if isinstance(finite, Tensor):
         finite = finite.to(tensor.param.device)
     tensor.step.add_(finite)
-    _step_tensor(tensor, device_scalars(tensor.step, tensor.hyper), finite)
+    _step_tensor(tensor, scalars_of(tensor.step, tensor.hyper, on_device=True), finite)
 
 
-def _step_tensor(each: TensorStep, scalars: StepScalars, finite: bool | Tensor) -> None:
-    """AdamW's step, then the shrink by a factor from the weight before it.
+def _step_tensor(tensor: TensorStep, scalars: StepScalars, finite: bool | Tensor) -> None:
+    """Do AdamW's step, then the decay by a factor from the weight before it.
 
-    Low-precision weights with λ_p > 0, and moments of another dtype than the weights', are computed in float32 and
+    Low-precision weights that decay, and moments of another dtype than the weights', are computed in float32 and
     rounded once, stochastically.
     """
-    hyper, awake, dtype = each.hyper, each.awake, each.param.dtype
+    hyper, awake, dtype = tensor.hyper, tensor.awake, tensor.param.dtype
     select = isinstance(finite, Tensor)
     decays = hyper.decays and awake is not False
-    upcast = (dtype in LOW_PRECISION and hyper.decays) or each.exp_avg.dtype != dtype
-    upcast = upcast or is_quantized(each.exp_avg)
-    half = each.exp_avg.dtype == torch.float16
-    floor = _FLOAT16_DENOMINATOR if each.exp_avg.dtype == torch.float16 and hyper.eps < 2.0**-25 else 0.0
+    upcast = (dtype in LOW_PRECISION and hyper.decays) or tensor.exp_avg.dtype != dtype or is_quantized(tensor.exp_avg)
+    half = tensor.exp_avg.dtype == torch.float16
+    floor = _FLOAT16_DENOMINATOR if half and hyper.eps < 2.0**-25 else 0.0
     working = torch.float64 if dtype == torch.float64 else torch.float32
 
     first = 0
-    for stored_p, g, stored_m, stored_v in chunks(each.param, each.grad, each.exp_avg, each.exp_avg_sq):
+    for stored_p, g, stored_m, stored_v in chunks(tensor.param, tensor.grad, tensor.exp_avg, tensor.exp_avg_sq):
         if upcast:
             p, m, v = stored_p.to(working, copy=True), dequantize(stored_m, working), dequantize(stored_v, working)
             g = g.to(working)
@@ -146,7 +138,7 @@ def _step_tensor(each: TensorStep, scalars: StepScalars, finite: bool | Tensor) 
 
         if upcast:
             low = stored_p.dtype in LOW_PRECISION or stored_m.dtype in LOW_PRECISION
-            noise = noise_bits(scalars.count, each.place, first, p.numel(), p.device) if low else None
+            noise = noise_bits(scalars.count, tensor.place, first, p.numel(), p.device) if low else None
             first += p.numel()
             p = _rounded(p, stored_p, noise)
             # Each rounding gets bits of its own: the low half, the high half, and both together.

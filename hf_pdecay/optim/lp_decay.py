@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from typing import Any, NamedTuple
 
 import torch
@@ -22,6 +21,11 @@ from .tensor_step import Decay, Stepped, noise_place, smallest
 from .unit_decay import UnitDecay, unit_decay_of
 from .units import ELEMENT, check_units, kind_of
 from .validation import check_decay_settings, check_real, check_saved_groups
+
+
+def _of_base(name: str, doc: str) -> Any:
+    """Return a property that is the base optimizer's attribute of that name."""
+    return property(lambda self: getattr(self.base, name), lambda self, value: setattr(self.base, name, value), doc=doc)
 
 
 class LpDecay(DecayOptimizer):
@@ -74,6 +78,9 @@ class LpDecay(DecayOptimizer):
     """
 
     base: Optimizer
+    param_groups = _of_base("param_groups", "The base optimizer's param groups.")
+    state = _of_base("state", "The base optimizer's state; each tensor that has stepped has the entry ``dormant`` too.")
+    defaults = _of_base("defaults", "The base optimizer's defaults, those of the decay among them.")
 
     def __init__(
         self,
@@ -105,33 +112,6 @@ class LpDecay(DecayOptimizer):
                 group.setdefault(name, value)
         # Not Optimizer.__init__, which would make groups and state of its own. This makes only the hooks.
         self.__setstate__({"base": base_optimizer})
-
-    @property
-    def param_groups(self) -> list[dict[str, Any]]:
-        """The base optimizer's param groups."""
-        return self.base.param_groups
-
-    @param_groups.setter
-    def param_groups(self, groups: list[dict[str, Any]]) -> None:
-        self.base.param_groups = groups
-
-    @property
-    def state(self) -> defaultdict[Tensor, Any]:
-        """The base optimizer's state, in which each tensor that has stepped has the entry ``dormant`` too."""
-        return self.base.state
-
-    @state.setter
-    def state(self, state: defaultdict[Tensor, Any]) -> None:
-        self.base.state = state
-
-    @property
-    def defaults(self) -> dict[str, Any]:
-        """The base optimizer's defaults, those of the decay among them."""
-        return self.base.defaults
-
-    @defaults.setter
-    def defaults(self, defaults: dict[str, Any]) -> None:
-        self.base.defaults = defaults
 
     def __getstate__(self) -> dict[str, Any]:
         """Return what a pickle or a copy holds."""

@@ -19,8 +19,7 @@ class MuonWithAdamW(Optimizer):
 
     Muon (https://kellerjordan.github.io/posts/muon/) is for the hidden matrices of a model: embeddings, heads, norms
     and biases are left to AdamW. A group says by ``use_muon`` which of the two it is for. One that does not say is
-    parted: its matrices are for Muon if p-norm decay acts on it (its entry ``decayed``, else its ``lambda_p``, else
-    yes), the rest is for AdamW.
+    split: its matrices are for Muon if p-norm decay acts on it, the rest is for AdamW.
 
     Args:
         params: Parameters, or dicts of param groups.
@@ -72,17 +71,17 @@ class MuonWithAdamW(Optimizer):
         return {**super().__getstate__(), "_own": self._own}
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group of parameters, parted in two if it does not say which optimizer it is for.
+        """Add a group of parameters, split in two if it does not say which optimizer it is for.
 
         Raises:
             ValueError: If it is for Muon and holds anything but matrices.
         """
-        for group in parted([param_group]):
+        for group in by_kind([param_group]):
             for param in group["params"] if group["use_muon"] else ():
                 if param.dim() != 2:
                     raise ValueError(
                         f"Muon takes matrices alone, and a group with use_muon=True holds a tensor of shape "
-                        f"{tuple(param.shape)}; leave use_muon out, and the group is parted."
+                        f"{tuple(param.shape)}; leave use_muon out, and the group is split."
                     )
             for name, value in self._own[group["use_muon"]].items():
                 group.setdefault(name, value)
@@ -99,43 +98,40 @@ class MuonWithAdamW(Optimizer):
             What the closure returned, or None.
         """
         loss = evaluate(closure)
-        parts: tuple[tuple[bool, Optimizer], ...] = (
-            (True, torch.optim.Muon([torch.zeros(1, 1)])),
-            (False, torch.optim.AdamW([torch.zeros(1)])),
-        )
-        for use_muon, part in parts:
-            # Both lend nothing but their step: groups and state are those of this optimizer, as they are now.
-            part.param_groups = [group for group in self.param_groups if group["use_muon"] is use_muon]
-            part.state = self.state
-            if part.param_groups:
-                part.step()
+        muon, adamw = torch.optim.Muon([torch.zeros(1, 1)]), torch.optim.AdamW([torch.zeros(1)])
+        for use_muon, optimizer in ((True, muon), (False, adamw)):
+            # Both lend only their step: groups and state are those of this optimizer, as they are now.
+            optimizer.param_groups = [group for group in self.param_groups if group["use_muon"] is use_muon]
+            optimizer.state = self.state
+            if optimizer.param_groups:
+                optimizer.step()
         return loss
 
 
-def parted(param_groups: Iterable[Mapping[str, Any] | Tensor]) -> list[dict[str, Any]]:
+def by_kind(param_groups: Iterable[Mapping[str, Any] | Tensor]) -> list[dict[str, Any]]:
     """Return copies of param groups, each of which says by ``use_muon`` which of the two optimizers it is for."""
     groups: list[dict[str, Any]] = []
     loose: list[Any] = []
-    for each in param_groups:
-        if isinstance(each, Mapping):
-            groups += _parted(each)
+    for group in param_groups:
+        if isinstance(group, Mapping):
+            groups += _split(group)
         else:
-            loose.append(each)
-    return groups + (_parted({"params": loose}) if loose else [])
+            loose.append(group)
+    return groups + (_split({"params": loose}) if loose else [])
 
 
-def _parted(group: Mapping[str, Any]) -> list[dict[str, Any]]:
+def _split(group: Mapping[str, Any]) -> list[dict[str, Any]]:
     params = [group["params"]] if isinstance(group["params"], Tensor) else list(group["params"])
     if "use_muon" in group:
         return [{**group, "params": params}]
     if kind_of(group) != ELEMENT:
         raise ValueError(
-            f"Invalid group: group={kind_of(group)!r} with Muon, which parts the parameters of a group into matrices "
+            f"Invalid group: group={kind_of(group)!r} with Muon, which splits the parameters of a group into matrices "
             "and others; take another optimizer, such as adamw_lp."
         )
     decayed = is_decayed({"p_norm": P_NORM, "lambda_p": LAMBDA_P, **group})
     matrices = [param for param in params if decayed and param.dim() == 2]
     chosen = {id(param) for param in matrices}
     others = [param for param in params if id(param) not in chosen]
-    some = ((True, matrices), (False, others))
-    return [{**group, "params": each, "use_muon": use_muon} for use_muon, each in some if each]
+    splits = ((True, matrices), (False, others))
+    return [{**group, "params": tensors, "use_muon": use_muon} for use_muon, tensors in splits if tensors]

@@ -15,7 +15,7 @@ from .adamw_lp import AdamWLp
 from .backends import BACKENDS
 from .lp_decay import LpDecay
 from .moments import MOMENTS, check_moments
-from .muon import MuonWithAdamW, parted
+from .muon import MuonWithAdamW, by_kind
 
 
 Groups = list[dict[str, Any]]
@@ -26,8 +26,8 @@ class Option:
     """An option of an optimizer.
 
     Args:
-        parse: Makes a value of the text, or raises ValueError.
-        right: What would be right, as a sentence goes on: "it must be …".
+        parse: Converts a string to a value, or raises ValueError.
+        right: The end of the sentence "it must be …".
     """
 
     parse: Callable[[str], Any]
@@ -36,12 +36,12 @@ class Option:
 
 @dataclass(frozen=True)
 class Named:
-    """What a name stands for.
+    """The optimizer that a name stands for.
 
     Args:
-        make: Makes the base optimizer of groups, the hyperparameters that all have, and options.
-        options: What it takes in ``--optim_args``.
-        package: The package that it comes from, if that is not torch, and the extra of hf-pdecay that installs it.
+        make: Makes the base optimizer from groups, Adam's hyperparameters, and options.
+        options: Its options in ``--optim_args``.
+        package: Its package, if that is not torch, and the extra of hf-pdecay that installs it.
         arrange: How it arranges param groups.
     """
 
@@ -86,36 +86,25 @@ def _parse_moments(text: str) -> str:
 _SWITCH = Option(_parse_switch, "true or false")
 
 
-def _sgd(groups: Groups, *, lr: Any, weight_decay: float, options: dict[str, Any], **_: Any) -> Optimizer:
-    import torch
+def _from(module: str, kind: str, *ignored: str) -> Callable[..., Optimizer]:
+    """Return a function that makes an optimizer of a module, which is imported then.
 
-    return torch.optim.SGD(groups, lr=lr, weight_decay=weight_decay, **options)
+    Args:
+        module: Name of the module.
+        kind: Name of the class.
+        *ignored: Hyperparameters of Adam that it does not have.
+    """
+
+    def make(groups: Groups, *, options: dict[str, Any], **given: Any) -> Optimizer:
+        taken = {name: value for name, value in given.items() if name not in ignored}
+        optimizer: Optimizer = getattr(import_module(module), kind)(groups, **taken, **options)
+        return optimizer
+
+    return make
 
 
 def _muon(groups: Groups, *, options: dict[str, Any], **given: Any) -> Optimizer:
     return MuonWithAdamW(groups, **given, **options)
-
-
-def _adafactor(groups: Groups, *, lr: Any, weight_decay: float, options: dict[str, Any], **_: Any) -> Optimizer:
-    import torch
-
-    return torch.optim.Adafactor(groups, lr=lr, weight_decay=weight_decay, **options)
-
-
-def _adamw_of(module: str, kind: str) -> Callable[..., Optimizer]:
-    def make(groups: Groups, *, options: dict[str, Any], **given: Any) -> Optimizer:
-        made: Optimizer = getattr(import_module(module), kind)(groups, **given, **options)
-        return made
-
-    return make
-
-
-def _lion_of(module: str, kind: str) -> Callable[..., Optimizer]:
-    def make(groups: Groups, *, eps: float, options: dict[str, Any], **given: Any) -> Optimizer:
-        made: Optimizer = getattr(import_module(module), kind)(groups, **given, **options)
-        return made
-
-    return make
 
 
 _MOMENTUM = {"momentum": _number(0, 1), "nesterov": _SWITCH}
@@ -128,9 +117,9 @@ _TORCHAO_OPTIONS = {"block_size": _number(1, whole=True), "bf16_stochastic_round
 ADAMW_LP = "adamw_lp"
 
 OPTIMIZERS: dict[str, Named] = {
-    # Made by itself, as it needs no decay around it.
+    # It needs no decay around it.
     ADAMW_LP: Named(AdamWLp, {"backend": _one_of(*BACKENDS), "moments": _MOMENTS}),
-    "sgd_lp": Named(_sgd, {**_MOMENTUM, "dampening": _number(0)}),
+    "sgd_lp": Named(_from("torch.optim", "SGD", "betas", "eps"), {**_MOMENTUM, "dampening": _number(0)}),
     "muon_lp": Named(
         _muon,
         {
@@ -138,21 +127,23 @@ OPTIMIZERS: dict[str, Named] = {
             "ns_steps": _number(1, 100, whole=True),
             "adjust_lr_fn": _one_of("match_rms_adamw", "original"),
         },
-        arrange=parted,
+        arrange=by_kind,
     ),
-    "adafactor_lp": Named(_adafactor, {"beta2_decay": _number(-math.inf, 0), "d": _number(1)}),
-    "lion_lp": Named(_lion_of("bitsandbytes.optim", "Lion"), package=_BNB),
-    "lion_8bit_lp": Named(_lion_of("bitsandbytes.optim", "Lion8bit"), _BNB_8BIT, _BNB),
-    "adamw_bnb_8bit_lp": Named(_adamw_of("bitsandbytes.optim", "AdamW8bit"), _BNB_8BIT, _BNB),
-    "adamw_torch_8bit_lp": Named(_adamw_of("torchao.optim", "AdamW8bit"), _TORCHAO_OPTIONS, _TORCHAO),
-    "adamw_torch_4bit_lp": Named(_adamw_of("torchao.optim", "AdamW4bit"), _TORCHAO_OPTIONS, _TORCHAO),
+    "adafactor_lp": Named(
+        _from("torch.optim", "Adafactor", "betas", "eps"), {"beta2_decay": _number(-math.inf, 0), "d": _number(1)}
+    ),
+    "lion_lp": Named(_from("bitsandbytes.optim", "Lion", "eps"), package=_BNB),
+    "lion_8bit_lp": Named(_from("bitsandbytes.optim", "Lion8bit", "eps"), _BNB_8BIT, _BNB),
+    "adamw_bnb_8bit_lp": Named(_from("bitsandbytes.optim", "AdamW8bit"), _BNB_8BIT, _BNB),
+    "adamw_torch_8bit_lp": Named(_from("torchao.optim", "AdamW8bit"), _TORCHAO_OPTIONS, _TORCHAO),
+    "adamw_torch_4bit_lp": Named(_from("torchao.optim", "AdamW4bit"), _TORCHAO_OPTIONS, _TORCHAO),
     "schedule_free_adamw_lp": Named(
-        _adamw_of("schedulefree", "AdamWScheduleFree"),
+        _from("schedulefree", "AdamWScheduleFree"),
         {"warmup_steps": _number(0, whole=True), "r": _number(0), "weight_lr_power": _number(0)},
         ("schedulefree", "schedulefree"),
     ),
 }
-"""What ``--optim NAME`` can name: the names are those of transformers with ``_lp`` behind them."""
+"""The optimizers of ``--optim NAME``, whose names are those of transformers followed by ``_lp``."""
 
 
 def parse_options(name: str, options: Mapping[str, Any] | None) -> dict[str, Any]:
@@ -160,11 +151,11 @@ def parse_options(name: str, options: Mapping[str, Any] | None) -> dict[str, Any
 
     Args:
         name: One of :data:`OPTIMIZERS`.
-        options: Option → text, as ``--optim_args "momentum=0.9,nesterov=true"`` gives them.
+        options: Option → string, as ``--optim_args "momentum=0.9,nesterov=true"`` gives them.
 
     Raises:
         ValueError: If the name or an option is unknown, or a value cannot be read or is out of its range.
-        ImportError: If the optimizer is of a package that is not installed.
+        ImportError: If the optimizer's package is not installed.
     """
     named = _named(name)
     if named.package is not None:
@@ -189,7 +180,7 @@ def parse_options(name: str, options: Mapping[str, Any] | None) -> dict[str, Any
 
 
 def arranged(name: str, param_groups: Iterable[Any]) -> list[Any]:
-    """Return param groups as the optimizer of a name will have them: Muon's matrices are in groups of their own.
+    """Return param groups as an optimizer has them: Muon's matrices are in groups of their own.
 
     Raises:
         ValueError: If the name is unknown.
@@ -218,12 +209,12 @@ def make_optimizer(
         betas: For the optimizers that have them.
         eps: For Adam and its kin.
         weight_decay: λ₂ of the groups that name none. SGD's is not decoupled.
-        options: Option → text, see :func:`parse_options`.
+        options: Option → string, see :func:`parse_options`.
         **decay: ``p_norm``, ``lambda_p``, ``keep_zeros`` and ``skip_nonfinite``, as of :class:`LpDecay`.
 
     Raises:
         ValueError: If the name, an option or a hyperparameter is unknown or out of its range.
-        ImportError: If the optimizer is of a package that is not installed.
+        ImportError: If the optimizer's package is not installed.
     """
     values = parse_options(name, options)
     groups = arranged(name, param_groups)

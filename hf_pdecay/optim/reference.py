@@ -1,7 +1,21 @@
-"""The step as the formulas have it, in float64 and on whole tensors: for comparison, not for speed.
+"""The update rule on one page: start here.
 
-w_{n+1} = w' · s / (s + α λ_p) with s = |w_n|^(2-p) and w' the result of AdamW; https://huggingface.co/papers/2404.10824,
-algorithm 1.
+Step n of AdamW with p-norm weight decay, for a weight w with gradient g and moments m and v:
+
+    m  = β1 m + (1 - β1) g,    m̂ = m / (1 - β1^n)
+    v  = β2 v + (1 - β2) g²,   v̂ = v / (1 - β2^n)
+    u  = m̂ / (√v̂ + ε)                               Adam's update
+    w' = (1 - α λ₂) w - α u                         AdamW with its own decay λ₂
+    s  = |w|^(2-p)                                  from the weight before the step
+    w ← w' · s / (s + α λ_p)                        for p < 2: small weights become exactly 0, and 0 stays 0
+    w ← w' / (1 + α λ_p |w|^(p-2))                  for p >= 2: the same, finite at 0
+
+This is algorithm 1 of https://huggingface.co/papers/2404.10824, which minimises the penalty (λ_p / p) ‖w‖_p^p.
+
+Here it is computed on whole tensors in float64, for reading and for comparison. The fast versions compute the same:
+``foreach.py`` in plain torch operations on any device, ``cpu/`` in C++, ``gpu/`` in Triton. ``adamw_lp.py`` is the
+optimizer around them, ``unit_decay.py`` the rule for weights that decay as one, and ``decay_after_step.py`` the last
+three lines after the step of any other optimizer.
 """
 
 from __future__ import annotations
@@ -13,40 +27,45 @@ from torch import Tensor
 
 from .moments import dequantize, is_quantized
 from .rounding import LOW_PRECISION, noise_bits, stochastic_round
-from .tensor_step import TensorStep, apply_factor_, flat_views
+from .tensor_step import Hyperparameters, TensorStep, apply_factor_, flat_views
+
+
+def update(
+    w: Tensor, g: Tensor, m: Tensor, v: Tensor, n: int, hyper: Hyperparameters, awake: bool, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return w, m and v after step n; all are float64. What falls below the smallest normal ``dtype`` becomes 0."""
+    alpha, p, lambda_p = float(hyper.lr), hyper.p_norm, hyper.lambda_p
+    if hyper.maximize:
+        g = -g
+    m = hyper.beta1 * m + (1 - hyper.beta1) * g
+    v = hyper.beta2 * v + (1 - hyper.beta2) * g**2
+    m_hat, v_hat = m / (1 - hyper.beta1**n), v / (1 - hyper.beta2**n)
+    u = m_hat / (v_hat.sqrt() + hyper.eps)
+    stepped = (1 - alpha * hyper.weight_decay) * w - alpha * u
+    if alpha * lambda_p > 0 and awake:
+        if p < 2:
+            s = w.abs() ** (2 - p)
+            factor = s / (s + alpha * lambda_p)
+        else:
+            factor = 1 / (1 + alpha * lambda_p * w.abs() ** (p - 2))
+        apply_factor_(stepped, factor, dtype)
+    if hyper.keep_zeros:
+        stepped = stepped.masked_fill(w == 0, 0)
+    return stepped, m, v
 
 
 def step(steps: Sequence[TensorStep], finite: bool | Tensor = True) -> None:
     """Do one step on each tensor, in place; see :func:`hf_pdecay.optim.foreach.step`. Waits for the device."""
-    if not finite:
-        return
-    for each in steps:
-        hyper, dtype = each.hyper, torch.float64
-        each.step.add_(1)
-        count, lr = int(each.step), float(hyper.lr)
-        tensors: tuple[Tensor, ...] = (each.param, each.grad, each.exp_avg, each.exp_avg_sq)
-        if not is_quantized(each.exp_avg):
-            tensors = flat_views(tensors) or tensors
-        w, g = tensors[0].to(dtype), tensors[1].to(dtype) * (-1 if hyper.maximize else 1)
-        m = hyper.beta1 * dequantize(tensors[2], dtype) + (1 - hyper.beta1) * g
-        v = hyper.beta2 * dequantize(tensors[3], dtype) + (1 - hyper.beta2) * g**2
-        u = (m / (1 - hyper.beta1**count)) / ((v / (1 - hyper.beta2**count)).sqrt() + hyper.eps)
-        result = (1 - lr * hyper.weight_decay) * w - lr * u
-        if lr * hyper.lambda_p > 0 and bool(each.awake):
-            if hyper.p_norm < 2:
-                s = w.abs() ** (2 - hyper.p_norm)
-                factor = s / (s + lr * hyper.lambda_p)
-            else:
-                factor = 1 / (1 + lr * hyper.lambda_p * w.abs() ** (hyper.p_norm - 2))
-            apply_factor_(result, factor, dtype if each.param.dtype == dtype else torch.float32)
-        if hyper.keep_zeros:
-            result = result.masked_fill(w == 0, 0)
-        noise = noise_bits(count, each.place, 0, w.numel(), w.device)
-        for stored, value, bits in (
-            (tensors[0], result, noise),
-            (tensors[2], m, noise ^ (noise >> 16)),
-            (tensors[3], v, noise >> 16),
-        ):
-            if stored.dtype in LOW_PRECISION and not is_quantized(stored):
-                value = stochastic_round(value.to(torch.float32), stored.dtype, bits)
-            stored.copy_(value)
+    for tensor in steps if finite else ():
+        tensor.step.add_(1)
+        count, low = int(tensor.step), torch.float64 if tensor.param.dtype == torch.float64 else torch.float32
+        stored: tuple[Tensor, ...] = (tensor.param, tensor.exp_avg, tensor.exp_avg_sq, tensor.grad)
+        if not is_quantized(tensor.exp_avg):
+            stored = flat_views(stored) or stored
+        w, m, v, g = (dequantize(values, torch.float64) for values in stored)
+        results = update(w, g, m, v, count, tensor.hyper, bool(tensor.awake), low)
+        noise = noise_bits(count, tensor.place, 0, w.numel(), w.device)
+        # Each rounding gets bits of its own: the low half, both halves together, and the high half.
+        for old, new, bits in zip(stored, results, (noise, noise ^ (noise >> 16), noise >> 16), strict=False):
+            low_precision = old.dtype in LOW_PRECISION and not is_quantized(old)
+            old.copy_(stochastic_round(new.to(torch.float32), old.dtype, bits) if low_precision else new)

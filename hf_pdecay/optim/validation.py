@@ -1,22 +1,20 @@
-"""Checks of what a user gives to the optimizer, before anything is done with it."""
+"""Checks of arguments and checkpoints that a user gives to the optimizer, before anything else is done."""
 
 from __future__ import annotations
 
 import functools
 import math
 from collections.abc import Sequence
-from numbers import Real
 from typing import Any
 
 from torch import Tensor
 
-from ..checks import check_lambda_p, check_p_norm
+from ..checks import check_lambda_p, check_p_norm, is_number
 from .moments import check_moments
 
 
-# Keys of the groups of torch.optim.AdamW, and of AdamWLp before, that say how it computes, not what.
+# Keys of the groups of torch.optim.AdamW that say how it computes, not what.
 FOREIGN_KEYS = (
-    "rounding_seed",
     "amsgrad",
     "foreach",
     "capturable",
@@ -32,15 +30,15 @@ def check_hyperparameters(group: dict[str, Any]) -> None:
     check_decay_settings(group)
     betas = group["betas"]
     right = "two numbers in [0, 1), such as (0.9, 0.999)"
-    check("betas", isinstance(betas, (tuple, list)) and len(betas) == 2 and all(number(b, 0, 1) for b in betas), right)
-    check("eps", number(group["eps"], 0), "a finite number of at least 0, such as 1e-8")
-    check("weight_decay", number(group["weight_decay"], 0), "a finite number of at least 0")
+    check("betas", isinstance(betas, (tuple, list)) and len(betas) == 2 and all(_in(b, 0, 1) for b in betas), right)
+    check("eps", _in(group["eps"], 0), "a finite number of at least 0, such as 1e-8")
+    check("weight_decay", _in(group["weight_decay"], 0), "a finite number of at least 0")
     check("maximize", isinstance(group["maximize"], bool), "True or False")
     check_moments(group["moments"])
 
 
 def check_decay_settings(group: dict[str, Any]) -> None:
-    """Check what p-norm decay reads of a group, whatever the optimizer.
+    """Check the settings of p-norm decay in a group, whatever the optimizer.
 
     Raises:
         ValueError: Naming the argument, its value and what would be right.
@@ -48,16 +46,15 @@ def check_decay_settings(group: dict[str, Any]) -> None:
     lr = group["lr"]
     single = isinstance(lr, Tensor) and lr.numel() == 1
     right = "a finite number of at least 0, or a tensor of one"
-    _check(group, "lr", number(lr.item() if single else lr, 0), right)
+    _check(group, "lr", _in(lr.item() if single else lr, 0), right)
     check_p_norm(group["p_norm"])
     check_lambda_p(group["lambda_p"])
     for name in ("keep_zeros", "skip_nonfinite"):
         _check(group, name, isinstance(group[name], bool), "True or False")
 
 
-def number(value: Any, low: float, high: float = math.inf) -> bool:
-    """Whether a value is a number of at least ``low`` and below ``high``."""
-    return isinstance(value, Real) and low <= float(value) < high
+def _in(value: Any, low: float, high: float = math.inf) -> bool:
+    return is_number(value) and low <= float(value) < high
 
 
 def _check(group: dict[str, Any], name: str, ok: bool, right: str) -> None:
@@ -80,7 +77,7 @@ def check_state_dict(state_dict: dict[str, Any], groups: list[dict[str, Any]]) -
     saved = state_dict["param_groups"]
     check_saved_groups(saved, groups)
     if any(group.get("amsgrad") for group in saved):
-        raise ValueError("The optimizer checkpoint is of AdamW with amsgrad=True, which AdamWLp does not do.")
+        raise ValueError("The optimizer checkpoint is of AdamW with amsgrad=True, which AdamWLp does not support.")
     params = [param for group in groups for param in group["params"]]
     ids = [key for group in saved for key in group["params"]]
     for param, key in zip(params, ids, strict=True):
