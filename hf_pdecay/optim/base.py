@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer
 
-from .gradients import count_skipped, skipped_steps
 from .units import check_units
 from .validation import check_decay_settings, check_real
 
@@ -27,7 +26,20 @@ class DecayOptimizer(Optimizer):
     @property
     def skipped_steps(self) -> int:
         """Number of steps skipped for NaN or infinite gradients. Reading it synchronises with the device."""
-        return skipped_steps(self.param_groups)
+        return max((int(group["skipped_steps"]) for group in self.param_groups), default=0)
+
+    def _count_skipped(self, finite: bool | Tensor) -> None:
+        for group in self.param_groups:
+            if not group["skip_nonfinite"]:
+                continue
+            skipped = group["skipped_steps"]
+            if isinstance(finite, Tensor):
+                # In place, so that the replays of a CUDA graph count too.
+                if not isinstance(skipped, Tensor):
+                    skipped = torch.full((), skipped, dtype=torch.int64, device=finite.device)
+                group["skipped_steps"] = skipped.to(finite.device).add_(~finite)
+            else:
+                group["skipped_steps"] = skipped + 1
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group of parameters, whose missing hyperparameters are the optimizer's defaults.
@@ -86,7 +98,7 @@ class DecayOptimizer(Optimizer):
         loss = evaluate(closure)
         finite = self._step(norm)
         if finite is not True:
-            count_skipped(self.param_groups, finite)
+            self._count_skipped(finite)
         return loss
 
     def _step(self, norm: Tensor | float | None) -> bool | Tensor:

@@ -19,8 +19,7 @@ from ..checks import check_lambda_p, check_p_norm
 def abs_pow(weight: Tensor, exponent: float) -> Tensor:
     """Return ``|weight| ** exponent`` as a new tensor.
 
-    1, 0.5, 1.5 and 2 take a root and products. Every other exponent takes ``exp2(exponent * log2|w|)``: in a
-    vectorised loop ``pow`` costs several times as much.
+    Exponents other than 1, 0.5, 1.5 and 2 take ``exp2(exponent * log2|w|)``: ``pow`` takes several times as long.
 
     Args:
         weight: A floating-point tensor of any shape.
@@ -35,17 +34,16 @@ def abs_pow(weight: Tensor, exponent: float) -> Tensor:
         return magnitude.sqrt() * magnitude
     if exponent == 2:
         return magnitude.square_()
-    # Zeros, which are most of a sparse model, go through the logarithm as ones: its way with infinities is slow.
+    # Zeros, which are most of a sparse model, go through the logarithm as ones: infinities are slow.
     zeros = 1 - magnitude.sign()
     return magnitude.add_(zeros).log2_().mul_(exponent).exp2_() - zeros
 
 
 def shrink_factor(weight: Tensor, p_norm: float, alpha_lambda: float | Tensor) -> Tensor:
-    """Return the factor by which one step of p-norm decay shrinks each weight.
+    """Return the shrink factor of each weight in one step of p-norm decay.
 
-    With s = |w|^(2-p) it is s / (s + α λ_p) for p < 2, and the same expression written as
-    1 / (1 + α λ_p |w|^(p-2)) for p >= 2, so that it stays finite at w = 0. For p = 2 it is the same for every weight.
-    arXiv 2404.10824, algorithm 1.
+    With s = |w|^(2-p) it is s / (s + α λ_p) for p < 2, and the same written as 1 / (1 + α λ_p |w|^(p-2)) for p >= 2,
+    which is finite at w = 0 (arXiv 2404.10824, algorithm 1).
 
     Args:
         weight: The weights *before* the step, of any shape; the factor is computed in their dtype.

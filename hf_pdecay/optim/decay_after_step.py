@@ -6,7 +6,6 @@ The work is done on bounded chunks: a large tensor in several, small ones side b
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,17 +16,6 @@ from .decay import shrink_factor
 from .foreach import chunk_size, chunks
 from .rounding import LOW_PRECISION, noise_bits, stochastic_round
 from .tensor_step import Decay, Stepped, apply_factor_, is_flat, smallest
-
-
-class _Piece(NamedTuple):
-    """Matching views of some weights of one tensor, and the place of the first one in it."""
-
-    weight: Tensor
-    before: Tensor
-    averaged: Tensor | None
-    awake: bool | Tensor
-    place: int
-    first: int
 
 
 def copies(weights: Sequence[Tensor]) -> list[Tensor]:
@@ -93,9 +81,9 @@ def rate_on(lr: float | Tensor, device: torch.device) -> float | Tensor:
     return lr.reshape(()).to(device, non_blocking=True) if on_device(lr) else float(lr)  # type: ignore[union-attr]
 
 
-def _batches(tensors: Sequence[Stepped]) -> Iterator[list[_Piece]]:
+def _batches(tensors: Sequence[Stepped]) -> Iterator[list[Stepped]]:
     """Yield pieces that decay together, of a bounded number of weights."""
-    batch: list[_Piece] = []
+    batch: list[Stepped] = []
     count = 0
     for piece in _pieces(tensors):
         numel = piece.weight.numel()
@@ -108,21 +96,23 @@ def _batches(tensors: Sequence[Stepped]) -> Iterator[list[_Piece]]:
         yield batch
 
 
-def _pieces(tensors: Sequence[Stepped]) -> Iterator[_Piece]:
-    for weight, before, averaged, awake, place in tensors:
+def _pieces(tensors: Sequence[Stepped]) -> Iterator[Stepped]:
+    """Yield matching views of a bounded number of weights of one tensor each."""
+    for tensor in tensors:
         first = 0
-        for views in chunks(weight, before, *(() if averaged is None else (averaged,))):
-            yield _Piece(views[0], views[1], None if averaged is None else views[2], awake, place, first)
-            first += views[0].numel()
+        averaged = () if tensor.averaged is None else (tensor.averaged,)
+        for weight, before, *rest in chunks(tensor.weight, tensor.before, *averaged):
+            yield tensor._replace(weight=weight, before=before, averaged=rest[0] if rest else None, first=first)
+            first += weight.numel()
 
 
-def _alike(one: _Piece, other: _Piece) -> bool:
+def _alike(one: Stepped, other: Stepped) -> bool:
     """Whether two pieces can share a buffer. A tensor that may be dormant is alone."""
     same = one.weight.device == other.weight.device and one.weight.dtype == other.weight.dtype
     return same and one.awake is True and other.awake is True
 
 
-def _decay_batch(batch: Sequence[_Piece], decay: Decay) -> None:
+def _decay_batch(batch: Sequence[Stepped], decay: Decay) -> None:
     head = batch[0]
     stored = [piece.weight for piece in batch]
     before = _joined([piece.before for piece in batch])

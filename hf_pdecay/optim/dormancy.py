@@ -22,13 +22,13 @@ LATER = 8
 def dormant_entry(param: Tensor) -> Tensor:
     """Return the entry of a tensor's state that says whether it is wholly zero now."""
     # The only look at the weights that waits for the device, once in a tensor's life. Every tensor has the entry, as
-    # torch.distributed.checkpoint loads into the state of an optimizer that has stepped the weights as they are now.
+    # torch.distributed.checkpoint loads into the state of an optimizer that has stepped the present weights.
     dormant = bool(param.numel()) and not any_nonzero(param)
     return placed(torch.full((), dormant, dtype=torch.bool, device=param.device))
 
 
 def placed(dormant: Tensor) -> Tensor:
-    """Where the entry is looked at: on the device for a tensor that may wake there, else on the host for good."""
+    """Return the entry where it is read: on the device for a tensor that may wake there, else on the host."""
     return dormant if dormant.is_cpu or dormant.item() else dormant.cpu()
 
 
@@ -52,7 +52,7 @@ def is_awake_for_good(dormant: Tensor) -> bool:
 
 @dataclass
 class _Question:
-    """Entries on their way to the host: the event by which they have arrived, and the states that they are of."""
+    """Entries on their way to the host: the event of their arrival, and the states that they belong to."""
 
     event: Any
     flags: Tensor
@@ -73,9 +73,9 @@ class _Question:
 class Awakening:
     """Lets the host know that tensors on a device have become non-zero, without a wait.
 
-    Their entries are copied to the host while it goes on, and read in a later step, when they have arrived. From then
-    on nobody looks at these weights any more. As looking at sharded ones takes communication, all processes must stop
-    in the same step: they read the answer :data:`LATER` steps after the question, and not as soon as it is there.
+    Their entries are copied to the host while it goes on, and read in a later step. From then on no step looks at these
+    weights. A look at sharded ones takes communication, so all processes must stop in the same step: they read the
+    answer :data:`LATER` steps after the question, even if it arrives earlier.
     """
 
     def __init__(self) -> None:
@@ -86,7 +86,7 @@ class Awakening:
         return Awakening, ()
 
     def ask(self, states: Mapping[Tensor, dict[str, Any]]) -> None:
-        """Have the entries of tensors that may be asleep copied, unless an earlier question is still open.
+        """Copy the entries of tensors that may be dormant, unless an earlier question is still open.
 
         Args:
             states: The optimizer's state of each tensor that has stepped.
@@ -96,20 +96,20 @@ class Awakening:
             if not state["dormant"].is_cpu:
                 kinds.setdefault((state["dormant"].device, is_dtensor(param)), []).append(state)
         asked = {question.sharded for question in self._asked}
-        for (device, sharded), some in kinds.items():
+        for (device, sharded), waking in kinds.items():
             if sharded in asked:
                 continue
             module: Any = torch.get_device_module(device)
             if not hasattr(module, "Event") or getattr(module, "is_current_stream_capturing", bool)():
                 continue
             with module.device(device):
-                flags = torch.stack([state["dormant"] for state in some]).to("cpu", non_blocking=True)
+                flags = torch.stack([state["dormant"] for state in waking]).to("cpu", non_blocking=True)
                 event = module.Event()
                 event.record()
-            self._asked.append(_Question(event, flags, some, sharded))
+            self._asked.append(_Question(event, flags, waking, sharded))
 
     def hear(self) -> None:
-        """Note what has arrived."""
+        """Read the entries that have arrived."""
         if any(_is_capturing(state) for question in self._asked for state in question.states[:1]):
             return
         waiting = []
@@ -124,6 +124,6 @@ class Awakening:
 
 
 def _is_capturing(state: dict[str, Any]) -> bool:
-    """Whether the device of a tensor is being recorded for a CUDA graph, in which no event may be asked."""
+    """Whether a CUDA graph is being captured on the device of a tensor, which forbids to query events."""
     module: Any = torch.get_device_module(state["step"].device)
     return bool(getattr(module, "is_current_stream_capturing", bool)())

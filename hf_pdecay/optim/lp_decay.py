@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -248,7 +248,7 @@ class LpDecay(DecayOptimizer):
         finally:
             del base.grad_scale, base.found_inf
 
-    def _copied(self, group_index: int, params: dict[int, Tensor], dormant: dict[Tensor, Tensor]) -> list[_Copied]:
+    def _copied(self, group_index: int, params: dict[int, Tensor], dormant: dict[Tensor, Tensor]) -> list[Stepped]:
         """Copy the weights of a group that are to decay, and note in ``dormant`` which have not stepped before."""
         group = self.param_groups[group_index]
         places = {param: noise_place(group_index, index) for index, param in params.items() if param.grad is not None}
@@ -267,7 +267,7 @@ class LpDecay(DecayOptimizer):
             if group["keep_zeros"] or (decays and awake[param] is not False):
                 by_kind.setdefault((param.device, param.dtype), []).append(param)
         return [
-            _Copied(param, before, awake[param], places[param])
+            Stepped(param, before, None, awake[param], places[param])
             for alike in by_kind.values()
             for param, before in zip(alike, copies([local(param) for param in alike]), strict=True)
         ]
@@ -291,29 +291,21 @@ class LpDecay(DecayOptimizer):
         unit_decay.take_norms("compiled" if can_compile(group["params"]) else "")
         return unit_decay
 
-    def _decay_weights(self, group: dict[str, Any], copied: list[_Copied], finite: bool | Tensor) -> None:
+    def _decay_weights(self, group: dict[str, Any], copied: list[Stepped], finite: bool | Tensor) -> None:
         by_device: dict[torch.device, list[Stepped]] = {}
-        for param, before, awake, place in copied:
+        for tensor in copied:
+            param, place = tensor.weight, tensor.place
             z = local(self.state[param]["z"]) if is_schedule_free(self.base) else None
             if is_dtensor(param):
                 # Autograd looks at the DTensor; the decay changes the shard that it holds.
                 torch.autograd.graph.increment_version(param)
                 place = shard_place(param, place)
-            stepped = Stepped(local(param), before, z, awake, place)
-            by_device.setdefault(before.device, []).append(stepped)
+            stepped = tensor._replace(weight=local(param), averaged=z, place=place)
+            by_device.setdefault(tensor.before.device, []).append(stepped)
         for device, tensors in by_device.items():
             alpha_lambda = rate_on(self._rate(group), device) * group["lambda_p"]
             step = group["decay_steps"] + 1
             decay_weights(tensors, Decay(group["p_norm"], alpha_lambda, group["keep_zeros"], step, finite))
-
-
-class _Copied(NamedTuple):
-    """A parameter, its weights before the base's step, whether it is awake, and its place in the optimizer."""
-
-    param: Tensor
-    before: Tensor
-    awake: bool | Tensor
-    place: int
 
 
 def _changes_weights(group: dict[str, Any]) -> bool:

@@ -23,6 +23,7 @@ from .units import ELEMENT, kind_of
 
 
 _STATE = ("exp_avg", "exp_avg_sq", "step")
+_HYPERPARAMETERS = ("lr", "eps", "weight_decay", "p_norm", "lambda_p", "keep_zeros", "maximize", "skip_nonfinite")
 
 
 def hyper_of(group: Mapping[str, Any]) -> Hyperparameters:
@@ -34,19 +35,8 @@ def hyper_of(group: Mapping[str, Any]) -> Hyperparameters:
     check_p_norm(group["p_norm"])
     check_lambda_p(group["lambda_p"])
     beta1, beta2 = group["betas"]
-    return Hyperparameters(
-        group["lr"],
-        beta1,
-        beta2,
-        group["eps"],
-        group["weight_decay"],
-        group["p_norm"],
-        group["lambda_p"],
-        group["keep_zeros"],
-        group["maximize"],
-        group["skip_nonfinite"],
-        rounds="phase" in group,
-    )
+    same = {name: group[name] for name in _HYPERPARAMETERS}
+    return Hyperparameters(beta1=beta1, beta2=beta2, rounds="phase" in group, **same)
 
 
 class StepCache:

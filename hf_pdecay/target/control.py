@@ -1,15 +1,15 @@
-"""Asking for a sparsity: schedules, the law that sets λ_p, the cuts, and healing. Knows nothing of any Trainer.
+"""How a run reaches its target sparsity: pruning on a schedule, the law that sets λ_p, and healing.
 
-From ``begin`` to ``end`` the share of zeros follows a schedule up to the target, in cuts. Weights are ranked by
-saliency in the metric in which Adam descends, |w| v^(1/4): its square is w² √v, the loss that removing a weight costs
-to second order (optimal brain damage, LeCun et al. 1989) with √v, what Adam divides by, for the curvature. Each cut
-sets the least salient weights to exactly 0, as many as the schedule asks for. On the way the weights compete: λ_p is a
-share of the one by which half of those that are to stay would be gone by the end of the run too, had they no gradient,
-and never such that more die by themselves than the next cut takes. After ``end`` zeros stay and the others train on
-("healing").
+From ``begin`` to ``end`` the share of zeros follows a schedule up to the target. After some of these steps the least
+salient weights are set to exactly 0, as many as the schedule asks for. Saliency is the magnitude in the metric in which
+Adam descends, |w| v^(1/4): its square, w² √v, is the loss that removing a weight costs to second order (optimal brain
+damage, LeCun et al. 1989), with √v, Adam's divisor, for the curvature.
 
-Of groups of weights that decay as one (``optim.grouped``) the same holds with a group for a weight: its root mean
-square for |w|, and the mean of w² √v for the saliency.
+Between prunings the weights compete. λ_p is a share of the one that would zero half of the weights to be kept by the
+end of the run, if they had no gradient, and never makes more weights die than the next pruning takes. After ``end``
+zeros stay and the other weights train on ("healing").
+
+The same holds for units (``optim.unit_decay``), with their root mean square for |w| and the mean of w² √v for saliency.
 """
 
 from __future__ import annotations
@@ -34,14 +34,14 @@ from .settings import Target, check_p_norms
 
 _MIN_STEPS = 10
 
-# How much of the change is made when the decay ends, so that the last weights are chosen by the cuts alone.
+# How much of the change is made when the decay ends, so that pruning alone chooses the last weights.
 _LAST_DECAY = 0.99
 
 
 class SparsityControl:
-    """Brings the weights that an optimizer decays to a sparsity, step by step.
+    """Brings the decayed weights of an optimizer to a sparsity, step by step.
 
-    A training loop calls it around each step of the optimizer, steps being counted from 1:
+    A training loop calls it around each step of the optimizer, counted from 1:
 
         >>> control = SparsityControl(optimizer, total_steps, target_sparsity=0.9)
         >>> for step in range(1, total_steps + 1):
@@ -50,8 +50,8 @@ class SparsityControl:
         ...     optimizer.step()
         ...     control.after_step(step)
 
-    All that it must remember lies in the param groups, so a checkpoint of the optimizer carries it: a resumed loop goes
-    on at the step that comes next. Groups with ``decayed`` false, or without it and with a λ_p of 0, are left alone.
+    Its memory lies in the param groups, so a checkpoint of the optimizer carries it: a resumed loop goes on at the next
+    step. Groups on which no decay acts (:func:`~hf_pdecay.optim.param_groups.is_decayed`) do not change.
 
     Args:
         optimizer: An :class:`~hf_pdecay.AdamWLp`. A group may name a ``target_sparsity`` of its own.
@@ -78,10 +78,10 @@ class SparsityControl:
         for group in decayed_groups(groups):
             group.setdefault("p_norm_end", group["p_norm"])
         members = [(group, budget.target) for budget in self.budgets for group, _ in budget.members]
-        # Whether λ_p is still what the user gave. Of shards a state came with that of a checkpoint, which a control has
-        # set: torch.distributed.checkpoint gives back no entry that a new group has not.
+        # Whether λ_p is still the user's. The state of shards comes with λ_p of a checkpoint, which a control has set:
+        # torch.distributed.checkpoint restores no entry that a new group does not have.
         whole = _same([group["params"] for group in groups], params)
-        whole = whole and not any(is_sharded(param) for some in params for param in some)
+        whole = whole and not any(is_sharded(param) for tensors in params for param in tensors)
         unset = any("asked_sparsity" not in group for group, _ in members)
         self._unset = unset and (whole or not self._optimizer.state)
         for group, target in members:
@@ -99,10 +99,10 @@ class SparsityControl:
 
     @torch.no_grad()
     def before_step(self, step: int) -> None:
-        """Set p, λ_p and ``keep_zeros`` of the groups for a step, which is about to be made.
+        """Set p, λ_p, ``keep_zeros`` and the phase of the groups for the next step.
 
         Args:
-            step: Its number, the first of all being 1.
+            step: Number of that step, counted from 1.
         """
         self._refresh()
         schedule = self.schedule
@@ -128,10 +128,10 @@ class SparsityControl:
 
     @torch.no_grad()
     def after_step(self, step: int) -> None:
-        """Set the least salient weights to 0, if a cut follows this step.
+        """Prune, if the schedule says so after this step.
 
         Args:
-            step: Number of the step that was just made, the first of all being 1.
+            step: Number of the step that was just made, counted from 1.
         """
         if not self.schedule.prunes(step):
             return
@@ -140,9 +140,9 @@ class SparsityControl:
             prune(budget, self._optimizer, self.schedule.progress(step))
         for group in self._groups if step == self.schedule.end else ():
             if kind_of(group) in UNIT_KINDS:
-                # What has not learned by now is among the zeros that were asked for.
-                kept = group.get("dormant_units") or ()
-                group["dormant_units"] = [torch.zeros(len(each), dtype=torch.bool) for each in kept]
+                # Units that have not learned by now count as zeros of the target.
+                masks = group.get("dormant_units") or ()
+                group["dormant_units"] = [torch.zeros(len(mask), dtype=torch.bool) for mask in masks]
         publish(self._optimizer)
 
     def shortfall(self) -> float:
@@ -191,11 +191,9 @@ class SparsityControl:
         return min(wanted, lambda_for_threshold(group["p_norm"], next_pruning, rate * self.schedule.interval))
 
 
-def _same(some: Sequence[Sequence[Tensor]], others: Sequence[Sequence[Tensor]]) -> bool:
+def _same(one: Sequence[Sequence[Tensor]], other: Sequence[Sequence[Tensor]]) -> bool:
     """Whether two lists of lists hold the very same tensors."""
-    if [len(each) for each in some] != [len(each) for each in others]:
-        return False
-    return all(x is y for a, b in zip(some, others, strict=True) for x, y in zip(a, b, strict=True))
+    return [list(map(id, tensors)) for tensors in one] == [list(map(id, tensors)) for tensors in other]
 
 
 def plan_target(

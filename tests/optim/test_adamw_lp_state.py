@@ -13,7 +13,6 @@ import torch
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 
 from hf_pdecay import AdamWLp
-from hf_pdecay.optim.gradients import count_skipped
 from tests.helpers.reference.adamw_lp64 import Hyper, Reference
 
 
@@ -367,9 +366,9 @@ def test_skips_that_only_the_device_knows_are_counted_in_place() -> None:
     """A CUDA graph replays what it was captured with: a counter that is assigned anew would not move."""
     optimizer = AdamWLp(parameters((4,)))
     optimizer.param_groups[0]["skipped_steps"] = 2
-    count_skipped(optimizer.param_groups, torch.tensor(False))
+    optimizer._count_skipped(torch.tensor(False))
     counter = optimizer.param_groups[0]["skipped_steps"]
-    count_skipped(optimizer.param_groups, torch.tensor(True))
-    count_skipped(optimizer.param_groups, torch.tensor(False))
+    optimizer._count_skipped(torch.tensor(True))
+    optimizer._count_skipped(torch.tensor(False))
     assert optimizer.param_groups[0]["skipped_steps"] is counter
     assert optimizer.skipped_steps == 4

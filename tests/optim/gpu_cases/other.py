@@ -69,7 +69,7 @@ class TestOthers:
                 assert all(gpu_decay.takes(each) for each in ours)
                 gpu_decay.decay_weights(ours, decay)
                 for each in theirs:
-                    shrinking._decay_batch([shrinking._Piece(*each, 0)], decay)
+                    shrinking._decay_batch([each], decay)
                 for a, b in zip(ours, theirs, strict=True):
                     if dtype == F32:
                         torch.testing.assert_close(a.weight, b.weight, rtol=2e-5, atol=1e-9)
