@@ -51,12 +51,12 @@ if TYPE_CHECKING:
     from .shrinking.model import shrink as shrink
     from .shrinking.report import LayerCount as LayerCount
     from .shrinking.report import ShrinkReport as ShrinkReport
-    from .sparsity.counting import SparsityReport as SparsityReport
-    from .sparsity.counting import TensorSparsity as TensorSparsity
     from .sparsity.counting import measure_sparsity as measure_sparsity
-    from .sparsity.dead_units import UnitSparsity as UnitSparsity
     from .sparsity.history import read_history as read_history
     from .sparsity.picture import plot_sparsity as plot_sparsity
+    from .sparsity.report import SparsityReport as SparsityReport
+    from .sparsity.report import TensorSparsity as TensorSparsity
+    from .sparsity.report import UnitSparsity as UnitSparsity
     from .storage.container import FormatError as FormatError
     from .storage.hub import push_to_hub as push_to_hub
     from .storage.reader import decompress as decompress
@@ -122,10 +122,10 @@ _MODULES = {
     "shrink": "shrinking.model",
     "LayerCount": "shrinking.report",
     "ShrinkReport": "shrinking.report",
-    "SparsityReport": "sparsity.counting",
-    "TensorSparsity": "sparsity.counting",
+    "SparsityReport": "sparsity.report",
+    "TensorSparsity": "sparsity.report",
     "measure_sparsity": "sparsity.counting",
-    "UnitSparsity": "sparsity.dead_units",
+    "UnitSparsity": "sparsity.report",
     "read_history": "sparsity.history",
     "plot_sparsity": "sparsity.picture",
     "FormatError": "storage.container",

@@ -19,8 +19,9 @@ from ..names import lora_factor, natural_key, saved_names
 from ..optim.unit_operations import alive_here
 from ..optim.units import Member
 from ..shrinking.estimate import Estimator, ShrinkEstimate
-from ..sparsity.counting import NEAR_ZERO_THRESHOLD, SparsityReport, TensorSparsity, count_tensor
+from ..sparsity.counting import count_tensor
 from ..sparsity.file_names import REPORT_FILE
+from ..sparsity.report import NEAR_ZERO_THRESHOLD, SparsityReport, TensorSparsity
 from ..storage.folder import CONFIG, INDEX, WEIGHTS, check_shard_name, read_config, read_json
 from ..storage.format import smallest_payload
 from ..storage.manifest import METHOD
@@ -143,7 +144,7 @@ def report_folder(folder: str | os.PathLike[str], near_zero_threshold: float = N
     return FolderReport(
         path,
         # Only the run knows which weights decayed as units.
-        SparsityReport(tensors, near_zero_threshold, [] if run_report is None else run_report.groups),
+        SparsityReport(tensors, near_zero_threshold, [] if run_report is None else run_report.units),
         ranks.counts(),
         stored,
         stored if method and method != METHOD else compressed,  # `compress` refuses other methods

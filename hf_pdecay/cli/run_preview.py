@@ -97,8 +97,7 @@ class Preview:
     @property
     def pruning_steps(self) -> list[int]:
         """The steps after which weights are pruned; none without a target."""
-        steps = range(self.schedule.begin + 1, self.schedule.end + 1) if self.budgets else ()
-        return [step for step in steps if self.schedule.prunes(step)]
+        return self.schedule.pruning_steps if self.budgets else []
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON types."""

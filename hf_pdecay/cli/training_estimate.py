@@ -11,9 +11,9 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from ..checks import check_choice
-from ..optim.moments import BLOCK, MIN_QUANTIZED, MOMENTS
-from ..sparsity.counting import CHUNK
-from ..target.ranking import DEVICE_CHUNK, DIGIT, SAMPLE, bracket_margin, sample_stride
+from ..optim.moments import MOMENTS, quantized_bytes
+from ..sparsity.counting import counted_bytes, counting_temporaries
+from ..target.cost import Traffic, pruning_cost
 from ..target.settings import Target
 from .model_size import ModelSize, TensorSize
 
@@ -29,15 +29,6 @@ DTYPES = {"float32": 4, "bfloat16": 2}
 _STEP_SHARDED = ("fsdp2", "zero2", "zero3")  # processes step different weights
 _MODEL_SHARDED = ("fsdp2", "zero3")  # and hold different weights of the model
 _ZERO = ("zero2", "zero3")
-
-_INT64 = _FLOAT64 = 8
-_SCORE = 4  # scores are float32, unless weights are float64
-_SCORE_BITS = 31  # of which the sign is none
-# Bytes of temporaries at the most for each weight of a chunk that is ranked (with equal scores, which are counted in
-# int64), and for each in the bracket.
-_RANKED, _BRACKETED = 40, 20
-# For each weight of a chunk that is counted: its magnitude and a mask; and a mask of a whole tensor on a GPU.
-_COUNTED, _MASK = 5, 1
 
 
 @dataclass(frozen=True)
@@ -103,38 +94,26 @@ class Memory:
 
 
 @dataclass(frozen=True)
-class Traffic:
-    """All-reduces of one process, and the bytes of the tensors in them."""
-
-    all_reduces: int = 0
-    bytes: int = 0
-
-    def __add__(self, other: Traffic) -> Traffic:
-        return Traffic(self.all_reduces + other.all_reduces, self.bytes + other.bytes)
-
-
-@dataclass(frozen=True)
 class Added:
     """What hf_pdecay adds to AdamW under a layout, for each process.
 
     Args:
         step: Communication of each step, but for tensors that begin wholly zero: a CPU asks once a step whether each is
             still so until it is not, a GPU in all steps.
-        cut: Of each cut by a target, without ``ties``.
-        ties: What a cut takes more where some of several equal scores are zeroed and some not: rare among few float32
-            weights, usual from some ten million on, as there are only so many float32 numbers, and in bfloat16.
-        lambda_p: Of each time that λ_p is set, which is after most cuts.
-        log: Of each log event.
-        cut_bytes: Temporaries during a cut on a GPU, at the most where weights are not all alike.
+        pruning: See :class:`~.target.cost.PruningCost`.
+        ties: See there.
+        lambda_p: See there.
+        log: Communication of each log event.
+        pruning_bytes: Temporaries during a pruning step on a GPU.
         log_bytes: Temporaries during a log event on a GPU.
     """
 
     step: Traffic
-    cut: Traffic
+    pruning: Traffic
     ties: Traffic
     lambda_p: Traffic
     log: Traffic
-    cut_bytes: int
+    pruning_bytes: int
     log_bytes: int
 
 
@@ -159,7 +138,7 @@ class Estimate:
     @property
     def pruning_steps(self) -> int:
         """Cuts of a run with a target."""
-        return pruning_steps(self.setup.max_steps)
+        return len(Target().schedule(self.setup.max_steps).pruning_steps)
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON types; all that is in bytes is for each GPU."""
@@ -210,13 +189,13 @@ class Estimate:
 
         table = Table(title="What hf_pdecay adds to AdamW: all-reduces / KiB, temporary MiB")
         table.add_column("layout")
-        for head in ("a step", "a cut", "λ_p after it", "a log event", "cut, MiB", "log, MiB"):
+        for head in ("a step", "pruning", "λ_p after it", "a log event", "pruning, MiB", "log, MiB"):
             table.add_column(head, justify="right")
         for layout, added in self.added.items():
             table.add_row(
                 layout,
-                *(_traffic_cell(each) for each in (added.step, added.cut + added.ties, added.lambda_p, added.log)),
-                f"{added.cut_bytes / 2**20:.0f}",
+                *(_traffic_cell(each) for each in (added.step, added.pruning + added.ties, added.lambda_p, added.log)),
+                f"{added.pruning_bytes / 2**20:.0f}",
                 f"{added.log_bytes / 2**20:.0f}",
             )
         return table
@@ -287,7 +266,7 @@ def memory_of(size: ModelSize, layout: str, setup: Setup) -> Memory:
         weights = gradients = DTYPES[stepped] * held
         master, buckets = 0, gradients if layout == "ddp" else 0
     if setup.moments == "8bit":
-        moments = sum(_quantized_bytes(each.numel) for each in size.tensors)
+        moments = sum(quantized_bytes(each.numel) for each in size.tensors)
     else:
         moments = 2 * DTYPES[setup.moments or stepped] * held
     return Memory(weights, gradients, moments, master, buckets)
@@ -295,40 +274,21 @@ def memory_of(size: ModelSize, layout: str, setup: Setup) -> Memory:
 
 def added_by(size: ModelSize, layout: str, gpus: int) -> Added:
     """Return what hf_pdecay adds to AdamW for a model under a layout."""
-    decayed = size.decayed
-    numel, held = size.decayed_parameters, _held(decayed, layout, gpus)
-    step = cut = ties = lambda_p = log = Traffic()
-    if decayed and layout in _STEP_SHARDED:
-        # The table of who has how many weights of which tensor, or how many that are equal in score; and the sample.
-        ties = Traffic(1, len(decayed) * gpus * _INT64)
-        lambda_p = ranking = ties + Traffic(1, -(-numel // sample_stride(numel)) * _SCORE)
-        # How many are below and in the bracket, and the digits of the score.
-        cut = ranking + Traffic(1, 2 * _INT64)
-        for left in range(_SCORE_BITS, 0, -DIGIT):
-            cut += Traffic(1, (1 << min(DIGIT, left)) * _INT64)
-    if layout == "fsdp2":
-        step = Traffic(1, 4)  # whether gradients are finite on all processes
-    if layout in _MODEL_SHARDED:
-        log = Traffic(1, 3 * len(size.tensors) * _FLOAT64)  # zeros, near-zeros and norm of each tensor
-    largest_cut = max(held, default=0)
-    # The bracket is widest around the median.
-    bracket = min(2 * bracket_margin(SAMPLE / 2, SAMPLE) / SAMPLE, 1)
-    largest = max(_held(size.tensors, layout if layout in _MODEL_SHARDED else "single", gpus), default=0)
+    shards = gpus if layout in _STEP_SHARDED else 0
+    pruning = pruning_cost(size.decayed_parameters, _held(size.decayed, layout, gpus), shards)
+    # Whether gradients are finite on all processes.
+    step = Traffic(1, 4) if layout == "fsdp2" else Traffic()
+    log = Traffic(1, counted_bytes(len(size.tensors))) if layout in _MODEL_SHARDED else Traffic()
+    held = _held(size.tensors, layout if layout in _MODEL_SHARDED else "single", gpus)
     return Added(
         step,
-        cut,
-        ties,
-        lambda_p,
+        pruning.pruning,
+        pruning.ties,
+        pruning.lambda_p,
         log,
-        cut_bytes=_RANKED * min(largest_cut, DEVICE_CHUNK) + round(_BRACKETED * bracket * sum(held)),
-        log_bytes=max(_COUNTED * min(largest, CHUNK), _MASK * largest),
+        pruning_bytes=pruning.temporaries,
+        log_bytes=counting_temporaries(max(held, default=0)),
     )
-
-
-def pruning_steps(max_steps: int) -> int:
-    """Return how many cuts a run with a target has, by default settings."""
-    schedule = Target().schedule(max_steps)
-    return sum(schedule.prunes(step) for step in range(schedule.begin + 1, schedule.end + 1))
 
 
 def _processes(layout: str, gpus: int) -> int:
@@ -343,13 +303,6 @@ def _held(tensors: Sequence[TensorSize], layout: str, gpus: int) -> list[int]:
         rows = [(each.shape[0] if each.shape else 1, each.numel) for each in tensors]
         return [-(-first // gpus) * (numel // first) if first else 0 for first, numel in rows]
     return [-(-each.numel // gpus) for each in tensors]
-
-
-def _quantized_bytes(numel: int) -> int:
-    """Both moments of a tensor as `optim.moments` and torchao store them: codes, scales, and a table of 256 values."""
-    if numel < MIN_QUANTIZED or numel % BLOCK:
-        return 2 * DTYPES["float32"] * numel
-    return 2 * (numel + 4 * numel // BLOCK + 4 * 256)
 
 
 def _traffic_cell(traffic: Traffic) -> str:

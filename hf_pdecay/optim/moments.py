@@ -37,6 +37,13 @@ def check_moments(moments: object) -> None:
         _state_class()  # whose import lets torch.load read checkpoints that hold it
 
 
+def quantized_bytes(numel: int) -> int:
+    """Return the bytes of both moments of a tensor in 8 bit: codes, scales, and a table of 256 values each."""
+    if numel < MIN_QUANTIZED or numel % BLOCK:
+        return 2 * 4 * numel
+    return 2 * (numel + 4 * numel // BLOCK + 4 * 256)
+
+
 def zero_moment(param: Tensor, moments: str | None, *, signed: bool) -> Tensor:
     """Return a moment of zeros for a parameter.
 

@@ -17,7 +17,7 @@ from .._version import __version__
 from ..rules.table import lambda_text
 from .card import add_section, add_tags, split_card
 from .command_line import command_line
-from .counting import SparsityReport
+from .report import SparsityReport
 
 
 if TYPE_CHECKING:

@@ -46,6 +46,11 @@ class Schedule:
         """Whether a cut follows a step, the first of all steps being number 1."""
         return self.begin < step <= self.end and (self.end - step) % self.interval == 0
 
+    @property
+    def pruning_steps(self) -> list[int]:
+        """All steps after which weights are pruned."""
+        return [step for step in range(self.begin + 1, self.end + 1) if self.prunes(step)]
+
     def next_pruning(self, step: int) -> int:
         """Return the first step from this one on that a cut follows."""
         return min(step + (self.end - step) % self.interval, self.end)

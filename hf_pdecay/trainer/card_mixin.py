@@ -12,7 +12,7 @@ from ..optim.param_groups import is_decayed
 from ..optim.shards import group_params, is_sharded, settle
 from ..rules.assign import decayed_parameter_names
 from ..sparsity.card import add_tags
-from ..sparsity.counting import SparsityReport, measure_sparsity
+from ..sparsity.counting import measure_sparsity
 from ..sparsity.dead_units import count_units
 from ..sparsity.file_names import CARD_FILE, PICTURE_FILE
 from ..sparsity.model_card import (
@@ -24,6 +24,7 @@ from ..sparsity.model_card import (
     settings_in_words,
     summary_of,
 )
+from ..sparsity.report import SparsityReport
 from ..target.budgets import target_of_all
 from .arguments import settings_of
 from .optimizer import name_of
@@ -86,7 +87,7 @@ class CardMixin(_Base):
             params = group_params(self.optimizer)
             decayed, counted = decayed_parameter_names(self.model, groups, params), count_units(groups, params)
         return measure_sparsity(
-            self.model, decayed=decayed, near_zero_threshold=self._near_zero_threshold, groups=counted
+            self.model, decayed=decayed, near_zero_threshold=self._near_zero_threshold, units=counted
         )
 
     @property

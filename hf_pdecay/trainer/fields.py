@@ -10,6 +10,7 @@ from dataclasses import dataclass, fields
 from typing import Any, get_args, get_type_hints
 
 from ..checks import check_choice, check_lambda_p, check_p_norm, is_number
+from ..sparsity.report import NEAR_ZERO_THRESHOLD
 from ..target.settings import Target, check_p_norms, setting
 
 
@@ -51,7 +52,7 @@ class DecayFields(Target):
         SPARSITY_LOGGING,
     )
     near_zero_threshold: float = setting(
-        1e-13, "Magnitude below which a non-zero weight counts as near zero in reports."
+        NEAR_ZERO_THRESHOLD, "Magnitude below which a non-zero weight counts as near zero in reports."
     )
 
     def __post_init__(self) -> None:

@@ -21,7 +21,7 @@ from .settings import DecaySettings, split_optim_args
 
 
 if TYPE_CHECKING:
-    from ..sparsity.counting import SparsityReport
+    from ..sparsity.report import SparsityReport
 
     _Base = Trainer
 else:

@@ -20,10 +20,11 @@ from ..optim.param_groups import is_decayed
 from ..optim.shards import group_params, is_sharded, settle
 from ..rules.assign import decayed_parameter_names
 from ..rules.table import group_table
-from ..sparsity.counting import NEAR_ZERO_THRESHOLD, SparsityReport, measure_sparsity, measure_with_extra
+from ..sparsity.counting import measure_sparsity, measure_with_extra
 from ..sparsity.dead_units import count_units
 from ..sparsity.file_names import HISTORY_FILE, PICTURE_FILE, REPORT_FILE, RUN_FILES
 from ..sparsity.history import read_history
+from ..sparsity.report import NEAR_ZERO_THRESHOLD, SparsityReport
 from ..target.forecast import DecayingGroup, forecast
 
 
@@ -128,7 +129,7 @@ class SparsityCallback(TrainerCallback):
                 "All %d steps so far were skipped for NaN or infinite gradients, so nothing is learned.",
                 self._skipped_steps,
             )
-        values |= {f"sparsity/{each.label.replace(' ', '_')}": each.sparsity for each in report.groups}
+        values |= {f"sparsity/{each.label.replace(' ', '_')}": each.sparsity for each in report.units}
         if self._skipped_steps:
             values["skipped_steps"] = self._skipped_steps
         # The Trainer has copied the dict into its history before it calls; the trackers after this get the dict itself.
@@ -189,7 +190,7 @@ class SparsityCallback(TrainerCallback):
             "model_sparsity": report.model_sparsity,
             "near_zeros": report.decayed.near_zeros,
             "skipped_steps": self._skipped_steps,
-            **({"groups": {each.label: each.sparsity for each in report.groups}} if report.groups else {}),
+            **({"units": {each.label: each.sparsity for each in report.units}} if report.units else {}),
             "layers": {each.name: each.sparsity for each in report.tensors if each.decayed},
         }
 
@@ -204,7 +205,7 @@ class SparsityCallback(TrainerCallback):
             decayed=_names(model, groups) if groups else None,
             near_zero_threshold=self.near_zero_threshold,
             extra=[each.settings.get("skipped_steps", 0) for each in groups],
-            groups=count_units([each.settings for each in groups], [each.params for each in groups]),
+            units=count_units([each.settings for each in groups], [each.params for each in groups]),
         )
         self._skipped_steps = max(skipped, default=0)
         return report if state.is_world_process_zero else None

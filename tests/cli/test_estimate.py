@@ -17,6 +17,7 @@ from hf_pdecay.cli.model_size import ModelSize, TensorSize, from_parameters, fro
 from hf_pdecay.cli.training_estimate import Setup, added_by, estimate, memory_of
 from hf_pdecay.optim.shards import Ranked
 from hf_pdecay.rules.assign import build_param_groups
+from hf_pdecay.target import cost
 from hf_pdecay.target import ranking as selection
 from hf_pdecay.target.control import SparsityControl
 from hf_pdecay.target.ranking import Ranking, prune_least
@@ -142,7 +143,7 @@ def test_all_layouts_leave_out_what_cannot_be() -> None:
 def test_whole_tensors_need_no_communication() -> None:
     for layout in ("single", "ddp"):
         added = added_by(from_parameters(1e9), layout, 8)
-        parts = added.step, added.cut, added.ties, added.lambda_p, added.log
+        parts = added.step, added.pruning, added.ties, added.lambda_p, added.log
         assert [each.all_reduces for each in parts] == [0] * 5
 
 
@@ -150,7 +151,8 @@ def test_whole_tensors_need_no_communication() -> None:
 def test_cuts_are_those_of_a_run(max_steps: int) -> None:
     param = nn.Parameter(torch.ones(4))
     control = SparsityControl(AdamWLp([param], lambda_p=1.0), max_steps, target_sparsity=0.5)
-    assert est.pruning_steps(max_steps) == sum(control.schedule.prunes(step) for step in range(max_steps + 2))
+    found = estimate(from_parameters(9), Setup(max_steps=max_steps))
+    assert found.pruning_steps == sum(control.schedule.prunes(step) for step in range(max_steps + 2))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -162,7 +164,7 @@ def test_temporaries_of_a_cut_are_bounded_as_stated(
     from memory import PeakMemory
 
     monkeypatch.setattr(selection, "CPU_CHUNK", 1 << 14)
-    monkeypatch.setattr(est, "DEVICE_CHUNK", 1 << 14)
+    monkeypatch.setattr(cost, "DEVICE_CHUNK", 1 << 14)
     generator = torch.Generator().manual_seed(0)
     weights = [torch.randn(1 << 19, generator=generator).to(dtype) for _ in range(4)]
     tensors = [Ranked(each, torch.rand(each.shape, generator=generator).to(dtype)) for each in weights]
@@ -170,7 +172,7 @@ def test_temporaries_of_a_cut_are_bounded_as_stated(
         prune_least(tensors, Ranking(tensors).least(round(fraction * (1 << 21))))
     size = ModelSize("made", [TensorSize(tuple(each.shape), True) for each in weights])
     # Beside what is stated for large models stands the sample, and a copy of it that is sorted with its places.
-    stated = added_by(size, "single", 1).cut_bytes + 6 * 4 * selection.SAMPLE
+    stated = added_by(size, "single", 1).pruning_bytes + 6 * 4 * selection.SAMPLE
     assert stated / 20 < memory.peak <= stated
 
 
@@ -213,10 +215,10 @@ def test_communication_is_that_of_real_processes(traffic: list[dict[str, Any]], 
         expected = {
             key: [value["all_reduces"], value["bytes"]] for key, value in said.items() if isinstance(value, dict)
         }
-        assert len(found["cut"]) == rank[case]["pruning_steps"] > 3
-        assert found["cut"] == [expected["cut"]] * len(found["cut"])
-        assert rank[case]["tied"] == [a + b for a, b in zip(expected["cut"], expected["ties"], strict=True)]
-        assert set(map(tuple, found["no cut"])) == {(0, 0)}
+        assert len(found["pruning"]) == rank[case]["pruning_steps"] > 3
+        assert found["pruning"] == [expected["pruning"]] * len(found["pruning"])
+        assert rank[case]["tied"] == [a + b for a, b in zip(expected["pruning"], expected["ties"], strict=True)]
+        assert set(map(tuple, found["no pruning"])) == {(0, 0)}
         assert found["log"] == [expected["log"]] * len(found["log"])
         # The first step also looks which tensors are wholly zero; the bias of the norm is, until the second step.
         calls, sent = expected["step"]

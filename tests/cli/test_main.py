@@ -36,7 +36,7 @@ def test_a_folder_as_json(folder: str, capsys: pytest.CaptureFixture[str]) -> No
     assert list(found["layouts"]) == ["single", "ddp", "fsdp2", "zero2", "zero3"]
     assert found["layouts"]["single"]["memory"]["total"] == 16 * parameters
     assert found["layouts"]["single"]["gpus"] == 1
-    assert found["layouts"]["zero3"]["added"]["cut"]["all_reduces"] == 6
+    assert found["layouts"]["zero3"]["added"]["pruning"]["all_reduces"] == 6
 
 
 def test_a_number_of_parameters_as_tables(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

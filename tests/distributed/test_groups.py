@@ -69,8 +69,8 @@ def test_groups_die_as_on_one_process(layout: Layout, alone: dict[str, Run], tmp
         run.check()
         assert "DTensor" in run.found["kinds"]
         assert run.found["eval_loss"] == pytest.approx(alone[name].found["eval_loss"], abs=1e-3)
-        assert run.report["groups"] == alone[name].report["groups"]
-        assert run.log[-1]["groups"] == alone[name].log[-1]["groups"]
+        assert run.report["units"] == alone[name].report["units"]
+        assert run.log[-1]["units"] == alone[name].log[-1]["units"]
     of = dead(runs["neurons and heads"])
     for name, expected in dead(alone["neurons and heads"]).items():
         assert torch.equal(of[name], expected), name

@@ -21,7 +21,7 @@ from torch.distributed.fsdp import fully_shard
 
 from hf_pdecay import AdamWLp, measure_sparsity
 from hf_pdecay.cli.model_size import of_model
-from hf_pdecay.cli.training_estimate import added_by, pruning_steps
+from hf_pdecay.cli.training_estimate import added_by
 from hf_pdecay.rules.assign import build_param_groups
 from hf_pdecay.target.control import SparsityControl
 from tests.helpers.launching import leave
@@ -71,19 +71,20 @@ def run(width: int) -> dict[str, Any]:
     net = model(width)
     said = asdict(added_by(of_model(net), "fsdp2", 2))
     optimizer, control = made(net)
-    found: dict[str, list[list[int]]] = {"step": [], "cut": [], "lambda_p": [], "log": [], "no cut": []}
+    found: dict[str, list[list[int]]] = {"step": [], "pruning": [], "lambda_p": [], "log": [], "no pruning": []}
     for step in range(1, STEPS + 1):
         net(torch.randn(4, 8, generator=torch.Generator().manual_seed(step))).square().mean().backward()
         found["lambda_p"].append(watched(partial(control.before_step, step)))
         found["step"].append(watched(optimizer.step))
-        found["cut" if control.schedule.prunes(step) else "no cut"].append(watched(partial(control.after_step, step)))
+        kind = "pruning" if control.schedule.prunes(step) else "no pruning"
+        found[kind].append(watched(partial(control.after_step, step)))
         optimizer.zero_grad()
         found["log"].append(watched(partial(measure_sparsity, net)))
-    return {"found": found, "said": said, "pruning_steps": pruning_steps(STEPS), "tied": tied(width)}
+    return {"found": found, "said": said, "pruning_steps": len(control.schedule.pruning_steps), "tied": tied(width)}
 
 
 def tied(width: int) -> list[int]:
-    """A cut among weights of which seven at a time are equal, and which ends amid such seven."""
+    """A pruning step among weights that are equal in sevens; it zeroes only some of such seven."""
     net = model(width)
     with torch.no_grad():
         for param in net.parameters():

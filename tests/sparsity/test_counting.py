@@ -90,7 +90,7 @@ def test_odd_parameters() -> None:
 
 
 def test_a_large_tensor_is_counted_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("hf_pdecay.sparsity.counting.CHUNK", 7)
+    monkeypatch.setattr("hf_pdecay.sparsity.counting._CHUNK", 7)
     layer = nn.Linear(10, 10, bias=False)
     with torch.no_grad():
         layer.weight.fill_(1e-20)
@@ -125,7 +125,7 @@ def test_json_round_trip(tmp_path: object) -> None:
     assert written["sparsity"] == report.sparsity
     assert written["model"]["zeros"] == sum(tensor["zeros"] for tensor in written["tensors"])
     assert [file.name for file in path.parent.iterdir()] == ["sparsity.json"]
-    with pytest.raises(ValueError, match="no sparsity report"):
+    with pytest.raises(ValueError, match="not a sparsity report"):
         SparsityReport.from_json("{}")
     for damaged in ("{}", report.to_json()[:100]):
         path.write_text(damaged)

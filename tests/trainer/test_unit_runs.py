@@ -98,12 +98,12 @@ def test_half_of_the_neurons(name: str, budget: str, make_args: MakeArgs, tokens
     assert alive == own * sum(map(sum, dead))
     report = json.loads((folder / "sparsity.json").read_text())
     total = sum(map(len, dead))
-    assert report["groups"] == [{"kind": "neuron", "groups": total, "dead": total // 2}]
+    assert report["units"] == [{"kind": "neuron", "count": total, "dead": total // 2}]
     assert SparsityReport.load(folder / "sparsity.json").to_dict() == report
     assert f"neurons: 50.0% of {total:,} dead" in (folder / "README.md").read_text()
     assert trainer.state.log_history[-2]["sparsity/neurons"] == 0.5
     lines = [json.loads(line) for line in (folder / "sparsity.jsonl").read_text().splitlines()]
-    assert lines[-1]["groups"] == {"neurons": 0.5} and lines[0]["groups"] == {"neurons": 0.0}
+    assert lines[-1]["units"] == {"neurons": 0.5} and lines[0]["units"] == {"neurons": 0.0}
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
@@ -137,7 +137,7 @@ def test_two_of_four(name: str, make_args: MakeArgs, tokens: Any, tmp_path: Path
     assert all((each == 2).all() for each in patterns)
     report = json.loads((tmp_path / "out/sparsity.json").read_text())
     blocks = sum(each.size for each in patterns)
-    assert report["groups"] == [{"kind": "2:4", "groups": blocks, "dead": blocks}]
+    assert report["units"] == [{"kind": "2:4", "count": blocks, "dead": blocks}]
 
 
 @pytest.mark.parametrize("optim", ["adamw_lp", "sgd_lp"])

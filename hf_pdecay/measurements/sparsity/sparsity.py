@@ -11,6 +11,7 @@ import evaluate
 import transformers
 
 from hf_pdecay import measure_sparsity
+from hf_pdecay.sparsity.report import NEAR_ZERO_THRESHOLD
 from hf_pdecay.storage.untrusted import auto_config, model_class, on_meta
 
 
@@ -59,7 +60,7 @@ class Sparsity(evaluate.Measurement):
             reference_urls=["https://huggingface.co/papers/2404.10824"],
         )
 
-    def _compute(self, data: list[str], near_zero_threshold: float = 1e-13) -> dict[str, list[Any]]:
+    def _compute(self, data: list[str], near_zero_threshold: float = NEAR_ZERO_THRESHOLD) -> dict[str, list[Any]]:
         if not near_zero_threshold >= 0:
             raise ValueError(f"Invalid near_zero_threshold: {near_zero_threshold}; it must be 0 or more")
         results: dict[str, list[Any]] = {"sparsity": [], "model_sparsity": [], "near_zero": [], "parameters": []}

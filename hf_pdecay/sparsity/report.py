@@ -1,0 +1,263 @@
+"""The report of a model's zeros, tensor by tensor and in total: its records, its file and its table."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..files import write_text
+
+
+if TYPE_CHECKING:
+    import pandas
+    from rich.console import Console, ConsoleOptions, RenderResult
+    from rich.table import Table
+
+NEAR_ZERO_THRESHOLD = 1e-13
+"""Magnitude below which a non-zero weight counts as near zero, by default."""
+
+_TABLE_ROWS = 40
+
+
+@dataclass(frozen=True)
+class TensorSparsity:
+    """Counts of one tensor.
+
+    Args:
+        name: Name of the parameter in the model.
+        shape: Its shape.
+        parameters: Number of weights.
+        zeros: Number of weights that are exactly zero.
+        near_zeros: Number of weights that are not zero but below the report's threshold in magnitude.
+        norm: Euclidean norm.
+        decayed: Whether p-norm decay acts on it.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    parameters: int
+    zeros: int
+    near_zeros: int
+    norm: float
+    decayed: bool
+
+    @property
+    def sparsity(self) -> float:
+        """Fraction of exact zeros, in [0, 1]."""
+        return self.zeros / self.parameters if self.parameters else 0.0
+
+
+@dataclass(frozen=True)
+class Totals:
+    """Sums over several tensors."""
+
+    tensors: int
+    parameters: int
+    zeros: int
+    near_zeros: int
+
+    @property
+    def sparsity(self) -> float:
+        """Fraction of exact zeros, in [0, 1]; 0 without weights."""
+        return self.zeros / self.parameters if self.parameters else 0.0
+
+    @classmethod
+    def of(cls, tensors: Iterable[TensorSparsity]) -> Totals:
+        """Add up the counts of tensors."""
+        tensors = list(tensors)
+        return cls(
+            tensors=len(tensors),
+            parameters=sum(tensor.parameters for tensor in tensors),
+            zeros=sum(tensor.zeros for tensor in tensors),
+            near_zeros=sum(tensor.near_zeros for tensor in tensors),
+        )
+
+
+@dataclass(frozen=True)
+class UnitSparsity:
+    """How many units of a kind are dead; for N:M, how many blocks have at most N weights that are not zero.
+
+    Args:
+        kind: ``"row"``, ``"column"``, ``"neuron"``, ``"head"``, ``"rank"`` or N:M.
+        count: Number of units.
+        dead: Number of units whose weights are all exactly zero; for N:M the number of blocks that fit.
+    """
+
+    kind: str
+    count: int
+    dead: int
+
+    @property
+    def sparsity(self) -> float:
+        """Fraction of dead units, in [0, 1]."""
+        return self.dead / self.count if self.count else 0.0
+
+    @property
+    def label(self) -> str:
+        """The kind in the plural."""
+        return f"{self.kind} blocks" if ":" in self.kind else f"{self.kind}s"
+
+    def __str__(self) -> str:
+        """Return a phrase such as "neurons: 50.0% of 2,048 dead"."""
+        return f"{self.label}: {self.sparsity:.1%} of {self.count:,} {'fit' if ':' in self.kind else 'dead'}"
+
+
+@dataclass(frozen=True)
+class SparsityReport:
+    """Zeros of a model, tensor by tensor and in total; prints as a table.
+
+    Args:
+        tensors: One entry for each floating-point parameter in the model's order; a shared parameter has one.
+        near_zero_threshold: Magnitude below which a non-zero weight counts as near zero.
+        units: One entry for each kind of unit that decays as one.
+    """
+
+    tensors: list[TensorSparsity] = field(default_factory=list)
+    near_zero_threshold: float = NEAR_ZERO_THRESHOLD
+    units: list[UnitSparsity] = field(default_factory=list)
+
+    @property
+    def decayed(self) -> Totals:
+        """Totals over the tensors on which p-norm decay acts."""
+        return Totals.of(tensor for tensor in self.tensors if tensor.decayed)
+
+    @property
+    def model(self) -> Totals:
+        """Totals over the whole model."""
+        return Totals.of(self.tensors)
+
+    @property
+    def sparsity(self) -> float:
+        """Fraction of exact zeros in the decayed weights, in [0, 1]."""
+        return self.decayed.sparsity
+
+    @property
+    def model_sparsity(self) -> float:
+        """Fraction of exact zeros in the whole model, in [0, 1]."""
+        return self.model.sparsity
+
+    @property
+    def dead_tensors(self) -> list[str]:
+        """Names of the decayed tensors that are wholly zero."""
+        return [tensor.name for tensor in self.tensors if tensor.decayed and 0 < tensor.parameters == tensor.zeros]
+
+    def by_block(self) -> dict[str, Totals]:
+        """Totals of the decayed weights by block.
+
+        The name of a block is that of its parameters up to the first number (``transformer.h.0``), so each layer of a
+        stack is a block; for parameters outside a stack it is the name of their module.
+        """
+        blocks: dict[str, list[TensorSparsity]] = {}
+        for tensor in self.tensors:
+            if tensor.decayed:
+                match = re.match(r"(.*?\.\d+)(?:\.|$)", tensor.name)
+                block = match[1] if match else tensor.name.rpartition(".")[0] or tensor.name
+                blocks.setdefault(block, []).append(tensor)
+        return {block: Totals.of(tensors) for block, tensors in blocks.items()}
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the report as plain JSON types, totals included."""
+        return {
+            "near_zero_threshold": self.near_zero_threshold,
+            "sparsity": self.sparsity,
+            "model_sparsity": self.model_sparsity,
+            "decayed": asdict(self.decayed),
+            "model": asdict(self.model),
+            **({"units": list(map(asdict, self.units))} if self.units else {}),
+            "tensors": [{**asdict(tensor), "shape": list(tensor.shape)} for tensor in self.tensors],
+        }
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> SparsityReport:
+        """Rebuild a report from :meth:`to_dict`; totals are counted anew.
+
+        Raises:
+            ValueError: If an entry is missing or of the wrong type.
+        """
+        try:
+            tensors = [TensorSparsity(**{**entry, "shape": tuple(entry["shape"])}) for entry in values["tensors"]]
+            units = [UnitSparsity(**entry) for entry in values.get("units", [])]
+            return cls(tensors, float(values["near_zero_threshold"]), units)
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"This is not a sparsity report: {error!r} is missing or invalid.") from error
+
+    def to_json(self, indent: int | None = 2) -> str:
+        """Return the report as a JSON string."""
+        return json.dumps(self.to_dict(), indent=indent)
+
+    @classmethod
+    def from_json(cls, text: str) -> SparsityReport:
+        """Rebuild a report from a JSON string.
+
+        Raises:
+            ValueError: If the string is not JSON or not a report.
+        """
+        return cls.from_dict(json.loads(text))
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the report as JSON; the file appears whole or not at all."""
+        write_text(path, self.to_json() + "\n")
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> SparsityReport:
+        """Read a report that :meth:`save` wrote.
+
+        Raises:
+            ValueError: If the file holds no report.
+        """
+        try:
+            return cls.from_json(Path(path).read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(
+                f"{str(path)!r} cannot be read as a sparsity report ({str(error).rstrip('.')})."
+            ) from error
+
+    def to_pandas(self) -> pandas.DataFrame:
+        """Return a frame with a row for each tensor."""
+        import pandas
+
+        columns = ["name", "shape", "parameters", "zeros", "near_zeros", "sparsity", "norm", "decayed"]
+        rows = [{**asdict(tensor), "sparsity": tensor.sparsity} for tensor in self.tensors]
+        return pandas.DataFrame(rows, columns=columns)
+
+    def to_table(self) -> Table:
+        """Return a rich table: a row for each decayed tensor (for each block if they are many), then the totals."""
+        from rich.table import Table
+
+        decayed = [tensor for tensor in self.tensors if tensor.decayed]
+        by_block = len(decayed) > _TABLE_ROWS
+        table = Table(title="Exact zeros")
+        table.add_column("block" if by_block else "tensor", overflow="fold")
+        for heading in ("weights", "zeros", "sparsity", "near 0"):
+            table.add_column(heading, justify="right")
+        rows = self.by_block() if by_block else {tensor.name: tensor for tensor in decayed}
+        for name, counts in rows.items():
+            table.add_row(name, *_cells(counts))
+        table.add_section()
+        table.add_row("decayed weights", *_cells(self.decayed), style="bold")
+        table.add_row("whole model", *_cells(self.model))
+        if self.units:
+            table.caption = "; ".join(map(str, self.units))
+        return table
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        """Render as :meth:`to_table`."""
+        yield self.to_table()
+
+    def __str__(self) -> str:
+        """Return the table as plain text."""
+        from rich.console import Console
+
+        console = Console(width=120, color_system=None)
+        with console.capture() as capture:
+            console.print(self.to_table())
+        return capture.get().rstrip()
+
+
+def _cells(counts: TensorSparsity | Totals) -> tuple[str, ...]:
+    return f"{counts.parameters:,}", f"{counts.zeros:,}", f"{counts.sparsity:.2%}", f"{counts.near_zeros:,}"
