@@ -1,4 +1,4 @@
-"""Cutting the dead ranks out of a saved LoRA adapter: its files say all that it takes, so no base model is loaded."""
+"""Removes the dead ranks from a saved LoRA adapter; the base model is not needed."""
 
 from __future__ import annotations
 
@@ -17,19 +17,10 @@ from torch import Tensor
 
 from ..names import lora_factor, natural_key, saved_names
 from ..sparsity.counting import SparsityReport, TensorSparsity, count_tensor
-from ..sparsity.file_names import REPORT_FILE
-from ..storage.container import FormatError, read_header
-from ..storage.folder import (
-    ADAPTER_CONFIG,
-    check_apart,
-    copy_along,
-    inside,
-    read_json,
-    settle_files,
-    write_json,
-    written_folder,
-)
-from .card import note_in_card
+from ..storage.container import FormatError, Header, read_header
+from ..storage.folder import ADAPTER_CONFIG, inside, read_json, write_json
+from ..storage.source import Source
+from .card import recount
 from .report import LayerCount, ShrinkReport
 
 
@@ -39,7 +30,7 @@ _PREFIX = "base_model.model."  # what PEFT puts before the name of a layer in th
 
 @torch.no_grad()
 def shrink_adapter(folder: Path, out: str | os.PathLike[str], *, overwrite: bool = False) -> ShrinkReport:
-    """Cut the dead ranks out of a saved LoRA adapter, and copy what else is in its folder.
+    """Remove the dead ranks from a saved LoRA adapter, and copy the other files of its folder.
 
     Args:
         folder: A folder with ``adapter_config.json`` and ``adapter_model.safetensors``.
@@ -47,17 +38,17 @@ def shrink_adapter(folder: Path, out: str | os.PathLike[str], *, overwrite: bool
         overwrite: Replace ``out`` if it is the folder of a model or an adapter.
 
     Returns:
-        What was cut, by layer.
+        What was removed, by layer.
 
     Raises:
-        ValueError: If it is no LoRA adapter in safetensors, all or none of its ranks are dead, or it began with a part
-            of the base's weights, which PEFT would take from the base by the number of ranks.
+        ValueError: If it is not a LoRA adapter in safetensors, all or none of its ranks are dead, or it was initialized
+            from the base's weights: PEFT would subtract another number of ranks from the base.
         ImportError: If PEFT is not installed.
     """
     from ..adapters.ranks import Pair, remove_dead_ranks  # imports PEFT
 
-    config = _checked_config(folder)
-    check_apart(folder, out)
+    config, header = _checked_config(folder)
+    source = Source(folder, config, {WEIGHTS: header}, out, overwrite)
     with safe_open(folder / WEIGHTS, framework="pt") as file:
         metadata = file.metadata()
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
@@ -94,21 +85,22 @@ def shrink_adapter(folder: Path, out: str | os.PathLike[str], *, overwrite: bool
     gone = sum(not len(rest.a) for rest in remaining)
     if gone:
         report.notes.append(f"{gone} layers without ranks have no adapter any more.")
-    with written_folder(out, overwrite) as aside:
+    with source.rewritten() as aside:
         save_file(tensors, aside / WEIGHTS, metadata=metadata)
-        report.left_out = copy_along(folder, aside, (WEIGHTS, ADAPTER_CONFIG))
+        report.left_out = source.copy_along(aside)
         write_json(aside / ADAPTER_CONFIG, config | changed)
         report.parameters = report.parameters[0], _count(tensors)
-        if (aside / REPORT_FILE).is_file():
-            _recounted(tensors, SparsityReport.load(aside / REPORT_FILE)).save(aside / REPORT_FILE)
-        note_in_card(aside, report, "ranks from the adapter")
-        settle_files(aside)
+        recount(aside, report, "ranks from the adapter", lambda old: _counted(tensors, old))
         report.bytes = (folder / WEIGHTS).stat().st_size, (aside / WEIGHTS).stat().st_size
     return report
 
 
-def _checked_config(folder: Path) -> dict[str, Any]:
-    """The config of an adapter whose ranks can be cut, by what it says and by the header of its weights."""
+def _checked_config(folder: Path) -> tuple[dict[str, Any], Header]:
+    """Return the config of an adapter and the header of its weights.
+
+    Raises:
+        ValueError: If its ranks cannot be removed.
+    """
     from ..adapters.ranks import check_start
 
     config = read_json(inside(folder / ADAPTER_CONFIG, folder))
@@ -116,7 +108,7 @@ def _checked_config(folder: Path) -> dict[str, Any]:
         where = " on fused parameters" if config.get("target_parameters") else ""
         raise ValueError(
             f"{str(folder)!r} is an adapter of the type {config.get('peft_type')!r}{where}; only ranks of LoRA on "
-            "layers are cut."
+            "layers can be removed."
         )
     check_start(config.get("init_lora_weights"), repr(str(folder)))
     for key in ("rank_pattern", "alpha_pattern"):
@@ -124,27 +116,25 @@ def _checked_config(folder: Path) -> dict[str, Any]:
     _check_excluded(config.get("exclude_modules"), folder)
     if not (folder / WEIGHTS).exists():
         raise FormatError(f"{str(folder)!r} has no {WEIGHTS}; save the adapter as safetensors, which PEFT does.")
-    read_header(inside(folder / WEIGHTS, folder))
-    return config
+    return config, read_header(inside(folder / WEIGHTS, folder))
 
 
-def _recounted(tensors: Mapping[str, Tensor], old: SparsityReport) -> SparsityReport:
-    """What is in the adapter's file now, where the report of the run has the whole model."""
-    decayed = {name: each.decayed for each in old.tensors for name in saved_names(each.name)}
+def _counted(tensors: Mapping[str, Tensor], old: SparsityReport) -> SparsityReport:
+    """Count the zeros of the adapter's file; the run's report has the whole model."""
+    decayed = {name: entry.decayed for entry in old.tensors for name in saved_names(entry.name)}
+    threshold = old.near_zero_threshold
     return SparsityReport(
         [
-            TensorSparsity(
-                name, tuple(each.shape), *count_tensor(each, old.near_zero_threshold), decayed.get(name, False)
-            )
-            for name, each in sorted(tensors.items(), key=lambda pair: natural_key(pair[0]))
-            if each.is_floating_point()
+            TensorSparsity(name, tuple(tensor.shape), *count_tensor(tensor, threshold), decayed.get(name, False))
+            for name, tensor in sorted(tensors.items(), key=lambda item: natural_key(item[0]))
+            if tensor.is_floating_point()
         ],
-        old.near_zero_threshold,
+        threshold,
     )
 
 
 def _check_pattern(patterns: Any, key: str, folder: Path) -> None:
-    """Raise FormatError if what a config says of single layers are no numbers by regular expressions."""
+    """Raise FormatError if a config's patterns are not numbers by regular expressions."""
     try:
         wrong = patterns is not None and not all(
             isinstance(value, int | float) and re.compile(pattern) for pattern, value in patterns.items()
@@ -152,11 +142,11 @@ def _check_pattern(patterns: Any, key: str, folder: Path) -> None:
     except (AttributeError, re.error, RecursionError, OverflowError):
         wrong = True
     if wrong:
-        raise FormatError(f"{ADAPTER_CONFIG} of {str(folder)!r} has no numbers by names of layers in {key}.")
+        raise FormatError(f"{ADAPTER_CONFIG} of {str(folder)!r} has {key}={patterns!r}; it must map layers to numbers.")
 
 
 def _check_excluded(excluded: Any, folder: Path) -> None:
-    """Raise FormatError if the layers that a config leaves out are neither a regular expression nor a list of names."""
+    """Raise FormatError if a config's excluded layers are neither a regular expression nor a list of names."""
     try:
         right = excluded is None or (
             bool(re.compile(excluded))
@@ -188,13 +178,13 @@ def _pairs(tensors: Mapping[str, Tensor]) -> dict[str, tuple[str, str]]:
 
 
 def _scaling(config: Mapping[str, Any], layer: str, ranks: int, folder: Path) -> float:
-    """What PEFT multiplies B A of a layer by."""
+    """The factor by which PEFT multiplies B A of a layer."""
     from peft.utils.other import get_pattern_key
 
     patterns: Mapping[str, Any] = config.get("alpha_pattern") or {}
     alpha = patterns.get(get_pattern_key(list(patterns), layer), config.get("lora_alpha"))
     if not isinstance(alpha, int | float) or isinstance(alpha, bool) or not abs(alpha) <= sys.float_info.max:
-        raise FormatError(f"{ADAPTER_CONFIG} of {str(folder)!r} gives {layer} a lora_alpha of {alpha!r}, no number.")
+        raise FormatError(f"{ADAPTER_CONFIG} of {str(folder)!r} gives {layer} a lora_alpha of {alpha!r}, not a number.")
     return alpha / (math.sqrt(ranks) if config.get("use_rslora") else ranks)
 
 

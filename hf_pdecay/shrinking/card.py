@@ -1,7 +1,8 @@
-"""The card of a shrunk model."""
+"""Corrects a run's report and card once the model beside them is smaller."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 from ..sparsity.card import add_note, set_sparsity
@@ -10,23 +11,31 @@ from ..sparsity.file_names import CARD_FILE, REPORT_FILE
 from .report import ShrinkReport
 
 
-def note_in_card(folder: Path, report: ShrinkReport, removed: str, loading: str = "") -> None:
-    """Say in a card that its counts are those of the larger model; its header gets the sparsity of the smaller one.
+def recount(
+    folder: Path, report: ShrinkReport, removed: str, count: Callable[[SparsityReport], SparsityReport], loading: str = ""
+) -> None:
+    """Count the zeros of the smaller model, and say in its card that the counts there are those of the larger one.
+
+    Nothing is written if the folder has neither a report nor a card.
 
     Args:
         folder: The folder of the smaller model.
         report: What was removed, and the number of parameters.
         removed: What was dead, and from what it was removed.
+        count: Counts the zeros, given the report of the larger model.
         loading: A sentence on how to load the model, if it needs more than ``from_pretrained``.
     """
+    sparsity = None
+    if (folder / REPORT_FILE).is_file():
+        counted = count(SparsityReport.load(folder / REPORT_FILE))
+        counted.save(folder / REPORT_FILE)
+        sparsity = counted.sparsity
     card = folder / CARD_FILE
     if not card.is_file():
         return
     before, left = report.parameters
-    sparsity = SparsityReport.load(folder / REPORT_FILE).sparsity if (folder / REPORT_FILE).is_file() else None
     note = (
         f"`hf-pdecay shrink` has removed dead {removed}: {left:,} of {before:,} parameters are left.{loading}\n"
         f"The counts below are those of the larger model; `{REPORT_FILE}` counts this one."
     )
-    text = set_sparsity(card.read_text(encoding="utf-8"), sparsity)
-    card.write_text(add_note(text, note), encoding="utf-8")
+    card.write_text(add_note(set_sparsity(card.read_text(encoding="utf-8"), sparsity), note), encoding="utf-8")

@@ -1,24 +1,21 @@
-"""Files in safetensors' format, read by their headers and written in one pass.
+"""Headers of files in the safetensors format, see https://huggingface.co/docs/safetensors.
 
-The safetensors library writes a file from tensors that are all in memory. Here a file's tensors come one at a time, so
-that a model larger than memory can pass through. Reading is strict: what a header says is checked against the length of
-the file before anything is allocated.
-
-The format is described at https://huggingface.co/docs/safetensors.
+The safetensors library writes a file from tensors that are all in memory. Here tensors come one at a time, so that a
+model may be larger than memory. Reading is strict: a header is checked against the length of its file before anything
+is allocated.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import shutil
 import struct
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, NoReturn
 
 
-# Bytes of an element, by the names that safetensors has for dtypes; in the order in which the library lays tensors out.
+# Bytes of an element by safetensors' names of dtypes, in the order in which the library lays tensors out.
 ITEMSIZES = {
     "BOOL": 1,
     "U8": 1,
@@ -42,26 +39,25 @@ ITEMSIZES = {
 }
 _ORDER = {dtype: place for place, dtype in enumerate(ITEMSIZES)}
 
-# What the library takes at most.
+# The library's own limit, in bytes.
 _HEADER_LIMIT = 100_000_000
-_CHUNK = 1 << 20
 # No tensor has more bytes or dimensions than this in any library; larger figures are forged.
 _BYTES_LIMIT = 1 << 62
 DIMENSIONS_LIMIT = 64
 
 
 class FormatError(ValueError):
-    """A file of weights that is damaged or forged, or of a kind that is not read; a sentence says what is wrong."""
+    """A damaged, forged or unreadable file of weights; the message explains it in one sentence."""
 
 
 class Entry(NamedTuple):
-    """What a header says of a tensor.
+    """A tensor of a file, by the file's header.
 
     Attributes:
         dtype: Its dtype, by safetensors' name: ``"F32"``.
         shape: Its shape.
-        begin: Where its bytes begin in the file.
-        size: How many bytes it has.
+        begin: The position of its first byte in the file.
+        size: The number of its bytes.
     """
 
     dtype: str
@@ -74,9 +70,9 @@ class Header(NamedTuple):
     """The header of a file.
 
     Attributes:
-        entries: Of each tensor, by name, in the order of their bytes.
+        entries: The tensors by name, in the order of their bytes.
         metadata: The file's strings.
-        raw: The header as it is in the file, for its checksum.
+        raw: The bytes of the header, for its checksum.
     """
 
     entries: dict[str, Entry]
@@ -85,20 +81,20 @@ class Header(NamedTuple):
 
 
 def tensor_bytes(dtype: str, shape: Iterable[int], what: str) -> int:
-    """Return how many bytes a tensor takes.
+    """Return the number of bytes of a tensor.
 
     Raises:
-        FormatError: If the dtype is not known, a dimension is negative, or there are more bytes or dimensions than any
-            tensor has.
+        FormatError: If the dtype is unknown, a dimension is negative, or there are more bytes or dimensions than a
+            tensor can have.
     """
     if dtype not in ITEMSIZES:
-        raise FormatError(f"{what} has the dtype {dtype!r}; those that are read are {', '.join(ITEMSIZES)}.")
+        raise FormatError(f"{what} has the dtype {dtype!r}; it must be one of {', '.join(ITEMSIZES)}.")
     total, empty, count = ITEMSIZES[dtype], False, 0
     for size in shape:
         count += 1
         if type(size) is not int or size < 0:
             raise FormatError(f"{what} has a dimension of {size!r}; it must be a whole number of at least 0.")
-        # Libraries multiply the sizes that are not zero, for strides.
+        # For strides, libraries multiply the non-zero sizes.
         empty |= size == 0
         total *= max(size, 1)
         if total > _BYTES_LIMIT or count > DIMENSIONS_LIMIT:
@@ -110,7 +106,7 @@ def read_header(file: str | os.PathLike[str]) -> Header:
     """Read and check the header of a file of tensors.
 
     Raises:
-        FormatError: If the file is cut short or too long, or the header is not one.
+        FormatError: If the file is cut short or too long, or the header is invalid.
     """
     path = Path(file)
 
@@ -131,21 +127,21 @@ def read_header(file: str | os.PathLike[str]) -> Header:
     except (ValueError, RecursionError) as error:
         refuse(f"its header cannot be read ({error})")
     if not isinstance(parsed, dict):
-        refuse("its header is no table of tensors")
-    if not all(map(_is_text, parsed)):
-        refuse("a name in its header is no text")
+        refuse("its header is not a table of tensors")
+    if not all(map(_is_string, parsed)):
+        refuse("a name in its header is not a valid string")
     metadata = parsed.pop("__metadata__", {})
-    if not isinstance(metadata, dict) or not all(map(_is_text, [*metadata, *metadata.values()])):
-        refuse("its __metadata__ holds something else than text")
+    if not isinstance(metadata, dict) or not all(map(_is_string, [*metadata, *metadata.values()])):
+        refuse("its __metadata__ does not hold strings only")
     spans: list[tuple[int, int, str]] = []
     entries: dict[str, Entry] = {}
     for name, entry in parsed.items():
         if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
-            refuse(f"its entry {name!r} has not exactly dtype, shape and data_offsets")
+            refuse(f"its entry {name!r} does not have exactly dtype, shape and data_offsets")
         dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
         if not isinstance(dtype, str) or not isinstance(shape, list):
-            refuse(f"the dtype or the shape of {name!r} is of a wrong kind")
-        if not isinstance(offsets, list) or [type(each) for each in offsets] != [int, int]:
+            refuse(f"the dtype or the shape of {name!r} has a wrong type")
+        if not isinstance(offsets, list) or [type(offset) for offset in offsets] != [int, int]:
             refuse(f"data_offsets of {name!r} are not two whole numbers")
         expected = tensor_bytes(dtype, shape, f"{name!r} in {path.name}")
         if offsets[1] - offsets[0] != expected:
@@ -158,7 +154,7 @@ def read_header(file: str | os.PathLike[str]) -> Header:
             refuse(f"{name!r} begins at {begin} where the tensor before it ends at {end}")
         end = stop
     if 8 + size + end != whole:
-        refuse(f"it has {whole} bytes and its header tells of {8 + size + end}")
+        refuse(f"it has {whole} bytes where its header needs {8 + size + end}")
     return Header({name: entries[name] for _, _, name in sorted(spans)}, metadata, raw)
 
 
@@ -185,37 +181,22 @@ def header_bytes(tensors: Mapping[str, tuple[str, tuple[int, ...]]], metadata: M
 
 
 def write_header(handle: BinaryIO, raw: bytes) -> None:
-    """Begin a file of tensors; their bytes are to follow."""
+    """Write the beginning of a file, which the tensors' bytes follow."""
     handle.write(struct.pack("<Q", len(raw)))
     handle.write(raw)
 
 
-def write_file(target: Path, raw: bytes, data: Path) -> None:
-    """Put a file together from its header and a file that has the tensors' bytes, and see to it that it is on disk."""
-    with open(target, "wb") as handle:
-        write_header(handle, raw)
-        with open(data, "rb") as source:
-            shutil.copyfileobj(source, handle, _CHUNK)
-        settle(handle)
-
-
-def settle(handle: BinaryIO) -> None:
-    """Wait until a file's bytes are on the disk."""
-    handle.flush()
-    os.fsync(handle.fileno())
-
-
-def _is_text(value: object) -> bool:
-    """Whether a value is a string that can be written: JSON lets one escape halves of a character."""
-    return isinstance(value, str) and not any("\ud800" <= each <= "\udfff" for each in value)
+def _is_string(value: object) -> bool:
+    """Whether a value is a string that can be written: in JSON one can escape halves of a character."""
+    return isinstance(value, str) and not any("\ud800" <= character <= "\udfff" for character in value)
 
 
 def _no_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        raise ValueError("a name comes twice")
-    return found
+    table = dict(pairs)
+    if len(table) != len(pairs):
+        raise ValueError("a name occurs twice")
+    return table
 
 
 def _no_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is no number")
+    raise ValueError(f"{name} is not a number")

@@ -1,35 +1,24 @@
-"""Compressing a model's folder: shard by shard and tensor by tensor, so that it need not fit into memory."""
+"""Compressing a model's folder tensor by tensor, so that the model need not fit into memory."""
 
 from __future__ import annotations
 
 import os
 import re
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from tempfile import TemporaryFile
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 
 from .card import add_note
-from .container import Entry, FormatError, Header, header_bytes, write_file
-from .folder import (
-    CONFIG,
-    INDEX,
-    WEIGHTS,
-    check_apart,
-    check_target,
-    copy_along,
-    read_config,
-    read_json,
-    read_weights,
-    scratch_folder,
-    write_json,
-    written_folder,
-)
+from .container import Entry, FormatError, Header, header_bytes, write_header
+from .folder import CONFIG, INDEX, WEIGHTS, check_out, read_json, scratch_folder, write_json
 from .format import DENSE, Bytes, blob_shape, decode, encode
-from .hub import local_folder
 from .manifest import MANIFEST, make_manifest, make_settings, sha256
 from .report import StorageReport
+from .source import Source, read_source
 
 
 if TYPE_CHECKING:
@@ -37,6 +26,7 @@ if TYPE_CHECKING:
 
 _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 _FLOATS = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+_CHUNK = 1 << 20
 
 
 def compress(
@@ -47,59 +37,43 @@ def compress(
     max_shard_size: int | str | None = None,
     overwrite: bool = False,
 ) -> StorageReport:
-    """Compress the weights of a model's folder, and copy what else is in it.
+    """Compress the weights of a model's folder, and copy its other files.
 
-    After ``import hf_pdecay``, ``from_pretrained(out)`` gives the same model back, to the bit. Each tensor is read,
-    encoded, decoded again for comparison, and written before the next one is.
+    After ``import hf_pdecay``, ``from_pretrained(out)`` loads a bit-identical model. Each tensor is read, encoded,
+    decoded again for comparison, and written before the next one.
 
     Args:
         model: A folder with ``config.json`` and safetensors, or a name on the Hub, which is downloaded.
         out: The folder to write. It appears when it is whole.
-        zstd: Also compress by zstd, for which zstandard is needed, here and where the model is loaded.
-        max_shard_size: Bytes of a file of weights, or a string such as ``"5GB"``; by default there are the files that
-            the model has.
+        zstd: Also compress by zstd; needs zstandard here and where the model is loaded.
+        max_shard_size: Bytes of a file of weights, or a string such as ``"5GB"``; by default the model's own files are
+            kept.
         overwrite: Replace ``out`` if it is a model's folder.
 
     Returns:
         Bytes before and after, by encoding.
 
     Raises:
-        ValueError: If the model is not one whose weights are plain safetensors (as a ``FormatError``), or an argument
-            is wrong.
+        ValueError: If the weights are not plain safetensors (as a ``FormatError``), or an argument is invalid.
     """
     limit = parse_size(max_shard_size)
-    folder = local_folder(model)
-    config = read_config(folder)
-    settings = config.get("quantization_config")
-    if settings is not None:
-        method = settings.get("quant_method") if isinstance(settings, dict) else settings
-        raise FormatError(
-            f"{str(folder)!r} is {'compressed' if method == MANIFEST else 'quantized'} already "
-            f"(quant_method {method!r}); name a plain model."
-        )
-    headers = read_weights(folder)
-    check_apart(folder, out)
+    source = read_source(model, out, overwrite)
+    source.check_plain()
+    config, first = source.config, next(iter(source.headers.values()))
     report = StorageReport()
-    with written_folder(out, overwrite) as aside:
-        report.left_out = copy_along(folder, aside, headers)
+    with source.rewritten() as aside:
+        report.left_out = source.copy_along(aside)
         add_note(aside)
-        shards = _Shards(aside, limit, report, zstd, next(iter(headers.values())).metadata)
-        try:
-            for name, header in headers.items():
-                for tensor, entry, data in _tensors(folder / name, header):
-                    shards.add(tensor, entry, data)
-                if limit is None:
-                    shards.close(name)
-            placed, checksums = shards.finish()
-        finally:
-            shards.handle.close()
-        if len(checksums) > 1 or WEIGHTS not in checksums:
-            metadata = read_json(folder / INDEX).get("metadata") if WEIGHTS not in headers else None
+        files = _write_shards(source, aside, limit, zstd, report)
+        if files.keys() != {WEIGHTS}:
+            metadata = None if WEIGHTS in source.headers else read_json(source.folder / INDEX).get("metadata")
             metadata = metadata if isinstance(metadata, dict) else {"total_size": report.before}
+            placed = {tensor: name for name, (tensors, _) in files.items() for tensor in tensors}
             write_json(aside / INDEX, {"metadata": metadata, "weight_map": placed}, sort_keys=True)
-        dtype = None if "dtype" in config or "torch_dtype" in config else _dtype_of(next(iter(headers.values())))
-        config |= {"dtype": dtype} if dtype else {}
-        write_json(aside / CONFIG, config | {"quantization_config": make_settings(checksums, dtype is not None)})
+        dtype = None if "dtype" in config or "torch_dtype" in config else _dtype_of(first)
+        settings = make_settings({name: checksum for name, (_, checksum) in files.items()}, dtype is not None)
+        more = {} if dtype is None else {"dtype": dtype}
+        write_json(aside / CONFIG, config | more | {"quantization_config": settings})
     return report
 
 
@@ -115,23 +89,23 @@ def save_compressed(
 ) -> StorageReport:
     """Save a model as ``save_pretrained`` does, with compressed weights.
 
-    The plain model is on disk beside ``folder`` in the meantime. Of several processes one calls it; where they hold a
-    model in shards, save that by the Trainer first and :func:`compress` the folder.
+    The plain model is on disk beside ``folder`` in the meantime. Call it in one process only; save a sharded model by
+    the Trainer first, and :func:`compress` its folder.
 
     Args:
         model: A model of transformers, or anything with its ``save_pretrained``.
-        folder: Where to write. It appears when it is whole.
+        folder: The folder to write. It appears when it is whole.
         processing_class: A tokenizer or processor to save with it.
-        zstd: See :func:`compress`.
-        max_shard_size: See :func:`compress`.
-        overwrite: See :func:`compress`.
-        **kwargs: Of ``save_pretrained``.
+        zstd: See :func:`compress`; so are the next two.
+        max_shard_size: A number of bytes or a string.
+        overwrite: Replace a model's folder.
+        **kwargs: Arguments of ``save_pretrained``.
 
     Returns:
         Bytes before and after, by encoding.
     """
     parse_size(max_shard_size)
-    check_target(folder, overwrite)
+    check_out(folder, overwrite)
     with scratch_folder(folder) as plain:
         model.save_pretrained(str(plain), **kwargs)
         if processing_class is not None:
@@ -143,7 +117,7 @@ def parse_size(size: int | str | None) -> int | None:
     """Return a number of bytes from one or from a string such as ``"5GB"``; None stays None.
 
     Raises:
-        ValueError: If it is none.
+        ValueError: If it is neither.
     """
     if size is None or (isinstance(size, int) and size > 0):
         return size
@@ -163,75 +137,89 @@ def _tensors(file: Path, header: Header) -> Iterator[tuple[str, Entry, Bytes]]:
             handle.seek(entry.begin)
             data = np.fromfile(handle, dtype=np.uint8, count=entry.size)
             if data.nbytes != entry.size:
-                raise FormatError(f"{file.name} has become shorter while it was read.")
+                raise FormatError(f"{file.name} became shorter while it was read.")
             yield tensor, entry, data
 
 
 def _dtype_of(header: Header) -> str | None:
-    """The dtype that transformers takes for a model's whose config names none: that of its first floating tensor."""
-    found = (_FLOATS.get(header.entries[name].dtype) for name in sorted(header.entries))
-    return next((each for each in found if each is not None), None)
+    """The dtype of the first floating tensor, which transformers uses if the config names no dtype."""
+    dtypes = (_FLOATS.get(header.entries[name].dtype) for name in sorted(header.entries))
+    return next(filter(None, dtypes), None)
+
+
+def _write_shards(
+    source: Source, aside: Path, limit: int | None, zstd: bool, report: StorageReport
+) -> dict[str, tuple[list[str], str]]:
+    """Write the files of weights; returns the tensors of each file and the checksum of its header."""
+    with TemporaryFile(dir=aside) as data:
+        shards = _Shards(aside, data, {"format": "pt"} | next(iter(source.headers.values())).metadata, report)
+        for name, header in source.headers.items():
+            for tensor, entry, raw in _tensors(source.folder / name, header):
+                encoding, blob = _encoded(tensor, entry, raw, zstd)
+                stored = raw if blob is None else blob
+                report.add(encoding, raw.nbytes, stored.nbytes)
+                if limit is not None and data.tell() and data.tell() + stored.nbytes > limit:
+                    shards.close(f".shard-{len(shards.files)}")
+                shape = entry.shape if blob is None else blob_shape(blob, entry.shape)
+                shards.add(tensor, entry.dtype if blob is None else "U8", shape, stored)
+            if limit is None:
+                shards.close(name)
+        if limit is None:
+            return shards.files
+        shards.close(f".shard-{len(shards.files)}")
+    files, count = {}, len(shards.files)
+    for number, (name, written) in enumerate(shards.files.items(), 1):
+        final = WEIGHTS if count == 1 else f"model-{number:05d}-of-{count:05d}.safetensors"
+        (aside / name).rename(aside / final)
+        files[final] = written
+    return files
+
+
+def _encoded(name: str, entry: Entry, data: Bytes, zstd: bool) -> tuple[int, Bytes | None]:
+    """Encode a tensor, and check that it decodes to the same bits; None in place of a block: it is stored plainly."""
+    encoding, blob = encode(data, entry.dtype, entry.shape, zstd)
+    if blob is None:
+        return DENSE, None
+    if not np.array_equal(decode(blob, data.nbytes, repr(name))[0], data):
+        raise RuntimeError(f"{name!r} is not bit-identical after encoding and decoding; please report it.")
+    return encoding, blob
 
 
 class _Shards:
-    """Files of weights that are written one after the other, each when it is full or is closed."""
+    """Files of weights that are written one after the other.
 
-    def __init__(
-        self, folder: Path, limit: int | None, report: StorageReport, zstd: bool, metadata: dict[str, str]
-    ) -> None:
-        self.folder, self.limit, self.report, self.zstd = folder, limit, report, zstd
-        self.metadata = {"format": "pt"} | metadata
-        self.closed: list[tuple[str, dict[str, str], str]] = []
-        self._begin()
+    Args:
+        folder: Where the files are written.
+        data: A temporary file for the tensors' bytes of the current file: its header comes before them and is only
+            known after them.
+        metadata: The strings of each file.
+        report: Counts the headers.
 
-    def _begin(self) -> None:
-        self.data = self.folder / ".data"
-        self.handle = open(self.data, "wb")  # noqa: SIM115
-        self.size = 0
-        self.tensors: dict[str, tuple[str, tuple[int, ...]]] = {}
-        self.checksums: dict[str, str] = {}
+    Attributes:
+        files: For each file its tensors and the checksum of its header.
+    """
 
-    def add(self, name: str, entry: Entry, data: Bytes) -> None:
-        """Encode a tensor and append it."""
-        encoding, blob = encode(data, entry.dtype, entry.shape, self.zstd)
-        if blob is not None:
-            back, _ = decode(blob, data.nbytes, repr(name))
-            if not np.array_equal(back, data):
-                raise RuntimeError(f"{name!r} does not come back to the bit from its encoding; please report it.")
-            del back
-        stored = data if blob is None else blob
-        if self.limit is not None and self.size and self.size + stored.nbytes > self.limit:
-            self.close(f".shard-{len(self.closed)}")
-        self.handle.write(stored.data)
-        self.size += stored.nbytes
-        self.tensors[name] = (entry.dtype, entry.shape) if blob is None else ("U8", blob_shape(blob, entry.shape))
-        self.checksums[name] = sha256(stored.data)
-        self.report.add(DENSE if blob is None else encoding, data.nbytes, stored.nbytes)
+    def __init__(self, folder: Path, data: BinaryIO, metadata: dict[str, str], report: StorageReport) -> None:
+        self._folder, self._data, self._metadata, self._report = folder, data, metadata, report
+        self._tensors: dict[str, tuple[str, tuple[int, ...]]] = {}
+        self._checksums: dict[str, str] = {}
+        self.files: dict[str, tuple[list[str], str]] = {}
+
+    def add(self, name: str, dtype: str, shape: tuple[int, ...], stored: Bytes) -> None:
+        """Append a tensor to the current file."""
+        self._data.write(stored.data)
+        self._tensors[name] = dtype, shape
+        self._checksums[name] = sha256(stored.data)
 
     def close(self, name: str) -> None:
-        """Put the file together under a name."""
-        self.handle.close()
-        raw = header_bytes(self.tensors, self.metadata | {MANIFEST: make_manifest(self.checksums)})
-        write_file(self.folder / name, raw, self.data)
-        self.report.headers += len(raw) + 8
-        self.closed.append((name, dict.fromkeys(self.tensors, name), sha256(raw)))
-        self.data.unlink()
-        self._begin()
-
-    def finish(self) -> tuple[dict[str, str], dict[str, str]]:
-        """Give the files their names; returns where each tensor is and the checksum of each file's header."""
-        if self.tensors or not self.closed:
-            self.close(f".shard-{len(self.closed)}")
-        self.handle.close()
-        self.data.unlink()
-        placed: dict[str, str] = {}
-        checksums: dict[str, str] = {}
-        for place, (name, tensors, checksum) in enumerate(self.closed):
-            final = name
-            if self.limit is not None:
-                number = f"model-{place + 1:05d}-of-{len(self.closed):05d}.safetensors"
-                final = WEIGHTS if len(self.closed) == 1 else number
-                (self.folder / name).rename(self.folder / final)
-            placed |= dict.fromkeys(tensors, final)
-            checksums[final] = checksum
-        return placed, checksums
+        """Write the current file under a name, and begin the next."""
+        raw = header_bytes(self._tensors, self._metadata | {MANIFEST: make_manifest(self._checksums)})
+        self._data.seek(0)
+        with open(self._folder / name, "wb") as file:
+            write_header(file, raw)
+            shutil.copyfileobj(self._data, file, _CHUNK)
+        self._report.headers += len(raw) + 8
+        self.files[name] = list(self._tensors), sha256(raw)
+        self._data.seek(0)
+        self._data.truncate()
+        self._tensors, self._checksums = {}, {}

@@ -193,20 +193,20 @@ def test_what_cannot_be_cut_is_said_in_a_sentence(tmp_path: Path) -> None:
     for change, sentence in (
         ({"peft_type": "IA3"}, "of the type 'IA3'; only ranks of LoRA"),
         ({"target_parameters": ["experts.gate_up_proj"]}, "'LORA' on fused parameters"),
-        ({"lora_alpha": "16"}, "a lora_alpha of '16', no number"),
-        ({"lora_alpha": 10**400}, "a lora_alpha of 1000.*, no number"),
+        ({"lora_alpha": "16"}, "a lora_alpha of '16', not a number"),
+        ({"lora_alpha": 10**400}, "a lora_alpha of 1000.*, not a number"),
         ({"lora_alpha": float("nan")}, "a lora_alpha of nan, no number"),
         ({"exclude_modules": 5}, "neither names nor a regular expression in exclude_modules"),
         ({"exclude_modules": ["lm_head", 5]}, "neither names nor a regular expression in exclude_modules"),
         ({"exclude_modules": "("}, "neither names nor a regular expression in exclude_modules"),
-        ({"alpha_pattern": {"(": 4}}, "no numbers by names of layers in alpha_pattern"),
-        ({"rank_pattern": [4]}, "no numbers by names of layers in rank_pattern"),
-        ({"rank_pattern": {"q_proj": "4"}}, "no numbers by names of layers in rank_pattern"),
+        ({"alpha_pattern": {"(": 4}}, "has alpha_pattern=.*; it must map layers to numbers"),
+        ({"rank_pattern": [4]}, "has rank_pattern=.*; it must map layers to numbers"),
+        ({"rank_pattern": {"q_proj": "4"}}, "has rank_pattern=.*; it must map layers to numbers"),
     ):
         settings.write_text(json.dumps(config | change))
         refused(sentence)
     settings.write_text("[]")
-    refused("holds no object")
+    refused("does not hold a JSON object")
     settings.write_text(json.dumps(config))
     save_file({"base_model.model.lm_head.lora_A.weight": torch.ones(4, 32)}, weights)
     refused("can be removed: its adapter_model.safetensors has no layer with both A and B")

@@ -70,7 +70,7 @@ def test_what_cannot_be_done_is_said_in_a_sentence(tmp_path: Path, capsys: pytes
         ),
         (
             ["compress", str(tmp_path / "adapter"), str(tmp_path / "out")],
-            "it is an adapter, and this takes whole models",
+            "it is an adapter, and a whole model is needed",
         ),
         (
             ["compress", str(tmp_path / "empty"), str(tmp_path / "out")],

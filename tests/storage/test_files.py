@@ -215,9 +215,9 @@ class TestWhereItIsWritten:
         (tmp_path / "home").mkdir()
         (tmp_path / "home" / "letter").write_text("dear")
         (tmp_path / "file").write_text("")
-        with pytest.raises(ValueError, match="is no model's folder"):
+        with pytest.raises(ValueError, match="is not a model's folder"):
             compress(tmp_path / "plain", tmp_path / "home", overwrite=True)
-        with pytest.raises(ValueError, match="is no folder"):
+        with pytest.raises(ValueError, match="is not a folder"):
             compress(tmp_path / "plain", tmp_path / "file", overwrite=True)
         assert (tmp_path / "home" / "letter").read_text() == "dear"
 
@@ -276,7 +276,7 @@ from hf_pdecay import compress
 from hf_pdecay.storage import folder, writer
 place, count = sys.argv[3], int(sys.argv[4])
 owner, name = {
-    "tensor": (writer._Shards, "add"), "file": (writer, "write_file"), "rename": (Path, "rename"),
+    "tensor": (writer._Shards, "add"), "file": (writer._Shards, "close"), "rename": (Path, "rename"),
     "removal": (folder.shutil, "rmtree"),
 }[place]
 real = getattr(owner, name)
@@ -359,7 +359,7 @@ def test_a_disk_too_small_for_the_plain_model_is_seen_before_it_is_written(
     saved("gpt2", tmp_path / "plain")
     compress(tmp_path / "plain", tmp_path / "small")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**6, 10**6 - 1000, 1000))  # type: ignore[attr-defined]
-    with pytest.raises(ValueError, match="114176 bytes, and 1000 are free"):
+    with pytest.raises(ValueError, match="114176 bytes, and only 1000 are free"):
         decompress(tmp_path / "small", tmp_path / "back")
     assert not (tmp_path / "back").exists()
 
@@ -368,12 +368,12 @@ def test_what_is_no_plain_model_is_refused(tmp_path: Path) -> None:
     saved("gpt2", tmp_path / "plain")
     compress(tmp_path / "plain", tmp_path / "small")
     out = tmp_path / "out"
-    with pytest.raises(FormatError, match="is compressed already"):
+    with pytest.raises(FormatError, match="its weights are compressed already"):
         compress(tmp_path / "small", out)
     with pytest.raises(FormatError, match="has no quantization_config: the model is not compressed"):
         decompress(tmp_path / "plain", out)
     write_folder(tmp_path / "bnb", {"a": torch.zeros(4)}, quantization_config={"quant_method": "bitsandbytes"})
-    with pytest.raises(FormatError, match="is quantized already .quant_method 'bitsandbytes'"):
+    with pytest.raises(FormatError, match="quant_method 'bitsandbytes': its weights are quantized or shrunk already"):
         compress(tmp_path / "bnb", out)
     (tmp_path / "empty").mkdir()
     with pytest.raises(FormatError, match="has no config.json"):

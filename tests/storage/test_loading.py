@@ -221,7 +221,7 @@ class TestDamage:
         data[-40] ^= 1
         file.write_bytes(data)
         with pytest.raises(
-            FormatError, match=r"'transformer.* is damaged: its checksum differs.*Fetch the model again\."
+            FormatError, match=r"'transformer.* is damaged: its checksum differs.*Download the model again\."
         ):
             tf.AutoModelForCausalLM.from_pretrained(gpt2[2])
         monkeypatch.setenv("HF_PDECAY_VERIFY_CHECKSUMS", "0")
