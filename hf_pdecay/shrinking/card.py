@@ -12,7 +12,11 @@ from .report import ShrinkReport
 
 
 def recount(
-    folder: Path, report: ShrinkReport, removed: str, count: Callable[[SparsityReport], SparsityReport], loading: str = ""
+    folder: Path,
+    report: ShrinkReport,
+    removed: str,
+    count: Callable[[SparsityReport], SparsityReport],
+    loading: str = "",
 ) -> None:
     """Count the zeros of the smaller model, and say in its card that the counts there are those of the larger one.
 
