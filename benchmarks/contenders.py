@@ -1,4 +1,4 @@
-"""What is measured: sizes of models, and the optimizers that run on each of them."""
+"""The measured sizes of models, and the optimizers that run on each of them."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ AUTHORS_FUSED = f"authors' algorithm on fused AdamW, p = {USUAL_P:g}"
 # On a CPU, from this many weights on only what is asked for most: a step takes a second.
 _MANY = 100_000_000
 
-# Tensors up to which torch.compile has to show what it makes of the formulas; it takes a second for each.
+# Largest number of tensors for torch.compile, which takes a second for each.
 _COMPILED = 24
 
 Shapes = tuple[tuple[int, ...], ...]
@@ -129,10 +129,10 @@ def by_groups(params: list[Tensor], kind: str) -> AdamWLp:
 
 
 def _neurons(matrices: list[Tensor], first: int) -> dict[str, Any]:
-    some = range(first, min(first + 3, len(matrices)))
-    count = min(matrices[index].shape[0] for index in some)
-    columns = len(some) == 3 and matrices[some[2]].shape[1] >= count
-    members = [{"param": index, "dim": int(columns and index == some[-1])} for index in some]
+    indices = range(first, min(first + 3, len(matrices)))
+    count = min(matrices[index].shape[0] for index in indices)
+    columns = len(indices) == 3 and matrices[indices[2]].shape[1] >= count
+    members = [{"param": index, "dim": int(columns and index == indices[-1])} for index in indices]
     return {"kind": "neuron", "count": count, "name": f"layer {first // 3}", "members": members}
 
 

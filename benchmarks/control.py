@@ -23,7 +23,7 @@ from overhead import MODELS, Model, Spans, load_data, silence, train_clm
 
 
 def measure(model: Model, steps: int) -> str:
-    """Train once; returns a line with the share of the control and the time of a step and a cut."""
+    """Train once; return a line with the share of the control and the time of a step and of pruning."""
     data = load_data(model)
     set_seed(42)
     with tempfile.TemporaryDirectory() as folder, silence():
@@ -51,12 +51,12 @@ def measure(model: Model, steps: int) -> str:
             whole = time.perf_counter() - begin
         weights = trainer.measure_sparsity().decayed.parameters
     schedule = Schedule(round(0.1 * steps), round(0.75 * steps))
-    cuts = sum(schedule.prunes(step) for step in range(1, steps + 1))
+    prunings = sum(schedule.prunes(step) for step in range(1, steps + 1))
     control = [sum(span.seconds) for span in spans]
     return (
         f"{model.name}, {weights / 1e6:.2f} M decayed weights, {steps} steps of {1e3 * whole / steps:.1f} ms: the "
-        f"control takes {sum(control) / whole:.2%} of the time; at each of {cuts} cuts λ_p takes "
-        f"{1e3 * control[0] / cuts:.1f} ms and the cut {1e3 * control[1] / cuts:.1f} ms"
+        f"control takes {sum(control) / whole:.2%} of the time; at each of {prunings} pruning steps λ_p takes "
+        f"{1e3 * control[0] / prunings:.1f} ms and pruning {1e3 * control[1] / prunings:.1f} ms"
     )
 
 

@@ -9,7 +9,7 @@ from typing import Any
 from contenders import USUAL_P
 
 
-# Beyond so many times the baseline bars are cut, so that those near it can be told apart.
+# Longer bars, in multiples of the baseline, are truncated, so that bars near the baseline stay distinguishable.
 _LIMIT = 10.0
 _COLORS = {"AdamWLp": "#1f4e9c", "torch": "#8a8a8a", "rival": "#c8702a"}
 

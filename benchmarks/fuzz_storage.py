@@ -2,8 +2,8 @@
 
     python benchmarks/fuzz_storage.py
 
-Changes valid blocks, files and folders at random: flipped bits, bytes set to telling values, parts cut out, doubled and
-exchanged, numbers in JSON replaced. Each input must be refused by a `FormatError`, or give the tensors back to the bit;
+Changes valid blocks, files and folders at random: flipped bits, bytes set to telling values, pieces removed, doubled
+and exchanged, numbers in JSON replaced. Each input must be refused by a `FormatError`, or give bit-identical tensors;
 without checksums, or with checksums that a forger has made right, it may also give other values of the shape that is
 told. Anything else is a crash: other errors, more memory than the process is allowed, a process that dies. Where
 `atheris` is installed, `--atheris` lets it choose the inputs by coverage. Takes about a minute.
@@ -155,10 +155,10 @@ class Blocks:
         """Decode a block."""
 
         def read() -> bool:
-            found, head = decode(np.frombuffer(block, dtype=np.uint8), LIMIT, "it")
-            if found.nbytes != head.dense or head.dense > LIMIT:
+            decoded, head = decode(np.frombuffer(block, dtype=np.uint8), LIMIT, "it")
+            if decoded.nbytes != head.dense or head.dense > LIMIT:
                 raise AssertionError("a tensor of another size than is told")
-            return found.tobytes() == data
+            return decoded.tobytes() == data
 
         return judge(read)
 
@@ -171,10 +171,10 @@ class Files:
         self.may_differ = self.forged = forged
         make_folder(folder / "plain", folder / "small")
         self.work = folder / "model.safetensors"
-        self.files = [each.read_bytes() for each in sorted((folder / "small").glob("*.safetensors"))]
+        self.files = [file.read_bytes() for file in sorted((folder / "small").glob("*.safetensors"))]
         self.sums, self.tensors = [], []
-        for each in self.files:
-            self.work.write_bytes(each)
+        for content in self.files:
+            self.work.write_bytes(content)
             self.sums.append(hashlib.sha256(read_header(self.work).raw).hexdigest())
             self.tensors.append(self.read(self.sums[-1]))
 
@@ -182,15 +182,15 @@ class Files:
         """Check a file and decode its tensors."""
         header = check_file(self.work, checksum, checksums=True)
         data = self.work.read_bytes()
-        found = {}
+        tensors = {}
         for name, entry in header.entries.items():
             part = data[entry.begin : entry.begin + entry.size]
             if is_blob(entry):
                 decoded, head = decode(np.frombuffer(part, dtype=np.uint8), LIMIT, name)
-                found[name] = (head.dtype, head.shape, decoded.tobytes())
+                tensors[name] = (head.dtype, head.shape, decoded.tobytes())
             else:
-                found[name] = (entry.dtype, entry.shape, part)
-        return found
+                tensors[name] = (entry.dtype, entry.shape, part)
+        return tensors
 
     def try_one(self, chance: random.Random) -> Outcome:
         """Read a changed file."""
@@ -220,9 +220,9 @@ class Folders:
     def __init__(self, folder: Path) -> None:
         self.plain, self.small, self.out = folder / "plain", folder / "small", folder / "out"
         make_folder(self.plain, self.small)
-        self.files = {each: each.read_bytes() for each in sorted(self.small.iterdir())}
+        self.files = {file: file.read_bytes() for file in sorted(self.small.iterdir())}
         # What the config says beside quantization_config is the model's, and comes back as it is.
-        self.compared = [each.name for each in sorted(self.plain.iterdir()) if each.name != "config.json"]
+        self.compared = [file.name for file in sorted(self.plain.iterdir()) if file.name != "config.json"]
 
     def try_one(self, chance: random.Random) -> Outcome:
         """Decompress a folder with a changed file."""
@@ -252,7 +252,7 @@ class Folders:
 
 
 def sparse(numel: int, size: int, zeros: float, negative: float = 0.0) -> Any:
-    """Random elements of which a share is zero, as bytes; so many of those have the sign of a float."""
+    """Random elements as bytes: a share of them is zero, and a share of the zeros is negative."""
     generator = np.random.default_rng(numel + size)
     data = generator.integers(0, 256, (numel, size), dtype=np.uint8)
     zero = generator.random(numel) < zeros
@@ -274,7 +274,7 @@ def make_folder(plain: Path, small: Path) -> None:
         data = [
             sparse(int(np.prod(shape, dtype=int)), 8 if kind == "I64" else 4, 0.9) for kind, shape in ordered.values()
         ]
-        (plain / name).write_bytes(struct.pack("<Q", len(raw)) + raw + b"".join(each.tobytes() for each in data))
+        (plain / name).write_bytes(struct.pack("<Q", len(raw)) + raw + b"".join(tensor.tobytes() for tensor in data))
         placed |= dict.fromkeys(tensors, name)
     index = {"metadata": {"total_size": 1}, "weight_map": placed}
     (plain / "model.safetensors.index.json").write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
@@ -327,9 +327,9 @@ def with_atheris(folder: Path, inputs: int) -> None:
     import atheris
 
     for module in (container, format, packing):
-        for each in vars(module).values():
-            if isinstance(each, FunctionType) and each.__module__ == module.__name__:
-                atheris.instrument_func(each)
+        for function in vars(module).values():
+            if isinstance(function, FunctionType) and function.__module__ == module.__name__:
+                atheris.instrument_func(function)
     blocks = Blocks(folder)
 
     def one(data: bytes) -> None:
@@ -364,7 +364,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         limits = resource.getrlimit(resource.RLIMIT_AS)
         resource.setrlimit(resource.RLIMIT_AS, (size + MEMORY, limits[1]))
         try:
-            found = [
+            outcomes = [
                 fuzz(target, options.inputs // (5 if isinstance(target, Folders) else 1), options.seed)
                 for target in targets
             ]
@@ -373,22 +373,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     record = {
         **conditions("cpu", ["numpy", "zstandard"]),
         "command": command("fuzz_storage.py", words),
-        "targets": found,
+        "targets": outcomes,
     }
     text = report(record)
     write(record, text, options.output, "fuzz_storage")
     print(text)
-    return int(any(each["crash"] for each in found))
+    return int(any(outcome["crash"] for outcome in outcomes))
 
 
 def report(record: dict[str, Any]) -> str:
     """Return the figures in Markdown."""
     kinds = ("inputs", "refused", "identical", "other values", "crash")
     rows = [
-        [each["name"], *(f"{each[kind]:,}" for kind in kinds), f"{each['seconds']:.0f}"] for each in record["targets"]
+        [target["name"], *(f"{target[kind]:,}" for kind in kinds), f"{target['seconds']:.0f}"]
+        for target in record["targets"]
     ]
-    sums = [f"{sum(each[kind] for each in record['targets']):,}" for kind in kinds]
-    rows.append(["all", *sums, f"{sum(each['seconds'] for each in record['targets']):.0f}"])
+    sums = [f"{sum(target[kind] for target in record['targets']):,}" for kind in kinds]
+    rows.append(["all", *sums, f"{sum(target['seconds'] for target in record['targets']):.0f}"])
     parts = ["# Damaged and forged compressed files", describe(record)]
     parts.append(table(["changed at random", "inputs tried", *kinds[1:-1], "crashes", "seconds"], rows))
     parts.append(
@@ -397,8 +398,8 @@ def report(record: dict[str, Any]) -> str:
     )
     parts += [
         f"- {name}: {crash}"
-        for each in record["targets"]
-        for name, crash in ((each["name"], c) for c in each["crashes"])
+        for target in record["targets"]
+        for name, crash in ((target["name"], c) for c in target["crashes"])
     ]
     return "\n\n".join(parts) + "\n"
 

@@ -4,7 +4,7 @@
     python benchmarks/gpu.py --only step semi_structured
 
 Starting Python and importing torch takes a good part of a short measurement, so it is done once. Each part writes
-its own files to benchmarks/results/ as it would when run by itself, and what it took is printed.
+the same files to benchmarks/results/ as it does when run by itself, and its time is printed.
 """
 
 from __future__ import annotations
@@ -44,8 +44,8 @@ def entry(module: str) -> Callable[[Sequence[str]], int | None]:
         import pytest
 
         return lambda arguments: int(pytest.main(list(arguments)))
-    found: Callable[[Sequence[str]], int | None] = importlib.import_module(module).main
-    return found
+    main_function: Callable[[Sequence[str]], int | None] = importlib.import_module(module).main
+    return main_function
 
 
 def run(names: Sequence[str]) -> dict[str, str]:

@@ -49,8 +49,8 @@ class Workload:
         name: What it is called in the table.
         model: Which model does it.
         batch: Sequences.
-        tokens: Tokens of each that are computed in a call.
-        past: Tokens of each that a cache holds before it.
+        tokens: Tokens of each sequence that a call computes.
+        past: Tokens of each sequence that a cache holds before the call.
     """
 
     name: str
@@ -109,7 +109,7 @@ class WithPast(nn.Module):
 
 
 def engines(dense: nn.Module, work: Workload, left_out: dict[str, str]) -> dict[str, Call]:
-    """Return for each engine a call that does the workload, and check that it gives what the dense model gives."""
+    """Return a call of the workload for each engine, and check that its result is that of the dense model."""
     ids = torch.randint(0, 1000, (work.batch, work.tokens), generator=torch.Generator().manual_seed(0))
     sparse = copy.deepcopy(dense)
     to_sparse_inference(sparse, rows=work.batch * work.tokens)
@@ -138,21 +138,21 @@ def _with_torchs_product(model: nn.Module, ids: Tensor) -> Any:
 
 def _others(model: nn.Module, ids: Tensor, left_out: dict[str, str]) -> dict[str, Call]:
     """Return the other engines that are installed; both read what torch exports."""
-    found: dict[str, Call] = {}
+    calls: dict[str, Call] = {}
     with tempfile.TemporaryDirectory() as folder:
         path = f"{folder}/model.onnx"
         try:
             import onnxscript  # noqa: F401  which torch.onnx.export needs
         except ImportError as missing:
             left_out |= dict.fromkeys((OPENVINO, ONNX), str(missing))
-            return found
+            return calls
         torch.onnx.export(model, (ids,), path, dynamo=True, verbose=False)
         for name, load in ((OPENVINO, _openvino), (ONNX, _onnx)):
             try:
-                found[name] = load(path, ids)
+                calls[name] = load(path, ids)
             except ImportError as missing:
                 left_out[name] = str(missing)
-    return found
+    return calls
 
 
 def _openvino(path: str, ids: Tensor) -> Call:
@@ -180,7 +180,7 @@ def _onnx(path: str, ids: Tensor) -> Call:
 
 
 def measure(work: Workload, sparsity: float, rounds: int, left_out: dict[str, str]) -> list[dict[str, Any]]:
-    """Time a workload on each engine, in an order drawn anew in every round."""
+    """Time a workload on each engine, in a new random order in every round."""
     calls = engines(build(work.model, sparsity), work, left_out)
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     order = random.Random(0)
@@ -191,7 +191,7 @@ def measure(work: Workload, sparsity: float, rounds: int, left_out: dict[str, st
             seconds[name].append(time.perf_counter() - began)
     rows = []
     for name, values in seconds.items():
-        ratio = spread([dense / own for dense, own in zip(seconds[DENSE], values, strict=True)])
+        ratio = spread([dense / sparse for dense, sparse in zip(seconds[DENSE], values, strict=True)])
         least = min(seconds[DENSE]) / min(values)
         row = {"workload": work.name, "model": work.model, "sparsity": sparsity, "engine": name, "speedup": ratio}
         row |= {"speedup_of_least": least, "median_ms": median(values) * 1e3, "rounds": rounds}

@@ -19,7 +19,7 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 class PeakMemory(TorchDispatchMode):
     """The most bytes that tensors made inside it held at one time.
 
-    Memory that a kernel takes for itself and that is no torch tensor is not seen.
+    Memory that a kernel allocates outside torch tensors is not counted.
     """
 
     def __init__(self) -> None:
@@ -52,7 +52,7 @@ class PeakMemory(TorchDispatchMode):
 
 
 def _plain(tree: Any) -> list[Tensor]:
-    """Tensors with memory of their own; wrappers have none, what they wrap comes by itself."""
+    """Tensors that hold memory; wrappers hold none, and the tensors that they wrap come separately."""
     return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor) and not hasattr(leaf, "__tensor_flatten__")]
 
 
@@ -76,7 +76,7 @@ def extra_bytes(step: Callable[[], Any], device: str) -> int:
 
 
 def tensor_bytes(tensor: Tensor) -> int:
-    """Return the bytes of a tensor, of a wrapper (an 8-bit moment) those of the tensors in it."""
+    """Return the bytes of a tensor; for a wrapper (an 8-bit moment), those of the tensors in it."""
     if hasattr(tensor, "__tensor_flatten__"):
         names, _ = tensor.__tensor_flatten__()
         return sum(tensor_bytes(getattr(tensor, name)) for name in names)
@@ -97,7 +97,7 @@ def least_bytes(optimizer: Any, params: list[Tensor]) -> int:
     total = 0
     for param in params:
         moments = [optimizer.state[param].get(name) for name in MOMENTS]
-        total += 3 * tensor_bytes(param) + 2 * sum(tensor_bytes(each) for each in moments if each is not None)
+        total += 3 * tensor_bytes(param) + 2 * sum(tensor_bytes(moment) for moment in moments if moment is not None)
     return total
 
 

@@ -53,7 +53,7 @@ def train(moments: str, seed: int, steps: int, eval_samples: int) -> dict[str, A
 
 
 def state_bytes(states: Any) -> int:
-    """Bytes that both moments hold, those of quantised ones with their scales and tables."""
+    """Bytes of both moments, including the scales and tables of quantised ones."""
     total = 0
     for state in states:
         for name in ("exp_avg", "exp_avg_sq"):
@@ -71,14 +71,14 @@ def table(runs: list[dict[str, Any]]) -> str:
     ]
     base = {run["seed"]: run["validation_loss"] for run in runs if run["moments"] == "float32"}
     for moments in MOMENTS:
-        some = [run for run in runs if run["moments"] == moments]
-        if not some:
+        seeds = [run for run in runs if run["moments"] == moments]
+        if not seeds:
             continue
-        losses, zeros = [run["validation_loss"] for run in some], [run["sparsity"] for run in some]
+        losses, zeros = [run["validation_loss"] for run in seeds], [run["sparsity"] for run in seeds]
         spread = statistics.stdev(losses) if len(losses) > 1 else 0.0
-        gaps = ", ".join(f"{run['validation_loss'] - base[run['seed']]:+.4f}" for run in some)
+        gaps = ", ".join(f"{run['validation_loss'] - base[run['seed']]:+.4f}" for run in seeds)
         lines.append(
-            f"| {moments} | {some[0]['bytes_per_weight']:.2f} | {statistics.mean(losses):.4f} ± {spread:.4f} | "
+            f"| {moments} | {seeds[0]['bytes_per_weight']:.2f} | {statistics.mean(losses):.4f} ± {spread:.4f} | "
             f"{statistics.mean(zeros):.2%} | {gaps} |"
         )
     return "\n".join(lines)
@@ -98,8 +98,10 @@ def plot(runs: list[dict[str, Any]], path: Path) -> None:
             continue
         steps = [step for step, _ in curves[0]]
         losses = [[curve[k][1] for curve in curves] for k in range(len(steps))]
-        (line,) = axes.plot(steps, [statistics.mean(some) for some in losses], style, label=moments)
-        axes.fill_between(steps, [min(some) for some in losses], [max(some) for some in losses], alpha=0.15, lw=0)
+        (line,) = axes.plot(steps, [statistics.mean(values) for values in losses], style, label=moments)
+        axes.fill_between(
+            steps, [min(values) for values in losses], [max(values) for values in losses], alpha=0.15, lw=0
+        )
         line.set_linewidth(1.8)
     axes.set(xlabel="step", ylabel="training loss", yscale="log", title="Training loss by what the moments are kept as")
     axes.grid(alpha=0.3, which="both")
@@ -127,7 +129,7 @@ def main(argv: list[str] | None = None) -> int:
         "command": " ".join(["python benchmarks/moments.py", *(sys.argv[1:] if argv is None else argv)]),
         "date": date.today().isoformat(),
         "device": f"CPU ({platform.machine()}), {torch.get_num_threads()} threads",
-        "versions": {each: version(each) for each in ("torch", "transformers", "torchao")},
+        "versions": {package: version(package) for package in ("torch", "transformers", "torchao")},
         "steps": steps,
         "runs": runs,
     }

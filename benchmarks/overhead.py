@@ -215,7 +215,9 @@ def measure(model: Model, data: Any, repeats: int, steps: int, device: str) -> d
         for optim in (DENSE, SPARSE) if repeat % 2 == 0 else (SPARSE, DENSE):
             runs[optim].append(run(optim, model, data, steps, device))
             print(f"{model.name}: {optim}: {runs[optim][-1]['whole_ms']:.2f} ms a step", file=sys.stderr, flush=True)
-    middle = {optim: {key: median(one[key] for one in some) for key in some[0]} for optim, some in runs.items()}
+    middle = {
+        optim: {key: median(run[key] for run in repeats) for key in repeats[0]} for optim, repeats in runs.items()
+    }
     more = sum(middle[SPARSE][key] - middle[DENSE][key] for key in ("optimizer_ms", "log_ms"))
     pairs = zip(runs[SPARSE], runs[DENSE], strict=True)
     return {
@@ -227,7 +229,9 @@ def measure(model: Model, data: Any, repeats: int, steps: int, device: str) -> d
         "steps": steps,
         "logging_steps": LOGGING_STEPS,
         "parts": PARTS,
-        "runs": {optim: {key: spread([one[key] for one in some]) for key in some[0]} for optim, some in runs.items()},
+        "runs": {
+            optim: {key: spread([run[key] for run in repeats]) for key in repeats[0]} for optim, repeats in runs.items()
+        },
         "ratio": spread([sparse["whole_ms"] / dense["whole_ms"] for sparse, dense in pairs]),
         "overhead_by_parts": more / middle[DENSE]["whole_ms"],
     }

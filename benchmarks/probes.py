@@ -58,7 +58,7 @@ def compile_seconds(device: str) -> dict[str, float]:
     with tempfile.TemporaryDirectory() as folder:
         caches = {"TORCHINDUCTOR_CACHE_DIR": folder, "TRITON_CACHE_DIR": folder}
         steps = [_in_a_process(["first_step", device], caches) for _ in range(2)]
-    return {name: each["first"] - each["second"] for name, each in zip(("cold", "warm"), steps, strict=True)}
+    return {name: step["first"] - step["second"] for name, step in zip(("cold", "warm"), steps, strict=True)}
 
 
 def rss_growth(size: Size, names: Sequence[str]) -> dict[str, int | None]:
@@ -82,7 +82,7 @@ def _in_a_process(arguments: list[str], variables: dict[str, str]) -> Any:
 
 
 def main(argv: Sequence[str]) -> None:
-    """Run a probe and print what it found as JSON."""
+    """Run a probe and print its result as JSON."""
     probe, argument = argv
     if probe == "first_step":
         print(json.dumps(first_step(argument)))

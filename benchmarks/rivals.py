@@ -65,7 +65,7 @@ class CheckedAdamW(AdamW):
     """torch's fused AdamW that skips a step with NaN or infinite gradients, by the means that torch has for it.
 
     Before the step ``torch.amp.GradScaler`` has one operation look at all gradients (and unscale them, here by 1). It
-    leaves at the optimizer, as ``found_inf``, what that found. Without a scaler both are done here.
+    leaves its result at the optimizer, as ``found_inf``. Without a scaler both are done here.
     """
 
     @torch.no_grad()

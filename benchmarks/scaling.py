@@ -1,10 +1,10 @@
-"""Measure how the time of a cut, of setting λ_p and of a log event grows with the weights.
+"""Measure how the time of pruning, of setting λ_p and of a log event grows with the weights.
 
     python benchmarks/scaling.py
 
 Steps `AdamWLp` on one thread with a target on 1, 10 and 50 M decayed weights, and times in each round the optimizer's
-step, a cut, λ_p and a count of zeros. Ratios are to the step of the same round, so that a busy machine hits both. Takes
-half a minute.
+step, pruning, λ_p and a count of zeros. Ratios are to the step of the same round, so that a busy machine affects both.
+Takes half a minute.
 """
 
 from __future__ import annotations
@@ -29,29 +29,29 @@ from timing import no_garbage_collection
 
 
 ROOT = Path(__file__).resolve().parent
-PARTS = {"step": "optimizer.step()", "cut": "a cut", "lambda_p": "λ_p after it", "log": "a count of zeros"}
+COMPONENTS = {"step": "optimizer.step()", "cut": "pruning", "lambda_p": "λ_p after it", "log": "a count of zeros"}
 SIZES = {"1 M": (4, 512), "10 M": (10, 1024), "50 M": (50, 1024)}
 STEPS = 1000
 
 
 def measure(tensors: int, width: int, rounds: int) -> dict[str, Any]:
-    """Time the parts on so many square matrices; a round is at one of the cuts of a run, which are spread evenly."""
+    """Time the components on square matrices; each round is at another pruning step of a run, evenly spread."""
     torch.manual_seed(0)
     model = nn.Sequential(*(nn.Linear(width, width, bias=False) for _ in range(tensors)))
     optimizer = AdamWLp(build_param_groups(model, p_norm=0.8, lambda_p=0.0), lr=1e-4)
     control = SparsityControl(optimizer, STEPS, target_sparsity=0.9)
     for param in model.parameters():
         param.grad = torch.randn_like(param).mul_(1e-3)
-    # λ_p is set after a cut until the last weights are chosen by cuts alone.
-    cuts = [
+    # λ_p is set after each pruning step, except for the last zeros.
+    prunings = [
         step for step in range(1, STEPS) if control.schedule.prunes(step) and control.schedule.progress(step) < 0.95
     ]
-    chosen = [cuts[place * len(cuts) // rounds] for place in range(rounds)]
+    chosen = [prunings[number * len(prunings) // rounds] for number in range(rounds)]
     control.before_step(control.schedule.begin + 1)
     for _ in range(2):  # compiles, and makes the moments
         optimizer.step()
     measure_sparsity(model)
-    seconds: dict[str, list[float]] = {part: [] for part in PARTS}
+    seconds: dict[str, list[float]] = {part: [] for part in COMPONENTS}
     extra: dict[str, int] = {}
     with no_garbage_collection():
         for step in chosen:
@@ -65,7 +65,7 @@ def measure(tensors: int, width: int, rounds: int) -> dict[str, Any]:
                 begin = time.perf_counter()
                 part()
                 seconds[name].append(time.perf_counter() - begin)
-    last = cuts[-1] + control.schedule.interval
+    last = prunings[-1] + control.schedule.interval
     extra["cut"] = extra_bytes(lambda: control.after_step(last), "cpu")
     extra["log"] = extra_bytes(lambda: measure_sparsity(model), "cpu")
     weights = tensors * width * width
@@ -73,14 +73,14 @@ def measure(tensors: int, width: int, rounds: int) -> dict[str, Any]:
         part: spread([one / step for one, step in zip(times, seconds["step"], strict=True)])
         for part, times in seconds.items()
     }
-    each_cut = ratios["cut"]["median"] + ratios["lambda_p"]["median"]
+    one_pruning = ratios["cut"]["median"] + ratios["lambda_p"]["median"]
     return {
         "weights": weights,
         "tensors": tensors,
         "rounds": rounds,
         "ms_per_million": {part: 1e3 * median(times) / (weights / 1e6) for part, times in seconds.items()},
         "ratio_to_step": ratios,
-        "control_per_step": each_cut / control.schedule.interval,
+        "control_per_step": one_pruning / control.schedule.interval,
         "interval": control.schedule.interval,
         "temporary_bytes": extra,
     }
@@ -88,13 +88,13 @@ def measure(tensors: int, width: int, rounds: int) -> dict[str, Any]:
 
 def text(record: dict[str, Any]) -> str:
     """Return the report in Markdown."""
-    headings = ["weights", *(f"{label}, ms per M" for label in PARTS.values())]
-    headings += [f"{PARTS[part]} / step" for part in PARTS if part != "step"]
-    headings += ["target, share of a step", "cut, MB", "count, MB"]
+    headings = ["weights", *(f"{label}, ms per M" for label in COMPONENTS.values())]
+    headings += [f"{COMPONENTS[part]} / step" for part in COMPONENTS if part != "step"]
+    headings += ["target, share of a step", "pruning, MB", "count, MB"]
     rows = []
     for name, size in record["sizes"].items():
-        row = [f"{name} in {size['tensors']} tensors", *(f"{size['ms_per_million'][part]:.2f}" for part in PARTS)]
-        for part in PARTS:
+        row = [f"{name} in {size['tensors']} tensors", *(f"{size['ms_per_million'][part]:.2f}" for part in COMPONENTS)]
+        for part in COMPONENTS:
             if part != "step":
                 ratio = size["ratio_to_step"][part]
                 row.append(f"{ratio['median']:.2f} ({ratio['q10']:.2f}-{ratio['q90']:.2f})")
@@ -104,11 +104,11 @@ def text(record: dict[str, Any]) -> str:
     notes = [
         "Medians of the rounds, and in brackets their 10-90% range. A step here is the optimizer's alone; forward and "
         "backward take many times as long, so that the shares of a whole step are smaller.",
-        f"Share of a step: a cut and λ_p after it, over the steps between two cuts: {record['interval']} in a run of "
+        f"Share of a step: pruning and λ_p, over the steps between two pruning steps: {record['interval']} in a run of "
         f"{STEPS:,}, 8 in shorter and up to 50 in longer ones. Only between sparsity_begin and sparsity_end.",
-        "A cut takes longer where some of several equal scores are zeroed and some not: it then looks at all weights "
+        "Pruning takes longer if only a fraction of several equal scores is zeroed: it then reads all weights "
         "twice more. Among 50 M float32 weights that is usual.",
-        "MB: peak of the tensors made during it, at the last cut.",
+        "MB: peak of the tensors made during it, at the last pruning step.",
     ]
     parts = ["# How control and logging grow with the weights", describe(record), table(headings, rows)]
     return "\n\n".join([*parts, "\n".join(f"- {note}" for note in notes)]) + "\n"

@@ -3,8 +3,8 @@
     python benchmarks/semi_structured.py
     python benchmarks/semi_structured.py --layers 2 --rounds 5
 
-Layers of Llama 7B's size in bfloat16, drawn, with the smaller two of each four weights set to 0: what a pattern is
-worth does not depend on what a model has learned. Both models do each workload in turn, in every round.
+Random layers of Llama 7B's size in bfloat16, with the smaller two of each four weights set to 0: the speed of a pattern
+does not depend on what a model has learned. Both models do each workload in turn, in every round.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from tables import command, conditions, describe, table, write
 
 ROOT = Path(__file__).resolve().parent
 PACKAGES = ("torch", "transformers")
-# Name, sequences, tokens of each: what a prompt takes, and what a step of decoding takes.
+# Name, sequences, tokens of each: prompts, and steps of decoding.
 WORKLOADS = (("prompts", 8, 1024), ("prompts", 1, 512), ("decoding without a cache's past", 64, 1))
 
 
@@ -64,24 +64,26 @@ def measure(
     """
     choices = to_sparse_inference(copy.deepcopy(single), rows=batch * tokens)
     ids = torch.randint(0, 32000, (batch, tokens), device="cuda")
-    expected, found = (each(ids, use_cache=False, logits_to_keep=1).logits.float() for each in (dense, sparse))
+    expected, result = (model(ids, use_cache=False, logits_to_keep=1).logits.float() for model in (dense, sparse))
     seconds: dict[str, list[float]] = {"dense": [], "sparse": []}
     for _ in range(rounds):
-        for each, model in (("dense", dense), ("sparse", sparse)):
-            seconds[each].append(clock(partial(model, ids, use_cache=False, logits_to_keep=1), 5, "cuda"))
+        for kind, model in (("dense", dense), ("sparse", sparse)):
+            seconds[kind].append(clock(partial(model, ids, use_cache=False, logits_to_keep=1), 5, "cuda"))
     pairs = zip(seconds["dense"], seconds["sparse"], strict=True)
     return {
         "workload": f"{name}, {batch} × {tokens} tokens",
-        "milliseconds": {each: 1e3 * spread(some)["median"] for each, some in seconds.items()},
+        "milliseconds": {kind: 1e3 * spread(times)["median"] for kind, times in seconds.items()},
         "speedup": spread([one / other for one, other in pairs]),
         "layers": layer_speedups(choices),
-        "relative_difference": float((found - expected).norm() / expected.norm()),
+        "relative_difference": float((result - expected).norm() / expected.norm()),
     }
 
 
 def layer_speedups(choices: Sequence[Choice]) -> dict[str, float]:
-    """Return what was measured of each shape of a layer."""
-    return {f"{each.shape[0]} × {each.shape[1]}": each.speedup for each in choices if each.speedup is not None}
+    """Return the measured speedup of each shape of a layer."""
+    return {
+        f"{choice.shape[0]} × {choice.shape[1]}": choice.speedup for choice in choices if choice.speedup is not None
+    }
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -100,18 +102,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     dense, single = build(options.layers), build(1)
     sparse = copy.deepcopy(dense)
     to_sparse_inference(sparse, min_sparsity=0.0)
-    record["workloads"] = [measure(*each, dense, sparse, single, options.rounds) for each in WORKLOADS]
+    record["workloads"] = [measure(*workload, dense, sparse, single, options.rounds) for workload in WORKLOADS]
     record["seconds"] = time.perf_counter() - begin
     rows = [
         [
-            each["workload"],
-            f"{each['milliseconds']['dense']:.2f}",
-            f"{each['milliseconds']['sparse']:.2f}",
-            f"{each['speedup']['median']:.2f} ({each['speedup']['q10']:.2f}-{each['speedup']['q90']:.2f})",
-            ", ".join(f"{shape}: {speedup:.2f}" for shape, speedup in each["layers"].items()),
-            f"{each['relative_difference']:.1e}",
+            row["workload"],
+            f"{row['milliseconds']['dense']:.2f}",
+            f"{row['milliseconds']['sparse']:.2f}",
+            f"{row['speedup']['median']:.2f} ({row['speedup']['q10']:.2f}-{row['speedup']['q90']:.2f})",
+            ", ".join(f"{shape}: {speedup:.2f}" for shape, speedup in row["layers"].items()),
+            f"{row['relative_difference']:.1e}",
         ]
-        for each in record["workloads"]
+        for row in record["workloads"]
     ]
     headings = ["workload", "dense, ms", "2:4, ms", "times dense", "layer by layer", "difference of the logits"]
     text = "\n\n".join(["# 2:4 on a GPU", describe(record), table(headings, rows)]) + "\n"

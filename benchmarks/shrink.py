@@ -1,7 +1,7 @@
 """How fast a model is without its dead neurons and heads: the dense model against the same model shrunk.
 
 Half of the neurons of each layer, and half of the heads of keys and values with their queries, are set to zero, and
-`hf_pdecay.shrinking.shrink` cuts them out. Both are then ordinary dense models. That they give the same is checked in
+`hf_pdecay.shrink` removes them. Both are then ordinary dense models. That they give the same is checked in
 float32; they are timed in `--dtype`, taking turns in an order drawn anew in every round.
 
     python benchmarks/shrink.py --quick              # small models, a minute
@@ -50,8 +50,8 @@ class Workload:
     Attributes:
         name: What it is called in the table.
         batch: Sequences.
-        tokens: Tokens of each that are computed in a call.
-        past: Tokens of each that a cache holds before it.
+        tokens: Tokens of each sequence that a call computes.
+        past: Tokens of each sequence that a cache holds before the call.
     """
 
     name: str
@@ -124,18 +124,18 @@ def variants(name: str, device: str) -> tuple[dict[str, Any], dict[str, str]]:
         RuntimeError: If a shrunk model gives something else than the dense one with the same weights at zero.
     """
     dense = build(name).to(device)
-    found = {DENSE: dense}
+    models = {DENSE: dense}
     # GPT-2's config cannot say that there are fewer heads.
     layouts = {NEURONS: "uniform", BOTH: "ragged" if "GPT-2" in name else "uniform"}
     ids = torch.randint(0, 1000, (2, 16), generator=torch.Generator().manual_seed(1)).to(device)
     for variant, kind in ((NEURONS, "neuron"), (BOTH, "head")):
         kill(dense, kind)
-        found[variant] = shrink(copy.deepcopy(dense), layers=layouts[variant])
+        models[variant] = shrink(copy.deepcopy(dense), layers=layouts[variant])
         expected = dense(ids).logits
-        off = float((found[variant](ids).logits - expected).abs().max() / expected.abs().max())
+        off = float((models[variant](ids).logits - expected).abs().max() / expected.abs().max())
         if not off < 1e-4:
             raise RuntimeError(f"{variant}: the shrunk model gives something else, {off:.1e} off")
-    return found, layouts
+    return models, layouts
 
 
 class Step(nn.Module):
@@ -175,16 +175,16 @@ def graphed(step: Step) -> Call:
 
 def measure(name: str, args: argparse.Namespace, rounds: int) -> tuple[list[dict[str, Any]], dict[str, str]]:
     """Time the variants of a model on each workload."""
-    found, layouts = variants(name, args.device)
+    models, layouts = variants(name, args.device)
     dtype = getattr(torch, args.dtype)
-    counts = {variant: sum(param.numel() for param in model.parameters()) for variant, model in found.items()}
-    for model in found.values():
+    counts = {variant: sum(param.numel() for param in model.parameters()) for variant, model in models.items()}
+    for model in models.values():
         model.to(dtype)
     rows, left_out = [], {}
     for work in workloads(args.device, args.quick):
         calls: dict[str, Call] = {}
         try:
-            for variant, model in found.items():
+            for variant, model in models.items():
                 step = Step(model, work, args.device, model.config.vocab_size)
                 calls[variant] = graphed(step) if args.graph else step
         except RuntimeError as error:  # out of memory, or what cannot be captured as a graph
@@ -201,7 +201,7 @@ def measure(name: str, args: argparse.Namespace, rounds: int) -> tuple[list[dict
 
 
 def race(calls: dict[str, Call], device: str, rounds: int) -> list[dict[str, Any]]:
-    """Time calls in rounds, in an order drawn anew in each; a turn takes 20 milliseconds at least."""
+    """Time calls in rounds, in a new random order in each; a turn takes at least 20 milliseconds."""
     for call in calls.values():
         clock(call, 2, device)
     repeats = {name: max(1, round(0.02 / max(clock(call, 1, device), 1e-6))) for name, call in calls.items()}
@@ -214,7 +214,7 @@ def race(calls: dict[str, Call], device: str, rounds: int) -> list[dict[str, Any
         {
             "variant": name,
             "median_ms": median(values) * 1e3,
-            "speedup": spread([dense / own for dense, own in zip(seconds[DENSE], values, strict=True)]),
+            "speedup": spread([dense / variant for dense, variant in zip(seconds[DENSE], values, strict=True)]),
             "rounds": rounds,
         }
         for name, values in seconds.items()
@@ -239,7 +239,7 @@ def text(record: dict[str, Any]) -> str:
     parts.append(
         "Times dense is the median over the rounds of the dense model's time over the shrunk one's, and its 10-90% "
         "range. Embeddings and head are as large as before. "
-        + ("Calls are replayed as CUDA graphs." if record["graph"] else "Calls are those of Python, one after another.")
+        + ("Calls are replayed as CUDA graphs." if record["graph"] else "Calls come from Python, one after another.")
     )
     return "\n\n".join(parts) + "\n"
 

@@ -82,7 +82,7 @@ def measure(
         NotEnoughMemoryError: If the size does not fit.
     """
     limit = QUICK_SECONDS if quick else math.inf
-    contenders = [each for each in contenders_for(size, device, quick) if each.name == BASELINE or rows in each.name]
+    contenders = [one for one in contenders_for(size, device, quick) if one.name == BASELINE or rows in one.name]
     result = race(contenders, size, device, rounds, seconds=limit, copy_numel=copy_numel)
     copy = spread(result.copy.all_seconds)["median"]
     growth = process_growth(result, size, device, quick)

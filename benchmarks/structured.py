@@ -1,11 +1,11 @@
-"""From training to a smaller model: half of the neurons as the target, cut out, and run without hf_pdecay.
+"""From training to a smaller model: half of the neurons die, are removed, and the model runs without hf_pdecay.
 
     python benchmarks/structured.py --train_file input.txt     # about ten minutes on one core
     python benchmarks/structured.py --quick                    # two minutes, on Python's standard library
 
-Trains a small Llama by `examples/train_clm.py` densely and to each target, same steps, seed and batches; cuts the dead
-groups out by the command `hf-pdecay shrink`; and loads what was trained and what is left of it in a process in which
-hf_pdecay cannot be imported, which compares their logits and times them in turns.
+Trains a small Llama by `examples/train_clm.py` dense and to each target, with the same steps, seed and batches. The
+command `hf-pdecay shrink` removes the dead units. A process that cannot import hf_pdecay then loads the trained and the
+shrunk model, compares their logits and times them in turns.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ ROOT = Path(__file__).resolve().parent
 PACKAGES = ("torch", "transformers")
 NEURONS = {"mlp": {"group": "neuron", "target_sparsity": 0.5}}
 HEADS = {"attn": {"group": "head", "target_sparsity": 0.5}}
-# Name, rules, and whether groups die that can be cut out.
+# Name, rules, and whether units die that can be removed.
 RUNS: tuple[tuple[str, dict[str, Any], bool], ...] = (
     ("dense", {".*": "off"}, False),
     ("half of the single weights of the MLPs", {"mlp": {"target_sparsity": 0.5}, "attn": "off"}, False),
@@ -54,10 +54,10 @@ seconds = [[], []]
 with torch.no_grad():
     logits = [model(ids).logits for model in models]
     for _ in range(30):
-        for some, model in zip(seconds, models):
+        for times, model in zip(seconds, models):
             begin = time.perf_counter()
             model(ids)
-            some.append(time.perf_counter() - begin)
+            times.append(time.perf_counter() - begin)
 difference = float((logits[0] - logits[1]).abs().max() / logits[0].abs().max())
 weights = [sum(param.numel() for param in model.parameters()) for model in models]
 assert "hf_pdecay" not in sys.modules
@@ -66,7 +66,7 @@ print(json.dumps({"difference": difference, "parameters": weights, "seconds": se
 
 
 def train(rules: dict[str, Any], steps: int, seed: int, folder: Path, text: str | None) -> dict[str, Any]:
-    """Train once and return the loss and the fraction of dead groups of each kind."""
+    """Train once and return the loss and the fraction of dead units of each kind."""
     argv = [sys.executable, str(ROOT.parent / "examples/train_clm.py"), "--preset", "llama-tiny"]
     argv += ["--optim", "adamw_lp", "--sparsity_budget", "tensor", "--lp_rules", json.dumps(rules)]
     argv += ["--max_steps", str(steps), "--seed", str(seed), "--output_dir", str(folder), "--generate_tokens", "0"]
@@ -87,16 +87,16 @@ def shrunk(folder: Path, out: Path) -> dict[str, Any]:
     done = subprocess.run(script, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"The shrunk model does not load without hf_pdecay:\n{done.stderr[-2000:]}")
-    found: dict[str, Any] = json.loads(done.stdout)
-    dense, small = found.pop("seconds")
-    found["speedup"] = spread([one / other for one, other in zip(dense, small, strict=True)])
-    found["bytes"] = [(each / "model.safetensors").stat().st_size for each in (folder, out)]
-    return found
+    result: dict[str, Any] = json.loads(done.stdout)
+    dense, small = result.pop("seconds")
+    result["speedup"] = spread([one / other for one, other in zip(dense, small, strict=True)])
+    result["bytes"] = [(model / "model.safetensors").stat().st_size for model in (folder, out)]
+    return result
 
 
 def row(name: str, runs: Sequence[dict[str, Any]]) -> list[str]:
     """Return the cells of a row: means over the seeds, and their range where there are several."""
-    losses = [each["loss"] for each in runs]
+    losses = [run["loss"] for run in runs]
     loss = f"{sum(losses) / len(losses):.4f}"
     if len(losses) > 1:
         loss += f" ({min(losses):.4f}-{max(losses):.4f})"
@@ -110,7 +110,7 @@ def row(name: str, runs: Sequence[dict[str, Any]]) -> list[str]:
         f"{first['parameters'][1]:,} of {first['parameters'][0]:,}",
         f"{first['bytes'][1] / first['bytes'][0]:.1%}",
         f"{speedup['median']:.2f} ({speedup['q10']:.2f}-{speedup['q90']:.2f})",
-        f"{max(each['difference'] for each in runs):.0e}",
+        f"{max(run['difference'] for run in runs):.0e}",
     ]
 
 
@@ -129,19 +129,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     shown = [Path(word).name if "/" in word else word for word in argv]
     record: dict[str, Any] = {"benchmark": "structured", "command": command("structured.py", shown)}
     record |= {**conditions("cpu", PACKAGES), "steps": steps, "seeds": seeds, "runs": {}}
-    for name, rules, cut in RUNS:
+    for name, rules, shrinks in RUNS:
         record["runs"][name] = []
         for seed in seeds:
             with tempfile.TemporaryDirectory() as folder:
-                found = train(rules, steps, seed, Path(folder) / "out", options.train_file)
-                if cut:
-                    found |= shrunk(Path(folder) / "out", Path(folder) / "small")
-            record["runs"][name].append(found)
-            print(f"{name}, seed {seed}: {found['loss']:.4f}", file=sys.stderr, flush=True)
+                result = train(rules, steps, seed, Path(folder) / "out", options.train_file)
+                if shrinks:
+                    result |= shrunk(Path(folder) / "out", Path(folder) / "small")
+            record["runs"][name].append(result)
+            print(f"{name}, seed {seed}: {result['loss']:.4f}", file=sys.stderr, flush=True)
     record["seconds"] = time.perf_counter() - begin
     headings = ["target", "validation loss", "parameters left", "file", "times the sparse model", "logits differ by"]
     rows = [row(name, runs) for name, runs in record["runs"].items()]
-    text = "\n\n".join(["# Half of the neurons, cut out", describe(record), table(headings, rows)]) + "\n"
+    text = "\n\n".join(["# Half of the neurons, removed", describe(record), table(headings, rows)]) + "\n"
     write(record, text, options.output, "structured" + ("_quick" if options.quick else ""))
     print(text)
     return 0

@@ -52,10 +52,10 @@ def device_name(device: str) -> str:
     if device == "cuda":
         return torch.cuda.get_device_name(0)
     try:
-        found = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+        match = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
     except OSError:
-        found = None
-    return found[1].strip() if found else platform.processor() or platform.machine()
+        match = None
+    return match[1].strip() if match else platform.processor() or platform.machine()
 
 
 def command(script: str, argv: Sequence[str]) -> str:
@@ -135,7 +135,7 @@ def speed_text(record: Mapping[str, Any]) -> str:
 
 
 def short_lines(record: Mapping[str, Any]) -> list[str]:
-    """Return the figures that matter most, a line each."""
+    """Return the most important figures, one per line."""
     lines = []
     for size in record["sizes"]:
         ratios = ", ".join(f"p = {p}: {ratio:.2f}" for p, ratio in size["auto_ratios"].items())
@@ -182,7 +182,7 @@ def overhead_text(record: Mapping[str, Any]) -> str:
             f"{model['logging_steps']}.",
             table(headings, rows),
             f"Ratio of the runs, pair by pair: {ratio['median']:.4f} (10-90%: {ratio['q10']:.4f}-{ratio['q90']:.4f}). "
-            f"By the parts, which noise in the model's own work does not touch: {1 + parts_sum:.4f}.",
+            f"By the parts, without the noise of the model's own work: {1 + parts_sum:.4f}.",
         ]
     parts += ["## Notes", "\n".join(f"- {note}" for note in record["notes"])]
     return "\n\n".join(parts) + "\n"

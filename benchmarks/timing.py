@@ -1,4 +1,4 @@
-"""Timing optimizers against each other: all of them in every round, in another order each time."""
+"""Timing optimizers against each other: all of them in every round, in a new order each time."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class Entrant:
         name: The contender's.
         step: Does one step.
         block: Steps in a visit, timed together.
-        every: It takes part in each n-th round.
+        every: It takes part in every n-th round.
         extra_bytes: Peak memory of tensors made during a step.
         state_bytes: Bytes of the optimizer's state.
         least_bytes: Bytes that a step has to move.
@@ -162,7 +162,7 @@ def choose_sharing(size: Size, optimizers: int, device: str) -> str:
     if part * 4 < most * free:
         return NOTHING
     raise NotEnoughMemoryError(
-        f"{size.name}: weights, gradients and moments take {part * 4 / 1e9:.0f} GB, of which {free / 1e9:.0f} are free."
+        f"{size.name}: weights, gradients and moments take {part * 4 / 1e9:.0f} GB; {free / 1e9:.0f} GB are free."
     )
 
 
@@ -185,9 +185,9 @@ def lend_moments(
 
 
 def line_up(contenders: Sequence[Contender], size: Size, device: str) -> tuple[list[Entrant], dict[str, str], str]:
-    """Make the optimizers and warm them up; return them, those that cannot run and why, and what they share."""
-    left_out = {each.name: each.missing for each in contenders if each.missing is not None}
-    present = [each for each in contenders if each.missing is None]
+    """Make the optimizers and warm them up; return them, the ones that cannot run and why, and what they share."""
+    left_out = {contender.name: contender.missing for contender in contenders if contender.missing is not None}
+    present = [contender for contender in contenders if contender.missing is None]
     sharing = choose_sharing(size, len(present), device)
     common = make_params(size, device)
     pool: list[tuple[Tensor, ...]] = []
@@ -276,7 +276,7 @@ def race(
     seconds: float = math.inf,
     copy_numel: int | None = None,
 ) -> Race:
-    """Time all contenders in every round, in an order drawn anew each time; the first of them is the baseline.
+    """Time all contenders in every round, in a new random order each time; the first of them is the baseline.
 
     A visit of several steps begins with one that is not timed, so that what fits into a cache is there for all alike.
 
@@ -293,7 +293,7 @@ def race(
         RuntimeError: If the baseline cannot run.
     """
     entrants, left_out, sharing = line_up(contenders, size, device)
-    baseline = next((each for each in entrants if each.name == contenders[0].name), None)
+    baseline = next((entrant for entrant in entrants if entrant.name == contenders[0].name), None)
     if baseline is None:
         raise RuntimeError(f"{contenders[0].name} cannot run on {size.name}: {left_out.get(contenders[0].name)}")
     numel = copy_numel or (1 << 26 if device == "cpu" else 1 << 28)
@@ -310,7 +310,7 @@ def race(
         for number in range(rounds):
             if number >= _LEAST_ROUNDS and time.perf_counter() > end:
                 break
-            visits = [each for each in (*entrants, copy) if number % each.every == 0]
+            visits = [entrant for entrant in (*entrants, copy) if number % entrant.every == 0]
             visits += [baseline] * (_BASELINE_VISITS - 1)
             order.shuffle(visits)
             for entrant in visits:
@@ -330,7 +330,7 @@ def race(
     for entrant in (*entrants, copy):
         entrant.step = _over  # the optimizers hold memory that what comes next may need
     free_memory(device)
-    others = [each for each in entrants if each is not baseline and each.name not in left_out]
+    others = [entrant for entrant in entrants if entrant is not baseline and entrant.name not in left_out]
     return Race(baseline, others, copy, left_out, sharing, done)
 
 
