@@ -1,5 +1,5 @@
-# Everything starts from `python3` and pip. Each target makes the virtual environment that it needs, once, and again
-# when pyproject.toml or its constraints change.
+# Each target needs only `python3` and pip. It creates its virtual environment once, and again when pyproject.toml or
+# its constraints change.
 
 PYTHON ?= python3
 WORKERS ?= $(shell $(PYTHON) -c 'import os; print(min(8, os.cpu_count() or 1))')
@@ -15,10 +15,10 @@ PIP_INSTALL := -m pip install -qq --disable-pip-version-check
 .DELETE_ON_ERROR:
 .PHONY: help demo test test-floor test-distributed test-faults lint format docs clean
 
-help: ## say what the targets do
+help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-16s %s\n", $$1, $$2}'
 
-# pip takes torch from constraints.txt by name and version first: an unpinned torch may bring gigabytes of CUDA packages.
+# torch is named with the version of constraints.txt, because an unpinned torch may bring gigabytes of CUDA packages.
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python $(PIP_INSTALL) -c constraints.txt "$$(grep '^torch==' constraints.txt)" -e '.[test,integrations,dev,docs]'
@@ -29,26 +29,26 @@ $(FLOOR)/.installed: pyproject.toml constraints-floor.txt
 	$(FLOOR)/bin/python $(PIP_INSTALL) -c constraints-floor.txt "$$(grep '^torch==' constraints-floor.txt)" -e '.[test]'
 	@touch $@
 
-# No network at test time: what is not in the repository or made by the test is not used.
+# Tests use no network: their data are in the repository, or the test makes them.
 demo test test-floor test-distributed test-faults: export HF_HUB_OFFLINE := 1
 demo test test-floor test-distributed test-faults: export HF_DATASETS_OFFLINE := 1
 demo test test-floor test-distributed test-faults: export HF_EVALUATE_OFFLINE := 1
 demo test test-floor test-distributed test-faults: export TOKENIZERS_PARALLELISM := false
 demo test test-floor test-distributed test-faults: export MPLBACKEND := Agg
-# One thread a worker: the workers already fill the cores.
+# One thread per worker, because the workers already use all cores.
 test test-floor test-distributed test-faults: export OMP_NUM_THREADS := 1
 
-demo: $(VENV)/.installed ## train a small model dense and sparse on the same steps, and compare the two (5 minutes)
+demo: $(VENV)/.installed ## train a small model dense and sparse on the same steps, and compare them (5 minutes)
 	$(BIN)/python examples/demo.py
 
 # worksteal keeps neighbouring tests, which share fixtures, on one worker until another worker is idle.
-test: $(VENV)/.installed ## run all tests but those of several processes
+test: $(VENV)/.installed ## run all tests except those of several processes
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m "not distributed" $(PYTEST_ARGS)
 
-test-floor: $(FLOOR)/.installed ## run the fast tests with the oldest releases that are supported
+test-floor: $(FLOOR)/.installed ## run the fast tests with the oldest supported releases
 	$(FLOOR)/bin/python -m pytest -n $(WORKERS) --dist worksteal -m "not slow and not distributed" $(PYTEST_ARGS)
 
-# DeepSpeed's build looks at the torch that is there, so it cannot be isolated; its operators for GPUs are not built.
+# DeepSpeed's build needs the installed torch, so it cannot be isolated. Its GPU operators are not built.
 $(VENV)/.deepspeed: $(VENV)/.installed
 	DS_BUILD_OPS=0 $(BIN)/python $(PIP_INSTALL) --no-build-isolation -c constraints.txt deepspeed
 	@touch $@
@@ -56,7 +56,7 @@ $(VENV)/.deepspeed: $(VENV)/.installed
 test-distributed: $(VENV)/.deepspeed ## train under DDP, FSDP2 and DeepSpeed and compare, on several processes of this CPU
 	$(BIN)/python -m pytest -q -o faulthandler_timeout=900 tests/distributed $(PYTEST_ARGS)
 
-test-faults: $(VENV)/.installed ## kill training runs at 40 random moments, resume them, and compare to the bit (12 minutes)
+test-faults: $(VENV)/.installed ## kill training runs at 40 random moments, resume them, and compare bit by bit (12 minutes)
 	$(BIN)/python -m tests.faults $(FAULTS_ARGS)
 
 lint: $(VENV)/.installed ## check style, types and the direction of imports
@@ -65,15 +65,15 @@ lint: $(VENV)/.installed ## check style, types and the direction of imports
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-format: $(VENV)/.installed ## put the code into the house's format
+format: $(VENV)/.installed ## format the code
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
 
 docs: export NO_MKDOCS_2_WARNING := 1
-docs: $(VENV)/.installed ## build the documentation into site/; a link or a name that leads nowhere is an error
+docs: $(VENV)/.installed ## build the documentation into site/; a broken link or name is an error
 	$(BIN)/python docs/hooks.py
 	$(BIN)/mkdocs build --strict --quiet
 
-clean: ## delete the environments, the caches, the demo's output and what was built
+clean: ## delete the environments, the caches, the demo's output and built files
 	rm -rf $(VENV) $(FLOOR) demo_output site build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,4 +1,4 @@
-"""What reads docstrings for the site: the roles of Sphinx become code, and headings of parameters go."""
+"""Rewrites docstrings for the site: Sphinx roles become code, and headings of parameters are removed."""
 
 from __future__ import annotations
 
