@@ -1,7 +1,7 @@
-"""What training a model takes, in memory and communication: arithmetic on the shapes of its parameters alone.
+"""The memory and communication that training a model needs, computed from the shapes of its parameters.
 
 Counted is what stays from step to step: weights, gradients, the optimizer's moments, master weights, DDP's buckets.
-Activations, layers that FSDP2 and ZeRO-3 gather for a while, and DeepSpeed's buckets are not.
+Activations, layers that FSDP2 and ZeRO-3 gather temporarily, and DeepSpeed's buckets are not counted.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ class Setup:
     Args:
         gpus: Number of GPUs, one process each.
         mixed_precision: ``"bf16"`` or ``"no"``, as in the accelerate config.
-        dtype: Of the weights as they are loaded, ``"float32"`` or ``"bfloat16"``.
-        moments: As of :class:`~hf_pdecay.AdamWLp`; None for the dtype of the weights that the optimizer steps.
+        dtype: Dtype of the loaded weights, ``"float32"`` or ``"bfloat16"``.
+        moments: As in :class:`~hf_pdecay.AdamWLp`; None for the dtype of the weights that the optimizer steps.
         max_steps: Optimizer steps of the run.
 
     Raises:
@@ -63,7 +63,7 @@ class Setup:
             check_choice("moments", self.moments, MOMENTS)
 
     def refusal(self, layout: str) -> str | None:
-        """Return why a layout cannot be trained so, or None if it can."""
+        """Return why a layout does not allow this setup, or None if it does."""
         if self.moments == "8bit" and layout in _STEP_SHARDED:
             return (
                 f"Invalid moments: moments='8bit' under layout={layout!r}, whose shards torchao cannot quantise; take "
@@ -119,14 +119,14 @@ class Added:
 
 @dataclass(frozen=True)
 class Estimate:
-    """What :func:`estimate` found; prints as tables.
+    """The result of :func:`estimate`; prints as tables.
 
     Args:
         size: The model.
         setup: How it is trained.
-        memory: By layout.
-        added: By layout.
-        left_out: By layout why it cannot be trained so.
+        memory: Memory by layout.
+        added: What hf_pdecay adds, by layout.
+        left_out: By layout, why it does not allow this setup.
     """
 
     size: ModelSize
@@ -137,11 +137,11 @@ class Estimate:
 
     @property
     def pruning_steps(self) -> int:
-        """Cuts of a run with a target."""
+        """Number of pruning steps of a run with a target."""
         return len(Target().schedule(self.setup.max_steps).pruning_steps)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return plain JSON types; all that is in bytes is for each GPU."""
+        """Return plain JSON types; bytes are per GPU."""
         size = self.size
         return {
             "model": size.name,
@@ -164,7 +164,7 @@ class Estimate:
         }
 
     def memory_table(self) -> Table:
-        """Return a rich table: bytes per parameter and GiB per GPU, a row a layout."""
+        """Return a rich table of bytes per parameter and GiB per GPU, with a row for each layout."""
         from rich.table import Table
 
         heads = ("weights", "gradients", "moments", "master", "buckets")
@@ -177,14 +177,14 @@ class Estimate:
             table.add_row(
                 layout,
                 str(_processes(layout, self.setup.gpus)),
-                *(f"{each:.2f}" if each else "-" for each in per),
+                *(f"{size:.2f}" if size else "-" for size in per),
                 f"{total:.2f}",
                 f"{memory.total / 2**30:.2f}",
             )
         return table
 
     def added_table(self) -> Table:
-        """Return a rich table: what hf_pdecay adds to AdamW, a row a layout."""
+        """Return a rich table of what hf_pdecay adds to AdamW, with a row for each layout."""
         from rich.table import Table
 
         table = Table(title="What hf_pdecay adds to AdamW: all-reduces / KiB, temporary MiB")
@@ -194,54 +194,53 @@ class Estimate:
         for layout, added in self.added.items():
             table.add_row(
                 layout,
-                *(_traffic_cell(each) for each in (added.step, added.pruning + added.ties, added.lambda_p, added.log)),
+                *(_traffic_cell(traffic) for traffic in (added.step, added.pruning + added.ties, added.lambda_p, added.log)),
                 f"{added.pruning_bytes / 2**20:.0f}",
                 f"{added.log_bytes / 2**20:.0f}",
             )
         return table
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        """Render the tables and what must be known beside them."""
+        """Render the tables and notes on them."""
         size, setup = self.size, self.setup
         tensors = f"{len(size.decayed):,} of {len(size.tensors):,} tensors" + (", assumed" if size.assumed else "")
         share = size.decayed_parameters / size.parameters
-        yield f"{size.name}: {size.parameters:,} weights, of which {size.decayed_parameters:,} ({share:.1%}) decay"
+        yield f"{size.name}: {size.parameters:,} weights; {size.decayed_parameters:,} ({share:.1%}) decay"
         yield f"in {tensors}"
         yield (
             f"mixed_precision={setup.mixed_precision}, dtype={setup.dtype}, moments={setup.moments or 'as the weights'}"
         )
         yield self.memory_table()
         yield (
-            "Not counted: activations, what is gathered or cast for a while (layers under FSDP2 and ZeRO-3, gradients "
+            "Not counted: activations, temporary copies (layers under FSDP2 and ZeRO-3, gradients "
             "in float32 while ZeRO steps), and DeepSpeed's buckets."
         )
         yield self.added_table()
         yield (
-            f"Nothing of it stays between steps. A run of {setup.max_steps:,} steps with a target "
-            f"prunes {self.pruning_steps} times."
+            f"These are temporary. A run of {setup.max_steps:,} steps with a target prunes {self.pruning_steps} times."
         )
         yield from self.left_out.values()
 
 
 def estimate(size: ModelSize, setup: Setup, layout: str = "all") -> Estimate:
-    """Estimate what training takes.
+    """Estimate what training needs.
 
     Args:
         size: The model.
         setup: How it is trained.
-        layout: One of :data:`LAYOUTS`, or ``"all"`` for those that can be trained so.
+        layout: One of :data:`LAYOUTS`, or ``"all"`` for those that allow the setup.
 
     Raises:
-        ValueError: If the layout is unknown, or cannot be trained so.
+        ValueError: If the layout is unknown or does not allow the setup.
     """
     check_choice("layout", layout, (*LAYOUTS, "all"))
-    refusals = {each: setup.refusal(each) for each in (LAYOUTS if layout == "all" else [layout])}
-    left_out = {each: why for each, why in refusals.items() if why is not None}
+    refusals = {name: setup.refusal(name) for name in (LAYOUTS if layout == "all" else [layout])}
+    left_out = {name: reason for name, reason in refusals.items() if reason is not None}
     if layout in left_out:
         raise ValueError(left_out[layout])
-    taken = [each for each in refusals if each not in left_out]
-    memory = {each: memory_of(size, each, setup) for each in taken}
-    return Estimate(size, setup, memory, {each: added_by(size, each, setup.gpus) for each in taken}, left_out)
+    layouts = [name for name in refusals if name not in left_out]
+    memory = {name: memory_of(size, name, setup) for name in layouts}
+    return Estimate(size, setup, memory, {name: added_by(size, name, setup.gpus) for name in layouts}, left_out)
 
 
 def memory_of(size: ModelSize, layout: str, setup: Setup) -> Memory:
@@ -250,14 +249,14 @@ def memory_of(size: ModelSize, layout: str, setup: Setup) -> Memory:
     Args:
         size: The model.
         layout: One of :data:`LAYOUTS`.
-        setup: How it is trained; one that the layout allows.
+        setup: How it is trained; the layout must allow it.
     """
     whole, held = size.parameters, sum(_held(size.tensors, layout, setup.gpus))
     low = setup.mixed_precision == "bf16"
     if layout in _ZERO:
-        # DeepSpeed casts the model and steps a float32 copy of its partition, which stage 3 spares in float32.
-        each = DTYPES["bfloat16" if low else "float32"]
-        weights, gradients, stepped = each * (whole if layout == "zero2" else held), each * held, "float32"
+        # DeepSpeed casts the model and steps a float32 copy of its partition; stage 3 needs no copy in float32.
+        width = DTYPES["bfloat16" if low else "float32"]
+        weights, gradients, stepped = width * (whole if layout == "zero2" else held), width * held, "float32"
         master = 0 if layout == "zero3" and not low else DTYPES["float32"] * held
         buckets = 0
     else:
@@ -266,7 +265,7 @@ def memory_of(size: ModelSize, layout: str, setup: Setup) -> Memory:
         weights = gradients = DTYPES[stepped] * held
         master, buckets = 0, gradients if layout == "ddp" else 0
     if setup.moments == "8bit":
-        moments = sum(quantized_bytes(each.numel) for each in size.tensors)
+        moments = sum(quantized_bytes(tensor.numel) for tensor in size.tensors)
     else:
         moments = 2 * DTYPES[setup.moments or stepped] * held
     return Memory(weights, gradients, moments, master, buckets)
@@ -296,13 +295,13 @@ def _processes(layout: str, gpus: int) -> int:
 
 
 def _held(tensors: Sequence[TensorSize], layout: str, gpus: int) -> list[int]:
-    """Weights of each tensor that the optimizer of the process that has most of them steps."""
+    """Weights of each tensor that the optimizer steps, on the process that has most of them."""
     if layout not in _STEP_SHARDED:
-        return [each.numel for each in tensors]
-    if layout == "fsdp2":  # rows, the first process has the most of them
-        rows = [(each.shape[0] if each.shape else 1, each.numel) for each in tensors]
-        return [-(-first // gpus) * (numel // first) if first else 0 for first, numel in rows]
-    return [-(-each.numel // gpus) for each in tensors]
+        return [tensor.numel for tensor in tensors]
+    if layout == "fsdp2":  # rows; the first process has most of them
+        sizes = [(tensor.shape[0] if tensor.shape else 1, tensor.numel) for tensor in tensors]
+        return [-(-rows // gpus) * (numel // rows) if rows else 0 for rows, numel in sizes]
+    return [-(-tensor.numel // gpus) for tensor in tensors]
 
 
 def _traffic_cell(traffic: Traffic) -> str:

@@ -12,7 +12,7 @@ _SECRET = re.compile(r"(?:^|[-_])(?:token|password|secret|api[-_]?key)$", re.IGN
 
 
 def command_line() -> str:
-    """Return the command of this process, without what may be a secret."""
+    """Return the command of this process, with tokens, passwords and keys replaced by ``***``."""
     prefix, given = _launched_by_run() or ([], sys.argv)
     words, hide = [], False
     for word in given:
@@ -20,14 +20,13 @@ def command_line() -> str:
         secret = word.startswith("-") and bool(_SECRET.search(name))
         words.append("***" if hide else f"{name}=***" if secret and equals else word)
         hide = secret and not equals
-    script = words[0] if words else ""
-    if not prefix and script.endswith(".py"):
+    if not prefix and words and words[0].endswith(".py"):
         prefix = ["python"]
     return shlex.join([*prefix, *words])
 
 
 def _launched_by_run() -> tuple[list[str], list[str]] | None:
-    """What stands before the script and its own words, if ``hf-pdecay run`` runs it."""
+    """The command and the words of the script, if ``hf-pdecay run`` runs it."""
     words = sys.orig_argv
     for number, (word, after) in enumerate(zip(words, words[1:], strict=False)):
         module = word == "hf_pdecay" and words[number - 1] == "-m"

@@ -1,4 +1,4 @@
-"""The model card: HF's training summary, with the sparsity that was measured."""
+"""The model card: the training summary of transformers, with the measured sparsity."""
 
 from __future__ import annotations
 
@@ -28,23 +28,23 @@ if TYPE_CHECKING:
 TAGS = ("hf-pdecay", "sparse", "p-norm-weight-decay")
 
 _TIMES = re.compile(r"_(runtime|samples_per_second|steps_per_second|model_preparation_time)$")
-_UNSEEN = 5e-5  # what does not show in a percentage of two digits
+_UNSEEN = 5e-5  # less than a percentage of two digits shows
 _HUB_METRICS = {"loss": "loss", "accuracy": "accuracy", "perplexity": "perplexity", "f1": "f1"}
 
 
 @dataclass
 class SparsitySection:
-    """What a card says of the sparsity, and its rendering.
+    """The section of a card on sparsity.
 
     Args:
-        report: Zeros of the model that lies beside the card.
-        param_groups: The optimizer's groups, for the table of p and λ_p.
+        report: Zeros of the model beside the card.
+        param_groups: The optimizer's param groups, for the table of p and λ_p.
         command: The command that made the model.
-        picture: Name of the picture beside the card, if there is one.
-        skipped_steps: Steps skipped for NaN or infinite gradients.
-        trained: Whether these param groups, and the training that the summary tells of, are those of the model.
-        adapter: Whether it is an adapter, whose base model does not lie beside the card.
-        asked: Fraction of the decayed weights that was to be zero; None for no such target.
+        picture: Name of the picture beside the card; None for no picture.
+        skipped_steps: Steps skipped because of NaN or infinite gradients.
+        trained: Whether this run trained the model.
+        adapter: Whether the model is an adapter, whose base model is not beside the card.
+        asked: Target fraction of zeros in all decayed weights; None for no such target.
     """
 
     report: SparsityReport
@@ -57,18 +57,12 @@ class SparsitySection:
     asked: float | None = None
 
     def render(self) -> str:
-        """Return it as Markdown."""
+        """Return the section as Markdown."""
         from jinja2 import Environment
 
         environment = Environment(keep_trailing_newline=True, autoescape=False)
         return environment.from_string(_template("model_card.md.jinja")).render(
-            report=self.report,
-            picture=self.picture,
-            command=self.command,
-            skipped_steps=self.skipped_steps,
-            trained=self.trained,
-            adapter=self.adapter,
-            asked=self.asked,
+            **vars(self),
             missed=self.asked is not None and self.report.sparsity < self.asked - _UNSEEN,
             groups=[
                 {
@@ -85,15 +79,14 @@ class SparsitySection:
 
 @dataclass
 class SparsityCard:
-    """A whole card, and its rendering.
+    """A whole card.
 
     Args:
-        summary: HF's summary of the training.
-        section: What it says of the sparsity.
-        log_history: ``TrainerState.log_history``; the last evaluation in it of the model that was saved becomes the
-            model-index.
-        best_step: The step whose checkpoint was loaded at the end of training, if one was.
-        origin: What the first sentence says of it, up to "on", where HF's summary does not know; None for HF's.
+        summary: The training summary of transformers.
+        section: The section on sparsity.
+        log_history: ``TrainerState.log_history``. Its last evaluation of the saved model becomes the model-index.
+        best_step: The step whose checkpoint was loaded at the end of training; None for the last step.
+        origin: Beginning of the first sentence, up to "on"; None for that of the summary.
     """
 
     summary: TrainingSummary
@@ -103,15 +96,13 @@ class SparsityCard:
     origin: str | None = None
 
     def evaluation(self) -> dict[str, Any]:
-        """The metrics of the last evaluation of the model that was saved, of all data sets, without ``eval_``."""
-        # Evaluated in training was the model of that step; after it, the one that was loaded.
+        """The metrics of the last evaluation of the saved model, for all data sets, without ``eval_``."""
+        # After training the loaded model is evaluated; during training, the model of the step.
         ends = [number for number, entry in enumerate(self.log_history) if "train_runtime" in entry]
-        every, later = (
-            [entry for entry in self.log_history[begin:] if any(key.startswith("eval_") for key in entry)]
-            for begin in (0, ends[-1] if ends else len(self.log_history))
-        )
-        at_best = [entry for entry in every if self.best_step is not None and entry.get("step") == self.best_step]
-        entries = later or at_best or every
+        later = _evaluations(self.log_history[ends[-1] :]) if ends else []
+        during = _evaluations(self.log_history)
+        at_best = [entry for entry in during if self.best_step is not None and entry.get("step") == self.best_step]
+        entries = later or at_best or during
         return {
             key.removeprefix("eval_"): value
             for entry in entries
@@ -121,7 +112,7 @@ class SparsityCard:
         }
 
     def eval_results(self) -> list[EvalResult]:
-        """That evaluation and the sparsity, as the Hub's model-index wants them."""
+        """The evaluation and the sparsity in the form of the Hub's model-index."""
         from huggingface_hub import EvalResult
 
         tasks, datasets, tags = (
@@ -145,10 +136,7 @@ class SparsityCard:
         from huggingface_hub import ModelCardData
 
         summary = copy.copy(self.summary)
-        evaluation = self.evaluation()
-        summary.eval_results = {
-            " ".join(part.capitalize() for part in name.split("_")): value for name, value in evaluation.items()
-        } or None
+        summary.eval_results = {_capitalized(name): value for name, value in self.evaluation().items()} or None
         if not self.section.trained:
             summary.hyperparameters = None
         metadata = summary.create_metadata()
@@ -163,35 +151,29 @@ class SparsityCard:
         if self.origin is not None:
             body = body.replace("This model was trained from scratch on", f"{self.origin} on", 1)
         before, heading, after = body.partition("\n## Model description")
-        versions = "".join(
-            f"- {name} {number}\n"
-            for name, number in (
-                ("hf_pdecay", __version__),
-                ("Accelerate", version("accelerate")),
-                ("Python", platform.python_version()),
-            )
-        )
+        numbers = {"hf_pdecay": __version__, "Accelerate": version("accelerate"), "Python": platform.python_version()}
+        versions = "".join(f"- {name} {number}\n" for name, number in numbers.items())
         text = f"{before}\n{self.section.render()}{heading}{after}{versions}{_template('citation.md')}"
         return f"---\n{data.to_yaml()}\n---\n{text}"
 
 
 def summary_of(trainer: Trainer, given: Mapping[str, Any]) -> TrainingSummary:
-    """Return HF's summary of a training.
+    """Return the training summary of transformers.
 
     Args:
-        trainer: Whose training.
-        given: What ``create_model_card`` was given.
+        trainer: The Trainer.
+        given: The arguments of ``create_model_card``.
     """
     from transformers.modelcard import TrainingSummary
 
     kwargs = dict(given)
     license = kwargs.pop("license", None)
-    if not hasattr(trainer.model, "config"):  # a plain module, of which HF's summary would ask it
+    if not hasattr(trainer.model, "config"):  # a plain module, which has no name of a base model
         kwargs.setdefault("finetuned_from", "")
-    # With a licence given HF's summary does not ask the Hub for that of the base model.
+    # With a licence, the summary does not ask the Hub for that of the base model.
     summary = TrainingSummary.from_trainer(trainer, license=license or "unknown", **kwargs)
     summary.license = license
-    # What HF could not find out it passes on as empty names.
+    # The summary has empty names for what it does not know.
     summary.finetuned_from = summary.finetuned_from or None
     if summary.dataset_tags == [None]:
         summary.dataset_tags = summary.dataset_args = summary.dataset_metadata = None
@@ -200,17 +182,17 @@ def summary_of(trainer: Trainer, given: Mapping[str, Any]) -> TrainingSummary:
 
 
 def origin_of(model: Any, *, adapter: bool) -> str | None:
-    """What a card says of where a model comes from, where HF would say "from scratch" of one that was in a folder."""
+    """The beginning of a card's first sentence; None for "trained from scratch", which is wrong for local models."""
     if adapter:
         base = getattr(model.active_peft_config, "base_model_name_or_path", None)
         return f"This adapter of {Path(base).name} was trained" if base else "This adapter was trained"
     path = getattr(getattr(model, "config", None), "_name_or_path", "")
-    # There may have been weights in it, or a config alone.
+    # The folder may hold weights, or only a config.
     return "This model was trained" if path and os.path.isdir(path) else None
 
 
 def settings_in_words(param_groups: Sequence[Mapping[str, Any]]) -> str:
-    """What a card says after an optimizer's name: of its settings those that are neither the decay's nor rates."""
+    """An optimizer's settings other than those of the decay and the learning rate, for the card."""
     settings = {name: value for group in param_groups for name, value in group.items()}
     shown = [f"{name}={settings[name]}" for name in ("betas", "momentum", "nesterov", "eps") if name in settings]
     return f" with {', '.join(shown)}" if shown else ""
@@ -219,6 +201,14 @@ def settings_in_words(param_groups: Sequence[Mapping[str, Any]]) -> str:
 def add_sparsity(card: str, section: SparsitySection) -> str:
     """Return a card that another library wrote with our tags, our section and the citation."""
     return add_section(add_tags(card, TAGS), section.render() + _template("citation.md"))
+
+
+def _evaluations(log_history: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [entry for entry in log_history if any(key.startswith("eval_") for key in entry)]
+
+
+def _capitalized(name: str) -> str:
+    return " ".join(word.capitalize() for word in name.split("_"))
 
 
 def _template(name: str) -> str:

@@ -24,8 +24,8 @@ and convolutional layers) and those of the whole model, shared tensors once.
 _KWARGS_DESCRIPTION = """
 Args:
     data (list of str): folders, or names on the Hub, of models in the transformers format.
-    near_zero_threshold (float): magnitude below which weights are near zero, exact zeros among them; 1e-13 by default,
-        the threshold of the method's authors.
+    near_zero_threshold (float): magnitude below which weights are near zero, exact zeros included; 1e-13 by
+        default, as in the paper.
 Returns:
     sparsity (list of float): exact zeros among the decayed weights, a fraction for each model.
     model_sparsity (list of float): exact zeros among all weights.
