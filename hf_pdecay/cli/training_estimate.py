@@ -98,8 +98,8 @@ class Added:
     """What hf_pdecay adds to AdamW under a layout, for each process.
 
     Args:
-        step: Communication of each step, but for tensors that begin wholly zero: a CPU asks once a step whether each is
-            still so until it is not, a GPU in all steps.
+        step: Communication of each step. Not counted: dormant tensors, for which processes ask once a step whether
+            they are awake, on a CPU until they are, on a GPU in all steps.
         pruning: See :class:`~.target.cost.PruningCost`.
         ties: See there.
         lambda_p: See there.
@@ -194,7 +194,10 @@ class Estimate:
         for layout, added in self.added.items():
             table.add_row(
                 layout,
-                *(_traffic_cell(traffic) for traffic in (added.step, added.pruning + added.ties, added.lambda_p, added.log)),
+                *(
+                    _traffic_cell(traffic)
+                    for traffic in (added.step, added.pruning + added.ties, added.lambda_p, added.log)
+                ),
                 f"{added.pruning_bytes / 2**20:.0f}",
                 f"{added.log_bytes / 2**20:.0f}",
             )
