@@ -16,7 +16,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..names import lora_factor, natural_key, saved_names
-from ..sparsity.counting import SparsityReport, TensorSparsity, count_tensor
+from ..sparsity.counting import count_tensor
+from ..sparsity.report import SparsityReport, TensorSparsity
 from ..storage.container import FormatError, Header, read_header
 from ..storage.folder import ADAPTER_CONFIG, inside, read_json, write_json
 from ..storage.source import Source

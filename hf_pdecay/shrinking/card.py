@@ -6,8 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from ..sparsity.card import add_note, set_sparsity
-from ..sparsity.counting import SparsityReport
 from ..sparsity.file_names import CARD_FILE, REPORT_FILE
+from ..sparsity.report import SparsityReport
 from .report import ShrinkReport
 
 

@@ -20,7 +20,7 @@ from hf_pdecay.cli.folder_report import FolderReport  # noqa: E402
 from hf_pdecay.cli.main import main  # noqa: E402
 from hf_pdecay.cli.report import report  # noqa: E402
 from hf_pdecay.shrinking.folder import shrink_folder  # noqa: E402
-from hf_pdecay.sparsity.counting import SparsityReport  # noqa: E402
+from hf_pdecay.sparsity.report import SparsityReport  # noqa: E402
 
 from ..helpers.adapter_models import fill, kill, logits, lora  # noqa: E402
 from ..helpers.models import build, tiny_gpt2  # noqa: E402

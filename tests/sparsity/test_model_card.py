@@ -12,8 +12,8 @@ from transformers import GPT2LMHeadModel, TrainerCallback, TrainerControl, Train
 import hf_pdecay
 from hf_pdecay import PDecayTrainer
 from hf_pdecay.sparsity.command_line import command_line
-from hf_pdecay.sparsity.counting import SparsityReport
 from hf_pdecay.sparsity.model_card import TAGS, SparsityCard, SparsitySection, add_sparsity
+from hf_pdecay.sparsity.report import SparsityReport
 
 from ..helpers.models import tiny_gpt2
 
