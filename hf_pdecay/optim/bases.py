@@ -1,15 +1,23 @@
-"""Which optimizers p-norm decay can be put around, and why not around the others.
+"""The optimizers that LpDecay wraps: which ones it refuses and why, and which ones it steps in batches.
 
-Those of other libraries are known by the names of their classes, so that none has to be imported.
+Optimizers of other libraries are known by the names of their classes, so that none has to be imported. Stepping a few
+tensors at a time needs a copy of these only, not of all weights.
 """
 
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable, Iterator
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.optim import Optimizer
+from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
+
+
+Batch = dict[int, dict[int, Tensor]]
+"""The parameters of a batch: by the index of their param group, and there by their index in it."""
 
 
 _IN_BACKWARD = (
@@ -31,8 +39,8 @@ _REFUSED = {
     "DAdaptAdan": _OWN_RATE,
     "DAdaptLion": _OWN_RATE,
     "DAdaptSGD": _OWN_RATE,
-    "LBFGS": "it calls the closure many times in a step, and reads the curvature off the way that it went itself, "
-    "which a decay changes. Take one that steps once, such as torch.optim.SGD",
+    "LBFGS": "it calls the closure many times in a step, and estimates curvature from its own updates, which decay "
+    "would distort. Take one that steps once, such as torch.optim.SGD",
     "LayerWiseDummyOptimizer": _IN_BACKWARD,
     "Lomo": _IN_BACKWARD,
     "Prodigy": _OWN_RATE,
@@ -43,15 +51,32 @@ _REFUSED = {
     "the embedding and take torch.optim.Adam",
 }
 
+# torch's own optimizers that step each tensor by itself, with its own state alone.
+_STEPS_ALONE = {
+    "ASGD",
+    "Adadelta",
+    "Adafactor",
+    "Adagrad",
+    "Adam",
+    "AdamW",
+    "Adamax",
+    "Muon",
+    "NAdam",
+    "RAdam",
+    "RMSprop",
+    "Rprop",
+    "SGD",
+}
+
 _SCHEDULE_FREE = {"AdamWScheduleFree", "RAdamScheduleFree", "SGDScheduleFree"}
 
 
 def check_base(base: Any) -> None:
-    """Check that p-norm decay around an optimizer is right.
+    """Check that p-norm decay works around an optimizer.
 
     Raises:
         TypeError: If it is not an optimizer.
-        ValueError: If it is one around which the decay would be wrong or do nothing; the sentence says why.
+        ValueError: If the decay would be wrong or have no effect; the message says why.
     """
     if not isinstance(base, Optimizer):
         kind = (
@@ -64,13 +89,66 @@ def check_base(base: Any) -> None:
 
 
 def is_schedule_free(base: Optimizer) -> bool:
-    """Whether an optimizer keeps beside the weights that it trains others, z, of which both are averaged for use."""
+    """Whether an optimizer keeps weights z beside those that it trains, and averages both for use."""
     return not _SCHEDULE_FREE.isdisjoint(_names(base))
 
 
 def takes_found_inf(base: Optimizer) -> bool:
-    """Whether an optimizer can be told on the device that it is not to step, as torch's ``GradScaler`` does."""
+    """Whether an optimizer reads on the device whether to step, as torch's ``GradScaler`` tells it."""
     return bool(getattr(base, "_step_supports_amp_scaling", False))
+
+
+def batch_size(device: torch.device) -> int:
+    """Number of weights in a batch, unless one tensor has more. On a GPU many, as each batch has its own launches."""
+    return 1 << 22 if device.type == "cpu" else 1 << 28
+
+
+def batches(base: Optimizer, counts: Callable[[dict[str, Any]], bool]) -> Iterator[Batch]:
+    """Yield the parameters that step together: all, or a batch at a time if the base steps each tensor by itself.
+
+    Args:
+        base: The optimizer.
+        counts: Whether the weights of a param group count towards the size of a batch.
+    """
+    if not steps_alone(base):
+        yield {index: dict(enumerate(group["params"])) for index, group in enumerate(base.param_groups)}
+        return
+    batch: Batch = {}
+    size = 0
+    for group_index, group in enumerate(base.param_groups):
+        counted = counts(group)
+        for index, param in enumerate(group["params"]):
+            # A sharded parameter counts with all its shards: processes must agree on batches, as bases may communicate.
+            numel = param.numel() if counted and param.grad is not None else 0
+            if size and size + numel > batch_size(param.device):
+                yield batch
+                batch, size = {}, 0
+            batch.setdefault(group_index, {})[index] = param
+            size += numel
+    yield batch
+
+
+def step_batch(base: Optimizer, batch: Batch) -> None:
+    """Let an optimizer step the parameters of a batch, and no others."""
+    groups = base.param_groups
+    if sum(map(len, batch.values())) == sum(len(group["params"]) for group in groups):
+        base.step()
+        return
+    base.param_groups = [{**groups[index], "params": list(params.values())} for index, params in batch.items()]
+    try:
+        base.step()
+    finally:
+        base.param_groups = groups
+
+
+def steps_alone(base: Optimizer) -> bool:
+    """Whether stepping tensors in batches gives the same result as stepping all at once."""
+    kind = type(base)
+    if kind is not getattr(torch.optim, kind.__name__, None) or kind.__name__ not in _STEPS_ALONE:
+        return False
+    # Code that wraps `step()` expects one call per step.
+    hooks = base._optimizer_step_pre_hooks, base._optimizer_step_post_hooks
+    return "step" not in vars(base) and not any((*hooks, _global_optimizer_pre_hooks, _global_optimizer_post_hooks))
 
 
 def _refusal(base: Optimizer) -> str | None:

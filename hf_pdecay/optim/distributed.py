@@ -24,10 +24,10 @@ def local(tensor: Tensor) -> Tensor:
 
 
 def local_grad(param: Tensor, grad: Tensor) -> Tensor:
-    """Return the part of a DTensor's gradient that belongs to the shard of this rank, which may take communication.
+    """Return the part of a DTensor's gradient that belongs to this rank's shard; this may communicate.
 
     Raises:
-        ValueError: If the gradient is a plain tensor, of which nobody knows what part it is.
+        ValueError: If the gradient is a plain tensor: which shard it belongs to is unknown.
     """
     if not is_dtensor(grad):
         raise ValueError(
@@ -38,12 +38,12 @@ def local_grad(param: Tensor, grad: Tensor) -> Tensor:
         like = cast(Any, param)
         grad = cast(Any, grad).redistribute(like.device_mesh, like.placements)
     part = local(grad)
-    # What a collective still fills waits for it in torch's operations, but has no address.
+    # A tensor that a collective still fills has no address before the wait.
     return part if type(part) is Tensor else cast(Any, part).wait()
 
 
 def are_placed_alike(param: Tensor, grad: Tensor) -> bool:
-    """Whether the parts of two DTensors that this rank holds are of the same elements."""
+    """Whether this rank holds the same elements of two DTensors."""
     one, other = cast(Any, param), cast(Any, grad)
     return bool(one.placements == other.placements and one.device_mesh == other.device_mesh)
 
@@ -51,29 +51,26 @@ def are_placed_alike(param: Tensor, grad: Tensor) -> bool:
 def parts_here(
     params: Sequence[Tensor], grads: Sequence[Tensor | None]
 ) -> tuple[list[Tensor], list[Tensor | None]] | None:
-    """Return the parts of parameters and gradients that this rank holds, which others keep alive.
+    """Return the shards of parameters and gradients that this rank holds, which the caller must keep alive.
 
-    None if a gradient has to be moved or waited for first.
+    None if a gradient must be moved or waited for first.
     """
-    some, their = list(params), list(grads)
+    shards, their = list(params), list(grads)
     for index, (param, grad) in enumerate(zip(params, grads, strict=True)):
         if not is_dtensor(param):
             continue
-        some[index] = local(param)
+        shards[index] = local(param)
         if grad is not None:
             if not is_dtensor(grad) or not are_placed_alike(param, grad):
                 return None
             part = their[index] = local(grad)
             if type(part) is not Tensor:
                 return None
-    return some, their
+    return shards, their
 
 
 def shard_place(param: Tensor, place: int) -> int:
-    """Return the place of a DTensor's shard in the optimizer, so that shards draw random bits of their own.
-
-    Replicas get the same place, and so the same bits.
-    """
+    """Return the place of a DTensor's shard in the optimizer: shards draw different bits, replicas the same."""
     sharded = cast(Any, param)
     for coordinate, placement in zip(sharded.device_mesh.get_coordinate(), sharded.placements, strict=True):
         if placement.is_shard():
@@ -82,7 +79,7 @@ def shard_place(param: Tensor, place: int) -> int:
 
 
 Groups = tuple[Any, ...]
-"""Process groups that the shards of a tensor lie across; none for a tensor that is whole on each process."""
+"""The process groups that the shards of a tensor lie across; empty if each process has the whole tensor."""
 
 
 def all_sum(numbers: Tensor, groups: Groups) -> Tensor:
@@ -97,15 +94,15 @@ def all_sum(numbers: Tensor, groups: Groups) -> Tensor:
 
 
 def total(parts: Mapping[Groups, Tensor]) -> Tensor:
-    """Return the sum of some tensors of one shape, each summed over the processes of its groups first."""
+    """Return the sum of tensors of one shape, each summed over its process groups first."""
     sums = [all_sum(part, groups) for groups, part in parts.items()]
     return sums[0] if len(sums) == 1 else torch.stack(sums).sum(0)
 
 
 def shard_groups(param: Tensor) -> tuple[int, Groups]:
-    """Return which of a DTensor's shards this process holds, and the groups that they lie across.
+    """Return which of a DTensor's shards this process holds, and the process groups that the shards lie across.
 
-    Across the other dimensions of its mesh, and outside of that, are replicas.
+    The other dimensions of its mesh have replicas.
     """
     sharded = cast(Any, param)
     slot, groups = 0, []
@@ -117,18 +114,18 @@ def shard_groups(param: Tensor) -> tuple[int, Groups]:
 
 
 class Span(NamedTuple):
-    """Which part of a tensor's indices this process holds.
+    """The indices of a sharded tensor that this process holds.
 
     Attributes:
         dim: The dimension that the tensor is sharded along.
-        start: The first index of it here.
-        each: How many indices a process has, where there are enough.
+        start: The first index that this process holds.
+        size: Number of indices that a process holds; the last processes may have fewer.
         groups: Process groups that the shards lie across.
     """
 
     dim: int
     start: int
-    each: int
+    size: int
     groups: Groups
 
 
@@ -141,56 +138,56 @@ def span_of(param: Tensor) -> Span | None:
     if not is_dtensor(param):
         return None
     sharded = cast(Any, param)
-    split = [(number, each) for number, each in enumerate(sharded.placements) if not each.is_replicate()]
+    split = [(dim, placement) for dim, placement in enumerate(sharded.placements) if not placement.is_replicate()]
     if not split:
         return None
-    number, placement = split[0]
+    mesh_dim, placement = split[0]
     if len(split) > 1 or type(placement).__name__ != "Shard":
         raise ValueError(
-            f"Invalid group: weights that are placed as {sharded.placements}; groups of weights that processes share "
-            "are known for shards along one dimension, as FSDP2 makes them."
+            f"Invalid group: weights that are placed as {sharded.placements}; units of weights need shards along one "
+            "dimension, as FSDP2 makes them."
         )
-    size, each = param.shape[placement.dim], -(-param.shape[placement.dim] // sharded.device_mesh.size(number))
-    start = min(sharded.device_mesh.get_local_rank(number) * each, size)
-    return Span(placement.dim, start, each, shard_groups(param)[1])
+    length = param.shape[placement.dim]
+    size = -(-length // sharded.device_mesh.size(mesh_dim))
+    start = min(sharded.device_mesh.get_local_rank(mesh_dim) * size, length)
+    return Span(placement.dim, start, size, shard_groups(param)[1])
 
 
 def common_groups(spans: Sequence[Span | None]) -> Groups:
-    """Return the process groups that tensors are sharded across, none if they are whole.
+    """Return the process groups that all of these tensors are sharded across; empty if they are whole.
 
     Raises:
         ValueError: If they are not the same for all.
     """
-    found = {span.groups if span is not None else () for span in spans}
-    if len(found) > 1:
+    groups = {span.groups if span is not None else () for span in spans}
+    if len(groups) > 1:
         raise ValueError(
-            "Invalid group: a group of weights has members that lie across different processes; shard all of them "
-            "alike."
+            "Invalid group: a unit has members that lie across different processes; shard all of them alike."
         )
-    return found.pop() if found else ()
+    return groups.pop() if groups else ()
 
 
 def first_index(span: Span | None, dim: int) -> int:
-    """Return the index along a dimension at which this process's part of a tensor begins."""
+    """Return the index along a dimension at which this process's shard of a tensor begins."""
     return span.start if span is not None and span.dim == dim else 0
 
 
 def any_nonzero(param: Tensor) -> Tensor:
     """Return a 0-dim bool tensor: whether any weight, on any rank that holds a shard of it, is not 0."""
-    found = local(param).any()
+    nonzero = local(param).any()
     owners = Owners.of([param]) if is_dtensor(param) else None
-    return found if owners is None else owners.reduced(found, torch.distributed.ReduceOp.MAX)
+    return nonzero if owners is None else owners.reduced(nonzero, torch.distributed.ReduceOp.MAX)
 
 
 class Owners(NamedTuple):
-    """Who holds some DTensors: the process groups of all dimensions of their meshes, and the device of the first."""
+    """The processes that hold DTensors: the process groups of their meshes, and the device of the first DTensor."""
 
     groups: Groups
     device: torch.device
 
     @classmethod
     def of(cls, sharded: Sequence[Tensor]) -> Owners | None:
-        """Return who holds some DTensors; None if there are none."""
+        """Return the processes that hold these DTensors; None without any."""
         if not sharded:
             return None
         groups = {}
@@ -201,7 +198,7 @@ class Owners(NamedTuple):
         return cls(tuple(groups.values()), local(sharded[0]).device)
 
     def reduced(self, flag: Tensor, op: Any) -> Tensor:
-        """One all-reduce of one flag for each group."""
+        """All-reduce one flag over each process group."""
         number = flag.to(torch.int32)
         for group in self.groups:
             torch.distributed.all_reduce(number, op=op, group=group)
@@ -209,7 +206,7 @@ class Owners(NamedTuple):
 
 
 def agreed_finite(finite: bool | Tensor, owners: Owners | None) -> bool | Tensor:
-    """Return whether gradients are finite on all ranks that hold shards of parameters, given whether they are here."""
+    """Return whether gradients are finite on all ranks that hold shards, given whether they are on this one."""
     if owners is None:
         return finite
     flag = owners.reduced(torch.as_tensor(finite, device=owners.device), torch.distributed.ReduceOp.MIN)

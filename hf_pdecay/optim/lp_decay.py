@@ -10,13 +10,12 @@ from torch.optim.optimizer import Optimizer
 
 from ..checks import check_lambda_p, check_p_norm
 from .base import DecayOptimizer
-from .bases import check_base, is_schedule_free, takes_found_inf
+from .bases import Batch, batches, check_base, is_schedule_free, step_batch, takes_found_inf
 from .decay_after_step import can_compile, copies, decay_weights, on_device, rate_on
 from .distributed import Owners, agreed_finite, is_dtensor, local, shard_place
 from .dormancy import Awakening, dormant_entry, is_awake, placed
 from .gradients import check_dense, finite_by_norm, grads_finite
 from .param_groups import LAMBDA_P, P_NORM, steps_decay
-from .parts import Part, parts, step_part
 from .tensor_step import Decay, Stepped, noise_place, smallest
 from .unit_decay import UnitDecay, unit_decay_of
 from .units import ELEMENT, check_units, kind_of
@@ -204,8 +203,8 @@ class LpDecay(DecayOptimizer):
         }
         for unit_decay in unit_decays.values():
             unit_decay.before_step()
-        for part in parts(self.base, _changes_weights):
-            self._step_part(part, finite)
+        for batch in batches(self.base, _changes_weights):
+            self._step_batch(batch, finite)
         for index, group in enumerate(self.param_groups):
             group["decay_steps"] += 1
             if index in unit_decays:
@@ -225,26 +224,26 @@ class LpDecay(DecayOptimizer):
             finite = agreed_finite(grads_finite(grads), Owners.of(sharded))
         return finite if takes_found_inf(self.base) else bool(finite)
 
-    def _step_part(self, part: Part, finite: bool | Tensor) -> None:
+    def _step_batch(self, batch: Batch, finite: bool | Tensor) -> None:
         """Step some parameters and decay their weights one by one, by factors from a copy of them."""
         dormant: dict[Tensor, Tensor] = {}
-        copied = {index: self._copied(index, params, dormant) for index, params in part.items()}
-        self._step_base(part, finite)
+        copied = {index: self._copied(index, params, dormant) for index, params in batch.items()}
+        self._step_base(batch, finite)
         for param, entry in dormant.items():
             # Only now, as bases make their state where there is none.
             self.state[param]["dormant"] = entry
         for index, tensors in copied.items():
             self._decay_weights(self.param_groups[index], tensors, finite)
 
-    def _step_base(self, part: Part, finite: bool | Tensor) -> None:
+    def _step_base(self, batch: Batch, finite: bool | Tensor) -> None:
         if not isinstance(finite, Tensor):
-            step_part(self.base, part)
+            step_batch(self.base, batch)
             return
         # The contract of GradScaler with optimizers that read on the device whether to step.
         base: Any = self.base
         base.grad_scale, base.found_inf = None, (~finite).to(torch.float32)
         try:
-            step_part(base, part)
+            step_batch(base, batch)
         finally:
             del base.grad_scale, base.found_inf
 

@@ -1,4 +1,4 @@
-"""What the moments are stored as: like the weights, float32, bfloat16, or 8 bit as torchao stores them."""
+"""The dtypes of the moments: that of the weights, float32, bfloat16, or 8 bit as torchao stores them."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def zero_moment(param: Tensor, moments: str | None, *, signed: bool) -> Tensor:
         signed: Whether the moment can be negative: the first is, the second is not.
 
     Raises:
-        ValueError: If it is to be 8 bit and the parameter is sharded.
+        ValueError: If ``moments`` is ``"8bit"`` and the parameter is sharded.
     """
     if moments == "8bit" and is_dtensor(param):
         raise ValueError(
@@ -107,7 +107,7 @@ def refusal_of_encoded(param: Tensor, *moments: Tensor) -> str | None:
 
     Args:
         param: The weights.
-        moments: Both moments, of which at least one is stored in 8 bits.
+        moments: Both moments; at least one is stored in 8 bits.
     """
     if param.dtype == torch.float64:
         return "it does not know weights of torch.float64 with 8-bit moments"
@@ -115,20 +115,21 @@ def refusal_of_encoded(param: Tensor, *moments: Tensor) -> str | None:
         return "it takes both moments in 8 bits, or neither"
     states: tuple[Any, ...] = moments
     for state in states:
-        parts = state.codes, state.scale, state.qmap
-        if [each.dtype for each in parts] != [torch.uint8, torch.float32, torch.float32]:
-            return f"it does not know 8-bit moments of {', '.join(str(each.dtype) for each in parts)}"
-        if [each.numel() for each in parts] != [param.numel(), param.numel() // BLOCK, 256] or param.numel() % BLOCK:
-            return f"it takes 8-bit moments of which {BLOCK} share a scale, and a map of 256 numbers"
-        if not all(each.is_contiguous() for each in parts):
+        tensors = state.codes, state.scale, state.qmap
+        if [tensor.dtype for tensor in tensors] != [torch.uint8, torch.float32, torch.float32]:
+            return f"it does not know 8-bit moments of {', '.join(str(tensor.dtype) for tensor in tensors)}"
+        sizes = [param.numel(), param.numel() // BLOCK, 256]
+        if [tensor.numel() for tensor in tensors] != sizes or param.numel() % BLOCK:
+            return f"it takes 8-bit moments with one scale for {BLOCK} values, and a map of 256 numbers"
+        if not all(tensor.is_contiguous() for tensor in tensors):
             return "8-bit moments must lie in memory without gaps"
-        if any(each.device != param.device for each in parts):
+        if any(tensor.device != param.device for tensor in tensors):
             return f"8-bit moments must be on {param.device}"
     return None
 
 
 def address(moment: Tensor) -> int:
-    """Return a number that says where a moment lies in memory, of a DTensor the part that is here."""
+    """Return a number for the address of a moment in memory, or of this process's shard of it."""
     if type(moment) is Tensor:
         return moment.data_ptr()
     if not is_quantized(moment):
@@ -140,7 +141,7 @@ def address(moment: Tensor) -> int:
 def dequantize(moment: Tensor, dtype: torch.dtype) -> Tensor:
     """Return the values of a moment as a plain tensor of ``dtype``: a copy if it is quantised or of another dtype.
 
-    Those of 4 bits and of float8 too, which torchao's optimizers keep.
+    It also takes the moments of 4 bits and of float8 that torchao's optimizers keep.
     """
     if type(moment).__name__ in ("OptimState8bit", "OptimState4bit", "OptimStateFp8"):
         values: Any = moment.dequantize()
@@ -149,7 +150,7 @@ def dequantize(moment: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def clone(moment: Tensor) -> Tensor:
-    """Return a copy; torchao has none of a quantised moment."""
+    """Return a copy of a moment; torchao cannot copy its own."""
     if not is_quantized(moment):
         return moment.clone()
     state: Any = moment
@@ -157,7 +158,7 @@ def clone(moment: Tensor) -> Tensor:
 
 
 def slice_quantized(tensor: Tensor, start: int, length: int) -> Tensor:
-    """Return a flat view of a part of a contiguous tensor or 8-bit moment; ``start`` is a multiple of the block."""
+    """Return a flat slice of a contiguous tensor or 8-bit moment; ``start`` is a multiple of the block."""
     if not is_quantized(tensor):
         return tensor.view(-1).narrow(0, start, length)
     state: Any = tensor

@@ -1,11 +1,11 @@
 """Stochastic rounding of float32 values to bfloat16 and float16, and the random bits for it.
 
-A low-precision weight times a factor of 0.996 rounds back to itself, so that it would never decay. Rounding up or down
-at random, with probabilities that keep the mean, lets small changes through. The same holds for second moments, which
+A low-precision weight times a factor of 0.996 rounds back to itself, so it would never decay. Rounding up or down at
+random, with probabilities that keep the mean, lets small changes through. The same holds for second moments, which
 change by a thousandth a step.
 
-The random bits are a hash of the tensor's place in the optimizer, its step and the element's place in it, and of
-nothing else: they need no state, resumed runs and replicas get the same ones, and every backend computes them alike.
+The random bits are a hash of the tensor's place in the optimizer, its step and the element's place in the tensor only.
+So they need no state, resumed runs and replicas get the same bits, and every backend computes the same bits.
 """
 
 from __future__ import annotations
@@ -45,8 +45,8 @@ def noise_bits(step: int | Tensor, index: int, first: int, count: int, device: t
 
     Args:
         step: Number of the step, or a 0-dim tensor of it on ``device``.
-        index: Member of the tensor in the optimizer.
-        first: Member of the first element in the tensor.
+        index: Place of the tensor in the optimizer.
+        first: Place of the first element in the tensor.
         count: Number of elements.
         device: Where to compute.
 
@@ -72,8 +72,7 @@ def stochastic_round(values: Tensor, dtype: torch.dtype, noise: Tensor) -> Tenso
     Args:
         values: A float32 tensor of any shape.
         dtype: ``torch.bfloat16`` or ``torch.float16``.
-        noise: An integer tensor of the shape of ``values`` or of as many elements, of whose random bits the lowest 16
-            are used.
+        noise: An integer tensor of as many elements as ``values``; the lowest 16 of its random bits are used.
 
     Returns:
         A new tensor of ``dtype``.
@@ -85,8 +84,8 @@ def stochastic_round(values: Tensor, dtype: torch.dtype, noise: Tensor) -> Tenso
         raise ValueError(f"stochastic_round takes float32 to bfloat16 or float16, not {values.dtype} to {dtype}.")
     dropped_bits = 16 if dtype == torch.bfloat16 else 13
     noise = (noise.view(values.shape) & ((1 << dropped_bits) - 1)).to(torch.int32)
-    # Adding noise below the last kept mantissa bit and cutting there rounds the magnitude up with probability equal to
-    # the fraction that is cut off. What is left converts without any further rounding.
+    # Adding noise below the last kept mantissa bit and truncating there rounds the magnitude up with a probability
+    # equal to the dropped fraction. The rest converts without any further rounding.
     bits = values.view(torch.int32).add(noise).bitwise_and_(-(1 << dropped_bits))
     rounded = bits.view(torch.float32)
     if dtype == torch.float16:
@@ -96,5 +95,5 @@ def stochastic_round(values: Tensor, dtype: torch.dtype, noise: Tensor) -> Tenso
         subnormal = steps.mul_(_FLOAT16_SUBNORMAL_STEP).copysign_(values)
         rounded = torch.where(values.abs() < _FLOAT16_MIN_NORMAL, subnormal, rounded)
     largest = torch.finfo(dtype).max
-    # A NaN must stay one: noise added to its bits could make an infinity or a number of it.
+    # A NaN must stay one: noise added to its bits could turn it into an infinity or a number.
     return torch.where(values.isnan(), values, rounded.clamp_(-largest, largest)).to(dtype)

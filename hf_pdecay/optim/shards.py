@@ -1,7 +1,6 @@
-"""Where a parameter's weights lie: whole, sharded by DTensor (FSDP2, tensor parallelism), or partitioned by DeepSpeed.
+"""The weights that this process holds of a parameter: whole, sharded by DTensor, or partitioned by DeepSpeed.
 
-The rest of the package asks here for what this process holds of a parameter. DeepSpeed is known by what it leaves on
-parameters and optimizers, and never imported.
+DeepSpeed is recognised by the attributes that it sets on parameters and optimizers, and never imported.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ def full_shape(param: Tensor) -> torch.Size:
 
 
 def full_numel(param: Tensor) -> int:
-    """Return how many weights a whole parameter has."""
+    """Return the number of weights of a whole parameter."""
     return full_shape(param).numel()
 
 
@@ -35,7 +34,7 @@ def is_sharded(param: Tensor) -> bool:
 
 
 def held(param: Any) -> Ranked:
-    """Return the weights of a parameter of the model that this process holds; they share memory with it."""
+    """Return the weights that this process holds of a parameter of the model; they share its memory."""
     if is_dtensor(param):
         return _of_dtensor(param, None)
     if hasattr(param, "ds_tensor"):
@@ -44,11 +43,11 @@ def held(param: Any) -> Ranked:
 
 
 def ranked(param: Any, optimizer: Optimizer) -> Ranked:
-    """Return the weights of a parameter that this process steps, with their second moment where there is one yet.
+    """Return the weights of a parameter that this process steps, with their second moment if there is one.
 
     Args:
-        param: One that :func:`group_params` returned.
-        optimizer: The optimizer that it was asked for.
+        param: A parameter that :func:`group_params` returned for the optimizer.
+        optimizer: The optimizer.
     """
     if hasattr(param, "_z3_optimizer"):
         return _of_group(param.ds_process_group, *_partition_of_zero3(param))
@@ -67,7 +66,7 @@ def group_params(optimizer: Any) -> list[list[Tensor]]:
     DeepSpeed puts flat partitions of its own in their place.
 
     Args:
-        optimizer: Any optimizer, wrapped by Accelerate, DeepSpeed or nobody.
+        optimizer: Any optimizer, which Accelerate or DeepSpeed may have wrapped.
     """
     engine = _deepspeed_optimizer(optimizer)
     if engine is None:
@@ -81,7 +80,7 @@ def group_params(optimizer: Any) -> list[list[Tensor]]:
 
 
 def settle(model: torch.nn.Module) -> None:
-    """Have FSDP2 put away what a forward pass left gathered, so that the model's parameters are the optimizer's."""
+    """Have FSDP2 free what a forward pass left gathered, so that the model has the optimizer's parameters."""
     module = sys.modules.get("torch.distributed.fsdp")
     if module is None:
         return
@@ -92,14 +91,14 @@ def settle(model: torch.nn.Module) -> None:
 
 @torch.no_grad()
 def publish(optimizer: Any) -> None:
-    """Let the model's weights follow what an optimizer's were set to; they are others only under DeepSpeed."""
+    """Copy an optimizer's weights to the model's; they are different tensors under DeepSpeed only."""
     engine = _deepspeed_optimizer(optimizer)
     if engine is None:
         return
     if not hasattr(engine, "sub_group_to_group_id"):
         engine.update_lp_params()
         return
-    # Small parameters stay gathered, and would keep what they were.
+    # Small parameters stay gathered, and would keep their old values.
     engine._partition_all_parameters()
     for number in range(len(engine.fp16_groups)):
         engine._reassign_or_swap_out_partitioned_parameters(number)
@@ -109,16 +108,12 @@ def publish(optimizer: Any) -> None:
 
 @torch.no_grad()
 def wholly_zero(params: Sequence[Tensor]) -> list[bool]:
-    """Whether each parameter has no weight that is not 0, on any process."""
-    zero = []
-    for each in map(held, params):
-        nonzero = all_sum(each.weight.any().to(torch.int64), each.groups)
-        zero.append(not nonzero)
-    return zero
+    """Return for each parameter whether all its weights are 0, on all processes."""
+    return [not all_sum(shard.weight.any().to(torch.int64), shard.groups) for shard in map(held, params)]
 
 
 def _of_group(group: Any, weight: Tensor, exp_avg_sq: Tensor | None) -> Ranked:
-    """A shard across the processes of a group."""
+    """A shard across the processes of a process group."""
     return Ranked(weight, exp_avg_sq, torch.distributed.get_rank(group), (group,))
 
 
@@ -127,7 +122,7 @@ def _of_dtensor(param: Tensor, exp_avg_sq: Tensor | None) -> Ranked:
 
 
 def _deepspeed_optimizer(optimizer: Any) -> Any:
-    """DeepSpeed's own optimizer around an optimizer, within what Accelerate wraps around both; None without one."""
+    """DeepSpeed's optimizer around an optimizer, inside Accelerate's wrapper; None without DeepSpeed."""
     while optimizer is not None:
         if any(hasattr(optimizer, name) for name in ("sub_group_to_group_id", "bit16_groups", "bf16_groups")):
             return optimizer
@@ -146,7 +141,8 @@ def _partition_of_zero3(param: Any) -> tuple[Tensor, Tensor | None]:
         )
     second = engine.optimizer.state[flat].get("exp_avg_sq") if flat in engine.optimizer.state else None
     weight, exp_avg_sq = (
-        None if each is None else _unpadded(param, each.detach().narrow(0, start, numel)) for each in (flat, second)
+        None if tensor is None else _unpadded(param, tensor.detach().narrow(0, start, numel))
+        for tensor in (flat, second)
     )
     return weight, exp_avg_sq  # type: ignore[return-value]
 
@@ -155,7 +151,7 @@ def _fragment_of_zero12(param: Any, engine: Any) -> tuple[Tensor, Tensor | None]
     mapping = param._hp_mapping
     if mapping is None:  # all of its weights are in the partitions of others
         return param.new_empty(0, dtype=torch.float32), None
-    # What DeepSpeed itself links to the parameter lacks the state of all groups but the first.
+    # The state that DeepSpeed links to the parameter is missing for all param groups but the first.
     partitions = getattr(engine, "single_partition_of_fp32_groups", None) or engine.fp32_groups_flat_partition
     flat, place = partitions[mapping.param_group_index], mapping.get_hp_fragment_address()
     second = engine.optimizer.state[flat].get("exp_avg_sq") if flat in engine.optimizer.state else None
@@ -163,7 +159,7 @@ def _fragment_of_zero12(param: Any, engine: Any) -> tuple[Tensor, Tensor | None]
 
 
 def _unpadded(param: Any, partition: Tensor) -> Tensor:
-    """A partition of a ZeRO-3 parameter without what makes those of all processes equally long."""
+    """A partition of a ZeRO-3 parameter without its padding."""
     before = torch.distributed.get_rank(param.ds_process_group) * partition.numel()
     return partition[: max(min(param.ds_numel - before, partition.numel()), 0)]
 
@@ -174,9 +170,9 @@ class Ranked(NamedTuple):
     Attributes:
         weight: Weights of any shape and floating dtype.
         exp_avg_sq: Adam's second moment v of the same shape, or None.
-        slot: Which of the tensor's shards it is.
-        groups: Process groups that the shards lie across. All processes of them make the same calls with shards of the
-            same tensors, in the same order, and each is told the same.
+        slot: Index of the shard among the tensor's shards.
+        groups: Process groups that the shards lie across. All their processes make the same calls with shards of the
+            same tensors, in the same order, and get the same results.
     """
 
     weight: Tensor

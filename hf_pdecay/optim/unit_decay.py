@@ -162,10 +162,10 @@ class BlockDecay(UnitDecay):
         """Check that no block lies in several processes; there are no norms."""
         for layer, member in self._members():
             span = span_of(self._params[member.param])
-            if span is not None and span.dim == member.dim and span.each % self._blocks[1]:
+            if span is not None and span.dim == member.dim and span.size % self._blocks[1]:
                 raise ValueError(
                     f"Invalid group: group={kind_of(self.group)!r} on {layer.name or 'a parameter'}: each process has "
-                    f"{span.each} of the indices along which the blocks lie, which must be divisible by "
+                    f"{span.size} of the indices along which the blocks lie, which must be divisible by "
                     f"{self._blocks[1]}."
                 )
 

@@ -24,7 +24,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Shard, distribute_tensor
 
 from hf_pdecay import LpDecay
-from hf_pdecay.optim import parts
+from hf_pdecay.optim import bases
 from hf_pdecay.optim.distributed import local
 from hf_pdecay.target.control import SparsityControl
 from tests.helpers.launching import leave
@@ -130,26 +130,26 @@ def fsdp(mesh: DeviceMesh, make: Make, folder: Path) -> Any:
     }
 
 
-def parted(mesh: DeviceMesh) -> Any:
-    """How many weights each part has here, and the places of all parts, for tensors of which the ranks have 2 and 1."""
+def batched(mesh: DeviceMesh) -> Any:
+    """The number of weights of each batch here, and its indices, for tensors split 2 to 1 over the ranks."""
     params = [nn.Parameter(distribute_tensor(torch.ones(3, 10), mesh, [Shard(0)])) for _ in range(6)]
     for param in params:
         param.grad = torch.ones_like(param)
-    size, parts.part_size = parts.part_size, lambda device: 45
+    size, bases.batch_size = bases.batch_size, lambda device: 45
     try:
-        found = list(parts.parts(torch.optim.SGD(params, lr=0.1), lambda group: True))
+        batches = list(bases.batches(torch.optim.SGD(params, lr=0.1), lambda group: True))
     finally:
-        parts.part_size = size
+        bases.batch_size = size
     return {
-        "weights": [sum(local(each).numel() for each in part[0].values()) for part in found],
-        "places": [list(part[0]) for part in found],
+        "weights": [sum(local(param).numel() for param in batch[0].values()) for batch in batches],
+        "places": [list(batch[0]) for batch in batches],
     }
 
 
 def main() -> None:
     dist.init_process_group("gloo")
     mesh, folder = init_device_mesh("cpu", (2,)), Path(sys.argv[1])
-    cases: dict[str, Callable[[], Any]] = {"parted": partial(parted, mesh)}
+    cases: dict[str, Callable[[], Any]] = {"batched": partial(batched, mesh)}
     for name, make in BASES.items():
         cases[f"trained {name}"] = partial(trained, mesh, make)
         cases[f"fsdp {name}"] = partial(fsdp, mesh, make, folder / name)

@@ -1,4 +1,4 @@
-"""The step of a base optimizer in parts: the same to the bit, for those that step each tensor by itself."""
+"""The step of a base optimizer in batches: bit-identical, if it steps each tensor by itself."""
 
 from __future__ import annotations
 
@@ -11,8 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from hf_pdecay.optim import lp_decay as wrapper
-from hf_pdecay.optim import parts
+from hf_pdecay.optim import bases, lp_decay
 from hf_pdecay.optim.lp_decay import LpDecay
 from tests.helpers.memory import PeakMemory
 from tests.helpers.steps import normal
@@ -68,19 +67,19 @@ def run(optimizer: LpDecay, params: list[nn.Parameter], steps: int = 4) -> list[
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The number of parameters that each call of a base's step had."""
     seen: list[int] = []
-    step_part = parts.step_part
+    step_batch = bases.step_batch
 
-    def spy(base: Any, part: parts.Part) -> None:
-        seen.append(sum(map(len, part.values())))
-        step_part(base, part)
+    def spy(base: Any, batch: bases.Batch) -> None:
+        seen.append(sum(map(len, batch.values())))
+        step_batch(base, batch)
 
-    monkeypatch.setattr(wrapper, "step_part", spy)
+    monkeypatch.setattr(lp_decay, "step_batch", spy)
     return seen
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", BASES)
-def test_parts_make_no_difference(name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_batches_make_no_difference(name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     if not hasattr(torch.optim, name.split(",")[0]):
         pytest.skip("this torch has no such optimizer")
     params = weights(dtype, 2 if name == "Muon" else None)
@@ -88,7 +87,7 @@ def test_parts_make_no_difference(name: str, dtype: torch.dtype, monkeypatch: py
     for size in (1 << 30, 1300):
         ours = copy.deepcopy(params)
         seen = calls(monkeypatch)
-        monkeypatch.setattr(parts, "part_size", lambda device, size=size: size)
+        monkeypatch.setattr(bases, "batch_size", lambda device, size=size: size)
         optimizer = LpDecay(BASES[name](grouped(ours)), p_norm=0.8, lambda_p=0.05)
         results.append(run(optimizer, ours))
         monkeypatch.undo()
@@ -125,7 +124,7 @@ def patched(groups: Any) -> torch.optim.Optimizer:
 def test_others_step_once(make: Callable[[Any], torch.optim.Optimizer], monkeypatch: pytest.MonkeyPatch) -> None:
     params = weights()
     seen = calls(monkeypatch)
-    monkeypatch.setattr(parts, "part_size", lambda device: 1)
+    monkeypatch.setattr(bases, "batch_size", lambda device: 1)
     run(LpDecay(make(params)), params, steps=3)
     assert seen == [len(params)] * 3
 
@@ -133,7 +132,7 @@ def test_others_step_once(make: Callable[[Any], torch.optim.Optimizer], monkeypa
 def test_hooks_for_all_optimizers_are_called_once(monkeypatch: pytest.MonkeyPatch) -> None:
     params = weights()
     stepped: list[type] = []
-    monkeypatch.setattr(parts, "part_size", lambda device: 1)
+    monkeypatch.setattr(bases, "batch_size", lambda device: 1)
     handle = register_optimizer_step_post_hook(lambda own, *_: stepped.append(type(own)))
     try:
         run(LpDecay(torch.optim.SGD(params, lr=0.01)), params, steps=1)
@@ -145,7 +144,7 @@ def test_hooks_for_all_optimizers_are_called_once(monkeypatch: pytest.MonkeyPatc
 def test_what_is_not_stepped_keeps_the_groups(monkeypatch: pytest.MonkeyPatch) -> None:
     """A base that fails in the middle is left with its groups."""
     params = weights()
-    monkeypatch.setattr(parts, "part_size", lambda device: 1)
+    monkeypatch.setattr(bases, "batch_size", lambda device: 1)
     optimizer = LpDecay(torch.optim.AdamW(params, lr=0.01))
     run(optimizer, params, steps=1)
     groups: list[Tensor] = optimizer.param_groups[0]["params"]
@@ -155,7 +154,7 @@ def test_what_is_not_stepped_keeps_the_groups(monkeypatch: pytest.MonkeyPatch) -
     assert optimizer.param_groups[0]["params"] is groups and len(groups) == len(params)
 
 
-def test_one_part_is_copied_at_a_time() -> None:
+def test_one_batch_is_copied_at_a_time() -> None:
     params = [nn.Parameter(torch.full((1 << 21,), 0.5)) for _ in range(8)]
     for param in params:
         param.grad = torch.full_like(param, 0.1)

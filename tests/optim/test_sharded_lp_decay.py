@@ -48,6 +48,6 @@ def test_fsdp2_reaches_the_target_as_one_process_does_and_resumes(ranks: Ranks, 
 
 
 def test_processes_with_other_shards_step_the_same_parts(ranks: Ranks) -> None:
-    first, second = (result(ranks, rank, "parted") for rank in (0, 1))
+    first, second = (result(ranks, rank, "batched") for rank in (0, 1))
     assert first["weights"] != second["weights"], "the test has something to find"
     assert first["places"] == second["places"] == [[place] for place in range(6)]
