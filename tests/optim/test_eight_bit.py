@@ -159,7 +159,7 @@ def test_a_map_of_numbers_that_lie_far_apart() -> None:
     assert torch.equal(moment.codes, expected.codes)
 
 
-def test_other_moments_are_refused_in_a_sentence() -> None:
+def test_other_moments_are_refused() -> None:
     def refused(change: Any) -> str:
         param = torch.nn.Parameter(normal(4096))
         optimizer = AdamWLp([param], moments="8bit", backend="compiled")
@@ -187,7 +187,7 @@ def test_other_moments_are_refused_in_a_sentence() -> None:
     def wide(state: dict[str, Any]) -> None:
         state["exp_avg"].scale = state["exp_avg"].scale.double()
 
-    assert "256 share a scale" in refused(shorter)
+    assert "one scale for 256 values" in refused(shorter)
     assert "both moments in 8 bits, or neither" in refused(plain)
     assert "without gaps" in refused(gaps)
     assert "a map of 256 numbers" in refused(halved)
