@@ -7,11 +7,12 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
-from transformers import Trainer
+from transformers import TrainerState, TrainingArguments
 from transformers.trainer_utils import default_compute_objective
 
+from ..checks import is_number
 from ..files import append_line
 from ..rules.spec import parse_rules
 from .arguments import PDecayTrainingArguments, settings_of
@@ -22,10 +23,6 @@ from .settings import DecaySettings, split_optim_args
 
 if TYPE_CHECKING:
     from ..sparsity.report import SparsityReport
-
-    _Base = Trainer
-else:
-    _Base = object
 
 logger = logging.getLogger(__name__)
 
@@ -63,8 +60,8 @@ class _HpSpace:
     def fitting(self, settings: DecaySettings) -> _HpSpace:
         """Return the space without λ_p if the run's target sets it for all weights: no rule leaves some to λ_p."""
         target, rules = settings.target_sparsity, settings.lp_rules
-        given = parse_rules(rules) if isinstance(rules, dict) else []
-        left = any(each.target_sparsity == 0 and each.lambda_p is None for each in given)
+        parsed = parse_rules(rules) if isinstance(rules, dict) else []
+        left = any(rule.target_sparsity == 0 and rule.lambda_p is None for rule in parsed)
         if "lambda_p" not in self.ranges or target is None or left:
             return self
         logger.warning("lambda_p is not searched, as target_sparsity=%g of the arguments sets it.", target)
@@ -103,7 +100,7 @@ def ray_space(**ranges: Space | None) -> Callable[[Any], dict[str, Any]]:
 def _by_optuna(trial: Any, name: str, given: Space) -> Any:
     if not isinstance(given, tuple):
         return trial.suggest_categorical(name, list(given))
-    if all(isinstance(each, int) for each in given):
+    if all(isinstance(bound, int) for bound in given):
         return trial.suggest_int(name, *given)
     return trial.suggest_float(name, *given, log=name in _LOGARITHMIC)
 
@@ -113,13 +110,13 @@ def _by_ray(trial: Any, name: str, given: Space) -> Any:
 
     if not isinstance(given, tuple):
         return tune.choice(list(given))
-    if all(isinstance(each, int) for each in given):
+    if all(isinstance(bound, int) for bound in given):
         return tune.randint(given[0], given[1] + 1)
     return (tune.loguniform if name in _LOGARITHMIC else tune.uniform)(*given)
 
 
 def _checked(ranges: dict[str, Space | None]) -> dict[str, Space]:
-    known = {each.name for each in fields(PDecayTrainingArguments)}
+    known = {field.name for field in fields(PDecayTrainingArguments)}
     unknown = next((name for name in ranges if name not in known), None)
     if unknown is not None:
         raise ValueError(f"Invalid space: {unknown!r} is no field of PDecayTrainingArguments.")
@@ -128,12 +125,12 @@ def _checked(ranges: dict[str, Space | None]) -> dict[str, Space]:
     defaults: dict[str, Space | None] = {**_RANGES}
     if ranges.get("target_sparsity") is not None:
         del defaults["lambda_p"]
-    found = {name: given for name, given in {**defaults, **ranges}.items() if given is not None}
-    for name, given in found.items():
+    chosen = {name: given for name, given in {**defaults, **ranges}.items() if given is not None}
+    for name, given in chosen.items():
         if isinstance(given, tuple):
             lowest = "above 0" if name in _LOGARITHMIC else "a number"
             numbers = len(given) == 2 and all(
-                isinstance(each, (int, float)) and not isinstance(each, bool) and math.isfinite(each) for each in given
+                isinstance(bound, (int, float)) and is_number(bound) and math.isfinite(bound) for bound in given
             )
             if not numbers or not given[0] < given[1] or (name in _LOGARITHMIC and given[0] <= 0):
                 raise ValueError(
@@ -149,15 +146,15 @@ def _checked(ranges: dict[str, Space | None]) -> dict[str, Space]:
                     replace(_WHOLE_RUN, **{name: value})
                 except ValueError as error:
                     raise ValueError(f"Invalid space: {error}") from error
-    if any(found.get("target_sparsity", ())):
+    if any(chosen.get("target_sparsity", ())):
         for name in ("p_norm", "p_norm_begin"):
-            highest = max((value for value in found.get(name, ()) if value is not None), default=0)
+            highest = max((value for value in chosen.get(name, ()) if value is not None), default=0)
             if highest >= 2:
                 raise ValueError(
-                    f"Invalid space: {name}={found[name]!r} with a target_sparsity; for p >= 2 decay brings no weight "
+                    f"Invalid space: {name}={chosen[name]!r} with a target_sparsity; for p >= 2 decay brings no weight "
                     f"to 0. Keep {name} below 2, or search no target."
                 )
-    return found
+    return chosen
 
 
 def loss_and_sparsity(metrics: dict[str, float]) -> list[float]:
@@ -188,96 +185,110 @@ def _check_objectives(objective: Any, count: int, direction: Any) -> None:
         )
 
 
-class SearchMixin(_Base):
-    """The part of ``PDecayTrainerMixin`` that searches.
+def folded(args: TrainingArguments, params: dict[str, Any], optim_args: str | None) -> dict[str, Any]:
+    """Put a trial's settings of the decay into ``optim_args`` if the arguments have no fields for them.
+
+    Args:
+        args: Arguments of the run.
+        params: The trial's values.
+        optim_args: What the user gave, whose other keys stay.
+    """
+    ours = {key: value for key, value in params.items() if key in SETTINGS and not hasattr(args, key)}
+    if not ours:
+        return params
+    pairs = {**split_optim_args(optim_args), **ours}
+    others = {key: value for key, value in params.items() if key not in ours}
+    return {**others, "optim_args": ",".join(f"{key}={value}" for key, value in pairs.items())}
+
+
+class Searcher(Protocol):
+    """What a :class:`Search` needs of a Trainer."""
+
+    args: TrainingArguments
+    state: TrainerState
+
+    def is_world_process_zero(self) -> bool:
+        """Whether this process writes."""
+
+    def measure_sparsity(self) -> SparsityReport:
+        """Count the zeros of the model."""
+
+
+class Search:
+    """One run of ``Trainer.hyperparameter_search``.
 
     Each trial has a folder of its own below ``output_dir``, with its sparsity, its card and its checkpoints, and each
-    evaluation appends a line to ``search.jsonl`` in ``output_dir``. ``compute_objective`` gets ``eval_sparsity`` among
-    the metrics.
+    evaluation appends a line to ``search.jsonl`` in ``output_dir``. The objective gets ``eval_sparsity`` among the
+    metrics.
+
+    Args:
+        trainer: The Trainer.
+        hp_space: The user's space.
+        objective: The user's objective; None for Hugging Face's.
+        direction: One direction, or one for each objective.
+
+    Raises:
+        ValueError: If the objective gives another number of values than there are directions.
     """
 
-    if TYPE_CHECKING:
-
-        @property
-        def _decays(self) -> bool: ...
-
-        def measure_sparsity(self) -> SparsityReport: ...  # noqa: D102
-
-    _search_folder: str | None = None
-    _users_optim_args: str | None = None
-    _users_objective: Callable[[dict[str, float]], Any] | None = None
-    _users_direction: str | list[str] = "minimize"
-
-    def hyperparameter_search(
+    def __init__(
         self,
-        hp_space: Callable[[Any], dict[str, Any]] | None = None,
-        compute_objective: Callable[[dict[str, float]], Any] | None = None,
-        n_trials: int = 20,
-        direction: str | list[str] = "minimize",
-        *args: Any,
-        **kwargs: Any,
-    ) -> Any:
-        """Search; takes and returns what ``Trainer.hyperparameter_search`` does.
-
-        Raises:
-            ValueError: If the objective gives another number of values than there are directions, or a trial sets a
-                value that is out of its range.
-        """
-        args = (n_trials, direction, *args)
-        if not self._decays:
-            return super().hyperparameter_search(hp_space, compute_objective, *args, **kwargs)
-        if compute_objective in (None, loss_and_sparsity):  # of others it is seen at the first evaluation
-            _check_objectives(compute_objective, 1 if compute_objective is None else 2, direction)
-        if isinstance(hp_space, _HpSpace) and (settings := settings_of(self.args)) is not None:
+        trainer: Searcher,
+        hp_space: Callable[[Any], dict[str, Any]] | None,
+        objective: Callable[[dict[str, float]], Any] | None,
+        direction: str | list[str],
+    ) -> None:
+        if objective in (None, loss_and_sparsity):  # others are checked at the first evaluation
+            _check_objectives(objective, 1 if objective is None else 2, direction)
+        if isinstance(hp_space, _HpSpace) and (settings := settings_of(trainer.args)) is not None:
             hp_space = hp_space.fitting(settings)
-        self._users_direction = direction
-        self._search_folder, self._users_objective = str(self.args.output_dir), compute_objective
-        if not kwargs.get("load_if_exists") and self.is_world_process_zero():
-            (Path(self._search_folder) / SEARCH_FILE).unlink(missing_ok=True)
-        space = hp_space and (lambda trial: self._folded(hp_space(trial)))
-        try:
-            return super().hyperparameter_search(space, self._objective_of, *args, **kwargs)
-        finally:
-            self.args.output_dir, self._search_folder = self._search_folder, None
+        self.optim_args = trainer.args.optim_args
+        self._trainer, self._hp_space, self._objective, self._direction = trainer, hp_space, objective, direction
+        self._folder = str(trainer.args.output_dir)
 
-    def _hp_search_setup(self, trial: Any) -> None:
-        # optuna asks the space; others hand over the values.
-        super()._hp_search_setup(self._folded(trial) if isinstance(trial, dict) else trial)
-        if self._search_folder is not None and trial is not None:
-            self.args.output_dir = self._search_folder
-            self.args.output_dir = super()._get_output_dir(trial)
+    @property
+    def _file(self) -> Path:
+        return Path(self._folder) / SEARCH_FILE
 
-    def _folded(self, params: dict[str, Any]) -> dict[str, Any]:
-        """Put settings of the decay into ``optim_args`` where the arguments have no fields for them."""
-        ours = {key: value for key, value in params.items() if key in SETTINGS and not hasattr(self.args, key)}
-        if not ours:
-            return params
-        if self._users_optim_args is None:
-            self._users_optim_args = self.args.optim_args or ""
-        given = {**split_optim_args(self._users_optim_args), **ours}
-        text = ",".join(f"{key}={value}" for key, value in given.items())
-        return {**{key: value for key, value in params.items() if key not in ours}, "optim_args": text}
+    def start_anew(self) -> None:
+        """Delete the lines of an earlier search."""
+        if self._trainer.is_world_process_zero():
+            self._file.unlink(missing_ok=True)
 
-    def _get_output_dir(self, trial: Any) -> str:
-        return super()._get_output_dir(trial if self._search_folder is None else None)
+    @property
+    def space(self) -> Callable[[Any], dict[str, Any]] | None:
+        """The space whose values fit the Trainer's arguments; None for Hugging Face's."""
+        space = self._hp_space
+        return space and (lambda trial: folded(self._trainer.args, space(trial), self.optim_args))
 
-    def _objective_of(self, metrics: dict[str, float]) -> Any:
-        report = self.measure_sparsity()
-        if self._users_objective is None:  # which would add up all metrics if there were others than the loss
+    def enter(self, output_dir_of: Callable[[Any], str], trial: Any) -> None:
+        """Give a trial its folder, which ``output_dir_of`` names from the ``output_dir`` of the search."""
+        self._trainer.args.output_dir = self._folder
+        self._trainer.args.output_dir = output_dir_of(trial)
+
+    def end(self) -> None:
+        """Give the Trainer its arguments back."""
+        self._trainer.args.output_dir, self._trainer.args.optim_args = self._folder, self.optim_args
+
+    def evaluate(self, metrics: dict[str, float]) -> Any:
+        """Return the objective of a trial's metrics, and write its line."""
+        trainer = self._trainer
+        report = trainer.measure_sparsity()
+        if self._objective is None:  # which would add up all metrics if there were others than the loss
             objective = default_compute_objective(dict(metrics))
         else:
-            objective = self._users_objective({**metrics, "eval_sparsity": report.sparsity})
+            objective = self._objective({**metrics, "eval_sparsity": report.sparsity})
             count = len(objective) if isinstance(objective, Sequence) else 1
-            _check_objectives(self._users_objective, count, self._users_direction)
-        if self.is_world_process_zero() and self._search_folder is not None:
+            _check_objectives(self._objective, count, self._direction)
+        if trainer.is_world_process_zero():
             line = {
-                "trial": Path(str(self.args.output_dir)).name,
-                "step": self.state.global_step,
+                "trial": Path(str(trainer.args.output_dir)).name,
+                "step": trainer.state.global_step,
                 "loss": metrics.get("eval_loss"),
                 "sparsity": report.sparsity,
                 "model_sparsity": report.model_sparsity,
                 "objective": objective,
-                "params": self.state.trial_params or {},
+                "params": trainer.state.trial_params or {},
             }
-            append_line(Path(self._search_folder) / SEARCH_FILE, line)
+            append_line(self._file, line)
         return objective

@@ -12,7 +12,7 @@ import torch
 from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.scheduler import AcceleratedScheduler
 from torch import nn
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from ..files import append_line, remove_leftovers, write_text
 from ..optim.adamw_lp import AdamWLp
@@ -26,11 +26,11 @@ from ..sparsity.file_names import HISTORY_FILE, PICTURE_FILE, REPORT_FILE, RUN_F
 from ..sparsity.history import read_history
 from ..sparsity.report import NEAR_ZERO_THRESHOLD, SparsityReport
 from ..target.forecast import DecayingGroup, forecast
+from .first_callback import FirstCallback
 
 
 if TYPE_CHECKING:
     from rich.console import Console
-    from transformers import Trainer
 
 logger = logging.getLogger(__name__)
 
@@ -40,7 +40,7 @@ _SCHEDULE_SAMPLES = 1000
 _NAMED = 4  # tensors that a sentence names
 
 
-class SparsityCallback(TrainerCallback):
+class SparsityCallback(FirstCallback):
     """Logs the exact zeros of a model while it trains, and reports them at the end.
 
     With every log event of the training loss it adds ``sparsity/overall`` (decayed weights), ``sparsity/model`` and,
@@ -71,11 +71,6 @@ class SparsityCallback(TrainerCallback):
         self.near_zero_threshold = near_zero_threshold
         self._skipped_steps = 0
         self._said_that_all_are_skipped = False
-
-    def attach(self, trainer: Trainer) -> SparsityCallback:
-        """Make this the first callback of a Trainer, before its trackers, and return it."""
-        trainer.callback_handler.callbacks.insert(0, self)
-        return self
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import logging
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from ..rules.spec import parse_rules
 from ..target.control import SparsityControl
 from .arguments import settings_of
+from .first_callback import FirstCallback
 from .settings import DecaySettings
 
-
-if TYPE_CHECKING:
-    from transformers import Trainer
 
 logger = logging.getLogger(__name__)
 
@@ -22,7 +20,7 @@ logger = logging.getLogger(__name__)
 _MISSED = 0.02
 
 
-class SparsityControlCallback(TrainerCallback):
+class SparsityControlCallback(FirstCallback):
     """Drives a :class:`~hf_pdecay.target.control.SparsityControl` through a run, as its arguments say.
 
     ``PDecayTrainer`` adds it, and after :func:`hf_pdecay.register` so does every Trainer with ``optim="adamw_lp"``.
@@ -31,11 +29,6 @@ class SparsityControlCallback(TrainerCallback):
 
     def __init__(self) -> None:
         self._control: SparsityControl | None = None
-
-    def attach(self, trainer: Trainer) -> SparsityControlCallback:
-        """Make this the first callback of a Trainer, so that the others see what was cut, and return it."""
-        trainer.callback_handler.callbacks.insert(0, self)
-        return self
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

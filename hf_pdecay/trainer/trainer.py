@@ -21,16 +21,19 @@ from ..files import remove_leftovers
 from ..optim.adamw_lp import AdamWLp
 from ..optim.lp_decay import LpDecay
 from ..optim.named import OPTIMIZERS
+from ..optim.shards import is_sharded, settle
+from ..sparsity.report import SparsityReport
 from ..sparsity.file_names import REPORT_FILE, RUN_FILES
 from ..target.control import plan_target
 from .arguments import PDecayTrainingArguments, settings_of
-from .card_mixin import CardCallback, CardMixin
+from .card import CardCallback, measure, write_card
 from .checkpoints import STATE_FILE, agreed_newest_whole, check_whole
 from .engines import check_engine, check_same, check_structured, check_world_size, engine_of, whole_model
+from .fields import DecayFields
 from .optimizer import build_optimizer, check_hyperparameters, name_of, param_groups_of
 from .resume_checks import check_checkpoint, check_engine_of, check_optimizer_state, other_settings
 from .saved_names import load_converted
-from .search import SearchMixin
+from .search import Search, folded
 from .settings import DecaySettings
 from .sparsity_callback import SparsityCallback
 from .target_callback import SparsityControlCallback
@@ -46,7 +49,7 @@ else:
 logger = logging.getLogger(__name__)
 
 
-class PDecayTrainerMixin(SearchMixin, CardMixin, _Base):
+class PDecayTrainerMixin(_Base):
     """Weight decay for any p norm for a Trainer or a subclass of it; stands before it among the bases.
 
         class SparseSeq2SeqTrainer(PDecayTrainerMixin, Seq2SeqTrainer): ...
@@ -77,7 +80,7 @@ class PDecayTrainerMixin(SearchMixin, CardMixin, _Base):
 
     def _join(self) -> None:
         """Check what was asked of the decay, and add the callbacks; a Trainer of any class is complete by then."""
-        self._card_kwargs: dict[str, Any] = {}
+        self._card_arguments: dict[str, Any] = {}
         # An optimizer that the user made has the param groups that the user made.
         self._given_optimizer = self.optimizer is not None or self.optimizer_cls_and_kwargs is not None
         if not self._decays:
@@ -98,7 +101,7 @@ class PDecayTrainerMixin(SearchMixin, CardMixin, _Base):
     def _attach(self, settings: DecaySettings) -> None:
         SparsityCallback(settings.sparsity_logging, settings.near_zero_threshold).attach(self)
         SparsityControlCallback().attach(self)  # before the other, which then counts what was cut
-        self.add_callback(CardCallback(self))
+        self.add_callback(CardCallback(self._write_final_card))
 
     @property
     def _decays(self) -> bool:
@@ -115,6 +118,7 @@ class PDecayTrainerMixin(SearchMixin, CardMixin, _Base):
         return self._settings_read[1]
 
     _settings_read: tuple[Any, DecaySettings] | None = None
+    _search: Search | None = None  # the one that runs
 
     @property
     def _output_dir(self) -> Path:
@@ -223,6 +227,84 @@ class PDecayTrainerMixin(SearchMixin, CardMixin, _Base):
         _, kwargs = super().get_optimizer_cls_and_kwargs(plain, model)  # type: ignore[arg-type]
         found = next((kwargs[key] for key in ("params", "model", "optimizer_dict") if key in kwargs), None)
         return found if isinstance(found, list) else None
+
+    def hyperparameter_search(
+        self,
+        hp_space: Callable[[Any], dict[str, Any]] | None = None,
+        compute_objective: Callable[[dict[str, float]], Any] | None = None,
+        n_trials: int = 20,
+        direction: str | list[str] = "minimize",
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
+        """Search, see :class:`.search.Search`; takes and returns what ``Trainer.hyperparameter_search`` does.
+
+        Raises:
+            ValueError: If the objective gives another number of values than there are directions, or a trial sets a
+                value that is out of its range.
+        """
+        args = (n_trials, direction, *args)
+        if not self._decays:
+            return super().hyperparameter_search(hp_space, compute_objective, *args, **kwargs)
+        self._search = search = Search(self, hp_space, compute_objective, direction)
+        if not kwargs.get("load_if_exists"):
+            search.start_anew()
+        try:
+            return super().hyperparameter_search(search.space, search.evaluate, *args, **kwargs)
+        finally:
+            search.end()
+            self._search = None
+
+    def _hp_search_setup(self, trial: Any) -> None:
+        if isinstance(trial, dict):  # the values; optuna asks the space for them
+            trial = folded(self.args, trial, self._search.optim_args if self._search else self.args.optim_args)
+        super()._hp_search_setup(trial)
+        if self._search is not None and trial is not None:
+            self._search.enter(super()._get_output_dir, trial)
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return super()._get_output_dir(trial if self._search is None else None)
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """Write the card into ``output_dir``; takes what ``Trainer.create_model_card`` takes.
+
+        A subclass of Trainer that writes its own card, such as TRL's, writes it, and our section is added.
+        """
+        if not self._decays or self._writes_own_card:
+            super().create_model_card(*args, **kwargs)
+        else:
+            self._card_arguments.update(zip(("language", "license", "tags", "model_name"), args, strict=False))
+            self._card_arguments.update({key: value for key, value in kwargs.items() if value is not None})
+        if self._decays:
+            report = self._measured()
+            if report is not None and self.is_world_process_zero():
+                self._write_card(self._output_dir, report)
+
+    def _write_final_card(self) -> None:
+        if self._decays:
+            self.create_model_card()
+
+    @property
+    def _writes_own_card(self) -> bool:
+        return getattr(super().create_model_card, "__func__", None) is not Trainer.create_model_card
+
+    def _write_card(self, folder: Path, report: SparsityReport) -> None:
+        write_card(self, folder, report, self._settings, self._card_arguments, extend=self._writes_own_card)
+
+    def measure_sparsity(self) -> SparsityReport:
+        """Count the zeros of the model; the decayed weights are those of the optimizer, once there is one.
+
+        Under FSDP2 and ZeRO-3, where processes hold shards of the model, all of them must call.
+        """
+        settings = self._settings if self._decays else settings_of(self.args)
+        return measure(self.model, self.optimizer, (settings or DecayFields).near_zero_threshold)
+
+    def _measured(self) -> SparsityReport | None:
+        """Count the zeros if this process writes, or holds shards that others need in order to count."""
+        settle(self.model)
+        if self.args.should_save or any(is_sharded(param) for param in self.model.parameters()):
+            return self.measure_sparsity()
+        return None
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save the model, and beside it its sparsity and, unless it is a checkpoint, its card.

@@ -1,0 +1,124 @@
+"""Counts the zeros of a Trainer's model, and writes the model card beside it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from ..files import write_text
+from ..optim.param_groups import is_decayed
+from ..optim.shards import group_params, settle
+from ..rules.assign import decayed_parameter_names
+from ..sparsity.card import add_tags
+from ..sparsity.counting import measure_sparsity
+from ..sparsity.dead_units import count_units
+from ..sparsity.file_names import CARD_FILE, PICTURE_FILE
+from ..sparsity.model_card import (
+    TAGS,
+    SparsityCard,
+    SparsitySection,
+    add_sparsity,
+    origin_of,
+    settings_in_words,
+    summary_of,
+)
+from ..sparsity.report import SparsityReport
+from ..target.budgets import target_of_all
+from .optimizer import name_of
+from .settings import DecaySettings
+
+
+def measure(model: nn.Module, optimizer: Any, near_zero_threshold: float) -> SparsityReport:
+    """Count the zeros of a model; its decayed weights are those of the optimizer, or by default without one of ours."""
+    settle(model)
+    decayed = units = None
+    groups = [] if optimizer is None else optimizer.param_groups
+    if any("rule" in group or is_decayed(group) for group in groups):
+        params = group_params(optimizer)
+        decayed, units = decayed_parameter_names(model, groups, params), count_units(groups, params)
+    return measure_sparsity(model, decayed=decayed, near_zero_threshold=near_zero_threshold, units=units)
+
+
+def write_card(
+    trainer: Trainer,
+    folder: Path,
+    report: SparsityReport,
+    settings: DecaySettings,
+    given: Mapping[str, Any],
+    *,
+    extend: bool,
+) -> None:
+    """Write the card of a Trainer's model.
+
+    Args:
+        trainer: The Trainer.
+        folder: Where the card goes.
+        report: The zeros of the model.
+        settings: The settings of the decay.
+        given: Arguments that ``create_model_card`` was given.
+        extend: Whether a card in the folder is the Trainer's own, to which our section is added.
+    """
+    file = folder / CARD_FILE
+    state = trainer.state
+    trained = state.global_step > 0
+    if not trained and file.is_file() and not extend:
+        return  # the card of a training that this process has not seen
+    groups = [] if trainer.optimizer is None else trainer.optimizer.param_groups
+    model: Any = trainer.accelerator.unwrap_model(trainer.model)
+    adapter = hasattr(model, "create_or_update_model_card")  # PEFT's
+    section = SparsitySection(
+        report,
+        groups,
+        picture=PICTURE_FILE if (folder / PICTURE_FILE).is_file() else None,
+        skipped_steps=max((int(group.get("skipped_steps", 0)) for group in groups), default=0),
+        trained=trained,
+        adapter=adapter,
+        asked=_asked(trainer.optimizer, settings) if trained else None,
+    )
+    if extend and file.is_file():
+        write_text(file, add_sparsity(file.read_text(encoding="utf-8"), section))
+        return
+    summary = summary_of(trainer, given)
+    summary.hyperparameters = {
+        **(summary.hyperparameters or {}),
+        "optimizer": name_of(trainer.args) + settings_in_words(groups),
+        "weight_decay": trainer.args.weight_decay,
+        **settings.effective,
+    }
+    loads_best = trainer.args.load_best_model_at_end and state.best_model_checkpoint
+    card = SparsityCard(
+        summary,
+        section,
+        state.log_history,
+        best_step=state.best_global_step if loads_best else None,
+        origin=origin_of(model, adapter=adapter),
+    )
+    write_text(file, card.render())
+    if adapter:
+        # Its base model, library and tags, as in Trainer.create_model_card.
+        model.create_or_update_model_card(str(folder))
+        write_text(file, add_tags(file.read_text(encoding="utf-8"), (*(summary.tags or ()), *TAGS)))
+
+
+def _asked(optimizer: Any, settings: DecaySettings) -> float | None:
+    """The fraction of all decayed weights that should be zero in the end; None without a target."""
+    if optimizer is None or not any(is_decayed(group) for group in optimizer.param_groups):
+        return None
+    return target_of_all(optimizer.param_groups, settings.target_sparsity, group_params(optimizer))
+
+
+class CardCallback(TrainerCallback):
+    """Writes the card at the end of training, after the files of the other callbacks."""
+
+    def __init__(self, write: Callable[[], None]) -> None:
+        self._write = write
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Write it."""
+        self._write()
