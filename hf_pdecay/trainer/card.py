@@ -77,7 +77,7 @@ def write_card(
         skipped_steps=max((int(group.get("skipped_steps", 0)) for group in groups), default=0),
         trained=trained,
         adapter=adapter,
-        asked=_asked(trainer.optimizer, settings) if trained else None,
+        asked=target_of_run(trainer.optimizer, settings) if trained else None,
     )
     if extend and file.is_file():
         write_text(file, add_sparsity(file.read_text(encoding="utf-8"), section))
@@ -104,8 +104,8 @@ def write_card(
         write_text(file, add_tags(file.read_text(encoding="utf-8"), (*(summary.tags or ()), *TAGS)))
 
 
-def _asked(optimizer: Any, settings: DecaySettings) -> float | None:
-    """The fraction of all decayed weights that should be zero in the end; None without a target."""
+def target_of_run(optimizer: Any, settings: DecaySettings) -> float | None:
+    """Return the fraction of all decayed weights that should be zero in the end, None without a target."""
     if optimizer is None or not any(is_decayed(group) for group in optimizer.param_groups):
         return None
     return target_of_all(optimizer.param_groups, settings.target_sparsity, group_params(optimizer))

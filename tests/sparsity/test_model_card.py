@@ -14,6 +14,7 @@ from hf_pdecay import PDecayTrainer
 from hf_pdecay.sparsity.command_line import command_line
 from hf_pdecay.sparsity.model_card import TAGS, SparsityCard, SparsitySection, add_sparsity
 from hf_pdecay.sparsity.report import SparsityReport
+from hf_pdecay.trainer.card import target_of_run
 
 from ..helpers.models import tiny_gpt2
 
@@ -202,5 +203,6 @@ def test_what_was_asked_for_of_all(
 ) -> None:
     args = make_args(max_steps=40, target_sparsity=0.75, lp_rules=rules)
     trainer = PDecayTrainer(model=tiny_gpt2(), args=args, train_dataset=tokens)
-    trainer.create_optimizer()
-    assert trainer._asked() == (asked if asked is None else pytest.approx(asked))
+    assert target_of_run(trainer.create_optimizer(), args.decay_settings) == (
+        asked if asked is None else pytest.approx(asked)
+    )

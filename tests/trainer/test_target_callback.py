@@ -367,8 +367,8 @@ def test_settings_that_the_checkpoint_wins_over_are_named(
 @pytest.mark.parametrize(
     ("first", "then", "words"),
     [
-        ({"h.0": {"p_norm": 0.7}}, {"h.1": {"p_norm": 0.7}}, "rule='h.0' where this run's has rule='default'"),
-        ({"c_fc.weight": {"group": "2:4"}}, {"c_fc.weight": {"group": "1:4"}}, "group='2:4' where .* group='1:4'"),
+        ({"h.0": {"p_norm": 0.7}}, {"h.1": {"p_norm": 0.7}}, "rule='h.0', this optimizer has rule='default'"),
+        ({"c_fc.weight": {"group": "2:4"}}, {"c_fc.weight": {"group": "1:4"}}, "group='2:4', .* group='1:4'"),
     ],
 )
 def test_a_checkpoint_of_other_rules_over_as_many_weights_is_refused(
