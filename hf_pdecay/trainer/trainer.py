@@ -22,8 +22,8 @@ from ..optim.adamw_lp import AdamWLp
 from ..optim.lp_decay import LpDecay
 from ..optim.named import OPTIMIZERS
 from ..optim.shards import is_sharded, settle
-from ..sparsity.report import SparsityReport
 from ..sparsity.file_names import REPORT_FILE, RUN_FILES
+from ..sparsity.report import SparsityReport
 from ..target.control import plan_target
 from .arguments import PDecayTrainingArguments, settings_of
 from .card import CardCallback, measure, write_card
