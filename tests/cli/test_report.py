@@ -313,6 +313,6 @@ def test_a_model_shrunk_layer_by_layer(tmp_path: Path, capsys: pytest.CaptureFix
     assert found.sparsity.model.parameters == left and found.shrunk is None and found.compressed == found.stored
     assert main(["report", str(tmp_path / "small")]) == 0
     assert "hf-pdecay" not in capsys.readouterr().out
-    with pytest.raises(ValueError, match="Shrink the model that it was made of"):
+    with pytest.raises(ValueError, match="name the plain model, from which it was made"):
         shrink_folder(tmp_path / "small", tmp_path / "smaller")
     assert from_pretrained(str(tmp_path / "small")).parameters == left
