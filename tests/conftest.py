@@ -82,6 +82,15 @@ def threads() -> Iterator[Callable[[int], None]]:
 
 
 @pytest.fixture
+def eager() -> Iterator[None]:
+    """Runs what others compile, such as the steps of torchao's optimizers, as it is written: for small tensors sooner."""
+    import torch
+
+    with torch.compiler.set_stance("force_eager"):
+        yield
+
+
+@pytest.fixture
 def launches(monkeypatch: pytest.MonkeyPatch) -> Any:
     """The launches of the first and of the second Triton kernel, which are done in Triton's interpreter or on a GPU."""
     from hf_pdecay.optim.gpu import step as gpu_step

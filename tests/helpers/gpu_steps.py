@@ -29,6 +29,20 @@ DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
 if DEVICE == "cuda":  # these cases have their process to themselves
     torch.set_default_device(DEVICE)
 
+if INTERPRETED:
+    from triton.runtime import interpreter
+
+    patched: set[str] = set()
+
+    def call(self: Any, *args: Any, **options: Any) -> Any:
+        """Call a function from a kernel; Triton patches the language anew at each call, a third of the time in all."""
+        if self.fn.__module__ not in patched:
+            interpreter._patch_lang(self.fn)
+            patched.add(self.fn.__module__)
+        return self.rewrite()(*args, **options)
+
+    interpreter.InterpretedFunction.__call__ = call
+
 needs_kernel = pytest.mark.skipif(not INTERPRETED and DEVICE == "cpu", reason="needs TRITON_INTERPRET=1 or a GPU")
 needs_compiler = pytest.mark.skipif(INTERPRETED or DEVICE != "cpu", reason="needs TRITON_INTERPRET=0 and no GPU")
 

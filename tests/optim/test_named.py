@@ -85,7 +85,7 @@ def made(name: str, params: list[nn.Parameter], **overrides: Any) -> AdamWLp | L
 @pytest.mark.parametrize(
     "name", [pytest.param(each, marks=pytest.mark.slow) if each in SLOW else each for each in EXPECTED]
 )
-def test_without_decay_a_name_is_the_optimizer_that_it_says(name: str) -> None:
+def test_without_decay_a_name_is_the_optimizer_that_it_says(name: str, eager: None) -> None:
     options, base = EXPECTED[name]
     ours, theirs = parameters(), parameters()
     steps(made(name, ours, options=options, lambda_p=0.0), ours, 1, 2, 3, 4)
@@ -109,7 +109,7 @@ def test_muon_is_torchs_on_matrices_and_adamw_on_the_rest() -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_each_name_decays_and_goes_on_from_a_checkpoint(name: str) -> None:
+def test_each_name_decays_and_goes_on_from_a_checkpoint(name: str, eager: None) -> None:
     params = parameters()
     optimizer = made(name, params, p_norm=0.3, lambda_p=5.0)
     assert isinstance(optimizer, AdamWLp if name == "adamw_lp" else LpDecay)

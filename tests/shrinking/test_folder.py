@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -250,8 +249,7 @@ def test_a_shrunk_llama_loads_where_hf_pdecay_is_not(tmp_path: Path) -> None:
         python("-m", "hf_pdecay", *words).check_returncode()
 
     def elsewhere(folder: str) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-I", "-c", _ELSEWHERE, str(tmp_path / folder), str(tmp_path / "said.pt")]
-        return subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+        return python("-c", _ELSEWHERE, tmp_path / folder, tmp_path / "said.pt", cwd=tmp_path)
 
     done = elsewhere("uniform")
     assert done.returncode == 0, done.stderr

@@ -55,7 +55,7 @@ def counted(folder: Path) -> float:
 
 @pytest.mark.parametrize("name", [here(name) for name in OPTIMIZERS])
 def test_the_target_is_reached_and_a_resumed_run_ends_the_same(
-    name: str, registered: None, tokens: Any, tmp_path: Path
+    name: str, registered: None, eager: None, tokens: Any, tmp_path: Path
 ) -> None:
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     trainer = train(whole, name, tokens)

@@ -165,7 +165,7 @@ class TestProcesses:
     @pytest.mark.slow
     @pytest.mark.skipif(torch.cuda.is_available(), reason="two processes would find each other on a GPU")
     def test_processes_that_do_not_find_each_other_are_refused(self, options: Callable[..., list[str]]) -> None:
-        launcher = (*CPU_DDP[:2], "--multi_gpu", "--num_processes=2")
+        launcher = (*CPU_DDP[:2], "--multi_gpu", "--num_processes=2", *LEAVING)
         done = self.launch(launcher, *options(use_cpu=None))
         assert done.returncode != 0
         assert "2 processes were started" in done.stderr and "use_cpu" in done.stderr
