@@ -109,14 +109,12 @@ class AdamWLp(DecayOptimizer):
             "maximize": maximize,
             "skip_nonfinite": skip_nonfinite,
             "moments": moments,
-            # A counter, kept here so that a checkpoint carries it.
-            "skipped_steps": 0,
+            "skipped_steps": 0,  # a counter, kept here so that a checkpoint carries it
         }
         check_hyperparameters(defaults)
         super().__init__(params, defaults)
 
-    def _check_group(self, group: dict[str, Any]) -> None:
-        check_hyperparameters(group)
+    _check_group = staticmethod(check_hyperparameters)
 
     @property
     def backends(self) -> dict[str, tuple[str, str]]:
@@ -176,11 +174,9 @@ class AdamWLp(DecayOptimizer):
                     state[name] = as_stored(saved[name], param, group["moments"], signed=name == "exp_avg")
                 if "dormant" in state:
                     state["dormant"] = placed(state["dormant"].bool())
-                elif "lambda_p" not in theirs:
+                else:
                     # AdamW does not say which tensors have been zero from the start: those that still are.
                     state["dormant"] = dormant_entry(param)
-                else:
-                    state["dormant"] = torch.zeros((), dtype=torch.bool)
         self._cache = _Cache()
 
     def _step(self, norm: Tensor | float | None) -> bool | Tensor:
@@ -214,9 +210,8 @@ class AdamWLp(DecayOptimizer):
         chosen = {device: name for device, (name, _) in self._backend.chosen.items()}
         decays = {}
         for index, group in in_units.items():
-            decays[index] = unit_decay_of(
-                group, noise_place(index), _alpha_lambda(group), partial(self._step_of, group)
-            )
+            alpha_lambda = partial(alpha_lambda_p, group["lr"], group["lambda_p"])
+            decays[index] = unit_decay_of(group, noise_place(index), alpha_lambda, partial(self._step_of, group))
             decays[index].take_norms(chosen.get(group["params"][0].device.type, "") if group["params"] else "")
         return decays
 
@@ -231,18 +226,19 @@ class AdamWLp(DecayOptimizer):
         self._cache.awakening.hear()
         hypers = [hyper_of(group) for group in self.param_groups]
         steps: list[TensorStep] = []
-        owners: list[tuple[int, int]] = []  # of each step: indices of the param group and of the parameter in it
+        stepped: list[tuple[int, int, Tensor]] = []  # index of the param group, index in it, and parameter
         for index, (group, hyper) in enumerate(zip(self.param_groups, hypers, strict=True)):
             steps += self._tensor_steps(index, group, hyper, unit_decays.get(index))
-            owners += [(index, number) for number, param in enumerate(group["params"]) if param.grad is not None]
+            stepped += [
+                (index, number, param) for number, param in enumerate(group["params"]) if param.grad is not None
+            ]
         shares = self._backend.assign(steps)
-        params = [param for group in self.param_groups for param in group["params"] if param.grad is not None]
-        states = [self.state[param] for param in params]
-        self._cache.awakening.ask(dict(zip(params, states, strict=True)))
-        shrunk = [owners[share.indices[index]] for share in shares for index in share.backend.shrunk]
+        states = {param: self.state[param] for *_, param in stepped}
+        self._cache.awakening.ask(states)
+        shrunk = [stepped[share.indices[index]] for share in shares for index in share.backend.shrunk]
         for index, unit_decay in unit_decays.items():
-            unit_decay.before_step({number for owner, number in shrunk if owner == index})
-        lasts = all(is_awake_for_good(state["dormant"]) for state in states)
+            unit_decay.before_step({number for owner, number, _ in shrunk if owner == index})
+        lasts = all(is_awake_for_good(state["dormant"]) for state in states.values())
         lasts = lasts and all(unit_decay.lasts for unit_decay in unit_decays.values())
         tables = [(decay.tables, hypers[index]) for index, decay in unit_decays.items() if decay.tables is not None]
         return StepCache(self.param_groups, self.state, hypers, steps, shares, lasts, tables)
@@ -308,8 +304,3 @@ class _Cache:
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _Cache, ()
-
-
-def _alpha_lambda(group: dict[str, Any]) -> partial[float | Tensor]:
-    """Return a function that gives α λ_p on a device."""
-    return partial(alpha_lambda_p, group["lr"], group["lambda_p"])

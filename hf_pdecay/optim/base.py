@@ -22,6 +22,7 @@ class DecayOptimizer(Optimizer):
     """
 
     grad_norm: Tensor | float | None = None
+    _check_group = staticmethod(check_decay_settings)
 
     @property
     def skipped_steps(self) -> int:
@@ -61,9 +62,6 @@ class DecayOptimizer(Optimizer):
 
     def _append(self, param_group: dict[str, Any]) -> None:
         super().add_param_group(param_group)
-
-    def _check_group(self, group: dict[str, Any]) -> None:
-        check_decay_settings(group)
 
     def _merged_groups(self, state_dict: dict[str, Any], dropped: Collection[str] = ()) -> list[dict[str, Any]]:
         """Return the param groups of a checkpoint, with this optimizer's values for keys that it does not name.

@@ -14,7 +14,7 @@ from .distributed import is_dtensor
 def grads_finite(grads: Sequence[Tensor]) -> bool | Tensor:
     """Return whether all gradients are finite: a bool on a CPU, else a 0-dim tensor; the host does not wait."""
     grads = [grad for grad in grads if grad.numel()]
-    # NaN and infinity show in a sum, the cheapest reduction of torch. A finite sum may overflow: looked at again below.
+    # NaN and infinity show in a sum, the cheapest reduction of torch. It may overflow: look again below.
     if all(grad.is_cpu for grad in grads) and math.isfinite(sum(grad.sum().item() for grad in grads)):
         return True
     finite = torch.nn.utils.get_total_norm(grads, norm_type=math.inf).isfinite()

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any, TypedDict
+from typing import TYPE_CHECKING, Any, TypedDict
 
-from torch import Tensor
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 P_NORM = 0.8

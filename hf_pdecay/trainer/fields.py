@@ -10,6 +10,7 @@ from dataclasses import dataclass, fields
 from typing import Any, get_args, get_type_hints
 
 from ..checks import check_choice, check_lambda_p, check_p_norm, is_number
+from ..optim.param_groups import LAMBDA_P, P_NORM
 from ..sparsity.report import NEAR_ZERO_THRESHOLD
 from ..target.settings import Target, check_p_norms, setting
 
@@ -33,9 +34,9 @@ class DecayFields(Target):
         ValueError: If a value is out of its range.
     """
 
-    p_norm: float = setting(0.8, "p of the norm, above 0. Below 2 weights become exactly zero.")
+    p_norm: float = setting(P_NORM, "p of the norm, above 0. Below 2 weights become exactly zero.")
     lambda_p: float = setting(
-        0.01,
+        LAMBDA_P,
         "Strength of the p-norm decay, at least 0; 0 is AdamW. The penalty is (lambda_p / p) times the sum of the "
         "weights' magnitudes to the power p. A target sets it itself.",
     )
