@@ -195,7 +195,7 @@ def test_what_cannot_be_cut_is_said_in_a_sentence(tmp_path: Path) -> None:
         ({"target_parameters": ["experts.gate_up_proj"]}, "'LORA' on fused parameters"),
         ({"lora_alpha": "16"}, "a lora_alpha of '16', not a number"),
         ({"lora_alpha": 10**400}, "a lora_alpha of 1000.*, not a number"),
-        ({"lora_alpha": float("nan")}, "a lora_alpha of nan, no number"),
+        ({"lora_alpha": float("nan")}, "a lora_alpha of nan, not a number"),
         ({"exclude_modules": 5}, "neither names nor a regular expression in exclude_modules"),
         ({"exclude_modules": ["lm_head", 5]}, "neither names nor a regular expression in exclude_modules"),
         ({"exclude_modules": "("}, "neither names nor a regular expression in exclude_modules"),
