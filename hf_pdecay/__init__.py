@@ -171,5 +171,8 @@ def __dir__() -> list[str]:
     return sorted({*__all__, *_MODULES})
 
 
-# From here on transformers, whenever it is imported, loads what `compress` writes.
-install()
+# From here on transformers, whenever it is imported, loads what `compress` and `shrink_folder` write.
+install(
+    "hf_pdecay.storage.quantizer:CompressedWeightsQuantizer",
+    "hf_pdecay.shrinking.quantizer:ShrunkQuantizer",
+)

@@ -1,7 +1,7 @@
-"""What transformers calls to load a model whose layers keep differently many groups, by its extension point.
+"""Loads models with ragged layers in transformers, by its extension point for quantized models.
 
-The model is built as its config says, on the meta device, and its layers are cut to the sizes that
-``quantization_config`` lists before weights are read. Loaded it is an ordinary model, whose config keeps the list.
+The model is built as its config says, on the meta device. Before weights are read, its layers are resized to the sizes
+that ``quantization_config`` lists. The loaded model is an ordinary one, whose config keeps the list.
 """
 
 from __future__ import annotations
@@ -9,45 +9,27 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from transformers.quantizers.auto import (
-    AUTO_QUANTIZATION_CONFIG_MAPPING,
-    AUTO_QUANTIZER_MAPPING,
-    register_quantization_config,
-    register_quantizer,
-)
-from transformers.quantizers.base import HfQuantizer
-from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from ..storage.plain_quantizer import PlainConfig, PlainQuantizer
 from .sizes import METHOD, check_settings, make_settings
 
 
-class ShrunkConfig(QuantizationConfigMixin):
-    """``quantization_config`` of a model with ragged layers, see `docs/shrinking.md`.
+class ShrunkConfig(PlainConfig):
+    """``quantization_config`` of a model with ragged layers, see `docs/shrinking.md`."""
 
-    Args:
-        **settings: As they stand in ``config.json``.
-
-    Raises:
-        ValueError: If they say something else than the format does.
-    """
-
-    # By which transformers knows that a loaded model is a plain one.
-    dequantize = True
-
-    def __init__(self, **settings: Any) -> None:
-        check_settings(settings)
-        self.__dict__.update(settings)
+    check = staticmethod(check_settings)
 
 
-class ShrunkQuantizer(HfQuantizer):
-    """Cuts the layers of a model before its weights are loaded."""
+class ShrunkQuantizer(PlainQuantizer):
+    """Resizes the layers of a model before its weights are loaded."""
 
-    requires_calibration = True
+    method = METHOD
+    config_class = ShrunkConfig
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         from .resize import resize, shapes_after
 
-        # transformers calls this where new tensors come on the meta device; the model's stay where they are.
+        # transformers calls this under the meta device; the model's tensors stay where they are.
         with torch.device("cpu"):
             cuts = cuts_of(model, check_settings(self.quantization_config.to_dict()))
             self._shapes = shapes_after(model, cuts)
@@ -55,26 +37,17 @@ class ShrunkQuantizer(HfQuantizer):
         return model
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
-        # Some releases take tensors of other shapes than the model's where there is a quantizer.
+        # Some releases take tensors of wrong shapes if there is a quantizer.
         for name, param in model.named_parameters():
             if tuple(param.shape) != self._shapes[name]:
                 raise ValueError(
-                    f"{name} has the shape {list(param.shape)} in the weights, and config.json tells of "
-                    f"{list(self._shapes[name])}."
+                    f"{name} has the shape {list(param.shape)} in the weights, and {list(self._shapes[name])} by "
+                    "config.json."
                 )
         settings = self.quantization_config.to_dict()
         self.remove_quantization_config(model)
         model.config.quantization_config = make_settings(check_settings(settings))
         return model
-
-    def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
-        """Return True: a loaded model is a plain one."""
-        return True
-
-    @property
-    def is_trainable(self) -> bool:
-        """True: a loaded model is a plain one."""
-        return True
 
 
 def cut_as_noted(model: Any) -> None:
@@ -124,16 +97,3 @@ def cuts_of(model: Any, sizes: dict[str, dict[str, int]]) -> list[Any]:
             f"quantization_config in config.json tells of {kind}s in {name!r}, which {type(model).__name__} has not."
         )
     return cuts
-
-
-def register() -> None:
-    """Enter config and quantizer in transformers' tables."""
-    if METHOD not in AUTO_QUANTIZER_MAPPING:
-        register_quantization_config(METHOD)(ShrunkConfig)
-        register_quantizer(METHOD)(ShrunkQuantizer)
-
-
-def unregister() -> None:
-    """Take both out again."""
-    AUTO_QUANTIZATION_CONFIG_MAPPING.pop(METHOD, None)
-    AUTO_QUANTIZER_MAPPING.pop(METHOD, None)

@@ -262,7 +262,7 @@ class TestDamage:
             placed.update({key: f"../{name}" for key, name in placed.items() if name == names[0]})
 
         edit_json(index, lead_out)
-        with pytest.raises(FormatError, match="config.json tells of .* in one folder"):
+        with pytest.raises(FormatError, match="config.json names .* in one folder"):
             tf.AutoModelForCausalLM.from_pretrained(tmp_path / "small")
 
 
@@ -377,7 +377,7 @@ AutoModelForCausalLM.from_pretrained(sys.argv[1], tp_plan="auto")
 """
     env = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
     done = python("-c", code, tmp_path / "small", **env)
-    assert "cannot be loaded in parts, by tp_plan or distributed_config" in done.stderr, done.stderr
+    assert "cannot be loaded in shards by tp_plan or distributed_config" in done.stderr, done.stderr
 
 
 @loads

@@ -1,0 +1,64 @@
+"""Base of the quantizers by which transformers loads our folders: what it loads is an ordinary model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+from transformers.quantizers.auto import (
+    AUTO_QUANTIZATION_CONFIG_MAPPING,
+    AUTO_QUANTIZER_MAPPING,
+    register_quantization_config,
+    register_quantizer,
+)
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+
+class PlainConfig(QuantizationConfigMixin):
+    """``quantization_config`` of a folder whose model is an ordinary one once it is loaded.
+
+    Args:
+        **settings: The values in ``config.json``.
+
+    Raises:
+        ValueError: If they do not follow the format.
+    """
+
+    # Tells transformers that a loaded model is not quantized.
+    dequantize = True
+    check: ClassVar[Callable[[object], object]]
+
+    def __init__(self, **settings: Any) -> None:
+        type(self).check(settings)
+        self.__dict__.update(settings)
+
+
+class PlainQuantizer(HfQuantizer):
+    """Loads a folder as an ordinary model, which can be trained and saved."""
+
+    requires_calibration = True
+    method: ClassVar[str]
+    config_class: ClassVar[type[PlainConfig]]
+
+    def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
+        """Return True."""
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        """True."""
+        return True
+
+    @classmethod
+    def register(cls) -> None:
+        """Enter the config and the quantizer in transformers' tables."""
+        if cls.method not in AUTO_QUANTIZER_MAPPING:
+            register_quantization_config(cls.method)(cls.config_class)
+            register_quantizer(cls.method)(cls)
+
+    @classmethod
+    def unregister(cls) -> None:
+        """Remove both from the tables."""
+        AUTO_QUANTIZATION_CONFIG_MAPPING.pop(cls.method, None)
+        AUTO_QUANTIZER_MAPPING.pop(cls.method, None)
