@@ -1,7 +1,7 @@
-"""Weight decay for any p norm in the Hugging Face Trainer, and what the zeros are good for.
+"""Weight decay for any p norm in the Hugging Face Trainer, and uses of the zeros.
 
-Everything public is imported from here; where it lies in the package may change. Names are loaded on first use, so that
-``import hf_pdecay`` imports neither torch nor transformers.
+Import every public name from here; its module may change. Names are loaded on first use, so ``import hf_pdecay``
+imports neither torch nor transformers.
 """
 
 from __future__ import annotations
@@ -83,79 +83,55 @@ if TYPE_CHECKING:
     from .trainer.trainer import PDecayTrainer as PDecayTrainer
     from .trainer.trainer import PDecayTrainerMixin as PDecayTrainerMixin
 
-# The module that defines each public name.
-_MODULES = {
-    "mask_adapters": "adapters.merging",
-    "merge_keep_zeros": "adapters.merging",
-    "LayerRanks": "adapters.ranks",
-    "RankSparsity": "adapters.ranks",
-    "rank_sparsity": "adapters.ranks",
-    "shrink_ranks": "adapters.ranks",
-    "FolderReport": "cli.folder_report",
-    "SearchReport": "cli.search_report",
-    "report": "cli.report",
-    "report_folder": "cli.folder_report",
-    "Choice": "inference.choice",
-    "to_dense_inference": "inference.choice",
-    "to_sparse_inference": "inference.choice",
-    "SemiStructuredLinear": "inference.semi_structured",
-    "SparseLinear": "inference.sparse_linear",
-    "Heads": "layers.architectures",
-    "Neurons": "layers.architectures",
-    "add_architecture": "layers.architectures",
-    "find_units": "layers.finding",
-    "decayable_parameter_names": "layers.matrices",
-    "load_measurement": "measurements",
-    "causal_lm_hooks": "measurements.hooks",
-    "classification_hooks": "measurements.hooks",
-    "AdamWLp": "optim.adamw_lp",
-    "LpDecay": "optim.lp_decay",
-    "make_optimizer": "optim.named",
-    "group_params": "optim.shards",
-    "settle": "optim.shards",
-    "Member": "optim.units",
-    "Units": "optim.units",
-    "build_param_groups": "rules.assign",
-    "decayed_parameter_names": "rules.assign",
-    "load_rules": "rules.spec",
-    "shrink_folder": "shrinking.folder",
-    "shrink": "shrinking.model",
-    "LayerCount": "shrinking.report",
-    "ShrinkReport": "shrinking.report",
-    "SparsityReport": "sparsity.report",
-    "TensorSparsity": "sparsity.report",
-    "measure_sparsity": "sparsity.counting",
-    "UnitSparsity": "sparsity.report",
-    "read_history": "sparsity.history",
-    "plot_sparsity": "sparsity.picture",
-    "FormatError": "storage.container",
-    "push_to_hub": "storage.hub",
-    "decompress": "storage.reader",
-    "StorageReport": "storage.report",
-    "compress": "storage.writer",
-    "save_compressed": "storage.writer",
-    "SparsityControl": "target.control",
-    "Schedule": "target.schedule",
-    "Target": "target.settings",
-    "PDecayTrainingArguments": "trainer.arguments",
-    "newest_whole": "trainer.checkpoints",
-    "pareto_front": "trainer.pareto",
-    "plot_pareto": "trainer.pareto",
-    "read_trials": "trainer.pareto",
-    "register": "trainer.register",
-    "unregister": "trainer.register",
-    "check_checkpoint": "trainer.resume_checks",
-    "check_optimizer_state": "trainer.resume_checks",
-    "DIRECTIONS": "trainer.search",
-    "loss_and_sparsity": "trainer.search",
-    "optuna_space": "trainer.search",
-    "ray_space": "trainer.search",
-    "SparsityCallback": "trainer.sparsity_callback",
-    "PDecayTrainer": "trainer.trainer",
-    "PDecayTrainerMixin": "trainer.trainer",
+# The public names that each module defines.
+_NAMES = {
+    "adapters.merging": ("mask_adapters", "merge_keep_zeros"),
+    "adapters.ranks": ("LayerRanks", "RankSparsity", "rank_sparsity", "shrink_ranks"),
+    "cli.folder_report": ("FolderReport", "report_folder"),
+    "cli.report": ("report",),
+    "cli.search_report": ("SearchReport",),
+    "inference.choice": ("Choice", "to_dense_inference", "to_sparse_inference"),
+    "inference.semi_structured": ("SemiStructuredLinear",),
+    "inference.sparse_linear": ("SparseLinear",),
+    "layers.architectures": ("Heads", "Neurons", "add_architecture"),
+    "layers.finding": ("find_units",),
+    "layers.matrices": ("decayable_parameter_names",),
+    "measurements": ("load_measurement",),
+    "measurements.hooks": ("causal_lm_hooks", "classification_hooks"),
+    "optim.adamw_lp": ("AdamWLp",),
+    "optim.lp_decay": ("LpDecay",),
+    "optim.named": ("make_optimizer",),
+    "optim.shards": ("group_params", "settle"),
+    "optim.units": ("Member", "Units"),
+    "rules.assign": ("build_param_groups", "decayed_parameter_names"),
+    "rules.spec": ("load_rules",),
+    "shrinking.folder": ("shrink_folder",),
+    "shrinking.model": ("shrink",),
+    "shrinking.report": ("LayerCount", "ShrinkReport"),
+    "sparsity.counting": ("measure_sparsity",),
+    "sparsity.history": ("read_history",),
+    "sparsity.picture": ("plot_sparsity",),
+    "sparsity.report": ("SparsityReport", "TensorSparsity", "UnitSparsity"),
+    "storage.container": ("FormatError",),
+    "storage.hub": ("push_to_hub",),
+    "storage.reader": ("decompress",),
+    "storage.report": ("StorageReport",),
+    "storage.writer": ("compress", "save_compressed"),
+    "target.control": ("SparsityControl",),
+    "target.schedule": ("Schedule",),
+    "target.settings": ("Target",),
+    "trainer.arguments": ("PDecayTrainingArguments",),
+    "trainer.checkpoints": ("newest_whole",),
+    "trainer.pareto": ("pareto_front", "plot_pareto", "read_trials"),
+    "trainer.register": ("register", "unregister"),
+    "trainer.resume_checks": ("check_checkpoint", "check_optimizer_state"),
+    "trainer.search": ("DIRECTIONS", "loss_and_sparsity", "optuna_space", "ray_space"),
+    "trainer.sparsity_callback": ("SparsityCallback",),
+    "trainer.trainer": ("PDecayTrainer", "PDecayTrainerMixin"),
 }
+_MODULES = {name: module for module, names in _NAMES.items() for name in names}
 
-# Names of modules that import PEFT are left out, so that `from hf_pdecay import *` does not import it.
+# Without the adapters, so that `from hf_pdecay import *` does not import PEFT.
 __all__ = ["__version__", *(name for name, module in _MODULES.items() if not module.startswith("adapters."))]  # noqa: PLE0604
 
 

@@ -1,4 +1,4 @@
-"""Checks of values that a user gives; their messages name the argument, the value and what would be right."""
+"""Checks of arguments. Each message names the argument, its value and what would be right."""
 
 from __future__ import annotations
 
@@ -8,27 +8,22 @@ from numbers import Real
 
 
 def is_number(value: object) -> bool:
-    """Whether a value is a real number, and no boolean."""
+    """Whether a value is a real number other than a bool."""
     return isinstance(value, Real) and not isinstance(value, bool)
 
 
 def check_choice(name: str, value: object, choices: Collection[str]) -> None:
-    """Check that an argument is one of some strings.
-
-    Args:
-        name: Name of the argument, for the message.
-        value: What was given.
-        choices: What may be given.
+    """Check that an argument is one of the choices.
 
     Raises:
-        ValueError: If the value is not one of the choices.
+        ValueError: If it is not.
     """
     if value not in choices:
         raise ValueError(f"Invalid {name}: {name}={value!r}; it must be one of {', '.join(choices)}.")
 
 
 def check_p_norm(p_norm: float, name: str = "p_norm") -> float:
-    """Return a p as a float; ``name`` is that of the argument, for the message.
+    """Return p as a float; ``name`` is the name of the argument in the message.
 
     Raises:
         ValueError: If it is not a finite number above 0.

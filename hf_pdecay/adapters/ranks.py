@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 import re
 from collections import Counter
@@ -21,9 +20,7 @@ from .merging import MaskedLora
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderResult
 
-logger = logging.getLogger(__name__)
-
-# Beginnings of `init_lora_weights` that change the base.
+# Values of `init_lora_weights` that change the base begin with these.
 _FROM_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
@@ -34,7 +31,7 @@ class LayerRanks:
     Args:
         name: Name of the layer in the base model.
         ranks: Number of ranks.
-        dead: How many of them add nothing, as their row of A or their column of B is wholly zero.
+        dead: Number of dead ones, whose row of A or column of B is wholly zero.
     """
 
     name: str
@@ -47,7 +44,7 @@ class RankSparsity:
     """Dead ranks of a LoRA adapter, layer by layer and in total; prints as a table.
 
     Args:
-        layers: One entry a layer, in the model's order.
+        layers: One entry for each layer, in the model's order.
     """
 
     layers: list[LayerRanks] = field(default_factory=list)
@@ -59,7 +56,7 @@ class RankSparsity:
 
     @property
     def dead(self) -> int:
-        """How many of them are dead."""
+        """Number of dead ranks."""
         return sum(layer.dead for layer in self.layers)
 
     @property
@@ -85,14 +82,14 @@ class RankSparsity:
 def rank_sparsity(model: nn.Module, adapter_name: str = "default") -> RankSparsity:
     """Count the dead ranks of a LoRA adapter: those whose row of A or column of B is wholly zero.
 
-    An adapter that has not been trained yet has dead ranks only, as its B is zero.
+    Before training all ranks of an adapter are dead, because B is zero.
 
     Args:
         model: A PEFT model, or any module that holds LoRA layers.
         adapter_name: Which adapter.
 
     Raises:
-        ValueError: If the model has no LoRA adapter of that name.
+        ValueError: If the model has no LoRA adapter of this name.
     """
     layers = []
     for factors in named_factors(model, adapter_name):

@@ -12,7 +12,7 @@ Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 
 def add_config(parser: argparse.ArgumentParser, nargs: str | None = None) -> None:
-    """Add the argument that names a model of which only the config is read."""
+    """Add the argument for a model, if only its config is read."""
     parser.add_argument(
         "model", nargs=nargs, metavar="CONFIG_OR_FOLDER", help="a folder with config.json, or a Hub name"
     )

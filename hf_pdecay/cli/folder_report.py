@@ -22,7 +22,7 @@ from ..shrinking.estimate import Estimator, ShrinkEstimate
 from ..sparsity.counting import count_tensor
 from ..sparsity.file_names import REPORT_FILE
 from ..sparsity.report import NEAR_ZERO_THRESHOLD, SparsityReport, TensorSparsity
-from ..storage.folder import CONFIG, INDEX, WEIGHTS, check_shard_name, read_config, read_json
+from ..storage.folder import CONFIG, INDEX, WEIGHTS, read_config, read_weight_map, shard_names
 from ..storage.format import smallest_payload
 from ..storage.manifest import METHOD
 from ..storage.untrusted import auto_config, model_class, on_meta
@@ -117,7 +117,7 @@ def report_folder(folder: str | os.PathLike[str], near_zero_threshold: float = N
         near_zero_threshold: Magnitude below which a non-zero weight counts as near zero.
 
     Raises:
-        ValueError: If there is no such model, or a file of it is cut short.
+        ValueError: If the folder holds no model, or a file of it is cut short.
     """
     path = _model_folder(Path(folder))
     method = _method(path)
@@ -232,16 +232,11 @@ def _files(folder: Path) -> list[Path]:
         return [folder / WEIGHTS]
     if not (folder / INDEX).is_file():
         return sorted(folder.glob("*.safetensors"))
-    placed = read_json(folder / INDEX).get("weight_map")
-    names = {check_shard_name(name, INDEX) for name in placed.values()} if isinstance(placed, dict) else set()
-    missing = sorted(name for name in names if not (folder / name).is_file())
-    if missing or not names:
-        raise ValueError(
-            f"{str(folder)!r} is incomplete: {missing[0]} of its {INDEX} is missing."
-            if missing
-            else f"{INDEX} in {str(folder)!r} has no weight_map."
-        )
-    return sorted(folder / name for name in names)
+    files = [folder / name for name in shard_names(read_weight_map(folder))]
+    for file in files:
+        if not file.is_file():
+            raise ValueError(f"{str(folder)!r} is incomplete: {file.name} of its {INDEX} is missing.")
+    return files
 
 
 def _tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:

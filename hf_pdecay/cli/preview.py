@@ -15,7 +15,7 @@ def register(commands: Commands) -> None:
     """Add the command to the parser."""
     parser = commands.add_parser(
         name,
-        help="say which weights of a model a run would decay, by which rule, and how many zeros come of it",
+        help="say which weights of a model a run would decay, by which rule, and how many zeros that gives",
         description="The param groups of a run with these settings, the zeros that its target comes to, and its "
         "pruning steps. Give the settings of the run as flags, or all in --optim_args. Weights are not loaded.",
     )

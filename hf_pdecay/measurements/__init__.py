@@ -1,12 +1,13 @@
-"""Modules for the `evaluate` library that ship with the package and load without a network.
+"""Measurements for the `evaluate` library; they load without a network.
 
-Three of them: `classification` (accuracy and F1), `sparsity` (exact zeros of saved models) and `token_metrics`
-(perplexity and token accuracy of language models). `load_measurement` finds them; `evaluate.load` takes their folders
-too, and `hooks` connects them to a `Trainer`.
+`classification` (accuracy and F1), `sparsity` (exact zeros of saved models) and `token_metrics` (perplexity and token
+accuracy of language models). `load_measurement` loads them by name, and `hooks` connects them to a `Trainer`.
 """
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from ..checks import check_choice
 
 
 if TYPE_CHECKING:
@@ -18,16 +19,12 @@ MEASUREMENTS = ("classification", "sparsity", "token_metrics")
 
 
 def measurement_path(name: str) -> Path:
-    """Folder of a measurement of this package, for `evaluate.load` and `evaluate.combine`.
-
-    Args:
-        name: One of `MEASUREMENTS`.
+    """Return the folder of a measurement, one of `MEASUREMENTS`, for `evaluate.load` and `evaluate.combine`.
 
     Raises:
-        ValueError: There is no measurement of that name.
+        ValueError: If the name is unknown.
     """
-    if name not in MEASUREMENTS:
-        raise ValueError(f"Invalid measurement: name={name!r}; the package has {', '.join(MEASUREMENTS)}")
+    check_choice("name", name, MEASUREMENTS)
     return Path(__file__).parent / name
 
 
@@ -36,18 +33,18 @@ def load_measurement(name: str, *, keep_in_memory: bool = True, **kwargs: Any) -
 
     Args:
         name: One of `MEASUREMENTS`.
-        keep_in_memory: Collect inputs in memory instead of in a locked file under `HF_METRICS_CACHE`; set it to False
-            where `num_process` processes share one evaluation.
+        keep_in_memory: Collect inputs in memory instead of in a locked file under `HF_METRICS_CACHE`. Must be False if
+            `num_process` processes share one evaluation.
         **kwargs: Passed to `evaluate.load`.
 
     Returns:
         A module with `add`, `add_batch` and `compute`.
 
     Raises:
-        ValueError: There is no measurement of that name.
+        ValueError: If the name is unknown.
     """
     path = measurement_path(name)
-    from evaluate import load  # imported late: it takes seconds, and training without it must not pay for them
+    from evaluate import load  # imported here because it takes seconds
 
     module: EvaluationModule = load(str(path), keep_in_memory=keep_in_memory, **kwargs)
     return module

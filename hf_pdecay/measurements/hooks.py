@@ -1,11 +1,11 @@
-"""The two hooks through which a `Trainer` computes the measurements of this package.
+"""Hooks with which a `Trainer` computes the measurements of this package.
 
-Each function returns keyword arguments for `Trainer` and its subclasses:
+Each function returns keyword arguments for a `Trainer`:
 
     args.batch_eval_metrics = True
     trainer = PDecayTrainer(model=model, args=args, ..., **causal_lm_hooks())
 
-Logits are reduced on the device that computed them, batch by batch: those of a whole evaluation set are never held.
+Logits are reduced batch by batch on the device that computed them; they are never held for a whole evaluation set.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -23,11 +23,11 @@ __all__ = ["causal_lm_hooks", "classification_hooks", "reduce_causal_lm_logits"]
 
 
 def reduce_causal_lm_logits(logits: Any, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Reduce logits to what the `token_metrics` measurement needs.
+    """Reduce logits to the inputs of the `token_metrics` measurement.
 
     Args:
         logits: Scores of shape (batch, positions, vocabulary), or a tuple that starts with them.
-        labels: Token ids of shape (batch, positions), not shifted; -100 marks positions to leave out.
+        labels: Token ids of shape (batch, positions), not shifted; positions with -100 are left out.
 
     Returns:
         The most probable next token and the negative log-likelihood (nats) of the true one, each of shape
@@ -40,23 +40,23 @@ def reduce_causal_lm_logits(logits: Any, labels: torch.Tensor) -> tuple[torch.Te
 
 
 def causal_lm_hooks() -> dict[str, Any]:
-    """Perplexity and token accuracy of a causal language model, for a `Trainer` with `batch_eval_metrics`."""
+    """Return hooks for perplexity and token accuracy of a causal language model; needs `batch_eval_metrics`."""
     metric = load_measurement("token_metrics")
 
     def compute_metrics(evaluated: "EvalPrediction", compute_result: bool = True) -> dict[str, float]:
-        predictions, nll = (torch.as_tensor(part).cpu().numpy() for part in evaluated.predictions)
+        predictions, nll = (torch.as_tensor(value).cpu().numpy() for value in evaluated.predictions)
         references = torch.as_tensor(evaluated.label_ids)[:, 1:].cpu().numpy()
         metric.add_batch(predictions=predictions, references=references, nll=nll)
         if not compute_result:
             return {}
         results = metric.compute()
-        return {name: results[name] for name in ("perplexity", "token_accuracy")}  # Trainer has a loss of its own
+        return {name: results[name] for name in ("perplexity", "token_accuracy")}  # the Trainer has its own loss
 
     return {"compute_metrics": compute_metrics, "preprocess_logits_for_metrics": reduce_causal_lm_logits}
 
 
 def classification_hooks(num_labels: int) -> dict[str, Any]:
-    """Accuracy and F1 of a classifier of `num_labels` classes, for a `Trainer`."""
+    """Return hooks for accuracy and F1 of a classifier with `num_labels` classes."""
     metric = load_measurement("classification")
 
     def compute_metrics(evaluated: "EvalPrediction") -> dict[str, float]:

@@ -140,17 +140,31 @@ def read_weights(folder: Path) -> dict[str, Header]:
                 "Convert it to safetensors first: load the model, and save_pretrained it."
             )
         raise FormatError(f"{str(folder)!r} has neither {WEIGHTS} nor {INDEX}; name the folder of a model.")
-    placed = read_json(inside(folder / INDEX, folder)).get("weight_map")
-    if not isinstance(placed, dict) or not placed:
-        raise FormatError(f"{INDEX} has no weight_map.")
-    names = sorted({check_shard_name(name, INDEX) for name in placed.values()})
-    headers = {name: read_header(inside(folder / name, folder)) for name in names}
+    placed = read_weight_map(folder)
+    headers = {name: read_header(inside(folder / name, folder)) for name in shard_names(placed)}
     stored = [(tensor, name) for name, header in headers.items() for tensor in header.entries]
     differing = sorted(set(stored) ^ set(placed.items()))
     if differing or len(stored) != len(placed):
         tensor, name = (differing or stored)[0]
         raise FormatError(f"{INDEX} and the files differ in where {tensor!r} is: only one of them has it in {name}.")
     return headers
+
+
+def read_weight_map(folder: Path) -> dict[str, object]:
+    """Return the file of each tensor from the index of a sharded model.
+
+    Raises:
+        FormatError: If the index has no ``weight_map``.
+    """
+    placed = read_json(inside(folder / INDEX, folder)).get("weight_map")
+    if not isinstance(placed, dict) or not placed:
+        raise FormatError(f"{INDEX} has no weight_map.")
+    return placed
+
+
+def shard_names(placed: dict[str, object]) -> list[str]:
+    """Return the sorted file names of a weight map, see :func:`check_shard_name`."""
+    return sorted({check_shard_name(name, INDEX) for name in placed.values()})
 
 
 def copy_along(folder: Path, out: Path, weights: Iterable[str]) -> list[str]:

@@ -12,15 +12,15 @@ from sklearn.metrics import accuracy_score, f1_score
 
 
 _DESCRIPTION = """
-Accuracy is the fraction of right predictions. F1 is the harmonic mean of precision and recall: macro-averaged over the
-classes, and for two classes that of the positive class as well.
+Accuracy is the fraction of right predictions. F1 is the harmonic mean of precision and recall: the average over the
+classes, and for two classes also that of the positive class.
 """
 
 _KWARGS_DESCRIPTION = """
 Args:
     predictions (list of int): predicted classes.
     references (list of int): true classes.
-    num_labels (int, optional): number of classes. Without it the classes that occur are counted.
+    num_labels (int, optional): number of classes; by default the classes that occur are counted.
     pos_label (int): the positive class of a two-class task; 1 by default.
 Returns:
     accuracy (float), f1_macro (float) and, for two classes, f1 (float).
@@ -50,7 +50,7 @@ class Classification(evaluate.Metric):
         predictions = np.asarray(predictions)
         references = np.asarray(references)
         if not len(references):
-            raise ValueError("Invalid predictions and references: there are none, at least one pair is needed")
+            raise ValueError("Invalid predictions and references: both are empty; at least one pair is needed")
         present = np.union1d(predictions, references)
         if num_labels is not None and not (present.min() >= 0 and present.max() < num_labels):
             raise ValueError(
@@ -58,7 +58,7 @@ class Classification(evaluate.Metric):
             )
         results = {
             "accuracy": float(accuracy_score(references, predictions)),
-            # A class that neither occurs nor is predicted has no F1: scikit-learn averages over the present ones.
+            # scikit-learn averages over the classes that occur or are predicted; the others have no F1.
             "f1_macro": float(f1_score(references, predictions, average="macro", zero_division=0)),
         }
         two_classes = num_labels == 2 if num_labels is not None else set(present.tolist()) <= {1 - pos_label, pos_label}

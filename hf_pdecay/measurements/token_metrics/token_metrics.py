@@ -13,8 +13,8 @@ import numpy as np
 
 _DESCRIPTION = """
 Token accuracy is the fraction of tokens that the model ranks first; perplexity is exp of the mean negative
-log-likelihood (in nats) of the tokens. Each batch is reduced to three numbers as it comes in, so that neither logits
-nor tokens of a whole evaluation set are ever held.
+log-likelihood (in nats) of the tokens. Each batch is reduced to three numbers, so neither logits nor tokens of a whole
+evaluation set are held.
 """
 
 _KWARGS_DESCRIPTION = """
@@ -24,9 +24,9 @@ Args:
     nll (array of float, the same shape, optional): negative log-likelihood of the true token, in nats.
     ignore_index (int): positions whose reference has this value are left out; -100 by default.
 Returns:
-    token_accuracy (float): NaN where there is no token.
-    loss (float): mean negative log-likelihood; only where every batch came with `nll`.
-    perplexity (float): exp(loss), inf where that overflows.
+    token_accuracy (float): NaN without tokens.
+    loss (float): mean negative log-likelihood; only if every batch came with `nll`.
+    perplexity (float): exp(loss), inf if that overflows.
     tokens (int): number of tokens counted.
 Examples:
     >>> metric = evaluate.load("hf_pdecay/measurements/token_metrics")
@@ -44,7 +44,7 @@ class TokenMetrics(evaluate.Metric):
             description=_DESCRIPTION,
             citation="",
             inputs_description=_KWARGS_DESCRIPTION,
-            # What is kept of each batch. Callers hand over predictions, references and nll, see add_batch.
+            # The sums of a batch. Callers pass predictions, references and nll, see add_batch.
             features=datasets.Features(
                 {
                     "tokens": datasets.Value("int64"),
@@ -63,10 +63,10 @@ class TokenMetrics(evaluate.Metric):
             predictions: Most probable token at each position, integers of any shape.
             references: True token at each position, the same shape.
             nll: Negative log-likelihood of the true token in nats, the same shape.
-            ignore_index: Reference value of the positions to leave out.
+            ignore_index: Positions with this reference are left out.
 
         Raises:
-            ValueError: The shapes differ or an input is missing.
+            ValueError: If the shapes differ or an input is missing.
         """
         if predictions is None or references is None:
             raise ValueError("Invalid batch: predictions and references must both be given")
@@ -90,23 +90,17 @@ class TokenMetrics(evaluate.Metric):
         super().add_batch(tokens=[int(counted.sum())], correct=[correct], nll=[total])
 
     def add(self, *, prediction: Any = None, reference: Any = None, nll: Any = None, ignore_index: int = -100) -> None:
-        """Count one token or one sequence; takes what `add_batch` takes."""
+        """Count one token or one sequence; arguments as in `add_batch`."""
         self.add_batch(predictions=prediction, references=reference, nll=nll, ignore_index=ignore_index)
 
     def compute(
         self, *, predictions: Any = None, references: Any = None, nll: Any = None, ignore_index: int = -100
     ) -> dict[str, Any] | None:
-        """Add a last batch, if one is given, and return the figures of all batches.
-
-        Args:
-            predictions: As in `add_batch`.
-            references: As in `add_batch`.
-            nll: As in `add_batch`.
-            ignore_index: As in `add_batch`.
+        """Add a last batch, if one is given as in `add_batch`, and return the results of all batches.
 
         Returns:
-            `token_accuracy`, `tokens` and, where every batch came with `nll`, `loss` and `perplexity`; None on the
-            processes other than the first.
+            `token_accuracy`, `tokens` and, if every batch came with `nll`, `loss` and `perplexity`; None on processes
+            other than the first.
         """
         if predictions is not None or references is not None:
             self.add_batch(predictions=predictions, references=references, nll=nll, ignore_index=ignore_index)
