@@ -1,4 +1,4 @@
-"""Timing a call, and what many timings come to; needs torch alone."""
+"""Timing a call, and the median and spread of timings; needs torch alone."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 
 
 def clock(step: Callable[[], Any], steps: int, device: str) -> float:
-    """Return the seconds that a step takes, by doing several."""
+    """Return the seconds of a step, measured over several."""
     if device == "cuda":
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         torch.cuda.synchronize()

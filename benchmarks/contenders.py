@@ -19,7 +19,7 @@ from rivals import InductorAdamWLp, authors_adamw, checked_adamw, missing, optim
 P_NORMS = (0.5, 0.8, 1.0, 1.2, 1.5, 2.0, 3.0)
 USUAL_P = 0.8
 LAMBDA_P = 0.01
-# So low that thousands of steps on fixed gradients leave the weights what they were: no zeros, no denormals.
+# So low that thousands of steps on fixed gradients hardly change the weights: no zeros, no denormals.
 LR = 1e-6
 
 BASELINE = "torch AdamW, fused"
@@ -27,7 +27,7 @@ CHECKED = "torch AdamW, fused, gradients checked"
 AUTHORS = f"authors' algorithm, p = {USUAL_P:g}"
 AUTHORS_FUSED = f"authors' algorithm on fused AdamW, p = {USUAL_P:g}"
 
-# On a CPU, from this many weights on only what is asked for most: a step takes a second.
+# On a CPU, from this many weights on only the most important rows run: a step takes a second.
 _MANY = 100_000_000
 
 # Largest number of tensors for torch.compile, which takes a second for each.
@@ -112,7 +112,7 @@ def our_name(p_norm: float, backend: str = "auto", note: str = "") -> str:
 
 
 def by_groups(params: list[Tensor], kind: str) -> AdamWLp:
-    """Return AdamWLp whose matrices decay by groups.
+    """Return AdamWLp whose matrices decay as units.
 
     Args:
         params: Tensors of any shapes; what has no groups of the kind decays weight by weight.
@@ -142,7 +142,7 @@ def wrapped_adamw(params: list[Tensor]) -> LpDecay:
 
 
 def contenders_for(size: Size, device: str, quick: bool = False) -> list[Contender]:
-    """Return what is measured on a size, the baseline first."""
+    """Return the contenders of a size, the baseline first."""
     baseline = Contender(BASELINE, partial(torch_adamw, lr=LR, fused=True))
     checked = Contender(CHECKED, partial(checked_adamw, lr=LR))
     by_authors = partial(authors_adamw, lr=LR, p_norm=USUAL_P, lambda_p=LAMBDA_P)
@@ -164,7 +164,7 @@ def contenders_for(size: Size, device: str, quick: bool = False) -> list[Contend
     unchecked = ours(USUAL_P, note="gradients not checked", skip_nonfinite=False)
     wrapped = Contender(f"LpDecay on fused AdamW, p = {USUAL_P:g}", wrapped_adamw, USUAL_P, plain_state=False)
     if device == "cuda" and size.name != "25M":
-        # The backends of plain operations take a thousand launches, and show no more than on the 25M.
+        # The backends of plain operations take a thousand launches, and 25M shows the same.
         low = ours(USUAL_P, note="bfloat16 moments", moments="bfloat16")
         return [baseline, checked, dense, *(ours(p_norm) for p_norm in P_NORMS), unchecked, low, wrapped, *rivals]
     kernel = "compiled" if device == "cpu" else "triton"

@@ -3,8 +3,8 @@
     python benchmarks/control.py
     python benchmarks/control.py --model small --steps 400
 
-Trains one of the models of `overhead.py` with `target_sparsity=0.9` and adds up the time of what sets λ_p and
-cuts. A run of up to 3,000 steps has about 40 cuts: with twice as many steps the share is half as much.
+Trains one of the models of `overhead.py` with `target_sparsity=0.9` and adds up the time of setting λ_p and of pruning.
+A run of up to 3,000 steps has about 40 pruning steps: with twice as many steps the share is half as much.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def measure(model: Model, steps: int) -> str:
 
 
 def main() -> int:
-    """Measure and print; returns the exit code."""
+    """Measure and print; return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=list(MODELS), default="tiny", help="model of overhead.py")
     parser.add_argument("--steps", type=int, default=1000, help="steps of the run (1000)")

@@ -15,7 +15,7 @@ _COLORS = {"AdamWLp": "#1f4e9c", "torch": "#8a8a8a", "rival": "#c8702a"}
 
 
 def kind_of(row: Mapping[str, Any]) -> str:
-    """Return whose optimizer a row is."""
+    """Return the origin of a row's optimizer."""
     if row["name"].startswith(("AdamWLp", "LpDecay")):
         return "AdamWLp"
     return "torch" if row["name"].startswith("torch AdamW") else "rival"

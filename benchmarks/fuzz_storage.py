@@ -4,9 +4,9 @@
 
 Changes valid blocks, files and folders at random: flipped bits, bytes set to telling values, pieces removed, doubled
 and exchanged, numbers in JSON replaced. Each input must be refused by a `FormatError`, or give bit-identical tensors;
-without checksums, or with checksums that a forger has made right, it may also give other values of the shape that is
-told. Anything else is a crash: other errors, more memory than the process is allowed, a process that dies. Where
-`atheris` is installed, `--atheris` lets it choose the inputs by coverage. Takes about a minute.
+without checksums, or with recomputed ones, it may also give other values of the declared shape. Anything else is a
+crash: other errors, more memory than the process may use, a process that dies. If `atheris` is installed, `--atheris`
+lets it choose the inputs by coverage. Takes about a minute.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ VALUES: tuple[Any, ...] = (
     "é",
     "\ud800",
 )
-# A tensor may be this large. The process may take so much more memory than it has when fuzzing begins.
+# The largest tensor, and the memory that the process may use beyond what it has when fuzzing begins.
 LIMIT = 1 << 22
 MEMORY = 1 << 30
 
@@ -71,7 +71,7 @@ Outcome = str
 def changed(data: bytes, others: Sequence[bytes], chance: random.Random) -> bytes:
     """Return bytes with 1 to 3 changes."""
     result = bytearray(data)
-    kinds = chance.choice((4, 9))  # half of them of the same length, which come further
+    kinds = chance.choice((4, 9))  # half of them keep the length, and get further
     for _ in range(chance.randint(1, 3)):
         place, length = chance.randrange(len(result) + 1), chance.choice((1, 4, 8, 64, 1000))
         match chance.randrange(kinds):
@@ -98,7 +98,7 @@ def changed(data: bytes, others: Sequence[bytes], chance: random.Random) -> byte
 
 
 def changed_json(value: Any, chance: random.Random) -> Any:
-    """Return JSON's values with something in it replaced, taken out or doubled."""
+    """Return JSON values with one of them replaced, removed or doubled."""
     if isinstance(value, dict) and value and chance.random() < 0.9:
         key = chance.choice(list(value))
         result = dict(value)
@@ -120,7 +120,7 @@ def changed_json(value: Any, chance: random.Random) -> Any:
 
 
 def judge(read: Callable[[], bool]) -> Outcome:
-    """Say what became of an input; ``read`` returns whether it gave back what had been written."""
+    """Return the outcome of an input; ``read`` returns whether it restored the original."""
     try:
         return "identical" if read() else "other values"
     except FormatError as error:
@@ -221,7 +221,7 @@ class Folders:
         self.plain, self.small, self.out = folder / "plain", folder / "small", folder / "out"
         make_folder(self.plain, self.small)
         self.files = {file: file.read_bytes() for file in sorted(self.small.iterdir())}
-        # What the config says beside quantization_config is the model's, and comes back as it is.
+        # The config's other keys belong to the model and come back unchanged.
         self.compared = [file.name for file in sorted(self.plain.iterdir()) if file.name != "config.json"]
 
     def try_one(self, chance: random.Random) -> Outcome:
@@ -283,7 +283,7 @@ def make_folder(plain: Path, small: Path) -> None:
 
 
 def make_right(file: Path) -> str:
-    """Make a file's checksums right, as a forger would, and return that of its header."""
+    """Recompute a file's checksums, as a forger would, and return that of its header."""
     data = file.read_bytes()
     end = 8 + int.from_bytes(data[:8], "little")
     parsed = json.loads(data[8:end])
@@ -299,7 +299,7 @@ def make_right(file: Path) -> str:
 
 
 def fuzz(target: Any, inputs: int, seed: int) -> dict[str, Any]:
-    """Try so many inputs."""
+    """Try a number of inputs."""
     chance = random.Random(seed)
     counts: Counter[str] = Counter()
     crashes: list[str] = []

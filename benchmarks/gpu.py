@@ -1,9 +1,9 @@
-"""Run all that needs a GPU, in one process, part after part; a part that fails does not keep the next from running.
+"""Run everything that needs a GPU, part by part, in one process; a part that fails does not stop the others.
 
     python benchmarks/gpu.py
     python benchmarks/gpu.py --only step semi_structured
 
-Starting Python and importing torch takes a good part of a short measurement, so it is done once. Each part writes
+Starting Python and importing torch takes a large fraction of a short measurement, so it happens once. Each part writes
 the same files to benchmarks/results/ as it does when run by itself, and its time is printed.
 """
 
@@ -21,7 +21,7 @@ import torch
 
 
 ROOT = Path(__file__).resolve().parents[1]
-# What is wanted most first: name, module beside this file or "pytest", arguments.
+# The most important first: name, module beside this file or "pytest", arguments.
 PARTS: dict[str, tuple[str, tuple[str, ...]]] = {
     "step": (
         "step_speed",
@@ -39,7 +39,7 @@ PARTS: dict[str, tuple[str, tuple[str, ...]]] = {
 
 
 def entry(module: str) -> Callable[[Sequence[str]], int | None]:
-    """Return what runs a part, given its arguments."""
+    """Return the function that runs a part, given its arguments."""
     if module == "pytest":
         import pytest
 
@@ -58,7 +58,7 @@ def run(names: Sequence[str]) -> dict[str, str]:
         try:
             code = entry(module)(arguments)
             result = "done" if not code else f"ended with code {code}"
-        except Exception:  # of whatever kind: the other parts are still to be had
+        except Exception:  # of any kind: the other parts still run
             traceback.print_exc()
             result = "failed"
         except SystemExit as error:  # argparse, or a benchmark that finds no GPU
@@ -71,7 +71,7 @@ def run(names: Sequence[str]) -> dict[str, str]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the parts that are asked for; return 0 if all were done."""
+    """Run the chosen parts; return 0 if all finished."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", choices=list(PARTS), help="parts to run (all)")
     options = parser.parse_args(argv)

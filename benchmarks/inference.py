@@ -3,9 +3,9 @@
     python benchmarks/inference.py --quick
     python benchmarks/inference.py --sparsity 0.8 0.9 0.95 0.99
 
-A model of GPT-2 small's size and one of BERT base's, of drawn weights of which the smallest are zeroed in each linear
-layer of the blocks: what the zeros are worth does not depend on what the model has learned. Each workload is done by
-all engines in turn, in every round; ratios are to the dense model in the same round.
+Models of the sizes of GPT-2 small and BERT base, with random weights; the smallest weights of each linear layer in the
+blocks are zero. (The speed does not depend on what a model has learned.) All engines do each workload in turn, in every
+round; ratios are to the dense model in the same round.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ Call = Callable[[], Any]
 
 @dataclass(frozen=True)
 class Workload:
-    """What a model is given.
+    """The input of a model.
 
     Attributes:
         name: What it is called in the table.
@@ -71,7 +71,7 @@ WORKLOADS = (
 
 @torch.no_grad()
 def build(name: str, sparsity: float) -> nn.Module:
-    """Return a model whose decayed weights have so many zeros."""
+    """Return a model whose decayed weights have this fraction of zeros."""
     torch.manual_seed(0)
     model: nn.Module
     if name == "GPT-2 small":
@@ -120,7 +120,7 @@ def engines(dense: nn.Module, work: Workload, left_out: dict[str, str]) -> dict[
         OURS: partial(WithPast(sparse, work), ids),
         CSR: partial(_with_torchs_product, WithPast(every, work), ids),
     }
-    if not work.past:  # the others' caches are others
+    if not work.past:  # other engines have other caches
         calls |= _others(WithPast(dense, work), ids, left_out)
     expected = calls[DENSE]()
     for name, call in calls.items():
@@ -131,7 +131,7 @@ def engines(dense: nn.Module, work: Workload, left_out: dict[str, str]) -> dict[
 
 
 def _with_torchs_product(model: nn.Module, ids: Tensor) -> Any:
-    """The product that SparseLinear takes where no compiler is."""
+    """The product that SparseLinear uses without a compiler."""
     with patch.object(sparse_linear, "_library", lambda: None):
         return model(ids)
 

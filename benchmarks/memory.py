@@ -1,4 +1,4 @@
-"""What a step moves, and what memory it takes."""
+"""The bytes that a step moves, and the memory that it takes."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 class PeakMemory(TorchDispatchMode):
-    """The most bytes that tensors made inside it held at one time.
+    """The peak of the bytes held by tensors that are made inside it.
 
     Memory that a kernel allocates outside torch tensors is not counted.
     """
@@ -62,7 +62,7 @@ def _storages(tree: Any) -> Iterable[tuple[int, int]]:
 
 
 def extra_bytes(step: Callable[[], Any], device: str) -> int:
-    """Return the most bytes that tensors made in a step held at one time."""
+    """Return the peak of the bytes held by tensors that are made in a step."""
     if device == "cuda":
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
@@ -90,7 +90,7 @@ def state_bytes(optimizer: Any) -> int:
 
 
 def least_bytes(optimizer: Any, params: list[Tensor]) -> int:
-    """Return the bytes that a step cannot do without moving.
+    """Return the bytes that a step must move.
 
     Weights and both moments are read and written, gradients are read. What else an optimizer moves counts against it.
     """
@@ -102,13 +102,13 @@ def least_bytes(optimizer: Any, params: list[Tensor]) -> int:
 
 
 def peak_rss_growth(step: Callable[[], Any]) -> int | None:
-    """Return how far the resident memory of this process rose in a step; None where the system does not say.
+    """Return how far the resident memory of this process rose in a step; None if the system does not say.
 
     Call it in a process that gives freed memory back to the system, see `probes.py`.
     """
     status, clear = Path("/proc/self/status"), Path("/proc/self/clear_refs")
     try:
-        clear.write_text("5")  # the peak starts anew from here
+        clear.write_text("5")  # the peak restarts here
     except OSError:
         return None
     before = _kilobytes(status, "VmRSS")

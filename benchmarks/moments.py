@@ -1,4 +1,4 @@
-"""What moments of fewer bits save and what they cost: memory of the optimizer and loss curves, same steps, same seeds.
+"""Savings and costs of moments of fewer bits: memory of the optimizer and loss curves, same steps, same seeds.
 
     python benchmarks/moments.py                 # about 25 minutes on two cores
     python benchmarks/moments.py --quick         # 3 minutes

@@ -1,4 +1,4 @@
-"""Measure what a whole run with `adamw_lp` costs more than one with torch's fused AdamW.
+"""Measure how much more a whole run with `adamw_lp` costs than one with torch's fused AdamW.
 
     python benchmarks/overhead.py --quick
     python benchmarks/overhead.py --model small --repeats 12
@@ -57,9 +57,9 @@ PARTS = {
 }
 NOTES = [
     "A run's time of a step is the median of its blocks of 10 steps, each with one log event. The first steps, which "
-    "load and warm up, are not in it.",
+    "load and warm up, are excluded.",
     "start: from the call of train() to the first step; end: from the last step to its return, with the report, the "
-    "picture and the card of adamw_lp. Both are there once a run, however long it is.",
+    "picture and the card of adamw_lp. Both occur once per run.",
 ]
 
 
@@ -77,7 +77,7 @@ class Model:
     steps: int
 
     def build(self) -> GPT2LMHeadModel:
-        """Return a new model; it takes bytes."""
+        """Return a new model for bytes."""
         shape: dict[str, Any] = {"n_layer": self.layers, "n_head": self.heads, "n_embd": self.width}
         shape |= {"n_positions": self.block, "vocab_size": 256, "bos_token_id": None, "eos_token_id": None}
         config = GPT2Config(**shape, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
@@ -92,7 +92,7 @@ MODELS = {
         Model("gpt2", 12, 12, 768, batch=8, block=1024, repeats=4, steps=40),
     )
 }
-# On a CPU a step of the largest takes a minute, and a GPU waits for Python all through one of the smallest.
+# On a CPU a step of the largest takes a minute; on a GPU a step of the smallest only waits for Python.
 DEFAULT_MODELS = {"cpu": ("tiny", "small"), "cuda": ("small", "gpt2")}
 QUICK_REPEATS, QUICK_STEPS = 6, 80
 
@@ -115,7 +115,7 @@ class Stopwatch(TrainerCallback):
 
 @dataclass
 class Spans:
-    """Durations of something that happens again and again."""
+    """Durations of a repeated event."""
 
     seconds: list[float] = field(default_factory=list)
     _begin: float = 0.0
@@ -166,14 +166,14 @@ def make_trainer(optim: str, model: Model, data: Any, folder: str, steps: int, d
 
 @contextlib.contextmanager
 def silence() -> Iterator[None]:
-    """Send what a run prints nowhere; it is printed all the same, and that takes its time."""
+    """Discard what a run prints; printing still takes its time."""
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         yield
 
 
 def run(optim: str, model: Model, data: Any, steps: int, device: str) -> dict[str, float]:
     """Train once and return the times: milliseconds a step, and the seconds of the start and the end."""
-    # Blocks begin after a log event and end with the next; the step that comes last is in none.
+    # Blocks begin after a log event and end with the next; the last step is in none.
     total = LOGGING_STEPS + steps + 1
     with tempfile.TemporaryDirectory() as folder, silence():
         trainer = make_trainer(optim, model, data, folder, total, device)
@@ -203,13 +203,13 @@ def run(optim: str, model: Model, data: Any, steps: int, device: str) -> dict[st
 
 
 def load_data(model: Model, most: int | None = None) -> Any:
-    """Return blocks of the text that the demo learns from."""
+    """Return blocks of the demo's training text."""
     text, _ = train_clm.standard_library()
     return train_clm.to_blocks(text, None, model.block, most, "Python's standard library")
 
 
 def measure(model: Model, data: Any, repeats: int, steps: int, device: str) -> dict[str, Any]:
-    """Run both again and again and return the figures."""
+    """Run both repeatedly and return the figures."""
     runs: dict[str, list[dict[str, float]]] = {DENSE: [], SPARSE: []}
     for repeat in range(repeats):
         for optim in (DENSE, SPARSE) if repeat % 2 == 0 else (SPARSE, DENSE):

@@ -1,4 +1,4 @@
-"""What needs a fresh process: how long compiling takes, and how far the process grows in a step.
+"""Measurements in a fresh process: how long compiling takes, and how far the process grows in a step.
 
     python benchmarks/probes.py first_step cpu
     python benchmarks/probes.py rss '{"size": "25M", "names": ["torch AdamW, fused"]}'

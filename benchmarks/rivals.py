@@ -1,6 +1,6 @@
-"""What AdamWLp is measured against: the authors' algorithm, and thin constructors of the others.
+"""The rivals of AdamWLp: the authors' algorithm, and thin constructors of the others.
 
-Each is given the fastest AdamW that torch has to stand on, so that what differs is the decay.
+Each is built on the fastest AdamW of torch, so that only the decay differs.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ class AuthorsAdamW(AdamW):
 
 
 class CheckedAdamW(AdamW):
-    """torch's fused AdamW that skips a step with NaN or infinite gradients, by the means that torch has for it.
+    """torch's fused AdamW that skips a step with NaN or infinite gradients, with torch's own means.
 
     Before the step ``torch.amp.GradScaler`` has one operation look at all gradients (and unscale them, here by 1). It
     leaves its result at the optimizer, as ``found_inf``. Without a scaler both are done here.
@@ -84,7 +84,7 @@ def torch_adamw(params: Sequence[Tensor], lr: float, *, fused: bool) -> AdamW:
 
 
 def checked_adamw(params: Sequence[Tensor], lr: float) -> CheckedAdamW:
-    """Return torch's fused AdamW, without decay, that looks at the gradients as AdamWLp does."""
+    """Return torch's fused AdamW, without decay, that checks the gradients as AdamWLp does."""
     return CheckedAdamW(params, lr=lr, weight_decay=0.0, fused=True)
 
 
@@ -107,7 +107,7 @@ def prune_optimizer(params: Sequence[Tensor], lr: float) -> Any:
 
 
 def optimi_adamw(params: Sequence[Tensor], lr: float) -> Any:
-    """Return optimi's AdamW, which takes Triton where it can and foreach elsewhere."""
+    """Return optimi's AdamW, which uses Triton if possible, else foreach."""
     import optimi
 
     return optimi.AdamW(params, lr=lr, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0)

@@ -34,7 +34,7 @@ WORKLOADS = (("prompts", 8, 1024), ("prompts", 1, 512), ("decoding without a cac
 
 
 def build(layers: int) -> nn.Module:
-    """Return a drawn model whose linear layers are 2:4."""
+    """Return a random model whose linear layers are 2:4."""
     torch.manual_seed(0)
     shape: dict[str, Any] = {"hidden_size": 4096, "intermediate_size": 11008, "num_attention_heads": 32}
     shape |= {"num_hidden_layers": layers, "vocab_size": 32000}
@@ -59,7 +59,7 @@ def measure(
         tokens: Tokens of each.
         dense: The model.
         sparse: The same with all layers that can be by the sparse units.
-        single: One of one layer, by which to_sparse_inference shows what it would choose.
+        single: A model of one layer, with which to_sparse_inference shows its choice.
         rounds: How often both do it.
     """
     choices = to_sparse_inference(copy.deepcopy(single), rows=batch * tokens)

@@ -1,8 +1,8 @@
 """How fast a model is without its dead neurons and heads: the dense model against the same model shrunk.
 
 Half of the neurons of each layer, and half of the heads of keys and values with their queries, are set to zero, and
-`hf_pdecay.shrink` removes them. Both are then ordinary dense models. That they give the same is checked in
-float32; they are timed in `--dtype`, taking turns in an order drawn anew in every round.
+`hf_pdecay.shrink` removes them. Both are then ordinary dense models. Their outputs are compared in
+float32; they are timed in `--dtype`, in turns, in a new random order in every round.
 
     python benchmarks/shrink.py --quick              # small models, a minute
     python benchmarks/shrink.py                      # CPU, float32
@@ -45,7 +45,7 @@ Call = Callable[[], Any]
 
 @dataclass(frozen=True)
 class Workload:
-    """What a model is given.
+    """The input of a model.
 
     Attributes:
         name: What it is called in the table.
@@ -78,7 +78,7 @@ def models(device: str, quick: bool) -> list[str]:
 
 
 def workloads(device: str, quick: bool) -> list[Workload]:
-    """Return what the models are given."""
+    """Return the inputs of the models."""
     if quick:
         return [Workload("decode, batch 1", 1, 1, 16), Workload("prompt of 64 tokens, batch 2", 2, 64)]
     if device == "cuda":
@@ -108,7 +108,7 @@ def build(name: str) -> Any:
 
 @torch.no_grad()
 def kill(model: nn.Module, kind: str) -> None:
-    """Set every second group of a kind to zero where it leaves a layer."""
+    """Set the outgoing weights of every second unit of a kind to zero."""
     for layer in find_layers(model, kind):
         for member, place in zip(layer.units.members, layer.sites, strict=True):
             if place.part in ("down", "output"):
@@ -118,14 +118,14 @@ def kill(model: nn.Module, kind: str) -> None:
 
 
 def variants(name: str, device: str) -> tuple[dict[str, Any], dict[str, str]]:
-    """Return the dense model and the shrunk ones, and by what config these are loaded.
+    """Return the dense model and the shrunk ones, and the config with which these load.
 
     Raises:
         RuntimeError: If a shrunk model gives something else than the dense one with the same weights at zero.
     """
     dense = build(name).to(device)
     models = {DENSE: dense}
-    # GPT-2's config cannot say that there are fewer heads.
+    # GPT-2's config cannot express fewer heads.
     layouts = {NEURONS: "uniform", BOTH: "ragged" if "GPT-2" in name else "uniform"}
     ids = torch.randint(0, 1000, (2, 16), generator=torch.Generator().manual_seed(1)).to(device)
     for variant, kind in ((NEURONS, "neuron"), (BOTH, "head")):
@@ -160,7 +160,7 @@ class Step(nn.Module):
 
 
 def graphed(step: Step) -> Call:
-    """Return a call that replays what a step does on the GPU, without Python."""
+    """Return a call that replays a step on the GPU, without Python."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -187,7 +187,7 @@ def measure(name: str, args: argparse.Namespace, rounds: int) -> tuple[list[dict
             for variant, model in models.items():
                 step = Step(model, work, args.device, model.config.vocab_size)
                 calls[variant] = graphed(step) if args.graph else step
-        except RuntimeError as error:  # out of memory, or what cannot be captured as a graph
+        except RuntimeError as error:  # out of memory, or not capturable as a graph
             left_out[f"{name}, {work.name}"] = str(error).splitlines()[0]
             continue
         for row in race(calls, args.device, rounds):

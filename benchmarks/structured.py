@@ -38,7 +38,7 @@ RUNS: tuple[tuple[str, dict[str, Any], bool], ...] = (
     ("half of the neurons and heads", NEURONS | HEADS, True),
 )
 
-# Runs with -I, so that nothing of this project is on its path, and refuses it where it is installed.
+# Runs with -I, so that this project is not on its path, and refuses to import an installed one.
 ELSEWHERE = """
 import importlib.abc, json, sys, time
 class Refused(importlib.abc.MetaPathFinder):
@@ -80,7 +80,7 @@ def train(rules: dict[str, Any], steps: int, seed: int, folder: Path, text: str 
 
 
 def shrunk(folder: Path, out: Path) -> dict[str, Any]:
-    """Cut out what is dead, and compare both models where hf_pdecay is not."""
+    """Remove the dead units, and compare both models in a process without hf_pdecay."""
     words = [sys.executable, "-m", "hf_pdecay", "shrink", str(folder), str(out)]
     subprocess.run(words, check=True, capture_output=True)
     script = [sys.executable, "-I", "-c", ELSEWHERE, str(folder), str(out), str(torch.get_num_threads())]
@@ -95,7 +95,7 @@ def shrunk(folder: Path, out: Path) -> dict[str, Any]:
 
 
 def row(name: str, runs: Sequence[dict[str, Any]]) -> list[str]:
-    """Return the cells of a row: means over the seeds, and their range where there are several."""
+    """Return the cells of a row: means over the seeds, and their range if there are several."""
     losses = [run["loss"] for run in runs]
     loss = f"{sum(losses) / len(losses):.4f}"
     if len(losses) > 1:

@@ -1,4 +1,4 @@
-"""What was measured as text: the conditions, tables in Markdown, files."""
+"""Reports of measurements: the conditions, tables in Markdown, files."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ import torch
 from hf_pdecay import __version__
 
 
-# Ratio of quantiles of the baseline to itself from which figures are not to be trusted.
+# Ratio of quantiles of the baseline to itself above which figures are unreliable.
 _NOISY = 1.3
 
 
 def conditions(device: str, packages: Sequence[str]) -> dict[str, Any]:
-    """Return on what a benchmark runs: the device, threads and versions; no names of hosts and no paths."""
+    """Return the conditions of a benchmark: device, threads and versions, without host names or paths."""
     versions = {"python": platform.python_version(), "hf_pdecay": __version__}
     for package in packages:
         try:
@@ -59,7 +59,7 @@ def device_name(device: str) -> str:
 
 
 def command(script: str, argv: Sequence[str]) -> str:
-    """Return the command of a run; where it writes to is left out, that may be anybody's folder."""
+    """Return the command of a run without its output folder."""
     kept, skip = [], False
     for word in argv:
         if skip:
@@ -113,7 +113,7 @@ def speed_table(size: Mapping[str, Any]) -> str:
 
 
 def megabytes(count: int | None) -> str:
-    """Return bytes as megabytes, a dash where they were not measured."""
+    """Return bytes as megabytes, or a dash if they were not measured."""
     return "-" if count is None else f"{count / 1e6:.1f}"
 
 

@@ -21,13 +21,13 @@ from contenders import Contender, Size
 from memory import MOMENTS, extra_bytes, least_bytes, state_bytes
 
 
-# A visit lasts at least so long, by doing several steps where one is shorter: clocks and launches then do not matter.
+# A visit lasts at least this long, with several steps if one is shorter, so that clocks and launches do not matter.
 _VISIT_SECONDS = 0.01
 _MOST_STEPS = 50
-# What takes longer than both a number of times the baseline and a number of seconds takes part in fewer rounds.
+# An optimizer slower than a multiple of the baseline and than a number of seconds takes part in fewer rounds.
 _SLOW_TIMES, _SLOW_SECONDS = 12, 0.2
 _LEAST_ROUNDS = 3
-# The baseline steps so often in a round, and its median is what the others are compared with.
+# Steps of the baseline in a round; the others are compared with their median.
 _BASELINE_VISITS = 3
 
 OWN, STATE, NOTHING = "all its own", "a state of its own", "nothing of its own"
@@ -35,10 +35,10 @@ OWN, STATE, NOTHING = "all its own", "a state of its own", "nothing of its own"
 
 @dataclass
 class Entrant:
-    """A contender on the track, and what was measured of it.
+    """A contender in the race, and its measurements.
 
     Attributes:
-        name: The contender's.
+        name: Name of the contender.
         step: Does one step.
         block: Steps in a visit, timed together.
         every: It takes part in every n-th round.
@@ -46,8 +46,8 @@ class Entrant:
         state_bytes: Bytes of the optimizer's state.
         least_bytes: Bytes that a step has to move.
         seconds: For each round, seconds a step in each visit.
-        contender: What it was made from; None for the copy.
-        note: What AdamWLp's ``auto`` took.
+        contender: Its contender; None for the copy.
+        note: The backend that AdamWLp's ``auto`` chose.
     """
 
     name: str
@@ -69,14 +69,14 @@ class Entrant:
 
 @dataclass
 class Race:
-    """What came out of the rounds of one size.
+    """The results of the rounds of one size.
 
     Attributes:
         baseline: The entrant that the others are compared with.
-        others: The others.
+        others: The other entrants.
         copy: A plain copy of a large tensor, and the bytes that it reads and writes.
         left_out: Contenders that could not run, and why.
-        sharing: What each optimizer has of its own.
+        sharing: What each optimizer does not share with others.
         rounds: Number of rounds.
     """
 
@@ -114,7 +114,7 @@ class NotEnoughMemoryError(Exception):
 def make_params(size: Size, device: str, seed: int = 0) -> list[Tensor]:
     """Return weights of magnitudes from 0.01 up, with gradients that move them away from zero.
 
-    So neither zeros nor denormal numbers come up, however often the same gradients are used.
+    So repeated steps with the same gradients make neither zeros nor denormal numbers.
     """
     generator = torch.Generator(device).manual_seed(seed)
 
@@ -133,7 +133,7 @@ def make_params(size: Size, device: str, seed: int = 0) -> list[Tensor]:
 
 
 def copies(params: Sequence[Tensor]) -> list[Tensor]:
-    """Return the same weights and gradients in memory of their own."""
+    """Return copies of weights and gradients."""
     twins: list[Tensor] = []
     for param in params:
         twins.append(torch.nn.Parameter(param.detach().clone()))
@@ -142,19 +142,19 @@ def copies(params: Sequence[Tensor]) -> list[Tensor]:
 
 
 def available_bytes(device: str) -> int:
-    """Return the memory that is free."""
+    """Return the free memory."""
     return torch.cuda.mem_get_info()[0] if device == "cuda" else psutil.virtual_memory().available
 
 
 def choose_sharing(size: Size, optimizers: int, device: str) -> str:
-    """Return what each optimizer can have of its own.
+    """Return which memory each optimizer need not share.
 
     Raises:
         NotEnoughMemoryError: If not even one set of weights, gradients and moments fits.
     """
     part = size.weights * size.dtype.itemsize
     free = available_bytes(device)
-    generous, most = (0.5, 0.8) if device == "cpu" else (0.85, 0.95)  # a CPU's memory belongs to others too
+    generous, most = (0.5, 0.8) if device == "cpu" else (0.85, 0.95)  # other processes use a CPU's memory too
     if part * 4 * (optimizers + 1) < generous * free:
         return OWN
     if part * 2 * (optimizers + 2) < generous * free:
@@ -171,7 +171,7 @@ def lend_moments(
 ) -> None:
     """Give an optimizer, before its first step, moments that it shares with others.
 
-    What else belongs to its state is seen from the state that it makes for a tensor of one weight.
+    The other entries of its state are those that it makes for a tensor of one weight.
     """
     like = params[0]
     single = torch.nn.Parameter(torch.ones(1, dtype=like.dtype, device=like.device))
@@ -195,7 +195,7 @@ def line_up(contenders: Sequence[Contender], size: Size, device: str) -> tuple[l
     for contender in present:
         try:
             entrants.append(_enter(contender, size, device, sharing, common, pool))
-        except Exception as error:  # whatever an optimizer raises, the others run on; the table says why it is absent
+        except Exception as error:  # the others continue; the table says why this one is absent
             lines = str(error).strip().splitlines() or [type(error).__name__]
             left_out[contender.name] = lines[0][:200]
         if contender.name in left_out:
@@ -228,7 +228,7 @@ def _enter(
 
 
 def free_memory(device: str) -> None:
-    """Give back what nothing refers to any more."""
+    """Free unreferenced memory."""
     gc.collect()
     if device == "cuda":
         torch.cuda.empty_cache()
@@ -240,7 +240,7 @@ def warm_up(entrant: Entrant, device: str) -> None:
     begin = time.perf_counter()
     entrant.extra_bytes = extra_bytes(entrant.step, device)
     seconds = time.perf_counter() - begin
-    if seconds < _SLOW_SECONDS:  # a long step is known well enough, and need not be repeated
+    if seconds < _SLOW_SECONDS:  # one long step is precise enough
         seconds = clock(entrant.step, 1, device)
     entrant.block = min(max(math.ceil(_VISIT_SECONDS / seconds), 1), _MOST_STEPS)
     entrant.seconds[-1] = [seconds]
@@ -258,7 +258,7 @@ def copy_entrant(device: str, numel: int) -> Entrant:
 
 @contextmanager
 def no_garbage_collection() -> Iterator[None]:
-    """Collect now, and not again before the end."""
+    """Collect garbage now, and not again before the end."""
     gc.collect()
     gc.disable()
     try:
@@ -328,7 +328,7 @@ def race(
                     free_memory(device)
             done = number + 1
     for entrant in (*entrants, copy):
-        entrant.step = _over  # the optimizers hold memory that what comes next may need
+        entrant.step = _over  # frees memory that the next size may need
     free_memory(device)
     others = [entrant for entrant in entrants if entrant is not baseline and entrant.name not in left_out]
     return Race(baseline, others, copy, left_out, sharing, done)

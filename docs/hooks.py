@@ -1,7 +1,7 @@
-"""What MkDocs calls while it builds the site.
+"""Functions that MkDocs calls while it builds the site.
 
-Links that leave docs/ go to the repository, and must lead somewhere. The table of settings is made from the class that
-defines them; ``python docs/hooks.py`` writes it into the page too, for readers on GitHub.
+Links that leave docs/ go to the repository, and their targets must exist. The table of settings comes from the class
+that defines them; ``python docs/hooks.py`` writes it into the page too, for readers on GitHub.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ def on_page_markdown(markdown: str, page: Any, config: Any, **_: Any) -> str:
     """Turn links such as ``../examples/demo.py``, which GitHub follows, into links to the repository.
 
     Raises:
-        FileNotFoundError: If there is no such file.
+        FileNotFoundError: If the file does not exist.
     """
 
     def to_repository(link: re.Match[str]) -> str:

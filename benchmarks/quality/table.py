@@ -57,7 +57,7 @@ def write(results: Sequence[Line], runs: Sequence[Run], path: Path) -> str:
             for device, time in hours.items()
         ]
         parts.append(
-            f"{len(results)} runs so far, those by which knobs and learning rates were chosen included, of "
+            f"{len(results)} runs so far, including those that chose knobs and learning rates, of "
             f"{' and '.join(spent)}, {dates[0]} to {dates[-1]}. {'; '.join(versions)}."
         )
     text = "\n\n".join(parts) + "\n"

@@ -71,7 +71,7 @@ def test_one_process_and_two_make_the_same_model_stopped_or_not(inputs: list[str
     both = log_of(run(inputs, tmp_path / "both", *asked, launcher=CPU_DDP))
     assert [line["step"] for line in alone] == [line["step"] for line in both] == [5, 10, 15, 20, 20]
     for one, two in zip(alone, both, strict=True):
-        for name in one.keys() - {"loss"}:  # that of a micro-batch, of which two processes have other ones
+        for name in one.keys() - {"loss"}:  # it is that of a micro-batch, which two processes divide differently
             assert two[name] == pytest.approx(one[name], rel=1e-3), name
     for name, log in (("alone", alone), ("both", both)):
         assert zeros(tmp_path / name) == pytest.approx(0.8, abs=1e-3)
