@@ -14,7 +14,7 @@ from ..optim.units import ELEMENT, n_of_m
 from ..rules.table import group_table
 from ..target.budgets import Budget
 from ..target.control import plan_target
-from ..target.pruning import wanted
+from ..target.pruning import zeros_wanted
 from ..target.schedule import Schedule
 from ..trainer.optimizer import param_groups_of
 from ..trainer.settings import DecaySettings
@@ -91,7 +91,7 @@ class Preview:
         counts: dict[str, tuple[int, int]] = {}
         for budget in self.budgets:
             dead, units = counts.get(budget.kind, (0, 0))
-            counts[budget.kind] = dead + wanted(budget, 1.0), units + budget.units
+            counts[budget.kind] = dead + zeros_wanted(budget, 1.0), units + budget.units
         return counts
 
     @property

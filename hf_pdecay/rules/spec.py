@@ -12,7 +12,7 @@ from typing import Any
 
 from ..checks import check_lambda_p, check_p_norm
 from ..optim.units import ELEMENT, n_of_m
-from ..target.budgets import check_target_of
+from ..target.budgets import implied_target
 from ..target.settings import check_target
 
 
@@ -128,7 +128,7 @@ def _parse_rule(pattern: str, settings: Any) -> Rule:
     try:
         group = settings.get("group", ELEMENT)
         n_of_m(group)
-        check_target_of(group, settings.get("target_sparsity"))
+        implied_target(group, settings.get("target_sparsity"))
         return Rule(
             compiled,
             group=group,

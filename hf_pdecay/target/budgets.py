@@ -1,4 +1,4 @@
-"""Who shares which target: the sparsity that is asked for, divided over the weights that decay."""
+"""Which weights share which target: the sparsity asked for, divided over the weights that decay."""
 
 from __future__ import annotations
 
@@ -22,148 +22,145 @@ class Budget:
     """Weights that share a target.
 
     Args:
-        target: Fraction of them that is to be zero; for groups of weights the fraction of the groups.
-        members: Param groups, each with those of its parameters that are meant.
+        target: Fraction of zeros asked for, of the units if the weights decay as units.
+        members: Param groups, each with those of its parameters that belong to the budget.
         kind: What decays as one: ``"element"``, ``"row"`` and the like, or N:M.
-        coupled: The groups of weights that are meant, each with the parameters of its param group; none for elements.
+        layers: The units of the budget layer by layer, each with the parameters of its param group; empty for elements.
     """
 
     target: float
-    members: Sequence[tuple[dict[str, Any], list[Tensor]]]
+    members: Members
     kind: str = ELEMENT
-    coupled: Sequence[tuple[Units[int], list[Tensor]]] = ()
+    layers: Sequence[tuple[Units[int], list[Tensor]]] = ()
 
     @property
     def numel(self) -> int:
         """Number of weights."""
         if self.kind != ELEMENT:
-            return sum(each.count * unit_size(each, params) for each, params in self.coupled)
+            return sum(layer.count * unit_size(layer, params) for layer, params in self.layers)
         return sum(full_numel(param) for _, params in self.members for param in params)
 
     @property
     def units(self) -> int:
-        """Number of what is counted: groups, or weights for elements and N:M."""
+        """Number of what the target counts: units, or weights for elements and N:M."""
         if self.kind == ELEMENT or n_of_m(self.kind) is not None:
             return self.numel
-        return sum(each.count for each, _ in self.coupled)
+        return sum(layer.count for layer, _ in self.layers)
 
 
-def budgets(
+def divide_target(
     groups: Sequence[dict[str, Any]],
     target: float | None,
     scope: str = "global",
     params: Sequence[Sequence[Tensor]] | None = None,
 ) -> list[Budget]:
-    """Divide the weights that groups decay into budgets, each with the target that is left for it.
+    """Divide the weights that decay into budgets, each with its target.
 
-    A budget has units of one kind, and a target holds for each kind by itself: half of the weights that decay alone,
+    A budget has units of one kind, and a target holds for each kind separately: half of the weights that decay alone,
     half of the neurons. N:M has the target that it implies.
 
     Args:
-        groups: Param groups; one with ``target_sparsity`` above 0 has that target, one with 0 is left to its λ_p.
-        target: Fraction of zeros for the weights of all groups but those with 0; None or 0 where only the groups' own
+        groups: Param groups. ``target_sparsity`` above 0 is the target of its group; 0 leaves the group to its λ_p.
+        target: Fraction of zeros in the weights of all groups but those with 0; None or 0 if only the groups' own
             targets count.
-        scope: ``"global"``, or ``"tensor"`` for each tensor by itself, and of groups of weights for each layer.
-        params: The model's parameters in each group, where the groups hold others.
+        scope: ``"global"``, or ``"tensor"`` for a budget for each tensor, and for each layer of units.
+        params: The model's parameters in each group, if the groups hold others.
 
     Raises:
-        ValueError: If a target is outside of [0, 1), the groups' own targets leave no such target to the others, or it
-            is not the one that N:M implies.
+        ValueError: If a target is outside [0, 1), the groups' own targets leave no such target to the others, or it is
+            not the one that N:M implies.
     """
     target = check_target(target)
     by_kind: dict[str, dict[float | None, Members]] = {}
-    for group, some in zip(groups, params or [group["params"] for group in groups], strict=True):
+    for group, tensors in zip(groups, params or [group["params"] for group in groups], strict=True):
         own: float | None = group.get("target_sparsity")
         kind = kind_of(group)
         if not is_decayed(group) or own == 0:
             continue
-        implied = check_target_of(kind, own)
+        implied = implied_target(kind, own)
         if own is not None or implied is not None or target is not None:
             aim = check_target(own) if implied is None else implied
-            by_kind.setdefault(kind, {}).setdefault(aim, []).append((group, list(some)))
-    blocks = {kind: check_target_of(kind, None) for kind in by_kind}
-    if target is not None and by_kind and all(each not in (None, target) for each in blocks.values()):
-        kind, implied = next(iter(blocks.items()))
+            by_kind.setdefault(kind, {}).setdefault(aim, []).append((group, list(tensors)))
+    implied_targets = {kind: implied_target(kind, None) for kind in by_kind}
+    if target is not None and by_kind and all(implied not in (None, target) for implied in implied_targets.values()):
+        kind, implied = next(iter(implied_targets.items()))
         raise ValueError(
-            f"Invalid target_sparsity: target_sparsity={target:g} where all that decays has group={kind!r}, which is "
-            f"{implied:g} by itself; leave the target out."
+            f"Invalid target_sparsity: target_sparsity={target:g}, but all that decays has group={kind!r}, which "
+            f"implies {implied:g}; leave the target out."
         )
     open_kinds = [kind for kind, by_target in by_kind.items() if kind == ELEMENT or None in by_target]
-    found: list[Budget] = []
+    result: list[Budget] = []
     for kind, by_target in by_kind.items():
-        # Where rules set all groups of a kind, the target is that of the others, if there are any.
-        bound = kind == ELEMENT or None in by_target or not open_kinds
-        left = _left(kind, target, by_target) if target is not None and blocks[kind] is None and bound else 0.0
+        # If rules set all units of a kind, the target is that of the other kinds, if there are any.
+        bound = implied_targets[kind] is None and (kind == ELEMENT or None in by_target or not open_kinds)
+        rest = _target_of_rest(kind, target, by_target) if target is not None and bound else 0.0
         for own, members in by_target.items():
-            found += _divided(kind, left if own is None else own, members, scope)
-    return [budget for budget in found if budget.numel]
+            result += _budgets(kind, rest if own is None else own, members, scope)
+    return [budget for budget in result if budget.numel]
 
 
-def target_of_all(
+def overall_target(
     groups: Sequence[dict[str, Any]], target: float | None, params: Sequence[Sequence[Tensor]] | None = None
 ) -> float | None:
-    """Return the fraction of all decayed weights that is to be zero; for the arguments see :func:`budgets`.
+    """Return the fraction of zeros asked for in all decayed weights; for the arguments see :func:`divide_target`.
 
     Returns:
-        None where some of them have no target, or decay in groups of weights, which have targets of their own kind.
+        None if some of them have no target, or decay as units, which have targets of their own kind.
     """
     if any(kind_of(group) != ELEMENT for group in decayed_groups(groups)):
         return None
-    some = [group["params"] for group in groups] if params is None else params
+    lists = [group["params"] for group in groups] if params is None else params
     decayed = sum(
-        full_numel(param) for group, each in zip(groups, some, strict=True) if is_decayed(group) for param in each
+        sum(map(full_numel, tensors)) for group, tensors in zip(groups, lists, strict=True) if is_decayed(group)
     )
-    found = budgets(groups, target, params=params)
-    if not decayed or sum(budget.numel for budget in found) != decayed:
+    shares = divide_target(groups, target, params=params)
+    if not decayed or sum(budget.numel for budget in shares) != decayed:
         return None
-    return sum(budget.target * budget.numel for budget in found) / decayed
+    return sum(budget.target * budget.numel for budget in shares) / decayed
 
 
-def check_target_of(kind: str, own: float | None) -> float | None:
-    """Return the target that N:M has by itself; None for other kinds.
+def implied_target(kind: str, asked: float | None) -> float | None:
+    """Return the target that N:M implies; None for other kinds.
 
     Args:
         kind: What decays as one.
-        own: What was asked for; None or 0 for nothing.
+        asked: The target that the user set, if any.
 
     Raises:
-        ValueError: If another one was asked for.
+        ValueError: If the user asked for a different one.
     """
     blocks = n_of_m(kind)
     if blocks is None:
         return None
     implied = 1 - blocks[0] / blocks[1]
-    if own and abs(own - implied) > 1e-9:
+    if asked and abs(asked - implied) > 1e-9:
         raise ValueError(
-            f"Invalid target_sparsity: target_sparsity={own!r} with group={kind!r}, which is {implied:g} by itself; "
-            "leave the target out, or give 0 for what λ_p alone comes to."
+            f"Invalid target_sparsity: target_sparsity={asked!r} with group={kind!r}, which implies {implied:g}; leave "
+            "the target out, or give 0 for the zeros that λ_p alone makes."
         )
     return implied
 
 
-def _divided(kind: str, target: float, members: Members, scope: str) -> list[Budget]:
+def _budgets(kind: str, target: float, members: Members, scope: str) -> list[Budget]:
+    """Divide members that share a target into budgets."""
     if kind == ELEMENT:
         if scope == "global":
             return [Budget(target, members)]
-        return [Budget(target, [(group, [param])]) for group, some in members for param in some]
+        return [Budget(target, [(group, [param])]) for group, params in members for param in params]
+    layers = [(group, layer, params) for group, params in members for layer in units_of(group)]
     if scope == "global":
-        coupled = [(each, some) for group, some in members for each in units_of(group)]
-        return [Budget(target, members, kind, coupled)]
-    return [
-        Budget(target, [(group, some)], kind, [(each, some)]) for group, some in members for each in units_of(group)
-    ]
+        return [Budget(target, members, kind, [(layer, params) for _, layer, params in layers])]
+    return [Budget(target, [(group, params)], kind, [(layer, params)]) for group, layer, params in layers]
 
 
-def _left(kind: str, target: float, by_target: Mapping[float | None, Members]) -> float:
-    """The target of the groups without one of their own, such that all of a kind together come to ``target``."""
-    sizes = {
-        own: sum(each.units for each in _divided(kind, 0.0, members, "global")) for own, members in by_target.items()
-    }
+def _target_of_rest(kind: str, target: float, by_target: Mapping[float | None, Members]) -> float:
+    """The target of the groups without one of their own, such that all units of a kind together reach ``target``."""
+    sizes = {own: sum(b.units for b in _budgets(kind, 0.0, members, "global")) for own, members in by_target.items()}
     total, free = sum(sizes.values()), sizes.get(None, 0)
     ruled = sum(own * size for own, size in sizes.items() if own is not None)
-    left = target * total - ruled
-    # Rules may leave nothing to the others, but not less; and a weight must be left of those others.
-    if total and not -0.5 <= left <= max(free - 1, 0) + 0.5:
+    rest = target * total - ruled
+    # The rules may already make all the zeros, but not more; and one of the other units must stay.
+    if total and not -0.5 <= rest <= max(free - 1, 0) + 0.5:
         what = "decayed weights" if kind == ELEMENT else f"{kind}s"
         if free == total:
             raise ValueError(
@@ -172,7 +169,7 @@ def _left(kind: str, target: float, by_target: Mapping[float | None, Members]) -
             )
         raise ValueError(
             f"Invalid target_sparsity: target_sparsity={target:g} cannot be met: with the targets in lp_rules the "
-            f"{what} can be from {ruled / total:.1%} to {(ruled + free) / total:.1%} zeros. Change the "
-            "target, or those of the rules."
+            f"{what} can be from {ruled / total:.1%} to {(ruled + free) / total:.1%} zeros. Change the target, or the "
+            "targets of the rules."
         )
-    return max(left, 0.0) / free if free else 0.0
+    return max(rest, 0.0) / free if free else 0.0

@@ -27,8 +27,8 @@ from ..optim.decay import lambda_for_threshold
 from ..optim.param_groups import DENSE, HEALING, PRUNING, decayed_groups
 from ..optim.shards import group_params, is_sharded, publish
 from ..optim.units import UNIT_KINDS, kind_of
-from .budgets import Budget, budgets
-from .pruning import excess, magnitudes, prune
+from .budgets import Budget, divide_target
+from .pruning import excess, prune, rank_by_magnitude
 from .settings import Target, check_p_norms
 
 
@@ -171,7 +171,7 @@ class SparsityControl:
         """
         limits: dict[int, float] = {}
         for budget in self.budgets:
-            ranking = magnitudes(budget, self._optimizer)
+            ranking = rank_by_magnitude(budget, self._optimizer)
             median, next_pruning = ranking.quantile((1 + budget.target) / 2), ranking.quantile(budget.target * upcoming)
             for group, _ in budget.members:
                 limit = self._lambda_p(group, median, next_pruning)
@@ -213,7 +213,7 @@ def plan_target(
     Raises:
         ValueError: If a target cannot be reached, or p is 2 or more where there is one.
     """
-    shares = budgets(groups, target.target_sparsity, target.sparsity_budget, params)
+    shares = divide_target(groups, target.target_sparsity, target.sparsity_budget, params)
     if target.target_sparsity and not any(decayed_groups(groups)):
         raise ValueError(
             f"Invalid target_sparsity: target_sparsity={target.target_sparsity!r}, and nothing that is trained decays "

@@ -27,7 +27,7 @@ from ..sparsity.model_card import (
     summary_of,
 )
 from ..sparsity.report import SparsityReport
-from ..target.budgets import target_of_all
+from ..target.budgets import overall_target
 from .optimizer import name_of
 from .settings import DecaySettings
 
@@ -108,7 +108,7 @@ def target_of_run(optimizer: Any, settings: DecaySettings) -> float | None:
     """Return the fraction of all decayed weights that should be zero in the end, None without a target."""
     if optimizer is None or not any(is_decayed(group) for group in optimizer.param_groups):
         return None
-    return target_of_all(optimizer.param_groups, settings.target_sparsity, group_params(optimizer))
+    return overall_target(optimizer.param_groups, settings.target_sparsity, group_params(optimizer))
 
 
 class CardCallback(TrainerCallback):

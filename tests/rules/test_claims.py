@@ -11,7 +11,7 @@ from torch import nn
 from hf_pdecay import AdamWLp
 from hf_pdecay.rules.assign import build_param_groups
 from hf_pdecay.sparsity.dead_units import count_units
-from hf_pdecay.target.budgets import budgets
+from hf_pdecay.target.budgets import divide_target
 from hf_pdecay.target.control import SparsityControl
 from hf_pdecay.target.pruning import prune
 
@@ -118,29 +118,29 @@ def layers(rules: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def test_a_budget_has_units_of_one_kind() -> None:
-    found = budgets(layers({"0.weight": {"group": "row"}, "2.weight": {"group": "2:4"}}), 0.25)
+    found = divide_target(layers({"0.weight": {"group": "row"}, "2.weight": {"group": "2:4"}}), 0.25)
     assert {budget.kind: (budget.target, budget.units, budget.numel) for budget in found} == {
         "row": (0.25, 12, 12 * 8 + 12),
         "2:4": (0.5, 80, 80),
         "element": (0.25, 240, 240),
     }
-    each = budgets(layers({"weight": {"group": "row"}}), 0.5, "tensor")
+    each = divide_target(layers({"weight": {"group": "row"}}), 0.5, "tensor")
     assert [(budget.kind, budget.units) for budget in each] == [("row", 12), ("row", 20), ("row", 4)]
 
 
 def test_n_of_m_is_its_own_target() -> None:
-    assert [budget.target for budget in budgets(layers({"weight": {"group": "1:4"}}), None)] == [0.75]
-    assert budgets(layers({"weight": {"group": "1:4", "target_sparsity": 0}}), None) == []
-    with pytest.raises(ValueError, match="which is 0.75 by itself; leave the target out"):
-        budgets(layers({"weight": {"group": "1:4"}}), 0.9)
+    assert [budget.target for budget in divide_target(layers({"weight": {"group": "1:4"}}), None)] == [0.75]
+    assert divide_target(layers({"weight": {"group": "1:4", "target_sparsity": 0}}), None) == []
+    with pytest.raises(ValueError, match="which implies 0.75; leave the target out"):
+        divide_target(layers({"weight": {"group": "1:4"}}), 0.9)
 
 
 def test_the_rest_of_a_kind_makes_up_for_what_rules_take() -> None:
     rules = {"0.weight": {"group": "row", "target_sparsity": 0.25}, "weight": {"group": "row"}}
-    found = {budget.target: budget.units for budget in budgets(layers(rules), 0.5)}
+    found = {budget.target: budget.units for budget in divide_target(layers(rules), 0.5)}
     assert found == {0.25: 12, (0.5 * 36 - 0.25 * 12) / 24: 24}
     with pytest.raises(ValueError, match="the rows can be from 25.0% to 25.0%"):
-        budgets(layers({"weight": {"group": "row", "target_sparsity": 0.25}}), 0.5)
+        divide_target(layers({"weight": {"group": "row", "target_sparsity": 0.25}}), 0.5)
 
 
 # --- cuts
@@ -164,7 +164,7 @@ def test_the_least_salient_groups_are_cut() -> None:
     expected = cut_by_hand(param.detach(), second, 4)
     plain = param.detach().square().sum(1).argsort()[:4]
     assert set(plain.tolist()) != set((expected == 0).all(1).nonzero().flatten().tolist())
-    (budget,) = budgets(optimizer.param_groups, None)
+    (budget,) = divide_target(optimizer.param_groups, None)
     prune(budget, optimizer, 1.0)
     assert torch.equal(param, expected)
 
@@ -176,7 +176,7 @@ def test_groups_of_different_sizes_are_compared_by_weight() -> None:
         short[:3] *= 0.1
         long[:3] *= 0.1
     optimizer = AdamWLp([{"params": [short, long], "group": "row"}])
-    (budget,) = budgets(optimizer.param_groups, 0.5)
+    (budget,) = divide_target(optimizer.param_groups, 0.5)
     prune(budget, optimizer, 1.0)
     assert [(each == 0).all(1).sum().item() for each in (short, long)] == [3, 3]
 
@@ -188,7 +188,7 @@ def test_cuts_of_blocks_take_the_least_of_the_weakest(dim: int) -> None:
     member = {"param": 0, "dim": dim, "size": 1, "offset": 0}
     units = [{"kind": "2:4", "count": 12, "name": "", "members": [member]}]
     optimizer = AdamWLp([{"params": [param], "group": "2:4", "units": units}])
-    (budget,) = budgets(optimizer.param_groups, None)
+    (budget,) = divide_target(optimizer.param_groups, None)
     weakest = sorted(value for block in weights.abs().view(-1, 4).tolist() for value in sorted(block)[:2])
     for progress in (0.5, 1.0):
         prune(budget, optimizer, progress)
@@ -252,7 +252,7 @@ def test_attention_of_torch_has_rows_and_columns_and_blocks(kdim: int | None) ->
         last[-3:] = bias[-3:] = 0.5
     optimizer = AdamWLp([group], lr=1e-9)
     optimizer.step()
-    (budget,) = budgets(optimizer.param_groups, None)
+    (budget,) = divide_target(optimizer.param_groups, None)
     assert budget.units == 24
     prune(budget, optimizer, 1.0)
     assert not last[-3:].any() and not bias[-3:].any()

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from hf_pdecay.optim.param_groups import decayed_groups
 from hf_pdecay.rules.assign import build_param_groups
-from hf_pdecay.target.budgets import Budget, budgets
+from hf_pdecay.target.budgets import Budget, divide_target
 from hf_pdecay.target.settings import Target, check_p_norms, check_target
 
 from ..helpers.models import tiny_gpt2
@@ -32,7 +32,7 @@ def _zeros(found: list[Budget]) -> float:
 
 def test_a_global_target_is_one_budget_of_all_that_decays() -> None:
     groups = [_group(30, 50), _group(20), _group(1000, decayed=False, lambda_p=0.0)]
-    (budget,) = budgets(groups, 0.7)
+    (budget,) = divide_target(groups, 0.7)
     assert (budget.target, budget.numel) == (0.7, 100)
     assert {id(param) for param in _held(budget)} == {id(param) for group in groups[:2] for param in group["params"]}
     assert [group for group, _ in budget.members] == groups[:2]
@@ -41,7 +41,7 @@ def test_a_global_target_is_one_budget_of_all_that_decays() -> None:
 
 def test_a_target_for_each_tensor() -> None:
     groups = [_group(30, 50), _group(20)]
-    found = budgets(groups, 0.7, "tensor")
+    found = divide_target(groups, 0.7, "tensor")
     assert [(each.target, each.numel) for each in found] == [(0.7, 30), (0.7, 50), (0.7, 20)]
     assert [len(_held(each)) for each in found] == [1, 1, 1]
     assert found[0].members[0][0] is groups[0] and found[2].members[0][0] is groups[1]
@@ -49,33 +49,33 @@ def test_a_target_for_each_tensor() -> None:
 
 @pytest.mark.parametrize("target", [None, 0, 0.0])
 def test_no_target_is_no_budget(target: float | None) -> None:
-    assert budgets([_group(30), _group(20, target_sparsity=0)], target) == []
-    assert budgets([], target) == budgets([], 0.5) == []
+    assert divide_target([_group(30), _group(20, target_sparsity=0)], target) == []
+    assert divide_target([], target) == divide_target([], 0.5) == []
 
 
 def test_targets_of_rules_alone() -> None:
     groups = [_group(30, target_sparsity=0.5), _group(40), _group(20, target_sparsity=0.9)]
-    found = budgets(groups, None)
+    found = divide_target(groups, None)
     assert [(each.target, each.numel) for each in found] == [(0.5, 30), (0.9, 20)]
     assert id(groups[1]["params"][0]) not in {id(param) for each in found for param in _held(each)}
 
 
 def test_the_rest_makes_up_for_what_rules_take() -> None:
     groups = [_group(100, target_sparsity=0.5), _group(200, 100), _group(100, target_sparsity=0.9)]
-    found = [(each.target, each.numel) for each in budgets(groups, 0.8)]
+    found = [(each.target, each.numel) for each in divide_target(groups, 0.8)]
     # 0.8 of 500 are 400, of which the rules have 50 and 90: 260 of the other 300.
     assert found == [(0.5, 100), (pytest.approx(260 / 300), 300), (0.9, 100)]
 
 
 def test_the_rest_makes_up_for_it_tensor_by_tensor() -> None:
     groups = [_group(100, target_sparsity=0.5), _group(200, 100)]
-    found = budgets(groups, 0.8, "tensor")
+    found = divide_target(groups, 0.8, "tensor")
     assert [(pytest.approx(each.target), each.numel) for each in found] == [(0.5, 100), (0.9, 200), (0.9, 100)]
 
 
 def test_a_rule_of_zero_is_left_alone_and_does_not_count() -> None:
     groups = [_group(100, target_sparsity=0), _group(60), _group(40, target_sparsity=0.5)]
-    found = budgets(groups, 0.6)
+    found = divide_target(groups, 0.6)
     assert sorted((each.target, each.numel) for each in found) == [
         (0.5, 40),
         (pytest.approx((0.6 * 100 - 20) / 60), 60),
@@ -85,13 +85,13 @@ def test_a_rule_of_zero_is_left_alone_and_does_not_count() -> None:
 
 def test_rules_of_the_same_target_share_it() -> None:
     groups = [_group(30, target_sparsity=0.5), _group(20, target_sparsity=0.5, p_norm=0.4)]
-    (budget,) = budgets(groups, None)
+    (budget,) = divide_target(groups, None)
     assert (budget.target, budget.numel) == (0.5, 50)
 
 
 def test_rules_may_leave_nothing_to_the_others() -> None:
     groups = [_group(50, target_sparsity=0.8), _group(50)]
-    assert sorted(each.target for each in budgets(groups, 0.4)) == [0.0, 0.8]
+    assert sorted(each.target for each in divide_target(groups, 0.4)) == [0.0, 0.8]
 
 
 @given(
@@ -115,9 +115,9 @@ def test_all_together_come_to_the_target_or_it_is_refused(
     reachable = ruled - 0.5 <= target * total <= ruled + max(free - 1, 0) + 0.5
     if total and not reachable:
         with pytest.raises(ValueError, match="cannot be met"):
-            budgets(groups, target, scope)
+            divide_target(groups, target, scope)
         return
-    found = budgets(groups, target, scope)
+    found = divide_target(groups, target, scope)
     assert sum(each.numel for each in found) == total
     assert all(0 <= each.target <= 1 for each in found)
     assert _zeros(found) == pytest.approx(target * total, abs=0.51)
@@ -129,13 +129,13 @@ def test_all_together_come_to_the_target_or_it_is_refused(
 )
 def test_rules_that_the_target_contradicts(own: float, target: float, least: str, most: str) -> None:
     with pytest.raises(ValueError, match=rf"target_sparsity={target:g} cannot be met.*from {least} to {most} zeros"):
-        budgets([_group(500, target_sparsity=own), _group(500)], target)
+        divide_target([_group(500, target_sparsity=own), _group(500)], target)
 
 
 def test_rules_for_all_weights_must_agree_with_the_target() -> None:
-    assert [each.target for each in budgets([_group(100, target_sparsity=0.5)], 0.5)] == [0.5]
+    assert [each.target for each in divide_target([_group(100, target_sparsity=0.5)], 0.5)] == [0.5]
     with pytest.raises(ValueError, match="target_sparsity=0.7 cannot be met"):
-        budgets([_group(100, target_sparsity=0.5)], 0.7)
+        divide_target([_group(100, target_sparsity=0.5)], 0.7)
 
 
 def test_a_target_that_leaves_nothing_is_refused_with_the_most_that_would_do() -> None:
@@ -143,8 +143,8 @@ def test_a_target_that_leaves_nothing_is_refused_with_the_most_that_would_do() -
         ValueError,
         match=r"target_sparsity=0\.99999999 cannot be met: it would leave none of 100 decayed weights.* 0\.99 ",
     ):
-        budgets([_group(100)], 0.99999999)
-    assert budgets([_group(100)], 0.99)[0].target == pytest.approx(0.99)
+        divide_target([_group(100)], 0.99999999)
+    assert divide_target([_group(100)], 0.99)[0].target == pytest.approx(0.99)
 
 
 @pytest.mark.parametrize("target", [-0.1, 1, 1.0, 1.5, 90, float("nan"), float("inf"), True, False, "0.9", [0.9]])
@@ -153,10 +153,10 @@ def test_targets_out_of_range_are_refused(target: Any) -> None:
     with pytest.raises(ValueError, match=message):
         check_target(target)
     with pytest.raises(ValueError, match=message):
-        budgets([_group(100)], target)
+        divide_target([_group(100)], target)
     if target is not False:
         with pytest.raises(ValueError, match=message):
-            budgets([_group(100, target_sparsity=target)], None)
+            divide_target([_group(100, target_sparsity=target)], None)
 
 
 def test_targets_in_range() -> None:
@@ -197,8 +197,8 @@ def test_groups_that_decay() -> None:
 
 
 def test_empty_tensors_make_no_budget() -> None:
-    assert budgets([_group(0)], 0.5) == []
-    assert [each.numel for each in budgets([_group(0, 10)], 0.5, "tensor")] == [10]
+    assert divide_target([_group(0)], 0.5) == []
+    assert [each.numel for each in divide_target([_group(0, 10)], 0.5, "tensor")] == [10]
 
 
 def test_a_model_with_rules_counted_by_hand() -> None:
@@ -206,8 +206,8 @@ def test_a_model_with_rules_counted_by_hand() -> None:
     attention, mlp = 2 * (32 * 96 + 32 * 32), 2 * (2 * 32 * 128)
     rules = {r"attn": {"target_sparsity": 0.5}, r"h\.0\.mlp": {"target_sparsity": 0}}
     groups = build_param_groups(tiny_gpt2(), p_norm=0.8, lambda_p=0.01, rules=rules)
-    found = sorted((each.target, each.numel) for each in budgets(groups, 0.7))
+    found = sorted((each.target, each.numel) for each in divide_target(groups, 0.7))
     half = mlp // 2
     assert found == [(0.5, attention), (pytest.approx((0.7 * (attention + half) - 0.5 * attention) / half), half)]
-    (budget,) = budgets(build_param_groups(tiny_gpt2(), p_norm=0.8, lambda_p=0.01), 0.9)
+    (budget,) = divide_target(build_param_groups(tiny_gpt2(), p_norm=0.8, lambda_p=0.01), 0.9)
     assert budget.numel == attention + mlp

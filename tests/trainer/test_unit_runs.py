@@ -256,7 +256,7 @@ def test_a_forecast_of_groups(make_args: MakeArgs, tokens: Any, caplog: pytest.L
         ({"attn": {"group": "neuron"}}, {}, "what it matches is in no neuron"),
         ({"mlp": {"group": "rank"}}, {}, "no LoRA adapter"),
         ({"mlp": {"group": "2:5"}}, {}, "not divisible by 5"),
-        ({"mlp": {"group": "2:4", "target_sparsity": 0.7}}, {}, "which is 0.5 by itself"),
+        ({"mlp": {"group": "2:4", "target_sparsity": 0.7}}, {}, "which implies 0.5"),
         (
             {"mlp": {"group": "neuron"}, "down_proj": {"group": "2:4"}},
             {},
@@ -270,7 +270,7 @@ def test_a_forecast_of_groups(make_args: MakeArgs, tokens: Any, caplog: pytest.L
         ({"mlp": "off", "mlp.": {"group": "neuron"}}, {}, "rules before it have all that it matches"),
         ({"mlp": {"group": "neuron", "p_norm": 2, "target_sparsity": 0.5}}, {}, "p_norm=2 with a target_sparsity"),
         ({"mlp|attn": {"group": "2:4"}}, {"target_sparsity": 0.9}, "leave the target out"),
-        ({"mlp": {"group": "neuron"}}, {"optim": "muon_lp"}, "parts the parameters of a group"),
+        ({"mlp": {"group": "neuron"}}, {"optim": "muon_lp"}, "splits the parameters of a group"),
     ],
 )
 def test_what_cannot_be_is_refused_before_training(
