@@ -1,1 +1,1 @@
-"""Inference that makes use of the zeros of a model."""
+"""Faster inference with the zeros of a model."""

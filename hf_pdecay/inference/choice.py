@@ -1,6 +1,6 @@
-"""Which linear layers of a model to swap for sparse ones, by a measurement on this machine.
+"""Swaps the linear layers of a model for sparse ones if these are faster, by a measurement on this machine.
 
-On a CPU they multiply the weights that are not zero, on a GPU those of a 2:4 pattern.
+On a CPU a sparse layer multiplies its non-zero weights, on a GPU those of a 2:4 pattern.
 """
 
 from __future__ import annotations
@@ -16,22 +16,22 @@ from torch import Tensor, nn
 
 from ..checks import is_number
 from ..layers.matrices import Linear, is_plain_linear, is_transposed, make_linear
-from . import semi_structured, sparse_linear
+from .base import InferenceLinear
 from .semi_structured import SemiStructuredLinear
 from .sparse_linear import SparseLinear
 
 
 logger = logging.getLogger(__name__)
 
-# With fewer zeros values and places are more bytes than the dense float32 weight.
+# With fewer zeros, values and indices take more bytes than the dense float32 weight.
 LEAST_SPARSITY = 0.5
-_SECONDS, _ROUNDS = 0.03, 3  # that a measurement of a layer takes at least
-_CACHE = 64 << 20  # bytes that push what a layer holds out of the processor's caches
+_SECONDS, _ROUNDS = 0.03, 3  # the least time and number of rounds to measure a layer
+_CACHE = 64 << 20  # bytes that push a layer's weights out of the processor's caches
 
 
 @dataclass(frozen=True)
 class Choice:
-    """A linear layer and what became of it.
+    """A linear layer, and whether it was swapped.
 
     Attributes:
         name: Its name in the model.
@@ -39,7 +39,7 @@ class Choice:
         sparsity: Fraction of its weights that are zero.
         speedup: Time of the dense layer over that of the sparse one, or None if it was not measured.
         swapped: Whether it is sparse now.
-        reason: Why not, or an empty text.
+        reason: Why not, or an empty string.
     """
 
     name: str
@@ -52,24 +52,24 @@ class Choice:
 
 @torch.no_grad()
 def to_sparse_inference(model: nn.Module, *, rows: int = 16, min_sparsity: float | None = None) -> list[Choice]:
-    """Swap the linear layers of a model, in place, for sparse ones where those are faster on this machine.
+    """Swap the linear layers of a model, in place, for sparse ones if these are faster on this machine.
 
-    On a CPU any zeros count, on a GPU of NVIDIA's those of layers in float16 or bfloat16 whose weights are all 2:4 (see
-    ``group`` in ``lp_rules``). ``nn.Linear`` and HF's ``Conv1D`` are looked at. Layers whose weight another module
-    shares, that carry hooks or that hold something else stay as they are. ``generate``, ``pipeline`` and
-    ``save_pretrained`` go on working, the last with an ordinary dense model; training needs :func:`to_dense_inference`.
+    On a CPU any zeros count. On an NVIDIA GPU only 2:4 weights in float16 or bfloat16 do (see ``group`` in
+    ``lp_rules``). ``nn.Linear`` and HF's ``Conv1D`` are swapped; layers with shared weights or hooks stay dense.
+    ``generate``, ``pipeline`` and ``save_pretrained`` keep working, and the last saves an ordinary dense model; call
+    :func:`to_dense_inference` before training.
 
     Args:
         model: A model on a CPU or on one GPU.
-        rows: How many rows a layer mostly sees at a time, for the measurement: batch size × tokens.
-        min_sparsity: Swap every layer of at least this fraction of zeros, and measure nothing; None measures.
+        rows: Typical number of rows that a layer gets at a time, for the measurement: batch size × tokens.
+        min_sparsity: Swap every layer with at least this fraction of zeros without measuring; None measures.
 
     Returns:
-        What became of each linear layer.
+        An entry for each linear layer.
 
     Raises:
-        ValueError: If an argument is out of its range, or the model is a layer by itself, or on another device, or on
-            several.
+        ValueError: If an argument is out of its range, the model is itself a linear layer, or it is on several devices
+            or on another one.
 
     Example:
         >>> model = AutoModelForCausalLM.from_pretrained("out").eval()
@@ -82,8 +82,8 @@ def to_sparse_inference(model: nn.Module, *, rows: int = 16, min_sparsity: float
         raise ValueError(f"Invalid min_sparsity: min_sparsity={min_sparsity!r}; it must be in [0, 1].")
     if is_plain_linear(model):
         raise ValueError(
-            f"Invalid model: it is a {type(model).__name__}, and layers are swapped in what is around them; give that, "
-            "such as nn.Sequential(layer)."
+            f"Invalid model: it is a {type(model).__name__}, and layers are swapped in the module around them; give "
+            "that module, such as nn.Sequential(layer)."
         )
     devices = sorted({str(param.device) for param in model.parameters()})
     if len(devices) > 1 or not (devices or ["cpu"])[0].startswith(("cpu", "cuda")):
@@ -91,7 +91,7 @@ def to_sparse_inference(model: nn.Module, *, rows: int = 16, min_sparsity: float
             f"Invalid model: it is on {' and '.join(devices)}; sparse inference works on a CPU or on one GPU. Call "
             "model.cpu() or model.cuda() first."
         )
-    # Between two calls of a layer of a large model the others push its weights out of the caches.
+    # In a large model, the other layers push a layer's weights out of the caches between two calls.
     linear = sum(module.weight.nbytes for *_, module in _linears(model))
     others = torch.zeros(_CACHE // 4) if linear > _CACHE and devices[:1] == ["cpu"] else None
     owners = Counter(id(param) for _, param in model.named_parameters(remove_duplicate=False))
@@ -103,8 +103,7 @@ def to_sparse_inference(model: nn.Module, *, rows: int = 16, min_sparsity: float
         choices.append(choice)
         if sparse is not None:
             setattr(parent, key, sparse.train(module.training))
-    swapped = [each for each in choices if each.swapped]
-    logger.info("%d of %d linear layers are sparse now.", len(swapped), len(choices))
+    logger.info("%d of %d linear layers are sparse now.", sum(choice.swapped for choice in choices), len(choices))
     return choices
 
 
@@ -113,7 +112,7 @@ def to_dense_inference(model: nn.Module) -> nn.Module:
     """Swap the sparse layers of a model back, in place, and return it; it can be trained again."""
     for parent in model.modules():
         for key, module in list(parent.named_children()):
-            if isinstance(module, (SparseLinear, SemiStructuredLinear)):
+            if isinstance(module, InferenceLinear):
                 setattr(parent, key, _dense(module))
     return model
 
@@ -145,12 +144,11 @@ def _choose(
     measured: dict[tuple[object, ...], float],
     kept: str | None,
     others: Tensor | None,
-) -> tuple[Choice, SparseLinear | SemiStructuredLinear | None]:
-    on_gpu = module.weight.is_cuda
-    refusal = semi_structured.refusal if on_gpu else sparse_linear.refusal
+) -> tuple[Choice, InferenceLinear | None]:
+    made: type[InferenceLinear] = SemiStructuredLinear if module.weight.is_cuda else SparseLinear
     transposed = is_transposed(module)
     weight = module.weight.t() if transposed else module.weight
-    reason = kept or refusal(weight)
+    reason = kept or made.refusal(weight)
     out, size = weight.shape[0], weight.shape[-1]
     if reason is not None:
         return Choice(name, (out, size), 0.0, None, False, reason), None
@@ -158,7 +156,6 @@ def _choose(
     least = LEAST_SPARSITY if min_sparsity is None else min_sparsity
     if sparsity < least:
         return Choice(name, (out, size), sparsity, None, False, f"fewer than {least:.0%} of its weights are zero"), None
-    made = SemiStructuredLinear if on_gpu else SparseLinear
     sparse = made(weight, module.bias, transposed=transposed)
     sparse.trained = module.weight.requires_grad, module.bias is not None and module.bias.requires_grad
     if min_sparsity is not None:
@@ -174,16 +171,16 @@ def _choose(
 
 
 def _speedup(dense: nn.Module, sparse: nn.Module, x: Tensor, others: Tensor | None) -> float:
-    """The least time of the dense layer over that of the sparse one, of calls in turn.
+    """The least time of the dense layer over that of the sparse one, called in turn.
 
     Args:
         dense: The dense layer.
         sparse: The sparse one.
-        x: What both are given.
-        others: What is read before each call, as other layers' weights are; None for a model that fits into the caches.
+        x: The input of both.
+        others: Read before each call, like other layers' weights; None for a model that fits into the caches.
     """
     least = [float("inf"), float("inf")]
-    calls = 1 if x.is_cpu else 10  # on a GPU as many as hide what starting one costs the host
+    calls = 1 if x.is_cpu else 10  # on a GPU enough to hide the host's cost of a launch
     for layer in (dense, sparse):
         layer(x)
     end, rounds = time.perf_counter() + _SECONDS, 0
@@ -206,7 +203,7 @@ def _wait(x: Tensor) -> None:
         torch.cuda.synchronize(x.device)
 
 
-def _dense(sparse: SparseLinear | SemiStructuredLinear) -> nn.Module:
+def _dense(sparse: InferenceLinear) -> nn.Module:
     weight = sparse.dense_weight()
     module = make_linear(
         sparse.in_features, sparse.out_features, bias=sparse.bias is not None, transposed=sparse.transposed

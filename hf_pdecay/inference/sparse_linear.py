@@ -1,4 +1,4 @@
-"""A linear layer that stores and multiplies only the weights that are not zero."""
+"""A linear layer for CPUs that stores and multiplies only its non-zero weights."""
 
 from __future__ import annotations
 
@@ -9,20 +9,21 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
 from ..optim.cpu.native import load
+from .base import InferenceLinear
 
 
 SOURCE = Path(__file__).with_name("sparse_product.cpp")
 
 
-class SparseLinear(nn.Module):
+class SparseLinear(InferenceLinear):
     """y = x Wᵀ + b with W in compressed sparse rows (CSR), for inference on a CPU.
 
-    Values are held and summed in float32, whatever the layer's dtype; x and y are of that dtype. In a state dict the
-    weight is dense, so that a model which holds such layers is saved and loaded as any other.
+    Values are held and summed in float32, whatever the layer's dtype; x and y have that dtype. In a state dict the
+    weight is dense.
 
     Args:
         weight: Weights of shape (out_features, in_features), of float32, bfloat16 or float16, on a CPU.
@@ -30,37 +31,40 @@ class SparseLinear(nn.Module):
         transposed: Whether a state dict has the weight as (in_features, out_features), as HF's ``Conv1D`` does.
 
     Raises:
-        ValueError: If the weight is not such a matrix.
+        ValueError: If the layer cannot hold the weight.
     """
 
     starts: Tensor
     columns: Tensor
     values: Tensor
     _empty: Tensor
-    # Whether weight and bias of the layer that this one stands for are trained.
-    trained: tuple[bool, bool] = True, True
 
-    def __init__(self, weight: Tensor, bias: Tensor | None = None, *, transposed: bool = False) -> None:
-        super().__init__()
-        self.transposed = transposed
-        self._hold(weight)
-        self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
+    @staticmethod
+    def _refusal(weight: Tensor) -> str | None:
+        if weight.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+            return f"it has {weight.dtype}, not float32, bfloat16 or float16"
+        if not weight.is_cpu:
+            return f"it is on {weight.device}, not on a CPU"
+        if weight.numel() >= 1 << 31:
+            return f"its {weight.numel()} weights are more than 32-bit indices can address"
+        return None
 
-    def _hold(self, weight: Tensor) -> None:
-        refused = refusal(weight)
-        if refused is not None:
-            raise ValueError(f"Invalid weight: {refused}.")
-        self.out_features, self.in_features = weight.shape
-        weight = weight.detach()
-        places = weight != 0
+    def _compress(self, weight: Tensor) -> None:
+        kept = weight != 0
         ends = torch.zeros(self.out_features + 1, dtype=torch.int32)
-        ends[1:] = places.sum(1).cumsum(0)
-        columns = torch.arange(self.in_features, dtype=torch.int32).expand_as(weight)[places]
+        ends[1:] = kept.sum(1).cumsum(0)
+        columns = torch.arange(self.in_features, dtype=torch.int32).expand_as(weight)[kept]
         self.register_buffer("starts", ends, persistent=False)
         self.register_buffer("columns", columns, persistent=False)
-        self.register_buffer("values", weight[places].float(), persistent=False)
-        # Takes part in `.to(dtype)`, as the values do only to come back to float32.
+        self.register_buffer("values", weight[kept].float(), persistent=False)
+        # `.to(dtype)` converts it; the values come back to float32.
         self.register_buffer("_empty", torch.empty(0, dtype=weight.dtype), persistent=False)
+
+    def _dense(self) -> Tensor:
+        weight = torch.zeros(self.out_features, self.in_features, dtype=self.dtype, device=self.values.device)
+        rows = torch.arange(self.out_features, device=self.values.device).repeat_interleave(self.starts.diff())
+        weight[rows, self.columns.long()] = self.values.to(self.dtype)
+        return weight
 
     @property
     def dtype(self) -> torch.dtype:
@@ -69,20 +73,13 @@ class SparseLinear(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The weight in the shape that the dense one had, to be looked at; made dense for who computes with it."""
+        """The weight in the dense layer's shape; it becomes dense in operations that use it."""
         return _DenseWhenUsed(self)
 
     @property
     def sparsity(self) -> float:
         """The fraction of the weights that are zero."""
         return 1 - self.values.numel() / max(self.out_features * self.in_features, 1)
-
-    def dense_weight(self) -> Tensor:
-        """Return the weight as an ordinary tensor of the shape that the dense one had."""
-        weight = torch.zeros(self.out_features, self.in_features, dtype=self.dtype, device=self.values.device)
-        rows = torch.arange(self.out_features, device=self.values.device).repeat_interleave(self.starts.diff())
-        weight[rows, self.columns.long()] = self.values.to(self.dtype)
-        return weight.t().contiguous() if self.transposed else weight
 
     def forward(self, x: Tensor) -> Tensor:
         """Multiply.
@@ -94,10 +91,9 @@ class SparseLinear(nn.Module):
             A tensor of shape (…, out_features), of the layer's dtype.
 
         Raises:
-            RuntimeError: If a gradient through the layer is asked for, or it is traced or exported.
+            RuntimeError: If a gradient through the layer is computed, or the layer is traced or exported.
         """
-        # The product is no operation that a graph could hold: a trace would keep what it came to. torch 2.6 does not
-        # tell of an export.
+        # The product cannot be traced: a trace would record its result as a constant. torch 2.6 has no `is_exporting`.
         if torch.jit.is_tracing() or getattr(torch.compiler, "is_exporting", bool)():
             raise RuntimeError("SparseLinear cannot be traced or exported: call to_dense_inference(model) first.")
         if torch.is_grad_enabled() and x.requires_grad:
@@ -124,53 +120,20 @@ class SparseLinear(nn.Module):
         self.values = self.values.float()
         return self
 
-    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-        destination[f"{prefix}weight"] = self.dense_weight()
-
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        _, _, missing, _, errors = args
-        weight = state_dict.pop(f"{prefix}weight", None)
-        if weight is None:
-            missing.append(f"{prefix}weight")
-        elif weight.shape != self.weight.shape:
-            errors.append(
-                f"size mismatch for {prefix}weight: {tuple(weight.shape)} is given, {tuple(self.weight.shape)} is here."
-            )
-        else:
-            self._hold((weight.t() if self.transposed else weight).to(self.dtype))
-        super()._load_from_state_dict(state_dict, prefix, *args)
-
     def extra_repr(self) -> str:
-        """Return what is shown between the parentheses."""
-        shape = f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
-        return f"{shape}, sparsity={self.sparsity:.1%}"
-
-
-def refusal(weight: Tensor) -> str | None:
-    """Return why a weight cannot be one of a :class:`SparseLinear`, or None."""
-    if weight.dim() != 2:
-        return f"it has {weight.dim()} dimensions, not 2"
-    if type(weight) not in (Tensor, nn.Parameter):
-        return f"it is a {type(weight).__name__}"
-    if weight.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        return f"it is of {weight.dtype}, not of float32, bfloat16 or float16"
-    if not weight.is_cpu:
-        return f"it is on {weight.device}, not on a CPU"
-    if weight.numel() >= 1 << 31:
-        return f"its {weight.numel()} weights are more than 32-bit places can tell apart"
-    return None
+        """Return the text between the parentheses."""
+        return f"{super().extra_repr()}, sparsity={self.sparsity:.1%}"
 
 
 def product(starts: Tensor, columns: Tensor, values: Tensor, bias: Tensor | None, x: Tensor) -> Tensor:
     """Return x Wᵀ + b for W in CSR.
 
-    By one C++ function where it can be compiled, else, or elsewhere than on a CPU, by torch's own product.
+    One C++ function computes it on a CPU, if it can be compiled; else torch's own product does.
 
     Args:
-        starts: Where each row of W begins among its values: int32 of shape (out + 1,).
+        starts: The index of the first value of each row of W: int32 of shape (out + 1,).
         columns: Columns of the values, int32.
-        values: Values of W that are not zero, row by row, float32.
+        values: Non-zero values of W, row by row, float32.
         bias: float32 of shape (out,), or None.
         x: float32 of shape (n, in), contiguous.
     """
@@ -203,12 +166,12 @@ def product(starts: Tensor, columns: Tensor, values: Tensor, bias: Tensor | None
 
 
 class _DenseWhenUsed(Tensor):
-    """A weight that tells its dtype, device and shape for nothing, and is made dense in each operation that takes it.
+    """A weight that has a dtype, device and shape but no memory, and becomes dense in each operation that uses it.
 
-    Some modules compute with the weights of their layers themselves, as Mamba's do.
+    Some modules, such as Mamba's, compute with their layers' weights directly.
 
     Args:
-        layer: The layer whose weight it is.
+        layer: The layer of the weight.
     """
 
     @staticmethod
@@ -216,15 +179,17 @@ class _DenseWhenUsed(Tensor):
         """Make a tensor without memory."""
         sizes = (layer.out_features, layer.in_features)
         shape = sizes[::-1] if layer.transposed else sizes
-        made: _DenseWhenUsed = Tensor._make_wrapper_subclass(cls, shape, dtype=layer.dtype, device=layer.values.device)
-        return made
+        weight: _DenseWhenUsed = Tensor._make_wrapper_subclass(
+            cls, shape, dtype=layer.dtype, device=layer.values.device
+        )
+        return weight
 
     def __init__(self, layer: SparseLinear) -> None:
         self.layer = layer
 
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
-    # By these a change would go to a dense weight that nobody keeps, without a word.
+    # These would silently change a temporary dense copy.
     def _refuse(self, *_: Any) -> NoReturn:
         raise RuntimeError("The weight of a SparseLinear cannot be changed: call to_dense_inference(model) first.")
 
@@ -238,7 +203,7 @@ class _DenseWhenUsed(Tensor):
         """Run an operation on the dense weight."""
         if func._schema.is_mutable:
             cls._refuse(args[0])
-        args, kwargs = tree_map_only(cls, lambda each: each.layer.dense_weight(), (args, kwargs or {}))
+        args, kwargs = tree_map_only(cls, lambda weight: weight.layer.dense_weight(), (args, kwargs or {}))
         return func(*args, **kwargs)
 
 

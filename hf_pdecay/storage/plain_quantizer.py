@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, ClassVar
 
 from transformers.quantizers.auto import (
@@ -27,7 +26,11 @@ class PlainConfig(QuantizationConfigMixin):
 
     # Tells transformers that a loaded model is not quantized.
     dequantize = True
-    check: ClassVar[Callable[[object], object]]
+
+    @staticmethod
+    def check(settings: object) -> object:
+        """Raise ValueError if the settings do not follow the format."""
+        raise NotImplementedError
 
     def __init__(self, **settings: Any) -> None:
         type(self).check(settings)
