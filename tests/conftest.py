@@ -83,7 +83,7 @@ def threads() -> Iterator[Callable[[int], None]]:
 
 @pytest.fixture
 def eager() -> Iterator[None]:
-    """Runs what others compile, such as the steps of torchao's optimizers, as it is written: for small tensors sooner."""
+    """Runs what others compile, such as the steps of torchao's optimizers, uncompiled: faster for small tensors."""
     import torch
 
     with torch.compiler.set_stance("force_eager"):

@@ -43,10 +43,10 @@ HALF_OF_THE_RANKS = {"lora_": {"group": "rank", "target_sparsity": 0.5}}
 class TestDecay:
     def test_which_weights_of_an_adapter_decay(self) -> None:
         config = {"target_modules": ["q_proj", "embed_tokens"], "modules_to_save": ["lm_head"]}
-        found = assign(lora(build("llama"), **config), p_norm=0.8, lambda_p=0.1)
-        decayed = {name for name, how in found.items() if how.decayed}
+        result = assign(lora(build("llama"), **config), p_norm=0.8, lambda_p=0.1)
+        decayed = {name for name, how in result.items() if how.decayed}
         assert len(decayed) == 4 and all(".q_proj.lora_" in name for name in decayed)
-        assert sum("embed" in name or "lm_head" in name for name in found) == 3
+        assert sum("embed" in name or "lm_head" in name for name in result) == 3
         on_head = assign(lora(build("llama"), target_modules=["lm_head"]), p_norm=0.8, lambda_p=0.1)
         assert len(on_head) == 2 and not any(how.decayed for how in on_head.values())
         dora = assign(lora(build("llama"), use_dora=True), p_norm=0.8, lambda_p=0.1)
@@ -63,15 +63,15 @@ class TestDecay:
         assert trainer.evaluate(tokens)["eval_loss"] < before - 0.02
         trainer.save_model()
         saved = load_file(Path(args.output_dir) / "adapter_model.safetensors")
-        assert all(each.any() for name, each in saved.items() if "lora_B" in name)
+        assert all(tensor.any() for name, tensor in saved.items() if "lora_B" in name)
         text = (Path(args.output_dir) / "README.md").read_text(encoding="utf-8")
         card = huggingface_hub.ModelCard(text)
         assert card.data.library_name == "peft" and {"lora", "hf-pdecay"} <= set(card.data.tags)
         assert "This adapter" in card.text and "The whole model includes the base model" in card.text
         assert "from scratch" not in card.text
         if "target_sparsity" in settings:
-            zeros = sum(int((each == 0).sum()) for each in saved.values())
-            assert zeros / sum(each.numel() for each in saved.values()) == pytest.approx(0.5, abs=1e-3)
+            zeros = sum(int((tensor == 0).sum()) for tensor in saved.values())
+            assert zeros / sum(tensor.numel() for tensor in saved.values()) == pytest.approx(0.5, abs=1e-3)
 
     @pytest.mark.parametrize(
         "config",
@@ -93,7 +93,7 @@ class TestDecay:
         trainer.save_model()
         assert any(not torch.equal(param, before[name]) for name, param in model.named_parameters() if name in before)
         assert {"adapter_model.safetensors", "sparsity.json", "README.md"} <= {
-            each.name for each in Path(args.output_dir).iterdir()
+            file.name for file in Path(args.output_dir).iterdir()
         }
 
 
@@ -121,7 +121,7 @@ class TestQuantisedBases:
         trainer.save_model()
         report = json.loads((Path(args.output_dir) / "sparsity.json").read_text())
         assert report["sparsity"] == pytest.approx(0.5, abs=1e-3)
-        assert not any("base_layer" in each["name"] for each in report["tensors"])
+        assert not any("base_layer" in tensor["name"] for tensor in report["tensors"])
         assert "sparsity" in (Path(args.output_dir) / "README.md").read_text()
         after = {n.replace(".base_layer", ""): p for n, p in model.get_base_model().named_parameters()}
         assert all(torch.equal(after[name], value) for name, value in packed.items())
@@ -285,8 +285,8 @@ class TestRanks:
         model = fill(lora(build("llama"), **settings))
         left = kill(model)
         counted = rank_sparsity(model)
-        assert {each.name: each.ranks - each.dead for each in counted.layers} == left
-        assert counted.dead == sum(each.ranks for each in counted.layers) - sum(left.values()) > 4
+        assert {layer.name: layer.ranks - layer.dead for layer in counted.layers} == left
+        assert counted.dead == sum(layer.ranks for layer in counted.layers) - sum(left.values()) > 4
         before, size = logits(model), sum(p.numel() for n, p in model.named_parameters() if "lora_" in n)
         assert shrink_ranks(model) is model
         torch.testing.assert_close(logits(model), before, rtol=1e-5, atol=1e-6)
@@ -295,7 +295,7 @@ class TestRanks:
         saved = load_file(tmp_path / "adapter_model.safetensors")
         loaded = peft.PeftModel.from_pretrained(build("llama"), tmp_path)
         torch.testing.assert_close(logits(loaded), before, rtol=1e-5, atol=1e-6)
-        ranks = {each.name: each.ranks for each in rank_sparsity(loaded).layers}
+        ranks = {layer.name: layer.ranks for layer in rank_sparsity(loaded).layers}
         keeps_one = {name: max(rank, 1) for name, rank in left.items()}
         assert ranks == (keeps_one if settings.get("use_dora") else {n: r for n, r in left.items() if r})
         assert sum("lora_" in name for name in saved) == len(ranks) * (3 if settings.get("use_dora") else 2)
@@ -416,10 +416,10 @@ def test_the_example(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         "model_name_or_path": tmp_path / "base",
     }
     words |= {"max_steps": 30, "learning_rate": 0.01, "r": 4, "use_cpu": "true", "disable_tqdm": "true"}
-    found = example.main([f"--{name}={value}" for name, value in words.items()])
-    assert found["adapter"] < found["base"] - 0.1
-    assert found["merged"] == pytest.approx(found["adapter"], abs=1e-4)
-    assert found["sparsity"] == pytest.approx(0.5, abs=1e-3)
+    result = example.main([f"--{name}={value}" for name, value in words.items()])
+    assert result["adapter"] < result["base"] - 0.1
+    assert result["merged"] == pytest.approx(result["adapter"], abs=1e-4)
+    assert result["sparsity"] == pytest.approx(0.5, abs=1e-3)
     merged = load_file(tmp_path / "out" / "merged" / "model.safetensors")
     for name, value in base.state_dict().items():
         assert name not in merged or not merged[name][value == 0].any()

@@ -34,7 +34,7 @@ def test_there_and_back(tmp_path: Path, capsys: pytest.CaptureFixture[str], monk
         for line in out.splitlines()
         if len(words := line.replace("│", " ").replace("┃", " ").split()) > 3
     }
-    size = sum(each.stat().st_size for each in Path(small).glob("*.safetensors"))
+    size = sum(file.stat().st_size for file in Path(small).glob("*.safetensors"))
     assert rows["all"] == ["28", "114,176", f"{size:,}", f"{size / 114176:.1%}"]
     assert len(list(Path(small).glob("*.safetensors"))) > 1
     assert main(["decompress", small, back]) == 0
@@ -96,7 +96,7 @@ class Hub(BaseHTTPRequestHandler):
             name = "/".join(filter(None, (json.loads(body).get("organization"), json.loads(body)["name"])))
             self.answer({"url": f"{host}/{name}", "name": name})
         elif "/preupload/" in self.path:
-            names = [each["path"] for each in json.loads(body)["files"]]
+            names = [file["path"] for file in json.loads(body)["files"]]
             modes = [{"path": name, "uploadMode": "regular", "shouldIgnore": False} for name in names]
             self.answer({"files": modes})
         elif "/commit/" in self.path:

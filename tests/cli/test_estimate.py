@@ -62,7 +62,7 @@ def test_without_architectures_it_is_a_causal_lm(tmp_path: Path) -> None:
     values = {key: value for key, value in model.config.to_dict().items() if key != "architectures"}
     (tmp_path / "config.json").write_text(json.dumps(values))
     sizes = [from_pretrained(str(path)) for path in (tmp_path, tmp_path / "config.json")]
-    assert [each.parameters for each in sizes] == [model.num_parameters()] * 2
+    assert [size.parameters for size in sizes] == [model.num_parameters()] * 2
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -70,12 +70,12 @@ def test_without_architectures_it_is_a_causal_lm(tmp_path: Path) -> None:
 def test_memory_of_one_process_is_that_of_a_real_step(dtype: str, moments: str | None) -> None:
     model = tiny_gpt2().to(getattr(torch, dtype))
     ours = stepped(model, AdamWLp(build_param_groups(model, p_norm=0.8, lambda_p=0.1), lr=1e-3, moments=moments))
-    found = memory_of(of_model(model), "single", Setup(dtype=dtype, moments=moments))
-    assert found.weights == sum(map(nbytes, model.parameters()))
-    assert found.gradients == sum(nbytes(param.grad) for param in model.parameters())
-    assert found.moments == state_bytes(ours, "exp_avg", "exp_avg_sq")
-    assert (found.master, found.buckets) == (0, 0)
-    assert found.total == found.weights + found.gradients + found.moments
+    result = memory_of(of_model(model), "single", Setup(dtype=dtype, moments=moments))
+    assert result.weights == sum(map(nbytes, model.parameters()))
+    assert result.gradients == sum(nbytes(param.grad) for param in model.parameters())
+    assert result.moments == state_bytes(ours, "exp_avg", "exp_avg_sq")
+    assert (result.master, result.buckets) == (0, 0)
+    assert result.total == result.weights + result.gradients + result.moments
 
 
 def test_nothing_stays_that_adamw_does_not_keep() -> None:
@@ -95,9 +95,9 @@ def test_8bit_moments_are_as_torchao_stores_them() -> None:
     pytest.importorskip("torchao")
     model = nn.Sequential(nn.Linear(96, 96), nn.Linear(96, 43, bias=False), nn.Linear(43, 7))
     ours = stepped(model, AdamWLp(model.parameters(), lr=1e-3, moments="8bit"))
-    found = memory_of(of_model(model), "single", Setup(moments="8bit"))
-    assert found.moments == state_bytes(ours, "exp_avg", "exp_avg_sq")
-    assert found.moments < 8 * sum(param.numel() for param in model.parameters())
+    result = memory_of(of_model(model), "single", Setup(moments="8bit"))
+    assert result.moments == state_bytes(ours, "exp_avg", "exp_avg_sq")
+    assert result.moments < 8 * sum(param.numel() for param in model.parameters())
 
 
 @pytest.mark.parametrize("gpus", [1, 2, 3, 7, 8])
@@ -128,31 +128,31 @@ def test_fsdp2_holds_rows_and_zero3_holds_pieces(gpus: int) -> None:
 )
 def test_bytes_per_parameter(layout: str, setup: Setup, bytes_per_parameter: tuple[float, ...]) -> None:
     size = from_parameters(3 * 300 * 8)
-    found = memory_of(size, layout, setup)
-    each = (found.weights, found.gradients, found.moments, found.master, found.buckets)
-    assert [value / size.parameters for value in each] == list(bytes_per_parameter)
+    result = memory_of(size, layout, setup)
+    parts = (result.weights, result.gradients, result.moments, result.master, result.buckets)
+    assert [value / size.parameters for value in parts] == list(bytes_per_parameter)
 
 
 def test_all_layouts_leave_out_what_cannot_be() -> None:
-    found = estimate(from_parameters(1000), Setup(moments="8bit"))
-    assert list(found.memory) == ["single", "ddp"] == list(found.added)
-    assert list(found.left_out) == ["fsdp2", "zero2", "zero3"]
-    json.dumps(found.to_dict())
+    result = estimate(from_parameters(1000), Setup(moments="8bit"))
+    assert list(result.memory) == ["single", "ddp"] == list(result.added)
+    assert list(result.left_out) == ["fsdp2", "zero2", "zero3"]
+    json.dumps(result.to_dict())
 
 
 def test_whole_tensors_need_no_communication() -> None:
     for layout in ("single", "ddp"):
         added = added_by(from_parameters(1e9), layout, 8)
         parts = added.step, added.pruning, added.ties, added.lambda_p, added.log
-        assert [each.all_reduces for each in parts] == [0] * 5
+        assert [traffic.all_reduces for traffic in parts] == [0] * 5
 
 
 @pytest.mark.parametrize("max_steps", [20, 100, 1000, 4321])
 def test_cuts_are_those_of_a_run(max_steps: int) -> None:
     param = nn.Parameter(torch.ones(4))
     control = SparsityControl(AdamWLp([param], lambda_p=1.0), max_steps, target_sparsity=0.5)
-    found = estimate(from_parameters(9), Setup(max_steps=max_steps))
-    assert found.pruning_steps == sum(control.schedule.prunes(step) for step in range(max_steps + 2))
+    result = estimate(from_parameters(9), Setup(max_steps=max_steps))
+    assert result.pruning_steps == sum(control.schedule.prunes(step) for step in range(max_steps + 2))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -167,10 +167,10 @@ def test_temporaries_of_a_cut_are_bounded_as_stated(
     monkeypatch.setattr(cost, "DEVICE_CHUNK", 1 << 14)
     generator = torch.Generator().manual_seed(0)
     weights = [torch.randn(1 << 19, generator=generator).to(dtype) for _ in range(4)]
-    tensors = [Ranked(each, torch.rand(each.shape, generator=generator).to(dtype)) for each in weights]
+    tensors = [Ranked(weight, torch.rand(weight.shape, generator=generator).to(dtype)) for weight in weights]
     with PeakMemory() as memory:
         prune_least(tensors, Ranking(tensors).least(round(fraction * (1 << 21))))
-    size = ModelSize("made", [TensorSize(tuple(each.shape), True) for each in weights])
+    size = ModelSize("made", [TensorSize(tuple(weight.shape), True) for weight in weights])
     # Beside what is stated for large models stands the sample, and a copy of it that is sorted with its places.
     stated = added_by(size, "single", 1).pruning_bytes + 6 * 4 * selection.SAMPLE
     assert stated / 20 < memory.peak <= stated
@@ -211,20 +211,20 @@ def traffic(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
 @pytest.mark.parametrize("case", ["few weights", "more than the sample has"])
 def test_communication_is_that_of_real_processes(traffic: list[dict[str, Any]], case: str) -> None:
     for rank in traffic:
-        found, said = rank[case]["found"], rank[case]["said"]
+        result, said = rank[case]["found"], rank[case]["said"]
         expected = {
             key: [value["all_reduces"], value["bytes"]] for key, value in said.items() if isinstance(value, dict)
         }
-        assert len(found["pruning"]) == rank[case]["pruning_steps"] > 3
-        assert found["pruning"] == [expected["pruning"]] * len(found["pruning"])
+        assert len(result["pruning"]) == rank[case]["pruning_steps"] > 3
+        assert result["pruning"] == [expected["pruning"]] * len(result["pruning"])
         assert rank[case]["tied"] == [a + b for a, b in zip(expected["pruning"], expected["ties"], strict=True)]
-        assert set(map(tuple, found["no pruning"])) == {(0, 0)}
-        assert found["log"] == [expected["log"]] * len(found["log"])
+        assert set(map(tuple, result["no pruning"])) == {(0, 0)}
+        assert result["log"] == [expected["log"]] * len(result["log"])
         # The first step also looks which tensors are wholly zero; the bias of the norm is, until the second step.
         calls, sent = expected["step"]
-        assert found["step"][1] == [calls + 1, sent + 4]
-        assert found["step"][2:] == [expected["step"]] * (len(found["step"]) - 2)
-        setting = {step: each for step, each in enumerate(found["lambda_p"], 1) if each[0]}
+        assert result["step"][1] == [calls + 1, sent + 4]
+        assert result["step"][2:] == [expected["step"]] * (len(result["step"]) - 2)
+        setting = {step: traffic for step, traffic in enumerate(result["lambda_p"], 1) if traffic[0]}
         # At the first step of the change and after cuts, but not once the last weights are chosen by cuts alone: the
         # change is from step 6 to 45 with cuts every 8 steps, and 99% of it has been made by the cut at step 37.
         assert list(setting) == [7, 14, 22]

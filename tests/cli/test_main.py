@@ -30,13 +30,13 @@ def folder(tmp_path: Path) -> str:
 
 def test_a_folder_as_json(folder: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["estimate", folder, "--json", "--gpus", "4", "--max_steps", "200"]) == 0
-    found = json.loads(capsys.readouterr().out)
+    result = json.loads(capsys.readouterr().out)
     parameters = sum(param.numel() for param in tiny_gpt2().parameters())
-    assert (found["parameters"], found["gpus"], found["max_steps"]) == (parameters, 4, 200)
-    assert list(found["layouts"]) == ["single", "ddp", "fsdp2", "zero2", "zero3"]
-    assert found["layouts"]["single"]["memory"]["total"] == 16 * parameters
-    assert found["layouts"]["single"]["gpus"] == 1
-    assert found["layouts"]["zero3"]["added"]["pruning"]["all_reduces"] == 6
+    assert (result["parameters"], result["gpus"], result["max_steps"]) == (parameters, 4, 200)
+    assert list(result["layouts"]) == ["single", "ddp", "fsdp2", "zero2", "zero3"]
+    assert result["layouts"]["single"]["memory"]["total"] == 16 * parameters
+    assert result["layouts"]["single"]["gpus"] == 1
+    assert result["layouts"]["zero3"]["added"]["pruning"]["all_reduces"] == 6
 
 
 def test_a_number_of_parameters_as_tables(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

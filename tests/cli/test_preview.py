@@ -56,18 +56,20 @@ def test_the_zeros_are_those_of_the_run(
     words += ["--target_sparsity", "0.777", "--p_norm", f"{trainer.args.p_norm}"]
     capsys.readouterr()
     assert main([*words, "--json"]) == 0
-    found = json.loads(capsys.readouterr().out)
-    decayed = [each for each in found["tensors"] if each["decayed"]]
+    result = json.loads(capsys.readouterr().out)
+    decayed = [tensor for tensor in result["tensors"] if tensor["decayed"]]
     saved = load_file(tmp_path / "trained" / "model.safetensors")
-    weights = [saved[each["name"]] for each in decayed]
-    assert [list(each.shape) for each in weights] == [each["shape"] for each in decayed]
-    assert found["decayed"] == sum(each.size for each in weights)
-    assert found["zeros"] == {"element": {"zeros": sum((each == 0).sum() for each in weights), "of": found["decayed"]}}
+    weights = [saved[tensor["name"]] for tensor in decayed]
+    assert [list(tensor.shape) for tensor in weights] == [tensor["shape"] for tensor in decayed]
+    assert result["decayed"] == sum(tensor.size for tensor in weights)
+    assert result["zeros"] == {
+        "element": {"zeros": sum((tensor == 0).sum() for tensor in weights), "of": result["decayed"]}
+    }
     groups = [group for group in trainer.optimizer.param_groups if group["decayed"]]
-    assert {(each["rule"], each["p_norm"], each["target_sparsity"]) for each in decayed} == {
+    assert {(tensor["rule"], tensor["p_norm"], tensor["target_sparsity"]) for tensor in decayed} == {
         (group["rule"], group["p_norm"], group["asked_sparsity"]) for group in groups
     }
-    assert found["pruning_steps"][-1] == 30 and found["pruning_steps"][0] > 4
+    assert result["pruning_steps"][-1] == 30 and result["pruning_steps"][0] > 4
 
 
 def test_what_decays_by_default(gpt2: str) -> None:
@@ -77,11 +79,11 @@ def test_what_decays_by_default(gpt2: str) -> None:
         for name, module in model.named_modules()
         if isinstance(module, (torch.nn.Linear, Conv1D)) and name != "lm_head"
     }
-    found = preview(gpt2, DecaySettings())
-    assert {each.name for each in found.tensors if each.decayed} == matrices
-    assert [each.name for each in found.tensors] == [name for name, _ in model.named_parameters()]
-    assert found.parameters == sum(param.numel() for param in model.parameters())
-    assert (found.zeros, found.pruning_steps) == ({}, [])
+    result = preview(gpt2, DecaySettings())
+    assert {tensor.name for tensor in result.tensors if tensor.decayed} == matrices
+    assert [tensor.name for tensor in result.tensors] == [name for name, _ in model.named_parameters()]
+    assert result.parameters == sum(param.numel() for param in model.parameters())
+    assert (result.zeros, result.pruning_steps) == ({}, [])
 
 
 def test_groups_of_weights(llama: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -39,14 +39,14 @@ def test_a_run_and_its_checkpoints(
     newest = as_json(capsys, out)  # there are checkpoints only
     assert newest["folder"] == str(out / "checkpoint-20")
     trainer.save_model()
-    found = as_json(capsys, out)
+    result = as_json(capsys, out)
     arrays = load_file(out / "model.safetensors")
     decayed = {name: array for name, array in arrays.items() if ".attn.c_" in name and name.endswith("weight")}
-    assert {each["name"] for each in found["tensors"] if each["decayed"]} == set(decayed)
+    assert {tensor["name"] for tensor in result["tensors"] if tensor["decayed"]} == set(decayed)
     zeros = sum(int((array == 0).sum()) for array in decayed.values())
-    assert found["decayed"]["zeros"] == newest["decayed"]["zeros"] == zeros
-    assert found["sparsity"] == pytest.approx(0.7, abs=1e-3)
-    assert found["model"]["parameters"] == sum(array.size for array in arrays.values())
+    assert result["decayed"]["zeros"] == newest["decayed"]["zeros"] == zeros
+    assert result["sparsity"] == pytest.approx(0.7, abs=1e-3)
+    assert result["model"]["parameters"] == sum(array.size for array in arrays.values())
     (out / "sparsity.json").unlink()  # then all that decays by default counts
     assert as_json(capsys, out)["decayed"]["tensors"] == 2 * len(decayed)
     assert main(["report", str(out)]) == 0
@@ -61,26 +61,26 @@ def test_a_model_that_no_run_of_ours_has_written(name: str, tmp_path: Path) -> N
             param[torch.rand(param.shape, generator=torch.Generator().manual_seed(param.numel())) < 0.3] = 0
     model.save_pretrained(tmp_path, max_shard_size="50KB")
     assert len(list(tmp_path.glob("*.safetensors"))) > 1
-    found, expected = report_folder(tmp_path).sparsity, measure_sparsity(model)
-    assert found.model.zeros == expected.model.zeros
+    result, expected = report_folder(tmp_path).sparsity, measure_sparsity(model)
+    assert result.model.zeros == expected.model.zeros
     # Also where experts are fused in memory and not in the file, and a router has another name there.
-    assert found.decayed.parameters == expected.decayed.parameters
-    assert found.decayed.zeros == expected.decayed.zeros
+    assert result.decayed.parameters == expected.decayed.parameters
+    assert result.decayed.zeros == expected.decayed.zeros
 
 
 @pytest.mark.parametrize("name", ["vit", "mixtral", "llama"])
 def test_what_a_run_let_decay_whatever_the_names_in_the_file(name: str, tmp_path: Path) -> None:
     model = build(name)
-    decayed = [each.name for each in measure_sparsity(model).tensors if each.decayed and ".0." in each.name]
+    decayed = [tensor.name for tensor in measure_sparsity(model).tensors if tensor.decayed and ".0." in tensor.name]
     with torch.no_grad():
         for number, (own, param) in enumerate(model.named_parameters()):
             param[torch.rand(param.shape) < (0.5 if own in decayed else 0.1 + number / 1000)] = 0
     model.save_pretrained(tmp_path)
     expected = measure_sparsity(model, decayed=decayed)
     expected.save(tmp_path / "sparsity.json")
-    found = report_folder(tmp_path).sparsity
-    assert found.decayed.parameters == expected.decayed.parameters > 0
-    assert found.decayed.zeros == expected.decayed.zeros and found.model.zeros == expected.model.zeros
+    result = report_folder(tmp_path).sparsity
+    assert result.decayed.parameters == expected.decayed.parameters > 0
+    assert result.decayed.zeros == expected.decayed.zeros and result.model.zeros == expected.model.zeros
 
 
 @pytest.mark.parametrize("name", ["vit", "llama"])
@@ -95,11 +95,11 @@ def test_what_shrinking_would_give(name: str, tmp_path: Path) -> None:
             elif re.search(second, own) and param.ndim > 1:
                 param[:, : param.shape[1] // 2] = 0
     model.save_pretrained(tmp_path / "model")
-    found = report_folder(tmp_path / "model").shrunk
-    assert found is not None
+    result = report_folder(tmp_path / "model").shrunk
+    assert result is not None
     shrink_folder(tmp_path / "model", tmp_path / "small")
     left = sum(array.size for array in load_file(tmp_path / "small" / "model.safetensors").values())
-    assert found.uniform == left < found.parameters
+    assert result.uniform == left < result.parameters
 
 
 def test_a_config_that_tells_of_far_more_than_the_files_hold(tmp_path: Path) -> None:
@@ -123,7 +123,7 @@ def test_a_compressed_model_is_counted_as_what_it_is(zstd: bool, tmp_path: Path)
     assert small.sparsity.to_dict() == plain.sparsity.to_dict()
     assert small.stored == plain.stored
     assert small.packed == (tmp_path / "small/model.safetensors").stat().st_size < plain.stored
-    said = " ".join(str(each) for each in small.__rich_console__(None, None) if isinstance(each, str))  # type: ignore[arg-type]
+    said = " ".join(str(part) for part in small.__rich_console__(None, None) if isinstance(part, str))  # type: ignore[arg-type]
     assert f"The folder is compressed: {small.packed / plain.stored:.1%}" in said and "hf-pdecay compress" not in said
 
 
@@ -136,16 +136,18 @@ def test_it_says_what_the_zeros_are_good_for(
             if ".mlp." in name:
                 param.mul_(torch.rand(param.shape) < 0.1)
     model.save_pretrained(tmp_path / "model")
-    found = as_json(capsys, tmp_path / "model")
-    assert found["bytes"] == sum(array.nbytes for array in load_file(tmp_path / "model" / "model.safetensors").values())
+    result = as_json(capsys, tmp_path / "model")
+    assert result["bytes"] == sum(
+        array.nbytes for array in load_file(tmp_path / "model" / "model.safetensors").values()
+    )
     compress(tmp_path / "model", tmp_path / "small")
     # Heads, names and checksums come on top, which weigh in a model of 25,000 weights.
     written = sum(array.nbytes for array in load_file(tmp_path / "small" / "model.safetensors").values())
-    assert found["compressed_bytes"] < written < found["compressed_bytes"] + 100 * len(found["tensors"])
+    assert result["compressed_bytes"] < written < result["compressed_bytes"] + 100 * len(result["tensors"])
     monkeypatch.setenv("COLUMNS", "400")
     assert main(["report", str(tmp_path / "model")]) == 0
     said = " ".join(capsys.readouterr().out.split())
-    share = found["compressed_bytes"] / found["bytes"]
+    share = result["compressed_bytes"] / result["bytes"]
     assert f"hf-pdecay compress {tmp_path / 'model'} OUT stores it in about {share:.1%}" in said
     assert "6 tensors have at least 80% zeros: hf_pdecay.to_sparse_inference" in said
 
@@ -160,11 +162,11 @@ def test_an_adapter(
     trainer = PDecayTrainer(model=model, args=args, train_dataset=tokens)
     trainer.train()
     trainer.save_model()
-    found = as_json(capsys, Path(args.output_dir))
-    assert len(found["ranks"]) == 14
-    assert sum(each["ranks"] for each in found["ranks"].values()) == 56
-    assert sum(each["dead"] for each in found["ranks"].values()) == 14
-    assert found["decayed"]["tensors"] == 28
+    result = as_json(capsys, Path(args.output_dir))
+    assert len(result["ranks"]) == 14
+    assert sum(layer["ranks"] for layer in result["ranks"].values()) == 56
+    assert sum(layer["dead"] for layer in result["ranks"].values()) == 14
+    assert result["decayed"]["tensors"] == 28
     assert main(["report", args.output_dir]) == 0
     assert "14 of 56 ranks in 14 layers are dead" in " ".join(capsys.readouterr().out.split())
     (Path(args.output_dir) / "sparsity.json").unlink()
@@ -175,17 +177,17 @@ def test_an_adapter(
 def test_weights_of_one_byte(dtype: torch.dtype, tmp_path: Path) -> None:
     weights = torch.tensor([[0.0, -0.0, 1.5, 0.25], [0.0, 2.0, 0.0, 0.0]]).to(dtype)
     save_file({"layer.weight": weights}, tmp_path / "model.safetensors")
-    found = report_folder(tmp_path)
-    assert [(each.name, each.zeros) for each in found.sparsity.tensors] == [("layer.weight", 5)]
-    assert (found.stored, found.compressed) == (8, 1 + 3), "a bitmask, and the values that are not zero"
+    result = report_folder(tmp_path)
+    assert [(tensor.name, tensor.zeros) for tensor in result.sparsity.tensors] == [("layer.weight", 5)]
+    assert (result.stored, result.compressed) == (8, 1 + 3), "a bitmask, and the values that are not zero"
 
 
 def test_codes_without_a_sign(tmp_path: Path) -> None:
     pytest.importorskip("safetensors", minversion="0.8")  # 0.5 does not know their dtype
     save_file({"layer.codes": torch.tensor([0, 3, 0, 60000], dtype=torch.uint16)}, tmp_path / "model.safetensors")
-    found = report_folder(tmp_path)
-    assert found.sparsity.tensors == []
-    assert (found.stored, found.compressed) == (8, 1 + 2 * 2)
+    result = report_folder(tmp_path)
+    assert result.sparsity.tensors == []
+    assert (result.stored, result.compressed) == (8, 1 + 2 * 2)
 
 
 def test_counts_of_a_run_that_are_damaged(
@@ -207,8 +209,8 @@ def test_a_search(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     (tmp_path / "search.jsonl").write_text(
         "".join(json.dumps(line) + "\n" for line in [{**lines[0], "loss": 9}, *lines])
     )
-    found = as_json(capsys, tmp_path)
-    assert [each["front"] for each in found["trials"]] == [True, False, True, True]
+    result = as_json(capsys, tmp_path)
+    assert [trial["front"] for trial in result["trials"]] == [True, False, True, True]
     assert (tmp_path / "pareto.png").read_bytes().startswith(b"\x89PNG")
     assert main(["report", str(tmp_path)]) == 0
     out = capsys.readouterr().out
@@ -243,12 +245,12 @@ def test_files_that_from_pretrained_does_not_read_are_not_counted(tmp_path: Path
         model.save_pretrained(tmp_path / folder, max_shard_size=size)
     stale = sorted((tmp_path / "shards").glob("*.safetensors"))
     assert len(stale) > 1
-    for each in stale:
-        (tmp_path / "whole" / each.name).write_bytes(each.read_bytes())
+    for file in stale:
+        (tmp_path / "whole" / file.name).write_bytes(file.read_bytes())
     (tmp_path / "shards" / "consolidated.safetensors").write_bytes((tmp_path / "whole/model.safetensors").read_bytes())
     for folder in ("shards", "whole"):
-        found = report_folder(tmp_path / folder)
-        assert found.sparsity.model == expected and found.stored == 4 * expected.parameters
+        result = report_folder(tmp_path / folder)
+        assert result.sparsity.model == expected and result.stored == 4 * expected.parameters
     stale[0].unlink()
     with pytest.raises(ValueError, match=f"{stale[0].name} of its model.safetensors.index.json is missing"):
         report_folder(tmp_path / "shards")
@@ -259,9 +261,9 @@ def test_a_buffer_does_not_decay(tmp_path: Path) -> None:
     config = tf.BartConfig(vocab_size=64, d_model=16, encoder_ffn_dim=32, decoder_ffn_dim=32, **sizes)
     model = tf.BartForConditionalGeneration(config)  # which saves a bias of its logits, of two dimensions
     model.save_pretrained(tmp_path)
-    found = report_folder(tmp_path).sparsity
-    assert found.decayed == measure_sparsity(model).decayed
-    assert found.model.parameters == measure_sparsity(model).model.parameters + 64
+    result = report_folder(tmp_path).sparsity
+    assert result.decayed == measure_sparsity(model).decayed
+    assert result.model.parameters == measure_sparsity(model).model.parameters + 64
 
 
 @pytest.mark.parametrize("config", [{"model_type": "gpt2", "n_head": 0}, {"model_type": "bert"}])
@@ -275,8 +277,8 @@ def test_a_config_of_which_no_model_can_be_made(config: dict[str, Any], tmp_path
 def test_json_of_a_model_with_nan_is_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     save_file({"a.weight": torch.full((2, 2), torch.nan), "b.weight": torch.eye(2)}, tmp_path / "model.safetensors")
     assert main(["report", str(tmp_path), "--json"]) == 0
-    found = json.loads(capsys.readouterr().out, parse_constant=lambda each: pytest.fail(f"{each} is no JSON"))
-    assert [each["norm"] for each in found["tensors"]] == [None, pytest.approx(2**0.5)]
+    result = json.loads(capsys.readouterr().out, parse_constant=lambda constant: pytest.fail(f"{constant} is no JSON"))
+    assert [tensor["norm"] for tensor in result["tensors"]] == [None, pytest.approx(2**0.5)]
 
 
 def test_a_compressed_model_is_listed_in_the_order_of_the_plain_one(tmp_path: Path) -> None:
@@ -286,7 +288,7 @@ def test_a_compressed_model_is_listed_in_the_order_of_the_plain_one(tmp_path: Pa
     save_file(tensors, tmp_path / "plain" / "model.safetensors")
     compress(tmp_path / "plain", tmp_path / "small")
     for folder in ("plain", "small"):
-        assert [each.name for each in report_folder(tmp_path / folder).sparsity.tensors] == list(tensors)
+        assert [tensor.name for tensor in report_folder(tmp_path / folder).sparsity.tensors] == list(tensors)
 
 
 def test_a_folder_is_named_as_it_is(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -309,8 +311,8 @@ def test_a_model_shrunk_layer_by_layer(tmp_path: Path, capsys: pytest.CaptureFix
             model.get_parameter(f"{name}.mlp.up_proj.weight")[:-1] = 0
     model.save_pretrained(tmp_path / "model")
     left = shrink_folder(tmp_path / "model", tmp_path / "small", layers="ragged").parameters[1]
-    found = report_folder(tmp_path / "small")
-    assert found.sparsity.model.parameters == left and found.shrunk is None and found.compressed == found.stored
+    result = report_folder(tmp_path / "small")
+    assert result.sparsity.model.parameters == left and result.shrunk is None and result.compressed == result.stored
     assert main(["report", str(tmp_path / "small")]) == 0
     assert "hf-pdecay" not in capsys.readouterr().out
     with pytest.raises(ValueError, match="name the plain model, from which it was made"):

@@ -54,7 +54,7 @@ def training(tmp_path: Path) -> list[str]:
 
 @pytest.fixture
 def texts(tmp_path: Path) -> Path:
-    return json_lines(tmp_path / "data" / "train.jsonl", [{"text": each} for each in sentences(48)])
+    return json_lines(tmp_path / "data" / "train.jsonl", [{"text": sentence} for sentence in sentences(48)])
 
 
 def _check(done: subprocess.CompletedProcess[str], folder: Path) -> None:
@@ -93,7 +93,7 @@ def test_a_script_like_run_clm_and_on_two_processes(run: Run, training: list[str
 
 @pytest.mark.slow
 def test_a_script_like_run_glue(run: Run, training: list[str], tmp_path: Path) -> None:
-    rows = [{"sentence": each, "label": number % 2} for number, each in enumerate(sentences(48))]
+    rows = [{"sentence": sentence, "label": number % 2} for number, sentence in enumerate(sentences(48))]
     data = json_lines(tmp_path / "train.jsonl", rows)
     training[training.index("--model_name_or_path") + 1] = str(bert(tmp_path / "bert"))
     words = [*training, "--train_file", data, "--do_train", "--do_eval"]

@@ -56,13 +56,13 @@ def test_the_end_of_training_writes_a_card(trained: PDecayTrainer, tmp_path: Pat
 def test_evaluation_is_a_model_index(trained: PDecayTrainer, tmp_path: Path) -> None:
     # Loading parses model-index; a wrong one raises.
     card = ModelCard.load(tmp_path / "out" / "README.md", ignore_metadata_errors=False)
-    results = {each.metric_type: each.metric_value for each in card.data.eval_results}
+    results = {metric.metric_type: metric.metric_value for metric in card.data.eval_results}
     last = [entry for entry in trained.state.log_history if "eval_loss" in entry][-1]
     assert results["loss"] == pytest.approx(last["eval_loss"])
     assert results["accuracy"] == 0.25
     assert results["sparsity"] == trained.measure_sparsity().sparsity
     assert set(results) == {"loss", "accuracy", "sparsity"}
-    assert {each.task_type for each in card.data.eval_results} == {"text-generation"}
+    assert {metric.task_type for metric in card.data.eval_results} == {"text-generation"}
 
 
 def test_save_model_writes_one_beside_the_model(trained: PDecayTrainer, tmp_path: Path) -> None:
@@ -132,7 +132,7 @@ def test_evaluating_alone_leaves_a_card_as_it_is(
     card = ModelCard.load(tmp_path / "new" / "README.md")
     assert "Counted by `hf_pdecay`" in card.text and "Trained with" not in card.text
     assert "learning_rate" not in card.text and "### Decay" not in card.text
-    assert {each.metric_type for each in card.data.eval_results} == {"loss", "sparsity"}
+    assert {metric.metric_type for metric in card.data.eval_results} == {"loss", "sparsity"}
     assert "Preparation" not in card.text and "- Step:" not in card.text
 
 
