@@ -25,7 +25,7 @@ from .cpu.units import UnitDivisors
 from .decay import shrink_factor
 from .distributed import is_dtensor, span_of
 from .tensor_step import Hyperparameters, Structure
-from .unit_operations import mean_squares, scale, shrink_weakest
+from .unit_operations import decay_weakest, mean_squares, scale
 from .unit_tables import UnitTables
 from .units import Member, Units, check_units, kind_of, n_of_m, units_of
 
@@ -187,7 +187,7 @@ class BlockDecay(UnitDecay):
             noise = self.first_place + member.param + _NOISE, self.step_of(member.param)
             alpha_lambda = self.alpha_lambda(before.device)
             for weights in self._weights(member.param):
-                shrink_weakest(
+                decay_weakest(
                     weights, before, member.dim, self._blocks, self.group["p_norm"], alpha_lambda, finite, noise
                 )
 

@@ -105,30 +105,30 @@ def _square_sums(weights: Tensor, dim: int) -> Tensor:
     return sums
 
 
-def _pieces(part: Tensor, dim: int, block: int = 1) -> Iterator[tuple[Tensor, slice]]:
-    """Yield views of a bounded number of weights, each with the part of dimension ``dim`` that it has.
+def _pieces(weights: Tensor, dim: int, block: int = 1) -> Iterator[tuple[Tensor, slice]]:
+    """Yield views of a bounded number of weights, each with the slice of dimension ``dim`` that it has.
 
-    Where they divide that dimension, it is in multiples of ``block``.
+    Slices of that dimension are multiples of ``block``.
     """
-    size = chunk_size(part.device)
+    size = chunk_size(weights.device)
     whole = slice(None)
-    if part.numel() <= size:
-        yield part, whole
+    if weights.numel() <= size:
+        yield weights, whole
         return
-    axis = max(range(part.dim()), key=part.stride)
-    step = max(1, size * part.shape[axis] // part.numel())
+    axis = max(range(weights.dim()), key=weights.stride)
+    step = max(1, size * weights.shape[axis] // weights.numel())
     if axis == dim:
         step = -(-step // block) * block
-    for start in range(0, part.shape[axis], step):
-        extent = min(step, part.shape[axis] - start)
-        yield part.narrow(axis, start, extent), slice(start, start + extent) if axis == dim else whole
+    for start in range(0, weights.shape[axis], step):
+        extent = min(step, weights.shape[axis] - start)
+        yield weights.narrow(axis, start, extent), slice(start, start + extent) if axis == dim else whole
 
 
-def scale(part: Tensor, dim: int, factor: Tensor, noise_place: int, step: int | Tensor) -> None:
+def scale(weights: Tensor, dim: int, factor: Tensor, noise_place: int, step: int | Tensor) -> None:
     """Multiply weights by factors along a dimension, in place."""
     first = 0
-    shape = [1] * part.dim()
-    for piece, span in _pieces(part, dim):
+    shape = [1] * weights.dim()
+    for piece, span in _pieces(weights, dim):
         shape[dim] = -1
         _multiply(piece, factor[span].view(shape), noise_place, step, first)
         first += piece.numel()
@@ -137,7 +137,7 @@ def scale(part: Tensor, dim: int, factor: Tensor, noise_place: int, step: int | 
 def _multiply(piece: Tensor, factor: Tensor, noise_place: int, step: int | Tensor, first: int) -> None:
     """Multiply weights in place: in float32 and with stochastic rounding in low precision.
 
-    What falls below the smallest normal number becomes 0, as a weight would else stay subnormal for long.
+    A result below the smallest normal number becomes 0, because it would stay subnormal for long.
     """
     low = piece.dtype in LOW_PRECISION
     working = piece.to(torch.float32) if low else piece
@@ -149,7 +149,7 @@ def _multiply(piece: Tensor, factor: Tensor, noise_place: int, step: int | Tenso
         piece.copy_(stochastic_round(working, piece.dtype, noise))
 
 
-def shrink_weakest(
+def decay_weakest(
     weights: Tensor,
     before: Tensor,
     dim: int,
@@ -159,7 +159,7 @@ def shrink_weakest(
     finite: bool | Tensor,
     noise: tuple[int, int | Tensor],
 ) -> None:
-    """Shrink those weights that were the M - N weakest of M before the step, each by its own factor."""
+    """Decay the weights that were the M - N weakest of M before the step, each by its own factor."""
     first = 0
     old = before.movedim(dim, -1)
     for (piece, _), (was, _) in zip(
@@ -182,7 +182,7 @@ def weakest(scores: Tensor, blocks: tuple[int, int], *, exact: bool = False) -> 
     Args:
         scores: Of any shape whose last dimension is divisible by M; at least 0.
         blocks: N and M.
-        exact: Whether of equal scores as many are taken as it takes; otherwise none that equals one that stays.
+        exact: Whether equal scores are split to take exactly M - N; otherwise none is taken that equals one that stays.
 
     Returns:
         A bool tensor of the shape of ``scores``.

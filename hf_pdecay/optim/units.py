@@ -1,4 +1,4 @@
-"""What decays as one in a param group, and where it lies in the group's parameters."""
+"""The units that decay as one in a param group, and where they lie in the group's parameters."""
 
 from __future__ import annotations
 
@@ -83,20 +83,17 @@ def n_of_m(kind: str) -> tuple[int, int] | None:
 
 
 def units_of(group: Mapping[str, Any]) -> list[Units[int]]:
-    """Return the units of a param group; without any, rows are along dimension 0 and columns along dimension 1.
-
-    For N:M the places say along which dimension the blocks lie, by default 1.
-    """
+    """Return the units of a param group; by default rows lie along dimension 0, columns and N:M blocks along 1."""
     given = group.get("units")
     if given is not None:
         return [
             Units(
                 kind_of(group),
-                each["count"],
-                tuple(Member(m["param"], m["dim"], m.get("size", 1), m.get("offset", 0)) for m in each["members"]),
-                each.get("name", ""),
+                layer["count"],
+                tuple(Member(m["param"], m["dim"], m.get("size", 1), m.get("offset", 0)) for m in layer["members"]),
+                layer.get("name", ""),
             )
-            for each in given
+            for layer in given
         ]
     dim = 0 if kind_of(group) == "row" else 1
     return [
@@ -118,7 +115,7 @@ def check_units(group: Mapping[str, Any]) -> None:
         if kind not in ("row", "column") and blocks is None:
             raise ValueError(
                 f"Invalid units: group={kind!r} without units, which say where in the parameters each {kind} "
-                "lies; lp_rules find them for the models that are known."
+                "lies; lp_rules find them in known models."
             )
         least = 1 if kind == "row" else 2
         for param in params:
@@ -128,52 +125,53 @@ def check_units(group: Mapping[str, Any]) -> None:
                     f"{least} dimensions."
                 )
     try:
-        coupled = units_of(group)
+        units = units_of(group)
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(
             f"Invalid units: units={group.get('units')!r}; it must be a list of "
             '{"count": 4, "name": "layer", "members": [{"param": 0, "dim": 0, "size": 1, "offset": 0}]}.'
         ) from error
     taken: dict[int, tuple[int, list[tuple[int, int]]]] = {}
-    for each in coupled:
-        if each.members and each.count == 0:
+    for layer in units:
+        if layer.members and layer.count == 0:
             raise ValueError(
-                f"Invalid group: group={kind!r} on {each.name or 'a parameter'}, which is empty along that dimension; "
+                f"Invalid group: group={kind!r} on {layer.name or 'a parameter'}, which is empty along that dimension; "
                 "leave it out."
             )
-        if not each.members or not _whole(each.count, 1):
-            raise ValueError(f"Invalid units: {each!r} has no groups or no members.")
-        for place in each.members:
-            _check_place(each, place, params, taken, blocks)
+        if not layer.members or not _whole(layer.count, 1):
+            raise ValueError(f"Invalid units: {layer!r} needs at least one unit and one member.")
+        for member in layer.members:
+            _check_member(layer, member, params, taken, blocks)
 
 
-def _check_place(
-    coupled: Units[int],
-    place: Member[int],
+def _check_member(
+    layer: Units[int],
+    member: Member[int],
     params: Sequence[Tensor],
     taken: dict[int, tuple[int, list[tuple[int, int]]]],
     blocks: tuple[int, int] | None,
 ) -> None:
-    where = f"{coupled.name or 'a coupling'}: {place!r}"
-    if not _whole(place.param, 0) or place.param >= len(params):
-        raise ValueError(f"Invalid units: {where} names parameter {place.param!r} of {len(params)}.")
-    shape = tuple(params[place.param].shape)
-    if not (_whole(place.dim, 0) and _whole(place.size, 1) and _whole(place.offset, 0)) or place.dim >= len(shape):
+    where = f"{layer.name or 'a layer'}: {member!r}"
+    if not _whole(member.param, 0) or member.param >= len(params):
+        raise ValueError(f"Invalid units: {where} names parameter {member.param!r} of {len(params)}.")
+    shape = tuple(params[member.param].shape)
+    whole = _whole(member.dim, 0) and _whole(member.size, 1) and _whole(member.offset, 0)
+    if not whole or member.dim >= len(shape):
         raise ValueError(f"Invalid units: {where} does not fit a parameter of shape {shape}.")
-    end = place.offset + coupled.count * place.size
-    if end > shape[place.dim]:
+    end = member.offset + layer.count * member.size
+    if end > shape[member.dim]:
         raise ValueError(
-            f"Invalid units: {where} with {coupled.count} groups reaches index {end} of dimension {place.dim} of a "
+            f"Invalid units: {where} with {layer.count} units reaches index {end} of dimension {member.dim} of a "
             f"parameter of shape {shape}."
         )
-    dim, spans = taken.setdefault(place.param, (place.dim, []))
-    if dim != place.dim or any(start < end and place.offset < stop for start, stop in spans):
-        raise ValueError(f"Invalid units: {where} has weights that are in another group of this kind already.")
-    spans.append((place.offset, end))
-    if blocks is not None and shape[place.dim] % blocks[1]:
+    dim, spans = taken.setdefault(member.param, (member.dim, []))
+    if dim != member.dim or any(start < end and member.offset < stop for start, stop in spans):
+        raise ValueError(f"Invalid units: {where} has weights that belong to another unit of this kind.")
+    spans.append((member.offset, end))
+    if blocks is not None and shape[member.dim] % blocks[1]:
         raise ValueError(
-            f"Invalid group: group='{blocks[0]}:{blocks[1]}' on {coupled.name or 'a parameter'} of shape {shape}, "
-            f"whose dimension {place.dim} is not divisible by {blocks[1]}."
+            f"Invalid group: group='{blocks[0]}:{blocks[1]}' on {layer.name or 'a parameter'} of shape {shape}; its "
+            f"dimension {member.dim} is not divisible by {blocks[1]}."
         )
 
 
@@ -181,8 +179,8 @@ def _whole(value: Any, least: int) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= least
 
 
-def unit_size(coupled: Units[int], params: Sequence[Tensor]) -> int:
-    """Return how many weights a group of a coupling has."""
+def unit_size(units: Units[int], params: Sequence[Tensor]) -> int:
+    """Return the number of weights of one unit."""
     return sum(
-        params[place.param].numel() // params[place.param].shape[place.dim] * place.size for place in coupled.members
+        params[member.param].numel() // params[member.param].shape[member.dim] * member.size for member in units.members
     )

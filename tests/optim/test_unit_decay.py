@@ -421,13 +421,13 @@ def test_weak_rows_die_and_strong_ones_stay() -> None:
         ({"group": "neuron"}, "group='neuron' without units"),
         ({"group": "2:4"}, "dimension 1 is not divisible by 4"),
         ({"group": "row", "units": [{"count": 3}]}, "it must be a list of"),
-        ({"group": "row", "units": [{"count": 3, "members": []}]}, "no groups or no members"),
+        ({"group": "row", "units": [{"count": 3, "members": []}]}, "at least one unit and one member"),
         ({"group": "row", "units": [{"count": 3, "members": [{"param": 1, "dim": 0}]}]}, "names parameter 1 of 1"),
         ({"group": "row", "units": [{"count": 3, "members": [{"param": 0, "dim": 2}]}]}, "does not fit"),
         ({"group": "row", "units": [{"count": 3, "members": [{"param": 0, "dim": 0, "offset": 3}]}]}, "index 6"),
         (
             {"group": "row", "units": [{"count": 2, "members": [{"param": 0, "dim": 0}, {"param": 0, "dim": 1}]}]},
-            "in another group of this kind already",
+            "belong to another unit of this kind",
         ),
     ],
 )

@@ -2,9 +2,8 @@
 //
 // The arithmetic is that of foreach.py. Two things differ from it:
 //   - |w|^x comes from two polynomials instead of log2 and exp2, see divisors.cpp.
-//   - Tensors are cut into chunks that all threads share, so many small tensors cost no more than a few large ones.
-// Without decay it is torch.optim.AdamW to rounding. Compiled together with the other
-// files here, which compiled.py names.
+//   - Tensors are split into chunks that all threads share, so many small tensors cost no more than a few large ones.
+// Without decay it is torch.optim.AdamW up to rounding. Compiled together with the other files that step.py names.
 
 namespace {
 
@@ -19,7 +18,7 @@ constexpr int kStreams = 4;  // places read at once in a check: one stream does 
 #define PREFETCH(address)
 #endif
 
-// --- the interface: plain numbers, filled in by compiled.py
+// --- the interface: plain numbers, filled in by step.py
 
 struct Row {  // one tensor
   void* param;
@@ -33,11 +32,11 @@ struct Row {  // one tensor
   int64_t param_dtype;
   int64_t moment_dtype;
   int64_t asleep;  // whether the tensor was wholly zero at the start and still is
-  // Of a tensor that decays by groups what each index of a dimension is divided by, of the working dtype; else null.
+  // For a tensor that decays by units, the divisor of each index of a dimension, of the working dtype; else null.
   const void* divisors;
   int64_t inner, length;  // elements from one index of that dimension to the next, and how many indices there are
-  int64_t by_four;        // whether of each 4 consecutive weights only the 2 weakest decay
-  // Of moments in 8 bits, whose codes are at exp_avg and exp_avg_sq, their scales and the numbers that codes stand for.
+  int64_t by_four;        // whether only the 2 weakest of each 4 consecutive weights decay
+  // For moments in 8 bits, whose codes are at exp_avg and exp_avg_sq: their scales and the numbers that codes stand for.
   float *exp_avg_scale, *exp_avg_sq_scale;
   const float *exp_avg_map, *exp_avg_sq_map;
 };
@@ -80,15 +79,15 @@ inline void step_block(const Row& row, const Scalars<T>& s, int64_t at, int n, M
   P* const p = static_cast<P*>(row.param) + at;
   const P* const g = static_cast<const P*>(row.grad) + at;
   T divisor[kBlock];
-  // While the divisors are computed nothing else would be asked of the memory.
+  // The memory would be idle while the divisors are computed.
   for (int i = 0; i < kBlock; i += 16) {
     PREFETCH(p + kPrefetch + i);
     PREFETCH(g + kPrefetch + i);
     PREFETCH(m + kPrefetch + i);
     PREFETCH(v + kPrefetch + i);
   }
-  if (kDecay == kGroups) {
-    group_divisors(static_cast<const T*>(row.divisors), row.inner, row.length, p, at, n, s.keep_zeros, divisor);
+  if (kDecay == kUnits) {
+    unit_divisors_of(static_cast<const T*>(row.divisors), row.inner, row.length, p, at, n, s.keep_zeros, divisor);
   } else if (kDecay == kByFour || (kDecay == kElements && !kInLanes<T>)) {
     divisors(p, n, s, divisor);
     if (kDecay == kByFour) spare_strongest(p, n, s.keep_zeros, divisor);
@@ -102,7 +101,7 @@ void step_chunk(const Row& row, const Scalars<T>& shared, int64_t begin, int64_t
   M* const exp_avg = static_cast<M*>(row.exp_avg);
   M* const exp_avg_sq = static_cast<M*>(row.exp_avg_sq);
   int64_t at = begin;
-  // Of a size that the compiler knows, it makes loops without a rest.
+  // With a constant size the compiler makes loops without a remainder.
   for (; at + kBlock <= end; at += kBlock) step_block<kDecay, P>(row, s, at, kBlock, exp_avg + at, exp_avg_sq + at);
   if (at < end) step_block<kDecay, P>(row, s, at, static_cast<int>(end - at), exp_avg + at, exp_avg_sq + at);
 }
@@ -130,7 +129,7 @@ void step_encoded(const Row& row, const Scalars<float>& shared, const Encoder& f
 // --- the decay alone, of weights that another optimizer has stepped: `grad` is their copy from before that
 
 template <class P, class T>
-void shrink_chunk(const Row& row, const Scalars<T>& shared, int64_t begin, int64_t end) {
+void decay_chunk(const Row& row, const Scalars<T>& shared, int64_t begin, int64_t end) {
   const Scalars<T> s = shared;
   P* const param = static_cast<P*>(row.param);
   const P* const before = static_cast<const P*>(row.grad);
@@ -167,109 +166,109 @@ std::vector<Chunk> chunks_of(const int64_t* numel, int64_t stride, int64_t count
   return chunks;
 }
 
-struct Plan {  // everything about one tensor that its chunks share
+struct Task {  // everything about one tensor that its chunks share
   Scalars<float> single;
   Scalars<double> wide;
   const Encoder *first, *second;
-  void (*run)(const Row&, const Plan&, int64_t, int64_t);
+  void (*run)(const Row&, const Task&, int64_t, int64_t);
 };
 
 template <Decay kDecay, class P, class M>
-void run_single(const Row& row, const Plan& plan, int64_t begin, int64_t end) {
-  step_chunk<kDecay, P, M>(row, plan.single, begin, end);
+void run_single(const Row& row, const Task& task, int64_t begin, int64_t end) {
+  step_chunk<kDecay, P, M>(row, task.single, begin, end);
 }
 template <Decay kDecay>
-void run_wide(const Row& row, const Plan& plan, int64_t begin, int64_t end) {
-  step_chunk<kDecay, double, double>(row, plan.wide, begin, end);
+void run_wide(const Row& row, const Task& task, int64_t begin, int64_t end) {
+  step_chunk<kDecay, double, double>(row, task.wide, begin, end);
 }
 
 template <Decay kDecay, class P>
-void run_encoded(const Row& row, const Plan& plan, int64_t begin, int64_t end) {
-  step_encoded<kDecay, P>(row, plan.single, *plan.first, *plan.second, begin, end);
+void run_encoded(const Row& row, const Task& task, int64_t begin, int64_t end) {
+  step_encoded<kDecay, P>(row, task.single, *task.first, *task.second, begin, end);
 }
 
 template <class P>
-void shrink_single(const Row& row, const Plan& plan, int64_t begin, int64_t end) {
-  shrink_chunk<P>(row, plan.single, begin, end);
+void decay_single(const Row& row, const Task& task, int64_t begin, int64_t end) {
+  decay_chunk<P>(row, task.single, begin, end);
 }
-void shrink_wide(const Row& row, const Plan& plan, int64_t begin, int64_t end) {
-  shrink_chunk<double>(row, plan.wide, begin, end);
+void decay_wide(const Row& row, const Task& task, int64_t begin, int64_t end) {
+  decay_chunk<double>(row, task.wide, begin, end);
 }
 
 Decay decay_of(const Row& row, bool decays) {
-  return row.divisors != nullptr ? kGroups : !decays ? kNone : row.by_four ? kByFour : kElements;
+  return row.divisors != nullptr ? kUnits : !decays ? kNone : row.by_four ? kByFour : kElements;
 }
 
 template <class P, class M>
-void plan_single(Plan* plan, const Hyper& hyper, const Row& row, double least) {
+void task_single(Task* task, const Hyper& hyper, const Row& row, double least) {
   bool decays;
-  plan->single = scalars_of<float>(hyper, row, least, std::numeric_limits<float>::min(), &decays);
+  task->single = scalars_of<float>(hyper, row, least, std::numeric_limits<float>::min(), &decays);
   switch (decay_of(row, decays)) {
-    case kNone: plan->run = run_single<kNone, P, M>; break;
-    case kElements: plan->run = run_single<kElements, P, M>; break;
-    case kGroups: plan->run = run_single<kGroups, P, M>; break;
-    case kByFour: plan->run = run_single<kByFour, P, M>; break;
+    case kNone: task->run = run_single<kNone, P, M>; break;
+    case kElements: task->run = run_single<kElements, P, M>; break;
+    case kUnits: task->run = run_single<kUnits, P, M>; break;
+    case kByFour: task->run = run_single<kByFour, P, M>; break;
   }
 }
 
 template <class P>
-void plan_encoded(Plan* plan, const Hyper& hyper, const Row& row) {
+void task_encoded(Task* task, const Hyper& hyper, const Row& row) {
   bool decays;
-  plan->single = scalars_of<float>(hyper, row, 0, std::numeric_limits<float>::min(), &decays);
-  plan->first = encoder_of(row.exp_avg_map);
-  plan->second = encoder_of(row.exp_avg_sq_map);
+  task->single = scalars_of<float>(hyper, row, 0, std::numeric_limits<float>::min(), &decays);
+  task->first = encoder_of(row.exp_avg_map);
+  task->second = encoder_of(row.exp_avg_sq_map);
   switch (decay_of(row, decays)) {
-    case kNone: plan->run = run_encoded<kNone, P>; break;
-    case kElements: plan->run = run_encoded<kElements, P>; break;
-    case kGroups: plan->run = run_encoded<kGroups, P>; break;
-    case kByFour: plan->run = run_encoded<kByFour, P>; break;
+    case kNone: task->run = run_encoded<kNone, P>; break;
+    case kElements: task->run = run_encoded<kElements, P>; break;
+    case kUnits: task->run = run_encoded<kUnits, P>; break;
+    case kByFour: task->run = run_encoded<kByFour, P>; break;
   }
 }
 
-void plan_wide(Plan* plan, const Hyper& hyper, const Row& row) {
+void task_wide(Task* task, const Hyper& hyper, const Row& row) {
   bool decays;
-  plan->wide = scalars_of<double>(hyper, row, 0, std::numeric_limits<double>::min(), &decays);
+  task->wide = scalars_of<double>(hyper, row, 0, std::numeric_limits<double>::min(), &decays);
   switch (decay_of(row, decays)) {
-    case kNone: plan->run = run_wide<kNone>; break;
-    case kElements: plan->run = run_wide<kElements>; break;
-    case kGroups: plan->run = run_wide<kGroups>; break;
-    case kByFour: plan->run = run_wide<kByFour>; break;
+    case kNone: task->run = run_wide<kNone>; break;
+    case kElements: task->run = run_wide<kElements>; break;
+    case kUnits: task->run = run_wide<kUnits>; break;
+    case kByFour: task->run = run_wide<kByFour>; break;
   }
 }
 
 constexpr int64_t pair(int64_t param, int64_t moment) { return param * 8 + moment; }
 
-bool make_plan(Plan* plan, const Hyper& hyper, const Row& row) {
-  // A second moment below float16's smallest number is stored as 0, and m / (0 + eps) is no step that anyone wants.
+bool make_task(Task* task, const Hyper& hyper, const Row& row) {
+  // A second moment below float16's smallest number is stored as 0, and m / (0 + eps) is not a useful step.
   const double half = hyper.eps < 0x1p-25 ? 0x1p-12 : 0.0;
   switch (pair(row.param_dtype, row.moment_dtype)) {
-    case pair(kFloat32, kFloat32): plan_single<float, float>(plan, hyper, row, 0); return true;
-    case pair(kFloat32, kBFloat16): plan_single<float, bfloat16>(plan, hyper, row, 0); return true;
-    case pair(kFloat32, kEightBit): plan_encoded<float>(plan, hyper, row); return true;
-    case pair(kBFloat16, kFloat32): plan_single<bfloat16, float>(plan, hyper, row, 0); return true;
-    case pair(kBFloat16, kBFloat16): plan_single<bfloat16, bfloat16>(plan, hyper, row, 0); return true;
-    case pair(kBFloat16, kEightBit): plan_encoded<bfloat16>(plan, hyper, row); return true;
-    case pair(kFloat16, kFloat32): plan_single<float16, float>(plan, hyper, row, 0); return true;
-    case pair(kFloat16, kFloat16): plan_single<float16, float16>(plan, hyper, row, half); return true;
-    case pair(kFloat16, kEightBit): plan_encoded<float16>(plan, hyper, row); return true;
-    case pair(kFloat64, kFloat64): plan_wide(plan, hyper, row); return true;
+    case pair(kFloat32, kFloat32): task_single<float, float>(task, hyper, row, 0); return true;
+    case pair(kFloat32, kBFloat16): task_single<float, bfloat16>(task, hyper, row, 0); return true;
+    case pair(kFloat32, kEightBit): task_encoded<float>(task, hyper, row); return true;
+    case pair(kBFloat16, kFloat32): task_single<bfloat16, float>(task, hyper, row, 0); return true;
+    case pair(kBFloat16, kBFloat16): task_single<bfloat16, bfloat16>(task, hyper, row, 0); return true;
+    case pair(kBFloat16, kEightBit): task_encoded<bfloat16>(task, hyper, row); return true;
+    case pair(kFloat16, kFloat32): task_single<float16, float>(task, hyper, row, 0); return true;
+    case pair(kFloat16, kFloat16): task_single<float16, float16>(task, hyper, row, half); return true;
+    case pair(kFloat16, kEightBit): task_encoded<float16>(task, hyper, row); return true;
+    case pair(kFloat64, kFloat64): task_wide(task, hyper, row); return true;
     default: return false;
   }
 }
 
-// Of a row whose moments, which there are none of, are said to be of the dtype of its weights.
-bool make_shrink_plan(Plan* plan, const Hyper& hyper, const Row& row) {
-  if (!make_plan(plan, hyper, row)) return false;
+// For a row without moments, which names the dtype of its weights for them.
+bool make_decay_task(Task* task, const Hyper& hyper, const Row& row) {
+  if (!make_task(task, hyper, row)) return false;
   switch (row.param_dtype) {
-    case kFloat32: plan->run = shrink_single<float>; break;
-    case kBFloat16: plan->run = shrink_single<bfloat16>; break;
-    case kFloat16: plan->run = shrink_single<float16>; break;
-    default: plan->run = shrink_wide;
+    case kFloat32: task->run = decay_single<float>; break;
+    case kBFloat16: task->run = decay_single<bfloat16>; break;
+    case kFloat16: task->run = decay_single<float16>; break;
+    default: task->run = decay_wide;
   }
   return true;
 }
 
-void run_all(const Row* rows, int64_t count, const std::vector<Plan>& plans, int threads) {
+void run_all(const Row* rows, int64_t count, const std::vector<Task>& tasks, int threads) {
   static_assert(sizeof(Row) == kRow * sizeof(int64_t), "a row is nineteen numbers of 64 bits");
   int64_t numel = 0;
   for (int64_t i = 0; i < count; ++i) numel += rows[i].numel;
@@ -279,7 +278,7 @@ void run_all(const Row* rows, int64_t count, const std::vector<Plan>& plans, int
 #pragma omp parallel for num_threads(threads) schedule(dynamic) if (total > 1)
   for (int64_t i = 0; i < total; ++i) {
     const Chunk& chunk = chunks[i];
-    plans[chunk.row].run(rows[chunk.row], plans[chunk.row], chunk.begin, chunk.end);
+    tasks[chunk.row].run(rows[chunk.row], tasks[chunk.row], chunk.begin, chunk.end);
   }
 }
 
@@ -314,27 +313,27 @@ extern "C" {
 // Whether steps are done in lanes.cpp's registers.
 int hf_pdecay_lanes() { return HF_PDECAY_LANES; }
 
-// Does one step on each row. Returns 0, or 1 before anything is written if a row has dtypes that it does not know.
+// Does one step on each row. Returns 0, or 1 before anything is written if a row has unknown dtypes.
 int hf_pdecay_step(const Row* rows, int64_t count, const Hyper* hypers, int threads) {
-  std::vector<Plan> plans(count);
+  std::vector<Task> tasks(count);
   for (int64_t i = 0; i < count; ++i) {
     Row counted = rows[i];
     float next = *rows[i].step + 1;
     counted.step = &next;
-    if (!make_plan(&plans[i], hypers[rows[i].hyper], counted)) return 1;
+    if (!make_task(&tasks[i], hypers[rows[i].hyper], counted)) return 1;
   }
   for (int64_t i = 0; i < count; ++i) *rows[i].step += 1;
-  run_all(rows, count, plans, threads);
+  run_all(rows, count, tasks, threads);
   return 0;
 }
 
-// Shrinks the weights of each row by what `grad`, their copy from before a step, gives. Returns as hf_pdecay_step does.
+// Decays the weights of each row by factors of `grad`, their copy from before a step. Returns as hf_pdecay_step does.
 int hf_pdecay_decay(const Row* rows, int64_t count, const Hyper* hypers, int threads) {
-  std::vector<Plan> plans(count);
+  std::vector<Task> tasks(count);
   for (int64_t i = 0; i < count; ++i) {
-    if (!make_shrink_plan(&plans[i], hypers[rows[i].hyper], rows[i])) return 1;
+    if (!make_decay_task(&tasks[i], hypers[rows[i].hyper], rows[i])) return 1;
   }
-  run_all(rows, count, plans, threads);
+  run_all(rows, count, tasks, threads);
   return 0;
 }
 

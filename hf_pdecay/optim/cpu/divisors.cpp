@@ -1,4 +1,4 @@
-// What weights, or norms of groups of them, are divided by. Compiled together with weights.cpp.
+// The divisors of weights, and of norms of units. Compiled together with weights.cpp.
 
 namespace {
 

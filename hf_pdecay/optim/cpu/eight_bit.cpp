@@ -1,4 +1,4 @@
-// Moments in 8 bits, as torchao stores them: of 256 values that share a scale each is one of the 256 numbers of a map.
+// Moments in 8 bits, as torchao stores them: 256 values share a scale, and each is one of the 256 numbers of a map.
 // Compiled together with weights.cpp.
 
 namespace {
@@ -53,7 +53,7 @@ class Encoder {
       const int below = borders_below_[places[i]];  // the next border lies in the bucket, or beyond it
       codes[i] = static_cast<uint8_t>(below + (scaled[i] >= borders_[below] ? 1 : 0));
     }
-    if (!narrow_) {  // a map that is none of torchao's
+    if (!narrow_) {  // a map other than torchao's
       for (int i = 0; i < kScaled; ++i) {
         codes[i] = static_cast<uint8_t>(std::upper_bound(borders_, borders_ + 255, scaled[i]) - borders_);
       }
@@ -92,8 +92,8 @@ inline const Encoder* encoder_of(const float* map) {
   static std::mutex mutex;
   static std::vector<std::unique_ptr<const Encoder>> encoders;
   const std::lock_guard<std::mutex> lock(mutex);
-  for (const auto& each : encoders) {
-    if (each->is_of(map)) return each.get();
+  for (const auto& encoder : encoders) {
+    if (encoder->is_of(map)) return encoder.get();
   }
   encoders.push_back(std::unique_ptr<const Encoder>(new Encoder(map)));
   return encoders.back().get();

@@ -19,9 +19,9 @@ inline __m512 load_16(const float* p, int n) {
 template <class P>
 inline __m256i load_halves(const P* p, int n) {
   if (n >= 16) return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
-  __m256i some = _mm256_setzero_si256();
-  std::memcpy(&some, p, n * sizeof *p);
-  return some;
+  __m256i halves = _mm256_setzero_si256();
+  std::memcpy(&halves, p, n * sizeof *p);
+  return halves;
 }
 inline __m512 load_16(const bfloat16* p, int n) {
   return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(load_halves(p, n)), 16));

@@ -23,15 +23,15 @@ _GCC_FLAGS = ("-ftree-loop-vectorize",)
 
 @functools.cache
 def load(sources: tuple[Path, ...], who: str, what: str) -> tuple[ctypes.CDLL | None, str | None]:
-    """Load the functions of C++ files, compiling them if need be, once in a process.
+    """Load the functions of C++ files, compiling them if necessary, once in a process.
 
     Args:
         sources: The files, which are compiled as one, in their order.
-        who: Who asks for it, for the sentence that says how long it took.
-        what: What it computes, for that sentence.
+        who: Name of the caller, for the log message.
+        what: What the functions compute, for the log message.
 
     Returns:
-        The library and None, or None and why it cannot be had.
+        The library and None, or None and the reason why it is not available.
     """
     started = time.time()
     try:

@@ -37,41 +37,18 @@ _PAIRS = {
 
 
 def unavailable() -> str | None:
-    """Return why the function cannot be had on this machine, or None. Compiles it, if no process has yet."""
+    """Return why the function is not available on this machine, or None. Compiles it if no process has."""
     return _load()[1]
 
 
-def refusal(each: TensorStep) -> str | None:
-    """Return why the function cannot do the step of this tensor, or None."""
-    param, grad, moment, second = each.param, each.grad, each.exp_avg, each.exp_avg_sq
-    # The function gets addresses and believes what it is told of them: nothing may be left unchecked here.
-    shape = param.shape
-    if not (param.is_cpu and grad.is_cpu and moment.is_cpu and second.is_cpu and each.step.is_cpu):
-        return f"it works on a CPU, not on {param.device.type}"
-    if is_quantized(moment) or is_quantized(second):
-        if not (param.is_contiguous() and grad.is_contiguous()):
-            return "weights and gradient with 8-bit moments must lie in memory in their order"
-        return refusal_of_encoded(param, moment, second) or _refusal_of_rest(each)
-    if grad.shape != shape or moment.shape != shape or second.shape != shape:
-        return (
-            f"gradient and moments are of shapes {tuple(grad.shape)}, {tuple(moment.shape)} and {tuple(second.shape)}, "
-            "not of that of the weights"
-        )
-    if (param.dtype, moment.dtype) not in _PAIRS or second.dtype != moment.dtype:
-        return f"it does not know weights of {param.dtype} with moments of {moment.dtype} and {second.dtype}"
-    if not is_flat(param, grad, moment, second):
-        return "weights, gradient and moments must lie in memory alike and without gaps"
-    return _refusal_of_rest(each)
-
-
-def _refusal_of_rest(each: TensorStep) -> str | None:
-    param, grad = each.param, each.grad
+def _refusal_of_rest(step: TensorStep) -> str | None:
+    param, grad = step.param, step.grad
     if grad.dtype != param.dtype:
         return f"it takes gradients of the weights' dtype {param.dtype}, not of {grad.dtype}"
     if grad.is_neg():
         return "the gradient is a view that negates what lies in memory"
-    if each.step.dtype != torch.float32 or each.step.numel() != 1:
-        return f"it takes a step counter of torch.float32, not {each.step.dtype}"
+    if step.step.dtype != torch.float32 or step.step.numel() != 1:
+        return f"it takes a step counter of torch.float32, not {step.step.dtype}"
     return None
 
 
@@ -79,10 +56,10 @@ _COLUMNS = 19  # numbers in a row
 _EIGHT_BIT = 4
 
 
-def _moments(each: TensorStep) -> tuple[tuple[int, int], int, tuple[int, int, int, int]]:
+def _moments(step: TensorStep) -> tuple[tuple[int, int], int, tuple[int, int, int, int]]:
     """Addresses of the moments, their code, and of those in 8 bits the addresses of scales and maps."""
-    states: tuple[Any, Any] = each.exp_avg, each.exp_avg_sq
-    if not is_quantized(each.exp_avg):
+    states: tuple[Any, Any] = step.exp_avg, step.exp_avg_sq
+    if not is_quantized(step.exp_avg):
         first, second = states
         return (first.data_ptr(), second.data_ptr()), CODES[first.dtype], (0, 0, 0, 0)
     first, second = (state.codes.data_ptr() for state in states)
@@ -94,29 +71,29 @@ class Batch:
     """Steps as the C++ function reads them: addresses, sizes and numbers. It holds no gradient.
 
     Args:
-        steps: Tensors none of which :func:`refusal` refuses.
+        steps: Tensors none of which :meth:`refusal` refuses.
 
     Raises:
-        RuntimeError: If the function cannot be had, see :func:`unavailable`.
+        RuntimeError: If the function is not available, see :func:`unavailable`.
     """
 
     repeats = True
 
     def __init__(self, steps: Sequence[TensorStep]) -> None:
         self._library = library()
-        self._params = [each.param for each in steps]
-        self.shrunk: Sequence[int] = [index for index, each in enumerate(steps) if fuses(each)]
-        # The rows name addresses of theirs.
-        self._tables = [each.structure.table for each in steps if each.structure is not None]
+        self._params = [step.param for step in steps]
+        self.shrunk: Sequence[int] = [index for index, step in enumerate(steps) if fuses(step)]
+        # The rows hold their addresses.
+        self._tables = [step.structure.table for step in steps if step.structure is not None]
         self._rows = array("q")
         self._hypers: list[Hyperparameters] = []
         places: dict[int, int] = {}
         append = self._rows.extend
-        for each in steps:
-            param, grad, _, _, count, awake, hyper, place, structure = each
-            moments, moment_dtype, encoding = _moments(each)
+        for step in steps:
+            param, grad, _, _, count, awake, hyper, place, structure = step
+            moments, moment_dtype, encoding = _moments(step)
             divisors, dim, by_four = None, 0, False
-            if structure is not None and fuses(each):
+            if structure is not None and fuses(step):
                 hyper, divisors, dim = structure.hyper, structure.table, structure.dim
                 by_four = divisors is None
             group = places.get(id(hyper))
@@ -144,12 +121,30 @@ class Batch:
             )
 
     @staticmethod
-    def refusal(each: TensorStep) -> str | None:
-        """Return why the step of this tensor cannot be done, or None."""
-        return refusal(each)
+    def refusal(step: TensorStep) -> str | None:
+        """Return why the function cannot do the step of this tensor, or None."""
+        param, grad, moment, second = step.param, step.grad, step.exp_avg, step.exp_avg_sq
+        # The function gets addresses and believes them: everything must be checked here.
+        shape = param.shape
+        if not (param.is_cpu and grad.is_cpu and moment.is_cpu and second.is_cpu and step.step.is_cpu):
+            return f"it works on a CPU, not on {param.device.type}"
+        if is_quantized(moment) or is_quantized(second):
+            if not (param.is_contiguous() and grad.is_contiguous()):
+                return "weights and gradient with 8-bit moments must lie in memory in their order"
+            return refusal_of_encoded(param, moment, second) or _refusal_of_rest(step)
+        if grad.shape != shape or moment.shape != shape or second.shape != shape:
+            return (
+                f"gradient and moments are of shapes {tuple(grad.shape)}, {tuple(moment.shape)} and "
+                f"{tuple(second.shape)}, not of that of the weights"
+            )
+        if (param.dtype, moment.dtype) not in _PAIRS or second.dtype != moment.dtype:
+            return f"it does not know weights of {param.dtype} with moments of {moment.dtype} and {second.dtype}"
+        if not is_flat(param, grad, moment, second):
+            return "weights, gradient and moments must lie in memory alike and without gaps"
+        return _refusal_of_rest(step)
 
     def point(self, addresses: Sequence[int]) -> None:
-        """Take the gradients at these addresses, all else being as it was."""
+        """Take the gradients at these addresses; nothing else has changed."""
         self._rows[1::_COLUMNS] = array("q", addresses)
 
     def all_finite(self) -> bool:
@@ -161,17 +156,18 @@ class Batch:
         if not finite:
             return
         hypers = array("d")
-        for each in self._hypers:
-            numbers = float(each.lr), each.beta1, each.beta2, each.eps, each.weight_decay, each.p_norm, each.lambda_p
-            hypers.extend((*numbers, each.keep_zeros, each.maximize, each.decays))
+        for hyper in self._hypers:
+            betas = hyper.beta1, hyper.beta2
+            numbers = float(hyper.lr), *betas, hyper.eps, hyper.weight_decay, hyper.p_norm, hyper.lambda_p
+            hypers.extend((*numbers, hyper.keep_zeros, hyper.maximize, hyper.decays))
         rows = address(self._rows)
         if self._library.hf_pdecay_step(rows, len(self._params), address(hypers), torch.get_num_threads()):
-            raise RuntimeError("The compiled step met a dtype that it does not know; take backend='foreach'.")
+            raise RuntimeError("The compiled step met an unknown dtype; take backend='foreach'.")
         torch.autograd.graph.increment_version(self._params)
 
 
 def decay_weights(weights: Sequence[Tensor], before: Sequence[Tensor], places: Sequence[int], decay: Decay) -> None:
-    """Shrink weights that another optimizer has stepped, in place, by the C++ function for that.
+    """Decay weights that another optimizer has stepped, in place.
 
     Args:
         weights: Tensors on a CPU, of dtypes in :data:`CODES`.
@@ -191,12 +187,12 @@ def decay_weights(weights: Sequence[Tensor], before: Sequence[Tensor], places: S
         first = weight.data_ptr(), copy.data_ptr(), 0, 0, step, weight.numel(), 0, place, code, code, 0, 0, 1, 1
         rows.extend((*first, *(0,) * (_COLUMNS - len(first))))
     if functions.hf_pdecay_decay(address(rows), len(weights), address(hyper), torch.get_num_threads()):
-        raise RuntimeError("The compiled shrink met a dtype that it does not know.")
+        raise RuntimeError("The compiled decay met an unknown dtype.")
     torch.autograd.graph.increment_version(list(weights))
 
 
 def address(numbers: array[Any]) -> ctypes.c_void_p:
-    """Return where numbers lie, for a C++ function."""
+    """Return the address of numbers, for a C++ function."""
     return ctypes.c_void_p(numbers.buffer_info()[0])
 
 
@@ -204,7 +200,7 @@ def library() -> ctypes.CDLL:
     """Return the C++ functions.
 
     Raises:
-        RuntimeError: If they cannot be had, see :func:`unavailable`.
+        RuntimeError: If they are not available, see :func:`unavailable`.
     """
     loaded, reason = _load()
     if loaded is None:
@@ -214,7 +210,7 @@ def library() -> ctypes.CDLL:
 
 @functools.cache
 def _load() -> tuple[ctypes.CDLL | None, str | None]:
-    """Load the functions, compiling them if need be; them and None, or None and why not."""
+    """Load the functions, compiling them if necessary; return them and None, or None and the reason why not."""
     loaded, reason = load(SOURCES, "AdamWLp", "step")
     if loaded is not None:
         pointer, count, number, threads = ctypes.c_void_p, ctypes.c_int64, ctypes.c_double, ctypes.c_int

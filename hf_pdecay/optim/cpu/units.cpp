@@ -1,11 +1,11 @@
-// Weights that decay by groups, or of each 4 the 2 weakest: see grouped.py. Compiled together with weights.cpp and
+// Weights that decay by units, or the 2 weakest of each 4: see unit_decay.py. Compiled together with weights.cpp and
 // divisors.cpp.
 
 namespace {
 
-// The divisors of a block of weights that decay by groups, from a table with one for each index of a dimension.
+// The divisors of a block of weights that decay by units, from a table with one for each index of a dimension.
 template <class P, class T>
-inline void group_divisors(const T* table, int64_t inner, int64_t length, const P* p, int64_t at, int n, bool keep_zeros,
+inline void unit_divisors_of(const T* table, int64_t inner, int64_t length, const P* p, int64_t at, int n, bool keep_zeros,
                            T* divisor) {
   int64_t index = at / inner % length, left = inner - at % inner;
   for (int i = 0; i < n;) {
@@ -92,35 +92,35 @@ void add_squares(const Summed& row, int64_t begin, int64_t end) {
   for (int64_t i = begin; i < end; ++i) sums[i / row.inner] += column[i - begin];
 }
 
-// --- what coupled groups are divided by
+// --- the divisors of units
 
-struct Member {  // where the groups of a coupling lie in one tensor
+struct Member {  // where the units of a layer lie in one tensor
   const void* sums;
   void* table;           // divisors, one for each index of the dimension, of the working dtype
-  int64_t offset, size;  // index at which the first group begins, and how many indices belong to one
+  int64_t offset, size;  // index at which the first unit begins, and how many indices belong to one
   int64_t wide;          // whether the working dtype is double
 };
 
-struct Coupling {  // as many groups as one layer has
+struct Units {  // the units of one layer
   int64_t first, members;  // place of its first member, and how many there are
-  int64_t begin, count;    // place of its first group among those of all couplings, and how many there are
-  int64_t weights;         // in one group
+  int64_t begin, count;    // place of its first unit among those of all layers, and how many there are
+  int64_t weights;         // in one unit
   int64_t wide;            // whether any member is
 };
 
 template <class T>
-void add_members(const Member& member, const Coupling& coupling, double* total) {
+void add_members(const Member& member, const Units& units, double* total) {
   const T* sums = static_cast<const T*>(member.sums) + member.offset;
-  for (int64_t group = 0; group < coupling.count; ++group) {
-    for (int64_t i = 0; i < member.size; ++i) total[group] += *sums++;
+  for (int64_t unit = 0; unit < units.count; ++unit) {
+    for (int64_t i = 0; i < member.size; ++i) total[unit] += *sums++;
   }
 }
 
 template <class T>
-void spread(const double* divisors, const Member& member, const Coupling& coupling) {
+void spread(const double* divisors, const Member& member, const Units& units) {
   T* table = static_cast<T*>(member.table) + member.offset;
-  for (int64_t group = 0; group < coupling.count; ++group) {
-    for (int64_t i = 0; i < member.size; ++i) *table++ = static_cast<T>(divisors[group]);
+  for (int64_t unit = 0; unit < units.count; ++unit) {
+    for (int64_t i = 0; i < member.size; ++i) *table++ = static_cast<T>(divisors[unit]);
   }
 }
 
@@ -128,7 +128,7 @@ template <class T>
 void divisors_of(const double* rms, int64_t count, double p_norm, double alpha_lambda, double* found) {
   bool decays;
   const Power<T> power = power_of<T>(p_norm, alpha_lambda, false, std::numeric_limits<T>::min(), &decays);
-  if (!decays) {  // a dead group stays dead all the same
+  if (!decays) {  // a dead unit stays dead
     const double at_zero = p_norm < 2 ? std::numeric_limits<double>::infinity() : 1.0;
     std::transform(rms, rms + count, found, [at_zero](double norm) { return norm == 0 ? at_zero : 1.0; });
     return;
@@ -146,7 +146,7 @@ void divisors_of(const double* rms, int64_t count, double p_norm, double alpha_l
 
 extern "C" {
 
-// Adds up the squares of each row's weights index by index. Returns 0, or 1 for a dtype that it does not know.
+// Adds up the squares of each row's weights index by index. Returns 0, or 1 for a unknown dtype.
 int hf_pdecay_square_sums(const Summed* rows, int64_t count, int threads) {
   std::vector<Share> shares;
   for (int64_t i = 0; i < count; ++i) {
@@ -176,46 +176,46 @@ int hf_pdecay_square_sums(const Summed* rows, int64_t count, int threads) {
   }
   return 0;
 }
-// The root mean square of each group of all couplings, from the sums of squares.
-void hf_pdecay_unit_norms(const Coupling* couplings, int64_t count, const Member* members, double* rms, int threads) {
+// The root mean square of each unit of all layers, from the sums of squares.
+void hf_pdecay_unit_norms(const Units* layers, int64_t count, const Member* members, double* rms, int threads) {
 #pragma omp parallel for num_threads(threads) schedule(dynamic) if (count > 1)
   for (int64_t i = 0; i < count; ++i) {
-    const Coupling& coupling = couplings[i];
-    double* const total = rms + coupling.begin;
-    std::fill(total, total + coupling.count, 0.0);
-    for (int64_t k = coupling.first; k < coupling.first + coupling.members; ++k) {
+    const Units& units = layers[i];
+    double* const total = rms + units.begin;
+    std::fill(total, total + units.count, 0.0);
+    for (int64_t k = units.first; k < units.first + units.members; ++k) {
       if (members[k].wide) {
-        add_members<double>(members[k], coupling, total);
+        add_members<double>(members[k], units, total);
       } else {
-        add_members<float>(members[k], coupling, total);
+        add_members<float>(members[k], units, total);
       }
     }
-    const double weights = static_cast<double>(coupling.weights);
-    std::transform(total, total + coupling.count, total, [weights](double sum) { return std::sqrt(sum / weights); });
+    const double weights = static_cast<double>(units.weights);
+    std::transform(total, total + units.count, total, [weights](double sum) { return std::sqrt(sum / weights); });
   }
 }
 
-// What each group is divided by, and the tables of the tensors. `dormant`, which may be null, are groups that are spared.
-void hf_pdecay_unit_divisors(const Coupling* couplings, int64_t count, const Member* members, const double* rms,
+// The divisor of each unit, and the tables of the tensors. `dormant`, which may be null, marks units that do not decay.
+void hf_pdecay_unit_divisors(const Units* layers, int64_t count, const Member* members, const double* rms,
                               const uint8_t* dormant, double* divisors, double p_norm, double alpha_lambda,
                               int threads) {
 #pragma omp parallel for num_threads(threads) schedule(dynamic) if (count > 1)
   for (int64_t i = 0; i < count; ++i) {
-    const Coupling& coupling = couplings[i];
-    double* const found = divisors + coupling.begin;
-    if (coupling.wide) {
-      divisors_of<double>(rms + coupling.begin, coupling.count, p_norm, alpha_lambda, found);
+    const Units& units = layers[i];
+    double* const found = divisors + units.begin;
+    if (units.wide) {
+      divisors_of<double>(rms + units.begin, units.count, p_norm, alpha_lambda, found);
     } else {
-      divisors_of<float>(rms + coupling.begin, coupling.count, p_norm, alpha_lambda, found);
+      divisors_of<float>(rms + units.begin, units.count, p_norm, alpha_lambda, found);
     }
-    for (int64_t group = 0; dormant != nullptr && group < coupling.count; ++group) {
-      if (dormant[coupling.begin + group]) found[group] = 1.0;
+    for (int64_t unit = 0; dormant != nullptr && unit < units.count; ++unit) {
+      if (dormant[units.begin + unit]) found[unit] = 1.0;
     }
-    for (int64_t k = coupling.first; k < coupling.first + coupling.members; ++k) {
+    for (int64_t k = units.first; k < units.first + units.members; ++k) {
       if (members[k].wide) {
-        spread<double>(found, members[k], coupling);
+        spread<double>(found, members[k], units);
       } else {
-        spread<float>(found, members[k], coupling);
+        spread<float>(found, members[k], units);
       }
     }
   }

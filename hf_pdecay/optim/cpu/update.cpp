@@ -3,7 +3,7 @@
 
 namespace {
 
-enum Decay { kNone, kElements, kGroups, kByFour };
+enum Decay { kNone, kElements, kUnits, kByFour };
 
 // What the elements of a tensor share.
 template <class T>
@@ -23,7 +23,7 @@ constexpr bool kInLanes = false;
 #endif
 
 // Up to kBlock elements. Each is divided by its divisor, if they decay at all; in lanes those of single weights are
-// computed on the way, and what `divisor` holds of them is not read.
+// computed on the way, and `divisor` is not read for them.
 template <Decay kDecay, class P, class M, class T>
 inline void update(P* __restrict p, const P* __restrict g, M* __restrict m, M* __restrict v, const T* __restrict divisor,
                    int n, uint32_t first, const Scalars<T> s) {
@@ -67,10 +67,10 @@ inline void update(P* __restrict p, const P* __restrict g, M* __restrict m, M* _
   const __m512 zero = _mm512_setzero_ps(), one = _mm512_set1_ps(1.0f);
   const __m512i exponent = all(0x7f800000u);
   for (int i = 0; i < n; i += 16) {
-    const int some = n - i;
-    const __m512 weight = load_16(p + i, some), grad = load_16(g + i, some);
-    __m512 exp_avg = _mm512_mul_ps(load_16(m + i, some), _mm512_set1_ps(s.beta1));
-    __m512 exp_avg_sq = _mm512_mul_ps(load_16(v + i, some), _mm512_set1_ps(s.beta2));
+    const int left = n - i;
+    const __m512 weight = load_16(p + i, left), grad = load_16(g + i, left);
+    __m512 exp_avg = _mm512_mul_ps(load_16(m + i, left), _mm512_set1_ps(s.beta1));
+    __m512 exp_avg_sq = _mm512_mul_ps(load_16(v + i, left), _mm512_set1_ps(s.beta2));
     exp_avg = _mm512_fmadd_ps(_mm512_set1_ps(s.weight1), grad, exp_avg);
     exp_avg_sq = _mm512_fmadd_ps(_mm512_mul_ps(_mm512_set1_ps(s.weight2), grad), grad, exp_avg_sq);
     if (kHalf) {
@@ -85,7 +85,7 @@ inline void update(P* __restrict p, const P* __restrict g, M* __restrict m, M* _
     const __m512 moved = _mm512_div_ps(_mm512_mul_ps(_mm512_set1_ps(-s.step_size), exp_avg), denominator);
     __m512 result = _mm512_fmadd_ps(weight, _mm512_set1_ps(s.shrink_l2), moved);
     if (kDecay != kNone) {
-      const __m512 by = kDecay == kElements ? divisors_16(weight, s) : load_16(divisor + i, some);
+      const __m512 by = kDecay == kElements ? divisors_16(weight, s) : load_16(divisor + i, left);
       result = _mm512_div_ps(result, by);
       if (kDecay == kElements && s.drawn) {
         result = _mm512_maskz_mov_ps(_mm512_test_epi32_mask(_mm512_castps_si512(result), exponent), result);
@@ -99,9 +99,9 @@ inline void update(P* __restrict p, const P* __restrict g, M* __restrict m, M* _
     }
     const __m512i noise = kRounds ? noise_16(first + static_cast<uint32_t>(i), s.noise_a, s.noise_b) : all(0);
     const __m512i high = _mm512_srli_epi32(noise, 16);
-    store_16(p + i, some, result, noise, s.nearest);
-    store_16(m + i, some, exp_avg, _mm512_xor_si512(noise, high), s.nearest);
-    store_16(v + i, some, exp_avg_sq, high, s.nearest);
+    store_16(p + i, left, result, noise, s.nearest);
+    store_16(m + i, left, exp_avg, _mm512_xor_si512(noise, high), s.nearest);
+    store_16(v + i, left, exp_avg_sq, high, s.nearest);
   }
 }
 #endif

@@ -1,4 +1,4 @@
-"""The shrink of weights that another optimizer has stepped, on a GPU: one launch for all tensors of a dtype."""
+"""The decay of weights that another optimizer has stepped, on a GPU: one launch for all tensors of a dtype."""
 
 from __future__ import annotations
 
@@ -32,19 +32,19 @@ if TYPE_CHECKING:
     from ..tensor_step import Stepped
 
 
-def takes(each: Stepped) -> bool:
-    """Whether the kernel shrinks a tensor."""
-    weight = each.weight
+def takes(stepped: Stepped) -> bool:
+    """Whether the kernel takes a tensor."""
+    weight = stepped.weight
     known = weight.device.type in DEVICES and weight.dtype in TYPES and weight.dtype != torch.float64
-    return known and each.awake is True and each.averaged is None and is_flat(weight, each.before)
+    return known and stepped.awake is True and stepped.averaged is None and is_flat(weight, stepped.before)
 
 
 def decay_weights(tensors: Sequence[Stepped], decay: Decay) -> None:
-    """Shrink weights in place; the host does not wait.
+    """Decay weights in place; the host does not wait.
 
     Args:
         tensors: Tensors of one device and dtype that the kernel :func:`takes`.
-        decay: See there.
+        decay: The decay.
     """
     device, dtype = tensors[0].weight.device, tensors[0].weight.dtype
     words, chunks = rows_of_tensors(
@@ -67,7 +67,7 @@ def decay_weights(tensors: Sequence[Stepped], decay: Decay) -> None:
             decay_chunk[(chunks,)](
                 table, given, flag, len(tensors), *numbers, decay.step, int(decay.keep_zeros), **sizes, **OPTIONS
             )
-        torch.autograd.graph.increment_version([each.weight for each in tensors])
+        torch.autograd.graph.increment_version([stepped.weight for stepped in tensors])
 
 
 @triton.jit(do_not_specialize=list(range(3, 9)))
@@ -85,7 +85,7 @@ def decay_chunk(
     CHUNK: tl.constexpr,
     BLOCK: tl.constexpr,
 ) -> None:
-    """Shrink one chunk of one tensor. Numbers come as the bits of a float64, or α λ_p on the device."""
+    """Decay one chunk of one tensor. Numbers come as the bits of a float64, or α λ_p on the device."""
     words = table + row_of(table, rows) * COLUMNS
     begin, whole, end = chunk_of(words, CHUNK, BLOCK)
     if finite is not None:

@@ -1,7 +1,7 @@
 """Moments in 8 bits within the Triton step, as torchao stores them.
 
-Of 256 values that share a scale each is one of the 256 numbers of a map, which go up: the nearest, and of two that are
-as near the upper, as torchao's quantize_8bit_with_qmap finds it.
+256 values share a scale, and each is stored as the nearest of the 256 ascending numbers of a map: the upper one of two
+that are as near, as in torchao's quantize_8bit_with_qmap.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ SCALED = tl.constexpr(256)  # values that share a scale
 def decode(
     codes: tl.tensor, scales: tl.tensor, numbers: tl.tensor, at: tl.tensor, lane: tl.tensor, mask: tl.tensor
 ) -> tl.tensor:
-    """Return the values of a block of codes, in float32; of the scales and of the map's numbers it takes addresses."""
+    """Return the values of a block of codes, in float32; ``scales`` and ``numbers`` are addresses."""
     scale = tl.load(scales.to(tl.pointer_type(tl.float32)) + at // SCALED + lane // SCALED, mask=mask, other=0.0)
     return tl.load(numbers.to(tl.pointer_type(tl.float32)) + codes.to(tl.int32)) * scale
 

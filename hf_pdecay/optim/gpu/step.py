@@ -38,80 +38,80 @@ from .launch import (
 _ROWS = 128  # tensors that a program of the first kernel prepares
 
 
-def refusal(each: TensorStep) -> str | None:
-    """Return why the kernel cannot do the step of this tensor, or None. It believes every address that it is given."""
-    param, grad, moment, second = each.param, each.grad, each.exp_avg, each.exp_avg_sq
-    if param.device.type not in DEVICES:
-        return f"it works on a GPU, not on {param.device.type}"
-    if is_quantized(moment) or is_quantized(second):
-        refused = refusal_of_encoded(param, moment, second)
-        if refused is not None:
-            return refused
-        codes: tuple[Any, Any] = moment, second
-        moment, second = (state.codes for state in codes)
-    else:
-        dtypes = {param.dtype, moment.dtype}
-        if not dtypes <= TYPES.keys() or (torch.float64 in dtypes and len(dtypes) > 1) or second.dtype != moment.dtype:
-            return f"it does not know weights of {param.dtype} with moments of {moment.dtype} and {second.dtype}"
-    if grad.dtype != param.dtype or grad.is_neg():
-        return f"it takes gradients of the weights' dtype {param.dtype} as they are in memory, not of {grad.dtype}"
-    if any(tensor.shape != param.shape for tensor in (grad, moment, second)):
-        return "gradient and moments must have the shape of the weights"
-    if not is_flat(param, grad, moment, second):
-        return "weights, gradient and moments must lie in memory alike and without gaps"
-    scalars = [each.step, each.awake] if isinstance(each.awake, Tensor) else [each.step]
-    if any(tensor.device != param.device for tensor in (grad, moment, second, *scalars)):
-        return f"all tensors must be on {param.device}"
-    if each.step.dtype != torch.float32 or any(tensor.numel() != 1 for tensor in scalars):
-        return f"it takes a step counter of torch.float32, not {each.step.dtype}"
-    return None
-
-
 class Batch:
     """Steps as the kernels read them: tables of addresses, kept on the host. It holds no gradient.
 
     Args:
-        steps: Tensors none of which :func:`refusal` refuses.
+        steps: Tensors none of which :meth:`refusal` refuses.
     """
 
     repeats = True
 
     def __init__(self, steps: Sequence[TensorStep]) -> None:
         kinds: dict[tuple[Any, ...], list[int]] = {}
-        for index, each in enumerate(steps):
-            decay = "elements" if each.hyper.decays and each.awake is not False else "none"
-            hyper = each.hyper
-            if each.structure is not None and fuses(each):
-                decay = "2:4" if each.structure.table is None else "units"
-                hyper = each.structure.hyper
-            encoded = is_quantized(each.exp_avg)
-            kind = each.param.device, each.param.dtype, each.exp_avg.dtype, encoded, id(hyper), decay
+        for index, step in enumerate(steps):
+            decay = "elements" if step.hyper.decays and step.awake is not False else "none"
+            hyper = step.hyper
+            if step.structure is not None and fuses(step):
+                decay = "2:4" if step.structure.table is None else "units"
+                hyper = step.structure.hyper
+            encoded = is_quantized(step.exp_avg)
+            kind = step.param.device, step.param.dtype, step.exp_avg.dtype, encoded, id(hyper), decay
             kinds.setdefault(kind, []).append(index)
-        self._params = [each.param for each in steps]
-        self.shrunk: Sequence[int] = [index for index, each in enumerate(steps) if fuses(each)]
-        # The launches name addresses of theirs.
-        self._tables = [each.structure.table for each in steps if each.structure is not None]
-        self._launches = [_Launch([steps[index] for index in some], some, decay) for (*_, decay), some in kinds.items()]
+        self._params = [step.param for step in steps]
+        self.shrunk: Sequence[int] = [index for index, step in enumerate(steps) if fuses(step)]
+        # The launches hold their addresses.
+        self._tables = [step.structure.table for step in steps if step.structure is not None]
+        self._launches = [
+            _Launch([steps[index] for index in indices], indices, decay) for (*_, decay), indices in kinds.items()
+        ]
 
     @staticmethod
-    def refusal(each: TensorStep) -> str | None:
-        """Return why the step of this tensor cannot be done, or None."""
-        return refusal(each)
+    def refusal(step: TensorStep) -> str | None:
+        """Return why the kernel, which believes every address, cannot do the step of this tensor; or None."""
+        param, grad, moment, second = step.param, step.grad, step.exp_avg, step.exp_avg_sq
+        if param.device.type not in DEVICES:
+            return f"it works on a GPU, not on {param.device.type}"
+        if is_quantized(moment) or is_quantized(second):
+            refused = refusal_of_encoded(param, moment, second)
+            if refused is not None:
+                return refused
+            codes: tuple[Any, Any] = moment, second
+            moment, second = (state.codes for state in codes)
+        else:
+            dtypes = {param.dtype, moment.dtype}
+            if (
+                not dtypes <= TYPES.keys()
+                or (torch.float64 in dtypes and len(dtypes) > 1)
+                or second.dtype != moment.dtype
+            ):
+                return f"it does not know weights of {param.dtype} with moments of {moment.dtype} and {second.dtype}"
+        if grad.dtype != param.dtype or grad.is_neg():
+            return f"it takes gradients of the weights' dtype {param.dtype} as they are in memory, not of {grad.dtype}"
+        if any(tensor.shape != param.shape for tensor in (grad, moment, second)):
+            return "gradient and moments must have the shape of the weights"
+        if not is_flat(param, grad, moment, second):
+            return "weights, gradient and moments must lie in memory alike and without gaps"
+        scalars = [step.step, step.awake] if isinstance(step.awake, Tensor) else [step.step]
+        if any(tensor.device != param.device for tensor in (grad, moment, second, *scalars)):
+            return f"all tensors must be on {param.device}"
+        if step.step.dtype != torch.float32 or any(tensor.numel() != 1 for tensor in scalars):
+            return f"it takes a step counter of torch.float32, not {step.step.dtype}"
+        return None
 
     def point(self, addresses: Sequence[int]) -> None:
-        """Take the gradients at these addresses, all else being as it was."""
+        """Take the gradients at these addresses; nothing else has changed."""
         for launch in self._launches:
             launch.point([addresses[index] for index in launch.indices])
 
     def all_finite(self) -> bool | Tensor:
         """Whether all gradients are finite, as a 0-dim tensor: the host does not wait."""
-        found: dict[torch.device, Tensor] = {}
+        flags: dict[torch.device, Tensor] = {}
         for launch in self._launches:
-            if launch.device not in found:
-                found[launch.device] = torch.ones((), dtype=torch.bool, device=launch.device)
-            launch.look(found[launch.device])
-        flags = list(found.values())
-        return functools.reduce(lambda one, other: one & other.to(one.device), flags) if flags else True
+            if launch.device not in flags:
+                flags[launch.device] = torch.ones((), dtype=torch.bool, device=launch.device)
+            launch.look(flags[launch.device])
+        return functools.reduce(lambda one, other: one & other.to(one.device), flags.values()) if flags else True
 
     def step(self, finite: bool | Tensor = True) -> None:
         """Do one step on each tensor, in place; see :func:`hf_pdecay.optim.foreach.step`."""
@@ -125,21 +125,21 @@ class Batch:
 class _Launch:
     """The step of tensors that share their device, dtypes and hyperparameters."""
 
-    def __init__(self, some: Sequence[TensorStep], indices: Sequence[int], decay: str) -> None:
+    def __init__(self, steps: Sequence[TensorStep], indices: Sequence[int], decay: str) -> None:
         self.indices = indices
-        self.device = some[0].param.device
-        structure = some[0].structure
-        self._hyper = some[0].hyper if structure is None or decay not in ("units", "2:4") else structure.hyper
-        self._rows = len(some)
-        self._words, self._chunks = rows_of_tensors(map(_columns, some))
+        self.device = steps[0].param.device
+        structure = steps[0].structure
+        self._hyper = steps[0].hyper if structure is None or decay not in ("units", "2:4") else structure.hyper
+        self._rows = len(steps)
+        self._words, self._chunks = rows_of_tensors(map(_columns, steps))
         self._bytes = self._words.tobytes()
-        param, moment = some[0].param.dtype, some[0].exp_avg.dtype
+        param, moment = steps[0].param.dtype, steps[0].exp_avg.dtype
         stored = TYPES[moment]
         self._encoding: array[int] | None = None
-        if is_quantized(some[0].exp_avg):
-            stored, self._encoding = tl.uint8, _encoding(some)
-        self._units = _units(some) if decay == "units" else None
-        # What neither decays nor has moments of another dtype is rounded as torch does.
+        if is_quantized(steps[0].exp_avg):
+            stored, self._encoding = tl.uint8, _encoding(steps)
+        self._units = _units(steps) if decay == "units" else None
+        # Weights that neither decay nor have moments of another dtype are rounded as torch does.
         nearest = param == torch.float64 or (param == moment and (not self._hyper.decays or param == torch.float32))
         self._shared_dtype = param if param == torch.float64 else torch.float32
         self._prepare = {"MOMENT": stored, "ROWS": _ROWS, **OPTIONS}
@@ -197,24 +197,24 @@ def _columns(step: TensorStep) -> dict[str, int]:
     }
 
 
-def _encoding(some: Sequence[TensorStep]) -> array[int]:
+def _encoding(steps: Sequence[TensorStep]) -> array[int]:
     """Return for each tensor with moments in 8 bits the addresses of the scales of both and of the maps of both."""
     words = array("q")
-    for each in some:
-        states: tuple[Any, Any] = each.exp_avg, each.exp_avg_sq
+    for step in steps:
+        states: tuple[Any, Any] = step.exp_avg, step.exp_avg_sq
         words.extend(state.scale.data_ptr() for state in states)
         words.extend(state.qmap.data_ptr() for state in states)
     return words
 
 
-def _units(some: Sequence[TensorStep]) -> array[int]:
+def _units(steps: Sequence[TensorStep]) -> array[int]:
     """Return for each tensor that decays by units the address of its factors, and how its elements map to them."""
     words = array("q")
-    for each in some:
-        structure = each.structure
+    for step in steps:
+        structure = step.structure
         if structure is None or structure.table is None:
             raise RuntimeError("A tensor that decays by units has no factors.")
-        inner, length = spacing(each.param, structure.dim), each.param.shape[structure.dim]
+        inner, length = spacing(step.param, structure.dim), step.param.shape[structure.dim]
         words.extend((structure.table.data_ptr(), inner, length))
     return words
 

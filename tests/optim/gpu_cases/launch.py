@@ -181,8 +181,8 @@ class TestLaunches:
 
     def test_refusals(self) -> None:
         each = made(4096)
-        assert gpu_step.refusal(each) is None
-        assert all(gpu_step.refusal(made(8, pair)) is None for pair in PAIRS)
+        assert gpu_step.Batch.refusal(each) is None
+        assert all(gpu_step.Batch.refusal(made(8, pair)) is None for pair in PAIRS)
         for refused, why in (
             (each._replace(exp_avg=each.exp_avg.double(), exp_avg_sq=each.exp_avg_sq.double()), "float64"),
             (each._replace(param=each.param.to("meta")), "meta"),
@@ -196,10 +196,10 @@ class TestLaunches:
             (each._replace(exp_avg=each.exp_avg[:-1]), "shape"),
             (each._replace(grad=torch._neg_view(each.grad)), "as they are in memory"),
         ):
-            assert why in (gpu_step.refusal(refused) or "")
+            assert why in (gpu_step.Batch.refusal(refused) or "")
         subclass_8bit = pytest.importorskip("torchao.optim.subclass_8bit")
         eight = subclass_8bit.OptimState8bit.zeros((4096,), signed=True, block_size=256)
-        assert "both moments in 8 bits" in (gpu_step.refusal(each._replace(exp_avg=eight)) or "")
+        assert "both moments in 8 bits" in (gpu_step.Batch.refusal(each._replace(exp_avg=eight)) or "")
 
     @pytest.mark.parametrize("moments", [None, "bfloat16"])
     @pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
@@ -255,7 +255,7 @@ def compiled(kernel: Any, args: tuple[Any, ...], options: dict[str, Any], target
 @needs_compiler
 class TestCompiled:
     def test_works_on_gpus_only(self) -> None:
-        assert "not on cpu" in (gpu_step.refusal(made(5)) or "")
+        assert "not on cpu" in (gpu_step.Batch.refusal(made(5)) or "")
         with pytest.raises(ValueError, match="backend='triton' cannot do the step.*GPU, not on cpu"):
             p = torch.nn.Parameter(torch.ones(3))
             p.grad = torch.ones(3)

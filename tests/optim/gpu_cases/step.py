@@ -278,7 +278,7 @@ class TestRounding:
         four = [getattr(each, name).view(4, 5, 5, 3).permute(0, 3, 1, 2) for name in (*WRITTEN[:3], "grad")]
         last = each._replace(**dict(zip((*WRITTEN[:3], "grad"), four, strict=True)))
         assert last.param.is_contiguous(memory_format=torch.channels_last)
-        assert gpu_step.refusal(last) is None
+        assert gpu_step.Batch.refusal(last) is None
         gpu_step.Batch([last]).step()
         gpu_step.Batch([flat]).step()
         assert torch.equal(each.param, flat.param)
