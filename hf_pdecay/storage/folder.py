@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from ..sparsity.file_names import CHECKPOINT, STATE_FILE
 from .container import FormatError, Header, read_header
 
 
@@ -27,7 +28,6 @@ _OTHER_WEIGHTS = re.compile(
     r"|adapter_model\.bin)"
 )
 _PICKLED = re.compile(r"pytorch_model.*\.bin")
-_CHECKPOINT = re.compile(r"checkpoint-\d+")
 _JSON_LIMIT = 1 << 28
 
 
@@ -68,11 +68,11 @@ def _what_instead(folder: Path) -> str:
             "base model by hf_pdecay.merge_keep_zeros, see docs/adapters.md, and save that."
         )
     # A Trainer writes the second file last.
-    needed = CONFIG, "trainer_state.json"
+    needed = CONFIG, STATE_FILE
     checkpoints = [
         path
         for path in folder.glob("checkpoint-*")
-        if _CHECKPOINT.fullmatch(path.name) and all((path / name).is_file() for name in needed)
+        if CHECKPOINT.fullmatch(path.name) and all((path / name).is_file() for name in needed)
     ]
     if checkpoints:
         newest = max(checkpoints, key=lambda path: int(path.name.rpartition("-")[2]))
@@ -185,7 +185,7 @@ def copy_along(folder: Path, out: Path, weights: Iterable[str]) -> list[str]:
     """
     left_out, skipped = [], {CONFIG, INDEX, *weights}
     for path in sorted(folder.iterdir()):
-        if path.name.startswith(".") or path.name in skipped or (_CHECKPOINT.fullmatch(path.name) and path.is_dir()):
+        if path.name.startswith(".") or path.name in skipped or (CHECKPOINT.fullmatch(path.name) and path.is_dir()):
             continue
         if _OTHER_WEIGHTS.fullmatch(path.name):
             left_out.append(path.name)

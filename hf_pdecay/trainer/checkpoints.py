@@ -1,9 +1,9 @@
-"""Which checkpoints a run can go on from: those that are whole, and are of this model and this optimizer.
+"""Which checkpoints are whole.
 
-A process that is killed while it saves leaves a checkpoint folder that is cut short, and the Trainer takes the one with
-the highest number. What makes a checkpoint whole is decided by what is in it. The Trainer writes ``trainer_state.json``
-last, so it must be there and parse; each file of weights must be as long as its header says; each file of
-``torch.save`` must have the directory that a zip file ends with; and what goes together must be there together.
+A process that is killed while it saves leaves an incomplete checkpoint folder, and the Trainer takes the one with the
+highest number. Here the contents decide. The Trainer writes ``trainer_state.json`` last, so it must be there and parse;
+each file of weights must be as long as its header says; each file of ``torch.save`` must end with the directory of a
+zip file; and files that belong together must be there together.
 """
 
 from __future__ import annotations
@@ -11,19 +11,16 @@ from __future__ import annotations
 import json
 import logging
 import os
-import re
 import zipfile
 from pathlib import Path
 from typing import Any
 
+from ..sparsity.file_names import CHECKPOINT, STATE_FILE
 from ..storage.container import FormatError, read_header
 
 
 logger = logging.getLogger(__name__)
 
-STATE_FILE = "trainer_state.json"
-
-_NAME = re.compile(r"checkpoint-(\d+)")
 # What the Trainer's own SIGTERM handler leaves in a checkpoint until it is done with it.
 _SENTINEL = "checkpoint-is-incomplete.txt"
 _WEIGHTS = ("*.safetensors", "*/*.safetensors", "pytorch_model*.bin", "adapter_model.bin", "pytorch_model_fsdp*")
@@ -80,42 +77,42 @@ def fault(folder: str | os.PathLike[str]) -> str | None:
 
 
 def check_whole(folder: str | os.PathLike[str]) -> None:
-    """Raise ValueError if a checkpoint is not whole, saying what is wrong with it and which one is."""
+    """Raise ValueError if a checkpoint is not whole, with what is wrong and which other one is whole."""
     path = Path(folder)
-    found = fault(path)
-    if found is None:
+    flaw = fault(path)
+    if flaw is None:
         return
-    others = (each for each in _checkpoints(path.parent) if each != path)
-    other = next((each.name for each in others if fault(each) is None), None)
+    others = (checkpoint for checkpoint in _checkpoints(path.parent) if checkpoint != path)
+    other = next((checkpoint.name for checkpoint in others if fault(checkpoint) is None), None)
     advice = (
         "Name a whole one."
         if other is None
         else f"The newest whole one beside it is {other}, which resume_from_checkpoint=True takes."
     )
-    raise ValueError(f"Invalid resume_from_checkpoint: {str(folder)!r} is not a whole checkpoint: {found}. {advice}")
+    raise ValueError(f"Invalid resume_from_checkpoint: {str(folder)!r} is not a whole checkpoint: {flaw}. {advice}")
 
 
 def newest_whole(output_dir: str | os.PathLike[str]) -> str | None:
-    """Return the newest whole checkpoint of a run, None if there is none; logs which newer ones were left out and why.
+    """Return the newest whole checkpoint of a run, None without one; logs which newer ones were left out and why.
 
-    It stands for ``transformers.trainer_utils.get_last_checkpoint``, which looks at the numbers alone.
+    ``transformers.trainer_utils.get_last_checkpoint`` looks at the numbers alone.
 
     Args:
         output_dir: The run's folder. It need not exist.
     """
     left_out: list[str] = []
-    for each in _checkpoints(Path(output_dir)):
-        found = fault(each)
-        if found is None:
+    for checkpoint in _checkpoints(Path(output_dir)):
+        flaw = fault(checkpoint)
+        if flaw is None:
             if left_out:
-                logger.warning("Taking %s; left out as not whole: %s.", each.name, "; ".join(left_out))
-            return str(each)
-        left_out.append(f"{each.name} ({found})")
+                logger.warning("Taking %s; left out as not whole: %s.", checkpoint.name, "; ".join(left_out))
+            return str(checkpoint)
+        left_out.append(f"{checkpoint.name} ({flaw})")
     return None
 
 
 def agreed_newest_whole(output_dir: str | os.PathLike[str]) -> str:
-    """Return the newest whole checkpoint of a run, as the first process found it, in every process.
+    """Return in every process the newest whole checkpoint of a run, as the first process sees it.
 
     Raises:
         ValueError: In every process, if there is none.
@@ -127,7 +124,8 @@ def agreed_newest_whole(output_dir: str | os.PathLike[str]) -> str:
     if PartialState().is_main_process:
         outcome[0] = newest_whole(output_dir)
         if outcome[0] is None:
-            left_out = "; ".join(f"{each.name} ({fault(each)})" for each in _checkpoints(Path(output_dir)))
+            checkpoints = _checkpoints(Path(output_dir))
+            left_out = "; ".join(f"{checkpoint.name} ({fault(checkpoint)})" for checkpoint in checkpoints)
             outcome[1] = f"no whole checkpoint: {left_out}." if left_out else "no checkpoint."
     broadcast_object_list(outcome, from_process=0)
     newest, why_none = outcome
@@ -143,27 +141,28 @@ def _checkpoints(output_dir: Path) -> list[Path]:
     """The checkpoint folders of a run, newest first."""
     if not output_dir.is_dir():
         return []
-    numbered = [(_NAME.fullmatch(each.name), each) for each in output_dir.iterdir() if each.is_dir()]
-    return [each for _, each in sorted(((int(match[1]), each) for match, each in numbered if match), reverse=True)]
+    matches = [(CHECKPOINT.fullmatch(folder.name), folder) for folder in output_dir.iterdir() if folder.is_dir()]
+    numbered = sorted(((int(match[1]), folder) for match, folder in matches if match), reverse=True)
+    return [folder for _, folder in numbered]
 
 
 def _missing_shards(path: Path) -> str | None:
-    """What is missing of what FSDP or DeepSpeed wrote; None if it is all there."""
-    for each in sorted(path.glob("*_[0-9]")):
+    """What is missing of the files of FSDP or DeepSpeed; None if nothing is."""
+    for folder in sorted(path.glob("*_[0-9]")):
         # torch.distributed.checkpoint writes this last, once all processes have written their shards.
-        if each.is_dir() and not (each / ".metadata").is_file():
-            return f"{each.name}/.metadata is missing"
-    folders = [each.name for each in path.glob("global_step*")]
-    if not folders:
+        if folder.is_dir() and not (folder / ".metadata").is_file():
+            return f"{folder.name}/.metadata is missing"
+    steps = [folder.name for folder in path.glob("global_step*")]
+    if not steps:
         return None
     latest = path / "latest"
     named = latest.read_text(encoding="utf-8").strip() if latest.is_file() else None
-    return None if named in folders else "latest, which DeepSpeed writes last, is missing"
+    return None if named in steps else "latest, which DeepSpeed writes last, is missing"
 
 
 def _missing_state(path: Path) -> str | None:
-    """What there should be beside the other states of the optimizer and the random numbers; None if it is all there."""
-    random_states = {each.name for each in path.glob("rng_state*.pth")}
+    """Which state of the optimizer, scheduler or random numbers is missing; None if nothing is, or all are."""
+    random_states = {file.name for file in path.glob("rng_state*.pth")}
     optimizer = any(path.glob("optimizer*")) or (path / "latest").is_file()
     scheduler = (path / "scheduler.pt").is_file()
     if not (random_states or optimizer or scheduler):
@@ -174,7 +173,7 @@ def _missing_state(path: Path) -> str | None:
         return "scheduler.pt is missing"
     if "rng_state.pth" in random_states:
         return None
-    # Of several processes, which are two at least, each writes its own; how many there were is not written down.
+    # Each of several processes, at least two, writes its own; their number is not written down.
     for number in range(max(2, len(random_states))):
         if f"rng_state_{number}.pth" not in random_states:
             return f"rng_state_{number}.pth is missing" if random_states else "rng_state.pth is missing"

@@ -1,4 +1,4 @@
-"""What the engines that shard a run, FSDP and DeepSpeed, must be told; checked before any training."""
+"""Checks, before any training, of how FSDP and DeepSpeed shard a run."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 # Optimizers that know no DTensor: torch 2.13's Adafactor stops at the norm of one, bitsandbytes at any.
 _NOT_ON_DTENSORS = ("adafactor_lp", "lion_lp", "lion_8bit_lp", "adamw_bnb_8bit_lp")
-# Optimizers whose step looks at each weight by itself.
+# Optimizers whose step treats each weight by itself.
 _ON_FLAT_SHARDS = ("adamw_lp", "sgd_lp", "lion_lp")
 
 
@@ -35,10 +35,10 @@ def check_engine(trainer: Trainer, optim: str = "adamw_lp", moments: str | None 
     Args:
         trainer: The Trainer, whose optimizer need not be there yet.
         optim: The name of that optimizer.
-        moments: What it will store its moments as.
+        moments: The dtype of its moments, as an option.
 
     Raises:
-        ValueError: If it is in a way in which the decay would be wrong or do nothing.
+        ValueError: If the decay would be wrong or do nothing.
     """
     if moments == "8bit" and engine_of(trainer):
         raise ValueError(
@@ -64,16 +64,16 @@ def check_engine(trainer: Trainer, optim: str = "adamw_lp", moments: str | None 
 def check_structured(
     trainer: Trainer, groups: Iterable[Mapping[str, Any]], optim: str = "adamw_lp", backend: str = "auto"
 ) -> None:
-    """Check that what decays by groups of weights is not partitioned by DeepSpeed, whose pieces have no shapes.
+    """Check that DeepSpeed does not partition weights that decay as units: its pieces have no shapes.
 
     Args:
         trainer: The Trainer.
         groups: The param groups of its run.
         optim: The name of its optimizer.
-        backend: What does the step of ``adamw_lp``.
+        backend: The backend of ``adamw_lp``.
 
     Raises:
-        ValueError: If it is, or it is sharded by FSDP and the optimizer or its backend takes whole groups only.
+        ValueError: If it does, or FSDP shards them and the optimizer or its backend takes whole units only.
     """
     kinds = [kind_of(group) for group in groups if kind_of(group) != ELEMENT]
     if kinds and trainer.is_deepspeed_enabled:
@@ -83,13 +83,13 @@ def check_structured(
         )
     if kinds and trainer.is_fsdp_enabled and (optim != "adamw_lp" or backend in ("foreach", "reference")):
         raise ValueError(
-            f"Invalid lp_rules: group={kinds[0]!r} under FSDP with optim={optim!r} and backend={backend!r}; groups of "
+            f"Invalid lp_rules: group={kinds[0]!r} under FSDP with optim={optim!r} and backend={backend!r}; units of "
             "sharded weights take adamw_lp with backend 'auto', 'compiled' or 'triton'."
         )
 
 
 def check_same(settings: Mapping[str, Any]) -> None:
-    """Check that all processes were given the same settings; each looks at its own, and all of them must call.
+    """Check that all processes were given the same settings; all of them must call.
 
     Raises:
         ValueError: In every process, if they differ.
@@ -98,7 +98,7 @@ def check_same(settings: Mapping[str, Any]) -> None:
         return
     everyone: list[Mapping[str, Any]] = gather_object([dict(settings)])
     for name in settings:
-        values = [each[name] for each in everyone]
+        values = [process[name] for process in everyone]
         if any(value != values[0] for value in values):
             other = next(rank for rank, value in enumerate(values) if value != values[0])
             raise ValueError(
@@ -110,7 +110,7 @@ def check_same(settings: Mapping[str, Any]) -> None:
 def check_world_size(args: TrainingArguments) -> None:
     """Raise ValueError if a launcher started more processes than can train together.
 
-    On a CPU each would train a model alone; several on one GPU end in an error of NCCL, or wait for ever.
+    On a CPU each would train a model alone; several on one GPU fail in NCCL or wait for ever.
     """
     here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     if args.device.type == "cuda" and here > torch.cuda.device_count():
@@ -163,6 +163,6 @@ def _check_deepspeed(trainer: Trainer) -> None:
         device = config.get_value(f"zero_optimization.{part}.device", "none")
         if device == "nvme":
             raise ValueError(
-                f"Invalid deepspeed config: zero_optimization.{part}.device={device!r}; adamw_lp steps and cuts "
+                f"Invalid deepspeed config: zero_optimization.{part}.device={device!r}; adamw_lp steps and prunes "
                 "weights where they lie, which must be 'cpu' or 'none'."
             )

@@ -1,4 +1,4 @@
-"""What a hyperparameter search found: its trials, and those that no other beats in loss and in sparsity."""
+"""The trials of a hyperparameter search, and those that no other trial beats in loss and sparsity."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ..files import written_aside
 SEARCH_FILE = "search.jsonl"
 PARETO_FILE = "pareto.png"
 
-# A database in memory, or one that SQLite itself is to find by its address, is no file to look for.
+# The file of a storage; databases in memory and those that SQLite finds by their address have none.
 _SQLITE_FILE = re.compile(r"sqlite(?:\+\w+)?:///(?!:memory:|file:)([^?]+)")
 
 
@@ -37,53 +37,52 @@ class Trial:
     params: dict[str, Any] = field(default_factory=dict)
 
 
-def read_trials(source: str | os.PathLike[str], study_name: str | None = None) -> list[Trial]:
-    """Return the trials of a search, each as it was evaluated last.
+def read_trials(source: str | os.PathLike[str]) -> list[Trial]:
+    """Return the trials of a search, with the last evaluation of each.
 
     Args:
         source: A folder with ``search.jsonl``, such a file, or an optuna storage such as ``sqlite:///search.db``, whose
             study has two objectives, one minimised (the loss) and one maximised (the sparsity).
-        study_name: The study in the storage; not needed if there is one.
 
     Raises:
-        ValueError: If there is no such search, or a study has other objectives.
+        ValueError: If the search is missing, or a study has other objectives.
     """
     if "://" in str(source):
-        return _of_study(str(source), study_name)
+        return _of_study(str(source))
     path = Path(source) / SEARCH_FILE if Path(source).is_dir() else Path(source)
     try:
-        lines = path.read_text(encoding="utf-8").split("\n")[:-1]  # what a kill cut short has no end
-        found = [json.loads(line) for line in lines]
+        lines = path.read_text(encoding="utf-8").split("\n")[:-1]  # a line without an end was not finished
+        entries = [json.loads(line) for line in lines]
         trials = {
-            each["trial"]: Trial(each["trial"], float(each["loss"]), float(each["sparsity"]), dict(each["params"]))
-            for each in found
-            if each["loss"] is not None
+            entry["trial"]: Trial(entry["trial"], float(entry["loss"]), float(entry["sparsity"]), dict(entry["params"]))
+            for entry in entries
+            if entry["loss"] is not None
         }
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{str(path)!r} is no search that hyperparameter_search has written ({error!r}).") from error
+        raise ValueError(f"{str(path)!r} is not a search that hyperparameter_search wrote ({error!r}).") from error
     return list(trials.values())
 
 
-def _of_study(storage: str, study_name: str | None) -> list[Trial]:
+def _of_study(storage: str) -> list[Trial]:
     try:
         import optuna
-        from sqlalchemy.exc import SQLAlchemyError  # by which optuna reads
+        from sqlalchemy.exc import SQLAlchemyError
     except ImportError as error:
         raise ValueError("Reading an optuna storage takes optuna: pip install 'hf-pdecay[search]'.") from error
     file = _SQLITE_FILE.match(storage)
     if file is not None and not Path(file[1]).is_file():  # SQLite would make it
-        raise ValueError(f"There is no file {file[1]!r}, which {storage!r} names; name one that a search has written.")
+        raise ValueError(f"The file {file[1]!r} of {storage!r} is missing; name one that a search has written.")
     try:
         names = optuna.get_all_study_names(storage)
     except (SQLAlchemyError, optuna.exceptions.StorageInternalError) as error:
         reason = str(error).partition("\n")[0]
-        raise ValueError(f"{storage!r} is no storage of optuna that can be read ({reason}).") from error
+        raise ValueError(f"{storage!r} is not a readable storage of optuna ({reason}).") from error
     if not names:
         raise ValueError(f"The storage {storage!r} has no study; name one that a search has written.")
-    if study_name is None and len(names) != 1:
-        raise ValueError(f"The storage {storage!r} has the studies {', '.join(names)}; name one of them.")
-    study = optuna.load_study(study_name=study_name or names[0], storage=storage)
-    directions = [each.name for each in study.directions]
+    if len(names) != 1:
+        raise ValueError(f"The storage {storage!r} has the studies {', '.join(names)}; it must have one.")
+    study = optuna.load_study(study_name=names[0], storage=storage)
+    directions = [direction.name for direction in study.directions]
     if sorted(directions) != ["MAXIMIZE", "MINIMIZE"]:
         raise ValueError(
             f"The study {study.study_name!r} has the directions {', '.join(directions).lower()}; a front of loss and "
@@ -91,7 +90,7 @@ def _of_study(storage: str, study_name: str | None) -> list[Trial]:
         )
     loss, sparsity = directions.index("MINIMIZE"), directions.index("MAXIMIZE")
     done = study.get_trials(deepcopy=False, states=(optuna.trial.TrialState.COMPLETE,))
-    return [Trial(f"run-{each.number}", each.values[loss], each.values[sparsity], each.params) for each in done]
+    return [Trial(f"run-{trial.number}", trial.values[loss], trial.values[sparsity], trial.params) for trial in done]
 
 
 def pareto_front(trials: Iterable[Trial]) -> list[Trial]:
@@ -104,10 +103,10 @@ def pareto_front(trials: Iterable[Trial]) -> list[Trial]:
         The front, by rising sparsity. Of trials that are equal in both the first stands for all.
     """
     front: list[Trial] = []
-    finite = [each for each in trials if each.loss == each.loss and each.sparsity == each.sparsity]
-    for each in sorted(finite, key=lambda trial: (-trial.sparsity, trial.loss)):
-        if not front or each.loss < front[-1].loss:
-            front.append(each)
+    finite = [trial for trial in trials if trial.loss == trial.loss and trial.sparsity == trial.sparsity]
+    for trial in sorted(finite, key=lambda trial: (-trial.sparsity, trial.loss)):
+        if not front or trial.loss < front[-1].loss:
+            front.append(trial)
     return front[::-1]
 
 
@@ -120,7 +119,7 @@ def plot_pareto(trials: Sequence[Trial], path: str | os.PathLike[str], title: st
         title: Heading of the picture.
 
     Raises:
-        ValueError: If there is no trial to draw.
+        ValueError: If ``trials`` is empty.
     """
     front = pareto_front(trials)
     if not front:
@@ -129,22 +128,22 @@ def plot_pareto(trials: Sequence[Trial], path: str | os.PathLike[str], title: st
 
     figure = Figure(figsize=(7.5, 4.8), layout="constrained")
     axes = figure.subplots()
-    others = [each for each in trials if each not in front]
+    others = [trial for trial in trials if trial not in front]
     axes.scatter(
-        [100 * each.sparsity for each in others], [each.loss for each in others], color="#b0b0b0", label="trials"
+        [100 * trial.sparsity for trial in others], [trial.loss for trial in others], color="#b0b0b0", label="trials"
     )
     axes.plot(
-        [100 * each.sparsity for each in front],
-        [each.loss for each in front],
+        [100 * trial.sparsity for trial in front],
+        [trial.loss for trial in front],
         color="#1f4e9c",
         marker="o",
         drawstyle="steps-pre",
         label="Pareto front",
     )
-    for each in front if len(front) <= 12 else ():
+    for trial in front if len(front) <= 12 else ():
         axes.annotate(
-            each.name,
-            (100 * each.sparsity, each.loss),
+            trial.name,
+            (100 * trial.sparsity, trial.loss),
             xytext=(-4, 5),
             textcoords="offset points",
             fontsize=8,

@@ -4,7 +4,7 @@ Two things of transformers are touched, in memory and until :func:`unregister`. 
 names, since that is what ``TrainingArguments`` casts ``optim`` to and what ``HfArgumentParser`` offers as choices. And
 ``Trainer.__init__``, once it is done and if ``args.optim`` is one of them, turns the Trainer into one of the same class
 with :class:`~hf_pdecay.PDecayTrainerMixin` before it, as torch's ``fully_shard`` does with a module, so that what
-happens then is what happens in a ``PDecayTrainer``. A Trainer with any other optimizer is left as it is.
+happens then is what happens in a ``PDecayTrainer``. A Trainer with any other optimizer is left alone.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from .trainer import PDecayTrainerMixin, check_arguments
 
 logger = logging.getLogger(__name__)
 
-# What PDecayTrainerMixin stands before; each must be there for it to be asked.
+# Methods that PDecayTrainerMixin overrides; transformers must have all of them.
 _METHODS = (
     "train",
     "create_optimizer",
@@ -41,7 +41,7 @@ _METHODS = (
 
 _Init = Callable[..., None]
 
-# Trainer.__init__ as it was, while we are registered.
+# The original Trainer.__init__ while we are registered.
 _stock_init: _Init | None = None
 _remind = False
 
@@ -51,7 +51,7 @@ def register(*, remind: bool = False) -> None:
 
     The settings of the decay are read from ``optim_args``, such as ``"p_norm=0.8,target_sparsity=0.9"``, and
     ``optim_target_modules`` says which modules' weights decay. Each process that trains must call it, before it parses
-    or makes its arguments. Calling it again changes nothing; a Trainer that was made before goes on as it was.
+    or makes its arguments. Calling it again changes nothing; a Trainer that was made before is not affected.
 
         >>> import hf_pdecay
         >>> hf_pdecay.register()
@@ -78,7 +78,7 @@ def register(*, remind: bool = False) -> None:
 
 
 def unregister() -> None:
-    """Undo :func:`register`. A Trainer that was made in between goes on as it was made."""
+    """Undo :func:`register`. A Trainer that was made in between keeps our optimizer."""
     global _stock_init
     if _stock_init is None:
         return
@@ -131,12 +131,12 @@ def _say_unused(args: TrainingArguments) -> None:
 
 
 def _names() -> type[Enum]:
-    """The enum of transformers, after a look at all that is hooked into."""
+    """The enum of transformers, after a check of all hooks."""
     from transformers import training_args
 
     names = getattr(training_args, "OptimizerNames", None)
     if not (isinstance(names, type) and issubclass(names, str) and issubclass(names, Enum)):
-        raise _moved("transformers.training_args.OptimizerNames is not an enum of texts")
+        raise _moved("transformers.training_args.OptimizerNames is not an enum of strings")
     for method in _METHODS:
         if not callable(getattr(Trainer, method, None)):
             raise _moved(f"Trainer.{method} is missing")

@@ -23,7 +23,7 @@ _ENGINES = {"DeepSpeed": ("latest",), "FSDP": ("pytorch_model_fsdp*", "optimizer
 
 
 def check_checkpoint(model: nn.Module, folder: str) -> None:
-    """Raise ValueError if a checkpoint is not one of this model, going by names and shapes; reads headers only."""
+    """Raise ValueError if a checkpoint is of another model, by names and shapes; reads headers only."""
     shapes = {name: list(full_shape(tensor)) for name, tensor in model.state_dict(keep_vars=True).items()}
     saved: dict[str, list[int]] = {}
     for file in sorted(Path(folder).glob("model*.safetensors")):
@@ -43,7 +43,7 @@ def check_checkpoint(model: nn.Module, folder: str) -> None:
 
 
 def check_engine_of(folder: str, engine: str, processes: int) -> None:
-    """Raise ValueError if a checkpoint was written under another engine than the one that is to read it.
+    """Raise ValueError if a checkpoint was written under another engine than this run's.
 
     Args:
         folder: A whole checkpoint.
@@ -53,7 +53,7 @@ def check_engine_of(folder: str, engine: str, processes: int) -> None:
     path = Path(folder)
     if not (path / "scheduler.pt").is_file() and not any(path.glob("optimizer*")):
         return  # the model alone
-    written = next((name for name, marks in _ENGINES.items() if any(any(path.glob(each)) for each in marks)), "")
+    written = next((name for name, marks in _ENGINES.items() if any(any(path.glob(mark)) for mark in marks)), "")
     if written != engine:
         by, now = (f"under {name}" if name else "on one process or DDP" for name in (written, engine))
         raise ValueError(
@@ -78,12 +78,12 @@ def check_optimizer_state(groups: list[dict[str, Any]], folder: str) -> None:
 def other_settings(
     groups: list[dict[str, Any]], folder: str, controlled: Collection[int], *, annealed: bool
 ) -> list[str]:
-    """Say which settings of the decay a resumed run takes from its checkpoint, where it was given others.
+    """Say which settings of the decay a resumed run takes from its checkpoint instead of its arguments.
 
     Args:
         groups: The run's param groups, which :func:`check_optimizer_state` has checked.
         folder: The checkpoint.
-        controlled: Places of those groups that have a target, by which λ_p and ``keep_zeros`` are set.
+        controlled: Indices of the groups with a target, which sets λ_p and ``keep_zeros``.
         annealed: Whether p goes from ``p_norm_begin`` to that of the groups.
 
     Returns:
@@ -105,7 +105,7 @@ def other_settings(
 
 
 def _saved_groups(folder: str) -> list[dict[str, Any]] | None:
-    """The param groups of a checkpoint's optimizer, without its moments; None where none is in one file."""
+    """The param groups of a checkpoint's optimizer, without its moments; None if it is not in one file."""
     file = Path(folder) / "optimizer.pt"
     if not file.is_file():
         return None

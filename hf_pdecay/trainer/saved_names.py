@@ -16,10 +16,10 @@ if TYPE_CHECKING:
 
 
 def load_converted(model: nn.Module, folder: str) -> None:
-    """Load the model of a checkpoint that names its weights otherwise than the model does.
+    """Load the model of a checkpoint whose names differ from the model's.
 
     transformers 5 saves some models, such as ViT and GPT-NeoX, under the names that their files had before. Its Trainer
-    looks for names as they are, and leaves weights that it does not find as they happen to be.
+    looks for the model's names, and leaves weights that it does not find unchanged.
 
     Args:
         model: The model, into which the Trainer has loaded the checkpoint.
@@ -33,9 +33,9 @@ def load_converted(model: nn.Module, folder: str) -> None:
 
 
 def names_in_files(model: PreTrainedModel) -> dict[str, tuple[str, ...]]:
-    """Return under which names transformers saves the parameters of a model, of those that it saves under others.
+    """Return the names in files of the parameters that transformers saves under other names than the model's.
 
-    Several are the parts of one parameter, such as experts that are fused in memory.
+    Several names hold one parameter together, such as experts that are fused in memory.
 
     Args:
         model: The model, with weights or on the meta device. It is not changed.
@@ -45,19 +45,19 @@ def names_in_files(model: PreTrainedModel) -> dict[str, tuple[str, ...]]:
         from transformers.core_model_loading import PrefixChange, revert_weight_conversion
     except ImportError:  # transformers 4 saves what there is
         return {}
-    found: dict[str, tuple[str, ...]] = {}
+    saved: dict[str, tuple[str, ...]] = {}
     conversions = get_model_conversion_mapping(model, add_legacy=False)
     # Whether a file's names have a prefix depends on where the model came from.
-    if not any(not isinstance(each, PrefixChange) for each in conversions):
-        return found
+    if all(isinstance(conversion, PrefixChange) for conversion in conversions):
+        return saved
     for name, param in model.named_parameters():
         try:
             names = tuple(revert_weight_conversion(model, {name: param.detach()}))
         except (RuntimeError, ValueError, KeyError, IndexError, TypeError):
             continue  # one that a file has as a part of another
         if names != (name,):
-            found[name] = names
-    return found
+            saved[name] = names
+    return saved
 
 
 def _saved_names(folder: Path) -> list[str]:

@@ -36,7 +36,7 @@ _RANGES: dict[str, tuple[float, float]] = {
     "p_norm": (0.5, 1.0),
     "lambda_p": (1e-3, 1e-1),
 }
-# By these each value of a setting can be checked alone.
+# With these a value of any setting can be checked alone.
 _WHOLE_RUN = DecayFields(sparsity_begin=0.0, sparsity_end=1.0)
 # What matters of these is the order of magnitude.
 _LOGARITHMIC = ("learning_rate", "lambda_p", "weight_decay")
@@ -58,7 +58,7 @@ class _HpSpace:
         return {name: self.draw(trial, name, given) for name, given in self.ranges.items()}
 
     def fitting(self, settings: DecaySettings) -> _HpSpace:
-        """Return the space without λ_p if the run's target sets it for all weights: no rule leaves some to λ_p."""
+        """Return the space without λ_p if the run's target sets it for all weights: no rule leaves weights to λ_p."""
         target, rules = settings.target_sparsity, settings.lp_rules
         parsed = parse_rules(rules) if isinstance(rules, dict) else []
         left = any(rule.target_sparsity == 0 and rule.lambda_p is None for rule in parsed)
@@ -83,7 +83,7 @@ def optuna_space(**ranges: Space | None) -> Callable[[Any], dict[str, Any]]:
             out.
 
     Raises:
-        ValueError: If a name is no field, a range or a value is not possible, or both λ_p and a target are given.
+        ValueError: If a name is not a field, a range or a value is not possible, or both λ_p and a target are given.
     """
     return _HpSpace(_checked(ranges), _by_optuna)
 
@@ -119,7 +119,7 @@ def _checked(ranges: dict[str, Space | None]) -> dict[str, Space]:
     known = {field.name for field in fields(PDecayTrainingArguments)}
     unknown = next((name for name in ranges if name not in known), None)
     if unknown is not None:
-        raise ValueError(f"Invalid space: {unknown!r} is no field of PDecayTrainingArguments.")
+        raise ValueError(f"Invalid space: {unknown!r} is not a field of PDecayTrainingArguments.")
     if ranges.get("lambda_p") is not None and ranges.get("target_sparsity") is not None:
         raise ValueError("Invalid space: target_sparsity sets lambda_p itself; leave one of the two out.")
     defaults: dict[str, Space | None] = {**_RANGES}

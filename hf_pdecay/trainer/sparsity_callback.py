@@ -14,6 +14,7 @@ from accelerate.scheduler import AcceleratedScheduler
 from torch import nn
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
+from ..checks import check_choice
 from ..files import append_line, remove_leftovers, write_text
 from ..optim.adamw_lp import AdamWLp
 from ..optim.param_groups import is_decayed
@@ -26,6 +27,7 @@ from ..sparsity.file_names import HISTORY_FILE, PICTURE_FILE, REPORT_FILE, RUN_F
 from ..sparsity.history import read_history
 from ..sparsity.report import NEAR_ZERO_THRESHOLD, SparsityReport
 from ..target.forecast import DecayingGroup, forecast
+from .fields import SPARSITY_LOGGING
 from .first_callback import FirstCallback
 
 
@@ -44,8 +46,8 @@ class SparsityCallback(FirstCallback):
     """Logs the exact zeros of a model while it trains, and reports them at the end.
 
     With every log event of the training loss it adds ``sparsity/overall`` (decayed weights), ``sparsity/model`` and,
-    where weights decay by groups, the fraction of dead ones, such as ``sparsity/neurons``, to
-    what ``Trainer.log`` hands out, and appends a line to ``sparsity.jsonl`` in ``output_dir``; counting waits for the
+    where weights decay as units, the fraction of dead units, such as ``sparsity/neurons``, to the values of
+    ``Trainer.log``, and appends a line to ``sparsity.jsonl`` in ``output_dir``; counting waits for the
     device once. At the end it writes ``sparsity.json`` and ``sparsity.png`` and prints a table.
 
     Trackers get their values in the order of the callbacks. ``PDecayTrainer`` puts this one first; with another Trainer
@@ -63,10 +65,7 @@ class SparsityCallback(FirstCallback):
     """
 
     def __init__(self, sparsity_logging: str = "overall", near_zero_threshold: float = NEAR_ZERO_THRESHOLD) -> None:
-        if sparsity_logging not in ("overall", "layer"):
-            raise ValueError(
-                f"Invalid sparsity_logging: sparsity_logging={sparsity_logging!r}; it must be one of overall, layer."
-            )
+        check_choice("sparsity_logging", sparsity_logging, SPARSITY_LOGGING)
         self.sparsity_logging = sparsity_logging
         self.near_zero_threshold = near_zero_threshold
         self._skipped_steps = 0
@@ -92,8 +91,8 @@ class SparsityCallback(FirstCallback):
             return
         # Each process looks at its shards, and one speaks.
         sums = _lr_sums(optimizer.param_groups, kwargs["lr_scheduler"], state)
-        free = [each for each in decaying if "asked_sparsity" not in each.settings]
-        sentences = forecast(free, [sums[each.number] for each in free]) + _frozen_tensors(kwargs["model"], decaying)
+        free = [group for group in decaying if "asked_sparsity" not in group.settings]
+        sentences = forecast(free, [sums[group.number] for group in free]) + _frozen_tensors(kwargs["model"], decaying)
         if state.is_world_process_zero:
             _console().print(group_table(optimizer.param_groups, group_params(optimizer)))
             for device, (name, reason) in _backends(optimizer).items():
@@ -117,14 +116,14 @@ class SparsityCallback(FirstCallback):
             return
         values: dict[str, Any] = {"sparsity/overall": report.sparsity, "sparsity/model": report.model_sparsity}
         if self.sparsity_logging == "layer":
-            values |= {f"sparsity/layer/{each.name}": each.sparsity for each in report.tensors if each.decayed}
+            values |= {f"sparsity/layer/{tensor.name}": tensor.sparsity for tensor in report.tensors if tensor.decayed}
         if self._skipped_steps == state.global_step > 0 and not self._said_that_all_are_skipped:
             self._said_that_all_are_skipped = True
             logger.warning(
                 "All %d steps so far were skipped for NaN or infinite gradients, so nothing is learned.",
                 self._skipped_steps,
             )
-        values |= {f"sparsity/{each.label.replace(' ', '_')}": each.sparsity for each in report.units}
+        values |= {f"sparsity/{units.label.replace(' ', '_')}": units.sparsity for units in report.units}
         if self._skipped_steps:
             values["skipped_steps"] = self._skipped_steps
         # The Trainer has copied the dict into its history before it calls; the trackers after this get the dict itself.
@@ -185,12 +184,12 @@ class SparsityCallback(FirstCallback):
             "model_sparsity": report.model_sparsity,
             "near_zeros": report.decayed.near_zeros,
             "skipped_steps": self._skipped_steps,
-            **({"units": {each.label: each.sparsity for each in report.units}} if report.units else {}),
-            "layers": {each.name: each.sparsity for each in report.tensors if each.decayed},
+            **({"units": {units.label: units.sparsity for units in report.units}} if report.units else {}),
+            "layers": {tensor.name: tensor.sparsity for tensor in report.tensors if tensor.decayed},
         }
 
     def _measure(self, model: nn.Module, optimizer: Any, state: TrainerState) -> SparsityReport | None:
-        """Count; None on the processes that have nothing to count and nothing to say."""
+        """Count; None in the processes that neither count nor report."""
         settle(model)
         if not state.is_world_process_zero and not any(is_sharded(param) for param in model.parameters()):
             return None
@@ -199,8 +198,8 @@ class SparsityCallback(FirstCallback):
             model,
             decayed=_names(model, groups) if groups else None,
             near_zero_threshold=self.near_zero_threshold,
-            extra=[each.settings.get("skipped_steps", 0) for each in groups],
-            units=count_units([each.settings for each in groups], [each.params for each in groups]),
+            extra=[group.settings.get("skipped_steps", 0) for group in groups],
+            units=count_units([group.settings for group in groups], [group.params for group in groups]),
         )
         self._skipped_steps = max(skipped, default=0)
         return report if state.is_world_process_zero else None
@@ -209,8 +208,8 @@ class SparsityCallback(FirstCallback):
 def _lr_sums(groups: Sequence[Mapping[str, Any]], lr_scheduler: Any, state: TrainerState) -> list[float]:
     """Sum of the learning rates of the steps still to come, group by group.
 
-    Schedules that are functions of the step are sampled; for the others, which cannot be known beforehand, the present
-    learning rate stands for all.
+    Schedules that are functions of the step are sampled; others cannot be known beforehand, so the present learning
+    rate stands for all steps.
     """
     steps = max(state.max_steps - state.global_step, 0)
     if isinstance(lr_scheduler, AcceleratedScheduler):
@@ -227,19 +226,19 @@ def _lr_sums(groups: Sequence[Mapping[str, Any]], lr_scheduler: Any, state: Trai
 
 def _frozen_tensors(model: nn.Module, groups: Sequence[DecayingGroup]) -> list[str]:
     """Warn of tensors that ``keep_zeros`` will never let learn."""
-    keeping = [each for each in groups if each.settings["keep_zeros"]]
+    keeping = [group for group in groups if group.settings["keep_zeros"]]
     if not keeping:
         return []
     report = measure_sparsity(model, decayed=_names(model, keeping))
     return [
-        f"keep_zeros: {each.name} is wholly zero and will stay so. If it is to learn, set it 'off' in lp_rules."
-        for each in report.tensors
-        if each.decayed and each.parameters and each.zeros == each.parameters
+        f"keep_zeros: {tensor.name} is wholly zero and will stay so. To let it learn, set it 'off' in lp_rules."
+        for tensor in report.tensors
+        if tensor.decayed and tensor.parameters and tensor.zeros == tensor.parameters
     ]
 
 
 def _decaying_groups(optimizer: Any) -> list[DecayingGroup]:
-    """Param groups on which p-norm decay acts; none for an optimizer that knows nothing of it."""
+    """Param groups on which p-norm decay acts; empty for another optimizer."""
     if optimizer is None:
         return []
     return [
@@ -250,7 +249,7 @@ def _decaying_groups(optimizer: Any) -> list[DecayingGroup]:
 
 
 def _names(model: nn.Module, groups: Sequence[DecayingGroup]) -> list[str]:
-    return decayed_parameter_names(model, [each.settings for each in groups], [each.params for each in groups])
+    return decayed_parameter_names(model, [group.settings for group in groups], [group.params for group in groups])
 
 
 def _backends(optimizer: Any) -> dict[str, tuple[str, str]]:

@@ -1,4 +1,4 @@
-"""The callback that brings a run to the sparsity that was asked for."""
+"""The callback that brings a run to its target_sparsity."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .settings import DecaySettings
 
 logger = logging.getLogger(__name__)
 
-# More than the error of the sample by which zeros are counted.
+# More than the error of the sample from which zeros are counted.
 _MISSED = 0.02
 
 
@@ -44,11 +44,11 @@ class SparsityControlCallback(FirstCallback):
         self._control = SparsityControl(kwargs["optimizer"], state.max_steps, settings)
         self._control.before_step(state.global_step + 1)
         if state.global_step >= self._control.schedule.end:
-            missing = self._control.shortfall()  # which all processes count together
+            missing = self._control.shortfall()  # all processes count together
             if missing > _MISSED and state.is_world_process_zero:
                 logger.warning(
                     "The run goes on after step %d, past sparsity_end at step %d, and %.1f%% of what decays is missing "
-                    "to target_sparsity: nothing is cut any more. Ask for a later sparsity_end, or for more steps.",
+                    "to target_sparsity: no more weights are pruned. Ask for a later sparsity_end, or for more steps.",
                     state.global_step,
                     self._control.schedule.end,
                     100 * missing,
@@ -69,7 +69,7 @@ class SparsityControlCallback(FirstCallback):
             )
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Cut, where the schedule has a cut after this step, and set p, λ_p and ``keep_zeros`` for the next."""
+        """Prune if this is a pruning step, and set p, λ_p and ``keep_zeros`` for the next step."""
         if self._control is None:
             return
         self._control.after_step(state.global_step)
@@ -84,10 +84,10 @@ class SparsityControlCallback(FirstCallback):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Say so where the run was stopped before it had the sparsity that was asked for."""
+        """Warn if the run was stopped before it reached target_sparsity."""
         if self._control is None or not self._control.budgets or state.global_step >= self._control.schedule.end:
             return
-        missing = self._control.shortfall()  # of what is to be saved, which all processes count together
+        missing = self._control.shortfall()  # all processes count together
         if state.is_world_process_zero:
             logger.warning(
                 "The run stopped after step %d, before sparsity_end at step %d: %.1f%% of what decays is missing to "
@@ -99,7 +99,7 @@ class SparsityControlCallback(FirstCallback):
 
 
 def _overruled(settings: DecaySettings) -> list[str]:
-    """The λ_p that the user gave and that a target makes void."""
+    """The values of λ_p that the user gave and a target overrides."""
     given = [f"lambda_p={settings.lambda_p:g}"] if settings.lambda_p != DecaySettings.lambda_p else []
     for rule in parse_rules(settings.lp_rules if isinstance(settings.lp_rules, dict) else {}):
         target = settings.target_sparsity if rule.target_sparsity is None else rule.target_sparsity

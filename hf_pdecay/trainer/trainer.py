@@ -22,12 +22,12 @@ from ..optim.adamw_lp import AdamWLp
 from ..optim.lp_decay import LpDecay
 from ..optim.named import OPTIMIZERS
 from ..optim.shards import is_sharded, settle
-from ..sparsity.file_names import REPORT_FILE, RUN_FILES
+from ..sparsity.file_names import REPORT_FILE, RUN_FILES, STATE_FILE
 from ..sparsity.report import SparsityReport
 from ..target.control import plan_target
 from .arguments import PDecayTrainingArguments, settings_of
 from .card import CardCallback, measure, write_card
-from .checkpoints import STATE_FILE, agreed_newest_whole, check_whole
+from .checkpoints import agreed_newest_whole, check_whole
 from .engines import check_engine, check_same, check_structured, check_world_size, engine_of, whole_model
 from .fields import DecayFields
 from .optimizer import build_optimizer, check_hyperparameters, name_of, param_groups_of
@@ -79,7 +79,7 @@ class PDecayTrainerMixin(_Base):
             self._check_checkpoint(self.args.resume_from_checkpoint)
 
     def _join(self) -> None:
-        """Check what was asked of the decay, and add the callbacks; a Trainer of any class is complete by then."""
+        """Check the settings of the decay, and add the callbacks, to a complete Trainer of any class."""
         self._card_arguments: dict[str, Any] = {}
         # An optimizer that the user made has the param groups that the user made.
         self._given_optimizer = self.optimizer is not None or self.optimizer_cls_and_kwargs is not None
@@ -87,20 +87,20 @@ class PDecayTrainerMixin(_Base):
             return
         settings = self._settings
         if self.train_dataset is None and not any(param.requires_grad for param in self.model.parameters()):
-            # Only to evaluate; what trains would be checked when it does.
+            # Evaluation only; training is checked when it starts.
             self._attach(settings)
             return
         check_engine(self, settings.optim, settings.options.get("moments"))
         check_same(asdict(settings) | {"optim": name_of(self.args), "weight_decay": self.args.weight_decay})
         groups = param_groups_of(self.model, self.args, settings)
         check_structured(self, groups, settings.optim, settings.options.get("backend", "auto"))
-        # The number of steps that epochs come to is known later, and is checked then.
+        # The number of steps in the epochs is known later, and is checked then.
         plan_target(groups, self.args.max_steps if self.args.max_steps > 0 else None, settings)
         self._attach(settings)
 
     def _attach(self, settings: DecaySettings) -> None:
         SparsityCallback(settings.sparsity_logging, settings.near_zero_threshold).attach(self)
-        SparsityControlCallback().attach(self)  # before the other, which then counts what was cut
+        SparsityControlCallback().attach(self)  # before the other, which then counts pruned weights
         self.add_callback(CardCallback(self._write_final_card))
 
     @property
@@ -128,7 +128,7 @@ class PDecayTrainerMixin(_Base):
         """Train; takes what ``Trainer.train`` takes, and resumes only from a checkpoint that is whole.
 
         Raises:
-            ValueError: If the checkpoint to resume from is cut short or of another model, or there is no whole one.
+            ValueError: If the checkpoint to resume from is incomplete or of another model, or no whole one exists.
         """
         if self._decays:
             # A subclass's own `train` gets what it was given, in the way that it was given.
@@ -145,7 +145,7 @@ class PDecayTrainerMixin(_Base):
 
     def _check_checkpoint(self, folder: str | bool | None, *, warn: bool = False) -> None:
         if not isinstance(folder, str) or not os.path.isdir(folder):
-            return  # the Trainer has a sentence for a folder that is not there
+            return  # the Trainer explains that the folder is missing
         check_checkpoint(self.model, folder)
         check_whole(folder)
         check_engine_of(folder, engine_of(self), self.args.world_size)
@@ -200,14 +200,14 @@ class PDecayTrainerMixin(_Base):
         return optimizer
 
     def _share_grad_norm(self, optimizer: AdamWLp | LpDecay, model: nn.Module) -> None:
-        """Let the optimizer know the norm that the Trainer clips by, so that it need not look for NaN itself."""
+        """Give the optimizer the gradient norm that the Trainer computes, so that it need not look for NaN itself."""
         clip = self.accelerator.clip_grad_norm_
         if isinstance(clip, partial) and clip.func is _clip_and_tell:
-            # The optimizer before, of a model that model_init made, is not to be kept alive.
+            # Do not keep alive the optimizer of an earlier model of model_init.
             clip = self.accelerator.clip_grad_norm_ = clip.args[0]
         clipped = {id(param) for param in model.parameters()}
         if any(id(param) not in clipped for group in optimizer.param_groups for param in group["params"]):
-            return  # those of a loss have a norm that no one takes
+            return  # the norm of a loss's parameters is not computed
         if not self.is_deepspeed_enabled:
             # DeepSpeed has stepped by the time that the Trainer learns of a norm.
             self.accelerator.clip_grad_norm_ = partial(_clip_and_tell, clip, optimizer)
@@ -225,8 +225,8 @@ class PDecayTrainerMixin(_Base):
         plain = copy.copy(self.args)
         plain.optim, plain.optim_args, plain.optim_target_modules = OptimizerNames.ADAMW_TORCH, None, None
         _, kwargs = super().get_optimizer_cls_and_kwargs(plain, model)  # type: ignore[arg-type]
-        found = next((kwargs[key] for key in ("params", "model", "optimizer_dict") if key in kwargs), None)
-        return found if isinstance(found, list) else None
+        groups = next((kwargs[key] for key in ("params", "model", "optimizer_dict") if key in kwargs), None)
+        return groups if isinstance(groups, list) else None
 
     def hyperparameter_search(
         self,
@@ -353,10 +353,10 @@ def _clip_and_tell(clip: Callable[..., Any], optimizer: AdamWLp | LpDecay, *args
 
 
 def check_arguments(args: Any) -> None:
-    """Check, before a Trainer is made, what would otherwise fail in it or after it, and less plainly.
+    """Check, before a Trainer is made, what would otherwise fail later and less plainly.
 
     Args:
-        args: What it was given for ``args``; None and what knows nothing of the decay passes.
+        args: Its ``args``; None and arguments without decay pass.
 
     Raises:
         ValueError: If a setting of the decay is wrong, or processes were started that do not find each other.

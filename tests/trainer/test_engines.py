@@ -58,7 +58,7 @@ def test_groups_of_weights_that_nobody_could_find_are_refused() -> None:
         check_structured(trainer(deepspeed={}), [{}, {"group": "head"}])
     sharded = trainer(fsdp=2)
     for optim, backend in (("sgd_lp", "auto"), ("adamw_lp", "foreach"), ("adamw_lp", "reference")):
-        with pytest.raises(ValueError, match=f"under FSDP with optim='{optim}' and backend='{backend}'; groups of"):
+        with pytest.raises(ValueError, match=f"under FSDP with optim='{optim}' and backend='{backend}'; units of"):
             check_structured(sharded, [{}, {"group": "head"}], optim, backend)
     check_structured(sharded, [{}, {"group": "head"}])
     for each in (trainer(deepspeed={}), trainer(fsdp=2)):

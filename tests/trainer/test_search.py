@@ -219,7 +219,7 @@ def test_space() -> None:
 @pytest.mark.parametrize(
     ("ranges", "said"),
     [
-        ({"p": (0.5, 1)}, "'p' is no field"),
+        ({"p": (0.5, 1)}, "'p' is not a field"),
         ({"p_norm": (0, 1)}, "p_norm=0"),
         ({"target_sparsity": (0.5, 1.0)}, "target_sparsity=1.0"),
         ({"lambda_p": (0.0, 1.0)}, "low above 0"),
@@ -267,10 +267,10 @@ def test_front_is_what_nothing_beats(points: list[tuple[float, float]]) -> None:
 
 
 def test_reading_what_is_no_search(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="is no search"):
+    with pytest.raises(ValueError, match="is not a search"):
         read_trials(tmp_path)
     (tmp_path / "search.jsonl").write_text('{"trial": "run-0"}\n')
-    with pytest.raises(ValueError, match="is no search"):
+    with pytest.raises(ValueError, match="is not a search"):
         read_trials(tmp_path)
     line = {"trial": "run-0", "loss": 1.0, "sparsity": 0.5, "params": {}}
     (tmp_path / "search.jsonl").write_text(json.dumps(line) + "\n" + json.dumps(line)[:20])
@@ -279,9 +279,9 @@ def test_reading_what_is_no_search(tmp_path: Path) -> None:
         plot_pareto([], tmp_path / "pareto.png")
     (tmp_path / "other.db").write_text("no database" * 99)
     for name, said in (
-        ("none.db", "There is no file .*none.db', which 'sqlite:"),
+        ("none.db", "The file .*none.db' of 'sqlite:"),
         ("empty.db", "has no study"),
-        ("other.db", "is no storage of optuna that can be read .*not a database"),
+        ("other.db", "is not a readable storage of optuna .*not a database"),
     ):
         (tmp_path / "empty.db").touch()
         with pytest.raises(ValueError, match=said):
