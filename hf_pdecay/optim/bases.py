@@ -21,7 +21,7 @@ Batch = dict[int, dict[int, Tensor]]
 
 
 _IN_BACKWARD = (
-    "it steps within backward, so that there is no step to take the weights before and to decay them after. Take the "
+    "it steps within backward, so the decay has no step to take the weights before and to act after. Take the "
     "optimizer that does the same in step()"
 )
 _OWN_RATE = "its step size is not the group's lr but one that it finds, and the decay would not follow it"

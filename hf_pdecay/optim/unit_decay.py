@@ -159,7 +159,7 @@ class BlockDecay(UnitDecay):
         return n_of_m(kind_of(self.group)) or (0, 0)
 
     def take_norms(self, backend: str = "") -> None:
-        """Check that no block lies in several processes; there are no norms."""
+        """Check that no block lies in several processes; blocks need no norms."""
         for layer, member in self._members():
             span = span_of(self._params[member.param])
             if span is not None and span.dim == member.dim and span.size % self._blocks[1]:

@@ -23,7 +23,7 @@ class UnitTables(ABC):
     over its own shards, and the sums of all processes are added.
 
     Args:
-        params: The parameters of the param group, all of which :meth:`takes`, on one device.
+        params: The parameters of the param group, on one device; :meth:`takes` must accept them.
         units: The units of the param group.
 
     Attributes:

@@ -71,7 +71,7 @@ class Batch:
     """Steps as the C++ function reads them: addresses, sizes and numbers. It holds no gradient.
 
     Args:
-        steps: Tensors none of which :meth:`refusal` refuses.
+        steps: Tensors that :meth:`refusal` does not refuse.
 
     Raises:
         RuntimeError: If the function is not available, see :func:`unavailable`.

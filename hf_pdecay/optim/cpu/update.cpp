@@ -77,7 +77,7 @@ inline void update(P* __restrict p, const P* __restrict g, M* __restrict m, M* _
       const __m512 largest = _mm512_set1_ps(65504.0f), size = _mm512_abs_ps(grad);
       const __mmask16 finite = _mm512_cmp_ps_mask(size, largest, _CMP_LE_OQ);
       const __m512 most = _mm512_mask_blend_ps(finite, _mm512_set1_ps(INFINITY), largest);
-      exp_avg_sq = _mm512_min_ps(most, exp_avg_sq);  // of two numbers one of which is NaN it takes the second
+      exp_avg_sq = _mm512_min_ps(most, exp_avg_sq);  // if one of two numbers is NaN it takes the second
     }
     __m512 denominator =
         _mm512_fmadd_ps(_mm512_sqrt_ps(exp_avg_sq), _mm512_set1_ps(s.scale2), _mm512_set1_ps(s.eps));

@@ -52,7 +52,7 @@ inline float load(float16 x) {
 
 // Store with stochastic rounding: `noise` below the last kept bit is added and the rest cut off, see rounding.py. Or to
 // the nearest, as torch does for weights that do not decay.
-// `nearest` has all bits or none: a choice by a mask is no branch, which would keep a loop from being vectorised.
+// `nearest` has all bits or none: a choice by a mask needs no branch, which would keep a loop from being vectorised.
 inline void store(float& to, float x, uint32_t, uint32_t) { to = x; }
 inline void store(double& to, double x, uint32_t, uint32_t) { to = x; }
 inline void store(bfloat16& to, float x, uint32_t noise, uint32_t nearest) {

@@ -36,7 +36,7 @@ def row_of(table: tl.tensor, rows: tl.tensor) -> tl.tensor:
 def chunk_of(words: tl.tensor, CHUNK: tl.constexpr, BLOCK: tl.constexpr) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
     """Return where this program's chunk of a tensor begins, where its part of whole blocks ends, and where it ends.
 
-    The same code is to run twice: with a mask, or addresses of which it does not know that they are multiples of 16,
+    The same code must run twice: with a mask, or with addresses that are not known to be multiples of 16,
     the compiler loads one element at a time.
     """
     begin = (tl.program_id(0) - tl.load(words)) * CHUNK

@@ -26,7 +26,7 @@ def count_zeros(tensors: Sequence[Tensor], threshold: float) -> Tensor:
     """Count zeros and small weights; the host does not wait.
 
     Args:
-        tensors: Tensors of one device and dtype, all of which are :func:`countable`.
+        tensors: Tensors of one device and dtype, that are :func:`countable`.
         threshold: Magnitude below which weights are small, rounded to their dtype.
 
     Returns:

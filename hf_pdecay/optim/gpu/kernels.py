@@ -75,7 +75,7 @@ def prepare(
     correction1 = 1.0 - tl.exp2(times * tl.log2(float64_of(beta1)))
     correction2 = 1.0 - tl.exp2(times * tl.log2(float64_of(beta2)))
     # What is below float16's smallest number is stored as 0, and the fast root takes what is below float32's smallest
-    # normal number for 0; and m / (0 + eps) is no step that anyone wants.
+    # normal number for 0; and m / (0 + eps) would not be a useful step.
     if MOMENT == tl.float16:
         least = tl.where(epsilon < 2.0**-25, 2.0**-12, 0.0)
     else:
@@ -194,7 +194,7 @@ def _run(
 ) -> None:
     """Do the step of the elements from ``begin`` to ``end``, which are whole blocks or not.
 
-    The place in the tensor is kept apart from the place in the block: it may need 64 bits, of which threads have few.
+    The place in the tensor is kept apart from the place in the block: it may need 64 bits, and threads have few registers.
     """
     param, grad, exp_avg, exp_avg_sq = tl.load(words + 1), tl.load(words + 2), tl.load(words + 3), tl.load(words + 4)
     sign, lerp, beta2, weight2 = tl.load(scalars + 1), tl.load(scalars + 2), tl.load(scalars + 3), tl.load(scalars + 4)

@@ -42,7 +42,7 @@ class Batch:
     """Steps as the kernels read them: tables of addresses, kept on the host. It holds no gradient.
 
     Args:
-        steps: Tensors none of which :meth:`refusal` refuses.
+        steps: Tensors that :meth:`refusal` does not refuse.
     """
 
     repeats = True
