@@ -194,7 +194,7 @@ def _run(
 ) -> None:
     """Do the step of the elements from ``begin`` to ``end``, which are whole blocks or not.
 
-    The place in the tensor is kept apart from the place in the block: it may need 64 bits, and threads have few registers.
+    The place in the tensor is kept apart from the place in the block: it may need 64 bits, which are scarce.
     """
     param, grad, exp_avg, exp_avg_sq = tl.load(words + 1), tl.load(words + 2), tl.load(words + 3), tl.load(words + 4)
     sign, lerp, beta2, weight2 = tl.load(scalars + 1), tl.load(scalars + 2), tl.load(scalars + 3), tl.load(scalars + 4)
