@@ -1,8 +1,8 @@
 """Which weights are the least salient: exact order statistics over many tensors, without sorting or gathering them all.
 
-A sample of the scores brackets the one that is asked for; one look at all of them counts what lies below the bracket
-and takes out the few that lie in it; among those it is found bit by bit. Where the tensors are shards of larger ones,
-each process looks at its own, and what they add up are the sample and the counts.
+A sample of the scores brackets the k-th least; one pass over all scores counts those below the bracket and collects the
+few in it; among these the k-th is found bit by bit. If the tensors are shards of larger ones, each process looks at its
+own, and the processes add up the sample and the counts.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ from ..optim.distributed import Groups, total
 from ..optim.shards import Ranked
 
 
-# Weights looked at at a time, which bounds the temporaries; on a CPU they stay in the cache between operations.
+# Weights that are ranked at a time: bounds the temporaries; on a CPU they stay in the cache between operations.
 CPU_CHUNK = 1 << 16
 DEVICE_CHUNK = 1 << 22
 SAMPLE = 1 << 15
-# Bits by which scores are told apart at a time.
+# Bits of the scores that are compared at a time.
 DIGIT = 11
 
-# Second moment of weights that never had a gradient: by it they rank below all others, and yet by their magnitudes.
+# Added to second moments: weights that never had a gradient rank below all others, and by their magnitudes.
 _LEAST = 1e-30
-# A power of 2 that makes the root of it more than 1, so that no weight but 0 has the score 0.
+# A power of 2 that lifts the fourth root of _LEAST above 1, so that only weights of 0 have the score 0.
 _SCALE = 2.0**26
 
 
@@ -37,8 +37,8 @@ class Threshold:
 
     Args:
         score: The largest of them.
-        ties: How many of the scores equal to it belong to the k.
-        equal: How many are equal to it in all.
+        ties: Number of the scores equal to it that belong to the k.
+        equal: Number of all scores equal to it.
     """
 
     score: float
@@ -50,21 +50,21 @@ class Ranking:
     """The scores of some weights.
 
     Args:
-        tensors: The weights, at least one in all, and unchanged as long as this is used.
+        tensors: The weights, at least one in all. They must not change while the ranking is in use.
     """
 
     def __init__(self, tensors: Sequence[Ranked]) -> None:
-        self._tensors = [_flat(each) for each in tensors]
+        self._tensors = [_flat(tensor) for tensor in tensors]
         self._dtype = _score_dtype(tensors)
-        self._starts, self.numel = _starts(self._tensors, [each.weight.numel() for each in self._tensors])
+        self._starts, self.numel = _starts(self._tensors, [tensor.weight.numel() for tensor in self._tensors])
         self._sample = self._take_sample().nan_to_num(nan=math.inf)
 
     def rank(self, fraction: float) -> int:
-        """Return how many weights this fraction of them is."""
+        """Return the number of weights in a fraction of them."""
         return min(max(round(fraction * self.numel), 0), self.numel)
 
     def quantile(self, fraction: float) -> float:
-        """Return a score that about this fraction of a sample of some 32,768 weights does not exceed.
+        """Return a score that about this fraction of the scores does not exceed, by a sample of some 32,768 weights.
 
         Args:
             fraction: In [0, 1].
@@ -93,7 +93,7 @@ class Ranking:
                 return Threshold(0.0, ties=count, equal=below)
             if below < count <= below + within:
                 break
-            if first <= 0 and last >= size:  # NaN is in no bracket
+            if first <= 0 and last >= size:  # NaN lies outside every bracket
                 count = below + within
                 break
             margin *= 4
@@ -102,45 +102,45 @@ class Ranking:
         return self._kth(inside, count - below)
 
     def _kth(self, inside: Mapping[Groups, Tensor], count: int) -> Threshold:
-        """The ``count``-th least of the scores that processes hold, by their bits from the first to the last."""
-        # Numbers that are not negative have the order of their bits.
+        """Find the ``count``-th least of the scores that processes hold, by their bits from the first to the last."""
+        # Non-negative floats have the order of their bits.
         whole = torch.int64 if self._dtype == torch.float64 else torch.int32
-        bits = {groups: each.view(whole) for groups, each in inside.items()}
+        bits = {groups: values.view(whole) for groups, values in inside.items()}
         shift, prefix = torch.iinfo(whole).bits - 1, 0
         while shift > 0:
             width = min(DIGIT, shift)
             shift -= width
-            digits = {groups: (each >> shift) & ((1 << width) - 1) for groups, each in bits.items()}
-            counts = {groups: torch.bincount(each, minlength=1 << width) for groups, each in digits.items()}
-            found = total(counts).cpu().cumsum(0)
-            digit = int(torch.searchsorted(found, count))
-            before = int(found[digit - 1]) if digit else 0
-            count, equal = count - before, int(found[digit]) - before
+            digits = {groups: (values >> shift) & ((1 << width) - 1) for groups, values in bits.items()}
+            counts = {groups: torch.bincount(values, minlength=1 << width) for groups, values in digits.items()}
+            sums = total(counts).cpu().cumsum(0)
+            digit = int(torch.searchsorted(sums, count))
+            before = int(sums[digit - 1]) if digit else 0
+            count, equal = count - before, int(sums[digit]) - before
             prefix = prefix << width | digit
-            bits = {groups: each[digits[groups] == digit] for groups, each in bits.items()}
+            bits = {groups: values[digits[groups] == digit] for groups, values in bits.items()}
         return Threshold(float(torch.tensor(prefix, dtype=whole).view(self._dtype)), ties=count, equal=equal)
 
     def _take_sample(self) -> Tensor:
-        """Scores at even distances through all tensors, sorted."""
+        """Return scores at even distances through all tensors, sorted."""
         stride = sample_stride(self.numel)
         device = self._tensors[0].weight.device
         size = -(-self.numel // stride)
-        parts = {each.groups: torch.zeros(size, dtype=self._dtype, device=device) for each in self._tensors}
-        for tensor, place in zip(self._tensors, self._starts, strict=True):
-            first = -place % stride
+        samples = {x.groups: torch.zeros(size, dtype=self._dtype, device=device) for x in self._tensors}
+        for tensor, offset in zip(self._tensors, self._starts, strict=True):
+            first = -offset % stride
             if first >= tensor.weight.numel():
                 continue
             second = tensor.exp_avg_sq
-            some = Ranked(tensor.weight[first::stride], None if second is None else second[first::stride])
-            taken = scores(some, self._dtype)
-            start = (place + first) // stride
-            parts[tensor.groups][start : start + len(taken)] = taken.to(device)
-        return total(parts).sort().values.cpu()
+            strided = Ranked(tensor.weight[first::stride], None if second is None else second[first::stride])
+            sample = scores(strided, self._dtype)
+            start = (offset + first) // stride
+            samples[tensor.groups][start : start + len(sample)] = sample.to(device)
+        return total(samples).sort().values.cpu()
 
     def _between(self, low: float, high: float) -> tuple[int, int, dict[Groups, Tensor]]:
-        """How many scores do not exceed ``low``; how many do but not ``high``, and those of them that lie here."""
+        """Return how many scores do not exceed ``low``, how many of the others not ``high``, and those held here."""
         device = self._tensors[0].weight.device
-        below = {each.groups: torch.zeros((), dtype=torch.int64, device=device) for each in self._tensors}
+        below = {x.groups: torch.zeros((), dtype=torch.int64, device=device) for x in self._tensors}
         inside: dict[Groups, list[Tensor]] = {groups: [] for groups in below}
         for tensor in self._tensors:
             for piece in _pieces(tensor):
@@ -148,33 +148,32 @@ class Ranking:
                 under = score <= low
                 below[tensor.groups] += under.sum().to(device)
                 inside[tensor.groups].append(score[under ^ (score <= high)].to(device))
-        none = torch.empty(0, dtype=self._dtype, device=device)
-        found = {groups: torch.cat([none, *some]) for groups, some in inside.items()}
+        empty = torch.empty(0, dtype=self._dtype, device=device)
+        held = {groups: torch.cat([empty, *pieces]) for groups, pieces in inside.items()}
         counts = {
-            groups: torch.stack([below[groups], torch.full_like(below[groups], len(found[groups]))]) for groups in found
+            groups: torch.stack([below[groups], torch.full_like(below[groups], len(held[groups]))]) for groups in held
         }
         totals = total(counts).tolist()
-        return totals[0], totals[1], found
+        return totals[0], totals[1], held
 
 
 def sample_stride(numel: int) -> int:
-    """Return the distance from one weight of the sample to the next, given how many weights there are."""
+    """Return the distance from one weight of the sample to the next, for a number of weights."""
     stride = max(1, numel // SAMPLE)
-    return stride + (stride > 1 and stride % 2 == 0)  # no column of a matrix of even width comes up time and again
+    return stride + (stride > 1 and stride % 2 == 0)  # odd, or it would pick the same columns of matrices of even width
 
 
 def bracket_margin(at: float, size: int) -> float:
-    """Return how wide the bracket around place ``at`` of a sorted sample of ``size`` is to each side, in places."""
+    """Return how far the bracket around place ``at`` of a sorted sample of ``size`` reaches to each side, in places."""
     return 6 * (at * (1 - at / size)) ** 0.5 + 6
 
 
 def scores(tensor: Ranked, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Return what is in proportion to |w| v^(1/4), or |w| where there is no v; 0 for weights of 0 and no others.
+    """Return scores in proportion to |w| v^(1/4), or |w| without v; only weights of 0 have the score 0.
 
     Args:
         tensor: The weights.
-        dtype: What the scores are computed in: float32, in which numbers of lower precision are what they are, or
-            float64.
+        dtype: The dtype of the scores: float32, which holds numbers of lower precision exactly, or float64.
     """
     magnitude = tensor.weight.to(dtype).abs()
     if tensor.exp_avg_sq is None:
@@ -183,35 +182,35 @@ def scores(tensor: Ranked, dtype: torch.dtype = torch.float32) -> Tensor:
 
 
 @torch.no_grad()
-def prune_least(tensors: Sequence[Ranked], cut: Threshold) -> None:
-    """Set the weights of a cut to 0, in place.
+def prune_least(tensors: Sequence[Ranked], threshold: Threshold) -> None:
+    """Set the weights up to a threshold to 0, in place.
 
-    Of those that are equal in score, many in low precision, it takes as many as belong to the cut, evenly spread.
+    Of the scores equal to it, many in low precision, those that become 0 are evenly spread.
 
     Args:
-        tensors: The tensors that the cut was found in, unchanged since.
-        cut: What :meth:`Ranking.least` returned.
+        tensors: The tensors in which the threshold was found, unchanged since.
+        threshold: What :meth:`Ranking.least` returned.
     """
-    if cut.score == 0:
+    if threshold.score == 0:
         return
     dtype = _score_dtype(tensors)
-    flat = [_flat(each) for each in tensors]
-    amid_equals = cut.ties != cut.equal
-    equals = [_zero_below(each, cut.score, dtype, keep_equals=amid_equals) for each in flat]
+    flat = [_flat(tensor) for tensor in tensors]
+    amid_equals = threshold.ties != threshold.equal
+    equals = [_zero_below(tensor, threshold.score, dtype, keep_equals=amid_equals) for tensor in flat]
     if amid_equals:
-        starts, _ = _starts(flat, [sum(each) for each in equals])
-        for own, counts, seen in zip(flat, equals, starts, strict=True):
-            for piece, count in zip(_pieces(own), counts, strict=True):
+        starts, _ = _starts(flat, [sum(counts) for counts in equals])
+        for weights, counts, seen in zip(flat, equals, starts, strict=True):
+            for piece, count in zip(_pieces(weights), counts, strict=True):
                 if count:
-                    _zero_share(piece, scores(piece, dtype), cut, seen)
+                    _zero_share(piece, scores(piece, dtype), threshold, seen)
                 seen += count
-    for tensor, own in zip(tensors, flat, strict=True):
-        if own.weight.data_ptr() != tensor.weight.data_ptr():
-            tensor.weight.copy_(own.weight.view(tensor.weight.shape))
+    for tensor, copy in zip(tensors, flat, strict=True):
+        if copy.weight.data_ptr() != tensor.weight.data_ptr():
+            tensor.weight.copy_(copy.weight.view(tensor.weight.shape))
 
 
 def _zero_below(flat: Ranked, limit: float, dtype: torch.dtype, keep_equals: bool) -> list[int]:
-    """Zero scores up to a limit; those equal to it may stay, and then return how many of them each piece has."""
+    """Zero scores up to a limit; with ``keep_equals`` keep those equal to it, and return their number in each piece."""
     equals = []
     for piece in _pieces(flat):
         score = scores(piece, dtype)
@@ -221,33 +220,34 @@ def _zero_below(flat: Ranked, limit: float, dtype: torch.dtype, keep_equals: boo
     return torch.stack(equals).tolist() if equals else []
 
 
-def _zero_share(piece: Ranked, score: Tensor, cut: Threshold, seen: int) -> None:
-    """Zero the cut's share of the weights whose scores are equal to its, given how many came before these."""
-    places = (score == cut.score).nonzero().view(-1)
-    number = torch.arange(seen, seen + len(places), device=places.device)
-    # The n-th of them is taken where the share of n goes over the next whole number.
-    taken = (number + 1) * cut.ties // cut.equal > number * cut.ties // cut.equal
-    piece.weight.index_fill_(0, places[taken], 0)
+def _zero_share(piece: Ranked, score: Tensor, threshold: Threshold, seen: int) -> None:
+    """Zero this piece's share of the weights with the threshold's score, of which ``seen`` came before."""
+    equals = (score == threshold.score).nonzero().view(-1)
+    number = torch.arange(seen, seen + len(equals), device=equals.device)
+    # The n-th of them becomes 0 if the share of n passes the next whole number.
+    ties, equal = threshold.ties, threshold.equal
+    zeroed = (number + 1) * ties // equal > number * ties // equal
+    piece.weight.index_fill_(0, equals[zeroed], 0)
 
 
 def _starts(tensors: Sequence[Ranked], counts: Sequence[int]) -> tuple[list[int], int]:
-    """How many things come before each of these tensors, given how many each has, and how many there are in all.
+    """Return for each tensor the sum of the counts before it, and the sum of all counts.
 
-    They are ordered tensor by tensor, those of a tensor shard by shard.
+    Counts are ordered tensor by tensor, and shard by shard within a tensor.
     """
     device = tensors[0].weight.device
-    slots = max(math.prod(torch.distributed.get_world_size(group) for group in each.groups) for each in tensors)
-    tables = {each.groups: torch.zeros(len(tensors), slots, dtype=torch.int64) for each in tensors}
+    slots = max(math.prod(torch.distributed.get_world_size(group) for group in tensor.groups) for tensor in tensors)
+    tables = {tensor.groups: torch.zeros(len(tensors), slots, dtype=torch.int64) for tensor in tensors}
     for row, (tensor, count) in enumerate(zip(tensors, counts, strict=True)):
         tables[tensor.groups][row, tensor.slot] = count
-    table = total({groups: each.to(device) if groups else each for groups, each in tables.items()}).cpu()
+    table = total({groups: counted.to(device) if groups else counted for groups, counted in tables.items()}).cpu()
     ends = table.view(-1).cumsum(0).view(table.shape)
-    return [int(ends[row, each.slot] - table[row, each.slot]) for row, each in enumerate(tensors)], int(ends[-1, -1])
+    return [int(ends[row, x.slot] - table[row, x.slot]) for row, x in enumerate(tensors)], int(ends[-1, -1])
 
 
 def _score_dtype(tensors: Sequence[Ranked]) -> torch.dtype:
-    """The dtype in which all of some weights are compared: float64 where there is any of it, else float32."""
-    doubles = any(each.weight.dtype == torch.float64 for each in tensors)
+    """The dtype in which weights are compared: float64 if any of them is, else float32."""
+    doubles = any(tensor.weight.dtype == torch.float64 for tensor in tensors)
     return torch.float64 if doubles else torch.float32
 
 

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 
 SHAPES = ("cubic", "linear", "cosine")
 
-# Cuts on the way from begin to end, and the steps that are at least and at most between two. On a CPU one costs a fifth
-# of a training step; in a long interval the decay would get ahead of the schedule.
-_CUTS = 40
+# Pruning steps from begin to end, and the least and the largest interval between two. On a CPU pruning costs a fifth of
+# a training step; in a long interval the decay would get ahead of the schedule.
+_PRUNING_STEPS = 40
 
 _INTERVALS = (8, 50)
 
@@ -21,7 +21,7 @@ class Schedule:
 
     Args:
         begin: Number of steps before the change begins.
-        end: Number of steps after which it has ended.
+        end: Number of steps after which it ends.
         shape: ``"cubic"`` is steep at first, 1 - (1 - t)³ (Zhu and Gupta, arXiv 1710.01878, equation 1); ``"linear"``
             and ``"cosine"`` as the names say.
     """
@@ -32,18 +32,18 @@ class Schedule:
 
     @property
     def interval(self) -> int:
-        """Steps from one cut to the next."""
-        return min(max((self.end - self.begin) // _CUTS, _INTERVALS[0]), _INTERVALS[1])
+        """Steps from one pruning step to the next."""
+        return min(max((self.end - self.begin) // _PRUNING_STEPS, _INTERVALS[0]), _INTERVALS[1])
 
     def progress(self, step: int) -> float:
-        """Return how much of the change has been made after a number of steps, in [0, 1]."""
+        """Return the share of the change that is made after a number of steps, in [0, 1]."""
         t = min(max((step - self.begin) / max(self.end - self.begin, 1), 0.0), 1.0)
         if self.shape == "linear":
             return t
         return 1 - (1 - t) ** 3 if self.shape == "cubic" else (1 - math.cos(math.pi * t)) / 2
 
     def prunes(self, step: int) -> bool:
-        """Whether a cut follows a step, the first of all steps being number 1."""
+        """Whether weights are pruned after a step; the first step of a run is number 1."""
         return self.begin < step <= self.end and (self.end - step) % self.interval == 0
 
     @property
@@ -52,5 +52,5 @@ class Schedule:
         return [step for step in range(self.begin + 1, self.end + 1) if self.prunes(step)]
 
     def next_pruning(self, step: int) -> int:
-        """Return the first step from this one on that a cut follows."""
+        """Return the first step from this one on after which weights are pruned."""
         return min(step + (self.end - step) % self.interval, self.end)
