@@ -1,4 +1,4 @@
-"""Cuts and counts of sharded weights beside those of whole ones: ``python -m tests.distributed.cuts_run FOLDER``.
+"""Cuts and counts of sharded weights beside those of whole ones: ``python -m tests.distributed.pruning_run FOLDER``.
 
 To be run by torchrun on four processes. Each writes ``rank{N}.json``: for each case whether its weights became those of
 one process, and what it found.

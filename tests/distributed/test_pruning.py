@@ -16,8 +16,8 @@ pytestmark = pytest.mark.distributed
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """What each of four processes found."""
-    folder = tmp_path_factory.mktemp("cuts")
-    launch("tests.distributed.cuts_run", folder, processes=4)
+    folder = tmp_path_factory.mktemp("pruning")
+    launch("tests.distributed.pruning_run", folder, processes=4)
     return [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(4)]
 
 
