@@ -93,7 +93,7 @@ def on_meta(name: str) -> torch.nn.Module:
     """
     import transformers.quantizers  # registers our quantizers; must come first
 
-    from ..shrinking.quantizer import cut_as_noted
+    from ..shrinking.quantizer import resize_as_noted
 
     source = str(Path(name).parent) if Path(name).name == "config.json" else name
     try:
@@ -112,7 +112,7 @@ def on_meta(name: str) -> torch.nn.Module:
                 )
             make = transformers.AutoModelForCausalLM.from_config
         model: torch.nn.Module = built_on_meta(make, config, source)
-        cut_as_noted(model)
+        resize_as_noted(model)
     except ValueError as error:
         raise ValueError(f"Invalid model: {error}; correct its config.json.") from error
     return model

@@ -1,4 +1,4 @@
-"""Which groups of a model contribute nothing, by zeros alone: without them the outputs are the same."""
+"""Which units of a model are dead: by their zeros alone they contribute nothing to the outputs."""
 
 from __future__ import annotations
 
@@ -15,41 +15,41 @@ from ..optim.shards import is_sharded
 from ..optim.unit_operations import alive_here
 
 
-def dead_groups(model: nn.Module, layers: Sequence[Layer]) -> list[Tensor]:
-    """Return for each layer which of its groups are dead, as booleans on the CPU.
+def dead_units_of(model: nn.Module, layers: Sequence[Layer]) -> list[Tensor]:
+    """Return which units of each layer are dead, as booleans on the CPU.
 
     Raises:
-        ValueError: If this process holds a shard of a weight only.
+        ValueError: If this process holds only a shard of a weight.
     """
     params = {clean_name(name): param for name, param in model.named_parameters()}
-    found = []
+    units = []
     for layer in layers:
         zeros = []
         for member in layer.units.members:
             if is_sharded(params[member.param]):
                 raise ValueError(
-                    f"{member.param} is divided among processes; save the model, and shrink what from_pretrained gives."
+                    f"{member.param} is divided among processes; save the model, and shrink it after from_pretrained."
                 )
             zeros.append(~alive_here(params[member.param], member, layer.units.count).cpu())
-        found.append(dead(layer, zeros))
-    return found
+        units.append(dead(layer, zeros))
+    return units
 
 
 def dead(layer: Layer, zeros: Sequence[Tensor]) -> Tensor:
-    """Return which groups of a layer contribute nothing, given in which of its members each is wholly zero.
+    """Return which units of a layer are dead, given which units are wholly zero in each of its members.
 
     A neuron is dead if its column in the down projection is zero, or one of the factors before it: its row in the up
-    projection with the bias, or that in the gate projection if the activation of 0 is 0. A head is dead if its columns
-    in the output projection are zero, or the rows of its values with their bias. A group that lies in several modules
-    is dead if it is so in all of them.
+    projection with the bias, or its row in the gate projection if the activation of 0 is 0. A head is dead if its
+    columns in the output projection are zero, or the rows of its values with their bias. A unit of several modules is
+    dead if it is dead in all of them.
     """
-    parts: dict[int, dict[str, Tensor]] = {}
-    for place, zero in zip(layer.sites, zeros, strict=True):
-        of_module = parts.setdefault(place.module, {})
-        of_module[place.part] = of_module[place.part] & zero if place.part in of_module else zero
-    found = torch.ones(layer.units.count, dtype=torch.bool)
+    modules: dict[int, dict[str, Tensor]] = {}
+    for site, zero in zip(layer.sites, zeros, strict=True):
+        of_module = modules.setdefault(site.module, {})
+        of_module[site.part] = of_module[site.part] & zero if site.part in of_module else zero
+    result = torch.ones(layer.units.count, dtype=torch.bool)
     for index, (_, module) in enumerate(layer.modules):
-        of_module = parts[index]
+        of_module = modules[index]
         if isinstance(layer.row, Neurons):
             silent = of_module["down"].clone()
             for factor in range(len(layer.row.up)):
@@ -57,8 +57,8 @@ def dead(layer: Layer, zeros: Sequence[Tensor]) -> Tensor:
                     silent |= of_module[f"up{factor}"]
         else:
             silent = of_module["output"] | of_module["value"]
-        found &= silent
-    return found
+        result &= silent
+    return result
 
 
 def _is_zero_at_zero(activation: Any) -> bool:

@@ -1,4 +1,4 @@
-"""What shrinking a saved model would give, from its config and one look at each of its tensors."""
+"""Estimates what shrinking a saved model would leave, from its config and one look at each tensor."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ class ShrinkEstimate:
 
     Args:
         neurons: Number of neurons and of dead ones.
-        heads: Number of heads and of dead ones; with grouped queries of those of keys and values.
+        heads: Number of heads and of dead ones; with grouped queries, heads of keys and values.
         parameters: Number of weights.
-        uniform: How many of them are left with equally many groups in each layer.
-        ragged: How many are left with what is alive in each layer.
+        uniform: Number of weights left if each layer keeps the same number of units.
+        ragged: Number of weights left if each layer keeps its living units.
     """
 
     neurons: tuple[int, int]
@@ -33,24 +33,24 @@ class ShrinkEstimate:
     def to_dict(self) -> dict[str, Any]:
         """Return the figures as plain JSON types."""
         return {
-            "neurons": {"groups": self.neurons[0], "dead": self.neurons[1]},
-            "heads": {"groups": self.heads[0], "dead": self.heads[1]},
+            "neurons": {"units": self.neurons[0], "dead": self.neurons[1]},
+            "heads": {"units": self.heads[0], "dead": self.heads[1]},
             "parameters": self.parameters,
             "uniform_parameters": self.uniform,
             "ragged_parameters": self.ragged,
         }
 
     def __str__(self) -> str:
-        """Return a sentence with the command, or none where nothing is dead."""
+        """Return :meth:`sentence` for ``MODEL``."""
         return self.sentence("MODEL")
 
     def sentence(self, model: str) -> str:
-        """Return a sentence with the command for a folder, or none where nothing is dead."""
+        """Return a sentence with the command for a folder, or an empty string if nothing is dead."""
         if not self.neurons[1] and not self.heads[1]:
             return ""
-        found = " and ".join(
-            f"{dead:,} of {groups:,} {what}"
-            for what, (groups, dead) in (("neurons", self.neurons), ("heads", self.heads))
+        dead_units = " and ".join(
+            f"{dead:,} of {units:,} {what}"
+            for what, (units, dead) in (("neurons", self.neurons), ("heads", self.heads))
             if dead
         )
         left = []
@@ -63,48 +63,48 @@ class ShrinkEstimate:
                 if left
                 else f"hf-pdecay shrink {model} OUT --layers ragged leaves {share} of the parameters"
             )
-        return f"{found} are dead: {', '.join(left)}." if left else ""
+        return f"{dead_units} are dead: {', '.join(left)}." if left else ""
 
 
 class Estimator:
-    """Looks at a model's tensors one by one.
+    """Looks at a model's tensors one by one, and estimates what shrinking would leave.
 
     Args:
         model: The model, on the meta device.
 
     Raises:
-        ValueError: If its architecture is not known.
+        ValueError: If its architecture is unknown.
     """
 
     def __init__(self, model: Any) -> None:
         self.model = model
         self.layers = layers_of(model)
-        self._zeros: list[list[Tensor | None]] = [[None] * len(each.units.members) for each in self.layers]
+        self._zeros: list[list[Tensor | None]] = [[None] * len(layer.units.members) for layer in self.layers]
         self._where: dict[str, list[tuple[int, int]]] = {}
-        for place, layer in enumerate(self.layers):
+        for number, layer in enumerate(self.layers):
             for index, member in enumerate(layer.units.members):
-                self._where.setdefault(member.param, []).append((place, index))
+                self._where.setdefault(member.param, []).append((number, index))
         self._shapes = {name: param.shape for name, param in model.named_parameters()}
 
     def see(self, name: str, tensor: Tensor) -> None:
         """Look at a tensor."""
         if name in self._where and tensor.shape == self._shapes[name]:
-            for place, index in self._where[name]:
-                found = self.layers[place].units
-                self._zeros[place][index] = ~alive_here(tensor, found.members[index], found.count).cpu()
+            for number, index in self._where[name]:
+                units = self.layers[number].units
+                self._zeros[number][index] = ~alive_here(tensor, units.members[index], units.count).cpu()
 
     def estimate(self) -> ShrinkEstimate | None:
-        """Return what was found; None where tensors of the model have not been seen under its parameters' names."""
+        """Return the estimate; None if some parameters of the model have not been seen under their names."""
         gone = []
         for layer, zeros in zip(self.layers, self._zeros, strict=True):
-            seen = [each for each in zeros if each is not None]
+            seen = [zero for zero in zeros if zero is not None]
             if len(seen) < len(zeros):
                 return None
             gone.append(dead(layer, seen))
         totals = {"neuron": (0, 0), "head": (0, 0)}
-        for layer, each in zip(self.layers, gone, strict=True):
-            groups, count = totals[layer.units.kind]
-            totals[layer.units.kind] = groups + layer.units.count, count + int(each.sum())
+        for layer, dead_units in zip(self.layers, gone, strict=True):
+            units, count = totals[layer.units.kind]
+            totals[layer.units.kind] = units + layer.units.count, count + int(dead_units.sum())
         before, uniform = planned(self.model, self.layers, gone, "uniform", 1)[1].parameters
         ragged = planned(self.model, self.layers, gone, "ragged", 1)[1].parameters[1]
         return ShrinkEstimate(totals["neuron"], totals["head"], before, uniform, ragged)

@@ -1,4 +1,4 @@
-"""What to cut: as many groups in every layer as an ordinary config can say, or in each layer what is dead there."""
+"""Plans what to remove: the same number of units in all layers, as a config can say, or what is dead in each layer."""
 
 from __future__ import annotations
 
@@ -14,32 +14,32 @@ from torch import Tensor
 from ..layers.architectures import Heads, Neurons
 from ..layers.finding import Layer, attribute
 from ..names import clean_name
-from .resize import Cut, shapes_after
+from .resize import Removal, shapes_after
 
 
 @dataclass
 class Plan:
-    """What is to be cut.
+    """What to remove.
 
     Attributes:
-        cuts: One of each layer.
-        config: Values of keys of the model's config that say so.
-        notes: Sentences about what cannot be cut.
+        removals: One for each layer.
+        config: The new values of the model's config.
+        notes: Sentences about what cannot be removed.
     """
 
-    cuts: list[Cut] = field(default_factory=list)
+    removals: list[Removal] = field(default_factory=list)
     config: dict[str, Any] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
 
 def plan_ragged(model: Any, layers: Sequence[Layer], dead: Sequence[Tensor], multiple_of: int = 1) -> Plan:
-    """Cut in each layer what is dead there, but for one group; where layers are to be alike, as for a config.
+    """Remove the dead units of each layer but at least keep one; layers that must be alike are planned uniformly.
 
     Args:
         model: The model.
         layers: Its layers.
-        dead: Which groups of each are dead.
-        multiple_of: The number of neurons that are kept is to be a multiple of it.
+        dead: Which units of each are dead.
+        multiple_of: Each layer keeps a multiple of this number of neurons.
     """
     alike = [isinstance(layer.row, Heads) and layer.row.alike for layer in layers]
     pairs = list(zip(layers, dead, strict=True))
@@ -47,46 +47,46 @@ def plan_ragged(model: Any, layers: Sequence[Layer], dead: Sequence[Tensor], mul
     plan = plan_uniform(model, [layer for layer, _ in held], [gone for _, gone in held], multiple_of)
     for (layer, gone), same in zip(pairs, alike, strict=True):
         if not same:
-            plan.cuts.append(Cut(layer, keep_groups(gone, _rounded(layer, int((~gone).sum()), multiple_of))))
+            plan.removals.append(Removal(layer, kept_units(gone, _rounded(layer, int((~gone).sum()), multiple_of))))
     return _ordered(plan, layers)
 
 
 def plan_uniform(model: Any, layers: Sequence[Layer], dead: Sequence[Tensor], multiple_of: int = 1) -> Plan:
-    """Cut as many groups in all layers alike, such that the model's own config says how many are left.
+    """Keep the same number of units in all layers, which the model's own config then has.
 
-    Layers with more dead groups than the one with the fewest keep some of them. Whether a config says what it should
-    is tried: the model is built from it on the meta device.
+    Layers with more dead units than the fullest layer keep some of them. The new config is tried: the model is built
+    from it on the meta device.
 
     Args:
         model: The model.
         layers: Its layers.
-        dead: Which groups of each are dead.
-        multiple_of: The number of neurons that are kept is to be a multiple of it.
+        dead: Which units of each are dead.
+        multiple_of: Each layer keeps a multiple of this number of neurons.
     """
     plan = Plan()
     together: dict[tuple[str, ...], list[int]] = {}
-    for place, layer in enumerate(layers):
-        together.setdefault(_config_keys(layer), []).append(place)
-    for keys, places in together.items():
-        chosen = [layers[place] for place in places]
-        gone = [dead[place] for place in places]
-        cuts, note = _uniform(model, plan, keys, chosen, gone, multiple_of)
-        plan.cuts += cuts
+    for number, layer in enumerate(layers):
+        together.setdefault(_config_keys(layer), []).append(number)
+    for keys, numbers in together.items():
+        chosen = [layers[number] for number in numbers]
+        gone = [dead[number] for number in numbers]
+        removals, note = _uniform(model, plan, keys, chosen, gone, multiple_of)
+        plan.removals += removals
         plan.notes += [note] if note else []
     return _ordered(plan, layers)
 
 
 def _ordered(plan: Plan, layers: Sequence[Layer]) -> Plan:
-    order = {id(layer): place for place, layer in enumerate(layers)}
-    plan.cuts.sort(key=lambda cut: order[id(cut.layer)])
+    order = {id(layer): number for number, layer in enumerate(layers)}
+    plan.removals.sort(key=lambda removal: order[id(removal.layer)])
     return plan
 
 
 def _uniform(
     model: Any, plan: Plan, keys: tuple[str, ...], layers: Sequence[Layer], dead: Sequence[Tensor], multiple_of: int
-) -> tuple[list[Cut], str]:
-    """Cuts of the layers of which the same keys of the config tell, and what is to be said of them."""
-    whole = [Cut(layer, torch.ones_like(gone)) for layer, gone in zip(layers, dead, strict=True)]
+) -> tuple[list[Removal], str]:
+    """Plan the layers that share keys of the config; returns a note if nothing can be removed."""
+    whole = [Removal(layer, torch.ones_like(gone)) for layer, gone in zip(layers, dead, strict=True)]
     if not any(bool(gone.any()) for gone in dead):
         return whole, ""
     kind, where = layers[0].units.kind, type(model).__name__
@@ -95,47 +95,46 @@ def _uniform(
     if least >= max(counts):
         if multiple_of > 1 and max(int((~gone).sum()) for gone in dead) < max(counts):
             return whole, (
-                f"There are dead {kind}s, but no smaller number is a multiple of {multiple_of} (multiple_of, "
-                "--multiple-of) and as many as are alive in the fullest layer."
+                f"There are dead {kind}s, but the next smaller multiple of {multiple_of} (multiple_of, --multiple-of) "
+                "is less than the number alive in the fullest layer."
             )
         return whole, (
-            f"There are dead {kind}s in some layers only; a config says how many there are in all of them alike, and "
-            "the fullest has none to spare: layers='ragged' (--layers ragged) cuts them, or train with "
-            "sparsity_budget='tensor'."
+            f"Only some layers have dead {kind}s, and a config has one number for all layers: layers='ragged' (--layers "
+            "ragged) removes them, or train with sparsity_budget='tensor'."
         )
     config = None
     for count in range(least, max(counts)) if keys and least <= min(counts) else ():
-        cuts = [Cut(layer, keep_groups(gone, count)) for layer, gone in zip(layers, dead, strict=True)]
+        removals = [Removal(layer, kept_units(gone, count)) for layer, gone in zip(layers, dead, strict=True)]
         values = _config_values(layers[0], count)
         try:
             config = changed_config(model.config, plan.config | values)
             with torch.device("meta"):
                 built = type(model)(config)
-        except (ValueError, StrictDataclassError):  # by which a config refuses a number of heads
+        except (ValueError, StrictDataclassError):  # a config refuses some numbers of heads
             continue
-        wanted = shapes_after(model, [*plan.cuts, *cuts])
+        wanted = shapes_after(model, [*plan.removals, *removals])
         if {clean_name(name): tuple(param.shape) for name, param in built.named_parameters()} != wanted:
             break
         plan.config |= values
-        return cuts, ""
+        return removals, ""
     if config is None and keys:
         return whole, (
-            f"No config of {where} has fewer {kind}s than now and at least {least}, as are alive in the fullest layer: "
-            "layers='ragged' (--layers ragged) cuts them, or train with sparsity_budget='tensor'."
+            f"No config of {where} has fewer {kind}s than now and the {least} that are alive in the fullest layer: "
+            "layers='ragged' (--layers ragged) removes them, or train with sparsity_budget='tensor'."
         )
     return whole, (
-        f"The config of {where} cannot say that there are fewer {kind}s than now: layers='ragged' (--layers ragged) "
-        "cuts them, for a model that loads after import hf_pdecay."
+        f"The config of {where} cannot express fewer {kind}s than now: layers='ragged' (--layers ragged) removes them, "
+        "for a model that loads after import hf_pdecay."
     )
 
 
 def changed_config(config: Any, values: dict[str, Any]) -> Any:
-    """Return a config with other values of some keys, checked as one that is read from a file is."""
+    """Return a config with other values of some keys, checked as if it were read from a file."""
     return type(config).from_dict({**copy.deepcopy(config.to_dict()), **values})
 
 
-def keep_groups(dead: Tensor, count: int) -> Tensor:
-    """Return which groups are kept where so many are to be: all that are alive, and the first of the dead."""
+def kept_units(dead: Tensor, count: int) -> Tensor:
+    """Return which units a layer keeps if it keeps ``count``: all that are alive, and the first dead ones."""
     keep = ~dead
     spare = count - int(keep.sum())
     keep[dead.nonzero().flatten()[:spare]] = True
@@ -148,21 +147,21 @@ def _rounded(layer: Layer, alive: int, multiple_of: int) -> int:
 
 
 def _config_keys(layer: Layer) -> tuple[str, ...]:
-    """The keys of a config that tell of a layer; none where it has none for it."""
+    """The keys of a config that hold a layer's size, if there are any."""
     row = layer.row
     return tuple(sorted(row.config.values())) if isinstance(row, Heads) else row.config if row is not None else ()
 
 
 def _config_values(layer: Layer, count: int) -> dict[str, Any]:
-    """What a config says where a layer keeps so many groups."""
+    """The values of a config whose layers keep ``count`` units."""
     row, module = layer.row, layer.modules[0][1]
     if isinstance(row, Heads):
-        sizes = {place.part: member.size for place, member in zip(layer.sites, layer.units.members, strict=True)}
+        sizes = {site.part: member.size for site, member in zip(layer.sites, layer.units.members, strict=True)}
         dim = attribute(module, row.dim)
         values = {
             "heads": count * sizes["query"] // dim,
             "key_heads": count * sizes["key"] // dim,
             "dim": dim,
         }
-        return {key: values[what] for what, key in row.config.items()}
+        return {key: values[quantity] for quantity, key in row.config.items()}
     return dict.fromkeys(row.config, count) if row is not None else {}

@@ -31,9 +31,9 @@ class ShrunkQuantizer(PlainQuantizer):
 
         # transformers calls this under the meta device; the model's tensors stay where they are.
         with torch.device("cpu"):
-            cuts = cuts_of(model, check_settings(self.quantization_config.to_dict()))
-            self._shapes = shapes_after(model, cuts)
-            resize(model, cuts)
+            removals = removals_to(model, check_settings(self.quantization_config.to_dict()))
+            self._shapes = shapes_after(model, removals)
+            resize(model, removals)
         return model
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
@@ -50,50 +50,50 @@ class ShrunkQuantizer(PlainQuantizer):
         return model
 
 
-def cut_as_noted(model: Any) -> None:
-    """Cut the layers of a model that was made of the config of one with ragged layers, as loading does; or nothing.
+def resize_as_noted(model: Any) -> None:
+    """Resize the layers of a model built from a config with ragged layers, as loading does; other models stay.
 
     Raises:
-        ValueError: If the config tells of layers that the model has not.
+        ValueError: If the config names layers that the model does not have.
     """
     settings = getattr(model.config, "quantization_config", None)
     if isinstance(settings, dict) and settings.get("quant_method") == METHOD:
         from .resize import resize
 
         with torch.device("cpu"):
-            resize(model, cuts_of(model, check_settings(settings)))
+            resize(model, removals_to(model, check_settings(settings)))
 
 
-def cuts_of(model: Any, sizes: dict[str, dict[str, int]]) -> list[Any]:
-    """Return the cuts that bring a model's layers to sizes.
+def removals_to(model: Any, sizes: dict[str, dict[str, int]]) -> list[Any]:
+    """Return the removals that bring a model's layers to given sizes.
 
     Args:
-        model: The model as its config says.
-        sizes: Number of groups that are left, by kind, by the name of the layer's module, in the model or in one around
-            or within it that has another head.
+        model: The model, as its config says.
+        sizes: Number of units to keep, by kind, by the name of the layer's module. The name may be that in the base
+            model, or in a model with another head.
 
     Raises:
-        ValueError: If it has no such layer, or fewer groups in it.
+        ValueError: If the model does not have such a layer, or fewer units in it.
     """
     from .model import layers_of
-    from .resize import Cut
+    from .resize import Removal
 
     prefix = f"{model.base_model_prefix}."
     left = {(name, kind): count for name, kinds in sizes.items() for kind, count in kinds.items()}
-    cuts = []
+    removals = []
     for layer in layers_of(model):
-        name, kind, groups = layer.units.name, layer.units.kind, layer.units.count
+        name, kind, units = layer.units.name, layer.units.kind, layer.units.count
         names = (name, prefix + name, name.removeprefix(prefix))
-        count = next((left.pop((each, kind)) for each in names if (each, kind) in left), groups)
-        if count > groups:
+        count = next((left.pop((known, kind)) for known in names if (known, kind) in left), units)
+        if count > units:
             raise ValueError(
                 f"quantization_config in config.json has {count} {kind}s for {name!r}, which the rest of the config "
-                f"says has {groups}."
+                f"says has {units}."
             )
-        cuts.append(Cut(layer, torch.arange(groups) < count))
+        removals.append(Removal(layer, torch.arange(units) < count))
     if left:
         name, kind = next(iter(left))
         raise ValueError(
-            f"quantization_config in config.json tells of {kind}s in {name!r}, which {type(model).__name__} has not."
+            f"quantization_config in config.json has {kind}s for {name!r}, which {type(model).__name__} does not have."
         )
-    return cuts
+    return removals

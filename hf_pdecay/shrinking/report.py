@@ -1,4 +1,4 @@
-"""What shrinking came to."""
+"""Result of shrinking a model."""
 
 from __future__ import annotations
 
@@ -12,35 +12,34 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class LayerCount:
-    """The groups of a layer.
+    """The units of a layer.
 
     Args:
         name: The layer's module.
-        kind: ``"neuron"``, ``"head"`` or, in an adapter, ``"rank"``; with grouped queries a head is one of keys and
-            values.
-        groups: How many there were.
-        dead: How many of them contributed nothing.
-        kept: How many are left.
+        kind: ``"neuron"``, ``"head"`` (with grouped queries, of keys and values) or, in an adapter, ``"rank"``.
+        units: Number of units before.
+        dead: Number of dead ones among them.
+        kept: Number of units left.
     """
 
     name: str
     kind: str
-    groups: int
+    units: int
     dead: int
     kept: int
 
 
 @dataclass
 class ShrinkReport:
-    """What is left of a model; prints as a table.
+    """What a model has lost and kept; prints as a table.
 
     Attributes:
-        layers: One entry for the neurons or heads of each layer.
+        layers: One entry for the units of each layer.
         parameters: Number of weights before and after.
         bytes: Bytes of the files of weights before and after; None for a model in memory.
-        config: What the config says now.
-        notes: Sentences about what was not cut.
-        left_out: Files with weights in other formats, which were not copied.
+        config: The new values of the config.
+        notes: Sentences about what was not removed.
+        left_out: Files of weights in other formats, which were not copied.
     """
 
     layers: list[LayerCount] = field(default_factory=list)
@@ -51,18 +50,18 @@ class ShrinkReport:
     left_out: list[str] = field(default_factory=list)
 
     def removed(self, kind: str) -> int:
-        """Return how many groups of a kind were cut."""
-        return sum(each.groups - each.kept for each in self.layers if each.kind == kind)
+        """Return the number of removed units of a kind."""
+        return sum(layer.units - layer.kept for layer in self.layers if layer.kind == kind)
 
     @property
     def shrunk(self) -> bool:
-        """Whether anything was cut."""
-        return any(each.kept < each.groups for each in self.layers)
+        """Whether anything was removed."""
+        return any(layer.kept < layer.units for layer in self.layers)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the figures as plain values."""
         return {
-            "layers": [vars(each).copy() for each in self.layers],
+            "layers": [vars(layer).copy() for layer in self.layers],
             "parameters": list(self.parameters),
             "bytes": None if self.bytes is None else list(self.bytes),
             "config": dict(self.config),
@@ -74,17 +73,15 @@ class ShrinkReport:
         """Render as a table and sentences."""
         from rich.table import Table
 
-        kinds = dict.fromkeys(f"{each.kind}s" for each in self.layers)
+        kinds = dict.fromkeys(f"{layer.kind}s" for layer in self.layers)
         table = Table(title=" and ".join(kinds).capitalize())
         table.add_column("layer", overflow="fold")
         table.add_column("of")
         for heading in ("before", "dead", "removed", "kept"):
             table.add_column(heading, justify="right")
-        for each in self.layers:
-            removed = each.groups - each.kept
-            table.add_row(
-                each.name, f"{each.kind}s", f"{each.groups:,}", f"{each.dead:,}", f"{removed:,}", f"{each.kept:,}"
-            )
+        for layer in self.layers:
+            counts = (layer.units, layer.dead, layer.units - layer.kept, layer.kept)
+            table.add_row(layer.name, f"{layer.kind}s", *(f"{count:,}" for count in counts))
         yield table
         yield _change("parameters", *self.parameters)
         if self.bytes is not None:

@@ -1,4 +1,4 @@
-"""Cutting groups out of a model's weights, in place."""
+"""Removes units from a model's weights, in place."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from ..names import clean_name
 
 
 @dataclass(frozen=True)
-class Cut:
-    """A layer and which of its groups are kept.
+class Removal:
+    """A layer and which of its units are kept.
 
     Args:
         layer: The layer.
-        keep: Booleans of shape (groups,), on the CPU.
+        keep: Booleans of shape (units,), on the CPU.
     """
 
     layer: Layer
@@ -28,35 +28,35 @@ class Cut:
 
     @property
     def kept(self) -> int:
-        """Number of groups that are kept."""
+        """Number of units that are kept."""
         return int(self.keep.sum())
 
     @property
-    def cuts(self) -> bool:
-        """Whether there is a group that is not kept."""
+    def removes(self) -> bool:
+        """Whether a unit is removed."""
         return not bool(self.keep.all())
 
 
-def shapes_after(model: nn.Module, cuts: Iterable[Cut]) -> dict[str, tuple[int, ...]]:
-    """Return the shapes of all parameters, by clean name, as they are once groups are cut."""
+def shapes_after(model: nn.Module, removals: Iterable[Removal]) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of all parameters, by clean name, after the removals."""
     shapes = {clean_name(name): list(param.shape) for name, param in model.named_parameters()}
-    for cut in cuts:
-        for member in cut.layer.units.members:
-            shapes[member.param][member.dim] -= member.size * int((~cut.keep).sum())
+    for removal in removals:
+        for member in removal.layer.units.members:
+            shapes[member.param][member.dim] -= member.size * int((~removal.keep).sum())
     return {name: tuple(shape) for name, shape in shapes.items()}
 
 
 @torch.no_grad()
-def resize(model: nn.Module, cuts: Sequence[Cut]) -> None:
-    """Cut groups out of a model, in place: new parameters of the same dtype, on the same device, meta included."""
+def resize(model: nn.Module, removals: Sequence[Removal]) -> None:
+    """Remove units from a model, in place: new parameters of the same dtype, on the same device (meta, too)."""
     names = {clean_name(name): param for name, param in model.named_parameters()}
     masks: dict[tuple[str, int], Tensor] = {}
-    for cut in cuts:
-        for member in cut.layer.units.members:
+    for removal in removals:
+        for member in removal.layer.units.members:
             length = names[member.param].shape[member.dim]
             mask = masks.setdefault((member.param, member.dim), torch.ones(length, dtype=torch.bool))
-            stop = member.offset + cut.layer.units.count * member.size
-            mask[member.offset : stop] &= cut.keep.repeat_interleave(member.size)
+            stop = member.offset + removal.layer.units.count * member.size
+            mask[member.offset : stop] &= removal.keep.repeat_interleave(member.size)
     new: dict[int, Tensor] = {}
     for (name, dim), mask in masks.items():
         if not bool(mask.all()):
@@ -64,14 +64,14 @@ def resize(model: nn.Module, cuts: Sequence[Cut]) -> None:
             index = mask.nonzero().flatten().to(param.device)
             new[id(param)] = new.get(id(param), param.detach()).index_select(dim, index)
     _replace(model, new)
-    for cut in cuts:
-        if isinstance(cut.layer.row, Heads) and cut.cuts:
-            for _, module in cut.layer.modules:
-                _set_heads(module, cut.layer.row)
+    for removal in removals:
+        if isinstance(removal.layer.row, Heads) and removal.removes:
+            for _, module in removal.layer.modules:
+                _set_heads(module, removal.layer.row)
 
 
 def _replace(model: nn.Module, new: dict[int, Tensor]) -> None:
-    """Put new tensors in the place of parameters, wherever these are, and correct the sizes that modules state."""
+    """Replace parameters by new tensors in all modules, and correct the sizes that the modules state."""
     params: dict[int, nn.Parameter] = {}
     for module in model.modules():
         for key, old in list(module._parameters.items()):

@@ -1,4 +1,4 @@
-"""What ``quantization_config`` in ``config.json`` says of a model whose layers keep differently many groups."""
+"""``quantization_config`` in ``config.json`` of a model with ragged layers: the size of each layer."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ from collections.abc import Mapping
 from typing import Any
 
 
-# Under this name transformers knows such models; it stands in `quantization_config`.
+# The name in `quantization_config` by which transformers knows such models.
 METHOD = "hf_pdecay_shrunk"
 FORMAT_VERSION = 1
 _KINDS = ("neuron", "head")
-# No model has so many layers; a config with more is forged.
+# A config with more layers is forged.
 _LAYERS_LIMIT = 100_000
 
 
@@ -18,7 +18,7 @@ def make_settings(sizes: Mapping[str, Mapping[str, int]]) -> dict[str, Any]:
     """Return the value of ``quantization_config``.
 
     Args:
-        sizes: Number of groups that are left, by kind, by the name of the layer's module.
+        sizes: Number of units left, by kind, by the name of the layer's module.
     """
     return {
         "quant_method": METHOD,
@@ -28,25 +28,25 @@ def make_settings(sizes: Mapping[str, Mapping[str, int]]) -> dict[str, Any]:
 
 
 def check_settings(settings: object) -> dict[str, dict[str, int]]:
-    """Check the value of ``quantization_config``, and return the numbers of groups.
+    """Check the value of ``quantization_config``, and return the numbers of units.
 
     Raises:
-        ValueError: If it says something else than this format does.
+        ValueError: If it does not follow this format.
     """
     where = "quantization_config in config.json"
     if not isinstance(settings, Mapping) or settings.get("quant_method") != METHOD:
         raise ValueError(f"{where} is not that of a model shrunk by hf_pdecay.")
     if settings.keys() != {"quant_method", "format_version", "layers"}:
-        raise ValueError(f"{where} has not exactly quant_method, format_version and layers.")
+        raise ValueError(f"{where} does not have exactly quant_method, format_version and layers.")
     version = settings["format_version"]
     if type(version) is not int or version != FORMAT_VERSION:
         raise ValueError(f"{where} has format_version {version!r}; this hf_pdecay reads {FORMAT_VERSION}.")
     layers = settings["layers"]
     if not isinstance(layers, Mapping) or not layers or len(layers) > _LAYERS_LIMIT:
-        raise ValueError(f"{where} has layers that are no object with an entry for each layer.")
+        raise ValueError(f"{where} has invalid layers; they must be an object with an entry for each layer.")
     for name, sizes in layers.items():
         if not isinstance(sizes, Mapping) or not sizes or not set(sizes) <= set(_KINDS):
-            raise ValueError(f"{where} has {sizes!r} for {name!r}, where a number of neurons or heads is due.")
+            raise ValueError(f"{where} has {sizes!r} for {name!r}; it must be a number of neurons or heads.")
         for kind, count in sizes.items():
             if type(count) is not int or count < 1:
                 raise ValueError(

@@ -68,7 +68,7 @@ def test_plain_peft_loads_it_and_it_computes_the_same(settings: dict[str, Any], 
     assert by_files.keys() == in_memory.keys()
     assert all(torch.equal(tensor, in_memory[name]) for name, tensor in by_files.items())
     assert {each.name: each.kept for each in found.layers} == {n: expected.get(n, 0) for n in left}
-    assert {each.name: each.groups - each.dead for each in found.layers} == left
+    assert {each.name: each.units - each.dead for each in found.layers} == left
     assert found.parameters[1] == sum(tensor.numel() for tensor in by_files.values()) < found.parameters[0]
 
 

@@ -63,7 +63,7 @@ def test_what_lies_beside_the_weights_comes_along(
     assert f"bytes of weights: {before:,} → {after:,} ({after / before:.1%})" in out
     count = sum(each.numel() for each in weights(small).values())
     assert f"→ {count:,} (" in out and "config: n_inner 65" in out
-    assert "cannot say that there are fewer heads" in out
+    assert "cannot express fewer heads" in out
 
 
 def test_a_card_says_that_its_counts_are_of_the_model_before(sparse: Path) -> None:
@@ -196,8 +196,8 @@ def test_report_says_what_shrinking_would_give(tmp_path: Path) -> None:
         ]
         whole = left[0][0]
         assert found.to_dict()["shrink"] == {
-            "neurons": {"groups": 96, "dead": 47},
-            "heads": {"groups": 4, "dead": 2},
+            "neurons": {"units": 96, "dead": 47},
+            "heads": {"units": 4, "dead": 2},
             "parameters": whole,
             "uniform_parameters": left[0][1],
             "ragged_parameters": left[1][1],

@@ -80,13 +80,13 @@ def test_what_is_left_gives_the_same(name: str, layers: str, tmp_path: Path) -> 
     fewest = max(count for layer, count in alive if layer.units.kind == "neuron")
     for layer, count in alive:
         each = by_name[layer.units.name, layer.units.kind]
-        assert (each.groups, each.dead) == (layer.units.count, layer.units.count - count)
+        assert (each.units, each.dead) == (layer.units.count, layer.units.count - count)
         if layers == "ragged":
             assert each.kept == count
         elif each.kind == "neuron":
             assert each.kept == fewest
         else:
-            assert each.kept == (each.groups if found.notes else count)
+            assert each.kept == (each.units if found.notes else count)
     if layers == "uniform":
         assert "quantization_config" not in changed and changed == {
             key for key, value in found.config.items() if before.get(key) != value
@@ -116,7 +116,7 @@ def test_any_groups_may_be_dead(data: st.DataObject, name: str) -> None:
     found = shrink_model(model, layers=layers)
     assert close(outputs(model), expected)
     for each in found.layers:
-        assert max(1, alive[each.name, each.kind]) <= each.kept <= each.groups
+        assert max(1, alive[each.name, each.kind]) <= each.kept <= each.units
 
 
 def test_a_constant_stays() -> None:
@@ -218,19 +218,22 @@ GOOD = {"model.layers.0.mlp": {"neuron": 20}, "model.layers.1.self_attn": {"head
     [
         ({"format_version": 2}, "format_version 2; this hf_pdecay reads 1"),
         ({"format_version": True}, "format_version True"),
-        ({"code": "x.py"}, "has not exactly quant_method, format_version and layers"),
-        ({"layers": {}}, "no object with an entry for each layer"),
-        ({"layers": [1]}, "no object with an entry for each layer"),
+        ({"code": "x.py"}, "does not have exactly quant_method, format_version and layers"),
+        ({"layers": {}}, "must be an object with an entry for each layer"),
+        ({"layers": [1]}, "must be an object with an entry for each layer"),
         ({"layers": {"model.layers.0.mlp": {"neuron": 10**30}}}, "neurons for 'model.layers.0.mlp', which the rest"),
         ({"layers": {"model.layers.0.mlp": {"neuron": 49}}}, "has 49 neurons for 'model.layers.0.mlp'"),
         ({"layers": {"model.layers.0.mlp": {"neuron": 0}}}, "has 0 neurons"),
         ({"layers": {"model.layers.0.mlp": {"neuron": -1}}}, "has -1 neurons"),
         ({"layers": {"model.layers.0.mlp": {"neuron": 2.5}}}, "has 2.5 neurons"),
         ({"layers": {"model.layers.0.mlp": {"neuron": "20"}}}, "has '20' neurons"),
-        ({"layers": {"model.layers.0.mlp": {"row": 20}}}, "where a number of neurons or heads is due"),
-        ({"layers": {"model.layers.0.mlp": 20}}, "where a number of neurons or heads is due"),
-        ({"layers": {"model.layers.9.mlp": {"neuron": 20}}}, "'model.layers.9.mlp', which LlamaForCausalLM has not"),
-        ({"layers": {"../../etc": {"head": 1}}}, "'../../etc', which LlamaForCausalLM has not"),
+        ({"layers": {"model.layers.0.mlp": {"row": 20}}}, "it must be a number of neurons or heads"),
+        ({"layers": {"model.layers.0.mlp": 20}}, "it must be a number of neurons or heads"),
+        (
+            {"layers": {"model.layers.9.mlp": {"neuron": 20}}},
+            "'model.layers.9.mlp', which LlamaForCausalLM does not have",
+        ),
+        ({"layers": {"../../etc": {"head": 1}}}, "'../../etc', which LlamaForCausalLM does not have"),
         ({"layers": {"model.layers.0.mlp": {"neuron": 7}}}, r"(?i)(shape|size)"),
     ],
 )
