@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from torch import Tensor, nn
 
 from ..checks import check_choice
-from ..checks import check_choice
 from ..layers.finding import Layer, find_layers
 from .dead import dead_units_of
 from .planning import Plan, plan_ragged, plan_uniform

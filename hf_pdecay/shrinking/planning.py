@@ -99,8 +99,8 @@ def _uniform(
                 "is less than the number alive in the fullest layer."
             )
         return whole, (
-            f"Only some layers have dead {kind}s, and a config has one number for all layers: layers='ragged' (--layers "
-            "ragged) removes them, or train with sparsity_budget='tensor'."
+            f"Only some layers have dead {kind}s, and a config has one number for all layers: layers='ragged' "
+            "(--layers ragged) removes them, or train with sparsity_budget='tensor'."
         )
     config = None
     for count in range(least, max(counts)) if keys and least <= min(counts) else ():
