@@ -6,7 +6,6 @@ import argparse
 import platform
 import subprocess
 import sys
-from importlib.metadata import PackageNotFoundError, version
 
 from .._version import __version__
 from .command import Commands
@@ -73,9 +72,11 @@ def describe() -> dict[str, str]:
 
 
 def _version(package: str) -> str:
+    from importlib import metadata  # imported here, like torch, because --help imports this module
+
     try:
-        return version(package)
-    except PackageNotFoundError:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
         return "not installed"
 
 

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import io
 import os
-import runpy
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -16,8 +14,6 @@ from .command import Commands
 
 
 name = "run"
-
-_OURS = (__file__, runpy.__file__, "<frozen runpy>")
 
 
 def register(commands: Commands) -> None:
@@ -55,6 +51,8 @@ def prepare(script: Sequence[str], module: Sequence[str] | None) -> Callable[[],
         raise ValueError("Name a script or module: hf-pdecay run SCRIPT ARGS…, or hf-pdecay run -m MODULE ARGS….")
     first, *arguments = words
     if module is not None:
+        import runpy
+
         _first_on_path(os.getcwd())
         _check_module(first)
         return lambda: _run(lambda: runpy.run_module(first, run_name="__main__", alter_sys=True), [first, *arguments])
@@ -97,7 +95,10 @@ def _run_script(path: str) -> None:
 
 def _show_their_frames_only(traceback: TracebackType | None) -> None:
     """Make the traceback that ends the process begin in the script."""
-    while traceback is not None and traceback.tb_frame.f_code.co_filename in _OURS:
+    import runpy
+
+    ours = (__file__, runpy.__file__, "<frozen runpy>")
+    while traceback is not None and traceback.tb_frame.f_code.co_filename in ours:
         traceback = traceback.tb_next
     hook = sys.excepthook
 
@@ -114,6 +115,8 @@ def _first_on_path(folder: str) -> None:
 
 
 def _check_module(name: str) -> None:
+    import importlib.util
+
     for module in (name, f"{name}.__main__"):
         reason = "is not found" if module == name else "has no __main__, so it cannot be run"
         try:

@@ -169,7 +169,7 @@ def test_env_without_a_compiler_and_packages(
         raise metadata.PackageNotFoundError(name)
 
     monkeypatch.setattr(cpp_builder, "get_cpp_compiler", none)
-    monkeypatch.setattr("hf_pdecay.cli.env.version", missing)
+    monkeypatch.setattr(metadata, "version", missing)
     assert main(["env"]) == 0
     said = capsys.readouterr().out
     assert "- C++ compiler: none found\n" in said and "- trl: not installed\n" in said
