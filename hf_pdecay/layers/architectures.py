@@ -1,8 +1,7 @@
-"""Which layers of which architectures have FFN neurons and attention heads, and in which of their weights these lie.
+"""Where the FFN neurons and attention heads of each architecture lie.
 
-Each class of module of transformers has an entry with the attributes that hold its linear layers; names of parameters
-in a checkpoint play no part, and no file of a model is imported. ``add_architecture`` makes an entry for a class that
-has none.
+Each class of module of transformers has an entry with the attributes that hold its linear layers. The names of
+parameters do not matter, and no model file is imported. ``add_architecture`` adds an entry for another class.
 
 A part of a layer is the path of a linear layer from the module, ``"mlp.up_proj"``; of a fused one ``"Wqkv:1/3"``
 is the second of three equal parts, counted from 0.
@@ -25,7 +24,7 @@ class Neurons:
         down: The part whose columns are the neurons.
         activation: Path of the activation, a module or function of one tensor.
         config: Keys of the model's config with the number of neurons, in all layers alike.
-        ancestor: Class of the module whose layers have their groups in common; None where each has its own.
+        ancestor: Class of the module whose layers share their neurons; None if each layer has its own.
     """
 
     up: tuple[str, ...]
@@ -38,7 +37,7 @@ class Neurons:
 
 @dataclass(frozen=True)
 class Heads:
-    """An attention layer; a group is a head of keys and values with all the heads of queries that share it.
+    """An attention layer; a unit is a head of keys and values with all the heads of queries that share it.
 
     Args:
         query: Part with the rows of the queries.
@@ -46,14 +45,13 @@ class Heads:
         value: Part with the rows of the values.
         output: Part with the columns of the output projection.
         dim: Path of the attribute that holds the size of a head.
-        config: Keys of the model's config by what they hold: ``"heads"``, ``"key_heads"`` and ``"dim"``. Empty where
-            the config cannot say that there are fewer heads than fill the hidden size.
-        attributes: Attributes of the module, where this release of transformers has them, that say how many heads
-            it has, by path: ``"heads"``, or ``"width"`` for heads times their size.
-        bias: Path of an ``nn.Embedding`` with a column a head, which only some of the layers have; None if there is
-            none.
-        ancestor: Class of the module whose layers have their heads in common; None where each has its own.
-        alike: Whether all layers must have equally many heads, as where each hands something for every head on.
+        config: Keys of the model's config by what they hold: ``"heads"``, ``"key_heads"`` and ``"dim"``. Empty if the
+            config cannot express fewer heads than hidden size / head size.
+        attributes: Attributes of the module that state its number of heads, by path: ``"heads"``, or ``"width"`` for
+            heads times their size. A release of transformers may lack some of them.
+        bias: Path of an ``nn.Embedding`` with a column for each head, which only some layers have; None without one.
+        ancestor: Class of the module whose layers share their heads; None if each layer has its own.
+        alike: Whether all layers must have the same number of heads, as when a layer passes on a value for each head.
     """
 
     query: str
@@ -73,25 +71,25 @@ Row = Neurons | Heads
 
 
 def add_architecture(module: type[nn.Module], *rows: Row) -> None:
-    """Say in which weights of a class of modules its neurons or heads lie; subclasses have them in the same.
+    """Declare in which weights of a class of modules its neurons or heads lie; this holds for subclasses too.
 
     Args:
         module: The class.
-        *rows: Of each kind the first whose parts a module has counts. They come before those that there were.
+        *rows: The entries. For each kind the first one whose parts a module has counts; new entries come before old.
 
     Raises:
-        ValueError: If there is no row.
+        ValueError: If no row is given.
     """
     if not rows or not all(isinstance(row, (Neurons, Heads)) for row in rows):
-        raise ValueError(f"Invalid rows: rows={rows!r}; give one Neurons or Heads at least.")
+        raise ValueError(f"Invalid rows: rows={rows!r}; give at least one Neurons or Heads.")
     key = f"{module.__module__}.{module.__qualname__}"
     _ROWS[key] = (*rows, *_ROWS.get(key, ()))
 
 
 def rows_of(module: nn.Module, kind: str) -> tuple[Row, ...]:
-    """Return the rows of a module's class, or of the nearest base class that has some; none if there are none."""
-    for each in type(module).__mro__:
-        rows = tuple(row for row in _ROWS.get(f"{each.__module__}.{each.__qualname__}", ()) if row.kind == kind)
+    """Return the rows of a module's class, or of the nearest base class that has any."""
+    for cls in type(module).__mro__:
+        rows = tuple(row for row in _ROWS.get(f"{cls.__module__}.{cls.__qualname__}", ()) if row.kind == kind)
         if rows:
             return rows
     return ()

@@ -1,4 +1,4 @@
-"""Finding the groups of weights of a model that live and die together."""
+"""Finding the units of a model: weights that live and die together."""
 
 from __future__ import annotations
 
@@ -9,21 +9,19 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
+from ..checks import check_choice
 from ..names import clean_name
 from ..optim.shards import full_shape
-from ..optim.units import Member, Units
+from ..optim.units import UNIT_KINDS, Member, Units
 from .architectures import Heads, Neurons, Row, rows_of
 from .matrices import is_linear, is_transposed, matrix_units
 
 
-KINDS = ("row", "column", "neuron", "head", "rank")
-
-
 class Site(NamedTuple):
-    """What a member of a coupling is.
+    """What a member of a layer's units is.
 
     Attributes:
-        module: Which of the layer's modules it belongs to.
+        module: Index of the layer's module that it belongs to.
         part: ``"up0"``, ``"up1"``, ``"down"``, ``"query"``, ``"key"``, ``"value"``, ``"output"`` or ``"position"``.
         bias: Whether it is the bias of the part.
     """
@@ -35,13 +33,13 @@ class Site(NamedTuple):
 
 @dataclass(frozen=True)
 class Layer:
-    """A coupling, and the modules in which it lies.
+    """The units of a layer, and the modules in which they lie.
 
     Args:
         units: The units.
         row: The entry of the table; None for rows, columns and ranks.
         modules: The modules of the entry's class, by their clean names.
-        sites: What each member is, in the order of ``units.members``.
+        sites: What each member is, in the order of ``units.members``; empty without a row.
     """
 
     units: Units[str]
@@ -51,48 +49,47 @@ class Layer:
 
 
 def find_units(model: nn.Module, kind: str) -> list[Units[str]]:
-    """Find the groups of weights of a model that live and die together.
+    """Find the units of a model: weights that live and die together.
 
     Args:
-        model: A model, whatever device it is on, the meta device included. Names are without the wrappers of
-            ``torch.compile``, DDP and FSDP.
+        model: A model on any device, the meta device included. Names leave out the wrappers of ``torch.compile``, DDP
+            and FSDP.
         kind: ``"row"`` or ``"column"`` of each linear layer, convolution and ``nn.MultiheadAttention``: what feeds
             one of its outputs, bias included, or takes one of its inputs; ``"neuron"`` of each feed-forward layer;
             ``"head"`` of each attention layer, with grouped queries a head of keys and values and the queries that
             share it; ``"rank"`` of each LoRA adapter.
 
     Returns:
-        A coupling for each layer, in the model's order.
+        The units of each layer, in the model's order.
 
     Raises:
-        ValueError: If there is no such kind, or the model's architecture is not in the table.
+        ValueError: If the kind is unknown, the model's architecture is not in the table, or it has no such units.
     """
     return [layer.units for layer in find_layers(model, kind)]
 
 
 def find_layers(model: nn.Module, kind: str) -> list[Layer]:
-    """Find the same as :func:`find_units`, with the modules."""
-    if kind not in KINDS:
-        raise ValueError(f"Invalid kind: kind={kind!r}; it must be one of {', '.join(KINDS)}.")
+    """Find what :func:`find_units` finds, with the modules."""
+    check_choice("kind", kind, UNIT_KINDS)
     names = {id(param): clean_name(name) for name, param in model.named_parameters()}
     if kind in ("row", "column"):
-        found = [Layer(units) for units in matrix_units(model, kind)]
+        layers = [Layer(units) for units in matrix_units(model, kind)]
     elif kind == "rank":
-        found = [Layer(each) for each in _ranks(model, names)]
+        layers = [Layer(units) for units in _ranks(model, names)]
     else:
-        found = _declared(model, kind, names)
-    if not found:
+        layers = _declared(model, kind, names)
+    if not layers:
         raise ValueError(_unknown(model, kind))
-    return found
+    return layers
 
 
 def _ranks(model: nn.Module, names: dict[int, str]) -> Iterator[Units[str]]:
     from ..adapters.factors import lora_factors, lora_names
 
     for adapter in lora_names(model):
-        for each in lora_factors(model, adapter):
-            members = Member(names[id(each.a)], 0), Member(names[id(each.b)], 1)
-            yield Units("rank", full_shape(each.a)[0], members, clean_name(each.name))
+        for factors in lora_factors(model, adapter):
+            members = Member(names[id(factors.a)], 0), Member(names[id(factors.b)], 1)
+            yield Units("rank", full_shape(factors.a)[0], members, clean_name(factors.name))
 
 
 def _declared(model: nn.Module, kind: str, names: dict[int, str]) -> list[Layer]:
@@ -105,14 +102,14 @@ def _declared(model: nn.Module, kind: str, names: dict[int, str]) -> list[Layer]
             rows[id(row)] = row
             owner = name if row.ancestor is None else _owner(modules, name, row.ancestor)
             together.setdefault((owner, id(row)), []).append((name, module))
-    return [_layer(owner, rows[row], found, names) for (owner, row), found in together.items()]
+    return [_layer(owner, rows[row], members, names) for (owner, row), members in together.items()]
 
 
 def _owner(modules: dict[str, nn.Module], name: str, ancestor: str) -> str:
-    """The name of the nearest module around another one that is of a class."""
+    """The name of the nearest module of a class around another module."""
     while name:
         name = name.rpartition(".")[0]
-        if any(each.__name__ == ancestor for each in type(modules[name]).__mro__):
+        if any(base.__name__ == ancestor for base in type(modules[name]).__mro__):
             return name
     return ""
 
@@ -120,38 +117,36 @@ def _owner(modules: dict[str, nn.Module], name: str, ancestor: str) -> str:
 def _layer(owner: str, row: Row, modules: list[tuple[str, nn.Module]], names: dict[int, str]) -> Layer:
     count = 0
     members: list[Member[str]] = []
-    is_what: list[Site] = []
+    sites: list[Site] = []
     for index, (name, module) in enumerate(modules):
         shares = _shares(row)
         counting = _Part(module, name, shares["key" if isinstance(row, Heads) else "up0"], False)
-        groups = counting.length // (attribute(module, row.dim) if isinstance(row, Heads) else 1)
-        if count not in (0, groups):
+        here = counting.length // (attribute(module, row.dim) if isinstance(row, Heads) else 1)
+        if count not in (0, here):
             raise ValueError(
-                f"{clean_name(name)} has {groups} groups of the kind {row.kind} where others that share them with it "
-                f"have {count}."
+                f"{clean_name(name)} has {here} {row.kind}s, but the layers that share them with it have {count}."
             )
-        if not groups:
-            raise ValueError(f"{counting.name} has {counting.length} rows, which are less than one {row.kind}.")
-        count = groups
+        if not here:
+            raise ValueError(f"{counting.name} has {counting.length} rows, fewer than one {row.kind}.")
+        count = here
         for part, share in shares.items():
-            found = _Part(module, name, share, part in ("down", "output"))
-            size, rest = divmod(found.length, count)
+            side = _Part(module, name, share, part in ("down", "output"))
+            size, rest = divmod(side.length, count)
             if rest:
                 raise ValueError(
-                    f"{found.name} has {found.length} indices, which {count} groups of the kind {row.kind} cannot "
-                    "share equally."
+                    f"{side.name} has {side.length} indices, which {count} {row.kind}s cannot share equally."
                 )
-            members.append(Member(names[id(found.linear.weight)], found.dim, size, found.offset))
-            is_what.append(Site(index, part))
-            if part not in ("down", "output") and found.linear.bias is not None:
-                members.append(Member(names[id(found.linear.bias)], 0, size, found.offset))
-                is_what.append(Site(index, part, True))
+            members.append(Member(names[id(side.linear.weight)], side.dim, size, side.offset))
+            sites.append(Site(index, part))
+            if part not in ("down", "output") and side.linear.bias is not None:
+                members.append(Member(names[id(side.linear.bias)], 0, size, side.offset))
+                sites.append(Site(index, part, True))
         if isinstance(row, Heads) and row.bias is not None and has(module, row.bias):
             weight = attribute(module, f"{row.bias}.weight")
             members.append(Member(names[id(weight)], 1, full_shape(weight)[1] // count))
-            is_what.append(Site(index, "position"))
-    found_modules = tuple((clean_name(name), module) for name, module in modules)
-    return Layer(Units(row.kind, count, tuple(members), clean_name(owner)), row, found_modules, tuple(is_what))
+            sites.append(Site(index, "position"))
+    named = tuple((clean_name(name), module) for name, module in modules)
+    return Layer(Units(row.kind, count, tuple(members), clean_name(owner)), row, named, tuple(sites))
 
 
 class _Part:
@@ -164,13 +159,13 @@ class _Part:
         self.name = clean_name(f"{name}.{path}")
         if not is_linear(self.linear):
             raise ValueError(
-                f"{self.name} is a {type(self.linear).__name__}; groups are found in nn.Linear and Conv1D. "
+                f"{self.name} is a {type(self.linear).__name__}; units are found in nn.Linear and Conv1D. "
                 "If it holds an adapter, merge that first."
             )
         if "weight" not in self.linear._parameters:
             raise ValueError(
-                f"{self.name} makes its weight from other parameters, by a parametrization; groups are found in layers "
-                "that hold it themselves."
+                f"{self.name} computes its weight from other parameters by a parametrization; units are found only in "
+                "layers that hold their weight."
             )
         self.dim = int(columns != is_transposed(self.linear))
         self.length = full_shape(self.linear.weight)[self.dim] // parts
@@ -184,11 +179,11 @@ def attribute(module: nn.Module, path: str) -> Any:
 
 def has(module: nn.Module, path: str) -> bool:
     """Whether there is something at a path of attributes from a module."""
-    found: Any = module
-    for each in path.split("."):
-        if not hasattr(found, each):
+    value: Any = module
+    for name in path.split("."):
+        if not hasattr(value, name):
             return False
-        found = getattr(found, each)
+        value = getattr(value, name)
     return True
 
 
@@ -201,7 +196,7 @@ def _shares(row: Row) -> dict[str, str]:
 def _fits(module: nn.Module, row: Row) -> bool:
     """Whether a module has the parts of a row; releases of transformers differ in them."""
     more = row.activation if isinstance(row, Neurons) else row.dim
-    return all(has(module, each.partition(":")[0]) for each in (*_shares(row).values(), more))
+    return all(has(module, path.partition(":")[0]) for path in (*_shares(row).values(), more))
 
 
 def _unknown(model: nn.Module, kind: str) -> str:
@@ -215,7 +210,7 @@ def _unknown(model: nn.Module, kind: str) -> str:
         if any(map(is_linear, module.children()))
     }
     return (
-        f"{type(model).__name__} is of an architecture of which hf_pdecay does not know where the groups of the kind "
-        f"{kind} lie. Say so for the class of the module that holds them, with hf_pdecay.add_architecture(Class, "
-        f"{'Neurons' if kind == 'neuron' else 'Heads'}(...)); its linear layers are in: {', '.join(owners)}."
+        f"hf_pdecay does not know where the {kind}s of {type(model).__name__} lie. Call "
+        f"hf_pdecay.add_architecture(Class, {'Neurons' if kind == 'neuron' else 'Heads'}(...)) for the class "
+        f"of the module that holds them; its linear layers are in: {', '.join(owners)}."
     )

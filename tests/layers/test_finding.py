@@ -198,9 +198,7 @@ class Own(nn.Module):
 
 def test_an_unknown_architecture_is_named_and_can_be_added(monkeypatch: pytest.MonkeyPatch) -> None:
     model = nn.Sequential(Own())
-    with pytest.raises(
-        ValueError, match=r"Sequential is of an architecture.*hf_pdecay\.add_architecture\(.*Own"
-    ) as caught:
+    with pytest.raises(ValueError, match=r"neurons of Sequential lie.*hf_pdecay\.add_architecture\(.*Own") as caught:
         find_units(model, "neuron")
     assert "Neurons(...)" in str(caught.value)
     monkeypatch.setattr(architectures, "_ROWS", dict(architectures._ROWS))
@@ -216,9 +214,9 @@ def test_what_cannot_be_is_said_in_a_sentence(monkeypatch: pytest.MonkeyPatch) -
         find_units(build("llama"), "heads")
     monkeypatch.setattr(architectures, "_ROWS", dict(architectures._ROWS))
     add_architecture(Own, Heads("first", "first", "first", "second", "first.in_features"))
-    with pytest.raises(ValueError, match="first has 3 rows, which are less than one head"):
+    with pytest.raises(ValueError, match="first has 3 rows, fewer than one head"):
         find_units(nn.Sequential(Own(4, 3)), "head")
-    with pytest.raises(ValueError, match="give one Neurons or Heads"):
+    with pytest.raises(ValueError, match="give at least one Neurons or Heads"):
         add_architecture(Own)
     mixtral = build("mixtral")
     with pytest.raises(ValueError, match=r"MixtralForCausalLM.*Heads\(\.\.\.\).*MixtralAttention"):
@@ -246,5 +244,5 @@ def test_layers_that_share_a_weight_are_found_once() -> None:
 def test_a_parametrized_layer_is_refused() -> None:
     model: Any = build("gpt2")
     nn.utils.parametrizations.weight_norm(model.transformer.h[0].mlp.c_fc)
-    with pytest.raises(ValueError, match="h.0.mlp.c_fc makes its weight from other parameters"):
+    with pytest.raises(ValueError, match="h.0.mlp.c_fc computes its weight from other parameters"):
         find_units(model, "neuron")
