@@ -77,7 +77,7 @@ def matrix_units(model: nn.Module, kind: str, wanted: Collection[str] | None = N
     Args:
         model: Any module, wrapped or not.
         kind: ``"row"``, ``"column"`` or N:M. The blocks lie along the inputs.
-        wanted: Names of parameters, one of which the units must lie in; None for all units.
+        wanted: Names of parameters; only layers with units in one of them count. None for all layers.
 
     Raises:
         ValueError: If M does not divide the inputs of a matrix.

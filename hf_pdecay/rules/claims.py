@@ -47,9 +47,9 @@ def claims_by_name(
     """Decide which rule takes each parameter.
 
     A rule without ``group`` takes the parameters that it matches and that no rule before it has. A rule with a
-    ``group`` takes whole layers: all units of its kind in a layer of which it matches a parameter that decays by
-    default, or any parameter if it matches none of those. It skips a layer whose weights all belong to rules before it
-    that have no group or the same one.
+    ``group`` takes whole layers: all units of its kind in each layer with a parameter that it matches and that decays
+    by default, or with any parameter that it matches if none of those decays by default. It skips a layer whose weights
+    all belong to rules before it that have no group or the same one.
 
     Args:
         model: Any module, wrapped or not.

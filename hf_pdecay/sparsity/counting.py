@@ -88,7 +88,7 @@ def count_tensor(tensor: Tensor, near_zero_threshold: float = NEAR_ZERO_THRESHOL
 
 
 def counted_bytes(tensors: int) -> int:
-    """Return the bytes of the all-reduce by which processes add up the counts of their shards of some tensors."""
+    """Return the bytes of the all-reduce that adds up the counts of the shards of some tensors."""
     return 3 * 8 * tensors
 
 
