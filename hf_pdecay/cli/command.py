@@ -5,10 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from typing import Any, TypeAlias
-
-
-Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
+from typing import Any
 
 
 def add_config(parser: argparse.ArgumentParser, nargs: str | None = None) -> None:

@@ -5,21 +5,16 @@ from __future__ import annotations
 import argparse
 import sys
 
-from .command import Commands, add_folders, show
+from .command import add_folders, show
 
 
-name = "compress"
-
-
-def register(commands: Commands) -> None:
-    """Add the command to the parser."""
-    text = "write a model without its zeros; from_pretrained gives it back after import hf_pdecay"
-    parser = commands.add_parser(name, help=text, description=f"{text.capitalize()}.")
+def register(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of the command."""
+    parser.description = "Writes a model without its zeros. After import hf_pdecay, from_pretrained gives it back."
     add_folders(parser)
     parser.add_argument("--zstd", action="store_true", help="compress by zstd too; needs zstandard")
     parser.add_argument("--max-shard-size", metavar="SIZE", help="of a file, such as 5GB (as the model has it)")
     parser.add_argument("--push-to-hub", metavar="REPO", help="upload OUT to this repository of the Hub")
-    parser.set_defaults(run=run)
 
 
 def run(options: argparse.Namespace) -> int:

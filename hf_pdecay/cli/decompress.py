@@ -4,17 +4,13 @@ from __future__ import annotations
 
 import argparse
 
-from .command import Commands, add_folders, show
+from .command import add_folders, show
 
 
-name = "decompress"
-
-
-def register(commands: Commands) -> None:
-    """Add the command to the parser."""
-    text = "restore the plain folder of a compressed model"
-    add_folders(parser := commands.add_parser(name, help=text, description=f"{text.capitalize()}."))
-    parser.set_defaults(run=run)
+def register(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of the command."""
+    parser.description = "Restores the plain folder of a compressed model."
+    add_folders(parser)
 
 
 def run(options: argparse.Namespace) -> int:

@@ -8,10 +8,7 @@ import subprocess
 import sys
 
 from .._version import __version__
-from .command import Commands
 
-
-name = "env"
 
 _PACKAGES = (
     "torch",
@@ -28,14 +25,9 @@ _PACKAGES = (
 )
 
 
-def register(commands: Commands) -> None:
-    """Add the command to the parser."""
-    parser = commands.add_parser(
-        name,
-        help="print versions, devices and the backend of the step, ready to paste into a bug report",
-        description="Prints versions, devices, the C++ compiler and the backend of the step. No network is used.",
-    )
-    parser.set_defaults(run=run)
+def register(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of the command."""
+    parser.description = "Prints versions, devices, the C++ compiler and the backend of the step. No network is used."
 
 
 def run(options: argparse.Namespace) -> int:

@@ -4,19 +4,14 @@ from __future__ import annotations
 
 import argparse
 
-from .command import Commands, add_config, add_json, add_max_steps, show
+from .command import add_config, add_json, add_max_steps, show
 
 
-name = "estimate"
-
-
-def register(commands: Commands) -> None:
-    """Add the command to the parser."""
-    parser = commands.add_parser(
-        name,
-        help="say what training a model takes, in memory and communication, without loading its weights",
-        description="Bytes per parameter and per GPU for weights, gradients, moments and master weights under each "
-        "layout, and what hf_pdecay adds in memory and communication. Weights are not loaded.",
+def register(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of the command."""
+    parser.description = (
+        "Bytes per parameter and per GPU for weights, gradients, moments and master weights under each "
+        "layout, and what hf_pdecay adds in memory and communication. Weights are not loaded."
     )
     add_config(parser, nargs="?")
     parser.add_argument("--parameters", type=float, metavar="N", help="number of parameters in place of a model: 8e9")
@@ -27,7 +22,6 @@ def register(commands: Commands) -> None:
     parser.add_argument("--moments", help="float32, bfloat16 or 8bit; by default the dtype of the weights stepped")
     add_max_steps(parser)
     add_json(parser)
-    parser.set_defaults(run=run)
 
 
 def run(options: argparse.Namespace) -> int:

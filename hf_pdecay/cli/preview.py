@@ -5,19 +5,14 @@ from __future__ import annotations
 import argparse
 
 from ..trainer.fields import SETTINGS
-from .command import Commands, add_config, add_json, add_max_steps, show
+from .command import add_config, add_json, add_max_steps, show
 
 
-name = "preview"
-
-
-def register(commands: Commands) -> None:
-    """Add the command to the parser."""
-    parser = commands.add_parser(
-        name,
-        help="say which weights of a model a run would decay, by which rule, and how many zeros that gives",
-        description="The param groups of a run with these settings, the zeros that its target comes to, and its "
-        "pruning steps. Give the settings of the run as flags, or all in --optim_args. Weights are not loaded.",
+def register(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of the command."""
+    parser.description = (
+        "The param groups of a run with these settings, the zeros that its target comes to, and its "
+        "pruning steps. Give the settings of the run as flags, or all in --optim_args. Weights are not loaded."
     )
     add_config(parser)
     parser.add_argument("--optim", default="adamw_lp", help="adamw_lp or another of ours (adamw_lp)")
@@ -30,7 +25,6 @@ def register(commands: Commands) -> None:
     parser.add_argument("--weight_decay", type=float, default=0.0, help="L2 decay of the run (0)")
     parser.add_argument("--tensors", action="store_true", help="list each tensor")
     add_json(parser)
-    parser.set_defaults(run=run)
 
 
 def run(options: argparse.Namespace) -> int:

@@ -6,27 +6,22 @@ import argparse
 import os
 from typing import TYPE_CHECKING
 
-from .command import Commands, add_json, show
+from .command import add_json, show
 
 
 if TYPE_CHECKING:
     from .folder_report import FolderReport
     from .search_report import SearchReport
 
-name = "report"
 
-
-def register(commands: Commands) -> None:
-    """Add the command to the parser."""
-    parser = commands.add_parser(
-        name,
-        help="say how sparse a saved model is, or draw the Pareto front of a hyperparameter search",
-        description="Exact zeros of a model or an adapter, counted from its files one tensor at a time; in a folder "
-        "with search.jsonl the trials that no other beats in loss and sparsity, drawn as pareto.png.",
+def register(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of the command."""
+    parser.description = (
+        "Exact zeros of a model or an adapter, counted from its files one tensor at a time; in a folder "
+        "with search.jsonl the trials that no other beats in loss and sparsity, drawn as pareto.png."
     )
     parser.add_argument("folder", metavar="MODEL_OR_RUN", help="a folder, or an optuna storage such as sqlite:///x.db")
     add_json(parser)
-    parser.set_defaults(run=run)
 
 
 def run(options: argparse.Namespace) -> int:

@@ -10,25 +10,17 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType, TracebackType
 
-from .command import Commands
 
-
-name = "run"
-
-
-def register(commands: Commands) -> None:
-    """Add the command to the parser."""
-    parser = commands.add_parser(
-        name,
-        usage="hf-pdecay run SCRIPT ARGS…  |  hf-pdecay run -m MODULE ARGS…",
-        help="run a script that knows nothing of hf_pdecay, with --optim adamw_lp known to it",
-        description="Runs a script as Python would, with optim='adamw_lp' known to TrainingArguments, HfArgumentParser "
+def register(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of the command."""
+    parser.usage = "hf-pdecay run SCRIPT ARGS…  |  hf-pdecay run -m MODULE ARGS…"
+    parser.description = (
+        "Runs a script as Python would, with optim='adamw_lp' known to TrainingArguments, HfArgumentParser "
         "and every Trainer: --optim adamw_lp --optim_args p_norm=0.8,target_sparsity=0.9. On several processes: "
-        "accelerate launch -m hf_pdecay run SCRIPT ARGS…",
+        "accelerate launch -m hf_pdecay run SCRIPT ARGS…"
     )
     parser.add_argument("-m", dest="module", nargs=argparse.REMAINDER, help="a module and its arguments")
     parser.add_argument("script", nargs=argparse.REMAINDER, help="a script and its arguments")
-    parser.set_defaults(run=run)
 
 
 def run(options: argparse.Namespace) -> Callable[[], int]:

@@ -4,19 +4,14 @@ from __future__ import annotations
 
 import argparse
 
-from .command import Commands, add_folders, show
+from .command import add_folders, show
 
 
-name = "shrink"
-
-
-def register(commands: Commands) -> None:
-    """Add the command to the parser."""
-    parser = commands.add_parser(
-        name,
-        help="remove dead neurons and attention heads from a model, which then loads anywhere as a smaller one",
-        description="Removes the neurons and attention heads that contribute nothing because their weights are zero. "
-        "If every layer keeps the same number, the smaller model has an ordinary config and loads without hf_pdecay.",
+def register(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of the command."""
+    parser.description = (
+        "Removes the neurons and attention heads that contribute nothing because their weights are zero. "
+        "If every layer keeps the same number, the smaller model has an ordinary config and loads without hf_pdecay."
     )
     add_folders(parser)
     parser.add_argument(
@@ -28,7 +23,6 @@ def register(commands: Commands) -> None:
     parser.add_argument(
         "--multiple-of", type=int, default=1, metavar="N", help="keep a multiple of N neurons, such as 64 (1)"
     )
-    parser.set_defaults(run=run)
 
 
 def run(options: argparse.Namespace) -> int:
