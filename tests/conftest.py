@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -27,6 +28,12 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_unconfigure(config: pytest.Config) -> None:
     if _server is not None:
         _server.close()
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Take the libraries out of what is searched for garbage, as Accelerate has done at the start of each run."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)
@@ -79,6 +86,17 @@ def threads() -> Iterator[Callable[[int], None]]:
     before = torch.get_num_threads()
     yield torch.set_num_threads
     torch.set_num_threads(before)
+
+
+@pytest.fixture
+def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Has runs leave an empty file for their picture: drawing takes longer than training a tiny model."""
+
+    def plot_sparsity(history: list[dict[str, Any]], path: Path, title: str = "") -> None:
+        assert history
+        path.write_bytes(b"")
+
+    monkeypatch.setattr("hf_pdecay.sparsity.picture.plot_sparsity", plot_sparsity)
 
 
 @pytest.fixture

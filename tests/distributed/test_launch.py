@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from accelerate.commands.config.config_args import load_config_from_file
 from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM, set_seed
+
+from tests.helpers.launching import LEAVING
+from tests.helpers.warm import python
 
 
 ROOT = Path(__file__).parents[2]
@@ -42,12 +42,11 @@ def run(folder: Path, engine: str, script: str, out: Path, *options: str) -> lis
     """Run an example, and return what it printed of its log."""
     words = [f"--train_file={folder}/text.txt", f"--model_name_or_path={folder}/model", f"--output_dir={out}"]
     words += ["--max_steps=20", "--learning_rate=0.01", "--warmup_steps=2", "--logging_steps=5", "--block_size=32"]
-    command = [sys.executable]
+    command = []
     if engine != "single":
-        command += [*LAUNCH, f"--config_file={CONFIGS / engine}.yaml", "-m", "tests.distributed.on_cpu"]
+        command += [*LAUNCH, f"--config_file={CONFIGS / engine}.yaml", *LEAVING, "-m", "tests.distributed.on_cpu"]
     command += [f"examples/{script}", *words, "--target_sparsity=0.8", *options]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "MPLBACKEND": "Agg"}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600, check=False)
+    done = python(*command)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-5000:]
     return [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"step"')]
 

@@ -18,6 +18,9 @@ from hf_pdecay.optim.named import OPTIMIZERS
 from ..helpers.models import tiny_gpt2
 
 
+pytestmark = pytest.mark.usefixtures("undrawn")
+
+
 OPTIONS = {
     "adamw_lp": "moments=bfloat16",
     "sgd_lp": "momentum=0.9,nesterov=true",

@@ -26,6 +26,9 @@ from hf_pdecay.trainer.settings import DecaySettings
 from ..helpers.models import build, tiny_gpt2
 
 
+pytestmark = pytest.mark.usefixtures("undrawn")
+
+
 RUN = {
     "use_cpu": True,
     "report_to": "none",

@@ -22,6 +22,9 @@ from hf_pdecay.trainer.search import DIRECTIONS, loss_and_sparsity, optuna_space
 from ..helpers.models import tiny_gpt2
 
 
+pytestmark = pytest.mark.usefixtures("undrawn")
+
+
 optuna = pytest.importorskip("optuna")
 
 

@@ -21,6 +21,9 @@ from hf_pdecay import PDecayTrainer
 from ..helpers.models import build, tiny_gpt2
 
 
+pytestmark = pytest.mark.usefixtures("undrawn")
+
+
 MakeArgs = Callable[..., Any]
 STEPS = 40
 

@@ -23,6 +23,9 @@ from ..helpers.launching import launch
 from ..helpers.models import build
 
 
+pytestmark = pytest.mark.usefixtures("undrawn")
+
+
 MakeArgs = Callable[..., Any]
 STEPS = 40
 
