@@ -26,6 +26,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:
+    gc.unfreeze()  # or nanobind reports leaks at the end
     if _server is not None:
         _server.close()
 
