@@ -370,7 +370,7 @@ class TestATransformersThatMoved:
     @pytest.mark.parametrize("moved", [None, Enum("Names", {"SGD": 1})])
     def test_the_enum(self, moved: Any, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(hf_arguments, "OptimizerNames", moved)
-        with pytest.raises(RuntimeError, match="OptimizerNames is not an enum of texts"):
+        with pytest.raises(RuntimeError, match="OptimizerNames is not an enum of strings"):
             hf_pdecay.register()
 
     def test_another_librarys_hook_stays(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -357,6 +357,9 @@ def test_nothing_else_is_overridden() -> None:
         "save_model",
         "_save_rng_state",  # the processes wait for each other, so that trainer_state.json is written last of all
         "create_model_card",
+        "hyperparameter_search",  # each trial has a folder of its own
+        "_hp_search_setup",
+        "_get_output_dir",
     }
 
 
