@@ -33,23 +33,21 @@ class AdamWLp(DecayOptimizer):
 
         w_{n+1} = w' · s / (s + α λ_p),   s = |w_n|^(2-p)
 
-    with w' the result of ``torch.optim.AdamW`` (https://huggingface.co/papers/2404.10824, algorithm 1). The whole rule
-    stands on one page in ``hf_pdecay/optim/reference.py``: start there. For p < 2 small weights reach exact zero in a
-    few steps. ``lambda_p=0`` is bit-identical to ``torch.optim.AdamW``; ``weight_decay`` keeps its meaning, and both
-    together are the elastic net.
+    with w' the result of ``torch.optim.AdamW`` (https://huggingface.co/papers/2404.10824, algorithm 1;
+    ``hf_pdecay/optim/reference.py`` has the whole rule). For p < 2 small weights become exactly zero in a few steps.
+    ``lambda_p=0`` is bit-identical to ``torch.optim.AdamW``; with ``weight_decay`` it is the elastic net.
 
     - Zero absorbs: a weight of exact zero stays zero while α λ_p > 0. A tensor that is wholly zero at its first step
-      (LoRA's B, a zero-initialised head) is left undecayed until it has become non-zero.
+      (LoRA's B, a zero-initialised head) does not decay until it has become non-zero.
     - bfloat16 and float16 weights that decay are computed in float32 and rounded stochastically, as are such moments.
-      The random bits depend only on the step and the place of the weight, so runs resume exactly and replicas agree.
-    - A step with a NaN or infinite gradient is skipped and counted, see :attr:`skipped_steps`.
-    - A param group names in ``group`` the unit that decays as one: ``"element"`` (the default), ``"row"``,
-      ``"column"``, ``"neuron"``, ``"head"``, ``"rank"``, or N:M such as ``"2:4"``, where the weakest of each M weights
-      decay. ``units`` says where the units lie, see :func:`~hf_pdecay.optim.units.units_of`; without it a row is an
-      index of dimension 0 and a column one of dimension 1, as in ``nn.Linear`` and convolutions.
+      The random bits depend only on the step and the place of the weight: runs resume exactly and replicas agree.
+    - A param group's ``group`` names the unit that decays as one: ``"element"`` (the default), ``"row"``, ``"column"``,
+      ``"neuron"``, ``"head"``, ``"rank"``, or N:M such as ``"2:4"``, where the weakest of each M weights decay. Its
+      ``units`` say where they lie, see :func:`~hf_pdecay.optim.units.units_of`; without them a row is an index of
+      dimension 0 and a column one of dimension 1, as in ``nn.Linear`` and convolutions.
 
-    Every hyperparameter lives in ``param_groups``, so a group may have its own and a scheduler may move them. For all
-    keys see :class:`~hf_pdecay.optim.param_groups.DecayGroup`.
+    Every hyperparameter lives in ``param_groups``, so a group may have its own and a scheduler may change them; all
+    keys: :class:`~hf_pdecay.optim.param_groups.DecayGroup`.
 
     Args:
         params: Parameters, or dicts of param groups.
@@ -61,14 +59,14 @@ class AdamWLp(DecayOptimizer):
         lambda_p: λ_p, at least 0. The penalty minimised is (λ_p / p) ‖w‖_p^p.
         keep_zeros: Whether weights that are zero stay zero, also where λ_p or the learning rate is 0.
         maximize: Whether to maximise the objective.
-        skip_nonfinite: Whether a NaN or infinite gradient in any group with this set skips the step of all of them.
+        skip_nonfinite: Whether a NaN or infinite gradient in any group with this set skips the step of all of them;
+            :attr:`skipped_steps` counts such steps.
         moments: How both moments are stored: ``"float32"``, ``"bfloat16"`` (rounded stochastically) or ``"8bit"``
-            (torchao's blocks of 256, for tensors of at least 4096 weights and whole blocks, float32 for others); the
-            dtype of the weights by default.
-        backend: How the step is computed. ``"compiled"`` is one C++ function, for CPUs; ``"triton"`` one kernel, for
-            GPUs; ``"foreach"`` plain torch operations on bounded chunks, for any device; ``"reference"`` plain formulas
-            in float64, for comparison. ``"auto"`` takes the fastest that this machine has, tensor by tensor, and logs
-            which and why. It is not part of a checkpoint.
+            (torchao's blocks of 256, for tensors of at least 4096 weights and whole blocks, float32 for others); None
+            for the dtype of the weights.
+        backend: How the step is computed; not part of a checkpoint. ``"compiled"`` is one C++ function, for CPUs;
+            ``"triton"`` one kernel, for GPUs; ``"foreach"`` plain torch operations, for any device; ``"reference"``
+            plain formulas in float64. ``"auto"`` takes the fastest available, tensor by tensor, and logs why.
 
     Raises:
         ValueError: If a hyperparameter is out of its range or a parameter is complex.
@@ -98,19 +96,10 @@ class AdamWLp(DecayOptimizer):
     ) -> None:
         self._backend = BackendChoice(backend)
         self._cache = _Cache()
-        defaults: dict[str, Any] = {
-            "lr": lr,
-            "betas": betas,
-            "eps": eps,
-            "weight_decay": weight_decay,
-            "p_norm": p_norm,
-            "lambda_p": lambda_p,
-            "keep_zeros": keep_zeros,
-            "maximize": maximize,
-            "skip_nonfinite": skip_nonfinite,
-            "moments": moments,
-            "skipped_steps": 0,  # a counter, kept here so that a checkpoint carries it
-        }
+        defaults: dict[str, Any] = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
+        defaults.update(p_norm=p_norm, lambda_p=lambda_p, keep_zeros=keep_zeros, maximize=maximize)
+        # The counter is a default, so that a checkpoint carries it.
+        defaults.update(skip_nonfinite=skip_nonfinite, moments=moments, skipped_steps=0)
         check_hyperparameters(defaults)
         super().__init__(params, defaults)
 
@@ -118,10 +107,7 @@ class AdamWLp(DecayOptimizer):
 
     @property
     def backends(self) -> dict[str, tuple[str, str]]:
-        """For each type of device that holds weights, the backend of the step and why it was chosen.
-
-        Selects (and compiles, if necessary) the backend that the first step would use.
-        """
+        """For each type of device that holds weights, the backend of the step and why; may compile it."""
         numel: dict[str, int] = {}
         for group in self.param_groups:
             for param in group["params"]:
@@ -133,7 +119,7 @@ class AdamWLp(DecayOptimizer):
         return {device: self._backend.choice(device, count, decays) for device, count in numel.items()}
 
     def __getstate__(self) -> dict[str, Any]:
-        """Return what a pickle or a copy holds: the backend too, which a checkpoint does not."""
+        """Return what a pickle or a copy holds: a checkpoint and the backend."""
         return {**super().__getstate__(), "_backend": self._backend, "_cache": self._cache}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> AdamWLp:
@@ -148,16 +134,12 @@ class AdamWLp(DecayOptimizer):
         return copied
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a checkpoint of this optimizer or of ``torch.optim.AdamW``.
+        """Load a ``state_dict()`` of this optimizer or of ``torch.optim.AdamW``.
 
         Settings that the checkpoint does not name, such as ``p_norm`` in one of AdamW, keep their values.
 
-        Args:
-            state_dict: What ``state_dict()`` of either optimizer returned.
-
         Raises:
-            ValueError: If the groups, the shapes or the units are those of another model, or it is an AMSGrad
-                checkpoint.
+            ValueError: If groups, shapes or units are those of another model, or the checkpoint is AMSGrad's.
         """
         check_state_dict(state_dict, self.param_groups)
         super().load_state_dict({**state_dict, "param_groups": self._merged_groups(state_dict, FOREIGN_KEYS)})
@@ -166,7 +148,7 @@ class AdamWLp(DecayOptimizer):
                 state = self.state.get(param)
                 if not state:
                     continue
-                # Versions of torch have counted in numbers and in other dtypes; in bfloat16 a counter would stall.
+                # Some versions of torch count in numbers or other dtypes; in bfloat16 a counter would stall.
                 state["step"] = torch.as_tensor(state["step"]).to(torch.float32)
                 # torch casts all state but the step to the dtype of the parameter: back to what it was saved as.
                 saved = state_dict["state"][key]
@@ -182,16 +164,15 @@ class AdamWLp(DecayOptimizer):
     def _step(self, norm: Tensor | float | None) -> bool | Tensor:
         cache, self._cache.last = self._cache.last, None
         unit_decays: dict[int, UnitDecay] = {}
-        # 1. Which backend does which tensors: as in the last step, if nothing but numbers has changed.
+        # Which backend does which tensors: as in the last step, if nothing but numbers has changed.
         if cache is None or not cache.follow(self.param_groups, self.state):
             unit_decays = self._unit_decays()
             cache = self._assign(unit_decays)
-        # 2. Whether all gradients are finite, which on an accelerator the host does not know.
         finite = self._finite(norm, cache)
-        # 3. AdamW's step and the decay of single weights, and of units where the backend can do it in the same pass.
+        # AdamW's step and the decay of single weights, and of units where the backend can do it in the same pass.
         for share in cache.shares:
             share.backend.step(finite if share.careful else True)
-        # 4. The decay of all other units.
+        # The decay of all other units.
         for index, unit_decay in unit_decays.items():
             unit_decay.after_step(finite if self.param_groups[index]["skip_nonfinite"] else True)
         if cache.lasts:  # others hold gradients
@@ -199,7 +180,7 @@ class AdamWLp(DecayOptimizer):
         return finite
 
     def _unit_decays(self) -> dict[int, UnitDecay]:
-        """Return the decay of each param group whose weights decay by units, by the index of the group."""
+        """Return the decay of each param group that decays by units, by the index of the group."""
         in_units = {
             index: group
             for index, group in enumerate(self.param_groups)
@@ -220,7 +201,7 @@ class AdamWLp(DecayOptimizer):
         return int(step.item()) if isinstance(step, Tensor) and step.is_cpu else step
 
     def _assign(self, unit_decays: Mapping[int, UnitDecay]) -> StepCache:
-        """Find out which backend does which tensors, and make the state of tensors that have none yet."""
+        """Choose a backend for each tensor, and make the state of tensors that have none yet."""
         for group in self.param_groups:
             check_dense(group["params"], "AdamWLp")
         self._cache.awakening.hear()
@@ -274,7 +255,7 @@ class AdamWLp(DecayOptimizer):
         return steps
 
     def _finite(self, norm: Tensor | float | None, cache: StepCache) -> bool | Tensor:
-        """Return whether the gradients of all careful tensors are finite: known by a norm, or looked at here."""
+        """Return whether the gradients of all careful tensors are finite."""
         careful = [share.backend for share in cache.shares if share.careful]
         if not careful:
             return True
@@ -291,15 +272,10 @@ class AdamWLp(DecayOptimizer):
 
 
 class _Cache:
-    """What an optimizer remembers from one step to the next, beside its state; a copy of it is empty.
-
-    Attributes:
-        last: What the last step did, for the next one to do again.
-        awakening: Which tensors the host has asked about.
-    """
+    """What an optimizer remembers from one step to the next, beside its state; a copy is empty."""
 
     def __init__(self) -> None:
-        self.last: StepCache | None = None
+        self.last: StepCache | None = None  # what the next step can do again
         self.awakening = Awakening()
 
     def __reduce__(self) -> tuple[Any, ...]:

@@ -27,26 +27,24 @@ MIN_COMPILED = 1 << 16
 
 
 class Backend(Protocol):
-    """The step of some tensors, computed in one way.
+    """The step of several tensors, computed in one way.
 
-    Attributes:
-        shrunk: Indices of the tensors whose structured decay the step does too.
-        repeats: Whether the step can be repeated while the tensors stay where they are. Such a backend holds addresses
-            of gradients and not the gradients, which the caller must keep alive.
+    ``shrunk`` are the indices of tensors whose structured decay the step does too. A backend that ``repeats`` can step
+    again while the tensors stay where they are; it holds only addresses of gradients, so the caller keeps these alive.
     """
 
     shrunk: Sequence[int]
     repeats: bool
 
     def __init__(self, steps: Sequence[TensorStep]) -> None:
-        """Prepare the step of tensors, none of which :meth:`refusal` refuses. Nothing is written yet."""
+        """Prepare the step of tensors that :meth:`refusal` does not refuse. Nothing is written yet."""
 
     @staticmethod
-    def refusal(each: TensorStep, /) -> str | None:
+    def refusal(step: TensorStep, /) -> str | None:
         """Return why the backend cannot step a tensor, or None."""
 
     def point(self, addresses: Sequence[int]) -> None:
-        """Take the gradients at these addresses, if everything else is as before; for a backend that repeats."""
+        """Take the gradients at these addresses, if everything else is as before; only if it repeats."""
 
     def all_finite(self) -> bool | Tensor:
         """Return whether all gradients are finite, as a 0-dim tensor where the host would have to wait."""
@@ -66,7 +64,7 @@ class Foreach:
 
     @staticmethod
     def refusal(_: TensorStep) -> str | None:
-        """Return None: plain operations step every tensor."""
+        """Return None."""
         return None
 
     def point(self, addresses: Sequence[int]) -> None:
@@ -101,17 +99,11 @@ def backend_of(name: str) -> type[Backend]:
 
 
 class Share(NamedTuple):
-    """The tensors of a step that one backend does.
-
-    Attributes:
-        backend: Does them.
-        indices: Their indices among the tensors of the step.
-        careful: Whether a NaN or infinite gradient skips their step.
-    """
+    """The tensors of a step that one backend does."""
 
     backend: Backend
-    indices: Sequence[int]
-    careful: bool
+    indices: Sequence[int]  # among the tensors of the step
+    careful: bool  # whether a NaN or infinite gradient skips their step
 
 
 def all_finite(backends: Sequence[Backend]) -> bool | Tensor:
@@ -129,14 +121,7 @@ def all_finite(backends: Sequence[Backend]) -> bool | Tensor:
 
 
 class BackendChoice:
-    """The backends of an optimizer.
-
-    Args:
-        name: One of :data:`BACKENDS`.
-
-    Attributes:
-        chosen: For each device type that has done a step, the name of the backend and the reason for it.
-    """
+    """The backends of an optimizer; ``chosen`` has their names and why, by the type of device."""
 
     def __init__(self, name: str = "auto") -> None:
         check_choice("backend", name, BACKENDS)
@@ -144,17 +129,11 @@ class BackendChoice:
         self.chosen: dict[str, tuple[str, str]] = {}
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Copy and pickle what was asked for; a copy chooses anew."""
+        """Copy and pickle only the name; a copy chooses anew."""
         return BackendChoice, (self.name,)
 
     def choice(self, device: str, numel: int, decays: bool) -> tuple[str, str]:
-        """Return the backend for a type of device and the reason, which are logged once.
-
-        Args:
-            device: Type of the device, such as ``"cpu"``.
-            numel: Number of weights there.
-            decays: Whether any of them decays or keeps its zeros.
-        """
+        """Return the backend for a type of device with ``numel`` weights and the reason, which are logged once."""
         if self.name == "auto" and device == "cpu" and not decays:
             dense = "foreach", "nothing decays, and by plain operations the step is bit-identical to torch's AdamW"
             _say(logging.INFO, device, *dense)
@@ -167,18 +146,14 @@ class BackendChoice:
         return self.chosen[device]
 
     def assign(self, steps: Sequence[TensorStep]) -> list[Share]:
-        """Return which backend does which tensors. Nothing is written yet.
-
-        Raises:
-            ValueError: If a backend other than ``auto`` was asked for and cannot do a tensor.
-        """
+        """Return which backend does which tensors; writes nothing. ValueError if the requested backend refuses one."""
         alike: dict[tuple[str, bool], list[int]] = {}
         for index, step in enumerate(steps):
             device = "cpu" if step.param.is_cpu else step.param.device.type
             alike.setdefault((device, step.hyper.skip_nonfinite), []).append(index)
         # Of all tensors of the step: a group without decay beside one with it takes the same backend.
         decays = any(step.hyper.decays or step.hyper.keep_zeros for step in steps)
-        # First all refusals, so that a step that is refused has made nothing.
+        # All refusals come first, so that a refused step has made nothing.
         splits: list[tuple[type[Backend], list[int], bool]] = []
         for (device, careful), indices in alike.items():
             numel = 0 if device in self.chosen else sum(s.param.numel() for s in steps if s.param.device.type == device)
@@ -193,7 +168,7 @@ class BackendChoice:
         ]
 
     def _taken(self, name: str, steps: Sequence[TensorStep], indices: Sequence[int]) -> dict[int, None]:
-        """Return the tensors that a backend does not refuse, as the keys; ``auto`` leaves the others to `foreach`."""
+        """Return the tensors that a backend takes, as keys; ``auto`` leaves the others to `foreach`."""
         backend = backend_of(name)
         taken: dict[int, None] = {}
         for index in indices:

@@ -16,9 +16,8 @@ from .validation import check_decay_settings, check_real
 class DecayOptimizer(Optimizer):
     """An optimizer whose param groups decay by a p norm.
 
-    Attributes:
-        grad_norm: The norm of all gradients, if the caller knows it before a step, as from clipping them. A finite norm
-            saves the look at the gradients, which is an eighth of a step.
+    A caller that knows the norm of all gradients, as from clipping, sets ``grad_norm`` before a step. If it is finite
+    the step need not look at the gradients, which saves an eighth of its time.
     """
 
     grad_norm: Tensor | float | None = None
@@ -46,8 +45,7 @@ class DecayOptimizer(Optimizer):
         """Add a group of parameters, whose missing hyperparameters are the optimizer's defaults.
 
         Raises:
-            ValueError: If a hyperparameter is out of its range, ``units`` do not fit, or a parameter is not real and
-                floating-point.
+            ValueError: If a hyperparameter, ``units`` or the dtype of a parameter is invalid.
         """
         self._check_group({**self.defaults, **param_group})
         before = len(self.param_groups)
@@ -64,12 +62,7 @@ class DecayOptimizer(Optimizer):
         super().add_param_group(param_group)
 
     def _merged_groups(self, state_dict: dict[str, Any], dropped: Collection[str] = ()) -> list[dict[str, Any]]:
-        """Return the param groups of a checkpoint, with this optimizer's values for keys that it does not name.
-
-        Args:
-            state_dict: A checkpoint with as many groups as this optimizer has.
-            dropped: Keys to leave out.
-        """
+        """Return the param groups of a checkpoint, completed by this optimizer's values, without ``dropped`` keys."""
         groups = []
         for ours, theirs in zip(self.param_groups, state_dict["param_groups"], strict=True):
             group = {key: value for key, value in {**ours, **theirs}.items() if key not in dropped}
@@ -80,13 +73,10 @@ class DecayOptimizer(Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Do one step.
+        """Do one step, and return what the closure returned, or None.
 
         Args:
             closure: Recomputes the loss and returns it, with gradients enabled; called once, before the step.
-
-        Returns:
-            What the closure returned, or None.
 
         Raises:
             ValueError: If a gradient is sparse, a hyperparameter is out of its range, or the requested backend cannot
@@ -100,11 +90,7 @@ class DecayOptimizer(Optimizer):
         return loss
 
     def _step(self, norm: Tensor | float | None) -> bool | Tensor:
-        """Do one step, and return whether the gradients were finite.
-
-        Args:
-            norm: The norm of all gradients, or None.
-        """
+        """Do one step, and return whether the gradients were finite; ``norm`` is that of all gradients if known."""
         raise NotImplementedError
 
 

@@ -1,11 +1,8 @@
 """The mathematics of weight decay for any p norm: pure functions, no state.
 
-The update is the one of Outmezguine and Levi, "Decoupled Weight Decay for Any p Norm"
-(https://huggingface.co/papers/2404.10824). It minimises the penalty (λ_p / p) ‖w‖_p^p by a proximal step: the p norm
-is written as a minimum over auxiliary variables s of a form that is quadratic in w, so the step has no gradient that
-diverges at zero for p < 1.
-
-The paper's own code multiplies by p once more: its λ equals λ_p / p here.
+The update minimises the penalty (λ_p / p) ‖w‖_p^p by a proximal step: the p norm is written as a minimum over
+auxiliary variables s of a form quadratic in w, so no gradient diverges at zero for p < 1 (Outmezguine and Levi,
+https://huggingface.co/papers/2404.10824). The paper's own code multiplies by p once more: its λ is λ_p / p here.
 """
 
 from __future__ import annotations
@@ -17,13 +14,9 @@ from ..checks import check_lambda_p, check_p_norm
 
 
 def abs_pow(weight: Tensor, exponent: float) -> Tensor:
-    """Return ``|weight| ** exponent`` as a new tensor.
+    """Return ``|weight| ** exponent`` as a new tensor, for an exponent above 0.
 
     Exponents other than 1, 0.5, 1.5 and 2 take ``exp2(exponent * log2|w|)``: ``pow`` takes several times as long.
-
-    Args:
-        weight: A floating-point tensor of any shape.
-        exponent: Any finite number above 0.
     """
     magnitude = weight.abs()
     if exponent == 1:
@@ -40,19 +33,16 @@ def abs_pow(weight: Tensor, exponent: float) -> Tensor:
 
 
 def shrink_factor(weight: Tensor, p_norm: float, alpha_lambda: float | Tensor) -> Tensor:
-    """Return the shrink factor of each weight in one step of p-norm decay.
+    """Return the shrink factor of each weight in one step of p-norm decay, in [0, 1], as a new tensor.
 
     With s = |w|^(2-p) it is s / (s + α λ_p) for p < 2, and the same written as 1 / (1 + α λ_p |w|^(p-2)) for p >= 2,
-    which is finite at w = 0 (arXiv 2404.10824, algorithm 1).
+    which is finite at w = 0 (arXiv 2404.10824, algorithm 1). It is never NaN for a finite weight.
 
     Args:
         weight: The weights *before* the step, of any shape; the factor is computed in their dtype.
         p_norm: p, any number above 0.
         alpha_lambda: α λ_p, the scheduled learning rate times λ_p; a float or a 0-dim tensor on the weights' device.
             Where it is 0 the factor is exactly 1, also for a weight of 0.
-
-    Returns:
-        A new tensor of the shape of ``weight`` with values in [0, 1]; never NaN for a finite weight.
     """
     # An α λ_p that the dtype cannot hold is 0 in it, and a weight of 0 would then make 0 / 0.
     tiny = torch.finfo(weight.dtype).tiny
@@ -60,14 +50,14 @@ def shrink_factor(weight: Tensor, p_norm: float, alpha_lambda: float | Tensor) -
         return _factor(weight, p_norm, alpha_lambda) if alpha_lambda >= tiny else torch.ones_like(weight)
     alpha_lambda = alpha_lambda.to(weight.dtype)
     factor = _factor(weight, p_norm, alpha_lambda)
-    # The value is on the device, so there is no branch on it.
+    # No branch on the value, which is on the device.
     return torch.where(alpha_lambda < tiny, torch.ones_like(factor), factor)
 
 
 def _factor(weight: Tensor, p_norm: float, alpha_lambda: float | Tensor) -> Tensor:
     if p_norm < 2:
         s = abs_pow(weight, 2 - p_norm)
-        # A weight so large that s overflows is not decayed at all: inf / inf would be NaN.
+        # A weight whose s overflows does not decay: inf / inf would be NaN.
         s.clamp_(max=torch.finfo(s.dtype).max)
         return s.div_(s + alpha_lambda)
     if p_norm == 2:
@@ -76,33 +66,20 @@ def _factor(weight: Tensor, p_norm: float, alpha_lambda: float | Tensor) -> Tens
 
 
 def forecast_threshold(p_norm: float, lambda_p: float, lr_sum: float) -> float:
-    """Return the magnitude below which a weight would be dead by the end of training, were there no gradient.
+    """Return the magnitude below which a weight would be dead by the end of training if it had no gradient.
 
     Without a gradient |w|^(2-p) falls by (2-p) α λ_p a step, so the weights that start below
-    ((2-p) λ_p Σα)^(1/(2-p)) reach 0. Gradients hold some of them up: this is an upper forecast.
-
-    Args:
-        p_norm: p, above 0 and below 2.
-        lambda_p: λ_p, at least 0.
-        lr_sum: Σα, the sum of the learning rates of all steps still to come.
-
-    Raises:
-        ValueError: If ``p_norm`` is not in (0, 2).
+    ((2-p) λ_p Σα)^(1/(2-p)) reach 0. Gradients hold up part of them: this is an upper forecast. ``lr_sum`` is Σα, the
+    sum of the learning rates of all steps still to come. Raises ValueError if p is not in (0, 2).
     """
     exponent = _exponent(p_norm)
     return (exponent * check_lambda_p(lambda_p) * lr_sum) ** (1 / exponent)
 
 
 def lambda_for_threshold(p_norm: float, threshold: float, lr_sum: float) -> float:
-    """Return the λ_p for which :func:`forecast_threshold` gives ``threshold``.
+    """Return the λ_p for which :func:`forecast_threshold` gives ``threshold``, a magnitude of at least 0.
 
-    Args:
-        p_norm: p, above 0 and below 2.
-        threshold: A weight magnitude, at least 0.
-        lr_sum: Σα, the sum of the learning rates of all steps still to come, above 0.
-
-    Raises:
-        ValueError: If ``p_norm`` is not in (0, 2) or ``lr_sum`` is not above 0.
+    Raises ValueError if p is not in (0, 2) or ``lr_sum`` is not above 0.
     """
     exponent = _exponent(p_norm)
     if not lr_sum > 0:

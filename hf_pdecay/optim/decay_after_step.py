@@ -1,7 +1,4 @@
-"""The decay of weights that another optimizer has stepped, by factors from the weights before that step.
-
-The work is done on bounded chunks: a large tensor in several, small ones side by side in one buffer.
-"""
+"""The decay of weights that another optimizer has stepped, by factors from the weights before it, in bounded chunks."""
 
 from __future__ import annotations
 
@@ -27,10 +24,7 @@ def copies(weights: Sequence[Tensor]) -> list[Tensor]:
 
 
 def decay_weights(tensors: Sequence[Stepped], decay: Decay) -> None:
-    """Decay the weights of a param group, in place, after the base optimizer's step.
-
-    Where there is enough to do, the C++ function does it on a CPU and the Triton kernel on a GPU.
-    """
+    """Decay the weights of a param group, in place, after the base's step: in C++ or Triton where that pays."""
     taken = _compiled(tensors, decay)
     if taken:
         weights, copied, places = zip(*((tensor.weight, tensor.before, tensor.place) for tensor in taken), strict=True)
@@ -97,7 +91,7 @@ def _batches(tensors: Sequence[Stepped]) -> Iterator[list[Stepped]]:
 
 
 def _pieces(tensors: Sequence[Stepped]) -> Iterator[Stepped]:
-    """Yield matching views of a bounded number of weights of one tensor each."""
+    """Yield matching views of each tensor, of a bounded number of weights."""
     for tensor in tensors:
         first = 0
         averaged = () if tensor.averaged is None else (tensor.averaged,)
@@ -107,7 +101,7 @@ def _pieces(tensors: Sequence[Stepped]) -> Iterator[Stepped]:
 
 
 def _alike(one: Stepped, other: Stepped) -> bool:
-    """Whether two pieces can share a buffer. A tensor that may be dormant is alone."""
+    """Whether two pieces can share a buffer; a tensor that may be dormant cannot."""
     same = one.weight.device == other.weight.device and one.weight.dtype == other.weight.dtype
     return same and one.awake is True and other.awake is True
 
@@ -146,7 +140,7 @@ def _decay_batch(batch: Sequence[Stepped], decay: Decay) -> None:
 
 
 def _decayed(weights: Tensor, factor: Tensor | None, zeros: Tensor | None) -> Tensor:
-    """Return the weights after the decay: in place if they have the dtype that it is computed in."""
+    """Return the weights after the decay: in place if they have the working dtype."""
     if factor is not None:
         apply_factor_(weights, factor)
     if zeros is not None:

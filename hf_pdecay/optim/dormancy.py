@@ -15,14 +15,14 @@ from torch import Tensor
 from .distributed import any_nonzero, is_dtensor
 
 
-# Steps after which all processes read what they asked about sharded tensors: enough for the answer to have arrived.
+# Steps after which all processes read an answer about sharded tensors: enough for it to have arrived.
 LATER = 8
 
 
 def dormant_entry(param: Tensor) -> Tensor:
     """Return the entry of a tensor's state that says whether it is wholly zero now."""
-    # The only look at the weights that waits for the device, once in a tensor's life. Every tensor has the entry, as
-    # torch.distributed.checkpoint loads into the state of an optimizer that has stepped the present weights.
+    # This waits for the device once in a tensor's life. Every tensor has the entry, as torch.distributed.checkpoint
+    # loads into the state of an optimizer that has stepped the present weights.
     dormant = bool(param.numel()) and not any_nonzero(param)
     return placed(torch.full((), dormant, dtype=torch.bool, device=param.device))
 
@@ -41,7 +41,7 @@ def is_awake(param: Tensor, dormant: Tensor) -> bool | Tensor:
 
 
 def wake_on_device(param: Tensor, dormant: Tensor) -> Tensor:
-    """Update the entry of a tensor that may still be wholly zero, and return its negation; the host does not wait."""
+    """Update the entry of a tensor that may be dormant, and return its negation; the host does not wait."""
     return ~dormant.logical_and_(~any_nonzero(param))
 
 
@@ -52,7 +52,7 @@ def is_awake_for_good(dormant: Tensor) -> bool:
 
 @dataclass
 class _Question:
-    """Entries on their way to the host: the event of their arrival, and the states that they belong to."""
+    """Entries on their way to the host, the event of their arrival, and the states that they belong to."""
 
     event: Any
     flags: Tensor
@@ -73,9 +73,8 @@ class _Question:
 class Awakening:
     """Lets the host know that tensors on a device have become non-zero, without a wait.
 
-    Their entries are copied to the host while it goes on, and read in a later step. From then on no step looks at these
-    weights. A look at sharded ones takes communication, so all processes must stop in the same step: they read the
-    answer :data:`LATER` steps after the question, even if it arrives earlier.
+    Their entries are copied to the host and read in a later step; from then on no step looks at these weights. For
+    sharded ones all processes read the answer :data:`LATER` steps after the question, as a look takes communication.
     """
 
     def __init__(self) -> None:
@@ -86,11 +85,7 @@ class Awakening:
         return Awakening, ()
 
     def ask(self, states: Mapping[Tensor, dict[str, Any]]) -> None:
-        """Copy the entries of tensors that may be dormant, unless an earlier question is still open.
-
-        Args:
-            states: The optimizer's state of each tensor that has stepped.
-        """
+        """Copy the entries of stepped tensors that may be dormant, unless an earlier question is still open."""
         kinds: dict[tuple[torch.device, bool], list[dict[str, Any]]] = {}
         for param, state in states.items():
             if not state["dormant"].is_cpu:
@@ -124,6 +119,6 @@ class Awakening:
 
 
 def _is_capturing(state: dict[str, Any]) -> bool:
-    """Whether a CUDA graph is being captured on the device of a tensor, which forbids to query events."""
+    """Whether a CUDA graph is being captured on a tensor's device, which forbids querying events."""
     module: Any = torch.get_device_module(state["step"].device)
     return bool(getattr(module, "is_current_stream_capturing", bool)())

@@ -1,6 +1,6 @@
 """The step in plain torch operations on bounded chunks: it runs wherever torch does.
 
-The order of the operations is that of ``torch.optim.AdamW``, so that λ_p = 0 gives bit-identical weights on a CPU.
+The order of operations is that of ``torch.optim.AdamW``, so that λ_p = 0 gives bit-identical weights on a CPU.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from .rounding import LOW_PRECISION, noise_bits, stochastic_round
 from .tensor_step import Hyperparameters, TensorStep, apply_factor_, flat_views
 
 
-# Elements worked on at a time, which bounds the temporaries. On a CPU a chunk stays in the cache from one operation to
-# the next; elsewhere few launches matter more. Both are multiples of the block of quantised moments.
+# Elements worked on at a time, both multiples of the block of quantised moments. On a CPU a chunk stays in the cache
+# from one operation to the next; elsewhere few launches matter more.
 CPU_CHUNK = 1 << 18
 DEVICE_CHUNK = 1 << 22
 
@@ -40,7 +40,7 @@ class StepScalars:
 
 
 def scalars_of(step: Tensor, hyper: Hyperparameters, on_device: bool) -> StepScalars:
-    """Compute the scalars on the device of ``step``, without a synchronisation, or in Python as torch's AdamW does."""
+    """Compute the scalars on the device of ``step`` without a synchronisation, or in Python as AdamW does."""
     count: Any = (
         step.item() if not on_device else step.to(torch.float32 if step.device.type == "mps" else torch.float64)
     )
@@ -61,12 +61,7 @@ def scalars_of(step: Tensor, hyper: Hyperparameters, on_device: bool) -> StepSca
 
 
 def step(steps: Sequence[TensorStep], finite: bool | Tensor = True) -> None:
-    """Do one step on each tensor, in place.
-
-    Args:
-        steps: The tensors and their hyperparameters.
-        finite: Whether the gradients are finite, as a bool or a 0-dim tensor; where not, nothing is written.
-    """
+    """Do one step on each tensor, in place; nothing is written where ``finite`` (a bool or 0-dim tensor) is false."""
     for tensor in steps:
         if tensor.param.device.type != "cpu":
             step_on_device(tensor, finite)
@@ -121,7 +116,7 @@ def _step_tensor(tensor: TensorStep, scalars: StepScalars, finite: bool | Tensor
         m.lerp_(g, 1 - hyper.beta1)
         v.mul_(hyper.beta2).addcmul_(g, g, value=1 - hyper.beta2)
         if half:
-            # Overflow of a finite gradient's square, not that of an infinite gradient.
+            # Clamp the overflow of a finite gradient's square, not of an infinite gradient's.
             v.copy_(torch.where(g.isfinite(), v.clamp(max=torch.finfo(torch.float16).max), v))
         denominator = v.sqrt().div_(scalars.bias_correction2_sqrt).add_(hyper.eps)
         if floor:
@@ -167,7 +162,7 @@ def chunk_size(device: torch.device) -> int:
 
 
 def chunks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """Yield matching views of tensors of one shape and device, of a bounded number of elements each."""
+    """Yield matching views, of a bounded number of elements, of tensors of one shape and device."""
     numel = tensors[0].numel()
     size = chunk_size(tensors[0].device)
     if any(is_quantized(tensor) for tensor in tensors):

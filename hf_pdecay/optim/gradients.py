@@ -22,16 +22,13 @@ def grads_finite(grads: Sequence[Tensor]) -> bool | Tensor:
 
 
 def finite_by_norm(norm: Tensor | float | None) -> bool | Tensor | None:
-    """Return whether a norm of all gradients shows that they are finite; None if it does not show.
-
-    A norm on a CPU that is not finite may have overflowed, and shows nothing.
-    """
+    """Return whether a norm of all gradients shows that they are finite; None if it does not show."""
     if norm is None or (isinstance(norm, Tensor) and is_dtensor(norm)):
         return None
     finite = torch.as_tensor(norm).isfinite()
     if finite.device.type != "cpu":
         return finite
-    return True if finite else None
+    return True if finite else None  # else it may have overflowed
 
 
 def check_dense(params: Iterable[Tensor], name: str) -> None:

@@ -44,15 +44,14 @@ class LpDecay(DecayOptimizer):
     checkpoints find everything in one place. A checkpoint of the base alone loads too.
 
     - Zero absorbs, dormant tensors sleep, zeros are kept, and units decay as one, as in ``AdamWLp``.
-    - Memory: while the base steps, a copy of the weights that decay or keep their zeros, in their dtype; nothing
-      between steps. torch's optimizers that step each tensor by itself step batches of tensors, one of which is copied
-      at a time; others step all weights at once.
+    - Memory: while the base steps, a copy of the weights that decay or keep their zeros, in their dtype. torch's
+      optimizers that step each tensor by itself step one batch of tensors at a time; others step and copy all at once.
     - bfloat16 and float16 weights decay in float32 and are rounded stochastically, by bits that depend only on the step
-      and the place of the weight. The base rounds its own result before that. torch's optimizers round to nearest,
-      which loses updates below half of the last bit; other libraries' optimizers use their own rounding.
+      and the place of the weight. The base rounds its own result before that: torch's optimizers to nearest, which
+      loses updates below half of the last bit.
     - A step with a NaN or infinite gradient is skipped and counted before the base sees it, see :attr:`skipped_steps`.
-      On an accelerator that takes one wait for the device a step, as in ``GradScaler``, unless the base can be told on
-      the device (torch's optimizers with ``fused=True``) or ``skip_nonfinite`` is False. The decay itself never waits.
+      On an accelerator that takes one wait for the device a step, as in ``GradScaler``, unless the base reads it there
+      (torch's optimizers with ``fused=True``) or ``skip_nonfinite`` is False. The decay itself never waits.
     - Schedule-free optimizers train y and are used at x, an average of y and of their own z: y decays as above and z by
       the same factors, so x shrinks by them too, and is zero where y is.
 
@@ -91,15 +90,9 @@ class LpDecay(DecayOptimizer):
         skip_nonfinite: bool = True,
     ) -> None:
         check_base(base_optimizer)
-        settings: dict[str, Any] = {
-            "p_norm": p_norm,
-            "lambda_p": lambda_p,
-            "keep_zeros": keep_zeros,
-            "skip_nonfinite": skip_nonfinite,
-            # Counters, kept here so that a checkpoint carries them.
-            "skipped_steps": 0,
-            "decay_steps": 0,
-        }
+        settings: dict[str, Any] = {"p_norm": p_norm, "lambda_p": lambda_p, "keep_zeros": keep_zeros}
+        # The counters are settings, so that a checkpoint carries them.
+        settings.update(skip_nonfinite=skip_nonfinite, skipped_steps=0, decay_steps=0)
         check_decay_settings({"lr": 0.0, **settings})
         for group in base_optimizer.param_groups:
             check_decay_settings({**settings, **group})
@@ -109,7 +102,7 @@ class LpDecay(DecayOptimizer):
         for group in base_optimizer.param_groups:
             for name, value in settings.items():
                 group.setdefault(name, value)
-        # Not Optimizer.__init__, which would make groups and state of its own. This makes only the hooks.
+        # Optimizer.__init__ would make new groups and a new state; this makes only the hooks.
         self.__setstate__({"base": base_optimizer})
 
     def __getstate__(self) -> dict[str, Any]:
@@ -159,12 +152,9 @@ class LpDecay(DecayOptimizer):
         return state_dict
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a checkpoint of this optimizer or of the base alone.
+        """Load a ``state_dict()`` of this optimizer or of the base alone.
 
         Settings that the checkpoint does not name, such as ``p_norm`` in one of the base, keep their values.
-
-        Args:
-            state_dict: What ``state_dict()`` of either optimizer returned.
 
         Raises:
             ValueError: If the groups are those of another model or a hyperparameter is out of its range.
@@ -225,7 +215,7 @@ class LpDecay(DecayOptimizer):
         return finite if takes_found_inf(self.base) else bool(finite)
 
     def _step_batch(self, batch: Batch, finite: bool | Tensor) -> None:
-        """Step some parameters and decay their weights one by one, by factors from a copy of them."""
+        """Step a batch of parameters and decay their single weights, by factors from a copy of them."""
         dormant: dict[Tensor, Tensor] = {}
         copied = {index: self._copied(index, params, dormant) for index, params in batch.items()}
         self._step_base(batch, finite)
@@ -248,11 +238,11 @@ class LpDecay(DecayOptimizer):
             del base.grad_scale, base.found_inf
 
     def _copied(self, group_index: int, params: dict[int, Tensor], dormant: dict[Tensor, Tensor]) -> list[Stepped]:
-        """Copy the weights of a group that are to decay, and note in ``dormant`` which have not stepped before."""
+        """Copy a group's weights that will decay, and note in ``dormant`` which have not stepped before."""
         group = self.param_groups[group_index]
         places = {param: noise_place(group_index, index) for index, param in params.items() if param.grad is not None}
         awake: dict[Tensor, bool | Tensor] = {}
-        # The weights of units only keep their zeros here, if that is asked for.
+        # The weights of units at most keep their zeros here.
         whole = kind_of(group) == ELEMENT
         for param in places:
             state = self.state.get(param) or {}

@@ -18,24 +18,13 @@ class MuonWithAdamW(Optimizer):
     """``torch.optim.Muon`` on matrices and ``torch.optim.AdamW`` on all other parameters.
 
     Muon (https://kellerjordan.github.io/posts/muon/) is for the hidden matrices of a model: embeddings, heads, norms
-    and biases are left to AdamW. A group says by ``use_muon`` which of the two it is for. One that does not say is
-    split: its matrices are for Muon if p-norm decay acts on it, the rest is for AdamW.
+    and biases are left to AdamW. A group's ``use_muon`` says which of the two it is for. A group without it is split:
+    its matrices are for Muon if p-norm decay acts on it, the rest is for AdamW.
 
-    Args:
-        params: Parameters, or dicts of param groups.
-        lr: Learning rate of both.
-        betas: AdamW's.
-        eps: AdamW's. Muon's own stays at its default.
-        weight_decay: λ₂ of both, decoupled.
-        momentum: Muon's.
-        nesterov: Muon's.
-        ns_steps: Muon's Newton-Schulz steps.
-        adjust_lr_fn: How Muon's rate depends on the shape of a matrix: ``"match_rms_adamw"``, with which one rate
-            suits both, or ``"original"``.
+    ``lr`` and ``weight_decay`` (decoupled) are for both, ``betas`` and ``eps`` for AdamW, the others for Muon. With
+    ``adjust_lr_fn="match_rms_adamw"`` one rate suits both; the alternative is ``"original"``.
 
-    Raises:
-        ImportError: If torch has no Muon.
-        ValueError: If a group with ``use_muon`` holds anything but matrices, or a hyperparameter is out of its range.
+    Raises ImportError if torch has no Muon, ValueError if a hyperparameter is out of its range.
     """
 
     def __init__(
@@ -54,14 +43,8 @@ class MuonWithAdamW(Optimizer):
         if not hasattr(torch.optim, "Muon"):
             raise ImportError(f"Muon needs torch 2.9 or later, not {torch.__version__}: pip install -U torch.")
         both: dict[str, Any] = {"lr": lr, "weight_decay": weight_decay}
-        muon = torch.optim.Muon(
-            [torch.zeros(1, 1)],
-            momentum=momentum,
-            nesterov=nesterov,
-            ns_steps=ns_steps,
-            adjust_lr_fn=adjust_lr_fn,
-            **both,
-        )
+        only: dict[str, Any] = {"momentum": momentum, "nesterov": nesterov, "ns_steps": ns_steps}
+        muon = torch.optim.Muon([torch.zeros(1, 1)], adjust_lr_fn=adjust_lr_fn, **only, **both)
         adamw = torch.optim.AdamW([torch.zeros(1)], betas=betas, eps=eps, **both)
         self._own = {True: dict(muon.defaults), False: dict(adamw.defaults)}
         super().__init__(params, both)
@@ -71,11 +54,7 @@ class MuonWithAdamW(Optimizer):
         return {**super().__getstate__(), "_own": self._own}
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group of parameters, split in two if it does not say which optimizer it is for.
-
-        Raises:
-            ValueError: If it is for Muon and holds anything but matrices.
-        """
+        """Add a group, split in two if it has no ``use_muon``; ValueError if Muon would get anything but matrices."""
         for group in by_kind([param_group]):
             for param in group["params"] if group["use_muon"] else ():
                 if param.dim() != 2:
@@ -89,14 +68,7 @@ class MuonWithAdamW(Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Do one step.
-
-        Args:
-            closure: Recomputes the loss and returns it, with gradients enabled.
-
-        Returns:
-            What the closure returned, or None.
-        """
+        """Do one step; return what the closure, which recomputes the loss, returned, or None."""
         loss = evaluate(closure)
         muon, adamw = torch.optim.Muon([torch.zeros(1, 1)]), torch.optim.AdamW([torch.zeros(1)])
         for use_muon, optimizer in ((True, muon), (False, adamw)):
@@ -109,14 +81,10 @@ class MuonWithAdamW(Optimizer):
 
 
 def by_kind(param_groups: Iterable[Mapping[str, Any] | Tensor]) -> list[dict[str, Any]]:
-    """Return copies of param groups, each of which says by ``use_muon`` which of the two optimizers it is for."""
-    groups: list[dict[str, Any]] = []
-    loose: list[Any] = []
-    for group in param_groups:
-        if isinstance(group, Mapping):
-            groups += _split(group)
-        else:
-            loose.append(group)
+    """Return copies of param groups in which ``use_muon`` names the optimizer, split where necessary."""
+    items = list(param_groups)
+    groups = [split for group in items if isinstance(group, Mapping) for split in _split(group)]
+    loose = [param for param in items if not isinstance(param, Mapping)]
     return groups + (_split({"params": loose}) if loose else [])
 
 

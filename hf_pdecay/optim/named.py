@@ -23,12 +23,7 @@ Groups = list[dict[str, Any]]
 
 @dataclass(frozen=True)
 class Option:
-    """An option of an optimizer.
-
-    Args:
-        parse: Converts a string to a value, or raises ValueError.
-        right: The end of the sentence "it must be …".
-    """
+    """An option: ``parse`` converts a string or raises ValueError; ``right`` ends the sentence "it must be …"."""
 
     parse: Callable[[str], Any]
     right: str
@@ -36,19 +31,12 @@ class Option:
 
 @dataclass(frozen=True)
 class Named:
-    """The optimizer that a name stands for.
+    """The optimizer that a name stands for."""
 
-    Args:
-        make: Makes the base optimizer from groups, Adam's hyperparameters, and options.
-        options: Its options in ``--optim_args``.
-        package: Its package, if that is not torch, and the extra of hf-pdecay that installs it.
-        arrange: How it arranges param groups.
-    """
-
-    make: Callable[..., Optimizer]
-    options: Mapping[str, Option] = field(default_factory=dict)
-    package: tuple[str, str] | None = None
-    arrange: Callable[[Iterable[Any]], Groups] | None = None
+    make: Callable[..., Optimizer]  # from groups, Adam's hyperparameters, and options
+    options: Mapping[str, Option] = field(default_factory=dict)  # in --optim_args
+    package: tuple[str, str] | None = None  # if not torch: its package, and the extra of hf-pdecay that installs it
+    arrange: Callable[[Iterable[Any]], Groups] | None = None  # how it arranges param groups
 
 
 def _number(low: float, high: float = math.inf, *, whole: bool = False) -> Option:
@@ -77,9 +65,7 @@ def _parse_switch(text: str) -> bool:
 
 
 def _parse_moments(text: str) -> str:
-    if text not in MOMENTS:
-        raise ValueError
-    check_moments(text)  # for its package
+    check_moments(text)  # its package too
     return text
 
 
@@ -87,13 +73,7 @@ _SWITCH = Option(_parse_switch, "true or false")
 
 
 def _from(module: str, kind: str, *ignored: str) -> Callable[..., Optimizer]:
-    """Return a function that makes an optimizer of a module, which is imported then.
-
-    Args:
-        module: Name of the module.
-        kind: Name of the class.
-        *ignored: Hyperparameters of Adam that it does not have.
-    """
+    """Return a function that makes an optimizer, without Adam's ``ignored`` settings, and imports its module then."""
 
     def make(groups: Groups, *, options: dict[str, Any], **given: Any) -> Optimizer:
         taken = {name: value for name, value in given.items() if name not in ignored}
@@ -122,11 +102,7 @@ OPTIMIZERS: dict[str, Named] = {
     "sgd_lp": Named(_from("torch.optim", "SGD", "betas", "eps"), {**_MOMENTUM, "dampening": _number(0)}),
     "muon_lp": Named(
         _muon,
-        {
-            **_MOMENTUM,
-            "ns_steps": _number(1, 100, whole=True),
-            "adjust_lr_fn": _one_of("match_rms_adamw", "original"),
-        },
+        {**_MOMENTUM, "ns_steps": _number(1, 100, whole=True), "adjust_lr_fn": _one_of("match_rms_adamw", "original")},
         arrange=by_kind,
     ),
     "adafactor_lp": Named(
@@ -147,15 +123,9 @@ OPTIMIZERS: dict[str, Named] = {
 
 
 def parse_options(name: str, options: Mapping[str, Any] | None) -> dict[str, Any]:
-    """Check the options of an optimizer and return their values; needs no model.
+    """Check the options of an optimizer (option → string, as ``--optim_args`` gives them) and return their values.
 
-    Args:
-        name: One of :data:`OPTIMIZERS`.
-        options: Option → string, as ``--optim_args "momentum=0.9,nesterov=true"`` gives them.
-
-    Raises:
-        ValueError: If the name or an option is unknown, or a value cannot be read or is out of its range.
-        ImportError: If the optimizer's package is not installed.
+    Raises ValueError if the name, an option or a value is invalid, ImportError if the optimizer's package is missing.
     """
     named = _named(name)
     if named.package is not None:
@@ -180,11 +150,7 @@ def parse_options(name: str, options: Mapping[str, Any] | None) -> dict[str, Any
 
 
 def arranged(name: str, param_groups: Iterable[Any]) -> list[Any]:
-    """Return param groups as an optimizer has them: Muon's matrices are in groups of their own.
-
-    Raises:
-        ValueError: If the name is unknown.
-    """
+    """Return param groups as the named optimizer has them: Muon's matrices are in separate groups."""
     arrange = _named(name).arrange
     return list(param_groups) if arrange is None else arrange(param_groups)
 
@@ -204,12 +170,12 @@ def make_optimizer(
 
     Args:
         name: One of :data:`OPTIMIZERS`.
-        param_groups: Parameters or param groups, such as :func:`hf_pdecay.rules.assign.build_param_groups` returns.
+        param_groups: Parameters or param groups, such as :func:`~hf_pdecay.build_param_groups` returns.
         lr: Learning rate.
-        betas: For the optimizers that have them.
-        eps: For Adam and its kin.
+        betas: For the optimizers that have them, as ``eps``.
+        eps: Added to Adam's denominator.
         weight_decay: λ₂ of the groups that name none. SGD's is not decoupled.
-        options: Option → string, see :func:`parse_options`.
+        options: Option → string, as ``--optim_args "momentum=0.9,nesterov=true"`` gives them.
         **decay: ``p_norm``, ``lambda_p``, ``keep_zeros`` and ``skip_nonfinite``, as of :class:`LpDecay`.
 
     Raises:

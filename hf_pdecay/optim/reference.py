@@ -10,12 +10,10 @@ Step n of AdamW with p-norm weight decay, for a weight w with gradient g and mom
     w ← w' · s / (s + α λ_p)                        for p < 2: small weights become exactly 0, and 0 stays 0
     w ← w' / (1 + α λ_p |w|^(p-2))                  for p >= 2: the same, finite at 0
 
-This is algorithm 1 of https://huggingface.co/papers/2404.10824, which minimises the penalty (λ_p / p) ‖w‖_p^p.
-
-Here it is computed on whole tensors in float64, for reading and for comparison. The fast versions compute the same:
-``foreach.py`` in plain torch operations on any device, ``cpu/`` in C++, ``gpu/`` in Triton. ``adamw_lp.py`` is the
-optimizer around them, ``unit_decay.py`` the rule for weights that decay as one, and ``decay_after_step.py`` the last
-three lines after the step of any other optimizer.
+This is algorithm 1 of https://huggingface.co/papers/2404.10824, which minimises the penalty (λ_p / p) ‖w‖_p^p; here on
+whole tensors in float64, for comparison. The fast versions compute the same: ``foreach.py`` in plain torch operations,
+``cpu/`` in C++, ``gpu/`` in Triton. ``adamw_lp.py`` is the optimizer around them, ``unit_decay.py`` the rule for
+weights that decay as one, and ``decay_after_step.py`` the last three lines after any other optimizer's step.
 """
 
 from __future__ import annotations

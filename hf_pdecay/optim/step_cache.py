@@ -1,7 +1,7 @@
-"""What a step has in common with the one before it: found out once, and checked by addresses before each step.
+"""What a step shares with the one before it: computed once, and checked by addresses before each step.
 
-To find out which backend does which tensor costs the host several times what the step itself costs it. For models of
-many small tensors, and on a GPU, that is the time of a step.
+To assign tensors to backends costs the host several times what the step itself does. For models of many small
+tensors, and on a GPU, that is the time of a step.
 """
 
 from __future__ import annotations
@@ -27,11 +27,7 @@ _HYPERPARAMETERS = ("lr", "eps", "weight_decay", "p_norm", "lambda_p", "keep_zer
 
 
 def hyper_of(group: Mapping[str, Any]) -> Hyperparameters:
-    """Return the hyperparameters of a param group, and check those that may have changed.
-
-    Raises:
-        ValueError: If p or λ_p is out of its range.
-    """
+    """Return the hyperparameters of a param group; ValueError if p or λ_p is out of its range."""
     check_p_norm(group["p_norm"])
     check_lambda_p(group["lambda_p"])
     beta1, beta2 = group["betas"]
@@ -40,20 +36,10 @@ def hyper_of(group: Mapping[str, Any]) -> Hyperparameters:
 
 
 class StepCache:
-    """Which backend does which tensors of a step.
+    """Which backend does which tensors of a step; ``lasts`` if the next step may do the same with the same tensors.
 
-    Args:
-        groups: The optimizer's param groups.
-        state: Its state.
-        hypers: The hyperparameters of each group, which the backends read in each step.
-        steps: The tensors of the step.
-        shares: Who does them.
-        lasts: Whether the next step may be done in the same way, if it has the same tensors.
-        tables: The tables from which units decay, and the hyperparameters of their param group.
-
-    Attributes:
-        owners: The processes that hold the parameters whose shards lie on several ones; None if there are none. All of
-            them follow their caches or none does, except for addresses, on which no communication depends.
+    ``owners`` are the processes that hold sharded parameters, or None. All of them follow their caches or none does,
+    except for addresses, on which no communication depends.
     """
 
     def __init__(
@@ -84,17 +70,12 @@ class StepCache:
             self._flags = copy.deepcopy([_flags(group, hyper) for group, hyper in zip(groups, hypers, strict=True)])
 
     def _here(self, params: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor | None]] | None:
-        """Return the parts of parameters and gradients on this process; None where a step would have to move some."""
+        """Return the parts of parameters and gradients on this process; None if a step would have to move data."""
         grads = [param.grad for param in params]
         return (list(params), grads) if self.owners is None else parts_here(params, grads)
 
     def follow(self, groups: Sequence[Mapping[str, Any]], state: Mapping[Tensor, Mapping[str, Any]]) -> bool:
-        """Take over what may change from one step to the next, and return whether all else is the same.
-
-        Args:
-            groups: The optimizer's param groups.
-            state: Its state.
-        """
+        """Take over what may change from one step to the next, and return whether everything else is the same."""
         if not self.lasts or len(groups) != len(self._hypers):
             return False
         for group, hyper, flags in zip(groups, self._hypers, self._flags, strict=True):
@@ -150,10 +131,10 @@ def _addresses(grads: Sequence[Tensor | None]) -> list[int]:
 def _places(
     params: Sequence[Tensor], here: Sequence[Tensor], state: Mapping[Tensor, Mapping[str, Any]]
 ) -> list[int] | None:
-    """Return which parameters there are, and where they and the optimizer's state lie; None where state is missing.
+    """Return which parameters exist, and where they and the optimizer's state lie; None where state is missing.
 
-    ``here`` is the part of each parameter on this process. Its number of weights, dtype and order in memory count too,
-    as ``param.data = param.data[:n]`` does not change the addresses.
+    ``here`` is the part of each parameter on this process. Its number of weights and dtype count too, as
+    ``param.data = param.data[:n]`` does not change the addresses.
     """
     if not all(param.is_contiguous() for param in here):
         return None

@@ -15,21 +15,17 @@ from .units import Units
 class UnitTables(ABC):
     """The root mean square of each unit of a param group, and tables of what its shrink factor makes of the weights.
 
-    The C++ step divides by its tables and the Triton kernel multiplies by them. Each does so with single weights too:
-    C++ computes w / (1 + α λ_p |w|^-x), in which a dead weight has the divisor infinity. A product with 1 over the
-    divisor would round differently, so that rows of one weight would no longer decay as single weights do.
+    The C++ step divides by its tables and the Triton kernel multiplies by them, as they do with single weights: C++
+    computes w / (1 + α λ_p |w|^-x), in which a dead weight has the divisor infinity. Otherwise rows of one weight would
+    round differently from single weights.
 
     The tables keep their addresses, so a step can be repeated while weights and units stay the same. Each process sums
-    over its own shards, and the sums of all processes are added.
-
-    Args:
-        params: The parameters of the param group, on one device; :meth:`takes` must accept them.
-        units: The units of the param group.
+    over its own shards, and the sums of all processes are added. All parameters are on one device, and :meth:`takes`
+    holds for them.
 
     Attributes:
         tables: By the index of a parameter, a divisor (CPU) or a factor (GPU) for each index of the dimension along
             which its units lie that this process holds; 1 for indices in no unit.
-        device: Where the weights are.
     """
 
     def __init__(self, params: Sequence[Tensor], units: Sequence[Units[int]]) -> None:
@@ -64,13 +60,7 @@ class UnitTables(ABC):
 
     @abstractmethod
     def fill(self, p_norm: float, alpha_lambda: float | Tensor, dormant: Tensor | None = None) -> None:
-        """Fill the tables from the norms that the last call of :meth:`norms` found.
-
-        Args:
-            p_norm: p.
-            alpha_lambda: α λ_p, a float or a 0-dim tensor on the device.
-            dormant: Units that do not decay, a bool tensor.
-        """
+        """Fill the tables from the norms of the last call of :meth:`norms`; ``dormant`` units do not decay."""
 
     @abstractmethod
     def factors(self) -> Tensor:

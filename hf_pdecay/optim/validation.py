@@ -1,8 +1,7 @@
-"""Checks of arguments and checkpoints that a user gives to the optimizer, before anything else is done."""
+"""Checks of the arguments and checkpoints that a user gives to an optimizer."""
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -14,39 +13,26 @@ from .moments import check_moments
 
 
 # Keys of the groups of torch.optim.AdamW that say how it computes, not what.
-FOREIGN_KEYS = (
-    "amsgrad",
-    "foreach",
-    "capturable",
-    "differentiable",
-    "fused",
-    "decoupled_weight_decay",
-)
+FOREIGN_KEYS = ("amsgrad", "foreach", "capturable", "differentiable", "fused", "decoupled_weight_decay")
 
 
 def check_hyperparameters(group: dict[str, Any]) -> None:
-    """Raise ValueError, naming the argument, its value and what would be right."""
-    check = functools.partial(_check, group)
+    """Check all settings of a group of AdamWLp; ValueError names the argument, its value and what would be right."""
     check_decay_settings(group)
     betas = group["betas"]
-    right = "two numbers in [0, 1), such as (0.9, 0.999)"
-    check("betas", isinstance(betas, (tuple, list)) and len(betas) == 2 and all(_in(b, 0, 1) for b in betas), right)
-    check("eps", _in(group["eps"], 0), "a finite number of at least 0, such as 1e-8")
-    check("weight_decay", _in(group["weight_decay"], 0), "a finite number of at least 0")
-    check("maximize", isinstance(group["maximize"], bool), "True or False")
+    are_valid = isinstance(betas, (tuple, list)) and len(betas) == 2 and all(_in(beta, 0, 1) for beta in betas)
+    _check(group, "betas", are_valid, "two numbers in [0, 1), such as (0.9, 0.999)")
+    _check(group, "eps", _in(group["eps"], 0), "a finite number of at least 0, such as 1e-8")
+    _check(group, "weight_decay", _in(group["weight_decay"], 0), "a finite number of at least 0")
+    _check(group, "maximize", isinstance(group["maximize"], bool), "True or False")
     check_moments(group["moments"])
 
 
 def check_decay_settings(group: dict[str, Any]) -> None:
-    """Check the settings of p-norm decay in a group, whatever the optimizer.
-
-    Raises:
-        ValueError: Naming the argument, its value and what would be right.
-    """
+    """Check a group's settings of p-norm decay, whatever the optimizer; raises ValueError likewise."""
     lr = group["lr"]
     single = isinstance(lr, Tensor) and lr.numel() == 1
-    right = "a finite number of at least 0, or a tensor of one"
-    _check(group, "lr", _in(lr.item() if single else lr, 0), right)
+    _check(group, "lr", _in(lr.item() if single else lr, 0), "a finite number of at least 0, or a tensor of one")
     check_p_norm(group["p_norm"])
     check_lambda_p(group["lambda_p"])
     for name in ("keep_zeros", "skip_nonfinite"):
@@ -101,16 +87,9 @@ def check_state_dict(state_dict: dict[str, Any], groups: list[dict[str, Any]]) -
 def check_saved_groups(
     saved: Sequence[dict[str, Any]], groups: Sequence[dict[str, Any]], source: str = "The optimizer checkpoint"
 ) -> None:
-    """Check that the param groups of a checkpoint fit those of an optimizer.
+    """Check that the param groups of a checkpoint fit those of an optimizer; messages call the checkpoint ``source``.
 
-    Args:
-        saved: Param groups of the checkpoint.
-        groups: Param groups of the optimizer.
-        source: What the message calls the checkpoint.
-
-    Raises:
-        ValueError: If the numbers of tensors differ, or the rules: moments would silently go to other weights of the
-            same shapes.
+    Raises ValueError if the numbers of tensors or the rules differ: moments would silently go to other weights.
     """
     sizes, saved_sizes = ([len(group["params"]) for group in side] for side in (groups, saved))
     if sizes != saved_sizes:

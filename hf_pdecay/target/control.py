@@ -1,15 +1,13 @@
 """How a run reaches its target sparsity: pruning on a schedule, the law that sets λ_p, and healing.
 
-From ``begin`` to ``end`` the share of zeros follows a schedule up to the target. After some of these steps the least
-salient weights are set to exactly 0, as many as the schedule asks for. Saliency is the magnitude in the metric in which
-Adam descends, |w| v^(1/4): its square, w² √v, is the loss that removing a weight costs to second order (optimal brain
-damage, LeCun et al. 1989), with √v, Adam's divisor, for the curvature.
+From ``begin`` to ``end`` the share of zeros follows a schedule up to the target: after some steps as many of the least
+salient weights are set to 0 as the schedule asks for. Saliency is the magnitude in Adam's metric, |w| v^(1/4): its
+square, w² √v, is the loss that removing a weight costs to second order (optimal brain damage, LeCun et al. 1989), with
+√v, Adam's divisor, for the curvature. For units it is the mean of w² √v, and their root mean square stands for |w|.
 
 Between prunings the weights compete. λ_p is a share of the one that would zero half of the weights to be kept by the
 end of the run, if they had no gradient, and never makes more weights die than the next pruning takes. After ``end``
 zeros stay and the other weights train on ("healing").
-
-The same holds for units (``optim.unit_decay``), with their root mean square for |w| and the mean of w² √v for saliency.
 """
 
 from __future__ import annotations
@@ -78,8 +76,8 @@ class SparsityControl:
         for group in decayed_groups(groups):
             group.setdefault("p_norm_end", group["p_norm"])
         members = [(group, budget.target) for budget in self.budgets for group, _ in budget.members]
-        # Whether λ_p is still the user's. The state of shards comes with λ_p of a checkpoint, which a control has set:
-        # torch.distributed.checkpoint restores no entry that a new group does not have.
+        # Whether λ_p is still the user's. A checkpoint of shards brings the λ_p that a control has set, but not
+        # `asked_sparsity`: torch.distributed.checkpoint restores only entries that the new groups have.
         whole = _same([group["params"] for group in groups], params)
         whole = whole and not any(is_sharded(param) for tensors in params for param in tensors)
         unset = any("asked_sparsity" not in group for group, _ in members)
@@ -88,22 +86,14 @@ class SparsityControl:
             group["asked_sparsity"] = target
 
     def _refresh(self) -> None:
-        """Plan anew if the optimizer has other param groups or parameters than before.
-
-        Loading a state gives it new groups, which ``Accelerator.prepare`` does too, and FSDP2 puts new parameters into
-        the old ones.
-        """
+        """Plan anew if the optimizer has other param groups (as after loading a state) or parameters (FSDP2)."""
         groups, params = self._adopted
         if self._optimizer.param_groups is not groups or not _same(group_params(self._optimizer), params):
             self._adopt()
 
     @torch.no_grad()
     def before_step(self, step: int) -> None:
-        """Set p, λ_p, ``keep_zeros`` and the phase of the groups for the next step.
-
-        Args:
-            step: Number of that step, counted from 1.
-        """
+        """Set p, λ_p, ``keep_zeros`` and the phase of the groups for step number ``step``, counted from 1."""
         self._refresh()
         schedule = self.schedule
         if self._target.p_norm_begin is not None:
@@ -120,19 +110,14 @@ class SparsityControl:
             group["phase"] = DENSE if step <= schedule.begin else PRUNING if step <= schedule.end else HEALING
             if not decaying:
                 group["lambda_p"] = 0.0
-            # While something decays zero absorbs, except in tensors that began as zeros and are to learn. While nothing
-            # does, pruned weights must be held. Pruned units hold by themselves, and single zeros in living units need
-            # not be kept.
+            # While nothing decays pruned weights must be held (else zero absorbs). Pruned units hold by themselves, and
+            # single zeros in living units need not be kept.
             pruned = group["phase"] != DENSE and kind_of(group) not in UNIT_KINDS
             group["keep_zeros"] = self._target.keep_zeros or (pruned and group["lambda_p"] == 0)
 
     @torch.no_grad()
     def after_step(self, step: int) -> None:
-        """Prune, if the schedule says so after this step.
-
-        Args:
-            step: Number of the step that was just made, counted from 1.
-        """
+        """Prune, if the schedule says so after step number ``step``, counted from 1."""
         if not self.schedule.prunes(step):
             return
         self._refresh()
@@ -164,11 +149,7 @@ class SparsityControl:
         return (group for budget in self.budgets for group, _ in budget.members)
 
     def _set_lambda_p(self, upcoming: float) -> None:
-        """Set λ_p of all groups to what the weights of their budgets can bear until the next pruning.
-
-        Args:
-            upcoming: How much of the change the next pruning will have made.
-        """
+        """Set λ_p of all groups to what their weights can bear until the next pruning, at progress ``upcoming``."""
         limits: dict[int, float] = {}
         for budget in self.budgets:
             ranking = rank_by_magnitude(budget, self._optimizer)
@@ -180,12 +161,12 @@ class SparsityControl:
             group["lambda_p"] = limits[id(group)]
 
     def _lambda_p(self, group: dict[str, Any], median: float, next_pruning: float) -> float:
-        """Return λ_p for a group, whose budget has these magnitudes at the median and at the next threshold."""
-        # The highest that the rate will be: schedulers leave it in the group, OneCycleLR by another name.
+        """Return λ_p for a group from its budget's magnitudes at the median and at the next threshold."""
+        # The highest learning rate: schedulers leave it in the group, OneCycleLR by another name.
         rate = max(float(group[key]) for key in ("lr", "initial_lr", "max_lr") if key in group)
         if rate <= 0:
             return 0.0
-        # Most schedules fall to 0, and their rates add up to about half of what the highest would.
+        # Most schedules fall to 0: their rates add up to about half of the highest rate times the steps.
         halving = lambda_for_threshold(group["p_norm"], median, 0.5 * rate * self._total_steps)
         wanted = self._target.sparsity_decay * halving
         return min(wanted, lambda_for_threshold(group["p_norm"], next_pruning, rate * self.schedule.interval))
@@ -204,14 +185,8 @@ def plan_target(
 ) -> list[Budget]:
     """Divide a run's weights into the budgets that share a target, and check that the run can reach them.
 
-    Args:
-        groups: Param groups of the run's optimizer.
-        total_steps: Optimizer steps of the run; None if not known yet.
-        target: The settings.
-        params: The model's parameters in each group, where the groups hold others.
-
-    Raises:
-        ValueError: If a target cannot be reached, or p is 2 or more where there is one.
+    ``total_steps`` is None if not known yet. Give the model's parameters of each group as ``params`` where groups hold
+    others. Raises ValueError if a target cannot be reached, or p is 2 or more where there is one.
     """
     shares = divide_target(groups, target.target_sparsity, target.sparsity_budget, params)
     if target.target_sparsity and not any(decayed_groups(groups)):
