@@ -134,9 +134,12 @@ class AdamWLp(DecayOptimizer):
         return copied
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a ``state_dict()`` of this optimizer or of ``torch.optim.AdamW``.
+        """Load a checkpoint of this optimizer or of ``torch.optim.AdamW``.
 
         Settings that the checkpoint does not name, such as ``p_norm`` in one of AdamW, keep their values.
+
+        Args:
+            state_dict: What ``state_dict()`` of either optimizer returned.
 
         Raises:
             ValueError: If groups, shapes or units are those of another model, or the checkpoint is AMSGrad's.

@@ -36,13 +36,9 @@ def shrink_factor(weight: Tensor, p_norm: float, alpha_lambda: float | Tensor) -
     """Return the shrink factor of each weight in one step of p-norm decay, in [0, 1], as a new tensor.
 
     With s = |w|^(2-p) it is s / (s + α λ_p) for p < 2, and the same written as 1 / (1 + α λ_p |w|^(p-2)) for p >= 2,
-    which is finite at w = 0 (arXiv 2404.10824, algorithm 1). It is never NaN for a finite weight.
-
-    Args:
-        weight: The weights *before* the step, of any shape; the factor is computed in their dtype.
-        p_norm: p, any number above 0.
-        alpha_lambda: α λ_p, the scheduled learning rate times λ_p; a float or a 0-dim tensor on the weights' device.
-            Where it is 0 the factor is exactly 1, also for a weight of 0.
+    which is finite at w = 0 (arXiv 2404.10824, algorithm 1). It is never NaN for a finite weight. ``weight`` has the
+    values *before* the step. ``alpha_lambda`` is α λ_p, a float or a 0-dim tensor on the weights' device; where it is
+    0 the factor is exactly 1, also for a weight of 0.
     """
     # An α λ_p that the dtype cannot hold is 0 in it, and a weight of 0 would then make 0 / 0.
     tiny = torch.finfo(weight.dtype).tiny
@@ -77,10 +73,7 @@ def forecast_threshold(p_norm: float, lambda_p: float, lr_sum: float) -> float:
 
 
 def lambda_for_threshold(p_norm: float, threshold: float, lr_sum: float) -> float:
-    """Return the λ_p for which :func:`forecast_threshold` gives ``threshold``, a magnitude of at least 0.
-
-    Raises ValueError if p is not in (0, 2) or ``lr_sum`` is not above 0.
-    """
+    """Return the λ_p for which :func:`forecast_threshold` gives ``threshold``; ValueError unless p < 2 and ``lr_sum`` > 0."""
     exponent = _exponent(p_norm)
     if not lr_sum > 0:
         raise ValueError(f"Invalid lr_sum: lr_sum={lr_sum!r}; it must be above 0, the sum of the learning rates.")

@@ -152,9 +152,12 @@ class LpDecay(DecayOptimizer):
         return state_dict
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a ``state_dict()`` of this optimizer or of the base alone.
+        """Load a checkpoint of this optimizer or of the base alone.
 
         Settings that the checkpoint does not name, such as ``p_norm`` in one of the base, keep their values.
+
+        Args:
+            state_dict: What ``state_dict()`` of either optimizer returned.
 
         Raises:
             ValueError: If the groups are those of another model or a hyperparameter is out of its range.

@@ -123,13 +123,14 @@ OPTIMIZERS: dict[str, Named] = {
 
 
 def parse_options(name: str, options: Mapping[str, Any] | None) -> dict[str, Any]:
-    """Check the options of an optimizer (option → string, as ``--optim_args`` gives them) and return their values.
-
-    Raises ValueError if the name, an option or a value is invalid, ImportError if the optimizer's package is missing.
-    """
+    """Convert options from strings; ValueError if one is invalid, ImportError if the optimizer's package is missing."""
     named = _named(name)
     if named.package is not None:
-        _check_package(f"optim={name!r}", *named.package)
+        package, extra = named.package
+        try:
+            import_module(package)
+        except ImportError as error:
+            raise ImportError(f"optim={name!r} needs {package}: pip install 'hf-pdecay[{extra}]' ({error}).") from error
     values = {}
     for key, text in (options or {}).items():
         if key not in named.options:
@@ -194,10 +195,3 @@ def _named(name: str) -> Named:
     if name not in OPTIMIZERS:
         raise ValueError(f"Invalid optim: optim={name!r}; with p-norm decay there are {', '.join(OPTIMIZERS)}.")
     return OPTIMIZERS[name]
-
-
-def _check_package(what: str, package: str, extra: str) -> None:
-    try:
-        import_module(package)
-    except ImportError as error:
-        raise ImportError(f"{what} needs {package}: pip install 'hf-pdecay[{extra}]' ({error}).") from error

@@ -20,8 +20,7 @@ class UnitTables(ABC):
     round differently from single weights.
 
     The tables keep their addresses, so a step can be repeated while weights and units stay the same. Each process sums
-    over its own shards, and the sums of all processes are added. All parameters are on one device, and :meth:`takes`
-    holds for them.
+    over its own shards, and the sums of all processes are added. :meth:`takes` must accept all parameters.
 
     Attributes:
         tables: By the index of a parameter, a divisor (CPU) or a factor (GPU) for each index of the dimension along

@@ -3,7 +3,7 @@
 From ``begin`` to ``end`` the share of zeros follows a schedule up to the target: after some steps as many of the least
 salient weights are set to 0 as the schedule asks for. Saliency is the magnitude in Adam's metric, |w| v^(1/4): its
 square, w² √v, is the loss that removing a weight costs to second order (optimal brain damage, LeCun et al. 1989), with
-√v, Adam's divisor, for the curvature. For units it is the mean of w² √v, and their root mean square stands for |w|.
+√v, Adam's divisor, for the curvature. Units have the mean of w² √v, and their root mean square as magnitude.
 
 Between prunings the weights compete. λ_p is a share of the one that would zero half of the weights to be kept by the
 end of the run, if they had no gradient, and never makes more weights die than the next pruning takes. After ``end``
@@ -93,7 +93,11 @@ class SparsityControl:
 
     @torch.no_grad()
     def before_step(self, step: int) -> None:
-        """Set p, λ_p, ``keep_zeros`` and the phase of the groups for step number ``step``, counted from 1."""
+        """Set p, λ_p, ``keep_zeros`` and the phase of the groups for the next step.
+
+        Args:
+            step: Number of that step, counted from 1.
+        """
         self._refresh()
         schedule = self.schedule
         if self._target.p_norm_begin is not None:
@@ -117,7 +121,11 @@ class SparsityControl:
 
     @torch.no_grad()
     def after_step(self, step: int) -> None:
-        """Prune, if the schedule says so after step number ``step``, counted from 1."""
+        """Prune, if the schedule says so after this step.
+
+        Args:
+            step: Number of the step that was just made, counted from 1.
+        """
         if not self.schedule.prunes(step):
             return
         self._refresh()
