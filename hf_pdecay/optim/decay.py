@@ -73,7 +73,7 @@ def forecast_threshold(p_norm: float, lambda_p: float, lr_sum: float) -> float:
 
 
 def lambda_for_threshold(p_norm: float, threshold: float, lr_sum: float) -> float:
-    """Return the λ_p for which :func:`forecast_threshold` gives ``threshold``; ValueError unless p < 2 and ``lr_sum`` > 0."""
+    """Return the λ_p for which the forecast threshold is ``threshold``; ValueError unless p < 2 and ``lr_sum`` > 0."""
     exponent = _exponent(p_norm)
     if not lr_sum > 0:
         raise ValueError(f"Invalid lr_sum: lr_sum={lr_sum!r}; it must be above 0, the sum of the learning rates.")
