@@ -179,7 +179,7 @@ def _pairs(tensors: Mapping[str, Tensor]) -> dict[str, tuple[str, str]]:
 
 
 def _scaling(config: Mapping[str, Any], layer: str, ranks: int, folder: Path) -> float:
-    """The factor by which PEFT multiplies B A of a layer."""
+    """PEFT multiplies B A of a layer by this factor."""
     from peft.utils.other import get_pattern_key
 
     patterns: Mapping[str, Any] = config.get("alpha_pattern") or {}

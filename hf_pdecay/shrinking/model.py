@@ -132,7 +132,7 @@ def planned(
 
 
 def note_sizes(model: Any, removals: Sequence[Removal]) -> None:
-    """Put the sizes of the layers into the config, by which the model is loaded again."""
+    """Put the sizes of the layers into the config, so that the model can be loaded again."""
     sizes: dict[str, dict[str, int]] = {}
     for removal in removals:
         sizes.setdefault(removal.layer.units.name, {})[removal.layer.units.kind] = removal.kept

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 
-# The name in `quantization_config` by which transformers knows such models.
+# The name in `quantization_config` under which transformers knows such models.
 METHOD = "hf_pdecay_shrunk"
 FORMAT_VERSION = 1
 _KINDS = ("neuron", "head")

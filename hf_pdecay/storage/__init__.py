@@ -1,1 +1,1 @@
-"""Smaller files: models whose zeros are not stored, and the loader that plain ``from_pretrained`` uses for them."""
+"""Smaller files: models are stored without their zeros, and plain ``from_pretrained`` loads them."""

@@ -15,29 +15,31 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, NoReturn
 
 
-# Bytes of an element by safetensors' names of dtypes, in the order in which the library lays tensors out.
-ITEMSIZES = {
-    "BOOL": 1,
-    "U8": 1,
-    "I8": 1,
-    "F8_E5M2": 1,
-    "F8_E4M3": 1,
-    "F8_E8M0": 1,
-    "F8_E4M3FNUZ": 1,
-    "F8_E5M2FNUZ": 1,
-    "I16": 2,
-    "U16": 2,
-    "F16": 2,
-    "BF16": 2,
-    "I32": 4,
-    "U32": 4,
-    "F32": 4,
-    "C64": 8,
-    "F64": 8,
-    "I64": 8,
-    "U64": 8,
+# For each dtype by safetensors' name: bytes of an element and torch's name; in the order in which the library lays
+# tensors out.
+DTYPES = {
+    "BOOL": (1, "bool"),
+    "U8": (1, "uint8"),
+    "I8": (1, "int8"),
+    "F8_E5M2": (1, "float8_e5m2"),
+    "F8_E4M3": (1, "float8_e4m3fn"),
+    "F8_E8M0": (1, "float8_e8m0fnu"),
+    "F8_E4M3FNUZ": (1, "float8_e4m3fnuz"),
+    "F8_E5M2FNUZ": (1, "float8_e5m2fnuz"),
+    "I16": (2, "int16"),
+    "U16": (2, "uint16"),
+    "F16": (2, "float16"),
+    "BF16": (2, "bfloat16"),
+    "I32": (4, "int32"),
+    "U32": (4, "uint32"),
+    "F32": (4, "float32"),
+    "C64": (8, "complex64"),
+    "F64": (8, "float64"),
+    "I64": (8, "int64"),
+    "U64": (8, "uint64"),
 }
-_ORDER = {dtype: place for place, dtype in enumerate(ITEMSIZES)}
+ITEMSIZES = {dtype: size for dtype, (size, _) in DTYPES.items()}
+_ORDER = {dtype: number for number, dtype in enumerate(DTYPES)}
 
 # The library's own limit, in bytes.
 _HEADER_LIMIT = 100_000_000

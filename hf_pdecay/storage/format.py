@@ -1,7 +1,7 @@
-"""One tensor as a block of bytes that tells of itself: a bitmask or gaps, and the values that are not zero.
+"""One tensor as a self-describing block of bytes: a bitmask or gaps, and the non-zero values.
 
-`docs/compressed.md` is the specification. Signs of zeros and payloads of NaNs are bits like others and come back: an
-element is zero if all of its bits are, or, in a block that stores the signs of its zeros, all but the sign.
+`docs/compressed.md` is the specification. Decoding is bit-identical, signs of zeros and payloads of NaNs included: an
+element is zero if all of its bits are, or all but the sign in a block that stores the signs of its zeros.
 """
 
 from __future__ import annotations
@@ -26,23 +26,23 @@ _SIGNED = ("F16", "BF16", "F32", "F64")
 _FIXED = struct.Struct("<8sBBBBB3x16sQQ")
 _UNSIGNED: dict[int, Any] = {1: np.dtype("<u1"), 2: np.dtype("<u2"), 4: np.dtype("<u4"), 8: np.dtype("<u8")}
 _GAP_WIDTHS = (1, 2, 4)
-# Elements that are looked at together: what this module takes beside its input and its result is a few of these.
+# Elements of a chunk: besides input and result, this module needs the memory of a few chunks.
 _CHUNK = 1 << 18
 
 
 class Blob(NamedTuple):
-    """What the head of a block says, checked.
+    """The checked head of a block.
 
     Attributes:
         encoding: ``DENSE``, ``BITMASK`` or ``GAPS``.
         zstd: Whether the payload is compressed by zstd.
-        signs: Whether it has the signs of the zeros.
+        signs: Whether the signs of the zeros are stored.
         width: Bytes of a gap, 0 for other encodings.
         dtype: safetensors' name.
         shape: Shape of the tensor.
-        values: How many values are stored.
-        begin: Where the payload begins in the block.
-        stored: Bytes of the payload as it is stored.
+        values: Number of stored values.
+        begin: Position of the payload in the block.
+        stored: Bytes of the stored payload.
         raw: Bytes of the payload before zstd.
         dense: Bytes of the tensor.
     """
@@ -71,31 +71,31 @@ class Blob(NamedTuple):
 
     @property
     def sections(self) -> Sections:
-        """Bytes of the payload's parts: where the values are, the values, the signs; each with those of an element."""
+        """Bytes of the payload's sections (places of the values, values, signs), and bytes of their elements."""
         return _sections(self.encoding, self.numel, self.values, self.width, self.itemsize, self.signs)
 
     @property
     def places(self) -> int:
-        """Bytes of the payload that say where the values are."""
+        """Bytes of the section with the places of the values."""
         return self.sections[0][0]
 
 
 def encode(data: Bytes, dtype: str, shape: tuple[int, ...], zstd: bool = False) -> tuple[int, Bytes | None]:
-    """Encode a tensor in the way that takes the fewest bytes.
+    """Encode a tensor in the fewest bytes.
 
     Args:
         data: Its bytes, little-endian, as one dimension.
         dtype: safetensors' name of its dtype.
         shape: Its shape.
-        zstd: Compress each way by zstd, too, before their sizes are compared.
+        zstd: Also try each encoding with zstd.
 
     Returns:
-        The encoding, and the block; None in place of the block if the tensor is best stored as it is. A block's length
-        is a multiple of 8.
+        The encoding, and the block; None instead of the block if the plain tensor is smallest. A block's length is a
+        multiple of 8.
 
     Raises:
-        FormatError: If dtype, shape and data do not go together.
-        ValueError: If ``zstd`` is asked for and zstandard is not installed.
+        FormatError: If dtype, shape and data do not match.
+        ValueError: If ``zstd`` is True and zstandard is not installed.
     """
     dense = tensor_bytes(dtype, shape, "the tensor")
     if dense != data.nbytes:
@@ -104,15 +104,15 @@ def encode(data: Bytes, dtype: str, shape: tuple[int, ...], zstd: bool = False) 
     elements = data.view(_UNSIGNED[itemsize])
     ways = _ways(elements, dtype)
     sections = {way: _sections(way.encoding, elements.size, *way[1:3], itemsize, way.signs) for way in ways}
-    choices = [(sum(size for size, _ in parts), number, False) for number, parts in enumerate(sections.values())]
+    choices = [(_total(lengths), number, False) for number, lengths in enumerate(sections.values())]
     packed: list[Bytes] = []
     if zstd:
-        packed = [pack(_payload(elements, way), parts) for way, parts in sections.items()]
-        choices += [(found.nbytes, number, True) for number, found in enumerate(packed)]
+        packed = [pack(_payload(elements, way), lengths) for way, lengths in sections.items()]
+        choices += [(payload.nbytes, number, True) for number, payload in enumerate(packed)]
     size, number, is_packed = min(choices)
     best = ways[number]
     head = _FIXED.size + 8 * len(shape)
-    # A block is told from a tensor by its dtype, and tensors must lie where their elements may.
+    # Readers recognise a block by its dtype, and a plain tensor must keep the alignment of those after it.
     if dtype != "U8" and dense % 8 == 0 and dense <= _padded(head + size):
         return DENSE, None
     payload = packed[number] if is_packed else _payload(elements, best)
@@ -142,13 +142,13 @@ def smallest_payload(numel: int, values: int, itemsize: int) -> int:
         itemsize: Bytes of an element.
     """
     ways = (_Way(DENSE, numel, 0, False), _Way(BITMASK, values, 0, False), _Way(GAPS, values, 1, False))
-    return min(sum(size for size, _ in _sections(way.encoding, numel, *way[1:3], itemsize, way.signs)) for way in ways)
+    return min(_total(_sections(way.encoding, numel, *way[1:3], itemsize, way.signs)) for way in ways)
 
 
 def blob_shape(blob: Bytes, shape: tuple[int, ...]) -> tuple[int, ...]:
     """Return the shape in which a block is stored: never that of its tensor.
 
-    So a loader that takes a block for the tensor finds that the shape is wrong, and does not load bytes for weights.
+    So a loader that does not know blocks finds a wrong shape, and does not load the bytes as weights.
     """
     return (1, blob.nbytes) if len(shape) == 1 else (blob.nbytes,)
 
@@ -157,12 +157,12 @@ def parse(head: bytes | Bytes, size: int, what: str) -> Blob:
     """Read and check the head of a block.
 
     Args:
-        head: The block, or its first bytes: as many as the longest head has, or all there are.
-        size: How many bytes the whole block has.
+        head: The block, or its first bytes: ``HEAD_LIMIT`` or all.
+        size: Number of bytes of the whole block.
         what: Name for errors.
 
     Raises:
-        FormatError: If the head is not one, or does not go with the block's length.
+        FormatError: If the head is invalid, or does not match the block's length.
     """
 
     def refuse(reason: str) -> NoReturn:
@@ -170,41 +170,41 @@ def parse(head: bytes | Bytes, size: int, what: str) -> Blob:
 
     head = bytes(head[:HEAD_LIMIT])
     if len(head) < _FIXED.size or not head.startswith(MAGIC):
-        refuse("it does not begin as a compressed tensor does")
+        refuse("it does not begin like a compressed tensor")
     _, version, encoding, flags, width, dimensions, name, count, stored = _FIXED.unpack_from(head)
     if version != VERSION:
         raise FormatError(f"{what} has format version {version}; this hf_pdecay reads version {VERSION}.")
     if encoding not in ENCODINGS or flags & ~(_ZSTD | _SIGNS) or head[13:16] != b"\0\0\0":
-        refuse(f"its encoding {encoding}, flags {flags} or reserved bytes are none that there are")
+        refuse(f"unknown encoding {encoding}, flags {flags} or non-zero reserved bytes")
     if dimensions > DIMENSIONS_LIMIT or len(head) < _FIXED.size + 8 * dimensions:
-        refuse(f"it tells of {dimensions} dimensions and is cut short")
+        refuse(f"its head has {dimensions} dimensions and is cut short")
     dtype = name.rstrip(b"\0").decode("ascii", "replace")
     shape = struct.unpack_from(f"<{dimensions}Q", head, _FIXED.size)
     dense = tensor_bytes(dtype, shape, what)
     itemsize = ITEMSIZES[dtype]
     numel = dense // itemsize
     if width not in (_GAP_WIDTHS if encoding == GAPS else (0,)):
-        refuse(f"gaps of {width} bytes do not go with its encoding {ENCODINGS[encoding]}")
+        refuse(f"gaps of {width} bytes do not match its encoding {ENCODINGS[encoding]}")
     signs = bool(flags & _SIGNS)
     if signs and (encoding == DENSE or dtype not in _SIGNED):
-        refuse(f"signs of zeros do not go with its encoding {ENCODINGS[encoding]} and dtype {dtype}")
+        refuse(f"signs of zeros do not match its encoding {ENCODINGS[encoding]} and dtype {dtype}")
     if count > numel or (encoding == DENSE and count != numel):
         refuse(f"it would hold {count} values of {numel} elements")
-    raw = sum(part for part, _ in _sections(encoding, numel, count, width, itemsize, signs))
+    raw = _total(_sections(encoding, numel, count, width, itemsize, signs))
     begin = _FIXED.size + 8 * dimensions
     if not flags & _ZSTD and stored != raw:
         refuse(f"its payload has {stored} bytes where {count} values of {numel} elements need {raw}")
     if size != _padded(begin + stored):
-        refuse(f"it has {size} bytes where its head tells of {_padded(begin + stored)}")
+        refuse(f"it has {size} bytes where its head needs {_padded(begin + stored)}")
     return Blob(encoding, bool(flags & _ZSTD), signs, width, dtype, shape, count, begin, stored, raw, dense)
 
 
-# The longest head: what a reader needs of a block before anything else.
+# Bytes of the longest head.
 HEAD_LIMIT = _FIXED.size + 8 * DIMENSIONS_LIMIT
 
 
 def check(blob: Bytes, what: str) -> Blob:
-    """Check a block by all that can be seen without unpacking zstd; takes a few chunks of memory.
+    """Check a block without unpacking zstd; takes a few chunks of memory.
 
     Raises:
         FormatError: If it is damaged or forged.
@@ -212,7 +212,7 @@ def check(blob: Bytes, what: str) -> Blob:
     head = parse(blob[:HEAD_LIMIT], blob.nbytes, what)
     payload = blob[head.begin : head.begin + head.stored]
     if blob[head.begin + head.stored :].any():
-        raise FormatError(f"{what} is damaged or forged: there is something behind its payload.")
+        raise FormatError(f"{what} is damaged or forged: there are non-zero bytes after its payload.")
     if head.zstd:
         check_frame(payload, head.sections, what)
     else:
@@ -221,15 +221,15 @@ def check(blob: Bytes, what: str) -> Blob:
 
 
 def decode(blob: Bytes, limit: int, what: str) -> tuple[Bytes, Blob]:
-    """Give a tensor's bytes back.
+    """Decode a block.
 
     Args:
         blob: The block.
-        limit: How many bytes the tensor may have at most; more are refused before memory is taken.
+        limit: The most bytes that the tensor may have; more are refused before memory is taken.
         what: Name for errors.
 
     Returns:
-        The tensor's bytes as one dimension, writable, and what the block's head says.
+        The tensor's bytes as one dimension, writable, and the block's head.
 
     Raises:
         FormatError: If the block is damaged or forged, or the tensor too large.
@@ -237,7 +237,7 @@ def decode(blob: Bytes, limit: int, what: str) -> tuple[Bytes, Blob]:
     """
     head = check(blob, what)
     if head.dense > limit:
-        raise FormatError(f"{what} tells of a tensor of {head.dense} bytes, and no more than {limit} can be its size.")
+        raise FormatError(f"{what} is a tensor of {head.dense} bytes; at most {limit} bytes are possible.")
     payload = blob[head.begin : head.begin + head.stored]
     if head.zstd:
         payload = unpack(payload, head.sections, what)
@@ -257,7 +257,7 @@ def decode(blob: Bytes, limit: int, what: str) -> tuple[Bytes, Blob]:
 
 
 class _Way(NamedTuple):
-    """A way to store a tensor: how many values, the bytes of a gap, and whether zeros have signs."""
+    """A way to store a tensor: its encoding, the number of values, bytes of a gap, and whether zeros have signs."""
 
     encoding: int
     values: int
@@ -266,44 +266,44 @@ class _Way(NamedTuple):
 
 
 def _ways(elements: Any, dtype: str) -> list[_Way]:
-    """The ways that there are to store some elements."""
-    found = [_Way(DENSE, elements.size, 0, False)]
+    """All ways to store these elements."""
+    ways = [_Way(DENSE, elements.size, 0, False)]
     plain = _look(elements, 0)
     looks = [(False, plain)]
     if dtype in _SIGNED:
         signed = _look(elements, _sign_bit(elements.itemsize))
-        if signed != plain:  # there are zeros with a sign, as a product with a mask makes them
+        if signed != plain:  # some zeros are negative, as after a product with a mask
             looks.append((True, signed))
     for signs, (count, largest_gap) in looks:
-        width = next((each for each in _GAP_WIDTHS if largest_gap < 1 << 8 * each), 0)
-        found.append(_Way(BITMASK, count, 0, signs))
+        width = next((width for width in _GAP_WIDTHS if largest_gap < 1 << 8 * width), 0)
+        ways.append(_Way(BITMASK, count, 0, signs))
         if width:
-            found.append(_Way(GAPS, count, width, signs))
-    return found
+            ways.append(_Way(GAPS, count, width, signs))
+    return ways
 
 
 def _sign_bit(itemsize: int) -> int:
     return 1 << 8 * itemsize - 1
 
 
-def _is_value(part: Any, sign: int) -> Any:
-    """Which elements have more bits than that of the sign, if any are left out."""
-    return part & part.dtype.type(sign - 1) != 0 if sign else part != 0
+def _is_value(chunk: Any, sign: int) -> Any:
+    """Which elements have bits other than the sign bit, or any bits if ``sign`` is 0."""
+    return chunk & chunk.dtype.type(sign - 1) != 0 if sign else chunk != 0
 
 
 def _sign_zeros(result: Any, payload: Bytes, head: Blob) -> None:
-    """Give the zeros of a tensor, in place, the signs that its block has."""
+    """Give the zeros of a tensor, in place, the signs in its block."""
     signs = np.unpackbits(payload[payload.size - head.sections[2][0] :], bitorder="little")
     taken = 0
     for begin in range(0, result.size, _CHUNK):
-        part = result[begin : begin + _CHUNK]
-        zeros = np.flatnonzero(part == 0)
-        part[zeros] = signs[taken : taken + zeros.size].astype(part.dtype) << 8 * head.itemsize - 1
+        chunk = result[begin : begin + _CHUNK]
+        zeros = np.flatnonzero(chunk == 0)
+        chunk[zeros] = signs[taken : taken + zeros.size].astype(chunk.dtype) << 8 * head.itemsize - 1
         taken += zeros.size
 
 
 def _look(elements: Any, sign: int) -> tuple[int, int]:
-    """The number of elements that are values, and the most zeros in front of one of them."""
+    """The number of values, and the largest number of zeros before one of them."""
     count, largest, last = 0, 0, -1
     for begin in range(0, elements.size, _CHUNK):
         indices = np.flatnonzero(_is_value(elements[begin : begin + _CHUNK], sign))
@@ -318,8 +318,12 @@ def _look(elements: Any, sign: int) -> tuple[int, int]:
 
 def _sections(encoding: int, numel: int, values: int, width: int, itemsize: int, signs: bool) -> Sections:
     places = {DENSE: 0, BITMASK: -(-numel // 8), GAPS: values * width}[encoding]
-    found = [(places, width or 1), (values * itemsize, itemsize)]
-    return [*found, (-(-(numel - values) // 8), 1)] if signs else found
+    sections = [(places, width or 1), (values * itemsize, itemsize)]
+    return [*sections, (-(-(numel - values) // 8), 1)] if signs else sections
+
+
+def _total(sections: Sections) -> int:
+    return sum(size for size, _ in sections)
 
 
 def _payload(elements: Any, way: _Way) -> Bytes:
@@ -328,12 +332,12 @@ def _payload(elements: Any, way: _Way) -> Bytes:
     sign = _sign_bit(elements.itemsize) if way.signs else 0
     places, values, signs, last = [], [], [], -1
     for begin in range(0, elements.size, _CHUNK):
-        part = elements[begin : begin + _CHUNK]
-        marks = _is_value(part, sign)
+        chunk = elements[begin : begin + _CHUNK]
+        marks = _is_value(chunk, sign)
         indices = np.flatnonzero(marks)
-        values.append(part[indices])
+        values.append(chunk[indices])
         if way.signs:
-            signs.append(part[~marks] != 0)
+            signs.append(chunk[~marks] != 0)
         if way.encoding == BITMASK:
             places.append(np.packbits(marks, bitorder="little"))
         elif indices.size:
@@ -341,11 +345,11 @@ def _payload(elements: Any, way: _Way) -> Bytes:
             places.append(gaps.astype(_UNSIGNED[way.width]).view(np.uint8))
             last = int(indices[-1]) + begin
     packed = [np.packbits(np.concatenate(signs), bitorder="little")] if signs else []
-    return np.concatenate([*places, *(part.view(np.uint8) for part in values), *packed] or [np.zeros(0, np.uint8)])
+    return np.concatenate([*places, *(chunk.view(np.uint8) for chunk in values), *packed] or [np.zeros(0, np.uint8)])
 
 
 def _check_places(payload: Bytes, head: Blob, what: str) -> None:
-    """Check that a bitmask has as many bits as there are values, or that gaps do not lead out of the tensor."""
+    """Check that a bitmask marks as many elements as there are values, or that gaps stay inside the tensor."""
     places = payload[: head.places]
     zeros = head.numel - head.values
     if head.signs:
@@ -378,11 +382,11 @@ def _check_places(payload: Bytes, head: Blob, what: str) -> None:
 
 
 def _indices(places: Bytes, head: Blob) -> Iterator[tuple[int, Any]]:
-    """The places of the values, chunk by chunk: where a chunk begins, and indices from there."""
+    """The places of the values, chunk by chunk: the chunk's first element, and indices from there."""
     if head.encoding == BITMASK:
         for begin in range(0, head.numel, _CHUNK):
             marks = np.unpackbits(places[begin // 8 : (begin + _CHUNK) // 8], bitorder="little")
-            yield begin, np.flatnonzero(marks.view(np.bool_))  # which numpy finds faster than other numbers
+            yield begin, np.flatnonzero(marks.view(np.bool_))  # numpy is faster for booleans
         return
     begin = 0
     for first in range(0, places.size, _CHUNK * head.width):

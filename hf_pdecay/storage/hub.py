@@ -1,4 +1,4 @@
-"""Models on the Hub: fetching a plain one, and putting a compressed one there."""
+"""Downloads models from the Hub, and uploads compressed ones."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from pathlib import Path
 from .folder import CONFIG
 
 
-# What is of no use for compressing; pickles are never opened, so they need not come.
+# Files that are not needed; pickles are never opened.
 _NOT_FETCHED = ["*.bin", "*.h5", "*.msgpack", "*.ot", "*.onnx", "*.onnx_data", "*.pt", "*.pth", "*.ckpt", "*.gguf"]
 
 
 def local_folder(model: str | os.PathLike[str]) -> Path:
-    """Return the folder of a model, which is downloaded if it is a name on the Hub.
+    """Return the folder of a model, which is downloaded if ``model`` is a name on the Hub.
 
     Raises:
-        ValueError: If there is neither such a folder nor such a name.
+        ValueError: If there is neither such a folder nor such a model on the Hub.
     """
     path = Path(model)
     if path.is_dir():
@@ -28,7 +28,7 @@ def local_folder(model: str | os.PathLike[str]) -> Path:
         return Path(snapshot_download(str(model), ignore_patterns=_NOT_FETCHED))
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError) as error:
         raise ValueError(
-            f"Invalid model: {str(model)!r} is no folder here, and the Hub does not give it ({error})."
+            f"Invalid model: {str(model)!r} is not a folder here, and cannot be downloaded from the Hub ({error})."
         ) from None
 
 
@@ -40,20 +40,20 @@ def push_to_hub(
     commit_message: str = "Upload compressed weights",
     token: str | None = None,
 ) -> str:
-    """Upload a folder to the Hub; its repository is made if need be.
+    """Upload a folder to the Hub; the repository is created if it does not exist.
 
     Args:
         folder: A model's folder, such as :func:`compress` writes.
         repo_id: ``"user/name"``.
-        private: Make a new repository private; by default as the account has it.
-        commit_message: Of the commit.
-        token: Of the account; by default the one that is logged in.
+        private: Whether a new repository is private; by default the account's setting.
+        commit_message: The message of the commit.
+        token: The token of the account; by default that of the login.
 
     Returns:
-        The address of the commit.
+        The URL of the commit.
 
     Raises:
-        ValueError: If the folder is none of a model.
+        ValueError: If the folder is not a model's.
     """
     if not (Path(folder) / CONFIG).is_file():
         raise ValueError(f"Invalid folder: {str(folder)!r} has no {CONFIG}; name the folder of a model.")

@@ -1,4 +1,4 @@
-"""What ``quantization_config`` in ``config.json`` says of a compressed model, and what the files' manifests say."""
+"""``quantization_config`` of a compressed model, and the manifests of its files: format version and checksums."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from .container import FormatError, Header
 from .folder import check_shard_name
 
 
-# Under this name transformers knows the files; it stands in `quantization_config`.
+# The name in `quantization_config` by which transformers knows compressed models.
 METHOD = "hf_pdecay"
-# Under this one a file's `__metadata__` has its manifest.
+# The key of the manifest in a file's `__metadata__`.
 MANIFEST = "hf_pdecay"
 FORMAT_VERSION = 1
 
@@ -26,7 +26,7 @@ def make_settings(shards: Mapping[str, str], dtype_added: bool) -> dict[str, Any
 
     Args:
         shards: SHA-256 of the header of each file of weights, by its name.
-        dtype_added: Whether ``dtype`` in the config was added, for the weights no longer tell it.
+        dtype_added: Whether ``dtype`` was added to the config, because compressed weights do not show it.
     """
     return {
         "quant_method": METHOD,
@@ -40,7 +40,7 @@ def check_settings(settings: object) -> dict[str, str]:
     """Check the value of ``quantization_config``, and return the files' checksums.
 
     Raises:
-        FormatError: If it says something else than this format does; nothing in it is ever run or imported.
+        FormatError: If it does not follow this format; nothing in it is ever run or imported.
     """
     where = "quantization_config in config.json"
     if settings is None:
@@ -49,9 +49,7 @@ def check_settings(settings: object) -> dict[str, str]:
         raise FormatError(f"{where} is not that of a model compressed by hf_pdecay.")
     unknown = sorted(set(settings) - {"quant_method", "format_version", "shards", "dtype_added"})
     if unknown:
-        raise FormatError(
-            f"{where} has {unknown[0]!r}, which is no part of the format; it is forged or of a later version."
-        )
+        raise FormatError(f"{where} has {unknown[0]!r}, which this format lacks; it is forged or of a later version.")
     if settings.get("format_version") != FORMAT_VERSION:
         raise FormatError(
             f"{where} has format_version {settings.get('format_version')!r}; this hf_pdecay reads {FORMAT_VERSION}."
@@ -79,20 +77,20 @@ def read_manifest(header: Header, name: str) -> dict[str, str]:
     where = f"The manifest in {name}"
     if MANIFEST not in header.metadata:
         raise FormatError(
-            f"{name} has no manifest of hf_pdecay in its __metadata__: its weights are plain. If the model was made "
-            "anew from the config of a compressed one, delete quantization_config from its config.json."
+            f"{name} has no manifest of hf_pdecay in its __metadata__: its weights are plain. If a new model was made "
+            "from the config of a compressed one, delete quantization_config from its config.json."
         )
     try:
         manifest = json.loads(header.metadata[MANIFEST])
     except (ValueError, RecursionError) as error:
         raise FormatError(f"{where} cannot be read as JSON ({error}).") from None
     if not isinstance(manifest, dict) or manifest.keys() != {"format_version", "sha256"}:
-        raise FormatError(f"{where} has not exactly format_version and sha256.")
+        raise FormatError(f"{where} does not have exactly format_version and sha256.")
     if manifest["format_version"] != FORMAT_VERSION:
         raise FormatError(f"{where} has version {manifest['format_version']!r}; this hf_pdecay reads {FORMAT_VERSION}.")
     checksums = manifest["sha256"]
     if not isinstance(checksums, dict) or checksums.keys() != header.entries.keys():
-        raise FormatError(f"{where} is not one of the tensors that are in the file.")
+        raise FormatError(f"{where} does not list the tensors of the file.")
     for tensor, checksum in checksums.items():
         _check_checksum(checksum, f"{where} for {tensor}")
     return checksums
@@ -105,4 +103,4 @@ def sha256(data: Any) -> str:
 
 def _check_checksum(checksum: object, where: str) -> None:
     if not isinstance(checksum, str) or not _SHA256.fullmatch(checksum):
-        raise FormatError(f"{where} has {checksum!r} where a SHA-256 of 64 hexadecimal digits is due.")
+        raise FormatError(f"{where} has {checksum!r}; it must be a SHA-256 of 64 hexadecimal digits.")

@@ -1,4 +1,4 @@
-"""Base of the quantizers by which transformers loads our folders: what it loads is an ordinary model."""
+"""Base of our quantizers, which make transformers load our folders as ordinary models."""
 
 from __future__ import annotations
 

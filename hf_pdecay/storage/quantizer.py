@@ -22,7 +22,7 @@ from .reader import check_file, checksums_wanted, memory_limit
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-# HfQuantizer.get_new_dtype, by which a block is read as bytes, came in 5.22; that release takes tensors of wrong shapes
+# HfQuantizer.get_new_dtype, which reads a block as bytes, came in 5.22; that release takes tensors of wrong shapes
 # if there is a quantizer.
 _TRANSFORMERS = "5.23"
 
@@ -89,7 +89,7 @@ class CompressedWeightsQuantizer(PlainQuantizer):
         """Decode blocks before the model's own conversions, and where the model has none."""
         from transformers.core_model_loading import WeightConverter
 
-        from .decoding import decode_first
+        from .conversion import decode_first
 
         converters = []
         for converter in weight_conversions:
@@ -102,7 +102,7 @@ class CompressedWeightsQuantizer(PlainQuantizer):
 
     def get_weight_conversions(self) -> list[Any]:
         """Return the conversion of tensors that the model does not convert."""
-        from .decoding import decode_any
+        from .conversion import decode_any
 
         return [decode_any(self._limit)]
 

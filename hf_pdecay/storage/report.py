@@ -1,4 +1,4 @@
-"""What compressing came to."""
+"""Result of a compression."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class EncodingTotal:
     """The tensors that are stored in one encoding.
 
     Attributes:
-        tensors: How many there are.
+        tensors: Number of tensors.
         before: Their bytes in the plain model.
         after: Their bytes in the compressed one.
     """
@@ -32,9 +32,9 @@ class StorageReport:
     """Bytes of a model's weights before and after, by encoding.
 
     Attributes:
-        encodings: Totals for ``"dense"``, ``"bitmask"`` and ``"index"``, where there are any.
-        headers: Bytes of the headers of the compressed files, manifests included.
-        left_out: Files with weights in other formats, which were not copied.
+        encodings: Totals for ``"dense"``, ``"bitmask"`` and ``"index"``, if there are any.
+        headers: Bytes of the headers of the compressed files, with manifests.
+        left_out: Files of weights in other formats, which were not copied.
     """
 
     encodings: dict[str, EncodingTotal] = field(default_factory=dict)
@@ -51,12 +51,12 @@ class StorageReport:
     @property
     def before(self) -> int:
         """Bytes of all tensors in the plain model."""
-        return sum(each.before for each in self.encodings.values())
+        return sum(total.before for total in self.encodings.values())
 
     @property
     def after(self) -> int:
         """Bytes of the compressed files of weights, headers included."""
-        return self.headers + sum(each.after for each in self.encodings.values())
+        return self.headers + sum(total.after for total in self.encodings.values())
 
     def to_dict(self) -> dict[str, Any]:
         """Return the figures as plain values."""
@@ -64,7 +64,7 @@ class StorageReport:
             "before": self.before,
             "after": self.after,
             "headers": self.headers,
-            "encodings": {name: vars(each).copy() for name, each in self.encodings.items()},
+            "encodings": {name: vars(total).copy() for name, total in self.encodings.items()},
             "left_out": list(self.left_out),
         }
 
@@ -76,12 +76,11 @@ class StorageReport:
         table.add_column("encoding")
         for heading in ("tensors", "before", "after", "share"):
             table.add_column(heading, justify="right")
-        for name, each in sorted(self.encodings.items()):
-            table.add_row(
-                name, f"{each.tensors:,}", f"{each.before:,}", f"{each.after:,}", _share(each.after, each.before)
-            )
+        for name, total in sorted(self.encodings.items()):
+            counts = (total.tensors, total.before, total.after)
+            table.add_row(name, *(f"{count:,}" for count in counts), _share(total.after, total.before))
         table.add_row("headers", "", "", f"{self.headers:,}", _share(self.headers, self.before))
-        tensors = sum(each.tensors for each in self.encodings.values())
+        tensors = sum(total.tensors for total in self.encodings.values())
         table.add_section()
         table.add_row("all", f"{tensors:,}", f"{self.before:,}", f"{self.after:,}", _share(self.after, self.before))
         yield table

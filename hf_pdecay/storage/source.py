@@ -67,7 +67,7 @@ def read_source(model: str | os.PathLike[str], out: str | os.PathLike[str], over
     """Return the folder of a whole model, which is downloaded if ``model`` is a name on the Hub.
 
     Raises:
-        ValueError: If there is no such model in safetensors, or ``out`` cannot be written.
+        ValueError: If the model does not exist in safetensors, or ``out`` cannot be written.
     """
     check_out(out, overwrite)
     folder = local_folder(model)

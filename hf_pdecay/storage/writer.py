@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 import numpy as np
 
 from .card import add_note
-from .container import Entry, FormatError, Header, header_bytes, write_header
+from .container import DTYPES, Entry, FormatError, Header, header_bytes, write_header
 from .folder import CONFIG, INDEX, WEIGHTS, check_out, read_json, scratch_folder, write_json
 from .format import DENSE, Bytes, blob_shape, decode, encode
 from .manifest import MANIFEST, make_manifest, make_settings, sha256
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
-_FLOATS = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+_FLOATS = ("F64", "F32", "F16", "BF16")
 _CHUNK = 1 << 20
 
 
@@ -143,8 +143,8 @@ def _tensors(file: Path, header: Header) -> Iterator[tuple[str, Entry, Bytes]]:
 
 def _dtype_of(header: Header) -> str | None:
     """The dtype of the first floating tensor, which transformers uses if the config names no dtype."""
-    dtypes = (_FLOATS.get(header.entries[name].dtype) for name in sorted(header.entries))
-    return next(filter(None, dtypes), None)
+    dtypes = (header.entries[name].dtype for name in sorted(header.entries))
+    return next((DTYPES[dtype][1] for dtype in dtypes if dtype in _FLOATS), None)
 
 
 def _write_shards(

@@ -55,13 +55,13 @@ def weights(folder: Path) -> dict[str, Tensor]:
 
 
 def bits(tensor: Tensor) -> tuple[torch.dtype, tuple[int, ...], bytes]:
-    """What must be the same for two tensors to be the same to the bit."""
+    """What must be equal for two tensors to be bit-identical."""
     flat = tensor.detach().contiguous().reshape(-1)
     return tensor.dtype, tuple(tensor.shape), flat.view(torch.uint8).numpy().tobytes() if flat.numel() else b""
 
 
 def same_state(left: nn.Module, right: nn.Module) -> bool:
-    """Whether two modules have the same tensors to the bit, dtypes included."""
+    """Whether two modules have bit-identical tensors, dtypes included."""
     one, other = left.state_dict(), right.state_dict()
     return one.keys() == other.keys() and all(bits(one[name]) == bits(other[name]) for name in one)
 

@@ -1,4 +1,4 @@
-"""Shrinking: what is left computes the same, loads as an ordinary model, and bad input is refused in a sentence."""
+"""Shrinking: what is left computes the same, loads as an ordinary model, and bad input is refused with a clear message."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from ..helpers.storage_models import bits, weights
 from ..layers.test_finding import KNOWN, OUTGOING, lively, outputs, zero
 
 
-# What keeps a group from contributing, a choice at a time: the parts of which all of a group's weights are zero.
+# What keeps a unit from contributing: the parts in which all of its weights are zero, one choice at a time.
 WAYS = {"neuron": ({"down"}, {"up0"}, {"up1"}), "head": ({"output"}, {"value"})}
 
 
@@ -180,7 +180,7 @@ def test_a_shrunk_model_is_shrunk_again(tmp_path: Path) -> None:
         again.save_pretrained(tmp_path / layers)
         assert close(outputs(loaded(tmp_path / layers, model)), expected)
         counts = [each.kept for each in found.layers if each.kind == "neuron"]
-        # No config tells of layers that were ragged before.
+        # No config describes layers that were ragged before.
         assert counts == ([20, 20] if layers == "ragged" else [24, 25]), kept
 
 

@@ -381,7 +381,7 @@ def test_what_is_no_plain_model_is_refused(tmp_path: Path) -> None:
     (tmp_path / "empty" / "config.json").write_text("{}")
     with pytest.raises(FormatError, match="has neither model.safetensors nor"):
         compress(tmp_path / "empty", out)
-    with pytest.raises(ValueError, match="is no folder here, and the Hub does not give it"):
+    with pytest.raises(ValueError, match="is not a folder here, and cannot be downloaded from the Hub"):
         compress(tmp_path / "missing", out)
     assert not out.exists()
 

@@ -1,4 +1,4 @@
-"""One tensor in its block: to the bit, in the fewest bytes, and refused if damaged or forged."""
+"""One tensor in its block: bit-identical, in the fewest bytes, and refused if damaged or forged."""
 
 from __future__ import annotations
 
@@ -173,8 +173,8 @@ FORGED: dict[str, tuple[Callable[[], bytearray], str]] = {
     "empty": (lambda: bytearray(), "does not begin"),
     "head cut": (lambda: block_of(1)[:40], "does not begin"),
     "dimensions cut": (lambda: block_of(1)[:56], "cut short"),
-    "payload cut": (lambda: block_of(1)[:-8], "bytes where its head tells"),
-    "payload longer": (lambda: block_of(1) + bytes(8), "bytes where its head tells"),
+    "payload cut": (lambda: block_of(1)[:-8], "bytes where its head needs"),
+    "payload longer": (lambda: block_of(1) + bytes(8), "bytes where its head needs"),
     "magic": (lambda: put(block_of(1), 0, "<B", 0), "does not begin"),
     "version": (lambda: put(block_of(1), 8, "<B", 2), "version 2; this hf_pdecay reads version 1"),
     "encoding": (lambda: put(block_of(1), 9, "<B", 3), "encoding 3"),
@@ -184,8 +184,8 @@ FORGED: dict[str, tuple[Callable[[], bytearray], str]] = {
         lambda: put(block_of(1), 10, "<B", 2),
         "has 1797 bytes where 418 values of 1000 elements",
     ),
-    "signs of bytes": (lambda: put(block_of(0), 10, "<B", 2), "signs of zeros do not go with its encoding dense"),
-    "signs of integers": (lambda: signs_of("I32"), "signs of zeros do not go with its encoding bitmask and dtype I32"),
+    "signs of bytes": (lambda: put(block_of(0), 10, "<B", 2), "signs of zeros do not match its encoding dense"),
+    "signs of integers": (lambda: signs_of("I32"), "signs of zeros do not match its encoding bitmask and dtype I32"),
     "signs beyond": (lambda: last_sign(0xFF), "signs of more zeros than there are"),
     "zero value": (lambda: zero_value(), "zeros are among its values"),
     "width 0": (lambda: put(block_of(2), 11, "<B", 0), "gaps of 0 bytes"),
@@ -207,7 +207,7 @@ FORGED: dict[str, tuple[Callable[[], bytearray], str]] = {
         lambda: put(block_of(2), 64, "<16B", *[255] * 16),
         "its last index is [0-9]+ and it has 1000 elements",
     ),
-    "zstd of something else": (lambda: put(block_of(2), 10, "<B", 1), "no zstd frame"),
+    "zstd of something else": (lambda: put(block_of(2), 10, "<B", 1), "not a zstd frame"),
 }
 
 
@@ -237,12 +237,12 @@ def test_bits_beyond_the_last_element_and_bytes_behind_the_payload_are_refused()
     assert behind < block.nbytes
     forged = block.copy()
     forged[behind] = 1
-    with pytest.raises(FormatError, match="behind its payload"):
+    with pytest.raises(FormatError, match="after its payload"):
         check(forged, "it")
 
 
 def huge_block(encoding: int, zstd: bool) -> Bytes:
-    """A few bytes, with zstd 4 MB at most, that tell of a tensor of 4 TB of zeros, and are right in all else."""
+    """A few bytes, with zstd 4 MB at most, that describe a tensor of 4 TB of zeros, and are otherwise valid."""
     payload = b""
     if zstd:
         # A frame of 0 or 2^37 zeros, in blocks that each repeat a byte 2^17 times (RFC 8878, 3.1.1).
@@ -262,7 +262,7 @@ def test_absurd_sizes_are_refused_before_memory_is_taken(encoding: int, zstd: bo
     tracemalloc.start()
     try:
         check(block, "it")
-        with pytest.raises(FormatError, match="tells of a tensor of [0-9]+ bytes, and no more than 1000000"):
+        with pytest.raises(FormatError, match="is a tensor of [0-9]+ bytes; at most 1000000"):
             decode(block, 1_000_000, "it")
         assert tracemalloc.get_traced_memory()[1] < 1_000_000
     finally:

@@ -1,4 +1,4 @@
-"""Damaged and forged folders: refused in a sentence, before memory is taken, with nothing written and nothing run."""
+"""Damaged and forged folders: refused with a clear message, before memory is taken, with nothing written and nothing run."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def forge(folder: Path) -> None:
 
 
 def refused(folder: Path, match: str) -> None:
-    """Decompressing is refused in a sentence and writes nothing."""
+    """Decompressing is refused with a clear message and writes nothing."""
     with pytest.raises(FormatError, match=match) as caught:
         decompress(folder, folder.parent / "out")
     assert str(caught.value).endswith(".")
@@ -175,7 +175,7 @@ HEADERS: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     "a manifest of text": (lambda h: h["__metadata__"].update(hf_pdecay="text"), "cannot be read as JSON"),
     "a manifest of a list": (
         lambda h: h["__metadata__"].update(hf_pdecay="[]"),
-        "not exactly format_version and sha256",
+        "does not have exactly format_version and sha256",
     ),
     "a later manifest": (
         lambda h: h["__metadata__"].update(hf_pdecay='{"format_version": 2, "sha256": {}}'),
@@ -183,7 +183,7 @@ HEADERS: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     ),
     "a manifest of no tensors": (
         lambda h: h["__metadata__"].update(hf_pdecay='{"format_version": 1, "sha256": {}}'),
-        "not one of the tensors that are in the file",
+        "does not list the tensors of the file",
     ),
 }
 
@@ -232,9 +232,9 @@ def test_a_header_longer_than_memory(small: Path) -> None:
 CONFIGS: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     "code to run": (
         lambda c: c["quantization_config"].update(auto_map="evil.Quantizer"),
-        "has 'auto_map', which is no part",
+        "has 'auto_map', which this format lacks",
     ),
-    "modules": (lambda c: c["quantization_config"].update(modules=["os"]), "has 'modules', which is no part"),
+    "modules": (lambda c: c["quantization_config"].update(modules=["os"]), "has 'modules', which this format lacks"),
     "a later version": (
         lambda c: c["quantization_config"].update(format_version=2),
         "format_version 2; this hf_pdecay reads 1",
@@ -344,7 +344,7 @@ def test_what_is_no_file_is_refused(tmp_path: Path) -> None:
 
 
 def with_huge_tensor(folder: Path, zstd: bool) -> None:
-    """A folder in which all is right, and some kilobytes tell of a tensor of 4 TB."""
+    """A valid folder, except that a few kilobytes describe a tensor of 4 TB."""
     saved("gpt2", folder.parent / "plain")
     compress(folder.parent / "plain", folder)
     file = folder / "model.safetensors"
@@ -373,7 +373,7 @@ def test_a_tensor_larger_than_memory_is_refused_before_it_is_made(
             decompress(tmp_path / "small", tmp_path / "out")
         # With room on the disk, but not in memory.
         monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=1 << 62))
-        with pytest.raises(FormatError, match="tells of a tensor of 4[0-9]{12} bytes, and no more than"):
+        with pytest.raises(FormatError, match="is a tensor of 4[0-9]{12} bytes; at most"):
             decompress(tmp_path / "small", tmp_path / "out")
         assert tracemalloc.get_traced_memory()[1] < 10_000_000
     finally:

@@ -241,12 +241,12 @@ class TestDamage:
             assert tracemalloc.get_traced_memory()[1] < 20_000_000
         finally:
             tracemalloc.stop()
-        assert "tells of a tensor of 4398046511104 bytes, and no more than" in caplog.text
+        assert "is a tensor of 4398046511104 bytes; at most" in caplog.text
 
     @loads
     def test_a_config_that_names_code(self, gpt2: tuple[Any, Path, Path]) -> None:
         edit_json(gpt2[2] / "config.json", lambda config: config["quantization_config"].update(module="os"))
-        with pytest.raises(FormatError, match="'module', which is no part of the format"):
+        with pytest.raises(FormatError, match="'module', which this format lacks"):
             tf.AutoModelForCausalLM.from_pretrained(gpt2[2])
 
     @loads
@@ -382,7 +382,7 @@ AutoModelForCausalLM.from_pretrained(sys.argv[1], tp_plan="auto")
 
 @loads
 def test_an_unsparse_model_needs_nothing_of_ours(tmp_path: Path) -> None:
-    """Tensors for which there is no smaller way are stored as they are."""
+    """Tensors without a smaller encoding are stored plainly."""
     sparsified(model := saved("llama", tmp_path / "plain"), 0.0)
     torch.manual_seed(0)
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""From blocks to torch's tensors, as a conversion that transformers runs while it loads a model."""
+"""Conversions by which transformers decodes blocks while it loads a model."""
 
 from __future__ import annotations
 
@@ -14,25 +14,25 @@ _ANY = r"\1"
 
 
 class Decode(ConversionOps):
-    """Turns each block into its tensor, and leaves tensors alone.
+    """Turns each block into its tensor, and leaves tensors as they are.
 
     Args:
-        limit: How many bytes a tensor may have at most.
+        limit: The most bytes that a tensor may have.
     """
 
     def __init__(self, limit: int) -> None:
         self.limit = limit
-        # Of the parameter; set where transformers says what it is to be.
+        # The parameter's dtype, once transformers has chosen it.
         self.dtype: torch.dtype | None = None
 
     def convert(
         self, input_dict: dict[str, Any], source_patterns: list[str], target_patterns: list[str], **kwargs: Any
     ) -> dict[str, Any]:
-        """Decode what has been read of a parameter: a list of tensors for each pattern."""
+        """Decode the tensors of a parameter: a list for each pattern."""
         name = kwargs["full_layer_name"]
-        found = {pattern: [self._decode(each, name) for each in tensors] for pattern, tensors in input_dict.items()}
-        # Alone it gives the tensor under its full name; before others, under the pattern that they look for.
-        return {name: next(iter(found.values()))} if target_patterns == [_ANY] else found
+        decoded = {key: [self._decode(tensor, name) for tensor in tensors] for key, tensors in input_dict.items()}
+        # Alone it returns the tensor under its full name; before other conversions, under their pattern.
+        return {name: next(iter(decoded.values()))} if target_patterns == [_ANY] else decoded
 
     def _decode(self, tensor: torch.Tensor, name: str) -> torch.Tensor:
         if tensor.dtype != torch.uint8:
@@ -47,7 +47,7 @@ def decode_any(limit: int) -> WeightConverter:
 
 
 def decode_first(converter: WeightConverter, limit: int) -> WeightConverter:
-    """Return a conversion that decodes blocks and then does what another one does."""
+    """Return a conversion that decodes blocks before another conversion."""
     return converter.copy(
         list(converter._original_source_patterns),
         list(converter._original_target_patterns),
