@@ -149,19 +149,8 @@ def product(starts: Tensor, columns: Tensor, values: Tensor, bias: Tensor | None
         return y
     threads = torch.get_num_threads()
     scratch = torch.empty(threads * size * library.hf_pdecay_block_rows() if n > 1 else 0)
-    library.hf_pdecay_sparse_product(
-        starts.data_ptr(),
-        columns.data_ptr(),
-        values.data_ptr(),
-        None if bias is None else bias.data_ptr(),
-        out,
-        size,
-        x.data_ptr(),
-        n,
-        y.data_ptr(),
-        scratch.data_ptr(),
-        threads,
-    )
+    matrix = (starts.data_ptr(), columns.data_ptr(), values.data_ptr(), None if bias is None else bias.data_ptr())
+    library.hf_pdecay_sparse_product(*matrix, out, size, x.data_ptr(), n, y.data_ptr(), scratch.data_ptr(), threads)
     return y
 
 

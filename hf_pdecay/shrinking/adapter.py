@@ -8,7 +8,7 @@ import re
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from safetensors import safe_open
@@ -112,9 +112,7 @@ def _checked_config(folder: Path) -> tuple[dict[str, Any], Header]:
             "layers can be removed."
         )
     check_start(config.get("init_lora_weights"), repr(str(folder)))
-    for key in ("rank_pattern", "alpha_pattern"):
-        _check_pattern(config.get(key), key, folder)
-    _check_excluded(config.get("exclude_modules"), folder)
+    _check_patterns(config, folder)
     if not (folder / WEIGHTS).exists():
         raise FormatError(f"{str(folder)!r} has no {WEIGHTS}; save the adapter as safetensors, which PEFT does.")
     return config, read_header(inside(folder / WEIGHTS, folder))
@@ -134,32 +132,32 @@ def _counted(tensors: Mapping[str, Tensor], old: SparsityReport) -> SparsityRepo
     )
 
 
-def _check_pattern(patterns: Any, key: str, folder: Path) -> None:
-    """Raise FormatError if a config's patterns are not numbers by regular expressions."""
-    try:
-        wrong = patterns is not None and not all(
-            isinstance(value, int | float) and re.compile(pattern) for pattern, value in patterns.items()
-        )
-    except (AttributeError, re.error, RecursionError, OverflowError):
-        wrong = True
-    if wrong:
-        raise FormatError(f"{ADAPTER_CONFIG} of {str(folder)!r} has {key}={patterns!r}; it must map layers to numbers.")
+def _check_patterns(config: Mapping[str, Any], folder: Path) -> None:
+    """Raise FormatError if a config's patterns of layers are invalid."""
+
+    def refuse(key: str, right: str) -> NoReturn:
+        raise FormatError(f"{ADAPTER_CONFIG} of {str(folder)!r} has {key}={config[key]!r}; it must be {right}.")
+
+    for key in ("rank_pattern", "alpha_pattern"):
+        patterns = {} if config.get(key) is None else config[key]
+        if not isinstance(patterns, dict) or not all(
+            isinstance(value, int | float) and _is_expression(pattern) for pattern, value in patterns.items()
+        ):
+            refuse(key, "an object of numbers by regular expressions")
+    excluded = config.get("exclude_modules")
+    if isinstance(excluded, list):
+        valid = all(isinstance(name, str) for name in excluded)
+    else:
+        valid = excluded is None or _is_expression(excluded)
+    if not valid:
+        refuse("exclude_modules", "a list of names or a regular expression")
 
 
-def _check_excluded(excluded: Any, folder: Path) -> None:
-    """Raise FormatError if a config's excluded layers are neither a regular expression nor a list of names."""
+def _is_expression(pattern: object) -> bool:
     try:
-        right = excluded is None or (
-            bool(re.compile(excluded))
-            if isinstance(excluded, str)
-            else isinstance(excluded, list) and all(isinstance(name, str) for name in excluded)
-        )
+        return isinstance(pattern, str) and bool(re.compile(pattern))
     except (re.error, RecursionError, OverflowError):
-        right = False
-    if not right:
-        raise FormatError(
-            f"{ADAPTER_CONFIG} of {str(folder)!r} has neither names nor a regular expression in exclude_modules."
-        )
+        return False
 
 
 def _pairs(tensors: Mapping[str, Tensor]) -> dict[str, tuple[str, str]]:

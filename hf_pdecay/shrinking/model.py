@@ -51,13 +51,8 @@ def shrink(model: Model, *, layers: str = "uniform", multiple_of: int = 1) -> Mo
             invalid.
     """
     report = shrink_model(model, layers=layers, multiple_of=multiple_of)
-    logger.info(
-        "Removed %d neurons and %d heads: %d parameters are left of %d.",
-        report.removed("neuron"),
-        report.removed("head"),
-        report.parameters[1],
-        report.parameters[0],
-    )
+    removed, (before, left) = tuple(map(report.removed, KINDS)), report.parameters
+    logger.info("Removed %d neurons and %d heads: %d parameters are left of %d.", *removed, left, before)
     for note in report.notes:
         logger.warning("%s", note)
     return model

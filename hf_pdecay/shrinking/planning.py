@@ -33,13 +33,9 @@ class Plan:
 
 
 def plan_ragged(model: Any, layers: Sequence[Layer], dead: Sequence[Tensor], multiple_of: int = 1) -> Plan:
-    """Remove the dead units of each layer but at least keep one; layers that must be alike are planned uniformly.
+    """Keep the living units of each layer, and at least one; layers that must be alike are planned uniformly.
 
-    Args:
-        model: The model.
-        layers: Its layers.
-        dead: Which units of each are dead.
-        multiple_of: Each layer keeps a multiple of this number of neurons.
+    For the arguments see :func:`plan_uniform`.
     """
     alike = [isinstance(layer.row, Heads) and layer.row.alike for layer in layers]
     pairs = list(zip(layers, dead, strict=True))

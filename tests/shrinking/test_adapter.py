@@ -196,12 +196,15 @@ def test_what_cannot_be_cut_is_said_in_a_sentence(tmp_path: Path) -> None:
         ({"lora_alpha": "16"}, "a lora_alpha of '16', not a number"),
         ({"lora_alpha": 10**400}, "a lora_alpha of 1000.*, not a number"),
         ({"lora_alpha": float("nan")}, "a lora_alpha of nan, not a number"),
-        ({"exclude_modules": 5}, "neither names nor a regular expression in exclude_modules"),
-        ({"exclude_modules": ["lm_head", 5]}, "neither names nor a regular expression in exclude_modules"),
-        ({"exclude_modules": "("}, "neither names nor a regular expression in exclude_modules"),
-        ({"alpha_pattern": {"(": 4}}, "has alpha_pattern=.*; it must map layers to numbers"),
-        ({"rank_pattern": [4]}, "has rank_pattern=.*; it must map layers to numbers"),
-        ({"rank_pattern": {"q_proj": "4"}}, "has rank_pattern=.*; it must map layers to numbers"),
+        ({"exclude_modules": 5}, "has exclude_modules=.*; it must be a list of names or a regular expression"),
+        (
+            {"exclude_modules": ["lm_head", 5]},
+            "has exclude_modules=.*; it must be a list of names or a regular expression",
+        ),
+        ({"exclude_modules": "("}, "has exclude_modules=.*; it must be a list of names or a regular expression"),
+        ({"alpha_pattern": {"(": 4}}, "has alpha_pattern=.*; it must be an object of numbers"),
+        ({"rank_pattern": [4]}, "has rank_pattern=.*; it must be an object of numbers"),
+        ({"rank_pattern": {"q_proj": "4"}}, "has rank_pattern=.*; it must be an object of numbers"),
     ):
         settings.write_text(json.dumps(config | change))
         refused(sentence)

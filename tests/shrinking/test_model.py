@@ -1,4 +1,4 @@
-"""Shrinking: what is left computes the same, loads as an ordinary model, and bad input is refused with a clear message."""
+"""Shrinking: what is left computes the same, loads as an ordinary model, and bad input is refused clearly."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Damaged and forged folders: refused with a clear message, before memory is taken, with nothing written and nothing run."""
+"""Damaged and forged folders: refused clearly, before memory is taken, with nothing written and nothing run."""
 
 from __future__ import annotations
 
