@@ -1,7 +1,6 @@
 """The optimizers that LpDecay wraps: which ones it refuses and why, and which ones it steps in batches.
 
-Optimizers of other libraries are known by the names of their classes, so that none has to be imported. Stepping a few
-tensors at a time needs a copy of these only, not of all weights.
+Class names identify the optimizers of other libraries, so none has to be imported. A batch needs few copies of weights.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimize
 
 
 Batch = dict[int, dict[int, Tensor]]
-"""The parameters of a batch: by the index of their param group, and there by their index in it."""
+"""The parameters of a batch, by the index of their param group and by their index in it."""
 
 
 _IN_BACKWARD = (
@@ -27,65 +26,36 @@ _IN_BACKWARD = (
 _OWN_RATE = "its step size is not the group's lr but one that it finds, and the decay would not follow it"
 _OTHER_FORM = "it keeps the averaged weights where the decay does not reach them. Take {} of the same package"
 
+_SCHEDULE_FREE = {"AdamWScheduleFree", "RAdamScheduleFree", "SGDScheduleFree"}
 _REFUSED = {
     "AcceleratedOptimizer": "it is prepared already: put LpDecay around the optimizer within it, then call prepare",
-    "AdaLomo": _IN_BACKWARD,
-    "AdamWScheduleFreeClosure": _OTHER_FORM.format("AdamWScheduleFree"),
-    "AdamWScheduleFreePaper": _OTHER_FORM.format("AdamWScheduleFree"),
-    "AdamWScheduleFreeReference": _OTHER_FORM.format("AdamWScheduleFree"),
     "CPUOffloadOptimizer": "it steps copies of the weights on the CPU and writes them over what was decayed",
-    "DAdaptAdaGrad": _OWN_RATE,
-    "DAdaptAdam": _OWN_RATE,
-    "DAdaptAdan": _OWN_RATE,
-    "DAdaptLion": _OWN_RATE,
-    "DAdaptSGD": _OWN_RATE,
     "LBFGS": "it calls the closure many times in a step, and estimates curvature from its own updates, which decay "
     "would distort. Take one that steps once, such as torch.optim.SGD",
-    "LayerWiseDummyOptimizer": _IN_BACKWARD,
-    "Lomo": _IN_BACKWARD,
-    "Prodigy": _OWN_RATE,
-    "RAdamScheduleFreeClosure": _OTHER_FORM.format("RAdamScheduleFree"),
-    "SGDScheduleFreeClosure": _OTHER_FORM.format("SGDScheduleFree"),
-    "SGDScheduleFreeReference": _OTHER_FORM.format("SGDScheduleFree"),
     "SparseAdam": "it takes sparse gradients alone, and decay acts on all weights of a tensor. Set sparse=False on "
     "the embedding and take torch.optim.Adam",
+    **dict.fromkeys(("AdaLomo", "LayerWiseDummyOptimizer", "Lomo"), _IN_BACKWARD),
+    **dict.fromkeys(("DAdaptAdaGrad", "DAdaptAdam", "DAdaptAdan", "DAdaptLion", "DAdaptSGD", "Prodigy"), _OWN_RATE),
+    "AdamWScheduleFreePaper": _OTHER_FORM.format("AdamWScheduleFree"),
+    **{f"{kind}Closure": _OTHER_FORM.format(kind) for kind in _SCHEDULE_FREE},
+    **{f"{kind}Reference": _OTHER_FORM.format(kind) for kind in ("AdamWScheduleFree", "SGDScheduleFree")},
 }
 
-# torch's own optimizers that step each tensor by itself, with its own state alone.
+# torch's optimizers that step each tensor by itself.
 _STEPS_ALONE = {
-    "ASGD",
-    "Adadelta",
-    "Adafactor",
-    "Adagrad",
-    "Adam",
-    "AdamW",
-    "Adamax",
-    "Muon",
-    "NAdam",
-    "RAdam",
-    "RMSprop",
-    "Rprop",
-    "SGD",
+    *("ASGD", "Adadelta", "Adafactor", "Adagrad", "Adam", "AdamW", "Adamax"),
+    *("Muon", "NAdam", "RAdam", "RMSprop", "Rprop", "SGD"),
 }
-
-_SCHEDULE_FREE = {"AdamWScheduleFree", "RAdamScheduleFree", "SGDScheduleFree"}
 
 
 def check_base(base: Any) -> None:
-    """Check that p-norm decay works around an optimizer.
-
-    Raises:
-        TypeError: If it is not an optimizer.
-        ValueError: If the decay would be wrong or have no effect; the message says why.
-    """
+    """Raise a TypeError if ``base`` is not an optimizer, and a ValueError if decay around it would not work."""
     if not isinstance(base, Optimizer):
-        kind = (
-            f"the class {base.__name__}; make it first" if isinstance(base, type) else f"a {_wrapped_name(type(base))}"
-        )
+        kind = f"the class {base.__name__}; make it first" if isinstance(base, type) else f"a {_name(type(base))}"
         raise TypeError(f"Invalid base_optimizer: it must be a torch.optim.Optimizer, not {kind}.")
     reason = _refusal(base)
     if reason is not None:
-        raise ValueError(f"LpDecay does not go around {_wrapped_name(type(base))}: {reason}.")
+        raise ValueError(f"LpDecay does not go around {_name(type(base))}: {reason}.")
 
 
 def is_schedule_free(base: Optimizer) -> bool:
@@ -94,21 +64,19 @@ def is_schedule_free(base: Optimizer) -> bool:
 
 
 def takes_found_inf(base: Optimizer) -> bool:
-    """Whether an optimizer reads on the device whether to step, as torch's ``GradScaler`` tells it."""
+    """Whether an optimizer reads the flag of torch's ``GradScaler`` on the device."""
     return bool(getattr(base, "_step_supports_amp_scaling", False))
 
 
 def batch_size(device: torch.device) -> int:
-    """Number of weights in a batch, unless one tensor has more. On a GPU many, as each batch has its own launches."""
+    """Number of weights in a batch, unless one tensor has more. On a GPU large, because each batch has launches."""
     return 1 << 22 if device.type == "cpu" else 1 << 28
 
 
 def batches(base: Optimizer, counts: Callable[[dict[str, Any]], bool]) -> Iterator[Batch]:
     """Yield the parameters that step together: all, or a batch at a time if the base steps each tensor by itself.
 
-    Args:
-        base: The optimizer.
-        counts: Whether the weights of a param group count towards the size of a batch.
+    ``counts`` says whether the weights of a param group count towards the size of a batch.
     """
     if not steps_alone(base):
         yield {index: dict(enumerate(group["params"])) for index, group in enumerate(base.param_groups)}
@@ -118,7 +86,7 @@ def batches(base: Optimizer, counts: Callable[[dict[str, Any]], bool]) -> Iterat
     for group_index, group in enumerate(base.param_groups):
         counted = counts(group)
         for index, param in enumerate(group["params"]):
-            # A sharded parameter counts with all its shards: processes must agree on batches, as bases may communicate.
+            # numel() counts all shards: processes must agree on batches, because bases may communicate.
             numel = param.numel() if counted and param.grad is not None else 0
             if size and size + numel > batch_size(param.device):
                 yield batch
@@ -129,7 +97,7 @@ def batches(base: Optimizer, counts: Callable[[dict[str, Any]], bool]) -> Iterat
 
 
 def step_batch(base: Optimizer, batch: Batch) -> None:
-    """Let an optimizer step the parameters of a batch, and no others."""
+    """Let an optimizer step only the parameters of a batch."""
     groups = base.param_groups
     if sum(map(len, batch.values())) == sum(len(group["params"]) for group in groups):
         base.step()
@@ -155,26 +123,22 @@ def _refusal(base: Optimizer) -> str | None:
     for name in _names(base):
         if name in _REFUSED:
             return _REFUSED[name]
-    # What stands in for an optimizer need not have defaults.
     defaults: dict[str, Any] = base.defaults
     if "lambda_p" in defaults:
         return "it decays by p norm already"
-    if defaults.get("gradient_release"):
-        return _IN_BACKWARD
     params: list[Tensor] = [param for group in base.param_groups for param in group["params"]]
-    if any(getattr(param, "_in_backward_optimizers", None) for param in params):
+    if defaults.get("gradient_release") or any(getattr(param, "_in_backward_optimizers", None) for param in params):
         return _IN_BACKWARD
     if any(group.get("differentiable") for group in base.param_groups):
         return "differentiable=True differentiates through the step, and the decay changes weights in place"
     closure = inspect.signature(base.step).parameters.get("closure")
     if closure is not None and closure.default is inspect.Parameter.empty:
         return "its step needs a closure, to call it as often as it likes. Take one that steps once, such as SGD"
-    for group in base.param_groups:
-        if group.get("lr") is None:
-            return (
-                "its step size is not the group's lr, which is None or not there, and the decay would not follow it. "
-                "Give it an lr (transformers' Adafactor: relative_step=False, scale_parameter=False)"
-            )
+    if any(group.get("lr") is None for group in base.param_groups):
+        return (
+            "its step size is not the group's lr, which is None or missing, and the decay would not follow it. "
+            "Give it an lr (transformers' Adafactor: relative_step=False, scale_parameter=False)"
+        )
     return None
 
 
@@ -182,5 +146,5 @@ def _names(base: Optimizer) -> list[str]:
     return [cls.__name__ for cls in type(base).__mro__]
 
 
-def _wrapped_name(kind: type) -> str:
+def _name(kind: type) -> str:
     return f"{kind.__module__}.{kind.__qualname__}"

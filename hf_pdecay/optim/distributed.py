@@ -1,4 +1,4 @@
-"""Sharded parameters (DTensor, as FSDP2 makes them): each rank steps its own shard as if it were a plain tensor."""
+"""Sharded parameters (DTensor, as FSDP2 makes them): each rank steps its shard as if it were a plain tensor."""
 
 from __future__ import annotations
 
@@ -13,22 +13,18 @@ from .rounding import mix32
 
 
 def is_dtensor(tensor: Tensor) -> bool:
-    """Whether a tensor is a DTensor. Does not import torch's module for them: without it there are none."""
+    """Whether a tensor is a DTensor. Does not import torch's module, without which there cannot be one."""
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(tensor, module.DTensor)
 
 
 def local(tensor: Tensor) -> Tensor:
-    """Return the shard of a DTensor that this rank holds, which shares its memory; any other tensor as it is."""
+    """Return the shard of a DTensor that this rank holds, which shares its memory; another tensor unchanged."""
     return tensor.to_local() if is_dtensor(tensor) else tensor  # type: ignore[attr-defined]
 
 
 def local_grad(param: Tensor, grad: Tensor) -> Tensor:
-    """Return the part of a DTensor's gradient that belongs to this rank's shard; this may communicate.
-
-    Raises:
-        ValueError: If the gradient is a plain tensor: which shard it belongs to is unknown.
-    """
+    """Return the gradient of this rank's shard, which may communicate. A plain tensor raises a ValueError."""
     if not is_dtensor(grad):
         raise ValueError(
             f"AdamWLp takes a DTensor as the gradient of a DTensor parameter (shape {tuple(param.shape)}), not "
@@ -51,10 +47,7 @@ def are_placed_alike(param: Tensor, grad: Tensor) -> bool:
 def parts_here(
     params: Sequence[Tensor], grads: Sequence[Tensor | None]
 ) -> tuple[list[Tensor], list[Tensor | None]] | None:
-    """Return the shards of parameters and gradients that this rank holds, which the caller must keep alive.
-
-    None if a gradient must be moved or waited for first.
-    """
+    """Return this rank's shards, which the caller must keep alive; None if a gradient must be moved or waited for."""
     shards, their = list(params), list(grads)
     for index, (param, grad) in enumerate(zip(params, grads, strict=True)):
         if not is_dtensor(param):
@@ -100,10 +93,7 @@ def total(parts: Mapping[Groups, Tensor]) -> Tensor:
 
 
 def shard_groups(param: Tensor) -> tuple[int, Groups]:
-    """Return which of a DTensor's shards this process holds, and the process groups that the shards lie across.
-
-    The other dimensions of its mesh have replicas.
-    """
+    """Return the index of this process's shard of a DTensor, and the process groups that the shards lie across."""
     sharded = cast(Any, param)
     slot, groups = 0, []
     for dim, placement in enumerate(sharded.placements):
@@ -114,14 +104,7 @@ def shard_groups(param: Tensor) -> tuple[int, Groups]:
 
 
 class Span(NamedTuple):
-    """The indices of a sharded tensor that this process holds.
-
-    Attributes:
-        dim: The dimension that the tensor is sharded along.
-        start: The first index that this process holds.
-        size: Number of indices that a process holds; the last processes may have fewer.
-        groups: Process groups that the shards lie across.
-    """
+    """The indices along ``dim`` of a sharded tensor that this process holds; the last processes may have fewer."""
 
     dim: int
     start: int
@@ -130,11 +113,7 @@ class Span(NamedTuple):
 
 
 def span_of(param: Tensor) -> Span | None:
-    """Return where the shard of a DTensor lies in the whole tensor; None for a tensor that is whole.
-
-    Raises:
-        ValueError: If it is sharded along several dimensions, or in another way than FSDP2 does it.
-    """
+    """Return where a shard lies in the whole tensor; None if it is whole. A ValueError unless sharded as by FSDP2."""
     if not is_dtensor(param):
         return None
     sharded = cast(Any, param)
@@ -154,16 +133,10 @@ def span_of(param: Tensor) -> Span | None:
 
 
 def common_groups(spans: Sequence[Span | None]) -> Groups:
-    """Return the process groups that all of these tensors are sharded across; empty if they are whole.
-
-    Raises:
-        ValueError: If they are not the same for all.
-    """
+    """Return the process groups that all these tensors are sharded across; a ValueError if they differ."""
     groups = {span.groups if span is not None else () for span in spans}
     if len(groups) > 1:
-        raise ValueError(
-            "Invalid group: a unit has members that lie across different processes; shard all of them alike."
-        )
+        raise ValueError("Invalid group: a unit has members that lie across different processes; shard all alike.")
     return groups.pop() if groups else ()
 
 

@@ -20,12 +20,7 @@ _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "8bit": torch.f
 
 
 def check_moments(moments: object) -> None:
-    """Check the argument.
-
-    Raises:
-        ValueError: If it is neither None nor one of :data:`MOMENTS`.
-        ImportError: If it is ``"8bit"`` and torchao is not installed.
-    """
+    """Raise a ValueError unless ``moments`` is None or in :data:`MOMENTS`, and an ImportError if torchao is missing."""
     if moments is not None and moments not in MOMENTS:
         raise ValueError(
             f"Invalid moments: moments={moments!r}; it must be one of {', '.join(MOMENTS)}, or None for the dtype of "
@@ -45,29 +40,18 @@ def quantized_bytes(numel: int) -> int:
 
 
 def zero_moment(param: Tensor, moments: str | None, *, signed: bool) -> Tensor:
-    """Return a moment of zeros for a parameter.
-
-    Args:
-        param: The parameter; a DTensor gives a DTensor.
-        moments: One of :data:`MOMENTS`, or None for the dtype of the parameter.
-        signed: Whether the moment can be negative: the first is, the second is not.
-
-    Raises:
-        ValueError: If ``moments`` is ``"8bit"`` and the parameter is sharded.
-    """
+    """Return a moment of zeros; ``signed`` if it can be negative. A ValueError for 8 bit on a sharded parameter."""
     if moments == "8bit" and is_dtensor(param):
         raise ValueError(
-            "Invalid moments: moments='8bit' with sharded weights, which torchao cannot quantise; take "
-            "moments='bfloat16'."
+            "Invalid moments: moments='8bit' with sharded weights, which torchao cannot quantise; take 'bfloat16'."
         )
     if moments == "8bit" and can_quantize(param):
         return _state_class().zeros(param.shape, signed=signed, block_size=BLOCK, device=param.device)
-    dtype = moment_dtype(param, moments)
-    return torch.zeros_like(param, dtype=dtype, memory_format=torch.preserve_format)
+    return torch.zeros_like(param, dtype=moment_dtype(param, moments), memory_format=torch.preserve_format)
 
 
 def moment_dtype(param: Tensor, moments: str | None) -> torch.dtype:
-    """Return the dtype of a moment that is not quantised. float64 weights keep float64 moments."""
+    """Return the dtype of a moment that is not quantised; float64 weights keep float64 moments."""
     if moments is None or param.dtype == torch.float64:
         return param.dtype
     return _DTYPES[moments]
@@ -87,14 +71,8 @@ def as_stored(moment: Tensor, param: Tensor, moments: str | None, *, signed: boo
 def can_quantize(param: Tensor) -> bool:
     """Whether a parameter's moments can be 8 bit: blocks need a flat, plain tensor of whole blocks."""
     numel = param.numel()
-    plain = type(param) in (Tensor, torch.nn.Parameter)
-    return (
-        plain
-        and param.dtype != torch.float64
-        and numel >= MIN_QUANTIZED
-        and not numel % BLOCK
-        and param.is_contiguous()
-    )
+    plain = type(param) in (Tensor, torch.nn.Parameter) and param.dtype != torch.float64 and param.is_contiguous()
+    return plain and numel >= MIN_QUANTIZED and not numel % BLOCK
 
 
 def is_quantized(moment: Tensor) -> bool:
@@ -103,12 +81,7 @@ def is_quantized(moment: Tensor) -> bool:
 
 
 def refusal_of_encoded(param: Tensor, *moments: Tensor) -> str | None:
-    """Return why a step that reads and writes 8-bit moments by their addresses cannot take these, or None.
-
-    Args:
-        param: The weights.
-        moments: Both moments; at least one is stored in 8 bits.
-    """
+    """Return why a step that finds 8-bit moments by address cannot take these two, or None."""
     if param.dtype == torch.float64:
         return "it does not know weights of torch.float64 with 8-bit moments"
     if not all(is_quantized(moment) for moment in moments):
@@ -129,7 +102,7 @@ def refusal_of_encoded(param: Tensor, *moments: Tensor) -> str | None:
 
 
 def address(moment: Tensor) -> int:
-    """Return a number for the address of a moment in memory, or of this process's shard of it."""
+    """Return a number that identifies where a moment, or this process's shard of it, lies in memory."""
     if type(moment) is Tensor:
         return moment.data_ptr()
     if not is_quantized(moment):
@@ -139,10 +112,7 @@ def address(moment: Tensor) -> int:
 
 
 def dequantize(moment: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return the values of a moment as a plain tensor of ``dtype``: a copy if it is quantised or of another dtype.
-
-    It also takes the moments of 4 bits and of float8 that torchao's optimizers keep.
-    """
+    """Return the values of a moment as a plain tensor of ``dtype``; also of torchao's 4-bit and float8 moments."""
     if type(moment).__name__ in ("OptimState8bit", "OptimState4bit", "OptimStateFp8"):
         values: Any = moment.dequantize()
         return values.to(dtype)
@@ -150,7 +120,7 @@ def dequantize(moment: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def clone(moment: Tensor) -> Tensor:
-    """Return a copy of a moment; torchao cannot copy its own."""
+    """Return a copy of a moment; torchao cannot copy 8-bit moments."""
     if not is_quantized(moment):
         return moment.clone()
     state: Any = moment

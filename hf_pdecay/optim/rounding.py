@@ -1,11 +1,10 @@
 """Stochastic rounding of float32 values to bfloat16 and float16, and the random bits for it.
 
-A low-precision weight times a factor of 0.996 rounds back to itself, so it would never decay. Rounding up or down at
-random, with probabilities that keep the mean, lets small changes through. The same holds for second moments, which
-change by a thousandth a step.
+A low-precision weight times 0.996 rounds back to itself, so it would never decay, and a second moment would never
+change by a thousandth. Rounding up or down at random, with probabilities that keep the mean, lets such changes through.
 
-The random bits are a hash of the tensor's place in the optimizer, its step and the element's place in the tensor only.
-So they need no state, resumed runs and replicas get the same bits, and every backend computes the same bits.
+The random bits are a hash of the tensor's place in the optimizer, its step and the element's place in the tensor. So
+they need no state, and resumed runs, replicas and all backends get the same bits.
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ def mix32(x: int) -> int: ...
 @overload
 def mix32(x: Tensor) -> Tensor: ...
 def mix32(x: int | Tensor) -> int | Tensor:
-    """Return a hash of 32 bits to 32 bits in which each bit depends on all, as a number or an int64 tensor of them."""
+    """Return a hash of 32 bits to 32 bits in which each bit depends on all, of a number or an int64 tensor."""
     x = x ^ (x >> 16)
     x = (x * _FIRST) & _MASK
     x = x ^ (x >> 15)
@@ -41,17 +40,9 @@ def mix32(x: int | Tensor) -> int | Tensor:
 
 
 def noise_bits(step: int | Tensor, index: int, first: int, count: int, device: torch.device) -> Tensor:
-    """Return 32 random bits for each of ``count`` elements.
+    """Return 32 random bits for each of ``count`` elements: an int64 tensor with values in [0, 2^32).
 
-    Args:
-        step: Number of the step, or a 0-dim tensor of it on ``device``.
-        index: Place of the tensor in the optimizer.
-        first: Place of the first element in the tensor.
-        count: Number of elements.
-        device: Where to compute.
-
-    Returns:
-        An int64 tensor of shape ``(count,)`` with values in [0, 2^32).
+    ``index`` is the place of the tensor in the optimizer, ``first`` the place of the first element in the tensor.
     """
     whole = step.to(torch.int64) if isinstance(step, Tensor) else step
     a = mix32((whole + index * _GOLDEN) & _MASK)
@@ -67,18 +58,9 @@ def noise_bits(step: int | Tensor, index: int, first: int, count: int, device: t
 def stochastic_round(values: Tensor, dtype: torch.dtype, noise: Tensor) -> Tensor:
     """Round to one of the two neighbours in ``dtype`` at random, such that the mean is the value itself.
 
-    Values that ``dtype`` can hold stay as they are. Values beyond its range become its largest finite value.
+    Values that ``dtype`` can hold do not change. Values beyond its range become its largest finite value.
 
-    Args:
-        values: A float32 tensor of any shape.
-        dtype: ``torch.bfloat16`` or ``torch.float16``.
-        noise: An integer tensor of as many elements as ``values``; the lowest 16 of its random bits are used.
-
-    Returns:
-        A new tensor of ``dtype``.
-
-    Raises:
-        ValueError: If ``values`` is not float32 or ``dtype`` is not one of the two.
+    ``values`` are float32, and ``noise`` has an integer with at least 16 random bits for each.
     """
     if values.dtype != torch.float32 or dtype not in LOW_PRECISION:
         raise ValueError(f"stochastic_round takes float32 to bfloat16 or float16, not {values.dtype} to {dtype}.")

@@ -1,6 +1,6 @@
 """The weights that this process holds of a parameter: whole, sharded by DTensor, or partitioned by DeepSpeed.
 
-DeepSpeed is recognised by the attributes that it sets on parameters and optimizers, and never imported.
+The attributes that DeepSpeed sets on parameters and optimizers identify it; it is never imported.
 """
 
 from __future__ import annotations
@@ -36,34 +36,27 @@ def is_sharded(param: Tensor) -> bool:
 def held(param: Any) -> Ranked:
     """Return the weights that this process holds of a parameter of the model; they share its memory."""
     if is_dtensor(param):
-        return _of_dtensor(param, None)
+        return Ranked(local(param), None, *shard_groups(param))
     if hasattr(param, "ds_tensor"):
         return _of_group(param.ds_process_group, _unpadded(param, param.ds_tensor.detach()), None)
     return Ranked(param)
 
 
 def ranked(param: Any, optimizer: Optimizer) -> Ranked:
-    """Return the weights of a parameter that this process steps, with their second moment if there is one.
-
-    Args:
-        param: A parameter that :func:`group_params` returned for the optimizer.
-        optimizer: The optimizer.
-    """
+    """Return the weights that this process steps of a parameter of :func:`group_params`, with their second moment."""
     if hasattr(param, "_z3_optimizer"):
         return _of_group(param.ds_process_group, *_partition_of_zero3(param))
     if hasattr(param, "_hp_mapping"):
         return _of_group(param._dp_group, *_fragment_of_zero12(param, _deepspeed_optimizer(optimizer)))
-    # Not state[param], which would make an entry for a parameter that has never had a gradient.
+    # state[param] would make an entry for a parameter that has never had a gradient.
     second = optimizer.state.get(param, {}).get("exp_avg_sq")
     if second is not None:
         second = dequantize(local(second), torch.promote_types(second.dtype, torch.float32))
-    return _of_dtensor(param, second) if is_dtensor(param) else Ranked(param, second)
+    return Ranked(local(param), second, *shard_groups(param)) if is_dtensor(param) else Ranked(param, second)
 
 
 def group_params(optimizer: Any) -> list[list[Tensor]]:
-    """Return the model's parameters in each of an optimizer's param groups.
-
-    DeepSpeed puts flat partitions of its own in their place.
+    """Return the model's parameters in each param group of an optimizer, where DeepSpeed puts flat partitions.
 
     Args:
         optimizer: Any optimizer, which Accelerate or DeepSpeed may have wrapped.
@@ -91,7 +84,7 @@ def settle(model: torch.nn.Module) -> None:
 
 @torch.no_grad()
 def publish(optimizer: Any) -> None:
-    """Copy an optimizer's weights to the model's; they are different tensors under DeepSpeed only."""
+    """Copy an optimizer's weights to the model's; only under DeepSpeed are these different tensors."""
     engine = _deepspeed_optimizer(optimizer)
     if engine is None:
         return
@@ -117,10 +110,6 @@ def _of_group(group: Any, weight: Tensor, exp_avg_sq: Tensor | None) -> Ranked:
     return Ranked(weight, exp_avg_sq, torch.distributed.get_rank(group), (group,))
 
 
-def _of_dtensor(param: Tensor, exp_avg_sq: Tensor | None) -> Ranked:
-    return Ranked(local(param), exp_avg_sq, *shard_groups(param))
-
-
 def _deepspeed_optimizer(optimizer: Any) -> Any:
     """DeepSpeed's optimizer around an optimizer, inside Accelerate's wrapper; None without DeepSpeed."""
     while optimizer is not None:
@@ -140,16 +129,13 @@ def _partition_of_zero3(param: Any) -> tuple[Tensor, Tensor | None]:
             "must be 'cpu' or 'none'."
         )
     second = engine.optimizer.state[flat].get("exp_avg_sq") if flat in engine.optimizer.state else None
-    weight, exp_avg_sq = (
-        None if tensor is None else _unpadded(param, tensor.detach().narrow(0, start, numel))
-        for tensor in (flat, second)
-    )
-    return weight, exp_avg_sq  # type: ignore[return-value]
+    weight = _unpadded(param, flat.detach().narrow(0, start, numel))
+    return weight, None if second is None else _unpadded(param, second.detach().narrow(0, start, numel))
 
 
 def _fragment_of_zero12(param: Any, engine: Any) -> tuple[Tensor, Tensor | None]:
     mapping = param._hp_mapping
-    if mapping is None:  # all of its weights are in the partitions of others
+    if mapping is None:  # other processes have all its weights
         return param.new_empty(0, dtype=torch.float32), None
     # The state that DeepSpeed links to the parameter is missing for all param groups but the first.
     partitions = getattr(engine, "single_partition_of_fp32_groups", None) or engine.fp32_groups_flat_partition
@@ -168,11 +154,8 @@ class Ranked(NamedTuple):
     """A tensor of weights, or this process's shard of one, ranked by |w| v^(1/4), or by |w| alone.
 
     Attributes:
-        weight: Weights of any shape and floating dtype.
-        exp_avg_sq: Adam's second moment v of the same shape, or None.
         slot: Index of the shard among the tensor's shards.
-        groups: Process groups that the shards lie across. All their processes make the same calls with shards of the
-            same tensors, in the same order, and get the same results.
+        groups: Process groups that the shards lie across. All their processes must make the same calls in one order.
     """
 
     weight: Tensor

@@ -35,11 +35,7 @@ _NOISE = 1 << 19
 
 
 def unit_decay_of(group: dict[str, Any], *arguments: Any, **more: Any) -> UnitDecay:
-    """Return the decay of a param group around one step; see :class:`UnitDecay` for the arguments.
-
-    Raises:
-        ValueError: If ``units`` do not fit the parameters.
-    """
+    """Return the decay of a param group around one step. Raises a ValueError if ``units`` do not fit the parameters."""
     check_units(group)  # units may have changed since the last step, and compiled functions believe every place
     kind = CoupledDecay if n_of_m(kind_of(group)) is None else BlockDecay
     return kind(group, *arguments, **more)
@@ -53,14 +49,9 @@ class UnitDecay(ABC):
     :meth:`before_step`, the step, :meth:`after_step`.
 
     Args:
-        group: The param group, with ``group`` other than ``"element"``.
-        first_place: Place of its first parameter in the optimizer.
-        alpha_lambda: α λ_p on a device.
+        first_place: Place of the group's first parameter in the optimizer.
         step_of: By the index of a parameter, the number of its step, from which its random bits come.
-        averaged: By the index of a parameter, the weights z of a schedule-free optimizer, which decay as its own do.
-
-    Attributes:
-        tables: The tables from which a fused step decays units, if there are any.
+        averaged: By the index of a parameter, the weights z of a schedule-free optimizer, which decay alike.
     """
 
     group: dict[str, Any]
@@ -82,33 +73,14 @@ class UnitDecay(ABC):
 
     @abstractmethod
     def take_norms(self, backend: str = "") -> None:
-        """Take what the decay needs of the weights before the step.
-
-        Args:
-            backend: ``"compiled"`` or ``"triton"`` to take the norms by its functions, which differ in their last bits.
-                The caller has made sure that they are available.
-
-        Raises:
-            ValueError: If a parameter is sharded in a way that the decay cannot handle.
-        """
+        """Take the norms before the step, by the functions of the backend; a ValueError for unsuitable shards."""
 
     @abstractmethod
     def structures(self, hyper: Hyperparameters) -> dict[int, Structure]:
-        """Return, by the index of a parameter, what a step needs in order to decay it itself.
-
-        Args:
-            hyper: Hyperparameters of the param group, with their λ_p.
-        """
+        """Return, by the index of a parameter, what a step needs to decay it itself; ``hyper`` has the group's λ_p."""
 
     def before_step(self, done: Collection[int] = ()) -> None:
-        """Prepare for :meth:`after_step`.
-
-        Args:
-            done: Indices of the parameters that the step decays itself.
-
-        Raises:
-            ValueError: If a sharded parameter is not among them.
-        """
+        """Prepare for :meth:`after_step`; ``done``, what the step decays itself, must have all sharded parameters."""
         self._done = done
         if {member.param for _, member in self._members()} & self._sharded & self._with_grad - set(done):
             raise ValueError(self._refusal())
@@ -116,15 +88,11 @@ class UnitDecay(ABC):
     @property
     def lasts(self) -> bool:
         """Whether the step decays all parameters itself, and the next one can be repeated with tables filled anew."""
-        # Also those without units: their step has hyperparameters of its own, which would not be renewed.
+        # This includes parameters without units: the hyperparameters of their step would not be renewed.
         return self._with_grad <= set(self._done)
 
     def after_step(self, finite: bool | Tensor = True) -> None:
-        """Multiply the weights that the step has not decayed itself.
-
-        Args:
-            finite: Whether the optimizer has stepped.
-        """
+        """Multiply the weights that the step has not decayed itself; ``finite`` says whether there was a step."""
         if finite is not False:
             with torch.no_grad():
                 self._decay(finite)
@@ -144,7 +112,7 @@ class UnitDecay(ABC):
                 yield layer, member
 
     def _weights(self, index: int) -> Iterator[Tensor]:
-        """The weights of a parameter, and those of a schedule-free optimizer beside them."""
+        """The weights of a parameter, and the averaged weights of a schedule-free optimizer."""
         yield self._params[index]
         averaged = self.averaged(index)
         if averaged is not None:
@@ -152,7 +120,7 @@ class UnitDecay(ABC):
 
 
 class BlockDecay(UnitDecay):
-    """The decay of N:M blocks: of M consecutive weights each of the M - N weakest decays by its own factor."""
+    """The decay of N:M blocks: the M - N weakest of M consecutive weights decay, each by its own factor."""
 
     @property
     def _blocks(self) -> tuple[int, int]:
@@ -165,8 +133,7 @@ class BlockDecay(UnitDecay):
             if span is not None and span.dim == member.dim and span.size % self._blocks[1]:
                 raise ValueError(
                     f"Invalid group: group={kind_of(self.group)!r} on {layer.name or 'a parameter'}: each process has "
-                    f"{span.size} of the indices along which the blocks lie, which must be divisible by "
-                    f"{self._blocks[1]}."
+                    f"{span.size} of the indices along the blocks, which must be divisible by {self._blocks[1]}."
                 )
 
     def structures(self, hyper: Hyperparameters) -> dict[int, Structure]:
@@ -185,16 +152,14 @@ class BlockDecay(UnitDecay):
             if before is None:
                 continue
             noise = self.first_place + member.param + _NOISE, self.step_of(member.param)
-            alpha_lambda = self.alpha_lambda(before.device)
+            settings = self.group["p_norm"], self.alpha_lambda(before.device), finite, noise
             for weights in self._weights(member.param):
-                decay_weakest(
-                    weights, before, member.dim, self._blocks, self.group["p_norm"], alpha_lambda, finite, noise
-                )
+                decay_weakest(weights, before, member.dim, self._blocks, *settings)
 
 
 @dataclass
 class _Norms:
-    """The norms on one device before the step: indices of layers, r of all their units, and which are dormant."""
+    """Before the step, on one device: indices of layers, r of all their units, and which units are dormant."""
 
     layers: list[int]
     rms: Tensor
@@ -204,9 +169,8 @@ class _Norms:
 class CoupledDecay(UnitDecay):
     """The decay of rows, columns, neurons, heads or ranks. The host waits for the device in the first step only.
 
-    A unit that is wholly zero at its first step decays only once it has become non-zero, which the entry
-    ``dormant_units`` of the param group remembers. Other units that are wholly zero stay so while λ_p > 0 and p < 2,
-    whatever the learning rate. A root mean square below about 1e-19 counts as 0, because its square is 0 in float32.
+    A unit that is wholly zero at its first step is dormant: it decays only once it has become non-zero. Other wholly
+    zero units stay zero while λ_p > 0 and p < 2. A root mean square below about 1e-19 has the square 0 in float32.
     """
 
     def take_norms(self, backend: str = "") -> None:
@@ -217,9 +181,9 @@ class CoupledDecay(UnitDecay):
         by_device: dict[torch.device, list[int]] = {}
         for index, layer in enumerate(self._units):
             by_device.setdefault(self._params[layer.members[0].param].device, []).append(index)
-        remembered: list[Tensor | None] | None = self.group.get("dormant_units")
-        # The number of tensors never changes: torch.distributed.checkpoint loads into what an optimizer that has
-        # stepped the present weights has. A mask on a CPU without a dormant unit says that all are awake for good.
+        remembered: list[Tensor] | None = self.group.get("dormant_units")
+        # The number of tensors never changes, because torch.distributed.checkpoint loads into existing tensors.
+        # A mask on a CPU without a dormant unit says that all units are awake for good.
         masks = [torch.zeros(layer.count, dtype=torch.bool) for layer in self._units]
         for device, layers in by_device.items():
             if self.tables is not None:
@@ -228,12 +192,11 @@ class CoupledDecay(UnitDecay):
                 rms = torch.cat([mean_squares(self._units[index], self._params) for index in layers]).sqrt_()
             counts = [self._units[index].count for index in layers]
             dormant: Tensor | None = rms == 0
-            if remembered is not None and all(_are_awake(remembered[index]) for index in layers):
-                dormant = None
-            elif remembered is not None:
-                known = [_mask(remembered[index], count, device) for index, count in zip(layers, counts, strict=True)]
-                dormant = torch.cat(known) & (rms == 0)
-            # The host looks once, and on a CPU as long as a unit is dormant.
+            if remembered is not None:
+                known = [remembered[index] for index in layers]
+                awake = all(mask.is_cpu and not mask.any() for mask in known)
+                dormant = None if awake else torch.cat([mask.to(device) for mask in known]) & (rms == 0)
+            # On a GPU the host looks only once.
             if dormant is not None and (remembered is None or dormant.is_cpu) and not dormant.any():
                 dormant = None
             if dormant is not None:
@@ -301,7 +264,7 @@ class CoupledDecay(UnitDecay):
 
 
 def _tables(params: Sequence[Tensor], units: Sequence[Units[int]], backend: str) -> UnitTables | None:
-    """The tables of a backend, if its functions take all parameters and these are on one device."""
+    """The tables of a backend, if its functions take all parameters and all are on one device."""
     weights = [params[member.param] for layer in units for member in layer.members]
     if backend not in ("compiled", "triton") or len({weight.device for weight in weights}) != 1:
         return None
@@ -311,13 +274,3 @@ def _tables(params: Sequence[Tensor], units: Sequence[Units[int]], backend: str)
 
         kind = UnitFactors
     return kind(params, units) if all(kind.takes(weight) for weight in weights) else None
-
-
-def _are_awake(remembered: Tensor | None) -> bool:
-    return remembered is None or (remembered.is_cpu and not remembered.any())
-
-
-def _mask(remembered: Tensor | None, count: int, device: torch.device) -> Tensor:
-    if remembered is None:
-        return torch.zeros(count, dtype=torch.bool, device=device)
-    return remembered.to(device)

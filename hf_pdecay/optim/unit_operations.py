@@ -1,4 +1,4 @@
-"""Operations on units in plain torch: their mean squares, which are alive, and products with a factor for each."""
+"""Operations on units in plain torch: mean squares, which units are alive, and multiplication by factors."""
 
 from __future__ import annotations
 
@@ -18,26 +18,19 @@ from .units import Member, Units, unit_size
 def mean_squares(
     units: Units[int], params: Sequence[Tensor], values: Mapping[int, Tensor] | Sequence[Tensor] | None = None
 ) -> Tensor:
-    """Return the mean square of each unit over all its members, of all processes that hold shards of them.
+    """Return the mean square of each unit, summed over all processes, on the device of the first member.
 
-    Args:
-        units: The units.
-        params: The parameters of the param group.
-        values: By the index of a parameter, values of the shape of its weights or of this process's shard of them, to
-            take in place of the weights.
-
-    Returns:
-        A tensor of shape ``(units.count,)`` on the device of the first member, in float32 or float64.
+    ``values`` replace the weights: by the index of a parameter, a tensor of the shape of this process's weights.
     """
     device = params[units.members[0].param].device
     spans = {member.param: span_of(params[member.param]) for member in units.members}
     total: Tensor | float = 0.0
     for member in units.members:
-        value, span = (params if values is None else values)[member.param], spans[member.param]
+        value, span = (params if values is None else values)[member.param].detach(), spans[member.param]
         if span is None:
-            sums = _square_sums(_narrowed(value.detach(), member, units.count), member.dim)
+            sums = _square_sums(value.narrow(member.dim, member.offset, units.count * member.size), member.dim)
         else:
-            sums = _square_sums(local(value.detach()), member.dim)
+            sums = _square_sums(local(value), member.dim)
             sums = _of_whole(sums, member, units.count, params[member.param].shape[member.dim], span)
         if member.size > 1:
             sums = sums.view(-1, member.size).sum(1)
@@ -47,29 +40,21 @@ def mean_squares(
 
 
 def alive_units(units: Units[int], params: Sequence[Tensor]) -> Tensor:
-    """Return which units have a weight other than 0, as a bool tensor on the device of the first member.
-
-    All processes that hold shards of the parameters must call it, and get the same.
-    """
+    """Return which units have a non-zero weight. All processes that hold shards must call it, and get the same."""
     device = params[units.members[0].param].device
-    spans = {member.param: span_of(params[member.param]) for member in units.members}
     alive = torch.zeros(units.count, dtype=torch.bool, device=device)
     for member in units.members:
         alive |= alive_here(params[member.param], member, units.count).to(device)
-    groups = common_groups(list(spans.values()))
-    return all_sum(alive.to(torch.int32), groups) > 0 if groups else alive
+    groups = common_groups([span_of(params[member.param]) for member in units.members])
+    return all_sum(alive.to(torch.int32), groups) > 0
 
 
 def alive_here(param: Tensor, member: Member[Any], count: int) -> Tensor:
-    """Return which of ``count`` units have a weight other than 0 in what this process holds of one parameter.
-
-    Returns:
-        A bool tensor of shape ``(count,)`` on the device of the parameter.
-    """
+    """Return which of ``count`` units have a non-zero weight in the part of a parameter that this process holds."""
     span = span_of(param)
     weights = local(param.detach())
     if span is None:
-        weights = _narrowed(weights, member, count)
+        weights = weights.narrow(member.dim, member.offset, count * member.size)
     nonzero = (weights != 0).transpose(0, member.dim)
     nonzero = nonzero.flatten(1).any(1) if nonzero.dim() > 1 else nonzero
     if span is not None:
@@ -77,13 +62,8 @@ def alive_here(param: Tensor, member: Member[Any], count: int) -> Tensor:
     return nonzero.view(count, -1).any(1)
 
 
-def _narrowed(tensor: Tensor, member: Member[Any], count: int) -> Tensor:
-    """The part of a whole tensor in which the units lie."""
-    return tensor.narrow(member.dim, member.offset, count * member.size)
-
-
 def _of_whole(here: Tensor, member: Member[Any], count: int, length: int, span: Span) -> Tensor:
-    """The indices in which the units lie, from one value for each index that this process has; 0 for the others."""
+    """Values for all indices in which the units lie, from those of this process; 0 for the others."""
     whole = here.new_zeros(length)
     first = first_index(span, member.dim)
     whole[first : first + len(here)] = here
@@ -91,7 +71,7 @@ def _of_whole(here: Tensor, member: Member[Any], count: int, length: int, span: 
 
 
 def _square_sums(weights: Tensor, dim: int) -> Tensor:
-    """The sum of the squares at each index of a dimension, in float32, or float64 if the weights are."""
+    """The sum of the squares at each index of a dimension, in float32, or in float64 for float64 weights."""
     dtype = torch.promote_types(weights.dtype, torch.float32)
     others = [other for other in range(weights.dim()) if other != dim]
     if not others:
@@ -106,10 +86,7 @@ def _square_sums(weights: Tensor, dim: int) -> Tensor:
 
 
 def _pieces(weights: Tensor, dim: int, block: int = 1) -> Iterator[tuple[Tensor, slice]]:
-    """Yield views of a bounded number of weights, each with the slice of dimension ``dim`` that it has.
-
-    Slices of that dimension are multiples of ``block``.
-    """
+    """Views of a bounded number of weights, each with its slice of dimension ``dim``, a multiple of ``block`` long."""
     size = chunk_size(weights.device)
     whole = slice(None)
     if weights.numel() <= size:
@@ -126,19 +103,15 @@ def _pieces(weights: Tensor, dim: int, block: int = 1) -> Iterator[tuple[Tensor,
 
 def scale(weights: Tensor, dim: int, factor: Tensor, noise_place: int, step: int | Tensor) -> None:
     """Multiply weights by factors along a dimension, in place."""
-    first = 0
-    shape = [1] * weights.dim()
+    first, shape = 0, [1] * weights.dim()
+    shape[dim] = -1
     for piece, span in _pieces(weights, dim):
-        shape[dim] = -1
         _multiply(piece, factor[span].view(shape), noise_place, step, first)
         first += piece.numel()
 
 
 def _multiply(piece: Tensor, factor: Tensor, noise_place: int, step: int | Tensor, first: int) -> None:
-    """Multiply weights in place: in float32 and with stochastic rounding in low precision.
-
-    A result below the smallest normal number becomes 0, because it would stay subnormal for long.
-    """
+    """Multiply weights in place, with stochastic rounding in low precision; subnormal results become 0."""
     low = piece.dtype in LOW_PRECISION
     working = piece.to(torch.float32) if low else piece
     working.mul_(factor)
@@ -161,12 +134,8 @@ def decay_weakest(
 ) -> None:
     """Decay the weights that were the M - N weakest of M before the step, each by its own factor."""
     first = 0
-    old = before.movedim(dim, -1)
-    for (piece, _), (was, _) in zip(
-        _pieces(weights.movedim(dim, -1), weights.dim() - 1, blocks[1]),
-        _pieces(old, old.dim() - 1, blocks[1]),
-        strict=True,
-    ):
+    pieces, pieces_before = (_pieces(t.movedim(dim, -1), t.dim() - 1, blocks[1]) for t in (weights, before))
+    for (piece, _), (was, _) in zip(pieces, pieces_before, strict=True):
         magnitude = was.abs().to(torch.promote_types(was.dtype, torch.float32))
         factor = shrink_factor(magnitude, p_norm, alpha_lambda)
         stays = ~weakest(magnitude, blocks)
@@ -177,15 +146,12 @@ def decay_weakest(
 
 
 def weakest(scores: Tensor, blocks: tuple[int, int], *, exact: bool = False) -> Tensor:
-    """Return which of each M consecutive scores along the last dimension are among the M - N least.
+    """Return which scores are among the M - N least of their block of M along the last dimension.
 
     Args:
-        scores: Of any shape whose last dimension is divisible by M; at least 0.
+        scores: At least 0, of any shape whose last dimension is divisible by M.
         blocks: N and M.
-        exact: Whether equal scores are split to take exactly M - N; otherwise none is taken that equals one that stays.
-
-    Returns:
-        A bool tensor of the shape of ``scores``.
+        exact: Take exactly M - N, also between equal scores. Otherwise a score stays if it equals one that stays.
     """
     n, m = blocks
     split = scores.unflatten(-1, (-1, m))
@@ -194,10 +160,8 @@ def weakest(scores: Tensor, blocks: tuple[int, int], *, exact: bool = False) -> 
         return torch.zeros_like(split, dtype=torch.bool).scatter_(-1, order[..., n:], True).flatten(-2)
     if blocks == (2, 4):
         a, b, c, d = split.unbind(-1)
-        larger, other = torch.maximum(a, b), torch.maximum(c, d)
-        least = torch.maximum(
-            torch.minimum(larger, other), torch.maximum(torch.minimum(a, b), torch.minimum(c, d))
-        ).unsqueeze(-1)
+        lower = torch.maximum(torch.minimum(a, b), torch.minimum(c, d))
+        least = torch.maximum(torch.minimum(torch.maximum(a, b), torch.maximum(c, d)), lower).unsqueeze(-1)
     else:
         least = split.topk(n, -1).values[..., -1:]
     return (split < least).flatten(-2)

@@ -1,4 +1,4 @@
-"""What a fused step applies to the weights of each unit: a table for each parameter, filled before each step."""
+"""Tables of shrink factors or divisors of units, one for each parameter, from which a fused step decays units."""
 
 from __future__ import annotations
 
@@ -13,18 +13,15 @@ from .units import Units
 
 
 class UnitTables(ABC):
-    """The root mean square of each unit of a param group, and tables of what its shrink factor makes of the weights.
+    """The root mean square of each unit of a param group on one device, and tables of divisors or factors.
 
-    The C++ step divides by its tables and the Triton kernel multiplies by them, as they do with single weights: C++
-    computes w / (1 + α λ_p |w|^-x), in which a dead weight has the divisor infinity. Otherwise rows of one weight would
-    round differently from single weights.
-
-    The tables keep their addresses, so a step can be repeated while weights and units stay the same. Each process sums
-    over its own shards, and the sums of all processes are added. :meth:`takes` must accept all parameters.
+    The C++ step divides by its tables and the Triton kernel multiplies by them, as each does with single weights, so
+    that rows of one weight decay exactly as single weights do. The tables keep their addresses, so a step can be
+    repeated while weights and units stay the same. The sums of squares of all processes are added.
 
     Attributes:
-        tables: By the index of a parameter, a divisor (CPU) or a factor (GPU) for each index of the dimension along
-            which its units lie that this process holds; 1 for indices in no unit.
+        tables: By the index of a parameter, a divisor (CPU) or a factor (GPU) for each index that this process holds of
+            the dimension along which its units lie; 1 for indices outside all units.
     """
 
     def __init__(self, params: Sequence[Tensor], units: Sequence[Units[int]]) -> None:
@@ -59,7 +56,7 @@ class UnitTables(ABC):
 
     @abstractmethod
     def fill(self, p_norm: float, alpha_lambda: float | Tensor, dormant: Tensor | None = None) -> None:
-        """Fill the tables from the norms of the last call of :meth:`norms`; ``dormant`` units do not decay."""
+        """Fill the tables from the last :meth:`norms`; ``dormant`` marks units that do not decay."""
 
     @abstractmethod
     def factors(self) -> Tensor:

@@ -1,4 +1,4 @@
-"""The units that decay as one in a param group, and where they lie in the group's parameters."""
+"""The units that decay together in a param group, and where they lie in its parameters."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ _N_OF_M = re.compile(r"([1-9]\d{0,3}):([1-9]\d{0,3})")
 
 
 Key = TypeVar("Key", str, int)
+_Taken = dict[int, tuple[int, list[tuple[int, int]]]]  # of a parameter: its dimension, and the spans of its units
 
 
 @dataclass(frozen=True)
@@ -43,8 +44,8 @@ class Member(Generic[Key]):
 class Units(Generic[Key]):
     """The units of one kind in one layer, and where they lie.
 
-    A unit may lie in several parameters: a neuron of an FFN is a row of the up and gate projections, an entry of their
-    biases and a column of the down projection.
+    A unit may lie in several parameters: a neuron is a row of the up and gate projections, an entry of their biases and
+    a column of the down projection.
 
     Args:
         kind: ``"row"``, ``"column"``, ``"neuron"``, ``"head"``, ``"rank"`` or N:M.
@@ -60,17 +61,13 @@ class Units(Generic[Key]):
 
 
 def kind_of(group: Mapping[str, Any]) -> str:
-    """Return what decays as one in a param group: ``"element"``, a kind of :data:`UNIT_KINDS`, or N:M."""
+    """Return the kind of unit of a param group: ``"element"``, a kind of :data:`UNIT_KINDS`, or N:M."""
     kind: str = group.get("group", ELEMENT)
     return kind
 
 
 def n_of_m(kind: str) -> tuple[int, int] | None:
-    """Return N and M of ``"N:M"``; None for another kind.
-
-    Raises:
-        ValueError: If the kind is not known, or N is not below M.
-    """
+    """Return N and M of ``"N:M"``, or None for another kind. Raises a ValueError for an unknown or invalid kind."""
     match = _N_OF_M.fullmatch(kind) if isinstance(kind, str) else None
     if match is None:
         if kind != ELEMENT and kind not in UNIT_KINDS:
@@ -84,29 +81,19 @@ def n_of_m(kind: str) -> tuple[int, int] | None:
 
 def units_of(group: Mapping[str, Any]) -> list[Units[int]]:
     """Return the units of a param group; by default rows lie along dimension 0, columns and N:M blocks along 1."""
-    given = group.get("units")
+    kind, given = kind_of(group), group.get("units")
     if given is not None:
-        return [
-            Units(
-                kind_of(group),
-                layer["count"],
-                tuple(Member(m["param"], m["dim"], m.get("size", 1), m.get("offset", 0)) for m in layer["members"]),
-                layer.get("name", ""),
-            )
-            for layer in given
-        ]
-    dim = 0 if kind_of(group) == "row" else 1
-    return [
-        Units(kind_of(group), param.shape[dim], (Member(index, dim),)) for index, param in enumerate(group["params"])
-    ]
+        units = []
+        for layer in given:
+            members = [Member(m["param"], m["dim"], m.get("size", 1), m.get("offset", 0)) for m in layer["members"]]
+            units.append(Units(kind, layer["count"], tuple(members), layer.get("name", "")))
+        return units
+    dim = 0 if kind == "row" else 1
+    return [Units(kind, param.shape[dim], (Member(index, dim),)) for index, param in enumerate(group["params"])]
 
 
 def check_units(group: Mapping[str, Any]) -> None:
-    """Check ``group`` and ``units`` of a param group.
-
-    Raises:
-        ValueError: If the kind is not known, or the units are missing or do not fit the parameters.
-    """
+    """Raise a ValueError if the kind is unknown, or the units are missing or do not fit the parameters."""
     kind, params = kind_of(group), group["params"]
     blocks = n_of_m(kind)
     if kind == ELEMENT:
@@ -131,7 +118,7 @@ def check_units(group: Mapping[str, Any]) -> None:
             f"Invalid units: units={group.get('units')!r}; it must be a list of "
             '{"count": 4, "name": "layer", "members": [{"param": 0, "dim": 0, "size": 1, "offset": 0}]}.'
         ) from error
-    taken: dict[int, tuple[int, list[tuple[int, int]]]] = {}
+    taken: _Taken = {}
     for layer in units:
         if layer.members and layer.count == 0:
             raise ValueError(
@@ -141,16 +128,10 @@ def check_units(group: Mapping[str, Any]) -> None:
         if not layer.members or not _whole(layer.count, 1):
             raise ValueError(f"Invalid units: {layer!r} needs at least one unit and one member.")
         for member in layer.members:
-            _check_member(layer, member, params, taken, blocks)
+            _check_member(layer, member, params, taken)
 
 
-def _check_member(
-    layer: Units[int],
-    member: Member[int],
-    params: Sequence[Tensor],
-    taken: dict[int, tuple[int, list[tuple[int, int]]]],
-    blocks: tuple[int, int] | None,
-) -> None:
+def _check_member(layer: Units[int], member: Member[int], params: Sequence[Tensor], taken: _Taken) -> None:
     where = f"{layer.name or 'a layer'}: {member!r}"
     if not _whole(member.param, 0) or member.param >= len(params):
         raise ValueError(f"Invalid units: {where} names parameter {member.param!r} of {len(params)}.")
@@ -168,9 +149,10 @@ def _check_member(
     if dim != member.dim or any(start < end and member.offset < stop for start, stop in spans):
         raise ValueError(f"Invalid units: {where} has weights that belong to another unit of this kind.")
     spans.append((member.offset, end))
+    blocks = n_of_m(layer.kind)
     if blocks is not None and shape[member.dim] % blocks[1]:
         raise ValueError(
-            f"Invalid group: group='{blocks[0]}:{blocks[1]}' on {layer.name or 'a parameter'} of shape {shape}; its "
+            f"Invalid group: group={layer.kind!r} on {layer.name or 'a parameter'} of shape {shape}; its "
             f"dimension {member.dim} is not divisible by {blocks[1]}."
         )
 
@@ -181,6 +163,4 @@ def _whole(value: Any, least: int) -> bool:
 
 def unit_size(units: Units[int], params: Sequence[Tensor]) -> int:
     """Return the number of weights of one unit."""
-    return sum(
-        params[member.param].numel() // params[member.param].shape[member.dim] * member.size for member in units.members
-    )
+    return sum(params[m.param].numel() // params[m.param].shape[m.dim] * m.size for m in units.members)

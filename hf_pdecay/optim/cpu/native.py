@@ -1,8 +1,4 @@
-"""C++ functions that are compiled on first use and kept.
-
-torch's Inductor finds the compiler, chooses the instruction set and keeps the result on disk for the processes that
-come after.
-"""
+"""C++ functions that are compiled on first use: torch's Inductor finds the compiler and keeps the result on disk."""
 
 from __future__ import annotations
 
@@ -23,15 +19,9 @@ _GCC_FLAGS = ("-ftree-loop-vectorize",)
 
 @functools.cache
 def load(sources: tuple[Path, ...], who: str, what: str) -> tuple[ctypes.CDLL | None, str | None]:
-    """Load the functions of C++ files, compiling them if necessary, once in a process.
+    """Load C++ files, compiling them as one if necessary; return the library and None, or None and the reason why not.
 
-    Args:
-        sources: The files, which are compiled as one, in their order.
-        who: Name of the caller, for the log message.
-        what: What the functions compute, for the log message.
-
-    Returns:
-        The library and None, or None and the reason why it is not available.
+    ``who`` names the caller and ``what`` the functions compute, for the log message.
     """
     started = time.time()
     try:

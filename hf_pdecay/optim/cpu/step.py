@@ -1,7 +1,6 @@
-"""The step on a CPU, by one C++ function that is compiled on first use and kept.
+"""The step on a CPU: one call of a C++ function, which is compiled on first use, does the step of all tensors.
 
-The function takes addresses and numbers, so nothing is compiled again for another shape, learning rate, p or λ_p, and
-one call does the step of all tensors, however many.
+The function takes addresses and numbers, so nothing is compiled again for another shape, learning rate, p or λ_p.
 """
 
 from __future__ import annotations
@@ -25,57 +24,32 @@ _PARTS = ("weights.cpp", "lanes.cpp", "divisors.cpp", "update.cpp", "units.cpp",
 SOURCES = tuple(Path(__file__).with_name(name) for name in _PARTS)
 
 CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
-_PAIRS = {
-    (torch.float32, torch.float32),
-    (torch.float32, torch.bfloat16),
-    (torch.bfloat16, torch.float32),
-    (torch.bfloat16, torch.bfloat16),
-    (torch.float16, torch.float32),
-    (torch.float16, torch.float16),
-    (torch.float64, torch.float64),
+_MOMENTS = {  # by the dtype of the weights
+    torch.float32: (torch.float32, torch.bfloat16),
+    torch.float64: (torch.float64,),
+    torch.bfloat16: (torch.float32, torch.bfloat16),
+    torch.float16: (torch.float32, torch.float16),
 }
-
-
-def unavailable() -> str | None:
-    """Return why the function is not available on this machine, or None. Compiles it if no process has."""
-    return _load()[1]
-
-
-def _refusal_of_rest(step: TensorStep) -> str | None:
-    param, grad = step.param, step.grad
-    if grad.dtype != param.dtype:
-        return f"it takes gradients of the weights' dtype {param.dtype}, not of {grad.dtype}"
-    if grad.is_neg():
-        return "the gradient is a view that negates what lies in memory"
-    if step.step.dtype != torch.float32 or step.step.numel() != 1:
-        return f"it takes a step counter of torch.float32, not {step.step.dtype}"
-    return None
-
-
 _COLUMNS = 19  # numbers in a row
 _EIGHT_BIT = 4
 
 
-def _moments(step: TensorStep) -> tuple[tuple[int, int], int, tuple[int, int, int, int]]:
-    """Addresses of the moments, their code, and of those in 8 bits the addresses of scales and maps."""
+def unavailable() -> str | None:
+    """Return why the function is not available on this machine, or None. Compiles it if necessary."""
+    return _load()[1]
+
+
+def _moments(step: TensorStep) -> tuple[list[int], int, tuple[int, ...]]:
+    """Addresses of the moments, their code, and for 8-bit moments the addresses of scales and maps."""
     states: tuple[Any, Any] = step.exp_avg, step.exp_avg_sq
     if not is_quantized(step.exp_avg):
-        first, second = states
-        return (first.data_ptr(), second.data_ptr()), CODES[first.dtype], (0, 0, 0, 0)
-    first, second = (state.codes.data_ptr() for state in states)
-    scales, maps = ([getattr(state, name).data_ptr() for state in states] for name in ("scale", "qmap"))
-    return (first, second), _EIGHT_BIT, (*scales, *maps)
+        return [state.data_ptr() for state in states], CODES[states[0].dtype], (0, 0, 0, 0)
+    codes, scales, maps = ([getattr(state, name).data_ptr() for state in states] for name in ("codes", "scale", "qmap"))
+    return codes, _EIGHT_BIT, (*scales, *maps)
 
 
 class Batch:
-    """Steps as the C++ function reads them: addresses, sizes and numbers. It holds no gradient.
-
-    Args:
-        steps: Tensors that :meth:`refusal` does not refuse.
-
-    Raises:
-        RuntimeError: If the function is not available, see :func:`unavailable`.
-    """
+    """Steps that :meth:`refusal` does not refuse, as the C++ function reads them. It holds no gradient."""
 
     repeats = True
 
@@ -92,33 +66,18 @@ class Batch:
         for step in steps:
             param, grad, _, _, count, awake, hyper, place, structure = step
             moments, moment_dtype, encoding = _moments(step)
-            divisors, dim, by_four = None, 0, False
+            divisors, extents, by_four = None, (1, 1), False
             if structure is not None and fuses(step):
-                hyper, divisors, dim = structure.hyper, structure.table, structure.dim
-                by_four = divisors is None
+                hyper, divisors = structure.hyper, structure.table
+                extents, by_four = (spacing(param, structure.dim), param.shape[structure.dim]), divisors is None
             group = places.get(id(hyper))
             if group is None:
                 group = places[id(hyper)] = len(places)
                 self._hypers.append(hyper)
-            append(
-                (
-                    param.data_ptr(),
-                    grad.data_ptr(),
-                    *moments,
-                    count.data_ptr(),
-                    param.numel(),
-                    group,
-                    place,
-                    CODES[param.dtype],
-                    moment_dtype,
-                    not awake,
-                    0 if divisors is None else divisors.data_ptr(),
-                    spacing(param, dim) if by_four or divisors is not None else 1,
-                    param.shape[dim] if by_four or divisors is not None else 1,
-                    by_four,
-                    *encoding,
-                )
-            )
+            addresses = param.data_ptr(), grad.data_ptr(), *moments, count.data_ptr()
+            codes = CODES[param.dtype], moment_dtype, not awake
+            units = 0 if divisors is None else divisors.data_ptr(), *extents, by_four
+            append((*addresses, param.numel(), group, place, *codes, *units, *encoding))
 
     @staticmethod
     def refusal(step: TensorStep) -> str | None:
@@ -131,17 +90,23 @@ class Batch:
         if is_quantized(moment) or is_quantized(second):
             if not (param.is_contiguous() and grad.is_contiguous()):
                 return "weights and gradient with 8-bit moments must lie in memory in their order"
-            return refusal_of_encoded(param, moment, second) or _refusal_of_rest(step)
-        if grad.shape != shape or moment.shape != shape or second.shape != shape:
-            return (
-                f"gradient and moments are of shapes {tuple(grad.shape)}, {tuple(moment.shape)} and "
-                f"{tuple(second.shape)}, not of that of the weights"
-            )
-        if (param.dtype, moment.dtype) not in _PAIRS or second.dtype != moment.dtype:
+            refused = refusal_of_encoded(param, moment, second)
+            if refused is not None:
+                return refused
+        elif grad.shape != shape or moment.shape != shape or second.shape != shape:
+            shapes = f"{tuple(grad.shape)}, {tuple(moment.shape)} and {tuple(second.shape)}"
+            return f"gradient and moments are of shapes {shapes}, not of that of the weights"
+        elif moment.dtype not in _MOMENTS.get(param.dtype, ()) or second.dtype != moment.dtype:
             return f"it does not know weights of {param.dtype} with moments of {moment.dtype} and {second.dtype}"
-        if not is_flat(param, grad, moment, second):
+        elif not is_flat(param, grad, moment, second):
             return "weights, gradient and moments must lie in memory alike and without gaps"
-        return _refusal_of_rest(step)
+        if grad.dtype != param.dtype:
+            return f"it takes gradients of the weights' dtype {param.dtype}, not of {grad.dtype}"
+        if grad.is_neg():
+            return "the gradient is a view that negates what lies in memory"
+        if step.step.dtype != torch.float32 or step.step.numel() != 1:
+            return f"it takes a step counter of torch.float32, not {step.step.dtype}"
+        return None
 
     def point(self, addresses: Sequence[int]) -> None:
         """Take the gradients at these addresses; nothing else has changed."""
@@ -167,20 +132,15 @@ class Batch:
 
 
 def decay_weights(weights: Sequence[Tensor], before: Sequence[Tensor], places: Sequence[int], decay: Decay) -> None:
-    """Decay weights that another optimizer has stepped, in place.
+    """Decay weights on a CPU that another optimizer has stepped, in place.
 
-    Args:
-        weights: Tensors on a CPU, of dtypes in :data:`CODES`.
-        before: Their copies from before the step, which lie in memory alike and without gaps, see
-            :func:`~.tensor_step.is_flat`.
-        places: Their places in the optimizer.
-        decay: With a float α λ_p that is not 0 in the dtype of any of them.
+    ``before`` has their copies from before the step, which lie in memory alike and without gaps; ``places`` their
+    places in the optimizer. All dtypes must be in :data:`CODES`, and α λ_p must be a float that is not 0 in any.
     """
     functions = library()
     rows, count = array("q"), array("f", [decay.step])
-    hyper = array(
-        "d", (float(decay.alpha_lambda), 0.5, 0.5, 0.0, 0.0, decay.p_norm, 1.0, decay.keep_zeros, False, True)
-    )
+    alpha_lambda = float(decay.alpha_lambda)
+    hyper = array("d", (alpha_lambda, 0.5, 0.5, 0.0, 0.0, decay.p_norm, 1.0, decay.keep_zeros, False, True))
     step = count.buffer_info()[0]
     for weight, copy, place in zip(weights, before, places, strict=True):
         code = CODES[weight.dtype]
@@ -197,11 +157,7 @@ def address(numbers: array[Any]) -> ctypes.c_void_p:
 
 
 def library() -> ctypes.CDLL:
-    """Return the C++ functions.
-
-    Raises:
-        RuntimeError: If they are not available, see :func:`unavailable`.
-    """
+    """Return the C++ functions; a RuntimeError if they are not available, see :func:`unavailable`."""
     loaded, reason = _load()
     if loaded is None:
         raise RuntimeError(f"backend='compiled' cannot be had here: {reason}; take backend='foreach'.")
@@ -210,14 +166,11 @@ def library() -> ctypes.CDLL:
 
 @functools.cache
 def _load() -> tuple[ctypes.CDLL | None, str | None]:
-    """Load the functions, compiling them if necessary; return them and None, or None and the reason why not."""
+    """The functions and None, or None and the reason why they are not available."""
     loaded, reason = load(SOURCES, "AdamWLp", "step")
     if loaded is not None:
         pointer, count, number, threads = ctypes.c_void_p, ctypes.c_int64, ctypes.c_double, ctypes.c_int
-        for name in ("step", "decay", "all_finite", "square_sums"):
-            getattr(loaded, f"hf_pdecay_{name}").restype = ctypes.c_int
-        for name in ("unit_norms", "unit_divisors"):
-            getattr(loaded, f"hf_pdecay_{name}").restype = None
+        loaded.hf_pdecay_unit_norms.restype = loaded.hf_pdecay_unit_divisors.restype = None  # int by default
         loaded.hf_pdecay_step.argtypes = loaded.hf_pdecay_decay.argtypes = (pointer, count, pointer, threads)
         loaded.hf_pdecay_all_finite.argtypes = loaded.hf_pdecay_square_sums.argtypes = (pointer, count, threads)
         loaded.hf_pdecay_unit_norms.argtypes = (pointer, count, pointer, pointer, threads)

@@ -146,7 +146,7 @@ void divisors_of(const double* rms, int64_t count, double p_norm, double alpha_l
 
 extern "C" {
 
-// Adds up the squares of each row's weights index by index. Returns 0, or 1 for a unknown dtype.
+// Adds up the squares of each row's weights index by index. Returns 0, or 1 for an unknown dtype.
 int hf_pdecay_square_sums(const Summed* rows, int64_t count, int threads) {
   std::vector<Share> shares;
   for (int64_t i = 0; i < count; ++i) {

@@ -16,7 +16,7 @@ from .step import CODES, address, library
 
 
 class UnitDivisors(UnitTables):
-    """The divisors that the C++ step takes, in the dtype of its computation; see :class:`~..unit_tables.UnitTables`."""
+    """The divisors that the C++ step takes, in the dtype of its computation."""
 
     def __init__(self, params: Sequence[Tensor], units: Sequence[Units[int]]) -> None:
         super().__init__(params, units)
@@ -31,7 +31,6 @@ class UnitDivisors(UnitTables):
             sums[index], rest[table.dtype] = rest[table.dtype].split((len(table), len(rest[table.dtype]) - len(table)))
         total = sum(layer.count for layer in units)
         self._rms, self._divisors = torch.empty(2, total, dtype=torch.float64)
-        self._rows = 0
         self._summed, self._members, self._layers = array("q"), array("q"), array("q")
         for index, dim in self._dims.items():
             weights = self._weights[index]
@@ -39,7 +38,6 @@ class UnitDivisors(UnitTables):
                 shape = weights.numel(), spacing(weights, dim), weights.shape[dim]
                 first = sums[index][self._firsts[index] :].data_ptr()
                 self._summed.extend((weights.data_ptr(), first, *shape, CODES[weights.dtype]))
-                self._rows += 1
         first = begin = 0
         for layer in units:
             wide = [tables[member.param].dtype == torch.float64 for member in layer.members]
@@ -65,33 +63,24 @@ class UnitDivisors(UnitTables):
         return weights.is_cpu and weights.dtype in CODES and weights.numel() > 0 and is_flat(weights)
 
     def norms(self) -> Tensor:
-        """Return the root mean squares in float64; squares are summed in the dtype of the step's computation."""
+        """Return the root mean squares in float64, from squares summed in the dtype of the step's computation."""
         threads = torch.get_num_threads()
         if self._process_groups:
             for sums in self._sums.values():
                 sums.zero_()
-        if self._functions.hf_pdecay_square_sums(address(self._summed), self._rows, threads):
+        if self._functions.hf_pdecay_square_sums(address(self._summed), len(self._summed) // 6, threads):
             raise RuntimeError("The compiled sums met a dtype that they do not know.")
         for sums in self._sums.values() if self._process_groups else ():
             all_sum(sums, self._process_groups)
-        self._functions.hf_pdecay_unit_norms(
-            address(self._layers), self._count, address(self._members), self._rms.data_ptr(), threads
-        )
+        units = address(self._layers), self._count, address(self._members)
+        self._functions.hf_pdecay_unit_norms(*units, self._rms.data_ptr(), threads)
         return self._rms
 
     def fill(self, p_norm: float, alpha_lambda: float | Tensor, dormant: Tensor | None = None) -> None:
-        """See :meth:`~..unit_tables.UnitTables.fill`."""
-        self._functions.hf_pdecay_unit_divisors(
-            address(self._layers),
-            self._count,
-            address(self._members),
-            self._rms.data_ptr(),
-            None if dormant is None else dormant.data_ptr(),
-            self._divisors.data_ptr(),
-            p_norm,
-            float(alpha_lambda),
-            torch.get_num_threads(),
-        )
+        """Fill the tables with divisors."""
+        units = address(self._layers), self._count, address(self._members), self._rms.data_ptr()
+        results = None if dormant is None else dormant.data_ptr(), self._divisors.data_ptr()
+        self._functions.hf_pdecay_unit_divisors(*units, *results, p_norm, float(alpha_lambda), torch.get_num_threads())
 
     def factors(self) -> Tensor:
         """Return the factors in float64."""

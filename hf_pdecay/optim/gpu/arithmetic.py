@@ -1,4 +1,4 @@
-"""What all Triton kernels are made of: rows of tables, shrink factors, random bits, loads and stores."""
+"""The arithmetic that the Triton kernels share: shrink factors and random bits."""
 
 from __future__ import annotations
 
@@ -6,42 +6,10 @@ import triton
 import triton.language as tl
 
 
-# A row of the table of tensors, in int64: the place of its first chunk among those of all rows; the addresses of
-# weights, gradient, first and second moment, step counter, and of the flag whether it is awake, or 0; the number of
-# weights; the place of the tensor in the optimizer; whether all addresses are multiples of 16.
-COLUMNS = tl.constexpr(10)
-
-
 @triton.jit
 def float64_of(bits: tl.tensor) -> tl.tensor:
     """Return the number that has these bits."""
     return bits.to(tl.int64).to(tl.float64, bitcast=True)
-
-
-@triton.jit
-def row_of(table: tl.tensor, rows: tl.tensor) -> tl.tensor:
-    """Return the row of the tensor that the chunk of this program belongs to."""
-    # The last row whose first chunk is not beyond this one. Rows without weights have the first chunk of the next.
-    low = tl.program_id(1)  # 0
-    high = rows
-    while high - low > 1:
-        middle = (low + high) // 2
-        before = tl.load(table + middle * COLUMNS) <= tl.program_id(0)
-        low = tl.where(before, middle, low)
-        high = tl.where(before, high, middle)
-    return low
-
-
-@triton.jit
-def chunk_of(words: tl.tensor, CHUNK: tl.constexpr, BLOCK: tl.constexpr) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
-    """Return where this program's chunk of a tensor begins, where its part of whole blocks ends, and where it ends.
-
-    The same code must run twice: with a mask, or with addresses that are not known to be multiples of 16,
-    the compiler loads one element at a time.
-    """
-    begin = (tl.program_id(0) - tl.load(words)) * CHUNK
-    end = tl.minimum(begin + CHUNK, tl.load(words + 7))
-    return begin, begin + (end - begin) // BLOCK * BLOCK * tl.load(words + 9), end
 
 
 @triton.jit
@@ -140,65 +108,3 @@ def noise_of(element: tl.tensor, a: tl.tensor, b: tl.tensor) -> tl.tensor:
     x = (x ^ (x >> 16)) * 0x21F0AAAD
     x = ((x ^ (x >> 15)) + b.to(tl.uint32, bitcast=True)) * 0xD35A2D97
     return x ^ (x >> 15)
-
-
-@triton.jit
-def load_block(
-    address: tl.tensor, at: tl.tensor, lane: tl.tensor, mask: tl.tensor, TYPE: tl.constexpr, WHOLE: tl.constexpr
-) -> tl.tensor:
-    """Load a block; bfloat16 and float16 become float32."""
-    LOW: tl.constexpr = TYPE == tl.bfloat16 or TYPE == tl.float16
-    STORED: tl.constexpr = tl.uint16 if LOW else TYPE
-    pointer = address.to(tl.pointer_type(STORED))
-    if WHOLE:
-        value = tl.load(tl.multiple_of(pointer, 16) + at + lane)
-    else:
-        value = tl.load(pointer + at + lane, mask=mask, other=0)
-    if TYPE == tl.bfloat16:
-        value = (value.to(tl.uint32) << 16).to(tl.float32, bitcast=True)
-    if TYPE == tl.float16:
-        value = value.to(tl.float16, bitcast=True).to(tl.float32)
-    return value
-
-
-@triton.jit
-def store_block(
-    address: tl.tensor,
-    at: tl.tensor,
-    lane: tl.tensor,
-    mask: tl.tensor,
-    value: tl.tensor,
-    noise: tl.tensor,
-    TYPE: tl.constexpr,
-    NEAREST: tl.constexpr,
-    WHOLE: tl.constexpr,
-) -> None:
-    """Store a block; bfloat16 and float16 are rounded stochastically, see rounding.py, or to the nearest."""
-    LOW: tl.constexpr = TYPE == tl.bfloat16 or TYPE == tl.float16
-    STORED: tl.constexpr = tl.uint16 if LOW else TYPE
-    if LOW:
-        bits = value.to(tl.uint32, bitcast=True)
-        magnitude = bits & 0x7FFFFFFF
-        if TYPE == tl.bfloat16:
-            if NEAREST:
-                kept = (magnitude + (0x7FFF + ((bits >> 16) & 1))) >> 16
-            else:
-                kept = tl.minimum(magnitude + (noise & 0xFFFF), 0x7F7FFFFF) >> 16
-            kept = tl.where(magnitude > 0x7F800000, 0x7FC0, kept)  # a NaN stays one
-        else:
-            if NEAREST:
-                kept = tl.abs(value).to(tl.float16).to(tl.uint16, bitcast=True).to(tl.uint32)
-            else:
-                dropped = noise & 0x1FFF
-                # Below its smallest normal number float16 has a fixed step, 2^-24.
-                small = tl.minimum(magnitude, 0x38800000).to(tl.float32, bitcast=True) * 16777216.0
-                subnormal = (small + dropped.to(tl.float32) * (1.0 / 8192.0)).to(tl.int32).to(tl.uint32)
-                normal = (tl.maximum(magnitude, 0x38800000) - 0x38000000 + dropped) >> 13
-                kept = tl.where(magnitude < 0x38800000, subnormal, tl.minimum(normal, 0x7BFF))
-            kept = tl.where(magnitude > 0x7F800000, 0x7E00, kept)
-        value = (kept | ((bits >> 16) & 0x8000)).to(tl.uint16)
-    pointer = address.to(tl.pointer_type(STORED))
-    if WHOLE:
-        tl.store(tl.multiple_of(pointer, 16) + at + lane, value)
-    else:
-        tl.store(pointer + at + lane, value, mask=mask)

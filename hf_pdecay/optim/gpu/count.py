@@ -10,11 +10,11 @@ import triton.language as tl
 from torch import Tensor
 
 from ..tensor_step import is_flat
-from .arithmetic import COLUMNS, chunk_of, load_block, row_of
 from .launch import BLOCK, DEVICES, OPTIONS, TYPES, guard, rows_of_tensors, table_of
+from .memory import COLUMNS, chunk_of, load_block, row_of
 
 
-_CHUNK = 16 * BLOCK  # elements of a program: it adds to memory that others add to, once for all of them
+_CHUNK = 16 * BLOCK  # elements of a program: many, because programs add to the same memory
 
 
 def countable(weights: Tensor) -> bool:
@@ -23,14 +23,10 @@ def countable(weights: Tensor) -> bool:
 
 
 def count_zeros(tensors: Sequence[Tensor], threshold: float) -> Tensor:
-    """Count zeros and small weights; the host does not wait.
+    """Count zeros and weights below a threshold; the host does not wait.
 
-    Args:
-        tensors: Tensors of one device and dtype, that are :func:`countable`.
-        threshold: Magnitude below which weights are small, rounded to their dtype.
-
-    Returns:
-        An int64 tensor of shape ``(len(tensors), 2)``: zeros, and weights below the threshold, zeros among them.
+    All tensors must be :func:`countable` and of one device and dtype, to which the threshold is rounded. Returns an
+    int64 tensor of shape ``(len(tensors), 2)``: zeros, and weights below the threshold including zeros.
     """
     device, dtype = tensors[0].device, tensors[0].dtype
     columns = ({"weights": tensor.data_ptr(), "numel": tensor.numel()} for tensor in tensors)
@@ -54,7 +50,7 @@ def count(
     CHUNK: tl.constexpr,
     BLOCK: tl.constexpr,
 ) -> None:
-    """Add to the two int64 counts of a tensor the zeros of one chunk of it and the weights below a threshold."""
+    """Add the zeros of one chunk and its weights below a threshold to the two int64 counts of a tensor."""
     row = row_of(table, rows)
     words = table + row * COLUMNS
     begin, whole, end = chunk_of(words, CHUNK, BLOCK)

@@ -3,33 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..tensor_step import Decay, is_flat, smallest
-from .arithmetic import (
-    COLUMNS,
-    chunk_of,
-    factor_of,
-    felt,
-    float64_of,
-    load_block,
-    mix,
-    noise_of,
-    row_of,
-    scaled,
-    seed_of,
-    store_block,
-)
+from ..tensor_step import Decay, Stepped, is_flat, smallest
+from .arithmetic import factor_of, felt, float64_of, mix, noise_of, scaled, seed_of
 from .launch import BLOCK, CHUNK, DEVICES, OPTIONS, TYPES, bits, guard, rows_of_tensors, table_of
-
-
-if TYPE_CHECKING:
-    from ..tensor_step import Stepped
+from .memory import COLUMNS, chunk_of, load_block, row_of, store_block
 
 
 def takes(stepped: Stepped) -> bool:
@@ -40,33 +23,21 @@ def takes(stepped: Stepped) -> bool:
 
 
 def decay_weights(tensors: Sequence[Stepped], decay: Decay) -> None:
-    """Decay weights in place; the host does not wait.
-
-    Args:
-        tensors: Tensors of one device and dtype that the kernel :func:`takes`.
-        decay: The decay.
-    """
+    """Decay tensors of one device and dtype that the kernel :func:`takes`, in place; the host does not wait."""
     device, dtype = tensors[0].weight.device, tensors[0].weight.dtype
     words, chunks = rows_of_tensors(
-        {
-            "weights": stepped.weight.data_ptr(),
-            "grad": stepped.before.data_ptr(),
-            "numel": stepped.weight.numel(),
-            "place": stepped.place,
-        }
-        for stepped in tensors
+        {"weights": weight.data_ptr(), "grad": before.data_ptr(), "numel": weight.numel(), "place": place}
+        for weight, before, _, _, place, _ in tensors
     )
-    strength, finite = decay.alpha_lambda, decay.finite
-    given = strength.to(device) if isinstance(strength, Tensor) else None
+    alpha_lambda, finite = decay.alpha_lambda, decay.finite
+    given = alpha_lambda.to(device) if isinstance(alpha_lambda, Tensor) else None
     flag = finite.to(device) if isinstance(finite, Tensor) else None
-    numbers = bits((2 - decay.p_norm, 0.0 if isinstance(strength, Tensor) else strength, smallest(dtype)))
+    numbers = bits((2 - decay.p_norm, 0.0 if isinstance(alpha_lambda, Tensor) else alpha_lambda, smallest(dtype)))
     if chunks:
         sizes = {"PARAM": TYPES[dtype], "CHUNK": CHUNK, "BLOCK": BLOCK}
-        table = table_of(words, device)
+        table, flags = table_of(words, device), (decay.step, int(decay.keep_zeros))
         with guard(device):
-            decay_chunk[(chunks,)](
-                table, given, flag, len(tensors), *numbers, decay.step, int(decay.keep_zeros), **sizes, **OPTIONS
-            )
+            decay_chunk[(chunks,)](table, given, flag, len(tensors), *numbers, *flags, **sizes, **OPTIONS)
         torch.autograd.graph.increment_version([stepped.weight for stepped in tensors])
 
 
@@ -85,7 +56,7 @@ def decay_chunk(
     CHUNK: tl.constexpr,
     BLOCK: tl.constexpr,
 ) -> None:
-    """Decay one chunk of one tensor. Numbers come as the bits of a float64, or α λ_p on the device."""
+    """Decay one chunk of one tensor. Numbers come as the bits of a float64; α λ_p may be on the device."""
     words = table + row_of(table, rows) * COLUMNS
     begin, whole, end = chunk_of(words, CHUNK, BLOCK)
     if finite is not None:

@@ -1,7 +1,7 @@
 """Moments in 8 bits within the Triton step, as torchao stores them.
 
-256 values share a scale, and each is stored as the nearest of the 256 ascending numbers of a map: the upper one of two
-that are as near, as in torchao's quantize_8bit_with_qmap.
+256 values share a scale. Each is stored as the nearest of the 256 ascending numbers of a map, the upper one if two are
+as near, as in torchao's quantize_8bit_with_qmap.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def decode(
 def encode(
     value: tl.tensor, scales: tl.tensor, numbers: tl.tensor, at: tl.tensor, mask: tl.tensor, BLOCK: tl.constexpr
 ) -> tl.tensor:
-    """Return the codes of a block of values, and store its scales; the masked part is of whole scales."""
+    """Return the codes of a block of values, and store its scales; the mask covers whole scales."""
     SCALES: tl.constexpr = BLOCK // SCALED
     # As integers infinities and NaN are the largest magnitudes, and go into the scale.
     bits = tl.where(mask, value, 0.0).to(tl.int32, bitcast=True) & 0x7FFFFFFF

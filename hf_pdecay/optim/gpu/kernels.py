@@ -1,10 +1,9 @@
-"""The Triton kernels of the step; step.py launches them.
+"""The Triton kernels of the step, launched by step.py; the arithmetic is that of adamw_lp.cpp.
 
-The arithmetic is that of adamw_lp.cpp. :func:`update` finds its tensors by a table of addresses on the device, so that
-many small tensors cost one launch. :func:`prepare`, with one thread a tensor, goes before it, counts the step and
-computes in float64 what all weights of a tensor share. :func:`look` goes before both to check that the gradients are
-finite. No hyperparameter is a constant of a kernel: when one changes, nothing is compiled again. The kernels say where
-a product and a sum are fused, so that all compilers agree.
+:func:`look` checks that the gradients are finite. :func:`prepare`, with one thread per tensor, counts the step and
+computes in float64 what all weights of a tensor share. :func:`update` does the step. Kernels find tensors by a table of
+addresses, so that many small tensors cost one launch. No hyperparameter is a constant of a kernel, so nothing is
+compiled again. The kernels say where a product and a sum are fused, so that all compilers agree.
 """
 
 from __future__ import annotations
@@ -12,23 +11,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .arithmetic import (
-    COLUMNS,
-    chunk_of,
-    factor_of,
-    factor_of_unit,
-    felt,
-    float64_of,
-    is_weak,
-    load_block,
-    mix,
-    noise_of,
-    row_of,
-    scaled,
-    seed_of,
-    store_block,
-)
+from .arithmetic import factor_of, factor_of_unit, felt, float64_of, is_weak, mix, noise_of, scaled, seed_of
 from .eight_bit import decode, encode
+from .memory import COLUMNS, chunk_of, load_block, row_of, store_block
 
 
 # A row of what the weights of a tensor share, in float32 or float64; see prepare.
@@ -74,8 +59,8 @@ def prepare(
     times = count.to(tl.float64)
     correction1 = 1.0 - tl.exp2(times * tl.log2(float64_of(beta1)))
     correction2 = 1.0 - tl.exp2(times * tl.log2(float64_of(beta2)))
-    # What is below float16's smallest number is stored as 0, and the fast root takes what is below float32's smallest
-    # normal number for 0; and m / (0 + eps) would not be a useful step.
+    # m / (0 + eps) would not be a useful step where v is 0 because it is below float16's smallest number, or because
+    # the fast root takes it for 0, being below float32's smallest normal number.
     if MOMENT == tl.float16:
         least = tl.where(epsilon < 2.0**-25, 2.0**-12, 0.0)
     else:
@@ -91,7 +76,7 @@ def prepare(
     out = shared + row * SHARED
     tl.store(out + 0, going.to(tl.float32), mask=mask)
     tl.store(out + 1, 1.0 - 2.0 * (flags & 1).to(tl.float32), mask=mask)
-    # torch's lerp works from the nearer end, to which the sign says how far.
+    # torch's lerp works from the nearer end; the sign says which.
     tl.store(out + 2, tl.where(weight1 < 0.5, weight1, weight1 - 1.0), mask=mask)
     tl.store(out + 3, float64_of(beta2), mask=mask)
     tl.store(out + 4, weight2, mask=mask)
@@ -103,9 +88,9 @@ def prepare(
     tl.store(out + 10, -x, mask=mask)
     tl.store(out + 11, log2_alpha_lambda, mask=mask)
     tl.store(out + 12, tl.where(keeps_zeros, 0.0, tl.where(decays, at_zero, 1.0)), mask=mask)
-    # The weight that becomes 0 whatever its gradient: 0, or NaN, which no weight equals.
+    # The weight that becomes 0 for any gradient: 0, or NaN, which no weight equals.
     tl.store(out + 13, tl.where(keeps_zeros, 0.0, float("nan")), mask=mask)
-    # The bits of two integers, for which float64 weights have no use.
+    # The bits of two integers, which float64 weights do not need.
     tl.store(out + 14, noise.to(tl.float32, bitcast=True), mask=mask)
     tl.store(out + 15, mix(noise ^ 0x68E31DA4).to(tl.float32, bitcast=True), mask=mask)
 
@@ -126,10 +111,9 @@ def update(
 ) -> None:
     """Do the step of one chunk of one tensor.
 
-    If MOMENT is uint8, ``encoding`` has for each tensor the addresses of the scales of both moments and of the maps of
-    both, see eight_bit.py. If DECAY is "units", ``units`` has for each tensor the address of a factor for each index of
-    a dimension, the elements from one index to the next and the number of indices. Otherwise they are None. DECAY may
-    also be "none", "elements" or "2:4".
+    If MOMENT is uint8, ``encoding`` has the addresses of both scales and both maps of each tensor, see eight_bit.py.
+    DECAY is "none", "elements", "2:4" or "units". If it is "units", ``units`` has for each tensor the address of a
+    factor for each index of a dimension, the elements from one index to the next and the number of indices.
     """
     row = row_of(table, rows)
     words = table + row * COLUMNS
@@ -146,12 +130,7 @@ def update(
 
 @triton.jit(do_not_specialize=["rows"])
 def look(
-    table: tl.tensor,
-    finite: tl.tensor,
-    rows: tl.int32,
-    PARAM: tl.constexpr,
-    CHUNK: tl.constexpr,
-    BLOCK: tl.constexpr,
+    table: tl.tensor, finite: tl.tensor, rows: tl.int32, PARAM: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr
 ) -> None:
     """Set ``finite``, a bool, to false if a gradient of one chunk of one tensor is NaN or infinite."""
     words = table + row_of(table, rows) * COLUMNS
@@ -192,10 +171,7 @@ def _run(
     BLOCK: tl.constexpr,
     WHOLE: tl.constexpr,
 ) -> None:
-    """Do the step of the elements from ``begin`` to ``end``, which are whole blocks or not.
-
-    The place in the tensor is kept apart from the place in the block: it may need 64 bits, which are scarce.
-    """
+    """Do the step of the elements from ``begin`` to ``end``. Only the place of a block needs 64 bits."""
     param, grad, exp_avg, exp_avg_sq = tl.load(words + 1), tl.load(words + 2), tl.load(words + 3), tl.load(words + 4)
     sign, lerp, beta2, weight2 = tl.load(scalars + 1), tl.load(scalars + 2), tl.load(scalars + 3), tl.load(scalars + 4)
     correction2, eps, least = tl.load(scalars + 5), tl.load(scalars + 6), tl.load(scalars + 7)
@@ -216,7 +192,7 @@ def _run(
         m = tl.fma(g - m, lerp, tl.where(lerp > 0, m, g))
         v = tl.fma(g * weight2, g, v * beta2)
         if MOMENT == tl.float16:
-            # The square of a finite gradient may be beyond float16; that of an infinite one is.
+            # The square of a finite gradient may be beyond float16, and must not become infinite.
             v = tl.where((tl.abs(g) <= 65504.0) & (v > 65504.0), 65504.0, v)
         denominator = tl.fma(tl.sqrt(v), correction2, eps)
         denominator = tl.where(denominator < least, least, denominator)
@@ -237,7 +213,7 @@ def _run(
         noise = tl.zeros([BLOCK], tl.uint32)
         if not NEAREST:
             noise = noise_of((at + lane).to(tl.uint32), noise_a, noise_b)
-        # Each rounding gets bits of its own: the low half, the high half, and both together.
+        # Each rounding gets different bits: the low half, the high half, and both together.
         store_block(param, at, lane, mask, result, noise, PARAM, NEAREST, WHOLE)
         if MOMENT == tl.uint8:
             m = encode(m, tl.load(encoding), tl.load(encoding + 2), at, mask, BLOCK)

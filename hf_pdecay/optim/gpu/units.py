@@ -14,26 +14,23 @@ from ..distributed import all_sum, is_dtensor, local
 from ..tensor_step import is_flat, smallest, spacing
 from ..unit_tables import UnitTables
 from ..units import Units, unit_size
-from .arithmetic import COLUMNS, factor_of, felt, float64_of, load_block, row_of
+from .arithmetic import factor_of, felt, float64_of
 from .launch import ALIGNMENT, BLOCK, DEVICES, OPTIONS, TYPES, bits, guard, row, table_of
+from .memory import COLUMNS, load_block, row_of
 
 
-_COLUMNS_OF_A_PROGRAM = 128
-_ROWS_OF_A_TILE = 16
+_SIZES = {"BLOCK": BLOCK, "WIDTH": 128, "HEIGHT": 16}  # columns of a program, and rows that it loads at a time
 _UNITS = 128  # units of one layer that a program works on
-_LONG = 32  # from so many neighbours on that belong to one index these are summed by a program of their own
+_LONG = 32  # a program sums one index if it has at least so many neighbours
 
 
 class UnitFactors(UnitTables):
-    """The factors that the Triton step takes, in float32; see :class:`~..unit_tables.UnitTables`.
-
-    The host never waits.
-    """
+    """The factors that the Triton step takes, in float32; the host never waits."""
 
     def __init__(self, params: Sequence[Tensor], units: Sequence[Units[int]]) -> None:
         super().__init__(params, units)
         self._launches: list[tuple[array[int], int, dict[str, object]]] = []
-        splits = {}  # sums that one index of a parameter has
+        splits = {}  # the number of sums for one index of a parameter
         kinds: dict[tuple[torch.dtype, bool], list[int]] = {}
         for index, dim in self._dims.items():
             inner = spacing(self._weights[index], dim)
@@ -50,17 +47,12 @@ class UnitFactors(UnitTables):
                 if not weights.numel():
                     continue
                 inner, length = spacing(weights, dim), weights.shape[dim]
-                columns = row(
-                    first_chunk=programs,
-                    weights=weights.data_ptr(),
-                    sums=sums[index][self._firsts[index] * splits[index] :].data_ptr(),
-                    outer=weights.numel() // (inner * length),
-                    length=length,
-                    inner=inner,
-                    aligned=weights.data_ptr() % ALIGNMENT == 0 and inner % ALIGNMENT == 0,
-                )
-                words.extend(columns)
-                programs += length if long else triton.cdiv(length * inner, _COLUMNS_OF_A_PROGRAM)
+                start, outer = weights.data_ptr(), weights.numel() // (inner * length)
+                first = sums[index][self._firsts[index] * splits[index] :].data_ptr()
+                extents = {"outer": outer, "length": length, "inner": inner}
+                aligned = (start | inner) % ALIGNMENT == 0
+                words.extend(row(first_chunk=programs, weights=start, sums=first, aligned=aligned, **extents))
+                programs += length if long else triton.cdiv(length * inner, _SIZES["WIDTH"])
             if programs:
                 self._launches.append((words, programs, {"PARAM": TYPES[dtype], "LONG": long}))
         self._members, self._layers = array("q"), array("q")
@@ -71,15 +63,8 @@ class UnitFactors(UnitTables):
                 split = splits[member.param]
                 sums_of = member.offset * split, member.size * split
                 self._members.extend((*addresses, *sums_of, member.offset, member.size))
-            columns = row(
-                first_chunk=self._programs,
-                first_member=first,
-                members=len(layer.members),
-                first_unit=begin,
-                count=layer.count,
-                unit_size=unit_size(layer, params),
-            )
-            self._layers.extend(columns)
+            columns = {"first_member": first, "members": len(layer.members), "first_unit": begin, "count": layer.count}
+            self._layers.extend(row(first_chunk=self._programs, unit_size=unit_size(layer, params), **columns))
             first, begin = first + len(layer.members), begin + layer.count
             self._programs += triton.cdiv(layer.count, _UNITS)
         self._count = len(units)
@@ -94,15 +79,13 @@ class UnitFactors(UnitTables):
         return known and weights.numel() > 0 and is_flat(weights)
 
     def norms(self) -> Tensor:
-        """Return the root mean squares in float32; squares are summed in float32."""
+        """Return the root mean squares, from squares summed in float32."""
         if self._process_groups:
             self._sums.zero_()
         with guard(self.device):
             for words, programs, kind in self._launches:
                 table, rows = table_of(words, self.device), len(words) // COLUMNS.value
-                square_sums[(programs,)](
-                    table, rows, **kind, BLOCK=BLOCK, WIDTH=_COLUMNS_OF_A_PROGRAM, HEIGHT=_ROWS_OF_A_TILE, **OPTIONS
-                )
+                square_sums[(programs,)](table, rows, **kind, **_SIZES, **OPTIONS)
             if self._process_groups:
                 all_sum(self._sums, self._process_groups)
             tables = table_of(self._layers, self.device), table_of(self._members, self.device)
@@ -110,17 +93,15 @@ class UnitFactors(UnitTables):
         return self._rms
 
     def fill(self, p_norm: float, alpha_lambda: float | Tensor, dormant: Tensor | None = None) -> None:
-        """See :meth:`~..unit_tables.UnitTables.fill`."""
+        """Fill the tables with factors."""
         given = alpha_lambda if isinstance(alpha_lambda, Tensor) else None
         numbers = bits((2 - p_norm, 0.0 if given is not None else float(alpha_lambda), smallest(torch.float32)))
         with guard(self.device):
-            tables = table_of(self._layers, self.device), table_of(self._members, self.device)
-            factors[(self._programs,)](
-                *tables, self._rms, self._factors, dormant, given, self._count, *numbers, UNITS=_UNITS, **OPTIONS
-            )
+            tables = table_of(self._layers, self.device), table_of(self._members, self.device), self._rms, self._factors
+            factors[(self._programs,)](*tables, dormant, given, self._count, *numbers, UNITS=_UNITS, **OPTIONS)
 
     def factors(self) -> Tensor:
-        """Return the factors in float32, in a tensor that the next call of :meth:`fill` overwrites."""
+        """Return the factors in a tensor that the next call of :meth:`fill` overwrites."""
         return self._factors
 
 
@@ -134,7 +115,7 @@ def square_sums(
     WIDTH: tl.constexpr,
     HEIGHT: tl.constexpr,
 ) -> None:
-    """Add up squares: of one index of a dimension, or of WIDTH columns of a matrix whose rows are the outer indices."""
+    """Sum squares: of one index of a dimension, or of WIDTH columns of a matrix whose rows are the outer indices."""
     words = table + row_of(table, rows) * COLUMNS
     weights, sums = tl.load(words + 1), tl.load(words + 2).to(tl.pointer_type(tl.float32))
     outer, length, inner = tl.load(words + 3), tl.load(words + 4), tl.load(words + 5)
