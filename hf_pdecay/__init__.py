@@ -14,6 +14,7 @@ from .storage.hook import install
 
 
 if TYPE_CHECKING:
+    # isort: off (the names of a module share a line; `as` exports them for type checkers)
     from .adapters.merging import mask_adapters as mask_adapters
     from .adapters.merging import merge_keep_zeros as merge_keep_zeros
     from .adapters.ranks import LayerRanks as LayerRanks
@@ -82,6 +83,7 @@ if TYPE_CHECKING:
     from .trainer.sparsity_callback import SparsityCallback as SparsityCallback
     from .trainer.trainer import PDecayTrainer as PDecayTrainer
     from .trainer.trainer import PDecayTrainerMixin as PDecayTrainerMixin
+    # isort: on
 
 # The public names that each module defines.
 _NAMES = {
@@ -148,7 +150,4 @@ def __dir__() -> list[str]:
 
 
 # From here on transformers, whenever it is imported, loads what `compress` and `shrink_folder` write.
-install(
-    "hf_pdecay.storage.quantizer:CompressedWeightsQuantizer",
-    "hf_pdecay.shrinking.quantizer:ShrunkQuantizer",
-)
+install("hf_pdecay.storage.quantizer:CompressedWeightsQuantizer", "hf_pdecay.shrinking.quantizer:ShrunkQuantizer")

@@ -13,30 +13,18 @@ def is_number(value: object) -> bool:
 
 
 def check_choice(name: str, value: object, choices: Collection[str]) -> None:
-    """Check that an argument is one of the choices.
-
-    Raises:
-        ValueError: If it is not.
-    """
+    """Raise ValueError if an argument is not one of the choices."""
     if value not in choices:
         raise ValueError(f"Invalid {name}: {name}={value!r}; it must be one of {', '.join(choices)}.")
 
 
 def check_p_norm(p_norm: float, name: str = "p_norm") -> float:
-    """Return p as a float; ``name`` is the name of the argument in the message.
-
-    Raises:
-        ValueError: If it is not a finite number above 0.
-    """
+    """Return p as a float; raise ValueError, which names the argument, unless p is finite and above 0."""
     return _check_number(name, p_norm, "a finite number above 0, such as 0.8", above_zero=True)
 
 
 def check_lambda_p(lambda_p: float) -> float:
-    """Return ``lambda_p`` as a float.
-
-    Raises:
-        ValueError: If it is not a finite number of at least 0.
-    """
+    """Return ``lambda_p`` as a float; raise ValueError unless it is finite and at least 0."""
     return _check_number("lambda_p", lambda_p, "a finite number of at least 0, such as 0.01", above_zero=False)
 
 

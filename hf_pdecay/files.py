@@ -30,23 +30,14 @@ def written_aside(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 
 def remove_leftovers(folder: str | os.PathLike[str], names: Iterable[str]) -> None:
-    """Delete temporary files of :func:`written_aside` that processes left in a folder when they were killed.
-
-    Args:
-        folder: The folder.
-        names: Names of the files that they were writing.
-    """
+    """Delete what killed processes left of :func:`written_aside` in a folder, for files of these names."""
     for name in names:
         for aside in Path(folder).glob(f".{name}.*.tmp"):
             aside.unlink(missing_ok=True)
 
 
 def append_line(path: Path, line: dict[str, Any]) -> None:
-    """Append a line of JSON to a file, completely or not at all; creates the file and its folder.
-
-    Raises:
-        OSError: If it cannot be written, as on a full disk. The file is then unchanged.
-    """
+    """Append a line of JSON to a file; creates it and its folder, and leaves it unchanged after an OSError."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "ab", buffering=0) as file:
         before = file.tell()

@@ -15,14 +15,7 @@ from ..optim.units import Member
 
 
 class LoraFactors(NamedTuple):
-    """The two factors of an adapter on one layer.
-
-    Attributes:
-        name: Name of the layer in the base model.
-        layer: PEFT's layer.
-        a: A, of shape (rank, …).
-        b: B, of shape (outputs, rank, …).
-    """
+    """The factors A (rank, …) and B (outputs, rank, …) of an adapter on a layer of PEFT, with its name in the base."""
 
     name: str
     layer: Any
@@ -36,14 +29,7 @@ def lora_names(model: nn.Module) -> list[str]:
 
 
 def lora_factors(model: nn.Module, adapter_name: str = "default") -> Iterator[LoraFactors]:
-    """Yield the factors of a LoRA adapter, layer by layer.
-
-    Layers without a pair of A (rank, …) and B (outputs, rank, …), such as fused experts or AdaLoRA, are left out.
-
-    Args:
-        model: A PEFT model, or any module that holds LoRA layers.
-        adapter_name: Which adapter.
-    """
+    """Yield the factors of a LoRA adapter by layer; skips layers without a pair, such as fused experts or AdaLoRA."""
     for name, layer in lora_layers(model):
         if adapter_name in layer.lora_A and isinstance(layer.lora_A[adapter_name], nn.Module):
             a, b = layer.lora_A[adapter_name].weight, layer.lora_B[adapter_name].weight
@@ -68,11 +54,7 @@ def lora_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
 
 
 def named_factors(model: nn.Module, adapter_name: str) -> list[LoraFactors]:
-    """Return :func:`lora_factors` as a list.
-
-    Raises:
-        ValueError: If it is empty. The message names the adapters that the model has.
-    """
+    """Return :func:`lora_factors` as a list; raise ValueError if it is empty."""
     factors = list(lora_factors(model, adapter_name))
     if not factors:
         names = sorted(name for name in lora_names(model) if any(lora_factors(model, name)))
@@ -84,15 +66,7 @@ def named_factors(model: nn.Module, adapter_name: str) -> list[LoraFactors]:
 
 
 def check_model(peft_model: Any, function: str) -> None:
-    """Check that a model has an adapter on layers that is not merged.
-
-    Args:
-        peft_model: The model.
-        function: The function to name in the message.
-
-    Raises:
-        ValueError: If it has none, or the adapter is merged.
-    """
+    """Raise ValueError, which names the function, unless a model has an adapter on layers that is not merged."""
     if not isinstance(peft_model, PeftModel) or not hasattr(peft_model.base_model, "merge_and_unload"):
         raise ValueError(
             f"{function} takes a PeftModel with an adapter on layers, such as LoRA, not {type(peft_model).__name__}"

@@ -24,10 +24,7 @@ logger = logging.getLogger(__name__)
 
 @torch.no_grad()
 def merge_keep_zeros(
-    peft_model: PeftModel,
-    adapter_names: Sequence[str] | None = None,
-    *,
-    dropped: dict[str, float] | None = None,
+    peft_model: PeftModel, adapter_names: Sequence[str] | None = None, *, dropped: dict[str, float] | None = None
 ) -> nn.Module:
     """Merge adapters into their base model and keep its exact zeros: W' = W + (W ≠ 0) · ΔW.
 
@@ -50,10 +47,8 @@ def merge_keep_zeros(
     check_model(peft_model, "merge_keep_zeros")
     unknown = sorted(set(adapter_names or ()) - set(peft_model.peft_config))
     if unknown:
-        raise ValueError(
-            f"Invalid adapter_names: the model has no adapter {unknown[0]!r}; "
-            f"it has {', '.join(peft_model.peft_config)}."
-        )
+        known = ", ".join(peft_model.peft_config)
+        raise ValueError(f"Invalid adapter_names: the model has no adapter {unknown[0]!r}; it has {known}.")
     modules = dict(peft_model.get_base_model().named_modules())
     layers = {name: module for name, module in modules.items() if isinstance(module, BaseTunerLayer)}
     weights = {name: _weights(name, layer) for name, layer in layers.items()}

@@ -99,15 +99,9 @@ def rank_sparsity(model: nn.Module, adapter_name: str = "default") -> RankSparsi
 
 
 class Pair(NamedTuple):
-    """The factors of LoRA on one layer.
+    """The factors A (rank, …) and B (outputs, rank, …) of LoRA on one layer; ``scaling`` is the factor of B A.
 
-    Attributes:
-        layer: Name of the layer in the base model.
-        a: A, of shape (rank, …).
-        b: B, of shape (outputs, rank, …).
-        scaling: Factor of B A.
-        does_more: Whether the adapter does more on this layer than add B A, as DoRA and trained biases do. One rank
-            then stays even if all are dead.
+    If the adapter ``does_more`` there than add B A, as DoRA and trained biases do, one rank stays even if all are dead.
     """
 
     layer: str
@@ -118,13 +112,9 @@ class Pair(NamedTuple):
 
 
 class Remaining(NamedTuple):
-    """What remains of a :class:`Pair`.
+    """What remains of a :class:`Pair`: contiguous factors, without ranks if the layer leaves the adapter.
 
-    Attributes:
-        a: A without the dead ranks, contiguous; no rank if the layer leaves the adapter.
-        b: B without them.
-        alpha: ``lora_alpha`` that keeps the scaling.
-        dead: Number of dead ranks.
+    ``alpha`` is the ``lora_alpha`` that keeps the scaling, ``dead`` the number of dead ranks.
     """
 
     a: Tensor
@@ -136,15 +126,9 @@ class Remaining(NamedTuple):
 def remove_dead_ranks(
     pairs: Sequence[Pair], config: Mapping[str, Any], is_whole_adapter: bool
 ) -> tuple[list[Remaining], dict[str, Any]]:
-    """Remove the dead ranks of a LoRA adapter.
+    """Return what remains of each layer without dead ranks, and the entries of the adapter's config that change.
 
-    Args:
-        pairs: Its layers.
-        config: Its config; not changed.
-        is_whole_adapter: Whether these are all layers of the adapter.
-
-    Returns:
-        What remains of each layer, and the entries of the config that change.
+    ``is_whole_adapter`` says whether these are all layers of the adapter.
     """
     use_rslora = bool(config.get("use_rslora"))
     remaining: list[Remaining] = []
@@ -190,9 +174,7 @@ def shrink_ranks(peft_model: PeftModel, adapter_name: str = "default") -> PeftMo
         for name, layer, a, b in factors
     ]
     if not any(alive_ranks(pair.a, pair.b).any() for pair in pairs):
-        raise ValueError(
-            "shrink_ranks: all ranks of the adapter are dead, as they are before training; none would be left."
-        )
+        raise ValueError("shrink_ranks: all ranks of the adapter are dead, as before training; none would be left.")
     check_start(config.init_lora_weights, "shrink_ranks")
     layers = {name for name, layer in lora_layers(peft_model) if adapter_name in layer.r}
     remaining, changed = remove_dead_ranks(pairs, vars(config), layers == {pair.layer for pair in pairs})
@@ -207,17 +189,9 @@ def shrink_ranks(peft_model: PeftModel, adapter_name: str = "default") -> PeftMo
 
 
 def check_start(start: object, name: str) -> None:
-    """Check that an adapter can do with fewer ranks.
+    """Raise ValueError, which names a function or folder, if ``init_lora_weights`` takes initial values from the base.
 
-    Some initial values are taken from the base. PEFT subtracts them from the base whenever it loads the adapter, and
-    they depend on the number of ranks.
-
-    Args:
-        start: ``init_lora_weights`` of the adapter's config.
-        name: The function or folder to name in the message.
-
-    Raises:
-        ValueError: If the initial values are taken from the base.
+    PEFT subtracts those from the base whenever it loads the adapter, and they depend on the number of ranks.
     """
     if isinstance(start, str) and start.lower().startswith(_FROM_BASE):
         raise ValueError(
@@ -230,29 +204,16 @@ def check_start(start: object, name: str) -> None:
 def _changed_entries(
     config: Mapping[str, Any], sizes: Mapping[str, tuple[int, float]], left: Sequence[str], is_whole_adapter: bool
 ) -> dict[str, Any]:
-    """The entries of an adapter's config that change.
-
-    Args:
-        config: The config.
-        sizes: Number of ranks and ``lora_alpha`` of each layer that stays in the adapter.
-        left: Layers that leave the adapter.
-        is_whole_adapter: Whether these are all layers of the adapter.
-    """
-    usual = Counter(sizes.values()).most_common(1)[0][0]
-    ranks, alphas = config.get("rank_pattern") or {}, config.get("alpha_pattern") or {}
-    changed: dict[str, Any] = {}
-    if is_whole_adapter:
-        # The old patterns go: PEFT takes the first that matches, and sorts them when it saves.
-        changed["r"], changed["lora_alpha"] = usual
-        ranks, alphas = {}, {}
-    else:  # the other layers go by the old settings
-        usual = (0, 0.0)
+    """The entries of an adapter's config that change; ``sizes``: ranks and ``lora_alpha`` of the layers that stay."""
+    usual = Counter(sizes.values()).most_common(1)[0][0] if is_whole_adapter else None
+    changed: dict[str, Any] = {} if usual is None else {"r": usual[0], "lora_alpha": usual[1]}
     special = {f"^{re.escape(name)}": size for name, size in sizes.items() if size != usual}
-    for key, old, place in (("rank_pattern", ranks, 0), ("alpha_pattern", alphas, 1)):
+    for place, key in enumerate(("rank_pattern", "alpha_pattern")):
+        # For the whole adapter the old patterns go: PEFT takes the first that matches, and sorts them when it saves.
+        old = {} if is_whole_adapter else config.get(key) or {}
         # An earlier removal may have written an entry for the same layer.
-        changed[key] = {name: size[place] for name, size in special.items()} | {
-            name: value for name, value in old.items() if name not in special
-        }
+        kept = {name: value for name, value in old.items() if name not in special}
+        changed[key] = {name: size[place] for name, size in special.items()} | kept
     if config.get("init_lora_weights") == "orthogonal":
         changed["init_lora_weights"] = True  # "orthogonal" needs an even rank; the loaded weights replace it anyway
     if left:

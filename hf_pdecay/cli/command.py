@@ -35,12 +35,7 @@ def add_json(parser: argparse.ArgumentParser) -> None:
 
 
 def show(result: Any, as_json: bool = False) -> int:
-    """Print a result and return the exit code 0.
-
-    Args:
-        result: What rich can print; for JSON, an object with ``to_dict``.
-        as_json: Print JSON in place of tables. Numbers that are not finite become null, because JSON has no NaN.
-    """
+    """Print a result by rich, or its ``to_dict`` as JSON with null for NaN and infinity; return the exit code 0."""
     if as_json:
         finite = json.loads(json.dumps(result.to_dict()), parse_constant=lambda _: None)
         sys.stdout.write(json.dumps(finite, indent=2) + "\n")

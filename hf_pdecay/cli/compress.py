@@ -21,15 +21,8 @@ def run(options: argparse.Namespace) -> int:
     """Compress a model, print the report, and upload the folder if asked to."""
     from ..storage.writer import compress
 
-    show(
-        compress(
-            options.model,
-            options.out,
-            zstd=options.zstd,
-            max_shard_size=options.max_shard_size,
-            overwrite=options.overwrite,
-        )
-    )
+    model, out, shard_size = options.model, options.out, options.max_shard_size
+    show(compress(model, out, zstd=options.zstd, max_shard_size=shard_size, overwrite=options.overwrite))
     if options.push_to_hub is not None:
         from ..storage.hub import push_to_hub
 

@@ -10,19 +10,7 @@ import sys
 from .._version import __version__
 
 
-_PACKAGES = (
-    "torch",
-    "transformers",
-    "accelerate",
-    "datasets",
-    "safetensors",
-    "peft",
-    "trl",
-    "deepspeed",
-    "torchao",
-    "triton",
-    "bitsandbytes",
-)
+_PACKAGES = "torch transformers accelerate datasets safetensors peft trl deepspeed torchao triton bitsandbytes".split()
 
 
 def register(parser: argparse.ArgumentParser) -> None:
@@ -37,10 +25,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def describe() -> dict[str, str]:
-    """Return versions, devices, the C++ compiler, and the backend that ``auto`` takes on each kind of device, and why.
-
-    The first call on a machine compiles the step for the CPU, as the first step of a run would.
-    """
+    """Return the facts by name; the first call on a machine compiles the step for the CPU."""
     import torch
 
     from ..optim.backends import MIN_COMPILED, BackendChoice

@@ -46,8 +46,7 @@ class FolderReport:
 
     Args:
         folder: The folder that was read.
-        sparsity: Zeros of its tensors. The run's ``sparsity.json`` says which of them decayed, or else the model's
-            class.
+        sparsity: Zeros of its tensors. The run's ``sparsity.json``, or else the model's class, says which decayed.
         ranks: Number of ranks and of dead ones by layer, for a LoRA adapter.
         stored: Bytes of its tensors.
         compressed: About the bytes that ``hf-pdecay compress`` would need, without zstd. Equal to ``stored`` for
@@ -93,11 +92,8 @@ class FolderReport:
             yield f"The folder is compressed: {share:.1%} of {self.stored / 1e6:,.1f} MB."
             yield f"hf-pdecay decompress {_word(self.folder)} OUT gives the plain one."
         elif self.compressed < self.stored:
-            share = self.compressed / self.stored
-            yield (
-                f"hf-pdecay compress {_word(self.folder)} OUT stores it in about {share:.1%} of its "
-                f"{self.stored / 1e6:,.1f} MB."
-            )
+            size = f"{self.compressed / self.stored:.1%} of its {self.stored / 1e6:,.1f} MB"
+            yield f"hf-pdecay compress {_word(self.folder)} OUT stores it in about {size}."
         if self.shrunk is not None and self.shrunk.sentence(_word(self.folder)):
             yield self.shrunk.sentence(_word(self.folder))
         layers = [tensor for tensor in self.sparsity.tensors if tensor.decayed and tensor.sparsity >= _WORTHWHILE]
@@ -119,6 +115,8 @@ def report_folder(folder: str | os.PathLike[str], near_zero_threshold: float = N
     Raises:
         ValueError: If the folder holds no model, or a file of it is cut short.
     """
+    from ..storage.reader import tensors_of
+
     path = _model_folder(Path(folder))
     method = _method(path)
     model = _on_meta(path)
@@ -130,7 +128,7 @@ def report_folder(folder: str | os.PathLike[str], near_zero_threshold: float = N
     tensors: list[TensorSparsity] = []
     ranks = _RankCounter()
     stored = compressed = 0
-    for name, raw in _decoded(path) if method == METHOD else _tensors(path):
+    for name, raw in tensors_of(path) if method == METHOD else _tensors(path):
         tensor = _countable(raw)
         stored += raw.nbytes
         compressed += smallest_payload(tensor.numel(), int(tensor.count_nonzero()), raw.element_size())
@@ -175,11 +173,7 @@ class _RankCounter:
 
 
 def _model_folder(folder: Path) -> Path:
-    """The folder itself, or its newest whole checkpoint if it holds no model.
-
-    Raises:
-        ValueError: If it holds neither.
-    """
+    """The folder itself, or its newest whole checkpoint if it holds no model."""
     if not folder.exists():
         raise ValueError(f"Invalid folder: {str(folder)!r} does not exist.")
     if not folder.is_dir():
@@ -224,10 +218,7 @@ def _countable(tensor: Tensor) -> Tensor:
 
 
 def _files(folder: Path) -> list[Path]:
-    """The files that hold a model's weights, as ``from_pretrained`` chooses them; else all safetensors files.
-
-    Others beside them may hold the same weights, such as shards of an earlier saving.
-    """
+    """The files that ``from_pretrained`` would load, not shards of an earlier saving; else all safetensors files."""
     if (folder / WEIGHTS).is_file():
         return [folder / WEIGHTS]
     if not (folder / INDEX).is_file():
@@ -247,12 +238,6 @@ def _tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
                     yield name, file.get_tensor(name)
         except SafetensorError as error:
             raise ValueError(f"{str(path)!r} cannot be read ({error}); it may be cut short.") from error
-
-
-def _decoded(folder: Path) -> Iterator[tuple[str, Tensor]]:
-    from ..storage.reader import tensors_of
-
-    return tensors_of(folder)
 
 
 def _on_meta(folder: Path) -> Any:
@@ -278,10 +263,7 @@ def _estimator(model: Any) -> Estimator | None:
 def _decayed(run_report: SparsityReport | None, model: Any, saved: Mapping[str, Sequence[str]]) -> dict[str, bool]:
     """Whether each tensor of a folder decayed, by its name there: as the run says, or else as it does by default.
 
-    Args:
-        run_report: The counts of the run.
-        model: The model without weights, if its class is known.
-        saved: The names under which parameters are saved, if they differ.
+    ``model`` is None if its class is not known; ``saved`` has the names in files of parameters for which they differ.
     """
     decayed: dict[str, bool] = {}
     if run_report is not None:

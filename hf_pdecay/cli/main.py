@@ -30,14 +30,7 @@ _USAGE, _SYSTEM = 2, 1
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command.
-
-    Args:
-        argv: Its words; those of the process if None.
-
-    Returns:
-        The exit code: 0 on success, 2 for invalid arguments, 1 for system or Hub errors; the message goes to stderr.
-    """
+    """Run the command in ``argv`` (None for that of the process); return the exit code, with errors on stderr."""
     parser = argparse.ArgumentParser(prog="hf-pdecay", description="Sparse models from ordinary training.")
     parser.add_argument("--version", action="version", version=f"hf-pdecay {__version__}")
     commands = parser.add_subparsers(title="commands", dest="command", metavar="COMMAND", required=True)

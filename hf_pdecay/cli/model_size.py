@@ -34,13 +34,7 @@ class TensorSize:
 
 @dataclass(frozen=True)
 class ModelSize:
-    """The tensors of a model.
-
-    Args:
-        name: Its name in the output.
-        tensors: Its trainable floating-point parameters, shared ones once.
-        assumed: Whether the tensors are assumed because only their number of weights is known.
-    """
+    """The trainable floating-point parameters of a model, shared ones once; assumed if only their number is known."""
 
     name: str
     tensors: Sequence[TensorSize]
@@ -63,11 +57,7 @@ class ModelSize:
 
 
 def from_parameters(parameters: float) -> ModelSize:
-    """Return the size of a model if only its number of parameters is known; all of them decay.
-
-    Raises:
-        ValueError: If it is not a finite number of at least 1.
-    """
+    """Return the size of a model if only its number of parameters is known, finite and at least 1; all decay."""
     if not 1 <= parameters < math.inf:
         raise ValueError(f"Invalid parameters: parameters={parameters!r}; it must be a number such as 8e9.")
     numel = int(parameters)
@@ -82,14 +72,10 @@ def from_pretrained(name: str) -> ModelSize:
 
 
 def on_meta(name: str) -> torch.nn.Module:
-    """Build a model from its config on the meta device, without weights.
+    """Build a model without weights on the meta device, from a folder with ``config.json``, that file, or a Hub name.
 
-    Args:
-        name: A folder with ``config.json``, that file, or a name on the Hub. The class is the first of the config's
-            ``architectures``, or a causal LM if it names none.
-
-    Raises:
-        ValueError: If the config does not exist, or transformers cannot build a model from it.
+    The class is the first of the config's ``architectures``, or a causal LM if it names none. Raises ValueError if the
+    config does not exist, or transformers cannot build a model from it.
     """
     import transformers.quantizers  # registers our quantizers; must come first
 
@@ -106,10 +92,8 @@ def on_meta(name: str) -> torch.nn.Module:
         make = model_class(config.architectures)
         if make is None:
             if type(config) not in transformers.MODEL_FOR_CAUSAL_LM_MAPPING:
-                raise ValueError(
-                    f"{name!r} is of type {config.model_type!r}, which has no causal LM, and names no class of "
-                    "transformers in 'architectures'"
-                )
+                what = f"{name!r} is of type {config.model_type!r}, which has no causal LM"
+                raise ValueError(f"{what}, and names no class of transformers in 'architectures'")
             make = transformers.AutoModelForCausalLM.from_config
         model: torch.nn.Module = built_on_meta(make, config, source)
         resize_as_noted(model)

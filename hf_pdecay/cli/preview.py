@@ -40,11 +40,6 @@ def run(options: argparse.Namespace) -> int:
     settings = DecaySettings.from_optim_args(
         options.optim_args, targets[0] if targets and len(targets) == 1 else targets, options.optim, **flags
     )
-    result = preview(
-        options.model,
-        settings,
-        max_steps=options.max_steps,
-        weight_decay=options.weight_decay,
-        all_tensors=options.tensors,
-    )
+    steps, weight_decay = options.max_steps, options.weight_decay
+    result = preview(options.model, settings, max_steps=steps, weight_decay=weight_decay, all_tensors=options.tensors)
     return show(result, options.json)

@@ -38,7 +38,7 @@ def report(source: str | os.PathLike[str]) -> FolderReport | SearchReport:
             the current folder.
 
     Raises:
-        ValueError: If there is no such model or search.
+        ValueError: If the source holds neither a model nor a search.
     """
     from .folder_report import report_folder
     from .search_report import is_search, report_search

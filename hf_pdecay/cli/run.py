@@ -6,7 +6,7 @@ import argparse
 import io
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType, TracebackType
 
@@ -24,30 +24,17 @@ def register(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> Callable[[], int]:
-    """Return a function that runs the script."""
-    return prepare(options.script, options.module)
-
-
-def prepare(script: Sequence[str], module: Sequence[str] | None) -> Callable[[], int]:
-    """Return a function that runs a script or module as ``__main__``, with its own argv, exit code and tracebacks.
-
-    Args:
-        script: A script and its arguments.
-        module: A module and its arguments, as ``python -m`` takes them; None for a script.
-
-    Raises:
-        ValueError: If the script or module does not exist.
-    """
-    words = script if module is None else module
+    """Return a function that runs a script or module as ``__main__``, with its own argv, exit code and tracebacks."""
+    words: list[str] = options.script if options.module is None else options.module
     if not words:
         raise ValueError("Name a script or module: hf-pdecay run SCRIPT ARGS…, or hf-pdecay run -m MODULE ARGS….")
-    first, *arguments = words
-    if module is not None:
+    first = words[0]
+    if options.module is not None:
         import runpy
 
         _first_on_path(os.getcwd())
         _check_module(first)
-        return lambda: _run(lambda: runpy.run_module(first, run_name="__main__", alter_sys=True), [first, *arguments])
+        return lambda: _run(lambda: runpy.run_module(first, run_name="__main__", alter_sys=True), words)
     if not Path(first).is_file():
         reason = "is a folder" if Path(first).is_dir() else "does not exist"
         raise ValueError(f"Invalid SCRIPT: {first!r} {reason}; name a Python script, or a module after -m.")
@@ -56,7 +43,7 @@ def prepare(script: Sequence[str], module: Sequence[str] | None) -> Callable[[],
         _first_on_path(os.path.dirname(os.path.realpath(first)))
         _run_script(os.path.abspath(first))
 
-    return lambda: _run(start, [first, *arguments])
+    return lambda: _run(start, words)
 
 
 def _run(start: Callable[[], object], argv: list[str]) -> int:
@@ -66,10 +53,9 @@ def _run(start: Callable[[], object], argv: list[str]) -> int:
     sys.argv[:] = argv
     try:
         start()
-    except SystemExit:
-        raise
     except BaseException as error:
-        _show_their_frames_only(error.__traceback__)
+        if not isinstance(error, SystemExit):
+            _show_their_frames_only(error.__traceback__)
         raise
     return 0
 

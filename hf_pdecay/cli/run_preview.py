@@ -32,10 +32,7 @@ class TensorPreview:
     """A trained parameter and how it decays.
 
     Args:
-        name: Its name in the model.
-        shape: Its shape.
         rule: The pattern of its rule, ``"default"``, or why it does not decay.
-        decayed: Whether it decays by p norm.
         p_norm: p; None if it does not decay.
         target_sparsity: Fraction of its budget that must become zero, weights or units; None for no target.
     """
@@ -58,12 +55,8 @@ class Preview:
     """The result of :func:`preview`; prints as tables.
 
     Args:
-        name: Name of the model in the output.
-        groups: The param groups of the run's optimizer.
         tensors: The trained parameters, shared ones once, in the model's order.
         budgets: The weights that share a target; empty without a target.
-        schedule: When its zeros come.
-        max_steps: Optimizer steps of the run.
         all_tensors: Whether each tensor is printed.
     """
 
@@ -113,12 +106,10 @@ class Preview:
 
     def tensor_table(self) -> Table:
         """Return a rich table with a row for each tensor."""
-        from rich.table import Table
+        from rich.table import Column, Table
 
-        table = Table(title="Tensors")
-        table.add_column("tensor", overflow="fold")
-        table.add_column("shape", justify="right")
-        table.add_column("rule", overflow="fold")
+        columns = Column("tensor", overflow="fold"), Column("shape", justify="right"), Column("rule", overflow="fold")
+        table = Table(*columns, title="Tensors")
         for tensor in self.tensors:
             table.add_row(tensor.name, " × ".join(map(str, tensor.shape)) or "-", tensor.rule)
         return table
@@ -146,24 +137,11 @@ class Preview:
 
 
 def preview(
-    name: str,
-    settings: DecaySettings,
-    *,
-    max_steps: int = 1000,
-    weight_decay: float = 0.0,
-    all_tensors: bool = False,
+    name: str, settings: DecaySettings, *, max_steps: int = 1000, weight_decay: float = 0.0, all_tensors: bool = False
 ) -> Preview:
-    """Preview a run of a model; weights are not loaded.
+    """Preview a run of the model that :func:`.model_size.on_meta` builds from ``name``; ``weight_decay`` is by L2.
 
-    Args:
-        name: A folder with ``config.json``, that file, or a name on the Hub.
-        settings: Settings of the run.
-        max_steps: Optimizer steps of the run.
-        weight_decay: L2 decay of the run.
-        all_tensors: Whether the output lists each tensor.
-
-    Raises:
-        ValueError: If the model does not exist, a rule matches nothing, or a target cannot be reached.
+    Raises ValueError if the model does not exist, a rule matches nothing, or a target cannot be reached.
     """
     model: nn.Module = on_meta(name)
     args: Any = SimpleNamespace(weight_decay=weight_decay)
@@ -173,16 +151,11 @@ def preview(
         for group, _ in budget.members:
             group["asked_sparsity"] = budget.target
     group_of = {id(param): group for group in groups for param in group["params"]}
-    tensors = [
-        TensorPreview(
-            clean_name(key),
-            tuple(param.shape),
-            group_of[id(param)]["rule"],
-            is_decayed(group_of[id(param)]),
-            group_of[id(param)]["p_norm"] if is_decayed(group_of[id(param)]) else None,
-            group_of[id(param)].get("asked_sparsity"),
-        )
-        for key, param in model.named_parameters()
-        if id(param) in group_of
-    ]
+    tensors = []
+    for key, param in model.named_parameters():
+        if id(param) in group_of:
+            group = group_of[id(param)]
+            decayed, asked = is_decayed(group), group.get("asked_sparsity")
+            p_norm = group["p_norm"] if decayed else None
+            tensors.append(TensorPreview(clean_name(key), tuple(param.shape), group["rule"], decayed, p_norm, asked))
     return Preview(name, groups, tensors, budgets, settings.schedule(max_steps), max_steps, all_tensors)

@@ -63,13 +63,9 @@ def is_search(source: str | os.PathLike[str]) -> bool:
 
 
 def report_search(source: str | os.PathLike[str]) -> SearchReport:
-    """Return the report of a search and draw its front as ``pareto.png``.
+    """Return the report of a search and draw its ``pareto.png``; raise ValueError if no trial was evaluated.
 
-    Args:
-        source: The folder of a search, or an optuna storage, whose picture is drawn into the current folder.
-
-    Raises:
-        ValueError: If no trial was evaluated.
+    The picture of an optuna storage is drawn in the current folder.
     """
     trials = read_trials(source)
     if not pareto_front(trials):

@@ -29,12 +29,7 @@ def run(options: argparse.Namespace) -> int:
     """Shrink a model and print what was removed."""
     from ..shrinking.folder import shrink_folder
 
-    return show(
-        shrink_folder(
-            options.model,
-            options.out,
-            layers=options.layers,
-            multiple_of=options.multiple_of,
-            overwrite=options.overwrite,
-        )
+    report = shrink_folder(
+        options.model, options.out, layers=options.layers, multiple_of=options.multiple_of, overwrite=options.overwrite
     )
+    return show(report)

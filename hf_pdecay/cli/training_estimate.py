@@ -33,17 +33,13 @@ _ZERO = ("zero2", "zero3")
 
 @dataclass(frozen=True)
 class Setup:
-    """How a model is trained.
+    """How a model is trained; raises ValueError if an argument is out of range or unknown.
 
     Args:
         gpus: Number of GPUs, one process each.
-        mixed_precision: ``"bf16"`` or ``"no"``, as in the accelerate config.
-        dtype: Dtype of the loaded weights, ``"float32"`` or ``"bfloat16"``.
+        mixed_precision: One of :data:`PRECISIONS`, as in the accelerate config.
+        dtype: Dtype of the loaded weights, one of :data:`DTYPES`.
         moments: As in :class:`~hf_pdecay.AdamWLp`; None for the dtype of the weights that the optimizer steps.
-        max_steps: Optimizer steps of the run.
-
-    Raises:
-        ValueError: If one of them is out of range or unknown.
     """
 
     gpus: int = 8
@@ -90,22 +86,15 @@ class Memory:
     @property
     def total(self) -> int:
         """Their sum."""
-        return self.weights + self.gradients + self.moments + self.master + self.buckets
+        return sum(vars(self).values())
 
 
 @dataclass(frozen=True)
 class Added:
-    """What hf_pdecay adds to AdamW under a layout, for each process.
+    """What hf_pdecay adds to AdamW under a layout, for each process: :class:`~.target.cost.PruningCost`, and more.
 
-    Args:
-        step: Communication of each step. Not counted: dormant tensors, for which processes ask once a step whether
-            they are awake, on a CPU until they are, on a GPU in all steps.
-        pruning: See :class:`~.target.cost.PruningCost`.
-        ties: See there.
-        lambda_p: See there.
-        log: Communication of each log event.
-        pruning_bytes: Temporaries during a pruning step on a GPU.
-        log_bytes: Temporaries during a log event on a GPU.
+    ``step`` leaves out dormant tensors, for which processes ask once a step whether they are awake: on a CPU until they
+    are, on a GPU in all steps. The bytes are those of temporaries on a GPU during a pruning step or a log event.
     """
 
     step: Traffic
@@ -119,15 +108,7 @@ class Added:
 
 @dataclass(frozen=True)
 class Estimate:
-    """The result of :func:`estimate`; prints as tables.
-
-    Args:
-        size: The model.
-        setup: How it is trained.
-        memory: Memory by layout.
-        added: What hf_pdecay adds, by layout.
-        left_out: By layout, why it does not allow this setup.
-    """
+    """The result of :func:`estimate`, by layout; ``left_out`` says why a layout does not allow the setup."""
 
     size: ModelSize
     setup: Setup
@@ -167,40 +148,26 @@ class Estimate:
         """Return a rich table of bytes per parameter and GiB per GPU, with a row for each layout."""
         from rich.table import Table
 
-        heads = ("weights", "gradients", "moments", "master", "buckets")
-        table = Table(title="Bytes per parameter, and GiB, on each GPU")
-        for head in ("layout", "GPUs", *heads, "bytes", "GiB"):
-            table.add_column(head, justify="left" if head == "layout" else "right")
+        table = Table("layout", title="Bytes per parameter, and GiB, on each GPU")
+        for head in ("GPUs", "weights", "gradients", "moments", "master", "buckets", "bytes", "GiB"):
+            table.add_column(head, justify="right")
         for layout, memory in self.memory.items():
-            per = [getattr(memory, head) / self.size.parameters for head in heads]
-            total = memory.total / self.size.parameters
-            table.add_row(
-                layout,
-                str(_processes(layout, self.setup.gpus)),
-                *(f"{size:.2f}" if size else "-" for size in per),
-                f"{total:.2f}",
-                f"{memory.total / 2**30:.2f}",
-            )
+            cells = [f"{size / self.size.parameters:.2f}" if size else "-" for size in vars(memory).values()]
+            total = f"{memory.total / self.size.parameters:.2f}", f"{memory.total / 2**30:.2f}"
+            table.add_row(layout, str(_processes(layout, self.setup.gpus)), *cells, *total)
         return table
 
     def added_table(self) -> Table:
         """Return a rich table of what hf_pdecay adds to AdamW, with a row for each layout."""
         from rich.table import Table
 
-        table = Table(title="What hf_pdecay adds to AdamW: all-reduces / KiB, temporary MiB")
-        table.add_column("layout")
+        table = Table("layout", title="What hf_pdecay adds to AdamW: all-reduces / KiB, temporary MiB")
         for head in ("a step", "pruning", "λ_p after it", "a log event", "pruning, MiB", "log, MiB"):
             table.add_column(head, justify="right")
         for layout, added in self.added.items():
-            table.add_row(
-                layout,
-                *(
-                    _traffic_cell(traffic)
-                    for traffic in (added.step, added.pruning + added.ties, added.lambda_p, added.log)
-                ),
-                f"{added.pruning_bytes / 2**20:.0f}",
-                f"{added.log_bytes / 2**20:.0f}",
-            )
+            traffics = added.step, added.pruning + added.ties, added.lambda_p, added.log
+            temporaries = (f"{size / 2**20:.0f}" for size in (added.pruning_bytes, added.log_bytes))
+            table.add_row(layout, *map(_traffic_cell, traffics), *temporaries)
         return table
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
@@ -210,31 +177,23 @@ class Estimate:
         share = size.decayed_parameters / size.parameters
         yield f"{size.name}: {size.parameters:,} weights; {size.decayed_parameters:,} ({share:.1%}) decay"
         yield f"in {tensors}"
-        yield (
-            f"mixed_precision={setup.mixed_precision}, dtype={setup.dtype}, moments={setup.moments or 'as the weights'}"
-        )
+        moments = setup.moments or "as the weights"
+        yield f"mixed_precision={setup.mixed_precision}, dtype={setup.dtype}, moments={moments}"
         yield self.memory_table()
         yield (
             "Not counted: activations, temporary copies (layers under FSDP2 and ZeRO-3, gradients "
             "in float32 while ZeRO steps), and DeepSpeed's buckets."
         )
         yield self.added_table()
-        yield (
-            f"These are temporary. A run of {setup.max_steps:,} steps with a target prunes {self.pruning_steps} times."
-        )
+        steps = f"{setup.max_steps:,} steps"
+        yield f"These are temporary. A run of {steps} with a target prunes {self.pruning_steps} times."
         yield from self.left_out.values()
 
 
 def estimate(size: ModelSize, setup: Setup, layout: str = "all") -> Estimate:
-    """Estimate what training needs.
+    """Estimate what training needs under a layout, or under ``"all"`` that allow the setup.
 
-    Args:
-        size: The model.
-        setup: How it is trained.
-        layout: One of :data:`LAYOUTS`, or ``"all"`` for those that allow the setup.
-
-    Raises:
-        ValueError: If the layout is unknown or does not allow the setup.
+    Raises ValueError if the layout is not one of :data:`LAYOUTS`, or does not allow the setup.
     """
     check_choice("layout", layout, (*LAYOUTS, "all"))
     refusals = {name: setup.refusal(name) for name in (LAYOUTS if layout == "all" else [layout])}
@@ -247,13 +206,7 @@ def estimate(size: ModelSize, setup: Setup, layout: str = "all") -> Estimate:
 
 
 def memory_of(size: ModelSize, layout: str, setup: Setup) -> Memory:
-    """Return the bytes on the GPU that has most of them.
-
-    Args:
-        size: The model.
-        layout: One of :data:`LAYOUTS`.
-        setup: How it is trained; the layout must allow it.
-    """
+    """Return the bytes on the GPU that has most of them; the layout must allow the setup."""
     whole, held = size.parameters, sum(_held(size.tensors, layout, setup.gpus))
     low = setup.mixed_precision == "bf16"
     if layout in _ZERO:
@@ -282,15 +235,8 @@ def added_by(size: ModelSize, layout: str, gpus: int) -> Added:
     step = Traffic(1, 4) if layout == "fsdp2" else Traffic()
     log = Traffic(1, counted_bytes(len(size.tensors))) if layout in _MODEL_SHARDED else Traffic()
     held = _held(size.tensors, layout if layout in _MODEL_SHARDED else "single", gpus)
-    return Added(
-        step,
-        pruning.pruning,
-        pruning.ties,
-        pruning.lambda_p,
-        log,
-        pruning_bytes=pruning.temporaries,
-        log_bytes=counting_temporaries(max(held, default=0)),
-    )
+    log_bytes = counting_temporaries(max(held, default=0))
+    return Added(step, pruning.pruning, pruning.ties, pruning.lambda_p, log, pruning.temporaries, log_bytes)
 
 
 def _processes(layout: str, gpus: int) -> int:

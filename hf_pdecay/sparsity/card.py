@@ -15,11 +15,7 @@ _HEADING = "## Sparsity\n\n"
 
 
 def split_card(card: str) -> tuple[Any, str]:
-    """Return the metadata in a card's YAML header, None without a header, and the Markdown after it.
-
-    Raises:
-        yaml.YAMLError: If the header is not YAML.
-    """
+    """Return the metadata in a card's YAML header (else None) and the Markdown after it; may raise yaml.YAMLError."""
     import yaml
 
     header = _HEADER.match(card)
@@ -42,8 +38,8 @@ def add_tags(card: str, tags: Iterable[str]) -> str:
     """Return a card with tags added to its own."""
     metadata, body = split_card(card)
     metadata = metadata or {}
-    own = metadata.get("tags") or []
-    metadata["tags"] = list(dict.fromkeys([*([own] if isinstance(own, str) else own), *tags]))
+    before = metadata.get("tags") or []
+    metadata["tags"] = list(dict.fromkeys([*([before] if isinstance(before, str) else before), *tags]))
     if "base_model" in metadata and not metadata["base_model"]:
         del metadata["base_model"]  # PEFT writes an empty name if there is none
     return join_card(metadata, body)
@@ -55,10 +51,7 @@ def add_note(card: str, note: str) -> str:
 
 
 def set_sparsity(card: str, sparsity: float | None) -> str:
-    """Return a card with another sparsity in its model-index, or with none.
-
-    A card without a model-index in the form of the Hub is returned unchanged.
-    """
+    """Return a card with another sparsity, or none, in its model-index; unchanged if it has no valid model-index."""
     import yaml
 
     changed = False

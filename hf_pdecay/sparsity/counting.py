@@ -49,17 +49,9 @@ def measure_with_extra(
     extra: Sequence[int | Tensor] = (),
     units: Mapping[str, tuple[int, Tensor]] | None = None,
 ) -> tuple[SparsityReport, list[int]]:
-    """Count zeros like :func:`measure_sparsity`, and bring a few integers from the device in the same transfer.
+    """Count zeros like :func:`measure_sparsity`, and return the values of ``extra`` from the same transfer.
 
-    Args:
-        model: See :func:`measure_sparsity`, as for the other arguments.
-        decayed: See there.
-        near_zero_threshold: See there.
-        extra: Integers, or 0-dim integer tensors on any device.
-        units: See there.
-
-    Returns:
-        The report and the values of ``extra``.
+    ``extra`` holds integers, or 0-dim integer tensors on any device.
     """
     chosen = {clean_name(name) for name in (decayable_parameter_names(model) if decayed is None else decayed)}
     named = list(_distinct_parameters(model))

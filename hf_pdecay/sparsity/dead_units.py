@@ -17,14 +17,9 @@ from ..optim.units import ELEMENT, Units, kind_of, n_of_m, units_of
 def count_units(
     groups: Iterable[Mapping[str, Any]], params: Iterable[Sequence[Tensor]] | None = None
 ) -> dict[str, tuple[int, Tensor]]:
-    """Count the units of each kind that an optimizer decays, without waiting for the device.
+    """Count units and dead units (a 0-dim tensor) by kind in an optimizer's ``param_groups``, without a device sync.
 
-    Args:
-        groups: An optimizer's ``param_groups``.
-        params: The model's parameters in each, if the groups hold others.
-
-    Returns:
-        Kind → the number of units, and the number of dead ones (:class:`~hf_pdecay.UnitSparsity`) as a 0-dim tensor.
+    ``params`` holds the model's parameters by group, if the groups hold others.
     """
     groups = list(groups)
     lists = [group["params"] for group in groups] if params is None else params

@@ -37,14 +37,11 @@ class SparsitySection:
     """The section of a card on sparsity.
 
     Args:
-        report: Zeros of the model beside the card.
-        param_groups: The optimizer's param groups, for the table of p and λ_p.
-        command: The command that made the model.
-        picture: Name of the picture beside the card; None for no picture.
+        picture: Name of the picture beside the card.
         skipped_steps: Steps skipped because of NaN or infinite gradients.
         trained: Whether this run trained the model.
         adapter: Whether the model is an adapter, whose base model is not beside the card.
-        asked: Target fraction of zeros in all decayed weights; None for no such target.
+        asked: Target fraction of zeros in all decayed weights.
     """
 
     report: SparsityReport
@@ -82,8 +79,6 @@ class SparsityCard:
     """A whole card.
 
     Args:
-        summary: The training summary of transformers.
-        section: The section on sparsity.
         log_history: ``TrainerState.log_history``. Its last evaluation of the saved model becomes the model-index.
         best_step: The step whose checkpoint was loaded at the end of training; None for the last step.
         origin: Beginning of the first sentence, up to "on"; None for that of the summary.
@@ -158,12 +153,7 @@ class SparsityCard:
 
 
 def summary_of(trainer: Trainer, given: Mapping[str, Any]) -> TrainingSummary:
-    """Return the training summary of transformers.
-
-    Args:
-        trainer: The Trainer.
-        given: The arguments of ``create_model_card``.
-    """
+    """Return the training summary of transformers; ``given`` holds the arguments of ``create_model_card``."""
     from transformers.modelcard import TrainingSummary
 
     kwargs = dict(given)

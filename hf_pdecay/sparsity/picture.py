@@ -17,8 +17,8 @@ def plot_sparsity(history: Sequence[dict[str, Any]], path: str | os.PathLike[str
     """Draw sparsity over the steps: the total as a line, and each tensor as a row of a heat map.
 
     Args:
-        history: Lines of ``sparsity.jsonl``: each has ``step``, ``sparsity``, ``model_sparsity`` and ``layers``, a
-            mapping of tensor name → sparsity.
+        history: Lines of ``sparsity.jsonl``, with ``step``, ``sparsity``, ``model_sparsity`` and ``layers``, a mapping
+            of tensor name → sparsity.
         path: Where the PNG goes.
         title: Heading of the picture.
 
@@ -38,15 +38,12 @@ def plot_sparsity(history: Sequence[dict[str, Any]], path: str | os.PathLike[str
     line_axes, heat_axes = figure.subplots(2, 1, sharex=True, height_ratios=[2.2, heat_height])
 
     marker = "o" if len(steps) < 3 else None
-    line_axes.plot(steps, [100 * line["sparsity"] for line in history], color="#1f4e9c", marker=marker, label="decayed")
-    line_axes.plot(
-        steps,
-        [100 * line["model_sparsity"] for line in history],
-        color="#8a8a8a",
-        linestyle="--",
-        marker=marker,
-        label="whole model",
-    )
+    for key, label, style, color in (
+        ("sparsity", "decayed", "-", "#1f4e9c"),
+        ("model_sparsity", "whole model", "--", "#8a8a8a"),
+    ):
+        percent = [100 * line[key] for line in history]
+        line_axes.plot(steps, percent, color=color, linestyle=style, marker=marker, label=label)
     line_axes.set_ylim(-2, 102)
     line_axes.set_ylabel("exact zeros (%)")
     line_axes.grid(alpha=0.3)
@@ -54,16 +51,11 @@ def plot_sparsity(history: Sequence[dict[str, Any]], path: str | os.PathLike[str
     line_axes.set_title(title or "Exact zeros by step and by layer")
 
     # A cell reaches from the log event before it to its own.
-    edges = [min(2 * steps[0] - steps[1], steps[0] - 1) if len(steps) > 1 else steps[0] - 1, *steps]
+    before = min(2 * steps[0] - steps[1], steps[0] - 1) if len(steps) > 1 else steps[0] - 1
+    edges = numpy.array([before, *steps], dtype=float)
     values = numpy.array([[100 * line["layers"].get(name, numpy.nan) for line in history] for name in names])
-    mesh = heat_axes.pcolormesh(
-        numpy.array(edges, dtype=float),
-        numpy.arange(len(names) + 1),
-        values.reshape(len(names), len(steps)),
-        cmap="viridis",
-        vmin=0,
-        vmax=100,
-    )
+    cells = values.reshape(len(names), len(steps))
+    mesh = heat_axes.pcolormesh(edges, numpy.arange(len(names) + 1), cells, cmap="viridis", vmin=0, vmax=100)
     stride = -(-rows // _LABELLED_ROWS)
     heat_axes.set_yticks([row + 0.5 for row in range(0, len(names), stride)], names[::stride], fontsize=7)
     heat_axes.invert_yaxis()

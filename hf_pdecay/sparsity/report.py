@@ -32,7 +32,7 @@ class TensorSparsity:
         name: Name of the parameter in the model.
         shape: Its shape.
         parameters: Number of weights.
-        zeros: Number of weights that are exactly zero.
+        zeros: Number of exact zeros.
         near_zeros: Number of weights that are not zero but below the report's threshold in magnitude.
         norm: Euclidean norm.
         decayed: Whether p-norm decay acts on it.
@@ -70,12 +70,8 @@ class Totals:
     def of(cls, tensors: Iterable[TensorSparsity]) -> Totals:
         """Add up the counts of tensors."""
         tensors = list(tensors)
-        return cls(
-            tensors=len(tensors),
-            parameters=sum(tensor.parameters for tensor in tensors),
-            zeros=sum(tensor.zeros for tensor in tensors),
-            near_zeros=sum(tensor.near_zeros for tensor in tensors),
-        )
+        counts = ("parameters", "zeros", "near_zeros")
+        return cls(len(tensors), *(sum(getattr(tensor, count) for tensor in tensors) for count in counts))
 
 
 @dataclass(frozen=True)
@@ -147,11 +143,7 @@ class SparsityReport:
         return [tensor.name for tensor in self.tensors if tensor.decayed and 0 < tensor.parameters == tensor.zeros]
 
     def by_block(self) -> dict[str, Totals]:
-        """Totals of the decayed weights by block.
-
-        The name of a block is that of its parameters up to the first number (``transformer.h.0``), so each layer of a
-        stack is a block; for parameters outside a stack it is the name of their module.
-        """
+        """Totals of the decayed weights by block: a layer of a stack (``transformer.h.0``), or a module outside it."""
         blocks: dict[str, list[TensorSparsity]] = {}
         for tensor in self.tensors:
             if tensor.decayed:
@@ -213,9 +205,8 @@ class SparsityReport:
         try:
             return cls.from_json(Path(path).read_text(encoding="utf-8"))
         except ValueError as error:
-            raise ValueError(
-                f"{str(path)!r} cannot be read as a sparsity report ({str(error).rstrip('.')})."
-            ) from error
+            reason = str(error).rstrip(".")
+            raise ValueError(f"{str(path)!r} cannot be read as a sparsity report ({reason}).") from error
 
     def to_pandas(self) -> pandas.DataFrame:
         """Return a frame with a row for each tensor."""

@@ -84,6 +84,6 @@ def _load_model(name: str) -> transformers.PreTrainedModel:
             raise ValueError(f"its config.json names {config.architectures[0]}, unknown to transformers")
         on_meta(cls or transformers.AutoModel.from_config, config, name)
     except ValueError as error:
-        hint = error if Path(name).exists() else "there is no such folder"
+        hint = error if Path(name).exists() else "the folder does not exist"
         raise ValueError(f"Invalid data: {name!r} is not a transformers model ({hint})") from error
     return (cls or transformers.AutoModel).from_pretrained(name)
