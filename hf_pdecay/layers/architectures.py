@@ -1,7 +1,4 @@
-"""Where the FFN neurons and attention heads of each architecture lie.
-
-Each class of module of transformers has an entry with the attributes that hold its linear layers. The names of
-parameters do not matter, and no model file is imported. ``add_architecture`` adds an entry for another class.
+"""The table of where FFN neurons and attention heads lie in each architecture; it imports no model file.
 
 A part of a layer is the path of a linear layer from the module, ``"mlp.up_proj"``; of a fused one ``"Wqkv:1/3"``
 is the second of three equal parts, counted from 0.
@@ -99,37 +96,32 @@ def _hf(name: str, module: str, *rows: Row) -> dict[str, tuple[Row, ...]]:
     return {f"transformers.models.{name}.modeling_{name}.{module}": rows}
 
 
+def _bert_heads(path: str) -> Heads:
+    sizes = {f"{path}.num_attention_heads": "heads", f"{path}.all_head_size": "width"}
+    projections = f"{path}.query", f"{path}.key", f"{path}.value", "output.dense"
+    return Heads(*projections, f"{path}.attention_head_size", attributes=sizes)
+
+
 _GATED = Neurons(("gate_proj", "up_proj"), "down_proj", "act_fn")
 _PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
 _GROUPED = Heads(
     *_PROJECTIONS, "head_dim", {"heads": "num_attention_heads", "key_heads": "num_key_value_heads", "dim": "head_dim"}
 )
-_LLAMA_LIKE = {
-    "gemma": "Gemma",
-    "gemma2": "Gemma2",
-    "llama": "Llama",
-    "mistral": "Mistral",
-    "qwen2": "Qwen2",
-    "qwen3": "Qwen3",
-}
-_BERT_HEADS = Heads(
-    "self.query",
-    "self.key",
-    "self.value",
-    "output.dense",
-    "self.attention_head_size",
-    attributes={"self.num_attention_heads": "heads", "self.all_head_size": "width"},
-)
+_LLAMA_LIKE = ("Gemma", "Gemma2", "Llama", "Mistral", "Qwen2", "Qwen3")
+_BERT_HEADS = _bert_heads("self")
 _BERT_NEURONS = Neurons(("intermediate.dense",), "output.dense", "intermediate.intermediate_act_fn")
 _DISTILBERT = Heads(
     "q_lin", "k_lin", "v_lin", "out_lin", "attention_head_size", attributes={"n_heads": "heads", "dim": "width"}
 )
+_FUSED = ("Wqkv:0/3", "Wqkv:1/3", "Wqkv:2/3", "Wo")
+_MODERNBERT = Heads(*_FUSED, "head_dim", attributes={"num_heads": "heads", "all_head_size": "width"})
 _GPT2 = {"num_heads": "heads", "split_size": "width"}
 
 _ROWS: dict[str, tuple[Row, ...]] = {
     key: rows
-    for name, prefix in _LLAMA_LIKE.items()
-    for key, rows in (_hf(name, f"{prefix}MLP", _GATED) | _hf(name, f"{prefix}Attention", _GROUPED)).items()
+    for prefix in _LLAMA_LIKE
+    for layer, row in (("MLP", _GATED), ("Attention", _GROUPED))
+    for key, rows in _hf(prefix.lower(), f"{prefix}{layer}", row).items()
 }
 _ROWS |= _hf("gpt2", "GPT2MLP", Neurons(("c_fc",), "c_proj", "act", ("n_inner",)))
 _ROWS |= _hf(
@@ -148,28 +140,10 @@ _ROWS |= _hf(
     "vit",
     "ViTAttention",
     Heads(*_PROJECTIONS, "head_dim", {"heads": "num_attention_heads", "dim": "head_dim"}),
-    Heads(
-        "attention.query",
-        "attention.key",
-        "attention.value",
-        "output.dense",
-        "attention.attention_head_size",
-        attributes={"attention.num_attention_heads": "heads", "attention.all_head_size": "width"},
-    ),
+    _bert_heads("attention"),
 )
 _ROWS |= _hf("modernbert", "ModernBertMLP", Neurons(("Wi:0/2", "Wi:1/2"), "Wo", "act"))
-_ROWS |= _hf(
-    "modernbert",
-    "ModernBertAttention",
-    Heads(
-        "Wqkv:0/3",
-        "Wqkv:1/3",
-        "Wqkv:2/3",
-        "Wo",
-        "head_dim",
-        attributes={"num_heads": "heads", "all_head_size": "width"},
-    ),
-)
+_ROWS |= _hf("modernbert", "ModernBertAttention", _MODERNBERT)
 _ROWS |= _hf("t5", "T5DenseGatedActDense", Neurons(("wi_0", "wi_1"), "wo", "act", ("d_ff",)))
 _ROWS |= _hf("t5", "T5DenseActDense", Neurons(("wi",), "wo", "act", ("d_ff",)))
 for _name, _path, _ancestor in (
@@ -177,19 +151,7 @@ for _name, _path, _ancestor in (
     ("T5LayerSelfAttention", "SelfAttention", "T5Stack"),
     ("T5LayerCrossAttention", "EncDecAttention", None),
 ):
-    _ROWS |= _hf(
-        "t5",
-        _name,
-        Heads(
-            f"{_path}.q",
-            f"{_path}.k",
-            f"{_path}.v",
-            f"{_path}.o",
-            f"{_path}.key_value_proj_dim",
-            {"heads": "num_heads"},
-            {f"{_path}.n_heads": "heads", f"{_path}.inner_dim": "width"},
-            f"{_path}.relative_attention_bias" if _ancestor else None,
-            _ancestor,
-            alike=True,
-        ),
-    )
+    _parts = f"{_path}.q", f"{_path}.k", f"{_path}.v", f"{_path}.o", f"{_path}.key_value_proj_dim"
+    _sizes = {f"{_path}.n_heads": "heads", f"{_path}.inner_dim": "width"}
+    _bias = f"{_path}.relative_attention_bias" if _ancestor else None
+    _ROWS |= _hf("t5", _name, Heads(*_parts, {"heads": "num_heads"}, _sizes, _bias, _ancestor, alike=True))

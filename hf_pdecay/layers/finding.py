@@ -18,12 +18,9 @@ from .matrices import is_linear, is_transposed, matrix_units
 
 
 class Site(NamedTuple):
-    """What a member of a layer's units is.
+    """What a member of a layer's units is: its module's index in the layer, its part, and whether it is the bias.
 
-    Attributes:
-        module: Index of the layer's module that it belongs to.
-        part: ``"up0"``, ``"up1"``, ``"down"``, ``"query"``, ``"key"``, ``"value"``, ``"output"`` or ``"position"``.
-        bias: Whether it is the bias of the part.
+    The part is ``"up0"``, ``"up1"``, ``"down"``, ``"query"``, ``"key"``, ``"value"``, ``"output"`` or ``"position"``.
     """
 
     module: int
@@ -36,7 +33,6 @@ class Layer:
     """The units of a layer, and the modules in which they lie.
 
     Args:
-        units: The units.
         row: The entry of the table; None for rows, columns and ranks.
         modules: The modules of the entry's class, by their clean names.
         sites: What each member is, in the order of ``units.members``; empty without a row.
@@ -49,7 +45,7 @@ class Layer:
 
 
 def find_units(model: nn.Module, kind: str) -> list[Units[str]]:
-    """Find the units of a model: weights that live and die together.
+    """Find the units of each layer of a model, in its order: weights that live and die together.
 
     Args:
         model: A model on any device, the meta device included. Names leave out the wrappers of ``torch.compile``, DDP
@@ -58,9 +54,6 @@ def find_units(model: nn.Module, kind: str) -> list[Units[str]]:
             one of its outputs, bias included, or takes one of its inputs; ``"neuron"`` of each feed-forward layer;
             ``"head"`` of each attention layer, with grouped queries a head of keys and values and the queries that
             share it; ``"rank"`` of each LoRA adapter.
-
-    Returns:
-        The units of each layer, in the model's order.
 
     Raises:
         ValueError: If the kind is unknown, the model's architecture is not in the table, or it has no such units.
@@ -123,9 +116,7 @@ def _layer(owner: str, row: Row, modules: list[tuple[str, nn.Module]], names: di
         counting = _Part(module, name, shares["key" if isinstance(row, Heads) else "up0"], False)
         here = counting.length // (attribute(module, row.dim) if isinstance(row, Heads) else 1)
         if count not in (0, here):
-            raise ValueError(
-                f"{clean_name(name)} has {here} {row.kind}s, but the layers that share them with it have {count}."
-            )
+            raise ValueError(f"{clean_name(name)} has {here} {row.kind}s, but layers that share them have {count}.")
         if not here:
             raise ValueError(f"{counting.name} has {counting.length} rows, fewer than one {row.kind}.")
         count = here
@@ -133,9 +124,7 @@ def _layer(owner: str, row: Row, modules: list[tuple[str, nn.Module]], names: di
             side = _Part(module, name, share, part in ("down", "output"))
             size, rest = divmod(side.length, count)
             if rest:
-                raise ValueError(
-                    f"{side.name} has {side.length} indices, which {count} {row.kind}s cannot share equally."
-                )
+                raise ValueError(f"{side.name} has {side.length} indices, not divisible by its {count} {row.kind}s.")
             members.append(Member(names[id(side.linear.weight)], side.dim, size, side.offset))
             sites.append(Site(index, part))
             if part not in ("down", "output") and side.linear.bias is not None:

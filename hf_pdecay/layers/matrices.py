@@ -19,11 +19,9 @@ Linear = nn.Linear | Conv1D
 
 
 class Matrix(NamedTuple):
-    """A matrix that a layer holds.
+    """A matrix that a layer holds, and the bias of its outputs.
 
     Attributes:
-        weight: The parameter.
-        bias: The bias of its outputs, or None.
         offset: Index in the bias of the first output.
         repeats: Number of times that the outputs come in the bias, one after the other.
         transposed: Whether its columns are the outputs; otherwise its rows are.
@@ -56,10 +54,7 @@ def is_transposed(module: nn.Module) -> bool:
 
 
 def matrices_of(module: nn.Module) -> Iterator[Matrix]:
-    """Yield the matrices that a linear layer, a convolution or ``nn.MultiheadAttention`` holds itself.
-
-    A weight that a parametrization computes from other parameters is left out.
-    """
+    """Yield the matrices of a linear layer, convolution or ``nn.MultiheadAttention``, without parametrized ones."""
     params = dict(module.named_parameters(recurse=False))
     if isinstance(module, nn.MultiheadAttention):
         names = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
@@ -72,11 +67,10 @@ def matrices_of(module: nn.Module) -> Iterator[Matrix]:
 
 
 def matrix_units(model: nn.Module, kind: str, wanted: Collection[str] | None = None) -> list[Units[str]]:
-    """Return the rows, columns or N:M blocks of a model's matrices; layers that share a matrix share its units.
+    """Return the rows, columns or N:M blocks (along the inputs) of a model's matrices, shared matrices once.
 
     Args:
-        model: Any module, wrapped or not.
-        kind: ``"row"``, ``"column"`` or N:M. The blocks lie along the inputs.
+        kind: ``"row"``, ``"column"`` or N:M.
         wanted: Names of parameters; only layers with units in one of them count. None for all layers.
 
     Raises:

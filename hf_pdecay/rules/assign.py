@@ -1,7 +1,6 @@
 """Which parameter decays, and how: module types and rules → param groups.
 
-By default the matrices of linear layers, of HF's ``Conv1D`` and of convolutions decay; embeddings, the LM head (tied or
-not), norms and biases do not. The type of a layer decides, never the names of one architecture.
+By default the type of a layer decides, never its name: see :func:`.decayable_parameter_names`.
 """
 
 from __future__ import annotations
@@ -27,12 +26,7 @@ class Assignment:
     """How one parameter decays.
 
     Args:
-        decayed: Whether p-norm decay acts on it.
-        p_norm: Its p.
-        lambda_p: Its λ_p.
         rule: The pattern that took it, ``"default"`` or ``"not decayed"``.
-        target_sparsity: The rule's own target; None without one.
-        group: What decays as one.
         units: All units that the rule takes, of other parameters too; empty for ``"element"``.
     """
 
@@ -46,24 +40,14 @@ class Assignment:
 
 
 def assign(model: nn.Module, *, p_norm: float, lambda_p: float, rules: RuleSpec | None = None) -> dict[str, Assignment]:
-    """Decide how each trainable parameter of a model decays.
+    """Decide how each trainable parameter of a model decays, by its clean name; shared ones are listed once.
 
-    A rule with a ``group`` takes whole units, biases included: see :func:`.claims.claims_by_name`. For the other rules,
-    a pattern that matches any matrix sets matrices only, so ``"attn"`` does not draw in the biases beside them; one
-    that matches nothing but biases and norms sets those. ``"off"`` acts on all that it matches.
-
-    Args:
-        model: Any module, wrapped or not.
-        p_norm: The run's p.
-        lambda_p: The run's λ_p.
-        rules: ``lp_rules``; the first one that sets a parameter wins.
-
-    Returns:
-        Clean name → :class:`Assignment`, for every trainable parameter, shared ones once.
+    The first rule that sets a parameter wins. A rule with a ``group`` takes whole units, biases included: see
+    :func:`.claims.claims_by_name`. For the other rules, a pattern that matches any matrix sets matrices only, so
+    ``"attn"`` does not draw in the biases beside them. ``"off"`` acts on all that it matches.
 
     Raises:
-        ValueError: If a pattern matches no trainable parameter (the message lists near matches), or a rule cannot have
-            the units that it asks for.
+        ValueError: If a pattern matches no trainable parameter, or a rule cannot have the units that it asks for.
     """
     default = set(decayable_parameter_names(model))
     names: dict[int, list[str]] = {}
@@ -134,18 +118,19 @@ def build_param_groups(
 
     Args:
         model: Any module, wrapped or not.
-        p_norm: The run's p.
-        lambda_p: The run's λ_p.
+        p_norm: The run's p, unless a rule sets it.
+        lambda_p: The run's λ_p, unless a rule sets it.
         weight_decay: λ₂ of the parameters in ``weight_decay_names``; the others get none. Biases that decay in units
             get that of the matrices.
         keep_zeros: Whether decayed weights that are zero stay zero.
-        rules: ``lp_rules``.
+        rules: ``lp_rules``, as :func:`~hf_pdecay.load_rules` returns them.
         weight_decay_names: Names of the parameters with L2 decay; those that decay by p norm if None.
-        isolate_zero: Whether each wholly zero tensor that decays gets a param group of its own. DeepSpeed lays the
-            weights of a group end to end: beside others, such a tensor could not be recognised as one that must learn.
+        isolate_zero: Whether each wholly zero tensor that decays alone gets a param group of its own. DeepSpeed lays
+            the weights of a group end to end: in it, such a tensor could not be recognised as one that must learn.
 
     Raises:
-        ValueError: If a pattern matches no trainable parameter, or no parameter is trainable.
+        ValueError: If no parameter is trainable, a pattern matches no trainable one, or a rule cannot have the units
+            that it asks for, as when one lies on several device meshes.
     """
     assignments = assign(model, p_norm=p_norm, lambda_p=lambda_p, rules=rules)
     if not assignments:
@@ -156,8 +141,9 @@ def build_param_groups(
     together: dict[tuple[Assignment, float, str, Any], list[tuple[str, Tensor]]] = {}
     for (name, param), zero in zip(named, alone, strict=True):
         assignment = assignments[name]
-        own_group = name if zero and assignment.decayed and not keep_zeros else ""
-        key = assignment, weight_decay if name in l2_names else 0.0, own_group, getattr(param, "device_mesh", None)
+        isolated = zero and assignment.decayed and assignment.group == ELEMENT and not keep_zeros
+        mesh = getattr(param, "device_mesh", None)
+        key = assignment, weight_decay if name in l2_names else 0.0, name if isolated else "", mesh
         together.setdefault(key, []).append((name, param))
     groups = []
     for (assignment, l2, *_), members in together.items():
@@ -172,7 +158,7 @@ def build_param_groups(
             "target_sparsity": assignment.target_sparsity,
         }
         if assignment.group != ELEMENT:
-            group |= {"group": assignment.group, "units": _as_data(assignment.units, [name for name, _ in members])}
+            group |= {"group": assignment.group, "units": _as_data(assignment, [name for name, _ in members])}
         groups.append(group)
     return sorted(groups, key=lambda group: not group["decayed"])
 
@@ -188,13 +174,22 @@ def _weight_decay_names(assignments: Mapping[str, Assignment], names: Collection
     return chosen
 
 
-def _as_data(units: Iterable[Units[str]], names: Sequence[str]) -> list[dict[str, Any]]:
-    """Units as a param group carries them: plain data, with parameters by their index among the group's names."""
+def _as_data(assignment: Assignment, names: Sequence[str]) -> list[dict[str, Any]]:
+    """The units in a param group as plain data, with parameters by their index among the group's names."""
     index = {name: number for number, name in enumerate(names)}
-    return [
-        asdict(layer) | {"members": [asdict(member) | {"param": index[member.param]} for member in layer.members]}
-        for layer in units
-    ]
+    units = []
+    for layer in assignment.units:
+        elsewhere = [member.param for member in layer.members if member.param not in index]
+        if len(elsewhere) == len(layer.members):
+            continue  # the whole layer is on another device mesh
+        if elsewhere:
+            raise ValueError(
+                f"Invalid lp_rules: {assignment.rule!r} has group={assignment.group!r}, but {elsewhere[0]} is on "
+                f"another device mesh than other parameters of {layer.name}; leave {layer.name} out of the rule."
+            )
+        members = [asdict(member) | {"param": index[member.param]} for member in layer.members]
+        units.append(asdict(layer) | {"members": members})
+    return units
 
 
 def decayed_parameter_names(

@@ -1,7 +1,4 @@
-"""Which rule takes each parameter, and which units the rules with a ``group`` take.
-
-``layers`` finds the units, such as the neurons of a layer; ``optim.unit_decay`` decays them.
-"""
+"""Which rule takes each parameter, and which units the rules with a ``group`` take; ``layers`` finds them."""
 
 from __future__ import annotations
 
@@ -19,12 +16,7 @@ from .spec import Rule
 
 @dataclass(frozen=True)
 class Claim:
-    """What a rule takes.
-
-    Args:
-        rule: The rule.
-        units: The units that it takes, layer by layer; empty for a rule without ``group``.
-    """
+    """A rule and the units that it takes, layer by layer; none for a rule without ``group``."""
 
     rule: Rule
     units: tuple[Units[str], ...] = ()
@@ -39,12 +31,9 @@ class Claim:
 
 
 def claims_by_name(
-    model: nn.Module,
-    matches: Mapping[Rule, Collection[str]],
-    trainable: Mapping[str, Tensor],
-    default: Collection[str],
+    model: nn.Module, matches: Mapping[Rule, Collection[str]], trainable: Mapping[str, Tensor], default: Collection[str]
 ) -> dict[str, Claim]:
-    """Decide which rule takes each parameter.
+    """Decide which rule takes each parameter, by name; parameters that no rule takes are left out.
 
     A rule without ``group`` takes the parameters that it matches and that no rule before it has. A rule with a
     ``group`` takes whole layers: all units of its kind in each layer with a parameter that it matches and that decays
@@ -52,13 +41,8 @@ def claims_by_name(
     all belong to rules before it that have no group or the same one.
 
     Args:
-        model: Any module, wrapped or not.
-        matches: For each rule, in order, names of the parameters that it matches.
-        trainable: Trainable parameters by name.
+        matches: Names of the parameters that each rule matches, in the order of the rules.
         default: Names of the parameters that decay by default.
-
-    Returns:
-        Name of a parameter → the claim on it; without the parameters that no rule takes.
 
     Raises:
         ValueError: If a rule finds no units, a parameter would be in units of two kinds, the weights of a layer belong

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ..checks import check_lambda_p, check_p_norm
-from ..optim.units import ELEMENT, n_of_m
+from ..optim.units import ELEMENT
 from ..target.budgets import implied_target
 from ..target.settings import check_target
 
@@ -23,15 +23,12 @@ _RULE_KEYS = ("p_norm", "lambda_p", "target_sparsity", "group")
 
 @dataclass(frozen=True)
 class Rule:
-    """One entry of ``lp_rules``.
+    """One entry of ``lp_rules``; p and λ_p are those of the run if None.
 
     Args:
         pattern: A regular expression, searched for anywhere in a parameter's name.
-        p_norm: p of the parameters that it matches; None for that of the run.
-        lambda_p: λ_p of them; None for that of the run.
-        target_sparsity: Fraction of zeros asked for in them, 0 to leave them to their λ_p; None for a share in the
-            target of the run.
-        group: What decays as one: ``"element"``, ``"row"``, ``"column"``, ``"neuron"``, ``"head"``, ``"rank"`` or N:M.
+        target_sparsity: Fraction of zeros in the parameters that it matches; None for a share in the target of the run;
+            0 to leave them to their λ_p.
         off: Whether they do not decay.
     """
 
@@ -49,15 +46,12 @@ class Rule:
 
 
 def load_rules(spec: str | RuleSpec | None) -> dict[str, Any]:
-    """Read ``lp_rules`` from a JSON string, from a JSON file or from a mapping, and check it.
+    """Read and check ``lp_rules``; return them as a plain dict in their order, in which the first match wins.
 
     Args:
         spec: A JSON string that starts with ``{``, the path of a JSON file, a mapping, or None for no rules. Keys are
             regular expressions over parameter names; values are ``"off"`` or objects with ``p_norm``, ``lambda_p``,
             ``target_sparsity`` and ``group``.
-
-    Returns:
-        The rules as a plain dict in their order; the first match wins.
 
     Raises:
         ValueError: If the file is missing or not JSON, a pattern does not compile, a key appears twice, or a key or
@@ -100,11 +94,7 @@ def _once(where: str, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def parse_rules(rules: RuleSpec) -> list[Rule]:
-    """Turn checked or unchecked rules into :class:`Rule` objects, in their order.
-
-    Raises:
-        ValueError: If a pattern does not compile, or a key or value is unknown.
-    """
+    """Turn rules into :class:`Rule` objects, in their order; raise ValueError if one is invalid."""
     return [_parse_rule(pattern, settings) for pattern, settings in rules.items()]
 
 
@@ -126,18 +116,14 @@ def _parse_rule(pattern: str, settings: Any) -> Rule:
             f"Invalid lp_rules: {pattern!r} has the unknown key {unknown[0]!r}; known keys are {', '.join(_RULE_KEYS)}."
         )
     try:
-        group = settings.get("group", ELEMENT)
-        n_of_m(group)
-        implied_target(group, settings.get("target_sparsity"))
+        group, target = settings.get("group", ELEMENT), settings.get("target_sparsity")
+        implied_target(group, target)
         return Rule(
             compiled,
             group=group,
             p_norm=check_p_norm(settings["p_norm"]) if "p_norm" in settings else None,
             lambda_p=check_lambda_p(settings["lambda_p"]) if "lambda_p" in settings else None,
-            # None means a share in the target of the run; 0 means no target.
-            target_sparsity=None
-            if settings.get("target_sparsity") is None
-            else check_target(settings["target_sparsity"]) or 0.0,
+            target_sparsity=None if target is None else check_target(target) or 0.0,
         )
     except ValueError as error:
         raise ValueError(f"Invalid lp_rules: {pattern!r}: {error}") from error

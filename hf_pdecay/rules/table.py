@@ -25,12 +25,7 @@ def lambda_text(group: Mapping[str, Any]) -> str:
 
 
 def group_table(groups: Sequence[Mapping[str, Any]], params: Sequence[Sequence[Tensor]] | None = None) -> Table:
-    """Return a rich table of param groups: tensors, parameters, p, λ_p and weight decay of each.
-
-    Args:
-        groups: An optimizer's ``param_groups``.
-        params: The model's parameters in each group, if the groups hold others.
-    """
+    """Return a rich table of param groups; ``params`` are the model's parameters in each, if the groups hold others."""
     from rich.table import Table
 
     table = Table(title="Parameter groups")

@@ -19,12 +19,10 @@ Members = list[tuple[dict[str, Any], list[Tensor]]]
 
 @dataclass(frozen=True)
 class Budget:
-    """Weights that share a target.
+    """Weights that share a target, in [0, 1): the fraction of zeros, or of zero units if they decay as units.
 
     Args:
-        target: Fraction of zeros asked for, of the units if the weights decay as units.
         members: Param groups, each with those of its parameters that belong to the budget.
-        kind: What decays as one: ``"element"``, ``"row"`` and the like, or N:M.
         layers: The units of the budget layer by layer, each with the parameters of its param group; empty for elements.
     """
 
@@ -54,32 +52,29 @@ def divide_target(
     scope: str = "global",
     params: Sequence[Sequence[Tensor]] | None = None,
 ) -> list[Budget]:
-    """Divide the weights that decay into budgets, each with its target.
+    """Divide the weights that decay into budgets, each with its target and units of one kind.
 
-    A budget has units of one kind, and a target holds for each kind separately: half of the weights that decay alone,
-    half of the neurons. N:M has the target that it implies.
+    A target holds for each kind separately: half of the weights that decay alone, half of the neurons. N:M implies its.
 
     Args:
         groups: Param groups. ``target_sparsity`` above 0 is the target of its group; 0 leaves the group to its λ_p.
-        target: Fraction of zeros in the weights of all groups but those with 0; None or 0 if only the groups' own
-            targets count.
+        target: Fraction of zeros in all groups but those with 0; None or 0 if only the groups' own targets count.
         scope: ``"global"``, or ``"tensor"`` for a budget for each tensor, and for each layer of units.
         params: The model's parameters in each group, if the groups hold others.
 
     Raises:
-        ValueError: If a target is outside [0, 1), the groups' own targets leave no such target to the others, or it is
-            not the one that N:M implies.
+        ValueError: If a target is outside [0, 1), or cannot be met beside the groups' own or the one that N:M implies.
     """
     target = check_target(target)
     by_kind: dict[str, dict[float | None, Members]] = {}
     for group, tensors in zip(groups, params or [group["params"] for group in groups], strict=True):
-        own: float | None = group.get("target_sparsity")
+        ruled: float | None = group.get("target_sparsity")
         kind = kind_of(group)
-        if not is_decayed(group) or own == 0:
+        if not is_decayed(group) or ruled == 0:
             continue
-        implied = implied_target(kind, own)
-        if own is not None or implied is not None or target is not None:
-            aim = check_target(own) if implied is None else implied
+        implied = implied_target(kind, ruled)
+        if ruled is not None or implied is not None or target is not None:
+            aim = check_target(ruled) if implied is None else implied
             by_kind.setdefault(kind, {}).setdefault(aim, []).append((group, list(tensors)))
     implied_targets = {kind: implied_target(kind, None) for kind in by_kind}
     if target is not None and by_kind and all(implied not in (None, target) for implied in implied_targets.values()):
@@ -94,19 +89,15 @@ def divide_target(
         # If rules set all units of a kind, the target is that of the other kinds, if there are any.
         bound = implied_targets[kind] is None and (kind == ELEMENT or None in by_target or not open_kinds)
         rest = _target_of_rest(kind, target, by_target) if target is not None and bound else 0.0
-        for own, members in by_target.items():
-            result += _budgets(kind, rest if own is None else own, members, scope)
+        for ruled, members in by_target.items():
+            result += _budgets(kind, rest if ruled is None else ruled, members, scope)
     return [budget for budget in result if budget.numel]
 
 
 def overall_target(
     groups: Sequence[dict[str, Any]], target: float | None, params: Sequence[Sequence[Tensor]] | None = None
 ) -> float | None:
-    """Return the fraction of zeros asked for in all decayed weights; for the arguments see :func:`divide_target`.
-
-    Returns:
-        None if some of them have no target, or decay as units, which have targets of their own kind.
-    """
+    """Return the fraction of zeros asked for in all decayed weights; None if some have no target or decay as units."""
     if any(kind_of(group) != ELEMENT for group in decayed_groups(groups)):
         return None
     lists = [group["params"] for group in groups] if params is None else params
@@ -120,15 +111,7 @@ def overall_target(
 
 
 def implied_target(kind: str, asked: float | None) -> float | None:
-    """Return the target that N:M implies; None for other kinds.
-
-    Args:
-        kind: What decays as one.
-        asked: The target that the user set, if any.
-
-    Raises:
-        ValueError: If the user asked for a different one.
-    """
+    """Return the target that N:M implies, None for other kinds; raise ValueError if another one was asked for."""
     blocks = n_of_m(kind)
     if blocks is None:
         return None
@@ -154,10 +137,10 @@ def _budgets(kind: str, target: float, members: Members, scope: str) -> list[Bud
 
 
 def _target_of_rest(kind: str, target: float, by_target: Mapping[float | None, Members]) -> float:
-    """The target of the groups without one of their own, such that all units of a kind together reach ``target``."""
-    sizes = {own: sum(b.units for b in _budgets(kind, 0.0, members, "global")) for own, members in by_target.items()}
+    """The target of the groups without their own, with which all units of a kind together reach ``target``."""
+    sizes = {aim: sum(b.units for b in _budgets(kind, 0.0, members, "global")) for aim, members in by_target.items()}
     total, free = sum(sizes.values()), sizes.get(None, 0)
-    ruled = sum(own * size for own, size in sizes.items() if own is not None)
+    ruled = sum(aim * size for aim, size in sizes.items() if aim is not None)
     rest = target * total - ruled
     # The rules may already make all the zeros, but not more; and one of the other units must stay.
     if total and not -0.5 <= rest <= max(free - 1, 0) + 0.5:

@@ -9,12 +9,8 @@ from .ranking import DEVICE_CHUNK, DIGIT, SAMPLE, bracket_margin, sample_stride
 
 
 _COUNT = 8  # bytes of an int64
-_SCORE, _SCORE_BITS = (
-    4,
-    31,
-)  # bytes of a float32, which all scores are unless weights are float64; bits but for the sign
-# Bytes of temporaries, at most, for each weight of a chunk that is ranked (with equal scores, which are counted in
-# int64), and for each in the bracket.
+_SCORE, _SCORE_BITS = 4, 31  # bytes of a float32, the dtype of scores unless weights are float64; bits but for the sign
+# Most bytes of temporaries for each weight of a ranked chunk, int64 counts of equal scores included; or of the bracket.
 _RANKED, _BRACKETED = 40, 20
 
 
@@ -35,10 +31,10 @@ class PruningCost:
 
     Args:
         pruning: Communication of a pruning step, without ``ties``.
-        ties: What a pruning step adds if it zeroes some of several equal scores and not others: rare among few float32
-            weights, usual from some ten million on (there are only so many float32 numbers) and in bfloat16.
+        ties: What a pruning step adds if it zeroes only part of the equal scores: usual in bfloat16, and from some ten
+            million float32 weights on.
         lambda_p: Communication each time that λ_p is set, after most pruning steps.
-        temporaries: Bytes of temporaries of a pruning step on a GPU, at most, unless most weights are equal.
+        temporaries: Most bytes of temporaries of a pruning step on a GPU, unless most weights are equal.
     """
 
     pruning: Traffic
@@ -53,7 +49,7 @@ def pruning_cost(numel: int, held: Sequence[int], shards: int) -> PruningCost:
     Args:
         numel: Number of weights that share a target.
         held: Number of them that a process holds, tensor by tensor.
-        shards: Number of shards of each tensor; 0 for tensors that all processes hold whole.
+        shards: Number of shards of each tensor; 0 for whole tensors.
     """
     pruning = ties = lambda_p = Traffic()
     if held and shards:

@@ -19,13 +19,7 @@ _FEW = 0.05
 
 
 class DecayingGroup(NamedTuple):
-    """A param group on which p-norm decay acts.
-
-    Attributes:
-        number: Its index among the optimizer's groups.
-        settings: The group itself.
-        params: The model's parameters in it.
-    """
+    """A param group on which p-norm decay acts: its index, the group itself and the model's parameters in it."""
 
     number: int
     settings: Mapping[str, Any]
@@ -35,11 +29,8 @@ class DecayingGroup(NamedTuple):
 def forecast(groups: Sequence[DecayingGroup], lr_sums: Sequence[float]) -> list[str]:
     """Return a warning for each param group in which λ_p can zero only few weights.
 
-    The forecast is an upper bound: the weights that would be dead by the end if no gradient held them up.
-
-    Args:
-        groups: Param groups that decay.
-        lr_sums: Σα of each of them, the sum of the learning rates of all steps still to come.
+    The forecast is an upper bound: the weights that would be dead by the end if no gradient held them up. ``lr_sums``
+    has the sum of each group's learning rates over all steps still to come.
     """
     warnings = []
     for (number, group, params), lr_sum in zip(groups, lr_sums, strict=True):

@@ -1,7 +1,7 @@
 """A pruning step: the least salient weights of a budget, or its least salient units, become exactly 0.
 
-The saliency of a weight is w² √v, as in ``control``. That of a unit is the mean over its weights: the loss to second
-order that removing all of them costs if they do not interact, for each weight.
+The saliency of a weight is w² √v, as in ``control``. The saliency of a unit is the mean over its weights: the loss for
+each weight, to second order, that removing them costs if they do not interact.
 """
 
 from __future__ import annotations
@@ -22,13 +22,7 @@ from .ranking import Ranking, prune_least, scores
 
 @torch.no_grad()
 def prune(budget: Budget, optimizer: Any, progress: float) -> None:
-    """Set the least salient units of a budget to 0, in place.
-
-    Args:
-        budget: The weights.
-        optimizer: Their optimizer; its state holds the second moments.
-        progress: Share of the target that is asked for now, in [0, 1].
-    """
+    """Set the least salient units of a budget to 0, in place, up to a share of its target in [0, 1]."""
     blocks = n_of_m(budget.kind)
     if budget.kind == ELEMENT:
         _prune_share(_ranked_weights(budget, optimizer), budget.target * progress)
@@ -39,12 +33,7 @@ def prune(budget: Budget, optimizer: Any, progress: float) -> None:
 
 
 def excess(budget: Budget, optimizer: Any) -> float:
-    """Return the fraction of a budget's units that is zero beyond its target, by a sample; below 0 if some are missing.
-
-    Args:
-        budget: The weights.
-        optimizer: Their optimizer.
-    """
+    """Return the fraction of a budget's units that is zero beyond its target, by a sample; negative if zeros lack."""
     zero = rank_by_magnitude(budget, optimizer).below(torch.finfo(torch.float32).tiny)
     return zero - zeros_wanted(budget, 1.0) / budget.units
 
@@ -87,9 +76,8 @@ def _prune_units(budget: Budget, optimizer: Any, count: int) -> None:
     flat = torch.cat(layer_scores)
     dead = torch.zeros(len(flat), dtype=torch.bool)
     dead[flat.argsort(stable=True)[:count]] = True
-    for (layer, params), dead_here in zip(
-        budget.layers, dead.split([layer.count for layer, _ in budget.layers]), strict=True
-    ):
+    dead_by_layer = dead.split([layer.count for layer, _ in budget.layers])
+    for (layer, params), dead_here in zip(budget.layers, dead_by_layer, strict=True):
         for member in layer.members:
             param = params[member.param]
             weights = local(param.detach())

@@ -1,8 +1,7 @@
-"""Which weights are the least salient: exact order statistics over many tensors, without sorting or gathering them all.
+"""Which weights are the least salient: exact order statistics, without sorting or gathering all tensors.
 
 A sample of the scores brackets the k-th least; one pass over all scores counts those below the bracket and collects the
-few in it; among these the k-th is found bit by bit. If the tensors are shards of larger ones, each process looks at its
-own, and the processes add up the sample and the counts.
+few in it; among these the k-th is found bit by bit. Processes add up the samples and the counts of their shards.
 """
 
 from __future__ import annotations
@@ -33,13 +32,7 @@ _SCALE = 2.0**26
 
 @dataclass(frozen=True)
 class Threshold:
-    """The k least scores among some weights.
-
-    Args:
-        score: The largest of them.
-        ties: Number of the scores equal to it that belong to the k.
-        equal: Number of all scores equal to it.
-    """
+    """The largest of the k least scores, how many equal scores belong to the k, and how many there are in all."""
 
     score: float
     ties: int
@@ -47,11 +40,7 @@ class Threshold:
 
 
 class Ranking:
-    """The scores of some weights.
-
-    Args:
-        tensors: The weights, at least one in all. They must not change while the ranking is in use.
-    """
+    """The scores of at least one weight. The tensors must not change while the ranking is in use."""
 
     def __init__(self, tensors: Sequence[Ranked]) -> None:
         self._tensors = [_flat(tensor) for tensor in tensors]
@@ -64,11 +53,7 @@ class Ranking:
         return min(max(round(fraction * self.numel), 0), self.numel)
 
     def quantile(self, fraction: float) -> float:
-        """Return a score that about this fraction of the scores does not exceed, by a sample of some 32,768 weights.
-
-        Args:
-            fraction: In [0, 1].
-        """
+        """Return a score that about this fraction of the scores does not exceed, by a sample of some 32,768."""
         return float(self._sample[min(int(fraction * len(self._sample)), len(self._sample) - 1)])
 
     def below(self, score: float) -> float:
@@ -76,11 +61,7 @@ class Ranking:
         return int(torch.searchsorted(self._sample, score)) / len(self._sample)
 
     def least(self, count: int) -> Threshold:
-        """Find the ``count`` least scores, exactly.
-
-        Args:
-            count: In [1, number of weights].
-        """
+        """Find the ``count`` least scores, at least 1, exactly."""
         size = len(self._sample)
         at = count / self.numel * size
         margin = bracket_margin(at, size)
@@ -169,12 +150,7 @@ def bracket_margin(at: float, size: int) -> float:
 
 
 def scores(tensor: Ranked, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Return scores in proportion to |w| v^(1/4), or |w| without v; only weights of 0 have the score 0.
-
-    Args:
-        tensor: The weights.
-        dtype: The dtype of the scores: float32, which holds numbers of lower precision exactly, or float64.
-    """
+    """Return scores in proportion to |w| v^(1/4), or |w| without v; only weights of 0 have the score 0."""
     magnitude = tensor.weight.to(dtype).abs()
     if tensor.exp_avg_sq is None:
         return magnitude
@@ -183,13 +159,9 @@ def scores(tensor: Ranked, dtype: torch.dtype = torch.float32) -> Tensor:
 
 @torch.no_grad()
 def prune_least(tensors: Sequence[Ranked], threshold: Threshold) -> None:
-    """Set the weights up to a threshold to 0, in place.
+    """Set the weights up to a threshold of :meth:`Ranking.least` to 0, in place; the tensors must not have changed.
 
     Of the scores equal to it, many in low precision, those that become 0 are evenly spread.
-
-    Args:
-        tensors: The tensors in which the threshold was found, unchanged since.
-        threshold: What :meth:`Ranking.least` returned.
     """
     if threshold.score == 0:
         return
@@ -221,7 +193,7 @@ def _zero_below(flat: Ranked, limit: float, dtype: torch.dtype, keep_equals: boo
 
 
 def _zero_share(piece: Ranked, score: Tensor, threshold: Threshold, seen: int) -> None:
-    """Zero this piece's share of the weights with the threshold's score, of which ``seen`` came before."""
+    """Zero this piece's share of the weights with the threshold's score; ``seen`` such weights came before."""
     equals = (score == threshold.score).nonzero().view(-1)
     number = torch.arange(seen, seen + len(equals), device=equals.device)
     # The n-th of them becomes 0 if the share of n passes the next whole number.
@@ -231,10 +203,7 @@ def _zero_share(piece: Ranked, score: Tensor, threshold: Threshold, seen: int) -
 
 
 def _starts(tensors: Sequence[Ranked], counts: Sequence[int]) -> tuple[list[int], int]:
-    """Return for each tensor the sum of the counts before it, and the sum of all counts.
-
-    Counts are ordered tensor by tensor, and shard by shard within a tensor.
-    """
+    """Return for each tensor the sum of the counts before it, shard by shard, and the sum of all counts."""
     device = tensors[0].weight.device
     slots = max(math.prod(torch.distributed.get_world_size(group) for group in tensor.groups) for tensor in tensors)
     tables = {tensor.groups: torch.zeros(len(tensors), slots, dtype=torch.int64) for tensor in tensors}

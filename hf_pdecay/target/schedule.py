@@ -8,11 +8,10 @@ from dataclasses import dataclass
 
 SHAPES = ("cubic", "linear", "cosine")
 
-# Pruning steps from begin to end, and the least and the largest interval between two. On a CPU pruning costs a fifth of
-# a training step; in a long interval the decay would get ahead of the schedule.
-_PRUNING_STEPS = 40
-
+# The least and the largest interval between pruning steps: pruning costs a fifth of a training step on a CPU; in a long
+# interval the decay would get ahead of the schedule.
 _INTERVALS = (8, 50)
+_PRUNING_STEPS = 40  # from begin to end
 
 
 @dataclass(frozen=True)

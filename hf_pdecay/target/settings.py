@@ -15,13 +15,7 @@ BUDGETS = ("global", "tensor")
 
 
 def setting(default: Any, explanation: str, choices: Sequence[str] | None = None) -> Any:
-    """Return a dataclass field for a setting, in the form that ``HfArgumentParser`` reads.
-
-    Args:
-        default: Its default.
-        explanation: What it does, for ``--help`` and the tables in docs/.
-        choices: The strings that it may be; None for anything of its type.
-    """
+    """Return a dataclass field that ``HfArgumentParser`` reads; the explanation is for ``--help`` and docs/."""
     return field(default=default, metadata={"help": explanation, **({"choices": list(choices)} if choices else {})})
 
 
@@ -90,26 +84,15 @@ class Target:
             raise ValueError(f"Invalid keep_zeros: keep_zeros={self.keep_zeros!r}; it must be True or False.")
 
     def schedule(self, total_steps: int) -> Schedule:
-        """Return when a run of ``total_steps`` optimizer steps prunes.
-
-        Raises:
-            ValueError: If ``total_steps`` is not a number of at least 0.
-        """
+        """Return when a run of ``total_steps`` optimizer steps prunes; raise ValueError for an invalid number."""
         if not is_number(total_steps) or total_steps < 0:
-            raise ValueError(
-                f"Invalid total_steps: total_steps={total_steps!r}; it must be the number of optimizer steps of the "
-                "run."
-            )
+            raise ValueError(f"Invalid total_steps: total_steps={total_steps!r}; it must be the run's number of steps.")
         begin, end = round(self.sparsity_begin * total_steps), round(self.sparsity_end * total_steps)
         return Schedule(begin, end, self.sparsity_schedule)
 
 
 def check_target(target: float | None, name: str = "target_sparsity") -> float | None:
-    """Return a target as a float, or None if there is none: for None and 0.
-
-    Raises:
-        ValueError: If it is outside of [0, 1).
-    """
+    """Return a target as a float, None for None and 0; raise ValueError if it is outside [0, 1)."""
     if target is None:
         return None
     if isinstance(target, bool) or not isinstance(target, (int, float)) or not 0 <= target < 1:
@@ -118,11 +101,7 @@ def check_target(target: float | None, name: str = "target_sparsity") -> float |
 
 
 def check_p_norms(*, targeted: bool, **p_norms: float | None) -> None:
-    """Check values of p, given by their names; None passes.
-
-    Args:
-        targeted: Whether the weights have a target.
-        **p_norms: The values.
+    """Check values of p, given by their names, for weights with or without a target; None passes.
 
     Raises:
         ValueError: If one is not a finite number above 0, or is 2 or more with a target.

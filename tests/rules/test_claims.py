@@ -259,3 +259,32 @@ def test_attention_of_torch_has_rows_and_columns_and_blocks(kdim: int | None) ->
     assert all((param != 0).sum() == param.numel() - 3 * param[0].numel() for param in (last, bias))
     units, dead = count_units(optimizer.param_groups)["row"]
     assert (units, int(dead)) == (24, 3)
+
+
+def on_meshes(meshes: dict[str, str]) -> nn.Module:
+    """Llama whose parameters, by a part of their names, state a device mesh."""
+    model = build("llama")
+    for name, param in model.named_parameters():
+        param.device_mesh = next((mesh for part, mesh in meshes.items() if part in name), "all")  # type: ignore[attr-defined]
+    return model
+
+
+def test_units_across_device_meshes_are_refused() -> None:
+    model = on_meshes({"layers.0.mlp.down_proj": "experts"})
+    message = (
+        r"'mlp' has group='neuron', but model\.layers\.0\.mlp\.down_proj\.weight .* leave model\.layers\.0\.mlp out"
+    )
+    with pytest.raises(ValueError, match=message):
+        groups_of(model, {"mlp": {"group": "neuron"}})
+
+
+def test_layers_on_different_device_meshes_are_in_different_groups() -> None:
+    groups = groups_of(on_meshes({"layers.0.mlp": "experts"}), {"mlp": {"group": "neuron"}})
+    units = [group["units"] for group in groups if "units" in group]
+    assert [[layer["name"] for layer in layers] for layers in units] == [["model.layers.0.mlp"], ["model.layers.1.mlp"]]
+    assert all([member["param"] for member in layers[0]["members"]] == [0, 1, 2] for layers in units)
+
+
+def test_a_zero_bias_stays_in_the_group_of_its_units() -> None:
+    groups = groups_of(build("gpt2"), {"mlp": {"group": "neuron"}}, isolate_zero=True)
+    assert sum("units" in group for group in groups) == 1
