@@ -69,9 +69,7 @@ def matrices_of(module: nn.Module) -> Iterator[Matrix]:
 def matrix_units(model: nn.Module, kind: str, wanted: Collection[str] | None = None) -> list[Units[str]]:
     """Return the rows, columns or N:M blocks (along the inputs) of a model's matrices, shared matrices once.
 
-    Args:
-        kind: ``"row"``, ``"column"`` or N:M.
-        wanted: Names of parameters; only layers with units in one of them count. None for all layers.
+    Only layers with units in one of the ``wanted`` parameters count, by name; None for all layers.
 
     Raises:
         ValueError: If M does not divide the inputs of a matrix.

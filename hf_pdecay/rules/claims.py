@@ -40,9 +40,7 @@ def claims_by_name(
     by default, or with any parameter that it matches if none of those decays by default. It skips a layer whose weights
     all belong to rules before it that have no group or the same one.
 
-    Args:
-        matches: Names of the parameters that each rule matches, in the order of the rules.
-        default: Names of the parameters that decay by default.
+    ``matches`` has the names of the parameters that each rule matches; ``default``, of those that decay by default.
 
     Raises:
         ValueError: If a rule finds no units, a parameter would be in units of two kinds, the weights of a layer belong
