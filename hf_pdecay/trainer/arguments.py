@@ -19,8 +19,8 @@ from .settings import DecaySettings, split_optim_args
 class PDecayTrainingArguments(DecayFields, TrainingArguments):
     """``TrainingArguments`` that know the optimizer ``adamw_lp``.
 
-    The fields of :class:`.fields.DecayFields` are added; each is a flag of ``HfArgumentParser``, whose ``--help``
-    explains it. ``weight_decay`` keeps its meaning. With another ``optim`` the added fields have no effect.
+    The fields of :class:`.fields.DecayFields` are added; ``--help`` of ``HfArgumentParser`` explains them.
+    ``weight_decay`` keeps its meaning. With another ``optim`` the added fields have no effect.
 
     Args:
         optim: Name of the optimizer, ``"adamw_lp"`` by default, or any name that ``TrainingArguments`` takes.
@@ -70,11 +70,7 @@ class PDecayTrainingArguments(DecayFields, TrainingArguments):
 
     @property
     def step_options(self) -> dict[str, Any]:
-        """How the optimizer computes its step, from ``optim_args``: ``"backend=foreach,moments=bfloat16"``.
-
-        Raises:
-            ValueError: If ``optim_args`` cannot be read or names something else.
-        """
+        """How the optimizer computes its step, from ``optim_args``; ValueError if it names something else."""
         known = OPTIMIZERS[name_of(self)].options
         try:
             options = split_optim_args(self.optim_args)
@@ -90,12 +86,7 @@ class PDecayTrainingArguments(DecayFields, TrainingArguments):
 
     @property
     def decay_settings(self) -> DecaySettings:
-        """The settings of the decay as they are now.
-
-        Raises:
-            ValueError: If one is out of its range.
-            ImportError: If the optimizer or an option of it needs a package that is not installed.
-        """
+        """The settings of the decay as they are now, checked."""
         name = name_of(self)
         ours: dict[str, Any] = {"optim": name, "options": self.step_options} if name in OPTIMIZERS else {}
         values = {name: getattr(self, name) for name in SETTINGS}
@@ -110,18 +101,7 @@ class PDecayTrainingArguments(DecayFields, TrainingArguments):
 
 
 def settings_of(args: TrainingArguments) -> DecaySettings | None:
-    """Return a run's settings of the decay, from the fields that are made for them or from ``optim_args``.
-
-    Args:
-        args: ``PDecayTrainingArguments``, or any other once :func:`hf_pdecay.register` was called.
-
-    Returns:
-        The settings; None for arguments without any: another optimizer in stock ``TrainingArguments``.
-
-    Raises:
-        ValueError: If ``optim_args`` cannot be read, or a value is out of its range.
-        ImportError: If the optimizer or an option of it needs a package that is not installed.
-    """
+    """Return a run's settings of the decay; None for another optimizer in stock ``TrainingArguments``."""
     if isinstance(args, PDecayTrainingArguments):
         return args.decay_settings
     if name_of(args) not in OPTIMIZERS:

@@ -33,7 +33,7 @@ from .settings import DecaySettings
 
 
 def measure(model: nn.Module, optimizer: Any, near_zero_threshold: float) -> SparsityReport:
-    """Count the zeros of a model; its decayed weights are those of the optimizer, or by default without one of ours."""
+    """Count the zeros of a model; the decayed weights are those of the optimizer if it is one of ours."""
     settle(model)
     decayed = units = None
     groups = [] if optimizer is None else optimizer.param_groups
@@ -52,16 +52,7 @@ def write_card(
     *,
     extend: bool,
 ) -> None:
-    """Write the card of a Trainer's model.
-
-    Args:
-        trainer: The Trainer.
-        folder: Where the card goes.
-        report: The zeros of the model.
-        settings: The settings of the decay.
-        given: Arguments that ``create_model_card`` was given.
-        extend: Whether a card in the folder is the Trainer's own, to which our section is added.
-    """
+    """Write the card; ``given`` are arguments of ``create_model_card``, ``extend`` keeps the Trainer's own card."""
     file = folder / CARD_FILE
     state = trainer.state
     trained = state.global_step > 0

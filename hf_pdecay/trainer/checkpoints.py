@@ -1,9 +1,7 @@
-"""Which checkpoints are whole.
+"""Which checkpoints are whole: the Trainer takes the one with the highest number, even if saving it was killed.
 
-A process that is killed while it saves leaves an incomplete checkpoint folder, and the Trainer takes the one with the
-highest number. Here the contents decide. The Trainer writes ``trainer_state.json`` last, so it must be there and parse;
-each file of weights must be as long as its header says; each file of ``torch.save`` must end with the directory of a
-zip file; and files that belong together must be there together.
+The Trainer writes ``trainer_state.json`` last, so it must be there and parse. Files of weights must be as long as their
+headers say, files of ``torch.save`` must end with the directory of a zip file, and no file of a set may be missing.
 """
 
 from __future__ import annotations
@@ -21,8 +19,7 @@ from ..storage.container import FormatError, read_header
 
 logger = logging.getLogger(__name__)
 
-# What the Trainer's own SIGTERM handler leaves in a checkpoint until it is done with it.
-_SENTINEL = "checkpoint-is-incomplete.txt"
+_SENTINEL = "checkpoint-is-incomplete.txt"  # the Trainer's SIGTERM handler removes it when it is done
 _WEIGHTS = ("*.safetensors", "*/*.safetensors", "pytorch_model*.bin", "adapter_model.bin", "pytorch_model_fsdp*")
 _TORCH_FILES = (
     "optimizer*.pt",
@@ -37,14 +34,7 @@ _TORCH_FILES = (
 
 
 def fault(folder: str | os.PathLike[str]) -> str | None:
-    """Say what is missing or cut short in a checkpoint; None if it is whole.
-
-    Reads headers only, so it takes no longer for a large model. A checkpoint of the model alone, as
-    ``save_only_model`` makes it, is whole.
-
-    Args:
-        folder: A checkpoint, ``checkpoint-N``.
-    """
+    """Say, from headers alone, what a checkpoint lacks; None if it is whole, as one by ``save_only_model`` can be."""
     path = Path(folder)
     if (path / _SENTINEL).exists():
         return f"{_SENTINEL} says that it was never finished"
@@ -84,11 +74,9 @@ def check_whole(folder: str | os.PathLike[str]) -> None:
         return
     others = (checkpoint for checkpoint in _checkpoints(path.parent) if checkpoint != path)
     other = next((checkpoint.name for checkpoint in others if fault(checkpoint) is None), None)
-    advice = (
-        "Name a whole one."
-        if other is None
-        else f"The newest whole one beside it is {other}, which resume_from_checkpoint=True takes."
-    )
+    advice = "Name a whole one."
+    if other is not None:
+        advice = f"The newest whole one beside it is {other}, which resume_from_checkpoint=True takes."
     raise ValueError(f"Invalid resume_from_checkpoint: {str(folder)!r} is not a whole checkpoint: {flaw}. {advice}")
 
 
@@ -112,11 +100,7 @@ def newest_whole(output_dir: str | os.PathLike[str]) -> str | None:
 
 
 def agreed_newest_whole(output_dir: str | os.PathLike[str]) -> str:
-    """Return in every process the newest whole checkpoint of a run, as the first process sees it.
-
-    Raises:
-        ValueError: In every process, if there is none.
-    """
+    """Return in every process the newest whole checkpoint, as the first process sees it; ValueError without one."""
     from accelerate import PartialState
     from accelerate.utils import broadcast_object_list
 

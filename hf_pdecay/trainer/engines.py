@@ -30,16 +30,7 @@ def engine_of(trainer: Trainer) -> str:
 
 
 def check_engine(trainer: Trainer, optim: str = "adamw_lp", moments: str | None = None) -> None:
-    """Check how a Trainer's run is sharded.
-
-    Args:
-        trainer: The Trainer, whose optimizer need not be there yet.
-        optim: The name of that optimizer.
-        moments: The dtype of its moments, as an option.
-
-    Raises:
-        ValueError: If the decay would be wrong or do nothing.
-    """
+    """Raise ValueError if the decay would be wrong or do nothing, given how a Trainer's run is sharded."""
     if moments == "8bit" and engine_of(trainer):
         raise ValueError(
             f"Invalid moments: moments='8bit' under {engine_of(trainer)}, whose shards torchao cannot quantise; take "
@@ -51,30 +42,37 @@ def check_engine(trainer: Trainer, optim: str = "adamw_lp", moments: str | None 
                 f"Invalid optim: optim={optim!r} under FSDP, whose shards it does not know; take adamw_lp, sgd_lp or "
                 "muon_lp, or train on one process or under DDP."
             )
-        _check_fsdp(trainer)
+        version = getattr(trainer.accelerator.state.fsdp_plugin, "fsdp_version", 1)
+        if version != 2:
+            raise ValueError(
+                f"Invalid fsdp_version: fsdp_version={version} flattens many parameters into one, so that their p, λ_p "
+                "and targets would be lost. Set fsdp_version: 2 in the accelerate config (or fsdp_config)."
+            )
     if trainer.is_deepspeed_enabled:
         if optim not in _ON_FLAT_SHARDS:
             raise ValueError(
                 f"Invalid optim: optim={optim!r} under DeepSpeed, which gives an optimizer flat pieces of the weights, "
                 f"not their shapes; take one of {', '.join(_ON_FLAT_SHARDS)}, or FSDP2."
             )
-        _check_deepspeed(trainer)
+        config = trainer.accelerator.state.deepspeed_plugin.hf_ds_config
+        if config.get_value("optimizer") is not None:
+            raise ValueError(
+                "Invalid deepspeed config: its entry 'optimizer' would take the place of optim='adamw_lp'. Remove that "
+                "entry, and the Trainer gives DeepSpeed its own optimizer."
+            )
+        for entry in ("offload_optimizer", "offload_param"):
+            device = config.get_value(f"zero_optimization.{entry}.device", "none")
+            if device == "nvme":
+                raise ValueError(
+                    f"Invalid deepspeed config: zero_optimization.{entry}.device={device!r}; adamw_lp steps and prunes "
+                    "weights where they lie, which must be 'cpu' or 'none'."
+                )
 
 
 def check_structured(
     trainer: Trainer, groups: Iterable[Mapping[str, Any]], optim: str = "adamw_lp", backend: str = "auto"
 ) -> None:
-    """Check that DeepSpeed does not partition weights that decay as units: its pieces have no shapes.
-
-    Args:
-        trainer: The Trainer.
-        groups: The param groups of its run.
-        optim: The name of its optimizer.
-        backend: The backend of ``adamw_lp``.
-
-    Raises:
-        ValueError: If it does, or FSDP shards them and the optimizer or its backend takes whole units only.
-    """
+    """Raise ValueError if weights that decay as units are sharded in a way that the optimizer cannot handle."""
     kinds = [kind_of(group) for group in groups if kind_of(group) != ELEMENT]
     if kinds and trainer.is_deepspeed_enabled:
         raise ValueError(
@@ -89,18 +87,14 @@ def check_structured(
 
 
 def check_same(settings: Mapping[str, Any]) -> None:
-    """Check that all processes were given the same settings; all of them must call.
-
-    Raises:
-        ValueError: In every process, if they differ.
-    """
+    """Raise ValueError in every process if their settings differ; all of them must call."""
     if PartialState().num_processes == 1:
         return
     everyone: list[Mapping[str, Any]] = gather_object([dict(settings)])
     for name in settings:
         values = [process[name] for process in everyone]
-        if any(value != values[0] for value in values):
-            other = next(rank for rank, value in enumerate(values) if value != values[0])
+        other = next((rank for rank, value in enumerate(values) if value != values[0]), None)
+        if other is not None:
             raise ValueError(
                 f"Invalid {name}: {name}={values[0]!r} in process 0 and {values[other]!r} in process {other}; all must "
                 "be given the same."
@@ -108,10 +102,7 @@ def check_same(settings: Mapping[str, Any]) -> None:
 
 
 def check_world_size(args: TrainingArguments) -> None:
-    """Raise ValueError if a launcher started more processes than can train together.
-
-    On a CPU each would train a model alone; several on one GPU fail in NCCL or wait for ever.
-    """
+    """Raise ValueError for more processes than can train together: several on one GPU fail in NCCL or wait for ever."""
     here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     if args.device.type == "cuda" and here > torch.cuda.device_count():
         raise ValueError(
@@ -128,7 +119,7 @@ def check_world_size(args: TrainingArguments) -> None:
 
 @contextmanager
 def whole_model(trainer: Trainer) -> Iterator[None]:
-    """Have the Trainer save the whole model under FSDP, where it would save nothing when checkpoints are sharded."""
+    """Have the Trainer save the whole model under FSDP, even if checkpoints are sharded."""
     if not trainer.is_fsdp_enabled:
         yield
         return
@@ -140,29 +131,3 @@ def whole_model(trainer: Trainer) -> Iterator[None]:
         yield
     finally:
         plugin.state_dict_type, plugin.state_dict_config, plugin.optim_state_dict_config = kept
-
-
-def _check_fsdp(trainer: Trainer) -> None:
-    plugin = trainer.accelerator.state.fsdp_plugin
-    version = getattr(plugin, "fsdp_version", 1)
-    if version != 2:
-        raise ValueError(
-            f"Invalid fsdp_version: fsdp_version={version} flattens many parameters into one, so that their p, λ_p and "
-            "targets would be lost. Set fsdp_version: 2 in the accelerate config (or fsdp_config)."
-        )
-
-
-def _check_deepspeed(trainer: Trainer) -> None:
-    config = trainer.accelerator.state.deepspeed_plugin.hf_ds_config
-    if config.get_value("optimizer") is not None:
-        raise ValueError(
-            "Invalid deepspeed config: its entry 'optimizer' would take the place of optim='adamw_lp'. Remove that "
-            "entry, and the Trainer gives DeepSpeed its own optimizer."
-        )
-    for part in ("offload_optimizer", "offload_param"):
-        device = config.get_value(f"zero_optimization.{part}.device", "none")
-        if device == "nvme":
-            raise ValueError(
-                f"Invalid deepspeed config: zero_optimization.{part}.device={device!r}; adamw_lp steps and prunes "
-                "weights where they lie, which must be 'cpu' or 'none'."
-            )

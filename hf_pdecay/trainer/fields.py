@@ -1,7 +1,7 @@
-"""What a user sets for the decay, beside the target. A new field here, or in ``Target``, is a new setting everywhere.
+"""What a user sets for the decay, beside the target.
 
-``HfArgumentParser``, ``optim_args``, the flags of ``hf-pdecay preview``, the card and the tables in docs/ read the
-fields of :class:`DecayFields`; ``SparsityControl`` takes those of :class:`~hf_pdecay.target.settings.Target`.
+A new field here or in ``Target`` is a new setting everywhere: ``HfArgumentParser``, ``optim_args``, the flags of
+``hf-pdecay preview``, the card and the tables in docs/ read the fields of :class:`DecayFields`.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from ..target.settings import Target, check_p_norms, setting
 SPARSITY_LOGGING = ("overall", "layer")
 
 _BOOLEANS = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
-# How a string becomes a value of a type, and what would be right.
+# How a string becomes a value of a type, and which strings are valid.
 _READERS: dict[type, Any] = {
     float: (float, "a number"),
     int: (int, "a whole number"),
@@ -28,11 +28,7 @@ _READERS: dict[type, Any] = {
 
 @dataclass
 class DecayFields(Target):
-    """All settings of the decay that are fields of ``PDecayTrainingArguments``; each ``metadata["help"]`` explains one.
-
-    Raises:
-        ValueError: If a value is out of its range.
-    """
+    """All settings of the decay that are fields of ``PDecayTrainingArguments``; ``metadata["help"]`` explains each."""
 
     p_norm: float = setting(P_NORM, "p of the norm, above 0. Below 2 weights become exactly zero.")
     lambda_p: float = setting(
@@ -48,9 +44,7 @@ class DecayFields(Target):
     )
     skip_nonfinite: bool = setting(True, "Whether a step with NaN or infinite gradients is skipped and counted.")
     sparsity_logging: str = setting(
-        "overall",
-        "What sparsity to log: overall, or layer for that of each decayed tensor as well.",
-        SPARSITY_LOGGING,
+        "overall", "What sparsity to log: overall, or layer for that of each decayed tensor as well.", SPARSITY_LOGGING
     )
     near_zero_threshold: float = setting(
         NEAR_ZERO_THRESHOLD, "Magnitude below which a non-zero weight counts as near zero in reports."
@@ -81,15 +75,7 @@ _TYPES = get_type_hints(DecayFields)
 
 
 def read_setting(name: str, string: str) -> Any:
-    """Return the value of a setting from a string, as ``optim_args`` and the command line give it.
-
-    Args:
-        name: One of :data:`SETTINGS`.
-        string: ``"0.8"``, ``"true"`` or ``"none"``; other settings than numbers and switches stay strings.
-
-    Raises:
-        ValueError: If the string is not of the setting's type.
-    """
+    """Return a setting's value from a string such as ``"0.8"`` or ``"none"``; ValueError if it is not of its type."""
     kinds = get_args(_TYPES[name]) or (_TYPES[name],)
     if type(None) in kinds and string.lower() == "none":
         return None

@@ -1,22 +1,21 @@
-"""A callback that runs before the others."""
+"""The base of callbacks that run before the others."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING
 
 from transformers import TrainerCallback
 
 
 if TYPE_CHECKING:
     from transformers import Trainer
-
-Callback = TypeVar("Callback", bound="FirstCallback")
+    from typing_extensions import Self
 
 
 class FirstCallback(TrainerCallback):
     """A callback that must run before the others of a Trainer, which then see its results."""
 
-    def attach(self: Callback, trainer: Trainer) -> Callback:
+    def attach(self, trainer: Trainer) -> Self:
         """Make this the first callback of a Trainer, before its trackers, and return it."""
         trainer.callback_handler.callbacks.insert(0, self)
         return self

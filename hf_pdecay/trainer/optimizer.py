@@ -1,4 +1,4 @@
-"""Makes the optimizer of a run, and its param groups, from the run's arguments and the settings of the decay."""
+"""Makes the optimizer of a run and its param groups."""
 
 from __future__ import annotations
 
@@ -27,19 +27,16 @@ if TYPE_CHECKING:
 def build_optimizer(
     model: nn.Module, args: TrainingArguments, settings: DecaySettings, **grouping: Any
 ) -> AdamWLp | LpDecay:
-    """Make the optimizer of a run.
+    """Make the optimizer of a run; ValueError if a rule or target matches nothing, or no parameter is trainable.
 
     Args:
         model: Any module, wrapped or not.
         args: Arguments of the run: learning rate, betas, eps and weight decay are read.
         settings: The settings of the decay.
         **grouping: ``weight_decay_names``, the names of the parameters with L2 decay, by default those that decay by p
-            norm; ``isolate_zero``, whether each wholly zero tensor that decays gets a group of its own; ``theirs``,
-            param groups that a Trainer has instead of Hugging Face's, such as sentence-transformers', whose losses may
-            have weights. Their learning rates and weight decay hold; parameters that they leave out stay out.
-
-    Raises:
-        ValueError: If ``lp_rules`` or ``optim_target_modules`` match nothing, or no parameter is trainable.
+            norm; ``isolate_zero``, whether each wholly zero tensor that decays gets its own group; ``theirs``, param
+            groups of a Trainer such as sentence-transformers', whose losses may have weights. Their learning rates and
+            weight decay hold; parameters that they leave out stay out.
     """
     return make_optimizer(
         settings.optim,
@@ -57,16 +54,12 @@ def build_optimizer(
 def param_groups_of(
     model: nn.Module, args: TrainingArguments, settings: DecaySettings, **grouping: Any
 ) -> list[dict[str, Any]]:
-    """Return the param groups that :func:`build_optimizer` makes; takes what it takes."""
+    """Return the param groups that :func:`build_optimizer` makes; takes the same arguments."""
     return arranged(settings.optim, _divided(model, args, settings, **grouping))
 
 
 def check_hyperparameters(args: TrainingArguments) -> None:
-    """Check the arguments of Hugging Face that the optimizer takes, under the names that the user knows.
-
-    Raises:
-        ValueError: If one is out of its range.
-    """
+    """Raise ValueError, with the name that the user knows, if a hyperparameter of Hugging Face is out of its range."""
     most = {"learning_rate": math.inf, "weight_decay": math.inf, "adam_epsilon": math.inf}
     for name, limit in {**most, "adam_beta1": 1, "adam_beta2": 1}.items():
         value = getattr(args, name)
@@ -113,7 +106,7 @@ def _undecayed(group: Mapping[str, Any], params: list[nn.Parameter], rule: str =
 def _in_target_modules(
     model: nn.Module, groups: list[dict[str, Any]], targets: str | Sequence[str]
 ) -> list[dict[str, Any]]:
-    """Take from the decay what decays by default and lies in no target module; what a rule brought in stays."""
+    """Take from the decay what decays by default outside the target modules; what a rule brought in stays."""
     chosen = {
         id(param)
         for name, module in model.named_modules()
@@ -168,7 +161,7 @@ def _is_target(name: str, module: nn.Module, targets: str | Sequence[str]) -> bo
 
 
 def _merged(ours: list[dict[str, Any]], theirs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Our groups, divided and ordered as another Trainer's, with what its groups say of learning rates and the like."""
+    """Our groups, divided as another Trainer's, with the learning rates and other options of its groups."""
     structured = [group for group in ours if kind_of(group) != ELEMENT]
     if structured:
         raise ValueError(

@@ -1,4 +1,4 @@
-"""The trials of a hyperparameter search, and those that no other trial beats in loss and sparsity."""
+"""The trials of a hyperparameter search, and their Pareto front of loss and sparsity."""
 
 from __future__ import annotations
 
@@ -22,14 +22,7 @@ _SQLITE_FILE = re.compile(r"sqlite(?:\+\w+)?:///(?!:memory:|file:)([^?]+)")
 
 @dataclass(frozen=True)
 class Trial:
-    """One trial of a search.
-
-    Args:
-        name: Its name, that of its folder below the search's.
-        loss: Its loss.
-        sparsity: Fraction of exact zeros in its decayed weights, in [0, 1].
-        params: The hyperparameters that were tried.
-    """
+    """One trial of a search: ``name`` is that of its folder, ``sparsity`` that of its decayed weights, in [0, 1]."""
 
     name: str
     loss: float
@@ -97,10 +90,10 @@ def pareto_front(trials: Iterable[Trial]) -> list[Trial]:
     """Return the trials that no other beats: none is at least as good in loss and sparsity and better in one of them.
 
     Args:
-        trials: Trials in any order. Those whose loss or sparsity is NaN are left out.
+        trials: Trials in any order; those whose loss or sparsity is NaN are left out.
 
     Returns:
-        The front, by rising sparsity. Of trials that are equal in both the first stands for all.
+        The front, by rising sparsity, with the first of trials that are equal in both.
     """
     front: list[Trial] = []
     finite = [trial for trial in trials if trial.loss == trial.loss and trial.sparsity == trial.sparsity]
@@ -114,9 +107,9 @@ def plot_pareto(trials: Sequence[Trial], path: str | os.PathLike[str], title: st
     """Draw the trials of a search, loss over sparsity, and their front as a line.
 
     Args:
-        trials: The trials.
-        path: Where the PNG goes.
-        title: Heading of the picture.
+        trials: The trials of the search.
+        path: The PNG file to write.
+        title: Heading of the picture; by default the number of trials.
 
     Raises:
         ValueError: If ``trials`` is empty.
@@ -129,26 +122,11 @@ def plot_pareto(trials: Sequence[Trial], path: str | os.PathLike[str], title: st
     figure = Figure(figsize=(7.5, 4.8), layout="constrained")
     axes = figure.subplots()
     others = [trial for trial in trials if trial not in front]
-    axes.scatter(
-        [100 * trial.sparsity for trial in others], [trial.loss for trial in others], color="#b0b0b0", label="trials"
-    )
-    axes.plot(
-        [100 * trial.sparsity for trial in front],
-        [trial.loss for trial in front],
-        color="#1f4e9c",
-        marker="o",
-        drawstyle="steps-pre",
-        label="Pareto front",
-    )
+    axes.scatter(*_points(others), color="#b0b0b0", label="trials")
+    axes.plot(*_points(front), color="#1f4e9c", marker="o", drawstyle="steps-pre", label="Pareto front")
     for trial in front if len(front) <= 12 else ():
-        axes.annotate(
-            trial.name,
-            (100 * trial.sparsity, trial.loss),
-            xytext=(-4, 5),
-            textcoords="offset points",
-            fontsize=8,
-            ha="right",
-        )
+        point = 100 * trial.sparsity, trial.loss
+        axes.annotate(trial.name, point, xytext=(-4, 5), textcoords="offset points", fontsize=8, ha="right")
     axes.set_xlabel("exact zeros in decayed weights (%)")
     axes.set_ylabel("loss")
     axes.margins(x=0.12, y=0.1)
@@ -157,3 +135,7 @@ def plot_pareto(trials: Sequence[Trial], path: str | os.PathLike[str], title: st
     axes.set_title(title or f"{len(trials)} trials, {len(front)} of them on the front")
     with written_aside(path) as aside:
         figure.savefig(aside, dpi=120, format="png")
+
+
+def _points(trials: Sequence[Trial]) -> tuple[list[float], list[float]]:
+    return [100 * trial.sparsity for trial in trials], [trial.loss for trial in trials]

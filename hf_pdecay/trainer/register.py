@@ -1,10 +1,7 @@
-"""Makes the names of our optimizers known to stock Hugging Face code: ``TrainingArguments``, parser and every Trainer.
+"""Makes our optimizers known to stock Hugging Face code, in memory and until :func:`unregister`.
 
-Two things of transformers are touched, in memory and until :func:`unregister`. The enum ``OptimizerNames`` gets the
-names, since that is what ``TrainingArguments`` casts ``optim`` to and what ``HfArgumentParser`` offers as choices. And
-``Trainer.__init__``, once it is done and if ``args.optim`` is one of them, turns the Trainer into one of the same class
-with :class:`~hf_pdecay.PDecayTrainerMixin` before it, as torch's ``fully_shard`` does with a module, so that what
-happens then is what happens in a ``PDecayTrainer``. A Trainer with any other optimizer is left alone.
+The enum ``OptimizerNames`` gets their names, because ``TrainingArguments`` casts ``optim`` to it. ``Trainer.__init__``
+puts the mixin before the class of a Trainer with such an ``optim``, as torch's ``fully_shard`` does with a module.
 """
 
 from __future__ import annotations
@@ -41,17 +38,16 @@ _METHODS = (
 
 _Init = Callable[..., None]
 
-# The original Trainer.__init__ while we are registered.
-_stock_init: _Init | None = None
+_stock_init: _Init | None = None  # the original Trainer.__init__ while we are registered
 _remind = False
 
 
 def register(*, remind: bool = False) -> None:
     """Let stock ``TrainingArguments``, ``HfArgumentParser`` and every Trainer know ``optim="adamw_lp"``.
 
-    The settings of the decay are read from ``optim_args``, such as ``"p_norm=0.8,target_sparsity=0.9"``, and
-    ``optim_target_modules`` says which modules' weights decay. Each process that trains must call it, before it parses
-    or makes its arguments. Calling it again changes nothing; a Trainer that was made before is not affected.
+    ``optim_args`` holds the settings of the decay, such as ``"p_norm=0.8,target_sparsity=0.9"``;
+    ``optim_target_modules`` says which modules' weights decay. Call it in each process that trains, before the
+    arguments are parsed or made. A second call changes nothing; a Trainer that was made before is not affected.
 
         >>> import hf_pdecay
         >>> hf_pdecay.register()
@@ -78,7 +74,7 @@ def register(*, remind: bool = False) -> None:
 
 
 def unregister() -> None:
-    """Undo :func:`register`. A Trainer that was made in between keeps our optimizer."""
+    """Undo :func:`register`; a Trainer that was made in between keeps our optimizer."""
     global _stock_init
     if _stock_init is None:
         return

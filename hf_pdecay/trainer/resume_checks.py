@@ -17,8 +17,7 @@ if TYPE_CHECKING:
     from torch import nn
 
 
-# Files by which a checkpoint shows the engine that sharded its optimizer. DeepSpeed writes `latest` last; FSDP writes a
-# folder of shards for the model and one for the optimizer, or one file of each.
+# Files that show which engine sharded the optimizer; FSDP writes a folder of shards for it, or one file.
 _ENGINES = {"DeepSpeed": ("latest",), "FSDP": ("pytorch_model_fsdp*", "optimizer_*", "optimizer.bin")}
 
 
@@ -43,13 +42,7 @@ def check_checkpoint(model: nn.Module, folder: str) -> None:
 
 
 def check_engine_of(folder: str, engine: str, processes: int) -> None:
-    """Raise ValueError if a checkpoint was written under another engine than this run's.
-
-    Args:
-        folder: A whole checkpoint.
-        engine: ``"DeepSpeed"``, ``"FSDP"``, or ``""`` where each process holds all.
-        processes: How many there are now.
-    """
+    """Raise ValueError if a whole checkpoint was written under another engine; ``""`` means that none shards."""
     path = Path(folder)
     if not (path / "scheduler.pt").is_file() and not any(path.glob("optimizer*")):
         return  # the model alone
@@ -78,16 +71,10 @@ def check_optimizer_state(groups: list[dict[str, Any]], folder: str) -> None:
 def other_settings(
     groups: list[dict[str, Any]], folder: str, controlled: Collection[int], *, annealed: bool
 ) -> list[str]:
-    """Say which settings of the decay a resumed run takes from its checkpoint instead of its arguments.
+    """Say, one sentence for each setting and group, what a resumed run takes from its checkpoint, not its arguments.
 
-    Args:
-        groups: The run's param groups, which :func:`check_optimizer_state` has checked.
-        folder: The checkpoint.
-        controlled: Indices of the groups with a target, which sets λ_p and ``keep_zeros``.
-        annealed: Whether p goes from ``p_norm_begin`` to that of the groups.
-
-    Returns:
-        A sentence for each setting of each group.
+    ``controlled`` holds the indices of the groups with a target, which sets λ_p and ``keep_zeros``; ``annealed`` says
+    whether p goes from ``p_norm_begin`` to that of the groups.
     """
     sentences = []
     for number, (ours, theirs) in enumerate(zip(groups, _saved_groups(folder) or groups, strict=True)):

@@ -16,14 +16,10 @@ if TYPE_CHECKING:
 
 
 def load_converted(model: nn.Module, folder: str) -> None:
-    """Load the model of a checkpoint whose names differ from the model's.
+    """Load the model of a checkpoint in safetensors whose names differ from the model's; else do nothing.
 
     transformers 5 saves some models, such as ViT and GPT-NeoX, under the names that their files had before. Its Trainer
     looks for the model's names, and leaves weights that it does not find unchanged.
-
-    Args:
-        model: The model, into which the Trainer has loaded the checkpoint.
-        folder: The checkpoint. Nothing is done if it has no model in safetensors, or the names are those of the model.
     """
     from transformers import PreTrainedModel
 
@@ -35,10 +31,7 @@ def load_converted(model: nn.Module, folder: str) -> None:
 def names_in_files(model: PreTrainedModel) -> dict[str, tuple[str, ...]]:
     """Return the names in files of the parameters that transformers saves under other names than the model's.
 
-    Several names hold one parameter together, such as experts that are fused in memory.
-
-    Args:
-        model: The model, with weights or on the meta device. It is not changed.
+    Several names may hold one parameter, such as fused experts; the model may be on the meta device.
     """
     try:
         from transformers.conversion_mapping import get_model_conversion_mapping

@@ -1,4 +1,4 @@
-"""Hyperparameter search with ``Trainer.hyperparameter_search``: spaces, objectives, and what a search leaves behind."""
+"""Hyperparameter search with ``Trainer.hyperparameter_search``: spaces, objectives and the files of a search."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
-from transformers import TrainerState, TrainingArguments
+from transformers import TrainingArguments
 from transformers.trainer_utils import default_compute_objective
 
 from ..checks import is_number
@@ -22,6 +22,8 @@ from .settings import DecaySettings, split_optim_args
 
 
 if TYPE_CHECKING:
+    from transformers import Trainer
+
     from ..sparsity.report import SparsityReport
 
 logger = logging.getLogger(__name__)
@@ -31,25 +33,15 @@ DIRECTIONS = ["minimize", "maximize"]
 
 Space = tuple[float, float] | Sequence[Any]
 
-_RANGES: dict[str, tuple[float, float]] = {
-    "learning_rate": (1e-5, 1e-3),
-    "p_norm": (0.5, 1.0),
-    "lambda_p": (1e-3, 1e-1),
-}
+_RANGES: dict[str, Space | None] = {"learning_rate": (1e-5, 1e-3), "p_norm": (0.5, 1.0), "lambda_p": (1e-3, 1e-1)}
 # With these a value of any setting can be checked alone.
 _WHOLE_RUN = DecayFields(sparsity_begin=0.0, sparsity_end=1.0)
-# What matters of these is the order of magnitude.
-_LOGARITHMIC = ("learning_rate", "lambda_p", "weight_decay")
+_LOGARITHMIC = ("learning_rate", "lambda_p", "weight_decay")  # their order of magnitude matters
 
 
 @dataclass(frozen=True)
 class _HpSpace:
-    """An ``hp_space`` that knows what it searches.
-
-    Args:
-        ranges: By name, checked.
-        draw: Draws a trial's value: takes the trial, the name and the range.
-    """
+    """An ``hp_space`` with checked ranges by name; ``draw`` takes the trial, the name and the range."""
 
     ranges: dict[str, Space]
     draw: Callable[[Any, str, Space], Any]
@@ -58,7 +50,7 @@ class _HpSpace:
         return {name: self.draw(trial, name, given) for name, given in self.ranges.items()}
 
     def fitting(self, settings: DecaySettings) -> _HpSpace:
-        """Return the space without λ_p if the run's target sets it for all weights: no rule leaves weights to λ_p."""
+        """Return the space without λ_p if the run's target sets it for all weights."""
         target, rules = settings.target_sparsity, settings.lp_rules
         parsed = parse_rules(rules) if isinstance(rules, dict) else []
         left = any(rule.target_sparsity == 0 and rule.lambda_p is None for rule in parsed)
@@ -71,29 +63,24 @@ class _HpSpace:
 def optuna_space(**ranges: Space | None) -> Callable[[Any], dict[str, Any]]:
     """Return an ``hp_space`` for optuna.
 
-    Without arguments: ``learning_rate`` from 1e-5 to 1e-3, ``p_norm`` from 0.5 to 1, and ``lambda_p`` from 1e-3 to 1e-1
-    unless there is a ``target_sparsity``, here or in the arguments of the run, which sets it.
+    By default: ``learning_rate`` from 1e-5 to 1e-3, ``p_norm`` from 0.5 to 1, and ``lambda_p`` from 1e-3 to 1e-1 unless
+    a ``target_sparsity``, here or in the arguments of the run, sets it.
 
         >>> space = optuna_space(learning_rate=(1e-4, 1e-2), target_sparsity=(0.5, 0.95), sparsity_decay=[0, 0.3, 1])
         >>> best = trainer.hyperparameter_search(space, loss_and_sparsity, direction=DIRECTIONS, backend="optuna")
 
     Args:
-        **ranges: Fields of ``PDecayTrainingArguments``: a tuple ``(low, high)`` is a range, of whole numbers if both
-            are such, and logarithmic for learning rate, λ_p and weight decay; a list holds the choices; None leaves one
-            out.
+        **ranges: Fields of ``PDecayTrainingArguments``: a tuple ``(low, high)`` is a range, of integers if both are,
+            logarithmic for learning rate, λ_p and weight decay; a list holds the choices; None leaves a default out.
 
     Raises:
-        ValueError: If a name is not a field, a range or a value is not possible, or both λ_p and a target are given.
+        ValueError: If a name is not a field, a range or a value is invalid, or both λ_p and a target are given.
     """
     return _HpSpace(_checked(ranges), _by_optuna)
 
 
 def ray_space(**ranges: Space | None) -> Callable[[Any], dict[str, Any]]:
-    """Return an ``hp_space`` for Ray Tune; takes what :func:`optuna_space` takes.
-
-    Raises:
-        ValueError: As :func:`optuna_space`.
-    """
+    """Return an ``hp_space`` for Ray Tune; the ranges and the errors are those of :func:`optuna_space`."""
     return _HpSpace(_checked(ranges), _by_ray)
 
 
@@ -122,10 +109,9 @@ def _checked(ranges: dict[str, Space | None]) -> dict[str, Space]:
         raise ValueError(f"Invalid space: {unknown!r} is not a field of PDecayTrainingArguments.")
     if ranges.get("lambda_p") is not None and ranges.get("target_sparsity") is not None:
         raise ValueError("Invalid space: target_sparsity sets lambda_p itself; leave one of the two out.")
-    defaults: dict[str, Space | None] = {**_RANGES}
-    if ranges.get("target_sparsity") is not None:
-        del defaults["lambda_p"]
-    chosen = {name: given for name, given in {**defaults, **ranges}.items() if given is not None}
+    chosen = {name: given for name, given in {**_RANGES, **ranges}.items() if given is not None}
+    if "target_sparsity" in chosen:
+        chosen.pop("lambda_p", None)
     for name, given in chosen.items():
         if isinstance(given, tuple):
             lowest = "above 0" if name in _LOGARITHMIC else "a number"
@@ -161,10 +147,10 @@ def loss_and_sparsity(metrics: dict[str, float]) -> list[float]:
     """Return the evaluation loss and the fraction of exact zeros, the two objectives of a search for their front.
 
     Args:
-        metrics: What ``hyperparameter_search`` of a ``PDecayTrainer`` hands to ``compute_objective``.
+        metrics: The metrics that ``hyperparameter_search`` of a ``PDecayTrainer`` gives to ``compute_objective``.
 
     Raises:
-        ValueError: If the two are not in it, as in the search of another Trainer.
+        ValueError: If one of the two is missing, as in the search of another Trainer.
     """
     if "eval_loss" not in metrics or "eval_sparsity" not in metrics:
         raise ValueError(
@@ -186,13 +172,7 @@ def _check_objectives(objective: Any, count: int, direction: Any) -> None:
 
 
 def folded(args: TrainingArguments, params: dict[str, Any], optim_args: str | None) -> dict[str, Any]:
-    """Put a trial's settings of the decay into ``optim_args`` if the arguments have no fields for them.
-
-    Args:
-        args: Arguments of the run.
-        params: The trial's values.
-        optim_args: What the user gave, whose other keys stay.
-    """
+    """Put a trial's settings of the decay into the user's ``optim_args`` if the arguments have no fields for them."""
     ours = {key: value for key, value in params.items() if key in SETTINGS and not hasattr(args, key)}
     if not ours:
         return params
@@ -201,39 +181,17 @@ def folded(args: TrainingArguments, params: dict[str, Any], optim_args: str | No
     return {**others, "optim_args": ",".join(f"{key}={value}" for key, value in pairs.items())}
 
 
-class Searcher(Protocol):
-    """What a :class:`Search` needs of a Trainer."""
-
-    args: TrainingArguments
-    state: TrainerState
-
-    def is_world_process_zero(self) -> bool:
-        """Whether this process writes."""
-
-    def measure_sparsity(self) -> SparsityReport:
-        """Count the zeros of the model."""
-
-
 class Search:
-    """One run of ``Trainer.hyperparameter_search``.
+    """One run of ``Trainer.hyperparameter_search``; ValueError if the objectives do not fit the directions.
 
-    Each trial has a folder of its own below ``output_dir``, with its sparsity, its card and its checkpoints, and each
-    evaluation appends a line to ``search.jsonl`` in ``output_dir``. The objective gets ``eval_sparsity`` among the
-    metrics.
-
-    Args:
-        trainer: The Trainer.
-        hp_space: The user's space.
-        objective: The user's objective; None for Hugging Face's.
-        direction: One direction, or one for each objective.
-
-    Raises:
-        ValueError: If the objective gives another number of values than there are directions.
+    Each trial has its own folder below ``output_dir``, with its sparsity, card and checkpoints; each evaluation appends
+    a line to ``search.jsonl`` in ``output_dir``. The metrics of the objective include ``eval_sparsity``.
     """
 
     def __init__(
         self,
-        trainer: Searcher,
+        trainer: Trainer,
+        measure: Callable[[], SparsityReport],
         hp_space: Callable[[Any], dict[str, Any]] | None,
         objective: Callable[[dict[str, float]], Any] | None,
         direction: str | list[str],
@@ -243,12 +201,10 @@ class Search:
         if isinstance(hp_space, _HpSpace) and (settings := settings_of(trainer.args)) is not None:
             hp_space = hp_space.fitting(settings)
         self.optim_args = trainer.args.optim_args
-        self._trainer, self._hp_space, self._objective, self._direction = trainer, hp_space, objective, direction
+        self._trainer, self._measure = trainer, measure
+        self._hp_space, self._objective, self._direction = hp_space, objective, direction
         self._folder = str(trainer.args.output_dir)
-
-    @property
-    def _file(self) -> Path:
-        return Path(self._folder) / SEARCH_FILE
+        self._file = Path(self._folder) / SEARCH_FILE
 
     def start_anew(self) -> None:
         """Delete the lines of an earlier search."""
@@ -273,8 +229,8 @@ class Search:
     def evaluate(self, metrics: dict[str, float]) -> Any:
         """Return the objective of a trial's metrics, and write its line."""
         trainer = self._trainer
-        report = trainer.measure_sparsity()
-        if self._objective is None:  # which would add up all metrics if there were others than the loss
+        report = self._measure()
+        if self._objective is None:  # the default adds up all metrics but the loss, if there are any
             objective = default_compute_objective(dict(metrics))
         else:
             objective = self._objective({**metrics, "eval_sparsity": report.sparsity})

@@ -19,17 +19,12 @@ _NOT_ON_CARDS = ("lp_rules", "skip_nonfinite", "sparsity_logging", "near_zero_th
 
 @dataclass
 class DecaySettings(DecayFields):
-    """All that a run sets for the decay, checked.
+    """All that a run sets for the decay, checked: ValueError for a bad value, ImportError for a missing package.
 
     Args:
         optim: Name of the optimizer, one of :data:`.optim.named.OPTIMIZERS`.
         options: Options of that optimizer, as strings: ``{"moments": "bfloat16"}``.
-        target_modules: Hugging Face's ``optim_target_modules``: the modules whose weights decay; None for all that
-            decay by default.
-
-    Raises:
-        ValueError: If a value is out of its range or the rules cannot be read.
-        ImportError: If the optimizer or an option of it needs a package that is not installed.
+        target_modules: ``optim_target_modules``: the modules whose weights decay; None for the default.
     """
 
     optim: str = ADAMW_LP
@@ -50,17 +45,9 @@ class DecaySettings(DecayFields):
         optim: str = ADAMW_LP,
         **flags: str,
     ) -> DecaySettings:
-        """Read ``optim_args``: ``"p_norm=0.8,target_sparsity=0.9"``, with ``lp_rules`` as the path of a JSON file.
+        """Read settings and optimizer options from ``optim_args``; ``lp_rules`` is the path of a JSON file there.
 
-        Args:
-            optim_args: ``KEY=VALUE`` pairs, separated by commas; the keys are settings and options of the optimizer.
-            target_modules: ``optim_target_modules``.
-            optim: Name of the optimizer.
-            **flags: Settings as strings, which win over ``optim_args``; ``lp_rules`` may be JSON.
-
-        Raises:
-            ValueError: If a key is unknown or given twice, or a value is not of its type or out of its range.
-            ImportError: If the optimizer or an option of it needs a package that is not installed.
+        ``flags`` are settings as strings, which win over ``optim_args``; their ``lp_rules`` may be JSON.
         """
         if optim_args is not None and not isinstance(optim_args, str):
             raise ValueError(
@@ -101,11 +88,7 @@ class DecaySettings(DecayFields):
 
 
 def split_optim_args(optim_args: str | None) -> dict[str, str]:
-    """Split ``"KEY=VALUE,KEY=VALUE"`` into keys and values, without the blanks around them.
-
-    Raises:
-        ValueError: If a key or a value is missing, or a key is given twice.
-    """
+    """Split ``"KEY=VALUE,KEY=VALUE"``; ValueError if a key or a value is missing, or a key is given twice."""
     pairs: dict[str, str] = {}
     for pair in (optim_args or "").split(","):
         key, _, value = (side.strip() for side in pair.partition("="))

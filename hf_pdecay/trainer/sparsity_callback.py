@@ -6,7 +6,7 @@ import json
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from accelerate.optimizer import AcceleratedOptimizer
@@ -31,27 +31,19 @@ from .fields import SPARSITY_LOGGING
 from .first_callback import FirstCallback
 
 
-if TYPE_CHECKING:
-    from rich.console import Console
-
 logger = logging.getLogger(__name__)
 
-
 _SCHEDULE_SAMPLES = 1000
-
 _NAMED = 4  # tensors that a sentence names
 
 
 class SparsityCallback(FirstCallback):
     """Logs the exact zeros of a model while it trains, and reports them at the end.
 
-    With every log event of the training loss it adds ``sparsity/overall`` (decayed weights), ``sparsity/model`` and,
-    where weights decay as units, the fraction of dead units, such as ``sparsity/neurons``, to the values of
-    ``Trainer.log``, and appends a line to ``sparsity.jsonl`` in ``output_dir``; counting waits for the
-    device once. At the end it writes ``sparsity.json`` and ``sparsity.png`` and prints a table.
-
-    Trackers get their values in the order of the callbacks. ``PDecayTrainer`` puts this one first; with another Trainer
-    call :meth:`attach`, which does the same:
+    When the training loss is logged, it adds ``sparsity/overall`` (decayed weights), ``sparsity/model`` and, where
+    weights decay as units, the fraction of dead units, such as ``sparsity/neurons``, to the values, and appends a line
+    to ``sparsity.jsonl`` in ``output_dir``. At the end it writes ``sparsity.json`` and ``sparsity.png`` and prints a
+    table. It must run before the trackers: ``PDecayTrainer`` puts it first, with another Trainer call :meth:`attach`.
 
         >>> trainer = Trainer(model=model, args=args, train_dataset=dataset)
         >>> SparsityCallback(sparsity_logging="layer").attach(trainer)
@@ -74,29 +66,28 @@ class SparsityCallback(FirstCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Open ``sparsity.jsonl``, and say what the decay will come to."""
+        """Open ``sparsity.jsonl``, and forecast the decay."""
         if state.is_world_process_zero:
-            remove_leftovers(_folder(args), RUN_FILES)
-            write_text(
-                _folder(args) / HISTORY_FILE,
-                "".join(
-                    f"{json.dumps(line)}\n" for line in read_history(_folder(args)) if line["step"] <= state.global_step
-                )
-                if state.global_step
-                else "",
-            )
+            folder = _folder(args)
+            remove_leftovers(folder, RUN_FILES)
+            history = read_history(folder) if state.global_step else []
+            kept = [f"{json.dumps(line)}\n" for line in history if line["step"] <= state.global_step]
+            write_text(folder / HISTORY_FILE, "".join(kept))
         optimizer = kwargs.get("optimizer")
         decaying = _decaying_groups(optimizer)
         if optimizer is None or not decaying:
             return
-        # Each process looks at its shards, and one speaks.
+        # Each process looks at its shards, and one reports.
         sums = _lr_sums(optimizer.param_groups, kwargs["lr_scheduler"], state)
         free = [group for group in decaying if "asked_sparsity" not in group.settings]
         sentences = forecast(free, [sums[group.number] for group in free]) + _frozen_tensors(kwargs["model"], decaying)
         if state.is_world_process_zero:
-            _console().print(group_table(optimizer.param_groups, group_params(optimizer)))
+            from rich.console import Console
+
+            console = Console()
+            console.print(group_table(optimizer.param_groups, group_params(optimizer)))
             for device, (name, reason) in _backends(optimizer).items():
-                _console().print(f"Step on {device}: {name}, as {reason}.")
+                console.print(f"Step on {device}: {name}, as {reason}.")
             for sentence in sentences:
                 logger.warning(sentence)
 
@@ -114,6 +105,7 @@ class SparsityCallback(FirstCallback):
         report = self._measure(kwargs["model"], kwargs.get("optimizer"), state)
         if report is None:
             return
+        folder = _folder(args)
         values: dict[str, Any] = {"sparsity/overall": report.sparsity, "sparsity/model": report.model_sparsity}
         if self.sparsity_logging == "layer":
             values |= {f"sparsity/layer/{tensor.name}": tensor.sparsity for tensor in report.tensors if tensor.decayed}
@@ -126,10 +118,10 @@ class SparsityCallback(FirstCallback):
         values |= {f"sparsity/{units.label.replace(' ', '_')}": units.sparsity for units in report.units}
         if self._skipped_steps:
             values["skipped_steps"] = self._skipped_steps
-        # The Trainer has copied the dict into its history before it calls; the trackers after this get the dict itself.
+        # The Trainer has copied the dict into its history; the trackers after this get the dict itself.
         logs.update(values)
         state.log_history[-1].update(values)
-        if not _folder(args).is_dir():
+        if not folder.is_dir():
             logger.warning(
                 "output_dir=%r is gone. It is made again and the run goes on; what it held, with the checkpoints and "
                 "the lines of %s before step %d, is lost.",
@@ -137,7 +129,7 @@ class SparsityCallback(FirstCallback):
                 HISTORY_FILE,
                 state.global_step,
             )
-        append_line(_folder(args) / HISTORY_FILE, self._line(state, report))
+        append_line(folder / HISTORY_FILE, self._line(state, report))
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -149,15 +141,17 @@ class SparsityCallback(FirstCallback):
         report.save(_folder(args) / REPORT_FILE)
         history = read_history(_folder(args))
         if not history:
-            # A run too short for a log event still has a history: its end, which is not that of one that was stopped.
+            # The history of a run too short for a log event is its end, if it was not stopped.
             history = [self._line(state, report)]
             if state.global_step >= state.max_steps:
                 append_line(_folder(args) / HISTORY_FILE, history[0])
-        # Not needed before: matplotlib takes longer to import than all of this package.
+        # Imported here because they take longer to import than this package.
+        from rich.console import Console
+
         from ..sparsity.picture import plot_sparsity
 
         plot_sparsity(history, _folder(args) / PICTURE_FILE)
-        _console().print(report)
+        Console().print(report)
         dead = report.dead_tensors
         if dead:
             logger.warning(
@@ -189,7 +183,7 @@ class SparsityCallback(FirstCallback):
         }
 
     def _measure(self, model: nn.Module, optimizer: Any, state: TrainerState) -> SparsityReport | None:
-        """Count; None in the processes that neither count nor report."""
+        """Count; None in processes that do not report."""
         settle(model)
         if not state.is_world_process_zero and not any(is_sharded(param) for param in model.parameters()):
             return None
@@ -206,11 +200,7 @@ class SparsityCallback(FirstCallback):
 
 
 def _lr_sums(groups: Sequence[Mapping[str, Any]], lr_scheduler: Any, state: TrainerState) -> list[float]:
-    """Sum of the learning rates of the steps still to come, group by group.
-
-    Schedules that are functions of the step are sampled; others cannot be known beforehand, so the present learning
-    rate stands for all steps.
-    """
+    """Sum of the learning rates of the steps still to come, by group; constant for a schedule that is no function."""
     steps = max(state.max_steps - state.global_step, 0)
     if isinstance(lr_scheduler, AcceleratedScheduler):
         lr_scheduler = lr_scheduler.scheduler
@@ -225,15 +215,13 @@ def _lr_sums(groups: Sequence[Mapping[str, Any]], lr_scheduler: Any, state: Trai
 
 
 def _frozen_tensors(model: nn.Module, groups: Sequence[DecayingGroup]) -> list[str]:
-    """Warn of tensors that ``keep_zeros`` will never let learn."""
+    """A sentence for each tensor that ``keep_zeros`` will never let learn."""
     keeping = [group for group in groups if group.settings["keep_zeros"]]
     if not keeping:
         return []
-    report = measure_sparsity(model, decayed=_names(model, keeping))
     return [
-        f"keep_zeros: {tensor.name} is wholly zero and will stay so. To let it learn, set it 'off' in lp_rules."
-        for tensor in report.tensors
-        if tensor.decayed and tensor.parameters and tensor.zeros == tensor.parameters
+        f"keep_zeros: {name} is wholly zero and will stay so. To let it learn, set it 'off' in lp_rules."
+        for name in measure_sparsity(model, decayed=_names(model, keeping)).dead_tensors
     ]
 
 
@@ -259,9 +247,3 @@ def _backends(optimizer: Any) -> dict[str, tuple[str, str]]:
 
 def _folder(args: TrainingArguments) -> Path:
     return Path(str(args.output_dir))
-
-
-def _console() -> Console:
-    from rich.console import Console
-
-    return Console()

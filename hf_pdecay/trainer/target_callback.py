@@ -21,11 +21,7 @@ _MISSED = 0.02
 
 
 class SparsityControlCallback(FirstCallback):
-    """Drives a :class:`~hf_pdecay.target.control.SparsityControl` through a run, as its arguments say.
-
-    ``PDecayTrainer`` adds it, and after :func:`hf_pdecay.register` so does every Trainer with ``optim="adamw_lp"``.
-    Without ``target_sparsity``, in the arguments or in a rule, and without ``p_norm_begin`` it does nothing.
-    """
+    """Drives a ``SparsityControl`` through a run; does nothing without ``target_sparsity`` and ``p_norm_begin``."""
 
     def __init__(self) -> None:
         self._control: SparsityControl | None = None
@@ -33,11 +29,7 @@ class SparsityControlCallback(FirstCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Plan the run.
-
-        Raises:
-            ValueError: If the target cannot be reached in the steps of the run.
-        """
+        """Plan the run; ValueError if its steps cannot reach the target."""
         settings = settings_of(args)
         if settings is None:
             return
@@ -74,11 +66,10 @@ class SparsityControlCallback(FirstCallback):
             return
         self._control.after_step(state.global_step)
         if state.global_step < state.max_steps:
-            # Not before the optimizer's step, which DeepSpeed makes within backward, before any callback is asked.
+            # Here, not before the optimizer's step: DeepSpeed steps within backward, before any callback is called.
             self._control.before_step(state.global_step + 1)
         if self._control.budgets and state.global_step <= self._control.schedule.end:
-            # What was best before was not yet as sparse as asked. load_best_model_at_end chooses among what comes then,
-            # and EarlyStoppingCallback, which counts evaluations that were no better, begins to count.
+            # So far no model is as sparse as asked: load_best_model_at_end and EarlyStoppingCallback start anew.
             state.best_metric = state.best_model_checkpoint = state.best_global_step = None
 
     def on_train_end(

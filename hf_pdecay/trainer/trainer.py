@@ -1,4 +1,4 @@
-"""The Trainer: optimizer creation, resuming and saving. Everything else is ``transformers.Trainer``'s own."""
+"""The Trainer: optimizer creation, resuming and saving; everything else is done by ``transformers.Trainer``."""
 
 from __future__ import annotations
 
@@ -56,14 +56,13 @@ class PDecayTrainerMixin(_Base):
 
     With ``args.optim == "adamw_lp"``, or another of :data:`.optim.named.OPTIMIZERS`, it makes that optimizer, adds a
     :class:`SparsityCallback` as the first callback, and writes ``sparsity.json`` and the model card beside every model
-    that it saves. With any other optimizer it changes nothing. The arguments are a :class:`PDecayTrainingArguments`,
-    or after :func:`hf_pdecay.register` any others.
+    that it saves. With any other optimizer it changes nothing. Its ``args`` are a :class:`PDecayTrainingArguments`; any
+    others work after :func:`hf_pdecay.register`.
 
     Raises:
         ValueError: Before any training, if ``lp_rules`` or ``optim_target_modules`` match nothing, the checkpoint to
-            resume from is of another model, FSDP or DeepSpeed is set up in a way that cannot work
-            (:func:`.engines.check_engine`), or, with any optimizer, if several processes were started that do not find
-            each other.
+            resume from is of another model, FSDP or DeepSpeed is set up in a way that cannot work, or, with any
+            optimizer, several processes were started that do not find each other.
         OSError: If ``output_dir`` cannot be written to.
     """
 
@@ -81,14 +80,12 @@ class PDecayTrainerMixin(_Base):
     def _join(self) -> None:
         """Check the settings of the decay, and add the callbacks, to a complete Trainer of any class."""
         self._card_arguments: dict[str, Any] = {}
-        # An optimizer that the user made has the param groups that the user made.
         self._given_optimizer = self.optimizer is not None or self.optimizer_cls_and_kwargs is not None
         if not self._decays:
             return
         settings = self._settings
         if self.train_dataset is None and not any(param.requires_grad for param in self.model.parameters()):
-            # Evaluation only; training is checked when it starts.
-            self._attach(settings)
+            self._attach(settings)  # evaluation only; training is checked when it starts
             return
         check_engine(self, settings.optim, settings.options.get("moments"))
         check_same(asdict(settings) | {"optim": name_of(self.args), "weight_decay": self.args.weight_decay})
@@ -120,23 +117,14 @@ class PDecayTrainerMixin(_Base):
     _settings_read: tuple[Any, DecaySettings] | None = None
     _search: Search | None = None  # the one that runs
 
-    @property
-    def _output_dir(self) -> Path:
-        return Path(str(self.args.output_dir))
-
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        """Train; takes what ``Trainer.train`` takes, and resumes only from a checkpoint that is whole.
-
-        Raises:
-            ValueError: If the checkpoint to resume from is incomplete or of another model, or no whole one exists.
-        """
+        """Train as ``Trainer.train`` does; resume only from a whole checkpoint of this model, else raise ValueError."""
         if self._decays:
-            # A subclass's own `train` gets what it was given, in the way that it was given.
-            by_name = "resume_from_checkpoint" in kwargs
+            # A subclass's `train` gets the argument by position or by name, as it was given.
             resume = kwargs.get("resume_from_checkpoint", args[0] if args else None)
             if resume is True:
-                resume = agreed_newest_whole(self._output_dir)
-                if by_name:
+                resume = agreed_newest_whole(str(self.args.output_dir))
+                if "resume_from_checkpoint" in kwargs:
                     kwargs["resume_from_checkpoint"] = resume
                 else:
                     args = (resume, *args[1:])
@@ -176,7 +164,7 @@ class PDecayTrainerMixin(_Base):
             load_converted(self.model, self.state.best_model_checkpoint)
 
     def create_optimizer(self, model: nn.Module | None = None) -> Optimizer:
-        """Make the optimizer; an :class:`~hf_pdecay.AdamWLp` if that is what ``args.optim`` names."""
+        """Make the optimizer that ``args.optim`` names."""
         if not self._decays or self.optimizer is not None or self.optimizer_cls_and_kwargs is not None:
             given: Optimizer = super().create_optimizer() if model is None else super().create_optimizer(model)
             if self._decays and not any("p_norm" in group for group in given.param_groups):
@@ -186,13 +174,13 @@ class PDecayTrainerMixin(_Base):
                     type(given).__name__,
                 )
             return given
-        own = getattr(super().create_optimizer, "__func__", None)
-        if own is not None and own not in (Trainer.create_optimizer, PDecayTrainerMixin.create_optimizer):
+        method = getattr(super().create_optimizer, "__func__", None)
+        if method is not None and method not in (Trainer.create_optimizer, PDecayTrainerMixin.create_optimizer):
             logger.warning(
                 "optim=%r: %s is not asked for an optimizer or its param groups, since p-norm decay needs its own. "
                 "Rules by name go into lp_rules, learning rates by group into get_optimizer_cls_and_kwargs.",
                 name_of(self.args),
-                own.__qualname__,
+                method.__qualname__,
             )
         model = self.model if model is None else model
         self.optimizer = optimizer = build_optimizer(model, self.args, self._settings, **self._grouping(model))
@@ -209,11 +197,11 @@ class PDecayTrainerMixin(_Base):
         if any(id(param) not in clipped for group in optimizer.param_groups for param in group["params"]):
             return  # the norm of a loss's parameters is not computed
         if not self.is_deepspeed_enabled:
-            # DeepSpeed has stepped by the time that the Trainer learns of a norm.
+            # DeepSpeed has stepped before the Trainer gets the norm.
             self.accelerator.clip_grad_norm_ = partial(_clip_and_tell, clip, optimizer)
 
     def _grouping(self, model: nn.Module) -> dict[str, Any]:
-        """How this Trainer divides the parameters, for :func:`.optimizer.param_groups_of`."""
+        """How this Trainer divides the parameters, for ``param_groups_of``."""
         return {
             "weight_decay_names": self.get_decay_parameter_names(model),
             "isolate_zero": self.is_deepspeed_enabled,
@@ -221,7 +209,7 @@ class PDecayTrainerMixin(_Base):
         }
 
     def _their_groups(self, model: nn.Module) -> Sequence[Mapping[str, Any]] | None:
-        """The param groups that a subclass of Trainer has in place of Hugging Face's, as it would give AdamW them."""
+        """The param groups that a subclass of Trainer would give to AdamW in place of Hugging Face's."""
         plain = copy.copy(self.args)
         plain.optim, plain.optim_args, plain.optim_target_modules = OptimizerNames.ADAMW_TORCH, None, None
         _, kwargs = super().get_optimizer_cls_and_kwargs(plain, model)  # type: ignore[arg-type]
@@ -237,16 +225,15 @@ class PDecayTrainerMixin(_Base):
         *args: Any,
         **kwargs: Any,
     ) -> Any:
-        """Search, see :class:`.search.Search`; takes and returns what ``Trainer.hyperparameter_search`` does.
+        """Search as ``Trainer.hyperparameter_search`` does; each trial has its own folder, with its sparsity and card.
 
         Raises:
-            ValueError: If the objective gives another number of values than there are directions, or a trial sets a
-                value that is out of its range.
+            ValueError: If the objectives do not fit the directions, or a value of a trial is out of its range.
         """
         args = (n_trials, direction, *args)
         if not self._decays:
             return super().hyperparameter_search(hp_space, compute_objective, *args, **kwargs)
-        self._search = search = Search(self, hp_space, compute_objective, direction)
+        self._search = search = Search(self, self.measure_sparsity, hp_space, compute_objective, direction)
         if not kwargs.get("load_if_exists"):
             search.start_anew()
         try:
@@ -256,7 +243,7 @@ class PDecayTrainerMixin(_Base):
             self._search = None
 
     def _hp_search_setup(self, trial: Any) -> None:
-        if isinstance(trial, dict):  # the values; optuna asks the space for them
+        if isinstance(trial, dict):  # values of Ray Tune; optuna asks the space for them
             trial = folded(self.args, trial, self._search.optim_args if self._search else self.args.optim_args)
         super()._hp_search_setup(trial)
         if self._search is not None and trial is not None:
@@ -266,10 +253,7 @@ class PDecayTrainerMixin(_Base):
         return super()._get_output_dir(trial if self._search is None else None)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """Write the card into ``output_dir``; takes what ``Trainer.create_model_card`` takes.
-
-        A subclass of Trainer that writes its own card, such as TRL's, writes it, and our section is added.
-        """
+        """Write the card into ``output_dir``, or add our section to that of a subclass with its own, such as TRL's."""
         if not self._decays or self._writes_own_card:
             super().create_model_card(*args, **kwargs)
         else:
@@ -278,7 +262,7 @@ class PDecayTrainerMixin(_Base):
         if self._decays:
             report = self._measured()
             if report is not None and self.is_world_process_zero():
-                self._write_card(self._output_dir, report)
+                self._write_card(Path(str(self.args.output_dir)), report)
 
     def _write_final_card(self) -> None:
         if self._decays:
@@ -292,7 +276,7 @@ class PDecayTrainerMixin(_Base):
         write_card(self, folder, report, self._settings, self._card_arguments, extend=self._writes_own_card)
 
     def measure_sparsity(self) -> SparsityReport:
-        """Count the zeros of the model; the decayed weights are those of the optimizer, once there is one.
+        """Count the zeros of the model, and of the optimizer's decayed weights once there is one.
 
         Under FSDP2 and ZeRO-3, where processes hold shards of the model, all of them must call.
         """
@@ -300,31 +284,28 @@ class PDecayTrainerMixin(_Base):
         return measure(self.model, self.optimizer, (settings or DecayFields).near_zero_threshold)
 
     def _measured(self) -> SparsityReport | None:
-        """Count the zeros if this process writes, or holds shards that others need in order to count."""
+        """Count the zeros if this process writes, or holds shards that others need to count."""
         settle(self.model)
         if self.args.should_save or any(is_sharded(param) for param in self.model.parameters()):
             return self.measure_sparsity()
         return None
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Save the model, and beside it its sparsity and, unless it is a checkpoint, its card.
-
-        Under FSDP2 that is a folder of the whole model, also where ``fsdp_state_dict_type`` shards checkpoints.
-        """
+        """Save the model, its sparsity and, unless it is a checkpoint, its card; under FSDP2 the whole model."""
         if self._decays and self.args.should_save and output_dir and _internal_call:
-            # The checkpoint is whole once this is written, last. One that is written anew is not until then.
+            # This file, which is written last, marks a checkpoint as whole.
             (Path(output_dir) / STATE_FILE).unlink(missing_ok=True)
             remove_leftovers(output_dir, RUN_FILES)
         with whole_model(self) if self._decays and not _internal_call else nullcontext():
             if _internal_call:
                 super().save_model(output_dir, _internal_call=True)
-            else:  # as a subclass may have it that knows of no internal calls
+            else:  # a subclass may not take the argument
                 super().save_model(output_dir)
         if not self._decays:
             return
         report = self._measured()
         if report is not None and self.args.should_save:
-            folder = Path(output_dir) if output_dir else self._output_dir
+            folder = Path(output_dir or str(self.args.output_dir))
             report.save(folder / REPORT_FILE)
             if not _internal_call:
                 self._write_card(folder, report)
@@ -332,7 +313,7 @@ class PDecayTrainerMixin(_Base):
     def _save_rng_state(self, output_dir: str) -> None:
         super()._save_rng_state(output_dir)
         if self._decays:
-            # trainer_state.json, which the first process writes next, then says that all processes are done.
+            # The first process writes trainer_state.json next, which means that all processes are done.
             self.accelerator.wait_for_everyone()
 
 
@@ -353,15 +334,7 @@ def _clip_and_tell(clip: Callable[..., Any], optimizer: AdamWLp | LpDecay, *args
 
 
 def check_arguments(args: Any) -> None:
-    """Check, before a Trainer is made, what would otherwise fail later and less plainly.
-
-    Args:
-        args: Its ``args``; None and arguments without decay pass.
-
-    Raises:
-        ValueError: If a setting of the decay is wrong, or processes were started that do not find each other.
-        OSError: If ``output_dir`` cannot be written to.
-    """
+    """Check, before a Trainer is made, what would fail later: settings, processes, and whether it can write."""
     decays = isinstance(args, TrainingArguments) and name_of(args) in OPTIMIZERS
     if decays:
         settings_of(args)
@@ -369,15 +342,13 @@ def check_arguments(args: Any) -> None:
     if decays or isinstance(args, PDecayTrainingArguments):
         check_world_size(args)
     if decays and args.should_save:
-        _check_writable(Path(str(args.output_dir)))
-
-
-def _check_writable(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise OSError(
-            f"Invalid output_dir: output_dir={str(folder)!r} cannot be written to ({error}); name a folder that can."
-        ) from error
+        folder = Path(str(args.output_dir))
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=folder):
+                pass
+        except OSError as error:
+            raise OSError(
+                f"Invalid output_dir: output_dir={str(folder)!r} cannot be written to ({error}); name a folder that "
+                "can."
+            ) from error

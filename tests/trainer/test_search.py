@@ -115,7 +115,7 @@ def test_one_objective_by_default_and_a_fresh_state_for_each_trial(searcher: Cal
     best = trainer.hyperparameter_search(space, n_trials=3, backend="optuna")
     first, weak, again = read_trials(trainer.args.output_dir)
     assert first.sparsity > 0.2 > weak.sparsity
-    assert (first.loss, first.sparsity) == (again.loss, again.sparsity)  # to the bit: nothing of a trial is left
+    assert (first.loss, first.sparsity) == (again.loss, again.sparsity)  # bit-identical: nothing of a trial is left
     assert best.objective == min(first.loss, weak.loss)
     lines = (Path(trainer.args.output_dir) / "search.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines] == [10, 20] * 3

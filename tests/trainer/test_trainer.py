@@ -372,7 +372,7 @@ def test_an_optimizer_that_is_passed_in_stays(make_args: MakeArgs, tokens: Any, 
     trainer.save_model()
     report = SparsityReport.load(tmp_path / "out" / "sparsity.json")
     parameters = list(model.parameters())
-    assert report.decayed.tensors == len(parameters)  # all of which that optimizer decays
+    assert report.decayed.tensors == len(parameters)  # that optimizer decays them all
     assert report.decayed.zeros == sum(int((each == 0).sum()) for each in parameters)
 
 
