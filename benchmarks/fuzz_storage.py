@@ -33,9 +33,9 @@ from typing import Any
 import numpy as np
 
 from hf_pdecay import FormatError, compress, decompress
-from hf_pdecay.storage import container, format, packing
+from hf_pdecay.storage import container
 from hf_pdecay.storage.container import header_bytes, layout, read_header
-from hf_pdecay.storage.format import decode, encode
+from hf_pdecay.storage.encoding import decode, encode
 from hf_pdecay.storage.reader import check_file, is_blob
 from tables import command, conditions, describe, table, write
 
@@ -326,7 +326,7 @@ def with_atheris(folder: Path, inputs: int) -> None:
     """Let atheris choose blocks by coverage; it ends the process."""
     import atheris
 
-    for module in (container, format, packing):
+    for module in (container, encoding, zstd_planes):
         for function in vars(module).values():
             if isinstance(function, FunctionType) and function.__module__ == module.__name__:
                 atheris.instrument_func(function)

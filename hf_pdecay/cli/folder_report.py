@@ -16,14 +16,15 @@ from torch import Tensor
 
 from ..layers.matrices import decayable_parameter_names
 from ..names import lora_factor, natural_key, saved_names
+from ..optim.defaults import NEAR_ZERO_THRESHOLD
 from ..optim.unit_operations import alive_here
 from ..optim.units import Member
 from ..shrinking.estimate import Estimator, ShrinkEstimate
 from ..sparsity.counting import count_tensor
 from ..sparsity.file_names import REPORT_FILE
-from ..sparsity.report import NEAR_ZERO_THRESHOLD, SparsityReport, TensorSparsity
+from ..sparsity.report import SparsityReport, TensorSparsity
+from ..storage.encoding import smallest_payload
 from ..storage.folder import CONFIG, INDEX, WEIGHTS, read_config, read_weight_map, shard_names
-from ..storage.format import smallest_payload
 from ..storage.manifest import METHOD
 from ..storage.untrusted import auto_config, model_class, on_meta
 from ..trainer.checkpoints import newest_whole

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from ..trainer.fields import SETTINGS
+from ..trainer.flags import SETTINGS
 from .command import add_config, add_json, add_max_steps, show
 
 

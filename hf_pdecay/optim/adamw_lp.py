@@ -13,12 +13,13 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from .backends import MIN_COMPILED, BackendChoice, all_finite
-from .base import DecayOptimizer
+from .decay_optimizer import DecayOptimizer
+from .defaults import LAMBDA_P, P_NORM
 from .distributed import agreed_finite, is_dtensor, local, local_grad, shard_place
 from .dormancy import Awakening, dormant_entry, is_awake, is_awake_for_good, placed
 from .gradients import check_dense, finite_by_norm
 from .moments import as_stored, clone, is_quantized, zero_moment
-from .param_groups import LAMBDA_P, P_NORM, steps_decay
+from .param_groups import steps_decay
 from .step_cache import StepCache, hyper_of
 from .tensor_step import Hyperparameters, Structure, TensorStep, alpha_lambda_p, noise_place
 from .unit_decay import UnitDecay, unit_decay_of

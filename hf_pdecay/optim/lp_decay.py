@@ -9,13 +9,14 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer
 
 from ..checks import check_lambda_p, check_p_norm
-from .base import DecayOptimizer
-from .bases import Batch, batches, check_base, is_schedule_free, step_batch, takes_found_inf
+from .base_optimizers import Batch, batches, check_base, is_schedule_free, step_batch, takes_found_inf
 from .decay_after_step import can_compile, copies, decay_weights, on_device, rate_on
+from .decay_optimizer import DecayOptimizer
+from .defaults import LAMBDA_P, P_NORM
 from .distributed import Owners, agreed_finite, is_dtensor, local, shard_place
 from .dormancy import Awakening, dormant_entry, is_awake, placed
 from .gradients import check_dense, finite_by_norm, grads_finite
-from .param_groups import LAMBDA_P, P_NORM, steps_decay
+from .param_groups import steps_decay
 from .tensor_step import Decay, Stepped, noise_place, smallest
 from .unit_decay import UnitDecay, unit_decay_of
 from .units import ELEMENT, check_units, kind_of

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
-from .base import evaluate
-from .param_groups import LAMBDA_P, P_NORM, is_decayed
+from .decay_optimizer import evaluate
+from .defaults import LAMBDA_P, P_NORM
+from .param_groups import is_decayed
 from .units import ELEMENT, kind_of
 
 

@@ -10,9 +10,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-# The defaults of p and λ_p.
-P_NORM, LAMBDA_P = 0.8, 0.01
-
 DENSE, PRUNING, HEALING = "dense", "pruning", "healing"
 """The phases of a run with a target: before the first zeros, while zeros are made, and after the last ones."""
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from ..sparsity.card import add_note, set_sparsity
+from ..sparsity.card_text import add_note, set_sparsity
 from ..sparsity.file_names import CARD_FILE, REPORT_FILE
 from ..sparsity.report import SparsityReport
 from .report import ShrinkReport

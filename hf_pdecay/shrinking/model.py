@@ -13,9 +13,9 @@ from ..checks import check_choice
 from ..layers.finding import Layer, find_layers
 from .dead import dead_units_of
 from .planning import Plan, plan_ragged, plan_uniform
+from .ragged_config import METHOD, make_settings
 from .report import LayerCount, ShrinkReport
 from .resize import Removal, resize, shapes_after
-from .sizes import METHOD, make_settings
 
 
 if TYPE_CHECKING:

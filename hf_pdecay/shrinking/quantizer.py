@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from ..storage.plain_quantizer import PlainConfig, PlainQuantizer
-from .sizes import METHOD, check_settings, make_settings
+from .ragged_config import METHOD, check_settings, make_settings
 
 
 class ShrunkConfig(PlainConfig):

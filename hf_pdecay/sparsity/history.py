@@ -1,4 +1,4 @@
-"""The file ``sparsity.jsonl``: one line of JSON for each log event of a run."""
+"""The file ``sparsity.jsonl``: one line of JSON for each log event of a run, what it holds and how it is read."""
 
 from __future__ import annotations
 
@@ -8,6 +8,21 @@ from pathlib import Path
 from typing import Any
 
 from .file_names import HISTORY_FILE
+from .report import SparsityReport
+
+
+def history_line(report: SparsityReport, step: int, epoch: float | None, skipped_steps: int) -> dict[str, Any]:
+    """Return the line of a step; ``layers`` has the sparsity of each decayed tensor, ``units`` of each kind of unit."""
+    return {
+        "step": step,
+        "epoch": epoch,
+        "sparsity": report.sparsity,
+        "model_sparsity": report.model_sparsity,
+        "near_zeros": report.decayed.near_zeros,
+        "skipped_steps": skipped_steps,
+        **({"units": {units.label: units.sparsity for units in report.units}} if report.units else {}),
+        "layers": {tensor.name: tensor.sparsity for tensor in report.tensors if tensor.decayed},
+    }
 
 
 def read_history(output_dir: str | os.PathLike[str]) -> list[dict[str, Any]]:

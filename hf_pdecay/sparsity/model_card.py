@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from .._version import __version__
 from ..rules.table import lambda_text
-from .card import add_section, add_tags, split_card
+from .card_text import add_section, add_tags, split_card
 from .command_line import command_line
 from .report import SparsityReport
 
@@ -202,7 +202,7 @@ def _capitalized(name: str) -> str:
 
 
 def _template(name: str) -> str:
-    return (resources.files(__package__) / "templates" / name).read_text(encoding="utf-8")
+    return (resources.files(__package__) / name).read_text(encoding="utf-8")
 
 
 def _first(value: Any) -> str | None:

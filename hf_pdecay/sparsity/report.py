@@ -11,15 +11,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..files import write_text
+from ..optim.defaults import NEAR_ZERO_THRESHOLD
 
 
 if TYPE_CHECKING:
     import pandas
     from rich.console import Console, ConsoleOptions, RenderResult
     from rich.table import Table
-
-NEAR_ZERO_THRESHOLD = 1e-13
-"""Magnitude below which a non-zero weight counts as near zero, by default."""
 
 _TABLE_ROWS = 40
 

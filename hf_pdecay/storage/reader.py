@@ -14,8 +14,8 @@ from torch import Tensor
 from ..names import natural_key
 from .card import remove_note
 from .container import Entry, FormatError, Header, header_bytes, layout, read_header, write_header
+from .encoding import HEAD_LIMIT, Bytes, blob_shape, check, decode, parse
 from .folder import CONFIG, INDEX, WEIGHTS, read_config, read_json, read_weights, write_json
-from .format import HEAD_LIMIT, Bytes, blob_shape, check, decode, parse
 from .manifest import MANIFEST, check_settings, read_manifest, sha256
 from .report import StorageReport
 from .source import read_source

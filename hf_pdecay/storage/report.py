@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from .format import ENCODINGS
+from .encoding import ENCODINGS
 
 
 if TYPE_CHECKING:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from .container import DTYPES, FormatError
-from .format import decode
+from .encoding import decode
 
 
 def to_tensor(blob: torch.Tensor, limit: int, what: str) -> torch.Tensor:

@@ -14,8 +14,8 @@ import numpy as np
 
 from .card import add_note
 from .container import DTYPES, Entry, FormatError, Header, header_bytes, write_header
+from .encoding import DENSE, Bytes, blob_shape, decode, encode
 from .folder import CONFIG, INDEX, WEIGHTS, check_out, read_json, scratch_folder, write_json
-from .format import DENSE, Bytes, blob_shape, decode, encode
 from .manifest import MANIFEST, make_manifest, make_settings, sha256
 from .report import StorageReport
 from .source import Source, read_source

@@ -10,7 +10,7 @@ from transformers.training_args import OptimizerNames
 
 from ..optim.named import ADAMW_LP, OPTIMIZERS
 from ..target.settings import Target
-from .fields import SETTINGS, DecayFields
+from .flags import SETTINGS, DecayFields
 from .optimizer import check_hyperparameters, name_of
 from .settings import DecaySettings, split_optim_args
 

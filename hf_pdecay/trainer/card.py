@@ -13,7 +13,7 @@ from ..files import write_text
 from ..optim.param_groups import is_decayed
 from ..optim.shards import group_params, settle
 from ..rules.assign import decayed_parameter_names
-from ..sparsity.card import add_tags
+from ..sparsity.card_text import add_tags
 from ..sparsity.counting import measure_sparsity
 from ..sparsity.dead_units import count_units
 from ..sparsity.file_names import CARD_FILE, PICTURE_FILE

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,11 +23,18 @@ if TYPE_CHECKING:
 _NOT_ON_DTENSORS = ("adafactor_lp", "lion_lp", "lion_8bit_lp", "adamw_bnb_8bit_lp")
 # Optimizers whose step treats each weight by itself.
 _ON_FLAT_SHARDS = ("adamw_lp", "sgd_lp", "lion_lp")
+# Files of a checkpoint that show which engine sharded its optimizer; FSDP writes a folder of shards, or one file.
+_FILES = {"DeepSpeed": ("latest",), "FSDP": ("pytorch_model_fsdp*", "optimizer_*", "optimizer.bin")}
 
 
 def engine_of(trainer: Trainer) -> str:
     """Return the name of the engine that shards a run: ``"FSDP"``, ``"DeepSpeed"``, or ``""`` for none."""
     return "FSDP" if trainer.is_fsdp_enabled else "DeepSpeed" if trainer.is_deepspeed_enabled else ""
+
+
+def engine_that_wrote(checkpoint: Path) -> str:
+    """Return the name of the engine that sharded the optimizer of a checkpoint, ``""`` for none."""
+    return next((name for name, marks in _FILES.items() if any(any(checkpoint.glob(mark)) for mark in marks)), "")
 
 
 def check_engine(trainer: Trainer, optim: str = "adamw_lp", moments: str | None = None) -> None:

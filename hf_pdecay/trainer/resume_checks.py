@@ -11,14 +11,11 @@ import torch
 from ..optim.shards import full_shape
 from ..optim.validation import check_saved_groups
 from .checkpoints import shapes_in
+from .engines import engine_that_wrote
 
 
 if TYPE_CHECKING:
     from torch import nn
-
-
-# Files that show which engine sharded the optimizer; FSDP writes a folder of shards for it, or one file.
-_ENGINES = {"DeepSpeed": ("latest",), "FSDP": ("pytorch_model_fsdp*", "optimizer_*", "optimizer.bin")}
 
 
 def check_checkpoint(model: nn.Module, folder: str) -> None:
@@ -46,7 +43,7 @@ def check_engine_of(folder: str, engine: str, processes: int) -> None:
     path = Path(folder)
     if not (path / "scheduler.pt").is_file() and not any(path.glob("optimizer*")):
         return  # the model alone
-    written = next((name for name, marks in _ENGINES.items() if any(any(path.glob(mark)) for mark in marks)), "")
+    written = engine_that_wrote(path)
     if written != engine:
         by, now = (f"under {name}" if name else "on one process or DDP" for name in (written, engine))
         raise ValueError(

@@ -16,7 +16,7 @@ from ..checks import is_number
 from ..files import append_line
 from ..rules.spec import parse_rules
 from .arguments import PDecayTrainingArguments, settings_of
-from .fields import SETTINGS, DecayFields
+from .flags import SETTINGS, DecayFields
 from .pareto import SEARCH_FILE
 from .settings import DecaySettings, split_optim_args
 

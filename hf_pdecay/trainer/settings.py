@@ -10,7 +10,7 @@ from typing import Any
 from ..optim.named import ADAMW_LP, OPTIMIZERS, parse_options
 from ..rules.spec import load_rules
 from ..target.settings import Target
-from .fields import SETTINGS, DecayFields, read_setting
+from .flags import SETTINGS, DecayFields, read_setting
 
 
 # Settings that change no weight, and rules, which take too much room.

@@ -17,6 +17,7 @@ from transformers import TrainerControl, TrainerState, TrainingArguments
 from ..checks import check_choice
 from ..files import append_line, remove_leftovers, write_text
 from ..optim.adamw_lp import AdamWLp
+from ..optim.defaults import NEAR_ZERO_THRESHOLD
 from ..optim.param_groups import is_decayed
 from ..optim.shards import group_params, is_sharded, settle
 from ..rules.assign import decayed_parameter_names
@@ -24,11 +25,11 @@ from ..rules.table import group_table
 from ..sparsity.counting import measure_sparsity, measure_with_extra
 from ..sparsity.dead_units import count_units
 from ..sparsity.file_names import HISTORY_FILE, PICTURE_FILE, REPORT_FILE, RUN_FILES
-from ..sparsity.history import read_history
-from ..sparsity.report import NEAR_ZERO_THRESHOLD, SparsityReport
+from ..sparsity.history import history_line, read_history
+from ..sparsity.report import SparsityReport
 from ..target.forecast import DecayingGroup, forecast
-from .fields import SPARSITY_LOGGING
 from .first_callback import FirstCallback
+from .flags import SPARSITY_LOGGING
 
 
 logger = logging.getLogger(__name__)
@@ -171,16 +172,7 @@ class SparsityCallback(FirstCallback):
             )
 
     def _line(self, state: TrainerState, report: SparsityReport) -> dict[str, Any]:
-        return {
-            "step": state.global_step,
-            "epoch": state.epoch,
-            "sparsity": report.sparsity,
-            "model_sparsity": report.model_sparsity,
-            "near_zeros": report.decayed.near_zeros,
-            "skipped_steps": self._skipped_steps,
-            **({"units": {units.label: units.sparsity for units in report.units}} if report.units else {}),
-            "layers": {tensor.name: tensor.sparsity for tensor in report.tensors if tensor.decayed},
-        }
+        return history_line(report, state.global_step, state.epoch, self._skipped_steps)
 
     def _measure(self, model: nn.Module, optimizer: Any, state: TrainerState) -> SparsityReport | None:
         """Count; None in processes that do not report."""

@@ -29,7 +29,7 @@ from .arguments import PDecayTrainingArguments, settings_of
 from .card import CardCallback, measure, write_card
 from .checkpoints import agreed_newest_whole, check_whole
 from .engines import check_engine, check_same, check_structured, check_world_size, engine_of, whole_model
-from .fields import DecayFields
+from .flags import DecayFields
 from .optimizer import build_optimizer, check_hyperparameters, name_of, param_groups_of
 from .resume_checks import check_checkpoint, check_engine_of, check_optimizer_state, other_settings
 from .saved_names import load_converted

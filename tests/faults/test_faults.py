@@ -30,7 +30,7 @@ from tests.helpers.models import tiny_gpt2
 
 
 MakeArgs = Callable[..., Any]
-CITATION = (resources.files("hf_pdecay") / "sparsity" / "templates" / "citation.md").read_text()
+CITATION = (resources.files("hf_pdecay") / "sparsity" / "citation.md").read_text()
 MAJOR = int(importlib.metadata.version("transformers").split(".")[0])
 
 

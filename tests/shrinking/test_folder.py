@@ -67,7 +67,7 @@ def test_what_lies_beside_the_weights_comes_along(
 
 
 def test_a_card_says_that_its_counts_are_of_the_model_before(sparse: Path) -> None:
-    template = (Path(hf_pdecay.__file__).parent / "sparsity/templates/model_card.md.jinja").read_text(encoding="utf-8")
+    template = (Path(hf_pdecay.__file__).parent / "sparsity/model_card.md.jinja").read_text(encoding="utf-8")
     heading = template.partition("\n")[0]
     (sparse / "README.md").write_text(f"---\ntags: []\n---\n# x\n\n{heading}\n\nTrained.\n", encoding="utf-8")
     small = sparse.parent / "small"

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from hf_pdecay.layers.finding import Layer, find_layers
 from hf_pdecay.shrinking.folder import shrink_folder
 from hf_pdecay.shrinking.model import shrink, shrink_model
-from hf_pdecay.shrinking.sizes import check_settings, make_settings
+from hf_pdecay.shrinking.ragged_config import check_settings, make_settings
 
 from ..helpers.models import build, tiny_gpt2
 from ..helpers.storage_models import bits, weights

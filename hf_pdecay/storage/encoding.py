@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, NoReturn
 import numpy as np
 
 from .container import DIMENSIONS_LIMIT, ITEMSIZES, FormatError, tensor_bytes
-from .packing import Bytes, Sections, check_frame, pack, unpack
+from .zstd_planes import Bytes, Sections, check_frame, pack, unpack
 
 
 MAGIC = b"hfpdblob"

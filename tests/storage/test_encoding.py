@@ -12,9 +12,9 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from hf_pdecay.storage import format as blocks
+from hf_pdecay.storage import encoding as blocks
 from hf_pdecay.storage.container import FormatError
-from hf_pdecay.storage.format import ENCODINGS, check, decode, encode, parse
+from hf_pdecay.storage.encoding import ENCODINGS, check, decode, encode, parse
 
 from ..helpers.reference.compressed_reader import SIZES, read_block, sizes
 

@@ -10,8 +10,7 @@ from dataclasses import dataclass, fields
 from typing import Any, get_args, get_type_hints
 
 from ..checks import check_choice, check_lambda_p, check_p_norm, is_number
-from ..optim.param_groups import LAMBDA_P, P_NORM
-from ..sparsity.report import NEAR_ZERO_THRESHOLD
+from ..optim.defaults import LAMBDA_P, NEAR_ZERO_THRESHOLD, P_NORM
 from ..target.settings import Target, check_p_norms, setting
 
 
