@@ -58,7 +58,7 @@ def test_command_line(tmp_path: Path) -> None:
 
 def test_help_of_what_means_something_else_here() -> None:
     actions = HfArgumentParser(PDecayTrainingArguments)._actions
-    texts = {each.dest: each.help or "" for each in actions}
+    texts = {action.dest: action.help or "" for action in actions}
     assert "backend=foreach" in texts["optim_args"]
     assert "decay" in texts["optim_target_modules"]
     assert "target_sparsity" in texts["lp_rules"] and "group" in texts["lp_rules"]

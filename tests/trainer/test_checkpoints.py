@@ -67,16 +67,16 @@ def test_what_the_trainer_saved_is_whole(run: Path) -> None:
 @pytest.mark.parametrize("name", [*FILES, "training_args.bin"])
 def test_a_file_that_is_cut(name: str, keep: float, out: Path) -> None:
     _cut(out / "checkpoint-12" / name, keep)
-    found = fault(out / "checkpoint-12")
-    assert found is not None and name in found
+    flaw = fault(out / "checkpoint-12")
+    assert flaw is not None and name in flaw
     assert newest_whole(out) == str(out / "checkpoint-8")
 
 
 @pytest.mark.parametrize("name", FILES)
 def test_a_file_that_is_missing(name: str, out: Path) -> None:
     (out / "checkpoint-12" / name).unlink()
-    found = fault(out / "checkpoint-12")
-    assert found is not None and ("weights" if name == "model.safetensors" else name) in found
+    flaw = fault(out / "checkpoint-12")
+    assert flaw is not None and ("weights" if name == "model.safetensors" else name) in flaw
 
 
 def test_the_order_in_which_the_trainer_writes(out: Path) -> None:
@@ -98,10 +98,10 @@ def test_shards(out: Path) -> None:
     names = sorted(tensors)
     (folder / "model.safetensors").unlink()
     weight_map = {}
-    for number, some in enumerate((names[::2], names[1::2]), start=1):
+    for number, shard_names in enumerate((names[::2], names[1::2]), start=1):
         shard = f"model-0000{number}-of-00002.safetensors"
-        save_file({name: tensors[name] for name in some}, folder / shard)
-        weight_map |= dict.fromkeys(some, shard)
+        save_file({name: tensors[name] for name in shard_names}, folder / shard)
+        weight_map |= dict.fromkeys(shard_names, shard)
     index = folder / "model.safetensors.index.json"
     index.write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
     assert fault(folder) is None

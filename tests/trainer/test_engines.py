@@ -28,9 +28,9 @@ def trainer(fsdp: int | None = None, deepspeed: dict[str, Any] | None = None) ->
 
 
 def test_what_is_set_up_well_passes() -> None:
-    for each, name in ((trainer(), ""), (trainer(fsdp=2), "FSDP"), (trainer(deepspeed=zero(2)), "DeepSpeed")):
-        check_engine(each)
-        assert engine_of(each) == name
+    for case, name in ((trainer(), ""), (trainer(fsdp=2), "FSDP"), (trainer(deepspeed=zero(2)), "DeepSpeed")):
+        check_engine(case)
+        assert engine_of(case) == name
     check_engine(trainer(deepspeed=zero(3, offload_optimizer={"device": "cpu"})))
 
 
@@ -45,12 +45,12 @@ def test_an_optimizer_of_deepspeed_is_refused() -> None:
         check_engine(trainer(deepspeed=config))
 
 
-@pytest.mark.parametrize(("each", "name"), [(trainer(fsdp=2), "FSDP"), (trainer(deepspeed={}), "DeepSpeed")])
-def test_moments_that_cannot_be_sharded_are_refused(each: Any, name: str) -> None:
+@pytest.mark.parametrize(("case", "name"), [(trainer(fsdp=2), "FSDP"), (trainer(deepspeed={}), "DeepSpeed")])
+def test_moments_that_cannot_be_sharded_are_refused(case: Any, name: str) -> None:
     with pytest.raises(ValueError, match=f"moments='8bit' under {name}, whose shards"):
-        check_engine(each, moments="8bit")
+        check_engine(case, moments="8bit")
     check_engine(trainer(), moments="8bit")
-    check_engine(each, moments="bfloat16")
+    check_engine(case, moments="bfloat16")
 
 
 def test_groups_of_weights_that_nobody_could_find_are_refused() -> None:
@@ -61,8 +61,8 @@ def test_groups_of_weights_that_nobody_could_find_are_refused() -> None:
         with pytest.raises(ValueError, match=f"under FSDP with optim='{optim}' and backend='{backend}'; units of"):
             check_structured(sharded, [{}, {"group": "head"}], optim, backend)
     check_structured(sharded, [{}, {"group": "head"}])
-    for each in (trainer(deepspeed={}), trainer(fsdp=2)):
-        check_structured(each, [{}, {"group": "element"}], "sgd_lp")
+    for case in (trainer(deepspeed={}), trainer(fsdp=2)):
+        check_structured(case, [{}, {"group": "element"}], "sgd_lp")
     check_structured(trainer(), [{"group": "head"}], "sgd_lp", "foreach")
 
 

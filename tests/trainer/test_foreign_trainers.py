@@ -52,8 +52,8 @@ def test_a_train_and_a_save_model_of_their_own_get_what_was_given(
     bare.train()
     bare.save_model(str(tmp_path / "saved"))
     weights = load_file(tmp_path / "saved" / "model.safetensors")
-    decayed = [each for name, each in weights.items() if ".c_" in name and each.dim() == 2]
-    assert sum(int((each == 0).sum()) for each in decayed) == sum(each.numel() for each in decayed) // 2
+    decayed = [weight for name, weight in weights.items() if ".c_" in name and weight.dim() == 2]
+    assert sum(int((weight == 0).sum()) for weight in decayed) == sum(weight.numel() for weight in decayed) // 2
     named = Named(model=tiny_gpt2(), args=arguments(tmp_path / "named"), train_dataset=tokens)
     named.train(resume=True)
     assert named.state.global_step == 20
@@ -112,12 +112,12 @@ def test_models_whose_files_have_other_names_resume_and_end_with_the_best(
         config = make().config
         generator = torch.Generator().manual_seed(0)
         size = (config.num_channels, config.image_size, config.image_size)
-        data = [{"pixel_values": torch.randn(size, generator=generator), "labels": each % 2} for each in range(48)]
+        data = [{"pixel_values": torch.randn(size, generator=generator), "labels": number % 2} for number in range(48)]
     else:
         data = tokens
     options = {"max_steps": 24, "save_strategy": "steps", "save_steps": 6, "eval_strategy": "steps", "eval_steps": 6}
     options |= {"load_best_model_at_end": True, "metric_for_best_model": "loss", "per_device_train_batch_size": 8}
-    found = {}
+    states = {}
     for name in ("whole", "cut"):
         args = arguments(tmp_path / name, **options)
         trainer = Trainer(model=make(), args=args, train_dataset=data, eval_dataset=data[:8] if make is vit else data)
@@ -125,7 +125,7 @@ def test_models_whose_files_have_other_names_resume_and_end_with_the_best(
         best = trainer.state.best_model_checkpoint
         assert best is not None
         same = type(trainer.model).from_pretrained(best).state_dict()
-        assert all(torch.equal(each, same[key]) for key, each in trainer.model.state_dict().items())
+        assert all(torch.equal(tensor, same[key]) for key, tensor in trainer.model.state_dict().items())
         if name == "cut":
             # After sparsity_end, from where no cut makes zeros any more.
             for step in (24,):
@@ -137,7 +137,9 @@ def test_models_whose_files_have_other_names_resume_and_end_with_the_best(
             nn.init.normal_(next(iter(trainer.model.parameters())))
             trainer.train(resume_from_checkpoint=True)
         last = type(trainer.model).from_pretrained(tmp_path / name / "checkpoint-24")
-        found[name] = last.state_dict()
-    assert all(torch.equal(found["cut"][key], each) for key, each in found["whole"].items())
-    zeros = [each for key, each in found["cut"].items() if each.dim() == 2 and "layer" in key and "norm" not in key]
-    assert sum(int((each == 0).sum()) for each in zeros) >= sum(each.numel() for each in zeros) * 0.45
+        states[name] = last.state_dict()
+    assert all(torch.equal(states["cut"][key], tensor) for key, tensor in states["whole"].items())
+    zeros = [
+        tensor for key, tensor in states["cut"].items() if tensor.dim() == 2 and "layer" in key and "norm" not in key
+    ]
+    assert sum(int((tensor == 0).sum()) for tensor in zeros) >= sum(tensor.numel() for tensor in zeros) * 0.45

@@ -52,8 +52,8 @@ def train(folder: Path, name: str, data: Any, resume: bool = False) -> Trainer:
 def counted(folder: Path) -> float:
     saved = load_file(folder / "model.safetensors")
     report = json.loads((folder / "sparsity.json").read_text())
-    decayed = [saved[each["name"]] for each in report["tensors"] if each["decayed"]]
-    return sum(int((each == 0).sum()) for each in decayed) / sum(each.numel() for each in decayed)
+    decayed = [saved[entry["name"]] for entry in report["tensors"] if entry["decayed"]]
+    return sum(int((weight == 0).sum()) for weight in decayed) / sum(weight.numel() for weight in decayed)
 
 
 @pytest.mark.parametrize("name", [here(name) for name in OPTIMIZERS])

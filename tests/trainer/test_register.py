@@ -69,12 +69,12 @@ def _train(args: Any, data: Any, cls: type[Trainer] = Trainer, **kwargs: Any) ->
 
 
 def _same_weights(left: Path, right: Path) -> bool:
-    some, others = (load_file(folder / "model.safetensors") for folder in (left, right))
-    return some.keys() == others.keys() and all(torch.equal(some[name], others[name]) for name in some)
+    tensors, others = (load_file(folder / "model.safetensors") for folder in (left, right))
+    return tensors.keys() == others.keys() and all(torch.equal(tensors[name], others[name]) for name in tensors)
 
 
 def test_importing_registers_nothing() -> None:
-    assert "adamw_lp" not in [each.value for each in OptimizerNames]
+    assert "adamw_lp" not in [name.value for name in OptimizerNames]
     with pytest.raises(ValueError, match="adamw_lp is not a valid OptimizerNames"):
         TrainingArguments("out", optim="adamw_lp")
 
@@ -86,7 +86,7 @@ def test_unregister_leaves_everything_as_it_was(tmp_path: Path) -> None:
         hf_pdecay.register()
         hf_pdecay.register()
         assert OptimizerNames("adamw_lp") is OptimizerNames.ADAMW_LP is OptimizerNames["ADAMW_LP"]
-        assert [each.value for each in OptimizerNames].count("adamw_lp") == 1
+        assert [name.value for name in OptimizerNames].count("adamw_lp") == 1
         hf_pdecay.unregister()
         hf_pdecay.unregister()
         assert (vars(OptimizerNames).keys(), list(OptimizerNames), vars(Trainer)) == (before[0].keys(), *before[1:])
@@ -165,7 +165,7 @@ def test_a_stock_trainer_ends_where_ours_does(
     assert _same_weights(ours, stock)
     for name in ("sparsity.json", "sparsity.jsonl", "config.json"):
         assert (ours / name).read_text() == (stock / name).read_text()
-    assert {each.name for each in ours.iterdir()} == {each.name for each in stock.iterdir()}
+    assert {file.name for file in ours.iterdir()} == {file.name for file in stock.iterdir()}
     assert SparsityReport.load(stock / "sparsity.json").sparsity > 0
     card = (stock / "README.md").read_text(encoding="utf-8")
     assert "- hf-pdecay\n" in card and "- p_norm: " in card and "adamw_lp with betas" in card
@@ -197,11 +197,11 @@ def test_another_optimizer_is_left_alone(tokens: Any, tmp_path: Path, caplog: py
     finally:
         hf_pdecay.unregister()
     assert type(trainer) is Trainer
-    assert [type(each) for each in trainer.callback_handler.callbacks] == [
-        type(each) for each in stock.callback_handler.callbacks
+    assert [type(callback) for callback in trainer.callback_handler.callbacks] == [
+        type(callback) for callback in stock.callback_handler.callbacks
     ]
     assert _same_weights(left, right)
-    assert {each.name for each in left.iterdir()} == {each.name for each in right.iterdir()}
+    assert {file.name for file in left.iterdir()} == {file.name for file in right.iterdir()}
     said = [record.getMessage() for record in caplog.records if record.name.startswith("hf_pdecay")]
     assert said == [
         "hf_pdecay is registered and not in use, as optim='adamw_torch': nothing decays by p norm. "
@@ -365,7 +365,7 @@ class TestATransformersThatMoved:
             RuntimeError, match=rf"transformers {transformers.__version__}: .*_save_rng_state is missing"
         ):
             hf_pdecay.register()
-        assert "adamw_lp" not in [each.value for each in OptimizerNames]
+        assert "adamw_lp" not in [name.value for name in OptimizerNames]
 
     @pytest.mark.parametrize("moved", [None, Enum("Names", {"SGD": 1})])
     def test_the_enum(self, moved: Any, monkeypatch: pytest.MonkeyPatch) -> None:

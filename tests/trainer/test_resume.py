@@ -57,8 +57,8 @@ def test_two_processes_write_one_report(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr[-3000:]
     saved = load_file(tmp_path / "out" / "model.safetensors")
     report = SparsityReport.load(tmp_path / "out" / "sparsity.json")
-    for each in report.tensors:
-        assert each.zeros == int((saved[each.name] == 0).sum())
+    for tensor in report.tensors:
+        assert tensor.zeros == int((saved[tensor.name] == 0).sum())
     assert 0 < report.sparsity < 1
     steps = [json.loads(line)["step"] for line in (tmp_path / "out" / "sparsity.jsonl").read_text().splitlines()]
     assert steps == [*range(2, 21, 2)]
@@ -70,6 +70,6 @@ def test_torch_compile(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr[-2000:]
     saved = load_file(tmp_path / "out" / "model.safetensors")
     report = SparsityReport.load(tmp_path / "out" / "sparsity.json")
-    assert {each.name for each in report.tensors} == set(saved)
+    assert {tensor.name for tensor in report.tensors} == set(saved)
     assert 0 < report.sparsity < 1
-    assert len([each for each in report.tensors if each.decayed]) == 8
+    assert len([tensor for tensor in report.tensors if tensor.decayed]) == 8

@@ -45,7 +45,7 @@ class Grid:
 
     def __call__(self, trial: Any) -> dict[str, Any]:
         for name in self.values[0]:
-            trial.suggest_categorical(name, [each[name] for each in self.values])
+            trial.suggest_categorical(name, [values[name] for values in self.values])
         return self.values[trial.number]
 
 
@@ -62,20 +62,20 @@ def test_two_objectives_with_a_folder_of_its_own_for_each_trial(
     )
     assert trainer.args.output_dir == folder
     trials = read_trials(folder)
-    assert [each.name for each in trials] == ["run-0", "run-1", "run-2"]
-    assert [each.sparsity for each in trials] == pytest.approx([0.3, 0.6, 0.9], abs=1e-3)
-    for each in trials:
-        report = json.loads((Path(folder) / each.name / "sparsity.json").read_text())
-        assert report["sparsity"] == each.sparsity
-        lines = (Path(folder) / each.name / "sparsity.jsonl").read_text().splitlines()
+    assert [trial.name for trial in trials] == ["run-0", "run-1", "run-2"]
+    assert [trial.sparsity for trial in trials] == pytest.approx([0.3, 0.6, 0.9], abs=1e-3)
+    for trial in trials:
+        report = json.loads((Path(folder) / trial.name / "sparsity.json").read_text())
+        assert report["sparsity"] == trial.sparsity
+        lines = (Path(folder) / trial.name / "sparsity.jsonl").read_text().splitlines()
         assert [json.loads(line)["step"] for line in lines] == list(range(2, 21, 2))
-        assert (Path(folder) / each.name / "checkpoint-20" / "model.safetensors").is_file()
-        assert f"target_sparsity: {report['sparsity']:.1f}" in (Path(folder) / each.name / "README.md").read_text()
+        assert (Path(folder) / trial.name / "checkpoint-20" / "model.safetensors").is_file()
+        assert f"target_sparsity: {report['sparsity']:.1f}" in (Path(folder) / trial.name / "README.md").read_text()
     assert not (Path(folder) / "sparsity.jsonl").exists() and not list(Path(folder).glob("*/run-*"))
-    front = {each.name: [each.loss, each.sparsity] for each in pareto_front(trials)}
-    assert front == {f"run-{each.run_id}": each.objective for each in best}
-    assert {each.name: (each.loss, each.sparsity) for each in read_trials(storage)} == {
-        each.name: (each.loss, each.sparsity) for each in trials
+    front = {trial.name: [trial.loss, trial.sparsity] for trial in pareto_front(trials)}
+    assert front == {f"run-{run.run_id}": run.objective for run in best}
+    assert {trial.name: (trial.loss, trial.sparsity) for trial in read_trials(storage)} == {
+        trial.name: (trial.loss, trial.sparsity) for trial in trials
     }
 
 
@@ -243,8 +243,8 @@ def test_spaces_that_cannot_be(ranges: dict[str, Any], said: str) -> None:
 
 @pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="Ray Tune is not installed")
 def test_ray_space() -> None:
-    found = ray_space(target_sparsity=(0.5, 0.9), sparsity_schedule=["cubic"])(None)
-    assert list(found) == ["learning_rate", "p_norm", "target_sparsity", "sparsity_schedule"]
+    values = ray_space(target_sparsity=(0.5, 0.9), sparsity_schedule=["cubic"])(None)
+    assert list(values) == ["learning_rate", "p_norm", "target_sparsity", "sparsity_schedule"]
 
 
 NUMBERS = st.one_of(st.integers(0, 6).map(float), st.just(math.nan))
@@ -254,7 +254,7 @@ NUMBERS = st.one_of(st.integers(0, 6).map(float), st.just(math.nan))
 def test_front_is_what_nothing_beats(points: list[tuple[float, float]]) -> None:
     trials = [Trial(str(number), *point) for number, point in enumerate(points)]
     front = pareto_front(trials)
-    finite = [each for each in trials if not math.isnan(each.loss + each.sparsity)]
+    finite = [trial for trial in trials if not math.isnan(trial.loss + trial.sparsity)]
 
     def beaten(one: Trial) -> bool:
         return any(
@@ -264,9 +264,9 @@ def test_front_is_what_nothing_beats(points: list[tuple[float, float]]) -> None:
             for other in finite
         )
 
-    expected = {(each.loss, each.sparsity) for each in finite if not beaten(each)}
-    assert {(each.loss, each.sparsity) for each in front} == expected and len(front) == len(expected)
-    assert [each.sparsity for each in front] == sorted(each.sparsity for each in front)
+    expected = {(trial.loss, trial.sparsity) for trial in finite if not beaten(trial)}
+    assert {(trial.loss, trial.sparsity) for trial in front} == expected and len(front) == len(expected)
+    assert [trial.sparsity for trial in front] == sorted(trial.sparsity for trial in front)
 
 
 def test_reading_what_is_no_search(tmp_path: Path) -> None:
@@ -314,8 +314,8 @@ def test_the_example(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         "config_name": tmp_path / "config.json",
     }
     words |= {"max_steps": 20, "n_trials": 3, "use_cpu": "true", "disable_tqdm": "true"}
-    found = example.main([f"--{name}={value}" for name, value in words.items()])
-    assert len(found.trials) == 3 and 1 <= len(found.front) <= 3
-    for each in found.trials:
-        assert each.sparsity == pytest.approx(each.params["target_sparsity"], abs=2e-3)
+    result = example.main([f"--{name}={value}" for name, value in words.items()])
+    assert len(result.trials) == 3 and 1 <= len(result.front) <= 3
+    for trial in result.trials:
+        assert trial.sparsity == pytest.approx(trial.params["target_sparsity"], abs=2e-3)
     assert (tmp_path / "out" / "pareto.png").is_file()

@@ -51,7 +51,7 @@ def test_logs_reach_the_history_the_file_and_later_callbacks(make_args: MakeArgs
     history = read_history(tmp_path / "out")
     assert logged == counter.seen == {line["step"]: line["sparsity"] for line in history}
     assert history[-1]["layers"].keys() == {
-        each.name for each in measure_sparsity(trainer.model).tensors if each.decayed
+        tensor.name for tensor in measure_sparsity(trainer.model).tensors if tensor.decayed
     }
     assert not any(key.startswith("sparsity/layer") for entry in trainer.state.log_history for key in entry)
     evaluations = [entry for entry in trainer.state.log_history if "eval_loss" in entry]
@@ -71,7 +71,7 @@ def test_tensorboard_gets_every_layer(
     events = EventAccumulator(str(folder))
     events.Reload()
     history = read_history(tmp_path / "out")
-    scalars = {(each.step, round(each.value, 5)) for each in events.Scalars("train/sparsity/overall")}
+    scalars = {(event.step, round(event.value, 5)) for event in events.Scalars("train/sparsity/overall")}
     assert scalars == {(line["step"], round(line["sparsity"], 5)) for line in history}
     for name, sparsity in history[-1]["layers"].items():
         assert events.Scalars(f"train/sparsity/layer/{name}")[-1].value == pytest.approx(sparsity)

@@ -30,12 +30,14 @@ STEPS = 40
 
 def _matrices(folder: Path) -> dict[str, torch.Tensor]:
     saved = load_file(folder / "model.safetensors")
-    return {name: each for name, each in saved.items() if each.ndim == 2 and "wte" not in name and "wpe" not in name}
+    return {
+        name: tensor for name, tensor in saved.items() if tensor.ndim == 2 and "wte" not in name and "wpe" not in name
+    }
 
 
 def _zeros(folder: Path, pattern: str = "") -> float:
-    some = [each for name, each in _matrices(folder).items() if re.search(pattern, name)]
-    return sum(int((each == 0).sum()) for each in some) / sum(each.numel() for each in some)
+    matrices = [matrix for name, matrix in _matrices(folder).items() if re.search(pattern, name)]
+    return sum(int((matrix == 0).sum()) for matrix in matrices) / sum(matrix.numel() for matrix in matrices)
 
 
 class InOrder(PDecayTrainer):
@@ -62,11 +64,13 @@ class History(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         matrices = [
-            each
-            for name, each in model.named_parameters()
-            if each.ndim == 2 and "wte" not in name and "wpe" not in name
+            param
+            for name, param in model.named_parameters()
+            if param.ndim == 2 and "wte" not in name and "wpe" not in name
         ]
-        self.zeros.append(sum(int((each == 0).sum()) for each in matrices) / sum(each.numel() for each in matrices))
+        self.zeros.append(
+            sum(int((matrix == 0).sum()) for matrix in matrices) / sum(matrix.numel() for matrix in matrices)
+        )
 
 
 @pytest.mark.parametrize("target", [0.3, 0.9, 0.99])
@@ -101,14 +105,14 @@ def test_other_architectures(name: str, make_args: MakeArgs, tmp_path: Path) -> 
     saved = load_file(tmp_path / "out" / "model.safetensors")
     decayed = {tensor.name for tensor in report.tensors if tensor.decayed}
     assert decayed
-    zeros = sum(int((saved[each] == 0).sum()) for each in decayed)
-    assert zeros / sum(saved[each].numel() for each in decayed) == pytest.approx(0.7, abs=1e-3)
+    zeros = sum(int((saved[key] == 0).sum()) for key in decayed)
+    assert zeros / sum(saved[key].numel() for key in decayed) == pytest.approx(0.7, abs=1e-3)
 
 
 def test_epochs_and_a_budget_for_each_tensor(make_args: MakeArgs, tokens: Any, tmp_path: Path) -> None:
     _train(make_args(max_steps=-1, num_train_epochs=6, target_sparsity=0.75, sparsity_budget="tensor"), tokens)
-    for each in _matrices(tmp_path / "out").values():
-        assert int((each == 0).sum()) == pytest.approx(0.75 * each.numel(), abs=1)
+    for matrix in _matrices(tmp_path / "out").values():
+        assert int((matrix == 0).sum()) == pytest.approx(0.75 * matrix.numel(), abs=1)
 
 
 def test_rules_have_targets_of_their_own(make_args: MakeArgs, tokens: Any, tmp_path: Path) -> None:
@@ -137,8 +141,8 @@ def test_a_resumed_run_goes_on_where_it_was(
     )
     whole, again = _matrices(tmp_path / "whole"), _matrices(tmp_path / "again")
     assert whole.keys() == again.keys()
-    for name, each in whole.items():
-        assert torch.equal(each, again[name])
+    for name, tensor in whole.items():
+        assert torch.equal(tensor, again[name])
     assert _zeros(tmp_path / "again") == pytest.approx(0.9, abs=1e-3)
 
 
@@ -172,7 +176,7 @@ def test_the_best_model_is_one_that_has_the_sparsity(
     assert trainer.state.best_model_checkpoint.endswith("checkpoint-30")
     assert _zeros(tmp_path / "out") == pytest.approx(0.9, abs=1e-3)
     card = ModelCard.load(tmp_path / "out" / "README.md")
-    results = {each.metric_type: each.metric_value for each in card.data.eval_results}
+    results = {result.metric_type: result.metric_value for result in card.data.eval_results}
     assert results["loss"] == 30.0 and "\n- Loss: 30.0\n" in card.text, "of the model that was saved, not of the last"
 
 
@@ -248,17 +252,17 @@ def test_a_model_pruned_elsewhere_keeps_its_zeros(
             prune.remove(module, "weight")
     before = {name: param == 0 for name, param in model.named_parameters()}
     _train(make_args(max_steps=20, lambda_p=0.0, keep_zeros=True, **features), tokens, model=model)
-    for name, each in _matrices(tmp_path / "out").items():
-        assert torch.equal(each == 0, before[name])
+    for name, matrix in _matrices(tmp_path / "out").items():
+        assert torch.equal(matrix == 0, before[name])
     assert _zeros(tmp_path / "out") == pytest.approx(0.6, abs=1e-3)
 
 
 def test_a_sparse_model_is_taken_further(make_args: MakeArgs, tokens: Any, tmp_path: Path) -> None:
     first = _train(make_args(max_steps=STEPS, target_sparsity=0.5), tokens)
-    gone = {name: each == 0 for name, each in _matrices(tmp_path / "out").items()}
+    gone = {name: matrix == 0 for name, matrix in _matrices(tmp_path / "out").items()}
     _train(make_args(max_steps=STEPS, target_sparsity=0.8, keep_zeros=True), tokens, model=first.model)
-    for name, each in _matrices(tmp_path / "out").items():
-        assert not each[gone[name]].any()
+    for name, matrix in _matrices(tmp_path / "out").items():
+        assert not matrix[gone[name]].any()
     assert _zeros(tmp_path / "out") == pytest.approx(0.8, abs=1e-3)
 
 
@@ -337,8 +341,8 @@ def test_a_run_that_is_sparser_than_asked_says_so(
 ) -> None:
     with caplog.at_level(logging.WARNING, "hf_pdecay"):
         _resumed(make_args, tokens, first, then)
-    said = [each.getMessage() for each in caplog.records if "zero beyond target_sparsity" in each.getMessage()]
-    assert len(said) == bool(words) and all(re.search(words, each) for each in said)
+    said = [record.getMessage() for record in caplog.records if "zero beyond target_sparsity" in record.getMessage()]
+    assert len(said) == bool(words) and all(re.search(words, message) for message in said)
 
 
 @pytest.mark.parametrize(
@@ -363,8 +367,8 @@ def test_settings_that_the_checkpoint_wins_over_are_named(
 ) -> None:
     with caplog.at_level(logging.WARNING, "hf_pdecay"):
         _resumed(make_args, tokens, first, then)
-    said = [each.getMessage() for each in caplog.records if "The run goes on with" in each.getMessage()]
-    assert len(said) == bool(words) and all(re.search(words, each) for each in said)
+    said = [record.getMessage() for record in caplog.records if "The run goes on with" in record.getMessage()]
+    assert len(said) == bool(words) and all(re.search(words, message) for message in said)
 
 
 @pytest.mark.parametrize(

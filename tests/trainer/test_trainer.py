@@ -46,7 +46,7 @@ def _zeros(folder: Path) -> float:
     saved = {name: tensor for name, tensor in load_file(folder / "model.safetensors").items() if tensor.ndim == 2}
     matrices = [tensor for name, tensor in saved.items() if "wte" not in name and "wpe" not in name]
     assert len(matrices) == 8
-    return sum(int((each == 0).sum()) for each in matrices) / sum(each.numel() for each in matrices)
+    return sum(int((matrix == 0).sum()) for matrix in matrices) / sum(matrix.numel() for matrix in matrices)
 
 
 def test_the_main_job(make_args: MakeArgs, tokens: Any, tmp_path: Path) -> None:
@@ -141,8 +141,10 @@ def test_group_by_length(make_args: MakeArgs) -> None:
             pass
 
         def __call__(self, features: list[dict[str, Any]]) -> dict[str, Any]:
-            width = max(len(each["input_ids"]) for each in features)
-            ids = torch.tensor([each["input_ids"] + [0] * (width - len(each["input_ids"])) for each in features])
+            width = max(len(feature["input_ids"]) for feature in features)
+            ids = torch.tensor(
+                [feature["input_ids"] + [0] * (width - len(feature["input_ids"])) for feature in features]
+            )
             return {"input_ids": ids, "labels": ids}
 
     import transformers
@@ -340,16 +342,20 @@ def test_a_plain_module(settings: dict[str, Any], make_args: MakeArgs, tmp_path:
     data = [{"pixel_values": torch.randn(1, 8, 8, generator=generator), "labels": n % 3} for n in range(40)]
     trainer = _train(make_args(**settings), data, model=_Plain())
     trainer.save_model()
-    saved = {name: each for name, each in load_file(tmp_path / "out" / "model.safetensors").items() if each.ndim > 1}
-    zeros = sum(int((each == 0).sum()) for each in saved.values()) / sum(each.numel() for each in saved.values())
+    saved = {
+        name: tensor for name, tensor in load_file(tmp_path / "out" / "model.safetensors").items() if tensor.ndim > 1
+    }
+    zeros = sum(int((tensor == 0).sum()) for tensor in saved.values()) / sum(
+        tensor.numel() for tensor in saved.values()
+    )
     assert SparsityReport.load(tmp_path / "out" / "sparsity.json").sparsity == zeros > 0
     assert "target_sparsity" not in settings or zeros == pytest.approx(0.8, abs=1e-3)
     assert f"{zeros:.2%}" in (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
 
 
 def test_nothing_else_is_overridden() -> None:
-    own = {name for name in vars(PDecayTrainerMixin) if callable(getattr(Trainer, name, None))}
-    assert own - {"__init__", "__doc__", "__dict__", "__weakref__"} <= {
+    overrides = {name for name in vars(PDecayTrainerMixin) if callable(getattr(Trainer, name, None))}
+    assert overrides - {"__init__", "__doc__", "__dict__", "__weakref__"} <= {
         "train",  # which checkpoint to go on from
         "_load_from_checkpoint",  # models whose files have other names, which the Trainer does not find
         "_load_best_model",
@@ -373,7 +379,7 @@ def test_an_optimizer_that_is_passed_in_stays(make_args: MakeArgs, tokens: Any, 
     report = SparsityReport.load(tmp_path / "out" / "sparsity.json")
     parameters = list(model.parameters())
     assert report.decayed.tensors == len(parameters)  # that optimizer decays them all
-    assert report.decayed.zeros == sum(int((each == 0).sum()) for each in parameters)
+    assert report.decayed.zeros == sum(int((param == 0).sum()) for param in parameters)
 
 
 class TestBadInput:

@@ -76,12 +76,12 @@ def _heads(weights: dict[str, Any], layer: int) -> Any:
 
 def _pattern(weights: dict[str, Any]) -> list[Any]:
     """How many weights of each 4 along the inputs are not zero, in each layer that decays."""
-    found = []
-    for name, each in weights.items():
+    counts = []
+    for name, weight in weights.items():
         if re.search(r"(proj|c_fc|c_attn)\.weight", name):
-            by_inputs = each.T if "transformer.h" in name else each
-            found.append((by_inputs.reshape(len(by_inputs), -1, 4) != 0).sum(-1))
-    return found
+            by_inputs = weight.T if "transformer.h" in name else weight
+            counts.append((by_inputs.reshape(len(by_inputs), -1, 4) != 0).sum(-1))
+    return counts
 
 
 @pytest.mark.parametrize("budget", ["global", "tensor"])
@@ -94,11 +94,11 @@ def test_half_of_the_neurons(name: str, budget: str, make_args: MakeArgs, tokens
     dead = [_neurons(_weights(folder), layer) for layer in range(2)]
     assert sum(map(sum, dead)) == sum(map(len, dead)) // 2
     if budget == "tensor":
-        assert [sum(each) for each in dead] == [len(each) // 2 for each in dead]
+        assert [sum(flags) for flags in dead] == [len(flags) // 2 for flags in dead]
     # Single weights of those that live are not cut.
-    alive = sum(int((each == 0).sum()) for name, each in _weights(folder).items() if "mlp" in name)
-    own = {"llama": 3 * 32, "gpt2": 2 * 32 + 1}[name]
-    assert alive == own * sum(map(sum, dead))
+    alive = sum(int((weight == 0).sum()) for name, weight in _weights(folder).items() if "mlp" in name)
+    size = {"llama": 3 * 32, "gpt2": 2 * 32 + 1}[name]
+    assert alive == size * sum(map(sum, dead))
     report = json.loads((folder / "sparsity.json").read_text())
     total = sum(map(len, dead))
     assert report["units"] == [{"kind": "neuron", "count": total, "dead": total // 2}]
@@ -137,9 +137,9 @@ def test_two_of_four(name: str, make_args: MakeArgs, tokens: Any, tmp_path: Path
     _train(name, args, tokens)
     patterns = _pattern(_weights(tmp_path / "out"))
     assert len(patterns) == {"llama": 14, "gpt2": 8}[name]
-    assert all((each == 2).all() for each in patterns)
+    assert all((counts == 2).all() for counts in patterns)
     report = json.loads((tmp_path / "out/sparsity.json").read_text())
-    blocks = sum(each.size for each in patterns)
+    blocks = sum(counts.size for counts in patterns)
     assert report["units"] == [{"kind": "2:4", "count": blocks, "dead": blocks}]
 
 
@@ -178,8 +178,8 @@ def test_a_resumed_run_goes_on_to_the_bit(
     _train("llama", again, tokens, resume=str(tmp_path / "whole/checkpoint-20"))
     whole, resumed = _weights(tmp_path / "whole"), _weights(tmp_path / "again")
     assert whole.keys() == resumed.keys()
-    for name, each in whole.items():
-        assert np.array_equal(each.view(np.int32), resumed[name].view(np.int32)), name
+    for name, weight in whole.items():
+        assert np.array_equal(weight.view(np.int32), resumed[name].view(np.int32)), name
 
 
 def test_dead_neurons_stay_dead_while_the_rest_heals(make_args: MakeArgs, tokens: Any) -> None:
@@ -195,14 +195,17 @@ def test_dead_neurons_stay_dead_while_the_rest_heals(make_args: MakeArgs, tokens
                 neuron = int((up != 0).any(1).nonzero()[0])
                 with torch.no_grad():
                     up[neuron, 0] = 0
-                self.seen += [neuron, [int((each.mlp.up_proj.weight == 0).all(1).sum()) for each in model.model.layers]]
+                self.seen += [
+                    neuron,
+                    [int((layer.mlp.up_proj.weight == 0).all(1).sum()) for layer in model.model.layers],
+                ]
             return super().training_step(model, *args, **kwargs)
 
     trainer = _train("llama", make_args(max_steps=STEPS, lp_rules=rules), tokens, cls=Watched)
     neuron, before = Watched.seen
     layers = trainer.model.model.layers
     assert layers[0].mlp.up_proj.weight[neuron, 0] != 0
-    assert [int((each.mlp.up_proj.weight == 0).all(1).sum()) for each in layers] == before
+    assert [int((layer.mlp.up_proj.weight == 0).all(1).sum()) for layer in layers] == before
 
 
 def test_a_zero_initialised_head_learns(make_args: MakeArgs, tokens: Any) -> None:
@@ -221,8 +224,8 @@ def test_under_ddp_replicas_agree(tmp_path: Path) -> None:
     launch("tests.helpers.unit_ddp_run", tmp_path / "out")
     weights = _weights(tmp_path / "out")
     assert sum(sum(_neurons(weights, layer)) for layer in range(2)) == 48
-    attention = {name: each for name, each in weights.items() if "self_attn" in name}
-    assert all((each == 2).all() for each in _pattern(attention))
+    attention = {name: weight for name, weight in weights.items() if "self_attn" in name}
+    assert all((counts == 2).all() for counts in _pattern(attention))
 
 
 @pytest.mark.usefixtures("lora_beside_torchao")

@@ -73,7 +73,7 @@ def test_dpo_by_flag(model: str, common: dict[str, Any], tmp_path: Path) -> None
 @pytest.mark.usefixtures("registered")
 def test_grpo_by_flag(model: str, common: dict[str, Any], tmp_path: Path) -> None:
     def short(completions: list[str], **kwargs: Any) -> list[float]:
-        return [-float(len(each)) for each in completions]
+        return [-float(len(completion)) for completion in completions]
 
     data = Dataset.from_dict({"prompt": sentences(24)})
     args = trl.GRPOConfig(
