@@ -192,7 +192,7 @@ class SparsityCallback(FirstCallback):
 
 
 def _lr_sums(groups: Sequence[Mapping[str, Any]], lr_scheduler: Any, state: TrainerState) -> list[float]:
-    """Sum of the learning rates of the steps still to come, by group; of a schedule without a function, the present one counts."""
+    """Sum of the learning rates still to come, by group; the present rate for all steps unless it is a ``LambdaLR``."""
     steps = max(state.max_steps - state.global_step, 0)
     if isinstance(lr_scheduler, AcceleratedScheduler):
         lr_scheduler = lr_scheduler.scheduler

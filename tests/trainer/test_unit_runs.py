@@ -95,7 +95,7 @@ def test_half_of_the_neurons(name: str, budget: str, make_args: MakeArgs, tokens
     assert sum(map(sum, dead)) == sum(map(len, dead)) // 2
     if budget == "tensor":
         assert [sum(flags) for flags in dead] == [len(flags) // 2 for flags in dead]
-    # Single weights of those that live are not cut.
+    # Single weights of live neurons are not pruned.
     alive = sum(int((weight == 0).sum()) for name, weight in _weights(folder).items() if "mlp" in name)
     size = {"llama": 3 * 32, "gpt2": 2 * 32 + 1}[name]
     assert alive == size * sum(map(sum, dead))
