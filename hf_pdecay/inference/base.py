@@ -9,18 +9,7 @@ from torch import Tensor, nn
 
 
 class InferenceLinear(nn.Module):
-    """y = x Wᵀ + b with W in a compressed form.
-
-    In a state dict the weight is dense, so that a model with such layers is saved and loaded like any other.
-
-    Args:
-        weight: Weights of shape (out_features, in_features).
-        bias: Of shape (out_features,), or None.
-        transposed: Whether a state dict has the weight as (in_features, out_features), as HF's ``Conv1D`` does.
-
-    Raises:
-        ValueError: If the layer cannot hold the weight.
-    """
+    """y = x Wᵀ + b with W in a compressed form; in a state dict, W is dense. ValueError if the layer cannot hold W."""
 
     # Whether weight and bias of the dense layer are trained.
     trained: tuple[bool, bool] = True, True

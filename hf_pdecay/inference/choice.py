@@ -118,7 +118,7 @@ def to_dense_inference(model: nn.Module) -> nn.Module:
 
 
 def _linears(model: nn.Module) -> Iterator[tuple[nn.Module, str, str, Linear]]:
-    """Layers that are linear and nothing more: the module that holds each, its key there, its name, and itself."""
+    """The layers that are linear and nothing more: parent module, key in the parent, name and layer."""
     for path, parent in model.named_modules():
         for key, module in parent.named_children():
             if is_plain_linear(module):
@@ -171,13 +171,9 @@ def _choose(
 
 
 def _speedup(dense: nn.Module, sparse: nn.Module, x: Tensor, others: Tensor | None) -> float:
-    """The least time of the dense layer over that of the sparse one, called in turn.
+    """The least time of the dense layer over that of the sparse one, called in turn for ``x``.
 
-    Args:
-        dense: The dense layer.
-        sparse: The sparse one.
-        x: The input of both.
-        others: Read before each call, like other layers' weights; None for a model that fits into the caches.
+    ``others`` is read before each call, like other layers' weights; None for a model that fits into the caches.
     """
     least = [float("inf"), float("inf")]
     calls = 1 if x.is_cpu else 10  # on a GPU enough to hide the host's cost of a launch

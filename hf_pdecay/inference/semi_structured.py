@@ -66,14 +66,7 @@ class SemiStructuredLinear(InferenceLinear):
 
     @torch.compiler.disable
     def forward(self, x: Tensor) -> Tensor:
-        """Multiply.
-
-        Args:
-            x: Activations of shape (…, in_features), of the weight's dtype.
-
-        Returns:
-            A tensor of shape (…, out_features).
-        """
+        """Multiply activations of shape (…, in_features), of the weight's dtype, to (…, out_features)."""
         # For more than two dimensions, torch's linear uses operations that the compressed form does not support.
         rows = x.reshape(-1, self.in_features)
         y = functional.linear(rows, self._packed, self.bias)

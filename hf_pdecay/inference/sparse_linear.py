@@ -82,16 +82,9 @@ class SparseLinear(InferenceLinear):
         return 1 - self.values.numel() / max(self.out_features * self.in_features, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Multiply.
+        """Multiply activations of shape (…, in_features) to (…, out_features), in the layer's dtype.
 
-        Args:
-            x: Activations of shape (…, in_features).
-
-        Returns:
-            A tensor of shape (…, out_features), of the layer's dtype.
-
-        Raises:
-            RuntimeError: If a gradient through the layer is computed, or the layer is traced or exported.
+        Raises RuntimeError if a gradient through the layer is computed, or the layer is traced or exported.
         """
         # The product cannot be traced: a trace would record its result as a constant. torch 2.6 has no `is_exporting`.
         if torch.jit.is_tracing() or getattr(torch.compiler, "is_exporting", bool)():
@@ -126,16 +119,10 @@ class SparseLinear(InferenceLinear):
 
 
 def product(starts: Tensor, columns: Tensor, values: Tensor, bias: Tensor | None, x: Tensor) -> Tensor:
-    """Return x Wᵀ + b for W in CSR.
+    """Return x Wᵀ + b for W in CSR, by compiled C++ on a CPU if possible, else by torch's own product.
 
-    One C++ function computes it on a CPU, if it can be compiled; else torch's own product does.
-
-    Args:
-        starts: The index of the first value of each row of W: int32 of shape (out + 1,).
-        columns: Columns of the values, int32.
-        values: Non-zero values of W, row by row, float32.
-        bias: float32 of shape (out,), or None.
-        x: float32 of shape (n, in), contiguous.
+    ``starts`` has the index of the first value of each row of W, int32 of shape (out + 1,). ``columns`` are int32;
+    ``values``, ``bias`` of shape (out,) and ``x`` of shape (n, in), contiguous, are float32.
     """
     n, size = x.shape
     out = len(starts) - 1
@@ -155,12 +142,9 @@ def product(starts: Tensor, columns: Tensor, values: Tensor, bias: Tensor | None
 
 
 class _DenseWhenUsed(Tensor):
-    """A weight that has a dtype, device and shape but no memory, and becomes dense in each operation that uses it.
+    """A weight without memory that becomes dense in each operation that uses it.
 
     Some modules, such as Mamba's, compute with their layers' weights directly.
-
-    Args:
-        layer: The layer of the weight.
     """
 
     @staticmethod

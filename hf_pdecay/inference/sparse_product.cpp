@@ -29,8 +29,8 @@ constexpr int kTile = 16;         // rows of W whose results are written togethe
 typedef float Vector __attribute__((vector_size(4 * kLane), aligned(4), may_alias));
 typedef int32_t Lanes __attribute__((vector_size(4 * kLane)));
 
-// The transpose of a square part of a matrix, of which `rows` are there and the others zero. Line by line: of a matrix
-// whose lines lie a multiple of 4 KiB apart, as they often do, the first cache holds no more than a few.
+// The transpose of a square block of a matrix with `rows` rows; the others are zero. It works line by line, because the
+// first cache holds only a few lines of a matrix whose lines lie a multiple of 4 KiB apart, as they often do.
 inline void transpose_square(const float* from, int64_t from_stride, int64_t rows, float* to, int64_t to_stride) {
   Vector row[kLane];
 #pragma GCC unroll 16

@@ -33,18 +33,8 @@ _PREFIX = "base_model.model."  # what PEFT puts before the name of a layer in th
 def shrink_adapter(folder: Path, out: str | os.PathLike[str], *, overwrite: bool = False) -> ShrinkReport:
     """Remove the dead ranks from a saved LoRA adapter, and copy the other files of its folder.
 
-    Args:
-        folder: A folder with ``adapter_config.json`` and ``adapter_model.safetensors``.
-        out: The folder to write. It appears when it is whole.
-        overwrite: Replace ``out`` if it is the folder of a model or an adapter.
-
-    Returns:
-        What was removed, by layer.
-
-    Raises:
-        ValueError: If it is not a LoRA adapter in safetensors, all or none of its ranks are dead, or it was initialized
-            from the base's weights: PEFT would subtract another number of ranks from the base.
-        ImportError: If PEFT is not installed.
+    Raises ValueError if it is not a LoRA adapter in safetensors, all or none of its ranks are dead, or it was
+    initialized from the base's weights: PEFT would subtract another number of ranks from the base. Needs PEFT.
     """
     from ..adapters.ranks import Pair, remove_dead_ranks  # imports PEFT
 
@@ -97,11 +87,7 @@ def shrink_adapter(folder: Path, out: str | os.PathLike[str], *, overwrite: bool
 
 
 def _checked_config(folder: Path) -> tuple[dict[str, Any], Header]:
-    """Return the config of an adapter and the header of its weights.
-
-    Raises:
-        ValueError: If its ranks cannot be removed.
-    """
+    """Return an adapter's config and the header of its weights; raise ValueError if ranks cannot be removed."""
     from ..adapters.ranks import check_start
 
     config = read_json(inside(folder / ADAPTER_CONFIG, folder))

@@ -20,14 +20,9 @@ def recount(
 ) -> None:
     """Count the zeros of the smaller model, and say in its card that the counts there are those of the larger one.
 
-    Nothing is written if the folder has neither a report nor a card.
-
-    Args:
-        folder: The folder of the smaller model.
-        report: What was removed, and the number of parameters.
-        removed: What was dead, and from what it was removed.
-        count: Counts the zeros, given the report of the larger model.
-        loading: A sentence on how to load the model, if it needs more than ``from_pretrained``.
+    ``count`` counts the zeros, given the report of the larger model. ``removed`` says what was dead and from what it
+    was removed, ``loading`` how to load the model if it needs more than ``from_pretrained``. Without a report and a
+    card in the folder, nothing is written.
     """
     sparsity = None
     if (folder / REPORT_FILE).is_file():

@@ -16,11 +16,7 @@ from ..optim.unit_operations import alive_here
 
 
 def dead_units_of(model: nn.Module, layers: Sequence[Layer]) -> list[Tensor]:
-    """Return which units of each layer are dead, as booleans on the CPU.
-
-    Raises:
-        ValueError: If this process holds only a shard of a weight.
-    """
+    """Return which units of each layer are dead, as booleans on the CPU; raise ValueError for a sharded weight."""
     params = {clean_name(name): param for name, param in model.named_parameters()}
     units = []
     for layer in layers:

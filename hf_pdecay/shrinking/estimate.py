@@ -14,21 +14,13 @@ from .model import layers_of, planned
 
 @dataclass(frozen=True)
 class ShrinkEstimate:
-    """What ``hf-pdecay shrink`` would leave of a model.
+    """What ``hf-pdecay shrink`` would leave of a model; with grouped queries, heads are those of keys and values."""
 
-    Args:
-        neurons: Number of neurons and of dead ones.
-        heads: Number of heads and of dead ones; with grouped queries, heads of keys and values.
-        parameters: Number of weights.
-        uniform: Number of weights left if each layer keeps the same number of units.
-        ragged: Number of weights left if each layer keeps its living units.
-    """
-
-    neurons: tuple[int, int]
+    neurons: tuple[int, int]  # the number of all and of dead ones
     heads: tuple[int, int]
     parameters: int
-    uniform: int
-    ragged: int
+    uniform: int  # the number of parameters left if each layer keeps the same number of units
+    ragged: int  # and if each layer keeps its living units
 
     def to_dict(self) -> dict[str, Any]:
         """Return the figures as plain JSON types."""
@@ -67,13 +59,9 @@ class ShrinkEstimate:
 
 
 class Estimator:
-    """Looks at a model's tensors one by one, and estimates what shrinking would leave.
+    """Looks at the tensors of a model on the meta device, and estimates what shrinking would leave.
 
-    Args:
-        model: The model, on the meta device.
-
-    Raises:
-        ValueError: If its architecture is unknown.
+    Raises ValueError if the architecture is unknown.
     """
 
     def __init__(self, model: Any) -> None:

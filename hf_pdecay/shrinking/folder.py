@@ -35,16 +35,16 @@ def shrink_folder(
         model: A folder with ``config.json`` and safetensors, or of an adapter, or a name on the Hub, which is
             downloaded.
         out: The folder to write. It appears when it is whole.
-        layers: See :func:`~hf_pdecay.shrinking.shrink`.
-        multiple_of: See :func:`~hf_pdecay.shrinking.shrink`.
+        layers: As for :func:`~hf_pdecay.shrink`.
+        multiple_of: As for :func:`~hf_pdecay.shrink`.
         overwrite: Replace ``out`` if it is a model's folder.
 
     Returns:
         What was removed.
 
     Raises:
-        ValueError: If the model's weights are not plain safetensors, its architecture is unknown, nothing can be
-            removed, or an argument is invalid.
+        ValueError: If the weights are not plain safetensors, the architecture is unknown, nothing can be removed, or an
+            argument is invalid.
     """
     check_layout(layers, multiple_of)
     check_out(out, overwrite)

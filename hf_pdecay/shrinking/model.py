@@ -47,8 +47,7 @@ def shrink(model: Model, *, layers: str = "uniform", multiple_of: int = 1) -> Mo
         The same model.
 
     Raises:
-        ValueError: If the architecture is unknown, this process holds only shards of weights, or an argument is
-            invalid.
+        ValueError: If the architecture is unknown, weights are sharded, or an argument is invalid.
     """
     report = shrink_model(model, layers=layers, multiple_of=multiple_of)
     removed, (before, left) = tuple(map(report.removed, KINDS)), report.parameters
@@ -95,11 +94,7 @@ def _check_model(model: Any) -> None:
 
 
 def layers_of(model: nn.Module) -> list[Layer]:
-    """Return the layers of a model that have neurons or heads, in the model's order.
-
-    Raises:
-        ValueError: If the architecture is unknown.
-    """
+    """Return the layers that have neurons or heads, in the model's order; ValueError for an unknown architecture."""
     layers: list[Layer] = []
     errors: list[ValueError] = []
     for kind in KINDS:

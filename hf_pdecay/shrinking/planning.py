@@ -19,13 +19,7 @@ from .resize import Removal, shapes_after
 
 @dataclass
 class Plan:
-    """What to remove.
-
-    Attributes:
-        removals: One for each layer.
-        config: The new values of the model's config.
-        notes: Sentences about what cannot be removed.
-    """
+    """What to remove from each layer, the new values of the config, and notes about what cannot be removed."""
 
     removals: list[Removal] = field(default_factory=list)
     config: dict[str, Any] = field(default_factory=dict)
@@ -33,10 +27,7 @@ class Plan:
 
 
 def plan_ragged(model: Any, layers: Sequence[Layer], dead: Sequence[Tensor], multiple_of: int = 1) -> Plan:
-    """Keep the living units of each layer, and at least one; layers that must be alike are planned uniformly.
-
-    For the arguments see :func:`plan_uniform`.
-    """
+    """Keep the living units of each layer, and at least one; layers that must be alike are planned uniformly."""
     alike = [isinstance(layer.row, Heads) and layer.row.alike for layer in layers]
     pairs = list(zip(layers, dead, strict=True))
     held = [pair for pair, same in zip(pairs, alike, strict=True) if same]
@@ -50,14 +41,8 @@ def plan_ragged(model: Any, layers: Sequence[Layer], dead: Sequence[Tensor], mul
 def plan_uniform(model: Any, layers: Sequence[Layer], dead: Sequence[Tensor], multiple_of: int = 1) -> Plan:
     """Keep the same number of units in all layers, which the model's own config then has.
 
-    Layers with more dead units than the fullest layer keep some of them. The new config is tried: the model is built
-    from it on the meta device.
-
-    Args:
-        model: The model.
-        layers: Its layers.
-        dead: Which units of each are dead.
-        multiple_of: Each layer keeps a multiple of this number of neurons.
+    Layers with more dead units than the fullest layer keep some of them. Each layer keeps a multiple of ``multiple_of``
+    neurons. The new config is tried: the model is built from it on the meta device.
     """
     plan = Plan()
     together: dict[tuple[str, ...], list[int]] = {}
@@ -154,10 +139,6 @@ def _config_values(layer: Layer, count: int) -> dict[str, Any]:
     if isinstance(row, Heads):
         sizes = {site.part: member.size for site, member in zip(layer.sites, layer.units.members, strict=True)}
         dim = attribute(module, row.dim)
-        values = {
-            "heads": count * sizes["query"] // dim,
-            "key_heads": count * sizes["key"] // dim,
-            "dim": dim,
-        }
+        values = {"heads": count * sizes["query"] // dim, "key_heads": count * sizes["key"] // dim, "dim": dim}
         return {key: values[quantity] for quantity, key in row.config.items()}
     return dict.fromkeys(row.config, count) if row is not None else {}

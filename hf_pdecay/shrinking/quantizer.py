@@ -1,7 +1,6 @@
 """Loads models with ragged layers in transformers, by its extension point for quantized models.
 
-The model is built as its config says, on the meta device. Before weights are read, its layers are resized to the sizes
-that ``quantization_config`` lists. The loaded model is an ordinary one, whose config keeps the list.
+Before weights are read, the layers are resized to the sizes in ``quantization_config``, which the config keeps.
 """
 
 from __future__ import annotations
@@ -51,11 +50,7 @@ class ShrunkQuantizer(PlainQuantizer):
 
 
 def resize_as_noted(model: Any) -> None:
-    """Resize the layers of a model built from a config with ragged layers, as loading does; other models stay.
-
-    Raises:
-        ValueError: If the config names layers that the model does not have.
-    """
+    """Resize a model built from a config with ragged layers, as loading does; other models stay."""
     settings = getattr(model.config, "quantization_config", None)
     if isinstance(settings, dict) and settings.get("quant_method") == METHOD:
         from .resize import resize
@@ -65,15 +60,10 @@ def resize_as_noted(model: Any) -> None:
 
 
 def removals_to(model: Any, sizes: dict[str, dict[str, int]]) -> list[Any]:
-    """Return the removals that bring a model's layers to given sizes.
+    """Return the removals that bring a model's layers to given numbers of units, by module name and kind.
 
-    Args:
-        model: The model, as its config says.
-        sizes: Number of units to keep, by kind, by the name of the layer's module. The name may be that in the base
-            model, or in a model with another head.
-
-    Raises:
-        ValueError: If the model does not have such a layer, or fewer units in it.
+    A name may be that in the base model, or in a model with another head. Raises ValueError if the model does not have
+    such a layer, or has fewer units in it.
     """
     from .model import layers_of
     from .resize import Removal

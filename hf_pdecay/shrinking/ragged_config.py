@@ -15,11 +15,7 @@ _LAYERS_LIMIT = 100_000
 
 
 def make_settings(sizes: Mapping[str, Mapping[str, int]]) -> dict[str, Any]:
-    """Return the value of ``quantization_config``.
-
-    Args:
-        sizes: Number of units left, by kind, by the name of the layer's module.
-    """
+    """Return the value of ``quantization_config``: the number of units left, by the layer's module name and kind."""
     return {
         "quant_method": METHOD,
         "format_version": FORMAT_VERSION,
@@ -28,11 +24,7 @@ def make_settings(sizes: Mapping[str, Mapping[str, int]]) -> dict[str, Any]:
 
 
 def check_settings(settings: object) -> dict[str, dict[str, int]]:
-    """Check the value of ``quantization_config``, and return the numbers of units.
-
-    Raises:
-        ValueError: If it does not follow this format.
-    """
+    """Check ``quantization_config``, and return the numbers of units; raise ValueError if it is invalid."""
     where = "quantization_config in config.json"
     if not isinstance(settings, Mapping) or settings.get("quant_method") != METHOD:
         raise ValueError(f"{where} is not that of a model shrunk by hf_pdecay.")

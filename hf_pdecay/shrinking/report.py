@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 
@@ -60,14 +60,8 @@ class ShrinkReport:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the figures as plain values."""
-        return {
-            "layers": [vars(layer).copy() for layer in self.layers],
-            "parameters": list(self.parameters),
-            "bytes": None if self.bytes is None else list(self.bytes),
-            "config": dict(self.config),
-            "notes": list(self.notes),
-            "left_out": list(self.left_out),
-        }
+        sizes = None if self.bytes is None else list(self.bytes)
+        return asdict(self) | {"parameters": list(self.parameters), "bytes": sizes}
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         """Render as a table and sentences."""

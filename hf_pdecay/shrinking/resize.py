@@ -16,12 +16,7 @@ from ..names import clean_name
 
 @dataclass(frozen=True)
 class Removal:
-    """A layer and which of its units are kept.
-
-    Args:
-        layer: The layer.
-        keep: Booleans of shape (units,), on the CPU.
-    """
+    """A layer, and which of its units are kept: booleans of shape (units,), on the CPU."""
 
     layer: Layer
     keep: Tensor

@@ -1,8 +1,6 @@
 """Headers of files in the safetensors format, see https://huggingface.co/docs/safetensors.
 
-The safetensors library writes a file from tensors that are all in memory. Here tensors come one at a time, so that a
-model may be larger than memory. Reading is strict: a header is checked against the length of its file before anything
-is allocated.
+Tensors come one at a time, so that a model may be larger than memory; a header is checked before memory is taken.
 """
 
 from __future__ import annotations
@@ -53,14 +51,7 @@ class FormatError(ValueError):
 
 
 class Entry(NamedTuple):
-    """A tensor of a file, by the file's header.
-
-    Attributes:
-        dtype: Its dtype, by safetensors' name: ``"F32"``.
-        shape: Its shape.
-        begin: The position of its first byte in the file.
-        size: The number of its bytes.
-    """
+    """A tensor of a file: safetensors' name of its dtype, its shape, the position of its first byte, its bytes."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -69,13 +60,7 @@ class Entry(NamedTuple):
 
 
 class Header(NamedTuple):
-    """The header of a file.
-
-    Attributes:
-        entries: The tensors by name, in the order of their bytes.
-        metadata: The file's strings.
-        raw: The bytes of the header, for its checksum.
-    """
+    """The header of a file: tensors in the order of their bytes, the file's strings, the bytes for its checksum."""
 
     entries: dict[str, Entry]
     metadata: dict[str, str]
@@ -83,12 +68,7 @@ class Header(NamedTuple):
 
 
 def tensor_bytes(dtype: str, shape: Iterable[int], what: str) -> int:
-    """Return the number of bytes of a tensor.
-
-    Raises:
-        FormatError: If the dtype is unknown, a dimension is negative, or there are more bytes or dimensions than a
-            tensor can have.
-    """
+    """Return the number of bytes of a tensor; raise FormatError if no tensor has such a dtype or shape."""
     if dtype not in ITEMSIZES:
         raise FormatError(f"{what} has the dtype {dtype!r}; it must be one of {', '.join(ITEMSIZES)}.")
     total, empty, count = ITEMSIZES[dtype], False, 0
@@ -105,11 +85,7 @@ def tensor_bytes(dtype: str, shape: Iterable[int], what: str) -> int:
 
 
 def read_header(file: str | os.PathLike[str]) -> Header:
-    """Read and check the header of a file of tensors.
-
-    Raises:
-        FormatError: If the file is cut short or too long, or the header is invalid.
-    """
+    """Read the header of a file of tensors; raise FormatError if it is invalid or does not match the file's length."""
     path = Path(file)
 
     def refuse(reason: str) -> NoReturn:
@@ -166,12 +142,7 @@ def layout(tensors: Mapping[str, tuple[str, tuple[int, ...]]]) -> list[str]:
 
 
 def header_bytes(tensors: Mapping[str, tuple[str, tuple[int, ...]]], metadata: Mapping[str, str]) -> bytes:
-    """Return a header, padded as the library pads it.
-
-    Args:
-        tensors: The dtype and shape of each tensor, in the order of their bytes.
-        metadata: The file's strings.
-    """
+    """Return a header, padded as the library does; ``tensors`` are in the order of their bytes."""
     header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     begin = 0
     for name, (dtype, shape) in tensors.items():

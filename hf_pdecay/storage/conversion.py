@@ -14,11 +14,7 @@ _ANY = r"\1"
 
 
 class Decode(ConversionOps):
-    """Turns each block into its tensor, and leaves tensors as they are.
-
-    Args:
-        limit: The most bytes that a tensor may have.
-    """
+    """Turns each block into its tensor of at most ``limit`` bytes, and leaves tensors as they are."""
 
     def __init__(self, limit: int) -> None:
         self.limit = limit

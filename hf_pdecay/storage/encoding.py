@@ -1,7 +1,6 @@
 """One tensor as a self-describing block of bytes: a bitmask or gaps, and the non-zero values.
 
-`docs/compressed.md` is the specification. Decoding is bit-identical, signs of zeros and payloads of NaNs included: an
-element is zero if all of its bits are, or all but the sign in a block that stores the signs of its zeros.
+`docs/compressed.md` is the specification. Decoding is bit-identical, signs of zeros and payloads of NaNs included.
 """
 
 from __future__ import annotations
@@ -31,33 +30,19 @@ _CHUNK = 1 << 18
 
 
 class Blob(NamedTuple):
-    """The checked head of a block.
-
-    Attributes:
-        encoding: ``DENSE``, ``BITMASK`` or ``GAPS``.
-        zstd: Whether the payload is compressed by zstd.
-        signs: Whether the signs of the zeros are stored.
-        width: Bytes of a gap, 0 for other encodings.
-        dtype: safetensors' name.
-        shape: Shape of the tensor.
-        values: Number of stored values.
-        begin: Position of the payload in the block.
-        stored: Bytes of the stored payload.
-        raw: Bytes of the payload before zstd.
-        dense: Bytes of the tensor.
-    """
+    """The checked head of a block; sizes are in bytes."""
 
     encoding: int
     zstd: bool
-    signs: bool
-    width: int
-    dtype: str
+    signs: bool  # whether the signs of the zeros are stored; then an element is zero if all of its other bits are
+    width: int  # of a gap, 0 for other encodings
+    dtype: str  # safetensors' name
     shape: tuple[int, ...]
-    values: int
-    begin: int
-    stored: int
-    raw: int
-    dense: int
+    values: int  # the number of stored values
+    begin: int  # position of the payload in the block
+    stored: int  # size of the stored payload
+    raw: int  # size of the payload before zstd
+    dense: int  # size of the tensor
 
     @property
     def itemsize(self) -> int:
@@ -81,21 +66,10 @@ class Blob(NamedTuple):
 
 
 def encode(data: Bytes, dtype: str, shape: tuple[int, ...], zstd: bool = False) -> tuple[int, Bytes | None]:
-    """Encode a tensor in the fewest bytes.
+    """Encode a tensor, given as little-endian bytes, in the fewest bytes; ``zstd`` also tries each encoding with it.
 
-    Args:
-        data: Its bytes, little-endian, as one dimension.
-        dtype: safetensors' name of its dtype.
-        shape: Its shape.
-        zstd: Also try each encoding with zstd.
-
-    Returns:
-        The encoding, and the block; None instead of the block if the plain tensor is smallest. A block's length is a
-        multiple of 8.
-
-    Raises:
-        FormatError: If dtype, shape and data do not match.
-        ValueError: If ``zstd`` is True and zstandard is not installed.
+    Returns the encoding, and the block, whose length is a multiple of 8; None if the plain tensor is smallest. Raises
+    FormatError if dtype, shape and data do not match, and ValueError if zstandard is needed and not installed.
     """
     dense = tensor_bytes(dtype, shape, "the tensor")
     if dense != data.nbytes:
@@ -117,52 +91,29 @@ def encode(data: Bytes, dtype: str, shape: tuple[int, ...], zstd: bool = False) 
         return DENSE, None
     payload = packed[number] if is_packed else _payload(elements, best)
     blob = np.zeros(_padded(head + payload.nbytes), dtype=np.uint8)
-    fixed = _FIXED.pack(
-        MAGIC,
-        VERSION,
-        best.encoding,
-        (_ZSTD if is_packed else 0) | (_SIGNS if best.signs else 0),
-        best.width,
-        len(shape),
-        dtype.encode(),
-        best.values,
-        payload.nbytes,
-    )
+    flags = (_ZSTD if is_packed else 0) | (_SIGNS if best.signs else 0)
+    sizes = best.width, len(shape), dtype.encode(), best.values, payload.nbytes
+    fixed = _FIXED.pack(MAGIC, VERSION, best.encoding, flags, *sizes)
     blob[:head] = np.frombuffer(fixed + struct.pack(f"<{len(shape)}Q", *shape), dtype=np.uint8)
     blob[head : head + payload.nbytes] = payload
     return best.encoding, blob
 
 
 def smallest_payload(numel: int, values: int, itemsize: int) -> int:
-    """Return the bytes of a tensor in its smallest encoding, without head and zstd; gaps are taken to fit a byte.
-
-    Args:
-        numel: Number of elements.
-        values: Number of elements that are not zero.
-        itemsize: Bytes of an element.
-    """
+    """Return the bytes of a tensor in its smallest encoding, without head and zstd; gaps are taken to fit a byte."""
     ways = (_Way(DENSE, numel, 0, False), _Way(BITMASK, values, 0, False), _Way(GAPS, values, 1, False))
     return min(_total(_sections(way.encoding, numel, *way[1:3], itemsize, way.signs)) for way in ways)
 
 
 def blob_shape(blob: Bytes, shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Return the shape in which a block is stored: never that of its tensor.
-
-    So a loader that does not know blocks finds a wrong shape, and does not load the bytes as weights.
-    """
+    """Return a block's stored shape, never that of its tensor: loaders that do not know blocks refuse it."""
     return (1, blob.nbytes) if len(shape) == 1 else (blob.nbytes,)
 
 
 def parse(head: bytes | Bytes, size: int, what: str) -> Blob:
-    """Read and check the head of a block.
+    """Read and check the head of a block of ``size`` bytes, given the block or its first ``HEAD_LIMIT`` bytes.
 
-    Args:
-        head: The block, or its first bytes: ``HEAD_LIMIT`` or all.
-        size: Number of bytes of the whole block.
-        what: Name for errors.
-
-    Raises:
-        FormatError: If the head is invalid, or does not match the block's length.
+    Raises FormatError, which begins with ``what``, if the head is invalid or does not match the block's length.
     """
 
     def refuse(reason: str) -> NoReturn:
@@ -204,11 +155,7 @@ HEAD_LIMIT = _FIXED.size + 8 * DIMENSIONS_LIMIT
 
 
 def check(blob: Bytes, what: str) -> Blob:
-    """Check a block without unpacking zstd; takes a few chunks of memory.
-
-    Raises:
-        FormatError: If it is damaged or forged.
-    """
+    """Check a block without unpacking zstd, in a few chunks of memory; raise FormatError if it is damaged."""
     head = parse(blob[:HEAD_LIMIT], blob.nbytes, what)
     payload = blob[head.begin : head.begin + head.stored]
     if blob[head.begin + head.stored :].any():
@@ -221,19 +168,10 @@ def check(blob: Bytes, what: str) -> Blob:
 
 
 def decode(blob: Bytes, limit: int, what: str) -> tuple[Bytes, Blob]:
-    """Decode a block.
+    """Decode a block to the tensor's bytes as one dimension, writable, and the block's head.
 
-    Args:
-        blob: The block.
-        limit: The most bytes that the tensor may have; more are refused before memory is taken.
-        what: Name for errors.
-
-    Returns:
-        The tensor's bytes as one dimension, writable, and the block's head.
-
-    Raises:
-        FormatError: If the block is damaged or forged, or the tensor too large.
-        ValueError: If zstd is needed and zstandard is not installed.
+    Raises FormatError if the block is damaged or forged, or, before memory is taken, if the tensor has more than
+    ``limit`` bytes; ValueError if zstandard is needed and not installed.
     """
     head = check(blob, what)
     if head.dense > limit:

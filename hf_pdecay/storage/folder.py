@@ -32,11 +32,7 @@ _JSON_LIMIT = 1 << 28
 
 
 def read_json(file: Path) -> dict[str, Any]:
-    """Read a JSON file that holds an object.
-
-    Raises:
-        FormatError: If the file is too large, or does not hold an object.
-    """
+    """Read a JSON file; raise FormatError if it is too large or does not hold an object."""
     size = file.stat().st_size
     if size > _JSON_LIMIT:
         raise FormatError(f"{file.name} has {size} bytes; more than {_JSON_LIMIT} are not read.")
@@ -50,11 +46,7 @@ def read_json(file: Path) -> dict[str, Any]:
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """Read the config of a model's folder.
-
-    Raises:
-        FormatError: If the folder has no config, or the config is a link that leads out of the folder.
-    """
+    """Read the config of a model's folder; raise FormatError if there is none or it is a link that leads out."""
     if not os.path.lexists(folder / CONFIG):
         raise FormatError(f"{str(folder)!r} {_what_instead(folder)}")
     return read_json(inside(folder / CONFIG, folder))
@@ -86,23 +78,16 @@ def write_json(file: Path, value: dict[str, Any], sort_keys: bool = False) -> No
 
 
 def check_shard_name(name: object, where: str) -> str:
-    """Return the name of a file of weights if it is a plain name, which cannot lead out of its folder.
-
-    Raises:
-        FormatError: If it is not.
-    """
+    """Return the name of a file of weights; raise FormatError if it could lead out of the folder."""
     if not isinstance(name, str) or not _SHARD.fullmatch(name):
         raise FormatError(f"{where} names the file {name!r}; it must be a plain name that ends in .safetensors.")
     return name
 
 
 def inside(file: Path, folder: Path) -> Path:
-    """Return a file of a folder if it is a regular file and no link leads out of the folder.
+    """Return a file of a folder; raise FormatError if it is not a regular file, or is a link that leads out.
 
     The Hub's cache keeps a model as links to files beside it; these are followed.
-
-    Raises:
-        FormatError: If the file is missing, is not a regular file, or is a link that leads out.
     """
     try:
         real = file.resolve(strict=True)
@@ -124,10 +109,9 @@ def inside(file: Path, folder: Path) -> Path:
 
 
 def read_weights(folder: Path) -> dict[str, Header]:
-    """Return the headers of a model's files of weights, by name, in the order of their names.
+    """Return the headers of a model's files of weights, by sorted names.
 
-    Raises:
-        FormatError: If there are no weights in safetensors, or files and index differ.
+    Raises FormatError if the folder has no weights in safetensors, or files and index differ.
     """
     if (folder / WEIGHTS).exists():
         return {WEIGHTS: read_header(inside(folder / WEIGHTS, folder))}
@@ -151,11 +135,7 @@ def read_weights(folder: Path) -> dict[str, Header]:
 
 
 def read_weight_map(folder: Path) -> dict[str, object]:
-    """Return the file of each tensor from the index of a sharded model.
-
-    Raises:
-        FormatError: If the index has no ``weight_map``.
-    """
+    """Return the file of each tensor by the index of a sharded model; raise FormatError if it is invalid."""
     placed = read_json(inside(folder / INDEX, folder)).get("weight_map")
     if not isinstance(placed, dict) or not placed:
         raise FormatError(f"{INDEX} has no weight_map.")
@@ -168,20 +148,10 @@ def shard_names(placed: dict[str, object]) -> list[str]:
 
 
 def copy_along(folder: Path, out: Path, weights: Iterable[str]) -> list[str]:
-    """Copy all files but the model's weights: tokenizer, card and so on, subfolders too.
+    """Copy all files but the model's weights, subfolders too; return the names of weights in other formats.
 
-    Hidden files, the config, checkpoints of a run, and weights of the model in other formats are not copied.
-
-    Args:
-        folder: The model's folder.
-        out: The folder to copy to.
-        weights: Names of the files of weights.
-
-    Returns:
-        The names of the weights in other formats.
-
-    Raises:
-        FormatError: If something is not a regular file, or is a link that leads out of the folder.
+    Hidden files, the config, checkpoints of a run, and weights of the model in other formats are not copied. Raises
+    FormatError if something is not a regular file, or is a link that leads out of the folder.
     """
     left_out, skipped = [], {CONFIG, INDEX, *weights}
     for path in sorted(folder.iterdir()):
@@ -203,12 +173,7 @@ def copy_along(folder: Path, out: Path, weights: Iterable[str]) -> list[str]:
 def written_folder(out: str | os.PathLike[str], overwrite: bool) -> Iterator[Path]:
     """Give a folder to write into, and rename it to ``out`` if the writing succeeds: it appears whole or not at all.
 
-    Args:
-        out: The folder. Its parents are made.
-        overwrite: Replace ``out`` if it is a model's folder.
-
-    Raises:
-        ValueError: If ``out`` cannot be written, or exists and may not be replaced.
+    Raises ValueError if ``out`` cannot be written, or exists and is not a model's folder that ``overwrite`` replaces.
     """
     _remove_leftovers(Path(os.path.abspath(out)))
     path = check_out(out, overwrite)
@@ -244,11 +209,7 @@ def scratch_folder(out: str | os.PathLike[str]) -> Iterator[Path]:
 
 
 def check_out(out: str | os.PathLike[str], overwrite: bool) -> Path:
-    """Return the absolute path of a folder that may be written.
-
-    Raises:
-        ValueError: If it exists and may not be replaced.
-    """
+    """Return the absolute path of a folder to write; raise ValueError if it exists and may not be replaced."""
     path = Path(os.path.abspath(out))
     if path.is_symlink() or (path.exists() and not path.is_dir()):
         raise ValueError(f"Invalid out: {str(out)!r} is there and is not a folder; name a new one.")
@@ -276,11 +237,7 @@ def _beside(path: Path, kind: str) -> Path:
 
 
 def _made_beside(path: Path, kind: str) -> Path:
-    """Make a folder beside the one to write.
-
-    Raises:
-        ValueError: If nothing can be written there.
-    """
+    """Make a folder beside the one to write; raise ValueError if nothing can be written there."""
     aside = _beside(path, kind)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,8 +1,6 @@
 """Registers our quantizers in transformers without importing it.
 
-``import hf_pdecay`` calls :func:`install`. If transformers has not been imported by then, a finder at the front of
-``sys.meta_path`` waits for the module with transformers' tables of quantizers, and registers ours once that module has
-run.
+If transformers is not imported yet, a finder in ``sys.meta_path`` waits for the module with its tables of quantizers.
 """
 
 from __future__ import annotations
@@ -26,9 +24,8 @@ _quantizers: dict[str, None] = {}
 def install(*quantizers: str) -> None:
     """Let ``from_pretrained`` load our folders: at once if transformers is imported, else once it is.
 
-    Args:
-        quantizers: Classes with ``register`` and ``unregister``, as ``"module:class"``. Without any, those of earlier
-            calls are installed again.
+    The quantizers are classes with ``register`` and ``unregister``, as ``"module:class"``. Without any, those of
+    earlier calls are installed again.
     """
     _quantizers.update(dict.fromkeys(quantizers))
     if TABLES in sys.modules:

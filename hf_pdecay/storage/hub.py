@@ -13,11 +13,7 @@ _NOT_FETCHED = ["*.bin", "*.h5", "*.msgpack", "*.ot", "*.onnx", "*.onnx_data", "
 
 
 def local_folder(model: str | os.PathLike[str]) -> Path:
-    """Return the folder of a model, which is downloaded if ``model`` is a name on the Hub.
-
-    Raises:
-        ValueError: If there is neither such a folder nor such a model on the Hub.
-    """
+    """Return a model's folder, downloaded if ``model`` is a name on the Hub; raise ValueError if neither exists."""
     path = Path(model)
     if path.is_dir():
         return path

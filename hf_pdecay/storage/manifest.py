@@ -22,26 +22,18 @@ _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
 def make_settings(shards: Mapping[str, str], dtype_added: bool) -> dict[str, Any]:
-    """Return the value of ``quantization_config``.
-
-    Args:
-        shards: SHA-256 of the header of each file of weights, by its name.
-        dtype_added: Whether ``dtype`` was added to the config, because compressed weights do not show it.
-    """
+    """Return the value of ``quantization_config``, given the SHA-256 of the header of each file of weights."""
     return {
         "quant_method": METHOD,
         "format_version": FORMAT_VERSION,
         "shards": dict(shards),
+        # Added to the config because compressed weights do not show the dtype.
         **({"dtype_added": True} if dtype_added else {}),
     }
 
 
 def check_settings(settings: object) -> dict[str, str]:
-    """Check the value of ``quantization_config``, and return the files' checksums.
-
-    Raises:
-        FormatError: If it does not follow this format; nothing in it is ever run or imported.
-    """
+    """Check ``quantization_config``, and return the files' checksums; raise FormatError if it is invalid."""
     where = "quantization_config in config.json"
     if settings is None:
         raise FormatError("config.json has no quantization_config: the model is not compressed.")
@@ -50,10 +42,8 @@ def check_settings(settings: object) -> dict[str, str]:
     unknown = sorted(set(settings) - {"quant_method", "format_version", "shards", "dtype_added"})
     if unknown:
         raise FormatError(f"{where} has {unknown[0]!r}, which this format lacks; it is forged or of a later version.")
-    if settings.get("format_version") != FORMAT_VERSION:
-        raise FormatError(
-            f"{where} has format_version {settings.get('format_version')!r}; this hf_pdecay reads {FORMAT_VERSION}."
-        )
+    if (version := settings.get("format_version")) != FORMAT_VERSION:
+        raise FormatError(f"{where} has format_version {version!r}; this hf_pdecay reads {FORMAT_VERSION}.")
     shards = settings.get("shards")
     if not isinstance(shards, Mapping) or not shards:
         raise FormatError(f"{where} names no files in shards.")
@@ -69,11 +59,7 @@ def make_manifest(checksums: Mapping[str, str]) -> str:
 
 
 def read_manifest(header: Header, name: str) -> dict[str, str]:
-    """Return the checksums of a file's entries.
-
-    Raises:
-        FormatError: If the file has no manifest, or one of other tensors.
-    """
+    """Return the checksums of a file's entries; raise FormatError if it has no manifest, or one of other tensors."""
     where = f"The manifest in {name}"
     if MANIFEST not in header.metadata:
         raise FormatError(

@@ -4,25 +4,13 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
-from transformers.quantizers.auto import (
-    AUTO_QUANTIZATION_CONFIG_MAPPING,
-    AUTO_QUANTIZER_MAPPING,
-    register_quantization_config,
-    register_quantizer,
-)
+from transformers.quantizers import auto
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 
 class PlainConfig(QuantizationConfigMixin):
-    """``quantization_config`` of a folder whose model is an ordinary one once it is loaded.
-
-    Args:
-        **settings: The values in ``config.json``.
-
-    Raises:
-        ValueError: If they do not follow the format.
-    """
+    """``quantization_config`` of a folder whose model is an ordinary one once it is loaded; checks its settings."""
 
     # Tells transformers that a loaded model is not quantized.
     dequantize = True
@@ -56,12 +44,12 @@ class PlainQuantizer(HfQuantizer):
     @classmethod
     def register(cls) -> None:
         """Enter the config and the quantizer in transformers' tables."""
-        if cls.method not in AUTO_QUANTIZER_MAPPING:
-            register_quantization_config(cls.method)(cls.config_class)
-            register_quantizer(cls.method)(cls)
+        if cls.method not in auto.AUTO_QUANTIZER_MAPPING:
+            auto.register_quantization_config(cls.method)(cls.config_class)
+            auto.register_quantizer(cls.method)(cls)
 
     @classmethod
     def unregister(cls) -> None:
         """Remove both from the tables."""
-        AUTO_QUANTIZATION_CONFIG_MAPPING.pop(cls.method, None)
-        AUTO_QUANTIZER_MAPPING.pop(cls.method, None)
+        auto.AUTO_QUANTIZATION_CONFIG_MAPPING.pop(cls.method, None)
+        auto.AUTO_QUANTIZER_MAPPING.pop(cls.method, None)

@@ -1,7 +1,6 @@
 """Loads compressed models in transformers, by its extension point for quantized models.
 
-A compressed model keeps its tensors' names, so that all renaming in transformers works as for the plain one. A
-``WeightConverter`` for every name decodes a block into its tensor. The loaded model is an ordinary one.
+Blocks keep their tensors' names, so that all renaming in transformers works as for the plain model.
 """
 
 from __future__ import annotations

@@ -26,11 +26,7 @@ CHECKSUMS_VARIABLE = "HF_PDECAY_VERIFY_CHECKSUMS"
 
 
 def checksums_wanted() -> bool:
-    """Whether checksums are compared when a model is loaded or decompressed.
-
-    Raises:
-        ValueError: If the variable is neither 0 nor 1.
-    """
+    """Whether checksums are compared when a model is loaded or decompressed; ValueError for an invalid variable."""
     value = os.environ.get(CHECKSUMS_VARIABLE, "1")
     if value not in ("0", "1"):
         raise ValueError(f"Invalid {CHECKSUMS_VARIABLE}: it is {value!r}; it must be 0 or 1.")
@@ -40,10 +36,8 @@ def checksums_wanted() -> bool:
 def check_file(file: Path, header_checksum: str, checksums: bool) -> Header:
     """Check a compressed file of weights: header, manifest, each tensor's block and, if wanted, checksums.
 
-    Takes a few chunks of memory, whatever the file says about its tensors.
-
-    Raises:
-        FormatError: If it is damaged or forged.
+    Takes a few chunks of memory, whatever the file says about its tensors. Raises FormatError if it is damaged or
+    forged.
     """
     header = read_header(file)
     manifest = read_manifest(header, file.name)
@@ -113,11 +107,7 @@ def decompress(model: str | os.PathLike[str], out: str | os.PathLike[str], *, ov
 
 
 def tensors_of(folder: Path) -> Iterator[tuple[str, Tensor]]:
-    """Yield the decoded tensors of a compressed folder one at a time, file by file in the model's order.
-
-    Raises:
-        FormatError: If a file is damaged or forged.
-    """
+    """Yield the decoded tensors of a compressed folder one at a time, file by file in the model's order."""
     import torch
     from safetensors import safe_open
 
@@ -172,7 +162,6 @@ def _write_plain(file: Path, header: Header, plain: Mapping[str, tuple[str, tupl
 
 
 def _mapped(file: Path, entry: Entry) -> Bytes:
-    """The bytes of an entry, mapped into memory."""
     if not entry.size:
         return np.zeros(0, dtype=np.uint8)
     return np.memmap(file, dtype=np.uint8, mode="r", offset=entry.begin, shape=(entry.size,))

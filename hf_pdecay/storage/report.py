@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from .encoding import ENCODINGS
@@ -14,13 +14,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class EncodingTotal:
-    """The tensors that are stored in one encoding.
-
-    Attributes:
-        tensors: Number of tensors.
-        before: Their bytes in the plain model.
-        after: Their bytes in the compressed one.
-    """
+    """The tensors that are stored in one encoding: their number, and their bytes before and after compression."""
 
     tensors: int = 0
     before: int = 0
@@ -60,13 +54,7 @@ class StorageReport:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the figures as plain values."""
-        return {
-            "before": self.before,
-            "after": self.after,
-            "headers": self.headers,
-            "encodings": {name: vars(total).copy() for name, total in self.encodings.items()},
-            "left_out": list(self.left_out),
-        }
+        return {"before": self.before, "after": self.after, "headers": self.headers, **asdict(self)}
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         """Render as a table, and the files that were left out."""

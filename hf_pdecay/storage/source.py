@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,17 +16,9 @@ from .manifest import METHOD
 
 @dataclass(frozen=True)
 class Source:
-    """The folder of a model or an adapter, from which another folder is written.
+    """The folder of a model or an adapter, and the folder ``out`` that is written from it.
 
-    Attributes:
-        folder: The folder that is read.
-        config: Its config.
-        headers: Headers of its files of weights, by name.
-        out: The folder to write.
-        overwrite: Whether ``out`` may be replaced if it is a model's folder.
-
-    Raises:
-        ValueError: If ``out`` cannot be written, or one of the folders lies in the other.
+    Raises ValueError if ``out`` cannot be written, or one of the folders lies in the other.
     """
 
     folder: Path
@@ -52,11 +43,9 @@ class Source:
             f"{'compressed' if method == METHOD else 'quantized or shrunk'} already; name the plain model, {how}."
         )
 
-    @contextmanager
-    def rewritten(self) -> Iterator[Path]:
+    def rewritten(self) -> AbstractContextManager[Path]:
         """Give a folder to write into, which becomes ``out`` if the writing succeeds."""
-        with written_folder(self.out, self.overwrite) as aside:
-            yield aside
+        return written_folder(self.out, self.overwrite)
 
     def copy_along(self, aside: Path) -> list[str]:
         """Copy all files but the weights; returns the names of weights in other formats, which are left out."""
@@ -64,10 +53,9 @@ class Source:
 
 
 def read_source(model: str | os.PathLike[str], out: str | os.PathLike[str], overwrite: bool) -> Source:
-    """Return the folder of a whole model, which is downloaded if ``model`` is a name on the Hub.
+    """Return the folder of a whole model, downloaded if ``model`` is a name on the Hub.
 
-    Raises:
-        ValueError: If the model does not exist in safetensors, or ``out`` cannot be written.
+    Raises ValueError if the model does not exist in safetensors, or ``out`` cannot be written.
     """
     check_out(out, overwrite)
     folder = local_folder(model)

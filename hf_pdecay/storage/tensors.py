@@ -9,19 +9,7 @@ from .encoding import decode
 
 
 def to_tensor(blob: torch.Tensor, limit: int, what: str) -> torch.Tensor:
-    """Decode a block.
-
-    Args:
-        blob: Its bytes, in any shape, on any device.
-        limit: The most bytes that the tensor may have.
-        what: Name for errors.
-
-    Returns:
-        The tensor, on the block's device.
-
-    Raises:
-        FormatError: If the block is damaged or forged, the tensor too large, or this torch lacks its dtype.
-    """
+    """Decode a block of any shape to a tensor on its device; ``limit`` and ``what`` as for ``format.decode``."""
     data, head = decode(blob.detach().cpu().reshape(-1).numpy(), limit, what)
     dtype = getattr(torch, DTYPES[head.dtype][1], None)
     if dtype is None:  # float8_e8m0fnu came in torch 2.7

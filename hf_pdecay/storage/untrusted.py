@@ -39,11 +39,7 @@ def explained(what: str) -> Iterator[None]:
 
 
 def auto_config(source: str | os.PathLike[str]) -> Any:
-    """Return the config of a folder or of a name on the Hub, as transformers reads it.
-
-    Raises:
-        ValueError: If it cannot be read.
-    """
+    """Return the config of a folder or of a name on the Hub; raise ValueError if transformers cannot read it."""
     import transformers
 
     try:
@@ -54,11 +50,7 @@ def auto_config(source: str | os.PathLike[str]) -> Any:
 
 
 def model_class(architectures: object) -> Any:
-    """Return the model class of transformers that ``architectures`` of a config names first; None if there is none.
-
-    Raises:
-        ValueError: If it names something that is not a string.
-    """
+    """Return the transformers class that ``architectures`` of a config names first; None if there is none."""
     import transformers
 
     name = architectures[0] if isinstance(architectures, list) and architectures else ""
@@ -70,21 +62,11 @@ def model_class(architectures: object) -> Any:
 
 
 def on_meta(make: Callable[[Any], Any], config: Any, source: str | os.PathLike[str]) -> Any:
-    """Build a model without weights.
+    """Build a model on the meta device, by ``make`` (its class or an auto class's ``from_config``) from its config.
 
     Even without weights, a model of as many layers as a forged config may ask for takes hours and all of the memory. So
-    building stops as soon as the model has many times the tensors that its files hold.
-
-    Args:
-        make: Makes the model from the config: its class, or ``from_config`` of an auto class.
-        config: The config.
-        source: The folder of the config, or its name on the Hub.
-
-    Returns:
-        The model, on the meta device.
-
-    Raises:
-        ValueError: If the config is wrong, or describes many more tensors than the files hold (as a ``FormatError``).
+    building stops with a FormatError as soon as the model has many times the tensors that the files of ``source`` hold.
+    Raises ValueError if the config is wrong.
     """
     stored = _stored_tensors(Path(source))
     left = _REGISTERED * ((_MOST_TENSORS if stored is None else stored) + 1)
@@ -94,9 +76,7 @@ def on_meta(make: Callable[[Any], Any], config: Any, source: str | os.PathLike[s
         left -= param is not None
         if left < 0:
             there = "any model has" if stored is None else f"the {stored:,} that its files have"
-            raise FormatError(
-                f"{str(source)!r} is not a whole model: its config describes many more tensors than {there}."
-            )
+            raise FormatError(f"{str(source)!r} is not a whole model: its config has many more tensors than {there}.")
 
     handle = register_module_parameter_registration_hook(count)
     try:

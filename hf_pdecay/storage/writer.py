@@ -46,8 +46,7 @@ def compress(
         model: A folder with ``config.json`` and safetensors, or a name on the Hub, which is downloaded.
         out: The folder to write. It appears when it is whole.
         zstd: Also compress by zstd; needs zstandard here and where the model is loaded.
-        max_shard_size: Bytes of a file of weights, or a string such as ``"5GB"``; by default the model's own files are
-            kept.
+        max_shard_size: Bytes of a file of weights, or a string such as ``"5GB"``; None keeps the model's own files.
         overwrite: Replace ``out`` if it is a model's folder.
 
     Returns:
@@ -96,13 +95,16 @@ def save_compressed(
         model: A model of transformers, or anything with its ``save_pretrained``.
         folder: The folder to write. It appears when it is whole.
         processing_class: A tokenizer or processor to save with it.
-        zstd: See :func:`compress`; so are the next two.
-        max_shard_size: A number of bytes or a string.
-        overwrite: Replace a model's folder.
+        zstd: Also compress by zstd.
+        max_shard_size: Bytes of a file of weights, or a string such as ``"5GB"``.
+        overwrite: Replace ``folder`` if it is a model's folder.
         **kwargs: Arguments of ``save_pretrained``.
 
     Returns:
         Bytes before and after, by encoding.
+
+    Raises:
+        ValueError: If an argument is invalid.
     """
     parse_size(max_shard_size)
     check_out(folder, overwrite)
@@ -114,11 +116,7 @@ def save_compressed(
 
 
 def parse_size(size: int | str | None) -> int | None:
-    """Return a number of bytes from one or from a string such as ``"5GB"``; None stays None.
-
-    Raises:
-        ValueError: If it is neither.
-    """
+    """Return a number of bytes from one or from a string such as ``"5GB"``; None stays None. ValueError if invalid."""
     if size is None or (isinstance(size, int) and size > 0):
         return size
     match = re.fullmatch(r"(\d+)\s*([KMGT]I?B)", size.upper()) if isinstance(size, str) else None
@@ -186,17 +184,9 @@ def _encoded(name: str, entry: Entry, data: Bytes, zstd: bool) -> tuple[int, Byt
 
 
 class _Shards:
-    """Files of weights that are written one after the other.
+    """Files of weights that are written one after the other; ``files`` has each one's tensors and header checksum.
 
-    Args:
-        folder: Where the files are written.
-        data: A temporary file for the tensors' bytes of the current file: its header comes before them and is only
-            known after them.
-        metadata: The strings of each file.
-        report: Counts the headers.
-
-    Attributes:
-        files: For each file its tensors and the checksum of its header.
+    The tensors' bytes of the current file wait in ``data``: its header comes before them and is only known after them.
     """
 
     def __init__(self, folder: Path, data: BinaryIO, metadata: dict[str, str], report: StorageReport) -> None:

@@ -1,7 +1,7 @@
 """Compresses a payload by zstd, plane by plane.
 
-The byte of a float with sign and exponent has few values, those of the mantissa have any. So the first bytes of all
-elements are stored together, then the second ones, and so on; each such plane gets separate zstd blocks and codes.
+The first bytes of all elements are stored together, then the second ones, and so on, each plane with separate zstd
+blocks and codes: the byte of a float with sign and exponent has few values, those of the mantissa have any.
 """
 
 from __future__ import annotations
@@ -38,11 +38,7 @@ def pack(payload: Bytes, sections: Sections) -> Bytes:
 
 
 def unpack(packed: Bytes, sections: Sections, what: str) -> Bytes:
-    """Return the payload of a frame that has passed :func:`check_frame`.
-
-    Raises:
-        FormatError: If the frame is damaged.
-    """
+    """Return the payload of a frame that has passed :func:`check_frame`; raise FormatError if it is damaged."""
     library = zstandard()
     raw = sum(size for size, _ in sections)
     try:
@@ -61,11 +57,7 @@ def unpack(packed: Bytes, sections: Sections, what: str) -> Bytes:
 
 
 def check_frame(packed: Bytes, sections: Sections, what: str) -> None:
-    """Check the number of unpacked bytes in the header of a frame, without unpacking it.
-
-    Raises:
-        FormatError: If the number is wrong, or there is no valid frame.
-    """
+    """Check that a frame's header is valid and states the right number of unpacked bytes; raise FormatError if not."""
     library = zstandard()
     raw = sum(size for size, _ in sections)
     try:
@@ -77,11 +69,7 @@ def check_frame(packed: Bytes, sections: Sections, what: str) -> None:
 
 
 def zstandard() -> Any:
-    """Import and return zstandard.
-
-    Raises:
-        ValueError: If it is not installed.
-    """
+    """Import and return zstandard; raise ValueError if it is not installed."""
     try:
         import zstandard as library
     except ImportError:
