@@ -51,7 +51,7 @@ class FormatError(ValueError):
 
 
 class Entry(NamedTuple):
-    """A tensor of a file: safetensors' name of its dtype, its shape, the position of its first byte, its bytes."""
+    """A tensor of a file: safetensors' name of its dtype, shape, position of its first byte, number of bytes."""
 
     dtype: str
     shape: tuple[int, ...]

@@ -63,7 +63,7 @@ def test_what_cannot_be_done_is_said_in_a_sentence(tmp_path: Path, capsys: pytes
             ["compress", str(tmp_path / "plain"), str(tmp_path / "out"), "--max-shard-size", "big"],
             "max_shard_size='big'",
         ),
-        (["compress", str(tmp_path / "none"), str(tmp_path / "out")], "is no folder here"),
+        (["compress", str(tmp_path / "none"), str(tmp_path / "out")], "is not a folder here"),
         (
             ["compress", str(tmp_path / "run"), str(tmp_path / "out")],
             f"only checkpoints of a run; the newest whole one is {str(tmp_path / 'run' / 'checkpoint-12')!r}.",
