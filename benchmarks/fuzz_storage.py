@@ -33,7 +33,7 @@ from typing import Any
 import numpy as np
 
 from hf_pdecay import FormatError, compress, decompress
-from hf_pdecay.storage import container
+from hf_pdecay.storage import container, encoding, zstd_planes
 from hf_pdecay.storage.container import header_bytes, layout, read_header
 from hf_pdecay.storage.encoding import decode, encode
 from hf_pdecay.storage.reader import check_file, is_blob
