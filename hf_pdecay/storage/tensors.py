@@ -9,7 +9,7 @@ from .encoding import decode
 
 
 def to_tensor(blob: torch.Tensor, limit: int, what: str) -> torch.Tensor:
-    """Decode a block of any shape to a tensor on its device; ``limit`` and ``what`` as for ``format.decode``."""
+    """Decode a block of any shape to a tensor on its device; ``limit`` and ``what`` as for ``encoding.decode``."""
     data, head = decode(blob.detach().cpu().reshape(-1).numpy(), limit, what)
     dtype = getattr(torch, DTYPES[head.dtype][1], None)
     if dtype is None:  # float8_e8m0fnu came in torch 2.7
