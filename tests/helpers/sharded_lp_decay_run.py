@@ -24,7 +24,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Shard, distribute_tensor
 
 from hf_pdecay import LpDecay
-from hf_pdecay.optim import bases
+from hf_pdecay.optim import base_optimizers
 from hf_pdecay.optim.distributed import local
 from hf_pdecay.target.control import SparsityControl
 from tests.helpers.launching import leave
@@ -135,11 +135,11 @@ def batched(mesh: DeviceMesh) -> Any:
     params = [nn.Parameter(distribute_tensor(torch.ones(3, 10), mesh, [Shard(0)])) for _ in range(6)]
     for param in params:
         param.grad = torch.ones_like(param)
-    size, bases.batch_size = bases.batch_size, lambda device: 45
+    size, base_optimizers.batch_size = base_optimizers.batch_size, lambda device: 45
     try:
-        batches = list(bases.batches(torch.optim.SGD(params, lr=0.1), lambda group: True))
+        batches = list(base_optimizers.batches(torch.optim.SGD(params, lr=0.1), lambda group: True))
     finally:
-        bases.batch_size = size
+        base_optimizers.batch_size = size
     return {
         "weights": [sum(local(param).numel() for param in batch[0].values()) for batch in batches],
         "places": [list(batch[0]) for batch in batches],

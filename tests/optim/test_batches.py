@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from hf_pdecay.optim import bases, lp_decay
+from hf_pdecay.optim import base_optimizers, lp_decay
 from hf_pdecay.optim.lp_decay import LpDecay
 from tests.helpers.memory import PeakMemory
 from tests.helpers.steps import normal
@@ -67,9 +67,9 @@ def run(optimizer: LpDecay, params: list[nn.Parameter], steps: int = 4) -> list[
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The number of parameters that each call of a base's step had."""
     seen: list[int] = []
-    step_batch = bases.step_batch
+    step_batch = base_optimizers.step_batch
 
-    def spy(base: Any, batch: bases.Batch) -> None:
+    def spy(base: Any, batch: base_optimizers.Batch) -> None:
         seen.append(sum(map(len, batch.values())))
         step_batch(base, batch)
 
@@ -87,7 +87,7 @@ def test_batches_make_no_difference(name: str, dtype: torch.dtype, monkeypatch: 
     for size in (1 << 30, 1300):
         ours = copy.deepcopy(params)
         seen = calls(monkeypatch)
-        monkeypatch.setattr(bases, "batch_size", lambda device, size=size: size)
+        monkeypatch.setattr(base_optimizers, "batch_size", lambda device, size=size: size)
         optimizer = LpDecay(BASES[name](grouped(ours)), p_norm=0.8, lambda_p=0.05)
         results.append(run(optimizer, ours))
         monkeypatch.undo()
@@ -124,7 +124,7 @@ def patched(groups: Any) -> torch.optim.Optimizer:
 def test_others_step_once(make: Callable[[Any], torch.optim.Optimizer], monkeypatch: pytest.MonkeyPatch) -> None:
     params = weights()
     seen = calls(monkeypatch)
-    monkeypatch.setattr(bases, "batch_size", lambda device: 1)
+    monkeypatch.setattr(base_optimizers, "batch_size", lambda device: 1)
     run(LpDecay(make(params)), params, steps=3)
     assert seen == [len(params)] * 3
 
@@ -132,7 +132,7 @@ def test_others_step_once(make: Callable[[Any], torch.optim.Optimizer], monkeypa
 def test_hooks_for_all_optimizers_are_called_once(monkeypatch: pytest.MonkeyPatch) -> None:
     params = weights()
     stepped: list[type] = []
-    monkeypatch.setattr(bases, "batch_size", lambda device: 1)
+    monkeypatch.setattr(base_optimizers, "batch_size", lambda device: 1)
     handle = register_optimizer_step_post_hook(lambda own, *_: stepped.append(type(own)))
     try:
         run(LpDecay(torch.optim.SGD(params, lr=0.01)), params, steps=1)
@@ -144,7 +144,7 @@ def test_hooks_for_all_optimizers_are_called_once(monkeypatch: pytest.MonkeyPatc
 def test_what_is_not_stepped_keeps_the_groups(monkeypatch: pytest.MonkeyPatch) -> None:
     """A base that fails in the middle is left with its groups."""
     params = weights()
-    monkeypatch.setattr(bases, "batch_size", lambda device: 1)
+    monkeypatch.setattr(base_optimizers, "batch_size", lambda device: 1)
     optimizer = LpDecay(torch.optim.AdamW(params, lr=0.01))
     run(optimizer, params, steps=1)
     groups: list[Tensor] = optimizer.param_groups[0]["params"]
