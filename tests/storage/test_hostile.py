@@ -20,7 +20,7 @@ from hf_pdecay.storage.container import FormatError, read_header
 from hf_pdecay.storage.untrusted import on_meta
 
 from ..helpers.storage_models import files_of, saved, write_folder
-from .test_format import huge_block
+from .test_encoding import huge_block
 
 
 @pytest.fixture
