@@ -67,7 +67,6 @@ if TYPE_CHECKING:
     from .target.control import SparsityControl as SparsityControl
     from .target.schedule import Schedule as Schedule
     from .target.settings import Target as Target
-    from .trainer.arguments import PDecayTrainingArguments as PDecayTrainingArguments
     from .trainer.checkpoints import newest_whole as newest_whole
     from .trainer.pareto import pareto_front as pareto_front
     from .trainer.pareto import plot_pareto as plot_pareto
@@ -83,6 +82,7 @@ if TYPE_CHECKING:
     from .trainer.sparsity_callback import SparsityCallback as SparsityCallback
     from .trainer.trainer import PDecayTrainer as PDecayTrainer
     from .trainer.trainer import PDecayTrainerMixin as PDecayTrainerMixin
+    from .trainer.training_arguments import PDecayTrainingArguments as PDecayTrainingArguments
     # isort: on
 
 # The public names that each module defines.
@@ -122,7 +122,7 @@ _NAMES = {
     "target.control": ("SparsityControl",),
     "target.schedule": ("Schedule",),
     "target.settings": ("Target",),
-    "trainer.arguments": ("PDecayTrainingArguments",),
+    "trainer.training_arguments": ("PDecayTrainingArguments",),
     "trainer.checkpoints": ("newest_whole",),
     "trainer.pareto": ("pareto_front", "plot_pareto", "read_trials"),
     "trainer.register": ("register", "unregister"),

@@ -16,11 +16,11 @@ from torch import Tensor
 
 from ..layers.matrices import decayable_parameter_names
 from ..names import lora_factor, natural_key, saved_names
-from ..optim.defaults import NEAR_ZERO_THRESHOLD
 from ..optim.unit_operations import alive_here
 from ..optim.units import Member
 from ..shrinking.estimate import Estimator, ShrinkEstimate
 from ..sparsity.counting import count_tensor
+from ..sparsity.defaults import NEAR_ZERO_THRESHOLD
 from ..sparsity.file_names import REPORT_FILE
 from ..sparsity.report import SparsityReport, TensorSparsity
 from ..storage.encoding import smallest_payload

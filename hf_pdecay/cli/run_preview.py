@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..names import clean_name
 from ..optim.param_groups import is_decayed
-from ..optim.units import ELEMENT, n_of_m
+from ..optim.unit_kinds import ELEMENT, n_of_m
 from ..rules.table import group_table
 from ..target.budgets import Budget
 from ..target.control import plan_target

@@ -12,7 +12,8 @@ from torch import nn
 from ..checks import check_choice
 from ..names import clean_name
 from ..optim.shards import full_shape
-from ..optim.units import UNIT_KINDS, Member, Units
+from ..optim.unit_kinds import UNIT_KINDS
+from ..optim.units import Member, Units
 from .architectures import Heads, Neurons, Row, rows_of
 from .matrices import is_linear, is_transposed, matrix_units
 

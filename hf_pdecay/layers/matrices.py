@@ -12,7 +12,8 @@ from transformers.pytorch_utils import Conv1D
 
 from ..names import clean_name
 from ..optim.shards import full_shape
-from ..optim.units import Member, Units, n_of_m
+from ..optim.unit_kinds import n_of_m
+from ..optim.units import Member, Units
 
 
 Linear = nn.Linear | Conv1D

@@ -23,7 +23,7 @@ from .param_groups import steps_decay
 from .step_cache import StepCache, hyper_of
 from .tensor_step import Hyperparameters, Structure, TensorStep, alpha_lambda_p, noise_place
 from .unit_decay import UnitDecay, unit_decay_of
-from .units import ELEMENT, kind_of
+from .unit_kinds import ELEMENT, kind_of
 from .validation import FOREIGN_KEYS, check_hyperparameters, check_state_dict
 
 

@@ -19,7 +19,8 @@ from .gradients import check_dense, finite_by_norm, grads_finite
 from .param_groups import steps_decay
 from .tensor_step import Decay, Stepped, noise_place, smallest
 from .unit_decay import UnitDecay, unit_decay_of
-from .units import ELEMENT, check_units, kind_of
+from .unit_kinds import ELEMENT, kind_of
+from .units import check_units
 from .validation import check_decay_settings, check_real, check_saved_groups
 
 

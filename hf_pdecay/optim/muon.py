@@ -12,7 +12,7 @@ from torch.optim.optimizer import Optimizer, ParamsT
 from .decay_optimizer import evaluate
 from .defaults import LAMBDA_P, P_NORM
 from .param_groups import is_decayed
-from .units import ELEMENT, kind_of
+from .unit_kinds import ELEMENT, kind_of
 
 
 class MuonWithAdamW(Optimizer):

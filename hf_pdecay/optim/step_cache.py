@@ -18,8 +18,8 @@ from .backends import Share
 from .distributed import Owners, is_dtensor, parts_here
 from .moments import address
 from .tensor_step import Hyperparameters, TensorStep, alpha_lambda_p
+from .unit_kinds import ELEMENT, kind_of
 from .unit_tables import UnitTables
-from .units import ELEMENT, kind_of
 
 
 _STATE = ("exp_avg", "exp_avg_sq", "step")

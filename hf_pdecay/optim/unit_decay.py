@@ -25,9 +25,10 @@ from .cpu.units import UnitDivisors
 from .decay import shrink_factor
 from .distributed import is_dtensor, span_of
 from .tensor_step import Hyperparameters, Structure
+from .unit_kinds import kind_of, n_of_m
 from .unit_operations import decay_weakest, mean_squares, scale
 from .unit_tables import UnitTables
-from .units import Member, Units, check_units, kind_of, n_of_m, units_of
+from .units import Member, Units, check_units, units_of
 
 
 # Random bits of the multiplication differ from those of the step.

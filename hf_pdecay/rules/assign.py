@@ -16,7 +16,8 @@ from ..layers.matrices import decayable_parameter_names
 from ..names import clean_name
 from ..optim.param_groups import is_decayed
 from ..optim.shards import full_shape, wholly_zero
-from ..optim.units import ELEMENT, Units
+from ..optim.unit_kinds import ELEMENT
+from ..optim.units import Units
 from .claims import claims_by_name
 from .spec import Rule, RuleSpec, parse_rules
 

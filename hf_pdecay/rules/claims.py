@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from ..layers.finding import find_units
 from ..layers.matrices import matrix_units
 from ..optim.shards import full_shape
-from ..optim.units import ELEMENT, Units
+from ..optim.unit_kinds import ELEMENT
+from ..optim.units import Units
 from .spec import Rule
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ..checks import check_lambda_p, check_p_norm
-from ..optim.units import ELEMENT
+from ..optim.unit_kinds import ELEMENT
 from ..target.budgets import implied_target
 from ..target.settings import check_target
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..optim.param_groups import is_decayed
 from ..optim.shards import full_numel
-from ..optim.units import ELEMENT, kind_of
+from ..optim.unit_kinds import ELEMENT, kind_of
 
 
 if TYPE_CHECKING:

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from ..layers.matrices import decayable_parameter_names
 from ..names import clean_name
 from ..optim.backends import has_triton
-from ..optim.defaults import NEAR_ZERO_THRESHOLD
 from ..optim.distributed import Groups, all_sum
 from ..optim.shards import full_numel, full_shape, held, is_sharded
+from .defaults import NEAR_ZERO_THRESHOLD
 from .report import SparsityReport, TensorSparsity, UnitSparsity
 
 

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from ..optim.distributed import all_sum, common_groups, local, span_of
+from ..optim.unit_kinds import ELEMENT, kind_of, n_of_m
 from ..optim.unit_operations import alive_units
-from ..optim.units import ELEMENT, Units, kind_of, n_of_m, units_of
+from ..optim.units import Units, units_of
 
 
 @torch.no_grad()

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..files import write_text
-from ..optim.defaults import NEAR_ZERO_THRESHOLD
+from .defaults import NEAR_ZERO_THRESHOLD
 
 
 if TYPE_CHECKING:

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from ..optim.param_groups import decayed_groups, is_decayed
 from ..optim.shards import full_numel
-from ..optim.units import ELEMENT, Units, kind_of, n_of_m, unit_size, units_of
+from ..optim.unit_kinds import ELEMENT, kind_of, n_of_m
+from ..optim.units import Units, unit_size, units_of
 from .settings import check_target
 
 

@@ -24,7 +24,7 @@ from torch.optim import Optimizer
 from ..optim.decay import lambda_for_threshold
 from ..optim.param_groups import DENSE, HEALING, PRUNING, decayed_groups
 from ..optim.shards import group_params, is_sharded, publish
-from ..optim.units import UNIT_KINDS, kind_of
+from ..optim.unit_kinds import UNIT_KINDS, kind_of
 from .budgets import Budget, divide_target
 from .pruning import excess, prune, rank_by_magnitude
 from .settings import Target, check_p_norms

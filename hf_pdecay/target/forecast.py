@@ -9,8 +9,9 @@ from torch import Tensor
 
 from ..optim.decay import forecast_threshold, lambda_for_threshold
 from ..optim.shards import Ranked, held
+from ..optim.unit_kinds import UNIT_KINDS, kind_of
 from ..optim.unit_operations import mean_squares
-from ..optim.units import UNIT_KINDS, kind_of, units_of
+from ..optim.units import units_of
 from .ranking import Ranking
 
 

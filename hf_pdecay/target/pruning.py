@@ -14,8 +14,9 @@ from torch import Tensor
 
 from ..optim.distributed import first_index, local, span_of
 from ..optim.shards import Ranked, ranked
+from ..optim.unit_kinds import ELEMENT, n_of_m
 from ..optim.unit_operations import mean_squares, weakest
-from ..optim.units import ELEMENT, Member, n_of_m
+from ..optim.units import Member
 from .budgets import Budget
 from .ranking import Ranking, prune_least, scores
 

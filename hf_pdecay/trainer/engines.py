@@ -12,7 +12,7 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
 
-from ..optim.units import ELEMENT, kind_of
+from ..optim.unit_kinds import ELEMENT, kind_of
 
 
 if TYPE_CHECKING:

@@ -10,7 +10,8 @@ from dataclasses import dataclass, fields
 from typing import Any, get_args, get_type_hints
 
 from ..checks import check_choice, check_lambda_p, check_p_norm, is_number
-from ..optim.defaults import LAMBDA_P, NEAR_ZERO_THRESHOLD, P_NORM
+from ..optim.defaults import LAMBDA_P, P_NORM
+from ..sparsity.defaults import NEAR_ZERO_THRESHOLD
 from ..target.settings import Target, check_p_norms, setting
 
 

@@ -17,13 +17,13 @@ from transformers import TrainerControl, TrainerState, TrainingArguments
 from ..checks import check_choice
 from ..files import append_line, remove_leftovers, write_text
 from ..optim.adamw_lp import AdamWLp
-from ..optim.defaults import NEAR_ZERO_THRESHOLD
 from ..optim.param_groups import is_decayed
 from ..optim.shards import group_params, is_sharded, settle
 from ..rules.assign import decayed_parameter_names
 from ..rules.table import group_table
 from ..sparsity.counting import measure_sparsity, measure_with_extra
 from ..sparsity.dead_units import count_units
+from ..sparsity.defaults import NEAR_ZERO_THRESHOLD
 from ..sparsity.file_names import HISTORY_FILE, PICTURE_FILE, REPORT_FILE, RUN_FILES
 from ..sparsity.history import history_line, read_history
 from ..sparsity.report import SparsityReport

@@ -25,7 +25,6 @@ from ..optim.shards import is_sharded, settle
 from ..sparsity.file_names import REPORT_FILE, RUN_FILES, STATE_FILE
 from ..sparsity.report import SparsityReport
 from ..target.control import plan_target
-from .arguments import PDecayTrainingArguments, settings_of
 from .card import CardCallback, measure, write_card
 from .checkpoints import agreed_newest_whole, check_whole
 from .engines import check_engine, check_same, check_structured, check_world_size, engine_of, whole_model
@@ -37,6 +36,7 @@ from .search import Search, folded
 from .settings import DecaySettings
 from .sparsity_callback import SparsityCallback
 from .target_callback import SparsityControlCallback
+from .training_arguments import PDecayTrainingArguments, settings_of
 
 
 if TYPE_CHECKING:

@@ -11,7 +11,7 @@ import evaluate
 import transformers
 
 from hf_pdecay import measure_sparsity
-from hf_pdecay.optim.defaults import NEAR_ZERO_THRESHOLD
+from hf_pdecay.sparsity.defaults import NEAR_ZERO_THRESHOLD
 from hf_pdecay.storage.untrusted import auto_config, model_class, on_meta
 
 

@@ -19,7 +19,7 @@ from .settings import DecaySettings, split_optim_args
 class PDecayTrainingArguments(DecayFields, TrainingArguments):
     """``TrainingArguments`` that know the optimizer ``adamw_lp``.
 
-    The fields of :class:`.fields.DecayFields` are added; ``--help`` of ``HfArgumentParser`` explains them.
+    The fields of :class:`.flags.DecayFields` are added; ``--help`` of ``HfArgumentParser`` explains them.
     ``weight_decay`` keeps its meaning. With another ``optim`` the added fields have no effect.
 
     Args:
