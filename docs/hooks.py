@@ -43,7 +43,7 @@ def with_settings(markdown: str) -> str:
 
 def settings_table() -> str:
     """Return the table of all settings of the decay in Markdown: name, default and what ``--help`` says."""
-    from hf_pdecay.trainer.flags import SETTINGS
+    from hf_pdecay.trainer.training_flags import SETTINGS
 
     names = re.compile(rf'(?<!")\b({"|".join(SETTINGS)})\b(?!")')
     rows = ["| field | default | meaning |", "|---|---|---|"]

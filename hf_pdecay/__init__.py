@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from .measurements.hooks import classification_hooks as classification_hooks
     from .optim.adamw_lp import AdamWLp as AdamWLp
     from .optim.lp_decay import LpDecay as LpDecay
-    from .optim.named import make_optimizer as make_optimizer
+    from .optim.optimizer_names import make_optimizer as make_optimizer
     from .optim.shards import group_params as group_params
     from .optim.shards import settle as settle
     from .optim.units import Member as Member
@@ -67,6 +67,7 @@ if TYPE_CHECKING:
     from .target.control import SparsityControl as SparsityControl
     from .target.schedule import Schedule as Schedule
     from .target.settings import Target as Target
+    from .trainer.arguments import PDecayTrainingArguments as PDecayTrainingArguments
     from .trainer.checkpoints import newest_whole as newest_whole
     from .trainer.pareto import pareto_front as pareto_front
     from .trainer.pareto import plot_pareto as plot_pareto
@@ -82,7 +83,6 @@ if TYPE_CHECKING:
     from .trainer.sparsity_callback import SparsityCallback as SparsityCallback
     from .trainer.trainer import PDecayTrainer as PDecayTrainer
     from .trainer.trainer import PDecayTrainerMixin as PDecayTrainerMixin
-    from .trainer.training_arguments import PDecayTrainingArguments as PDecayTrainingArguments
     # isort: on
 
 # The public names that each module defines.
@@ -102,7 +102,7 @@ _NAMES = {
     "measurements.hooks": ("causal_lm_hooks", "classification_hooks"),
     "optim.adamw_lp": ("AdamWLp",),
     "optim.lp_decay": ("LpDecay",),
-    "optim.named": ("make_optimizer",),
+    "optim.optimizer_names": ("make_optimizer",),
     "optim.shards": ("group_params", "settle"),
     "optim.units": ("Member", "Units"),
     "rules.assign": ("build_param_groups", "decayed_parameter_names"),
@@ -122,7 +122,7 @@ _NAMES = {
     "target.control": ("SparsityControl",),
     "target.schedule": ("Schedule",),
     "target.settings": ("Target",),
-    "trainer.training_arguments": ("PDecayTrainingArguments",),
+    "trainer.arguments": ("PDecayTrainingArguments",),
     "trainer.checkpoints": ("newest_whole",),
     "trainer.pareto": ("pareto_front", "plot_pareto", "read_trials"),
     "trainer.register": ("register", "unregister"),

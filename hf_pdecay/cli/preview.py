@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from ..trainer.flags import SETTINGS
+from ..trainer.training_flags import SETTINGS
 from .command import add_config, add_json, add_max_steps, show
 
 
@@ -30,7 +30,7 @@ def register(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     """Print the preview."""
     from ..checks import check_choice
-    from ..optim.named import OPTIMIZERS
+    from ..optim.optimizer_names import OPTIMIZERS
     from ..trainer.settings import DecaySettings
     from .run_preview import preview
 

@@ -1,4 +1,4 @@
-"""What a user sets to ask for a sparsity. A setting is defined once, here or in ``trainer.flags``."""
+"""What a user sets to ask for a sparsity. A setting is defined once, here or in ``trainer.training_flags``."""
 
 from __future__ import annotations
 

@@ -14,7 +14,7 @@ from ..layers.matrices import is_linear
 from ..names import clean_name
 from ..optim.adamw_lp import AdamWLp
 from ..optim.lp_decay import LpDecay
-from ..optim.named import arranged, make_optimizer
+from ..optim.optimizer_names import arranged, make_optimizer
 from ..optim.unit_kinds import ELEMENT, kind_of
 from ..rules.assign import build_param_groups
 from .settings import DecaySettings

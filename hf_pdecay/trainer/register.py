@@ -16,7 +16,7 @@ import transformers
 from aenum import extend_enum
 from transformers import Trainer, TrainingArguments
 
-from ..optim.named import OPTIMIZERS
+from ..optim.optimizer_names import OPTIMIZERS
 from .optimizer import name_of
 from .trainer import PDecayTrainerMixin, check_arguments
 

@@ -15,10 +15,10 @@ from transformers.trainer_utils import default_compute_objective
 from ..checks import is_number
 from ..files import append_line
 from ..rules.spec import parse_rules
-from .flags import SETTINGS, DecayFields
+from .arguments import PDecayTrainingArguments, settings_of
 from .pareto import SEARCH_FILE
 from .settings import DecaySettings, split_optim_args
-from .training_arguments import PDecayTrainingArguments, settings_of
+from .training_flags import SETTINGS, DecayFields
 
 
 if TYPE_CHECKING:

@@ -7,10 +7,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from ..optim.named import ADAMW_LP, OPTIMIZERS, parse_options
+from ..optim.optimizer_names import ADAMW_LP, OPTIMIZERS, parse_options
 from ..rules.spec import load_rules
 from ..target.settings import Target
-from .flags import SETTINGS, DecayFields, read_setting
+from .training_flags import SETTINGS, DecayFields, read_setting
 
 
 # Settings that change no weight, and rules, which take too much room.
@@ -22,7 +22,7 @@ class DecaySettings(DecayFields):
     """All that a run sets for the decay, checked: ValueError for a bad value, ImportError for a missing package.
 
     Args:
-        optim: Name of the optimizer, one of :data:`.optim.named.OPTIMIZERS`.
+        optim: Name of the optimizer, one of :data:`.optim.optimizer_names.OPTIMIZERS`.
         options: Options of that optimizer, as strings: ``{"moments": "bfloat16"}``.
         target_modules: ``optim_target_modules``: the modules whose weights decay; None for the default.
     """

@@ -29,7 +29,7 @@ from ..sparsity.history import history_line, read_history
 from ..sparsity.report import SparsityReport
 from ..target.forecast import DecayingGroup, forecast
 from .first_callback import FirstCallback
-from .flags import SPARSITY_LOGGING
+from .training_flags import SPARSITY_LOGGING
 
 
 logger = logging.getLogger(__name__)

@@ -9,9 +9,9 @@ from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from ..rules.spec import parse_rules
 from ..target.control import SparsityControl
+from .arguments import settings_of
 from .first_callback import FirstCallback
 from .settings import DecaySettings
-from .training_arguments import settings_of
 
 
 logger = logging.getLogger(__name__)

@@ -20,15 +20,15 @@ from transformers.training_args import OptimizerNames
 from ..files import remove_leftovers
 from ..optim.adamw_lp import AdamWLp
 from ..optim.lp_decay import LpDecay
-from ..optim.named import OPTIMIZERS
+from ..optim.optimizer_names import OPTIMIZERS
 from ..optim.shards import is_sharded, settle
 from ..sparsity.file_names import REPORT_FILE, RUN_FILES, STATE_FILE
 from ..sparsity.report import SparsityReport
 from ..target.control import plan_target
+from .arguments import PDecayTrainingArguments, settings_of
 from .card import CardCallback, measure, write_card
 from .checkpoints import agreed_newest_whole, check_whole
 from .engines import check_engine, check_same, check_structured, check_world_size, engine_of, whole_model
-from .flags import DecayFields
 from .optimizer import build_optimizer, check_hyperparameters, name_of, param_groups_of
 from .resume_checks import check_checkpoint, check_engine_of, check_optimizer_state, other_settings
 from .saved_names import load_converted
@@ -36,7 +36,7 @@ from .search import Search, folded
 from .settings import DecaySettings
 from .sparsity_callback import SparsityCallback
 from .target_callback import SparsityControlCallback
-from .training_arguments import PDecayTrainingArguments, settings_of
+from .training_flags import DecayFields
 
 
 if TYPE_CHECKING:
@@ -54,7 +54,7 @@ class PDecayTrainerMixin(_Base):
 
         class SparseSeq2SeqTrainer(PDecayTrainerMixin, Seq2SeqTrainer): ...
 
-    With ``args.optim == "adamw_lp"``, or another of :data:`.optim.named.OPTIMIZERS`, it makes that optimizer, adds a
+    With ``args.optim == "adamw_lp"``, or another of :data:`.optim.optimizer_names.OPTIMIZERS`, it makes that optimizer, adds a
     :class:`SparsityCallback` as the first callback, and writes ``sparsity.json`` and the model card beside every model
     that it saves. With any other optimizer it changes nothing. Its ``args`` are a :class:`PDecayTrainingArguments`; any
     others work after :func:`hf_pdecay.register`.

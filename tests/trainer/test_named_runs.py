@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from transformers import Trainer, TrainingArguments
 
 from hf_pdecay import AdamWLp, LpDecay, PDecayTrainer, PDecayTrainingArguments
-from hf_pdecay.optim.named import OPTIMIZERS
+from hf_pdecay.optim.optimizer_names import OPTIMIZERS
 
 from ..helpers.models import tiny_gpt2
 

@@ -20,8 +20,8 @@ from transformers.training_args import OptimizerNames
 import hf_pdecay
 from hf_pdecay import AdamWLp, PDecayTrainer, PDecayTrainerMixin, PDecayTrainingArguments, SparsityReport
 from hf_pdecay.trainer import flags
+from hf_pdecay.trainer.arguments import settings_of
 from hf_pdecay.trainer.settings import DecaySettings
-from hf_pdecay.trainer.training_arguments import settings_of
 
 from ..helpers.models import build, tiny_gpt2
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from hf_pdecay import AdamWLp, measure_sparsity
-from hf_pdecay.trainer.flags import SETTINGS
+from hf_pdecay.trainer.training_flags import SETTINGS
 
 
 ROOT = Path(__file__).parents[2]
@@ -22,7 +22,10 @@ ROOT = Path(__file__).parents[2]
 # The new fields, and the fields that they are put before.
 ADDED = {
     "target/settings.py": ('    new_share: float = setting(0.25, "A share, NEW.")\n', "    keep_zeros: bool"),
-    "trainer/flags.py": ('    new_count: int | None = setting(None, "A count, NEW.")\n', "    skip_nonfinite: bool"),
+    "trainer/training_flags.py": (
+        '    new_count: int | None = setting(None, "A count, NEW.")\n',
+        "    skip_nonfinite: bool",
+    ),
 }
 
 LOOK = """

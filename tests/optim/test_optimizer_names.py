@@ -13,7 +13,7 @@ from torch import nn
 
 from hf_pdecay import AdamWLp, LpDecay
 from hf_pdecay.optim.muon import MuonWithAdamW
-from hf_pdecay.optim.named import OPTIMIZERS, arranged, make_optimizer, parse_options
+from hf_pdecay.optim.optimizer_names import OPTIMIZERS, arranged, make_optimizer, parse_options
 from hf_pdecay.rules.assign import build_param_groups
 from tests.helpers.models import tiny_gpt2
 from tests.helpers.steps import normal, through_a_file

@@ -8,18 +8,18 @@ from typing import Any
 from transformers import TrainingArguments
 from transformers.training_args import OptimizerNames
 
-from ..optim.named import ADAMW_LP, OPTIMIZERS
+from ..optim.optimizer_names import ADAMW_LP, OPTIMIZERS
 from ..target.settings import Target
-from .flags import SETTINGS, DecayFields
 from .optimizer import check_hyperparameters, name_of
 from .settings import DecaySettings, split_optim_args
+from .training_flags import SETTINGS, DecayFields
 
 
 @dataclass
 class PDecayTrainingArguments(DecayFields, TrainingArguments):
     """``TrainingArguments`` that know the optimizer ``adamw_lp``.
 
-    The fields of :class:`.flags.DecayFields` are added; ``--help`` of ``HfArgumentParser`` explains them.
+    The fields of :class:`.training_flags.DecayFields` are added; ``--help`` of ``HfArgumentParser`` explains them.
     ``weight_decay`` keeps its meaning. With another ``optim`` the added fields have no effect.
 
     Args:

@@ -12,7 +12,7 @@ from transformers import HfArgumentParser, TrainingArguments
 from transformers.training_args import OptimizerNames
 
 from hf_pdecay import PDecayTrainingArguments
-from hf_pdecay.trainer.flags import SETTINGS
+from hf_pdecay.trainer.training_flags import SETTINGS
 
 
 OWN = {
