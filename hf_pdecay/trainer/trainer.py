@@ -54,7 +54,7 @@ class PDecayTrainerMixin(_Base):
 
         class SparseSeq2SeqTrainer(PDecayTrainerMixin, Seq2SeqTrainer): ...
 
-    With ``args.optim == "adamw_lp"``, or another of :data:`.optim.optimizer_names.OPTIMIZERS`, it makes that optimizer, adds a
+    With ``args.optim == "adamw_lp"``, or another name of ``OPTIMIZERS``, it makes that optimizer, adds a
     :class:`SparsityCallback` as the first callback, and writes ``sparsity.json`` and the model card beside every model
     that it saves. With any other optimizer it changes nothing. Its ``args`` are a :class:`PDecayTrainingArguments`; any
     others work after :func:`hf_pdecay.register`.
