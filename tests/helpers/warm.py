@@ -49,14 +49,17 @@ ENVIRONMENT = {"OMP_NUM_THREADS": "1", "MPLBACKEND": "Agg", "PYTHONPATH": str(RO
 
 
 def python(
-    *words: object, cwd: Path = ROOT, timeout: float = 600.0, **environment: str
+    *words: object, cwd: Path = ROOT, timeout: float = 600.0, cold: bool = False, **environment: str
 ) -> subprocess.CompletedProcess[str]:
-    """Do what ``python WORDS`` does, for a script, ``-m`` or ``-c``.
+    """Do what ``python WORDS`` does, for a script, ``-m`` or ``-c``; if ``cold``, it and its ranks start from nothing.
 
     Raises:
         subprocess.TimeoutExpired: If the process has not ended after ``timeout`` seconds.
     """
-    return run([*map(str, words)], cwd, {**os.environ, **ENVIRONMENT, **environment}, timeout)
+    whole = {**os.environ, **ENVIRONMENT, **environment}
+    if cold:
+        whole.pop(ADDRESS, None)
+    return run([*map(str, words)], cwd, whole, timeout)
 
 
 def run(
@@ -64,7 +67,7 @@ def run(
 ) -> subprocess.CompletedProcess[str]:
     """As :func:`python`, with the whole environment."""
     command = [sys.executable, *words]
-    if ADDRESS not in os.environ:
+    if ADDRESS not in environment:
         return subprocess.run(
             command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=timeout, check=False
         )

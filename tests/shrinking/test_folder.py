@@ -136,8 +136,14 @@ def _bad_folders(folder: Path) -> Iterator[tuple[str, str]]:
         save("base", half_dead("gpt2")[0], architectures=["PreTrainedModel"]),
         "names .*PreTrainedModel",
     )
-    yield save("headless", half_dead("llama")[0], num_attention_heads=0), "cannot be loaded as a LlamaForCausalLM|No model can be built from the config"
-    yield save("narrower", half_dead("llama")[0], intermediate_size=40), "cannot be loaded as a LlamaForCausalLM|No model can be built from the config"
+    yield (
+        save("headless", half_dead("llama")[0], num_attention_heads=0),
+        "cannot be loaded as a LlamaForCausalLM|No model can be built from the config",
+    )
+    yield (
+        save("narrower", half_dead("llama")[0], intermediate_size=40),
+        "cannot be loaded as a LlamaForCausalLM|No model can be built from the config",
+    )
     yield save("wrong", half_dead("gpt2")[0], n_head=3), "must be divisible by num_heads"
     yield save("typed", half_dead("llama")[0], hidden_act="none such"), "none such"
     model = half_dead("gpt2")[0]
