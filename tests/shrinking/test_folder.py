@@ -112,6 +112,10 @@ def test_a_folder_appears_whole_or_not_at_all(sparse: Path, monkeypatch: pytest.
     assert files_of(sparse.parent) == before
 
 
+# transformers 4 meets some wrong sizes when the model is built, before any weight is loaded.
+_WRONG_SIZES = "cannot be loaded as a LlamaForCausalLM|No model can be built from the config"
+
+
 def _bad_folders(folder: Path) -> Iterator[tuple[str, str]]:
     """Folders that cannot be shrunk, and what is said of them."""
 
@@ -138,11 +142,11 @@ def _bad_folders(folder: Path) -> Iterator[tuple[str, str]]:
     )
     yield (
         save("headless", half_dead("llama")[0], num_attention_heads=0),
-        "cannot be loaded as a LlamaForCausalLM|No model can be built from the config",
+        _WRONG_SIZES,
     )
     yield (
         save("narrower", half_dead("llama")[0], intermediate_size=40),
-        "cannot be loaded as a LlamaForCausalLM|No model can be built from the config",
+        _WRONG_SIZES,
     )
     yield save("wrong", half_dead("gpt2")[0], n_head=3), "must be divisible by num_heads"
     yield save("typed", half_dead("llama")[0], hidden_act="none such"), "none such"
