@@ -19,7 +19,7 @@ from transformers.training_args import OptimizerNames
 
 import hf_pdecay
 from hf_pdecay import AdamWLp, PDecayTrainer, PDecayTrainerMixin, PDecayTrainingArguments, SparsityReport
-from hf_pdecay.trainer import flags
+from hf_pdecay.trainer import training_flags
 from hf_pdecay.trainer.arguments import settings_of
 from hf_pdecay.trainer.settings import DecaySettings
 
@@ -124,7 +124,7 @@ def test_saved_arguments(tmp_path: Path) -> None:
 def test_every_setting_goes_through_optim_args(registered: None, tmp_path: Path) -> None:
     file = tmp_path / "some rules.json"
     file.write_text(json.dumps(RULES))
-    assert {*SETTINGS, "lp_rules"} == {*flags.SETTINGS}
+    assert {*SETTINGS, "lp_rules"} == {*training_flags.SETTINGS}
     text = ", ".join(f"{key} = {value}" for key, value in SETTINGS.items())
     text += f", lp_rules={file}, backend=foreach, moments=bfloat16"
     stock = settings_of(_args(tmp_path, text, optim_target_modules=["attn"]))
