@@ -1,4 +1,4 @@
-"""Which backend computes the step of which tensor, and why."""
+"""The backends: what computes the step of each tensor, and why."""
 
 from __future__ import annotations
 

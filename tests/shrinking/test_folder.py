@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from torch import nn
 
@@ -112,8 +113,9 @@ def test_a_folder_appears_whole_or_not_at_all(sparse: Path, monkeypatch: pytest.
     assert files_of(sparse.parent) == before
 
 
-# transformers 4 meets some wrong sizes when the model is built, before any weight is loaded.
-_WRONG_SIZES = "cannot be loaded as a LlamaForCausalLM|No model can be built from the config"
+_NOT_LOADED = "cannot be loaded as a LlamaForCausalLM"
+# transformers 4 divides by the number of heads when the model is built, before any weight is loaded.
+_NO_HEADS = "No model can be built from the config" if transformers.__version__.startswith("4.") else _NOT_LOADED
 
 
 def _bad_folders(folder: Path) -> Iterator[tuple[str, str]]:
@@ -140,14 +142,8 @@ def _bad_folders(folder: Path) -> Iterator[tuple[str, str]]:
         save("base", half_dead("gpt2")[0], architectures=["PreTrainedModel"]),
         "names .*PreTrainedModel",
     )
-    yield (
-        save("headless", half_dead("llama")[0], num_attention_heads=0),
-        _WRONG_SIZES,
-    )
-    yield (
-        save("narrower", half_dead("llama")[0], intermediate_size=40),
-        _WRONG_SIZES,
-    )
+    yield save("headless", half_dead("llama")[0], num_attention_heads=0), _NO_HEADS
+    yield save("narrower", half_dead("llama")[0], intermediate_size=40), _NOT_LOADED
     yield save("wrong", half_dead("gpt2")[0], n_head=3), "must be divisible by num_heads"
     yield save("typed", half_dead("llama")[0], hidden_act="none such"), "none such"
     model = half_dead("gpt2")[0]
