@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import reduce
 from typing import Any, NamedTuple
 
-from torch import nn
+from torch import Tensor, nn
 
 from ..checks import check_choice
 from ..names import clean_name
@@ -15,7 +15,7 @@ from ..optim.shards import full_shape
 from ..optim.unit_kinds import UNIT_KINDS
 from ..optim.units import Member, Units
 from .architectures import Heads, Neurons, Row, rows_of
-from .matrices import is_linear, is_transposed, matrix_units
+from .matrices import is_linear, is_transposed, matrices_of, matrix_units
 
 
 class Site(NamedTuple):
@@ -34,7 +34,7 @@ class Layer:
     """The units of a layer, and the modules in which they lie.
 
     Args:
-        row: The entry of the table; None for rows, columns and ranks.
+        row: The entry of the table; None for rows, columns, ranks and the neurons of fused experts.
         modules: The modules of the entry's class, by their clean names.
         sites: What each member is, in the order of ``units.members``; empty without a row.
     """
@@ -52,7 +52,8 @@ def find_units(model: nn.Module, kind: str) -> list[Units[str]]:
         model: A model on any device, the meta device included. Names leave out the wrappers of ``torch.compile``, DDP
             and FSDP.
         kind: ``"row"`` or ``"column"`` of each linear layer, convolution and ``nn.MultiheadAttention``: what feeds
-            one of its outputs, bias included, or takes one of its inputs; ``"neuron"`` of each feed-forward layer;
+            one of its outputs, bias included, or takes one of its inputs; ``"neuron"`` of each feed-forward layer and
+            fused expert;
             ``"head"`` of each attention layer, with grouped queries a head of keys and values and the queries that
             share it; ``"rank"`` of each LoRA adapter.
 
@@ -72,6 +73,7 @@ def find_layers(model: nn.Module, kind: str) -> list[Layer]:
         layers = [Layer(units) for units in _ranks(model, names)]
     else:
         layers = _declared(model, kind, names)
+        layers += [Layer(units) for units in _neurons_of_experts(model, names)] if kind == "neuron" else []
     if not layers:
         raise ValueError(_unknown(model, kind))
     return layers
@@ -84,6 +86,30 @@ def _ranks(model: nn.Module, names: dict[int, str]) -> Iterator[Units[str]]:
         for factors in lora_factors(model, adapter):
             members = Member(names[id(factors.a)], 0), Member(names[id(factors.b)], 1)
             yield Units("rank", full_shape(factors.a)[0], members, clean_name(factors.name))
+
+
+def _neurons_of_experts(model: nn.Module, names: dict[int, str]) -> Iterator[Units[str]]:
+    """The neurons of each fused expert whose module has the parameters of transformers' experts."""
+    for name, module in model.named_modules():
+        stacks = {id(matrix.weight): matrix for matrix in matrices_of(module) if matrix.stacked}
+        parts = {key: stacks.get(id(param)) for key, param in module.named_parameters(recurse=False)}
+        ups = [matrix for key in ("gate_up_proj", "gate_proj", "up_proj") if (matrix := parts.get(key)) is not None]
+        down = parts.get("down_proj")
+        if down is None or down.transposed is None or not ups or any(up.transposed is None for up in ups):
+            continue
+        experts, count = full_shape(down.weight)[0], full_shape(down.weight)[down.dim("column")]
+        sides: list[tuple[Tensor, int, int, int]] = []
+        for up in ups:
+            times = full_shape(up.weight)[up.dim("row")] // count
+            # Gate and up projection of a fused one stand one after the other, or their outputs take turns.
+            one_by_one = times == 1 or getattr(module, "is_concatenated", type(module).__name__ != "GptOssExperts")
+            for size, offset in [(1, place * count) for place in range(times)] if one_by_one else [(times, 0)]:
+                sides.append((up.weight, up.dim("row"), size, offset))
+                sides += [(up.bias, 1, size, offset)] if up.bias is not None else []
+        sides.append((down.weight, down.dim("column"), 1, 0))
+        for expert in range(experts):
+            members = (Member(names[id(param)], dim, size, offset, expert) for param, dim, size, offset in sides)
+            yield Units("neuron", count, tuple(members), clean_name(f"{name}[{expert}]"))
 
 
 def _declared(model: nn.Module, kind: str, names: dict[int, str]) -> list[Layer]:

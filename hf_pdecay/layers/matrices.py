@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator, Mapping, Set
 from typing import NamedTuple, TypeGuard
 
 import torch
@@ -18,25 +18,39 @@ from ..optim.units import Member, Units
 
 Linear = nn.Linear | Conv1D
 
+# Whether the last dimension of a stack is that of its outputs, by the class of modules that do not state it.
+_TRANSPOSED_STACKS = {
+    "GraniteMoeHybridParallelExperts": False,
+    "GraniteMoeParallelExperts": False,
+    "GraniteMoeSharedParallelExperts": False,
+    "GroupedLinearLayer": True,  # ConvBERT
+    "JetMoeParallelExperts": False,
+    "MoshiFlexibleLinear": False,
+    "KyutaiSpeechToTextFlexibleLinear": False,
+    "RecurrentGemmaRglru": True,
+}
+
 
 class Matrix(NamedTuple):
-    """A matrix that a layer holds, and the bias of its outputs.
+    """A matrix that a layer holds, or a stack of matrices, as fused experts are, and the bias of its outputs.
 
     Attributes:
         offset: Index in the bias of the first output.
         repeats: Number of times that the outputs come in the bias, one after the other.
-        transposed: Whether its columns are the outputs; otherwise its rows are.
+        transposed: Whether its columns are the outputs; otherwise its rows are. None if that is not known.
+        stacked: Whether dimension 0 counts matrices, and biases.
     """
 
     weight: Tensor
     bias: Tensor | None
     offset: int = 0
     repeats: int = 1
-    transposed: bool = False
+    transposed: bool | None = False
+    stacked: bool = False
 
     def dim(self, kind: str) -> int:
         """Return the dimension along which its ``"row"`` units lie, or for other kinds the one of its inputs."""
-        return int((kind == "row") == self.transposed)
+        return int((kind == "row") == self.transposed) + self.stacked
 
 
 def is_linear(module: nn.Module) -> TypeGuard[Linear]:
@@ -55,19 +69,57 @@ def is_transposed(module: nn.Module) -> bool:
 
 
 def matrices_of(module: nn.Module) -> Iterator[Matrix]:
-    """Yield the matrices of a linear layer, convolution or ``nn.MultiheadAttention``, without parametrized ones."""
+    """Yield what a layer multiplies by, without what a parametrization computes.
+
+    These are the matrices of a linear layer, convolution or ``nn.MultiheadAttention``, and stacks of matrices.
+    """
     params = dict(module.named_parameters(recurse=False))
     if isinstance(module, nn.MultiheadAttention):
         names = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
         for place, name in enumerate(name for name in names if name in params):
             yield Matrix(params[name], params.get("in_proj_bias"), place * module.embed_dim)
-    elif "weight" in params and (is_linear(module) or isinstance(module, _ConvNd)):
+    elif is_linear(module) or isinstance(module, _ConvNd):
+        if "weight" not in params:
+            return
         # Each group of a transposed convolution has all indices of the weight's outputs.
         repeats = module.groups if isinstance(module, _ConvTransposeNd) else 1
         yield Matrix(params["weight"], params.get("bias"), repeats=repeats, transposed=is_transposed(module))
+    else:
+        for name, param in params.items():
+            if _is_stack(param):
+                bias = _bias_of_stack(params, name)
+                yield Matrix(param, bias, transposed=_is_transposed_stack(module, params, name), stacked=True)
 
 
-def matrix_units(model: nn.Module, kind: str, wanted: Collection[str] | None = None) -> list[Units[str]]:
+def _is_stack(param: Tensor) -> bool:
+    # A position table has the shape 1 × positions × width: it is not a stack.
+    return len(full_shape(param)) == 3 and min(full_shape(param)) > 1
+
+
+def _bias_of_stack(params: Mapping[str, Tensor], name: str) -> Tensor | None:
+    """The biases beside a stack, one for each matrix: of two dimensions."""
+    names = f"{name}_bias", f"{name.removesuffix('weight')}bias"
+    return next((params[bias] for bias in names if bias in params and len(full_shape(params[bias])) == 2), None)
+
+
+def _is_transposed_stack(module: nn.Module, params: Mapping[str, Tensor], name: str) -> bool | None:
+    """Whether the last dimension of a stack is that of its outputs; None if the module does not tell."""
+    stated = getattr(module, "is_transposed", None)  # as transformers' experts state it
+    if isinstance(stated, bool):
+        return stated
+    shapes = [full_shape(params[key]) for key in ("gate_up_proj", "down_proj") if key in params]
+    if len(shapes) == 2 and all(len(shape) == 3 for shape in shapes):
+        # Twice as many outputs of the one as inputs of the other.
+        (_, first, second), (_, third, fourth) = shapes
+        if (first == 2 * fourth) != (second == 2 * third):
+            return second == 2 * third
+    for cls in type(module).__mro__:
+        if cls.__name__ in _TRANSPOSED_STACKS:
+            return _TRANSPOSED_STACKS[cls.__name__]
+    return None
+
+
+def matrix_units(model: nn.Module, kind: str, wanted: Set[str] | None = None) -> list[Units[str]]:
     """Return the rows, columns or N:M blocks (along the inputs) of a model's matrices, shared matrices once.
 
     Only layers with units in one of the ``wanted`` parameters count, by name; None for all layers.
@@ -85,21 +137,44 @@ def matrix_units(model: nn.Module, kind: str, wanted: Collection[str] | None = N
             layers.setdefault(name, clean_name(layer))
     blocks, units = n_of_m(kind), []
     for name, matrices in alike.items():
-        dim = matrices[0].dim(kind)
-        count = full_shape(matrices[0].weight)[dim]
+        first = matrices[0]
+        biases = [names[id(matrix.bias)] for matrix in matrices if kind == "row" and matrix.bias is not None]
+        if wanted is not None and wanted.isdisjoint({name, *biases}):
+            continue
+        if first.transposed is None:
+            if wanted is None:
+                continue
+            raise ValueError(
+                f"Invalid lp_rules: group={kind!r} on {name}, a stack of matrices of which hf_pdecay does not know "
+                "whether rows or columns are the outputs; leave it out of the rule."
+            )
+        dim = first.dim(kind)
+        count = full_shape(first.weight)[dim]
+        if blocks is not None and count % blocks[1]:
+            raise ValueError(
+                f"Invalid lp_rules: group={kind!r} on {name}, whose {count} inputs are not divisible by "
+                f"{blocks[1]}; leave it out of the rule."
+            )
+        if first.stacked and blocks is None:
+            for place in range(full_shape(first.weight)[0]):
+                both = Member(name, dim, matrix=place), *(Member(bias, 1, matrix=place) for bias in biases)
+                units.append(Units(kind, count, both, f"{name}[{place}]"))
+            continue
         members = {Member(name, dim): None}
         for matrix in matrices if kind == "row" else ():
             if matrix.bias is not None:
                 offsets = (matrix.offset + part * count for part in range(matrix.repeats))
                 members |= {Member(names[id(matrix.bias)], 0, offset=offset): None for offset in offsets}
-        if wanted is None or any(member.param in wanted for member in members):
-            if blocks is not None and count % blocks[1]:
-                raise ValueError(
-                    f"Invalid lp_rules: group={kind!r} on {name}, whose {count} inputs are not divisible by "
-                    f"{blocks[1]}; leave it out of the rule."
-                )
-            units.append(Units(kind, count, tuple(members), layers[name]))
+        units.append(Units(kind, count, tuple(members), name if first.stacked else layers[name]))
     return units
+
+
+def bias_names(model: nn.Module) -> set[str]:
+    """Return the names of the biases that belong to matrices; those of a stack have two dimensions."""
+    biases = {
+        id(matrix.bias) for module in model.modules() for matrix in matrices_of(module) if matrix.bias is not None
+    }
+    return {clean_name(name) for name, param in model.named_parameters() if id(param) in biases}
 
 
 def decayable_parameter_names(model: nn.Module) -> list[str]:
@@ -113,7 +188,7 @@ def decayable_parameter_names(model: nn.Module) -> list[str]:
         model: Any module, wrapped or not.
     """
     kept_out = {id(param) for module in _embeddings_and_heads(model) for param in module.parameters(recurse=False)}
-    chosen = {id(param) for module in model.modules() for param in _matrices_or_stacks(module)} - kept_out
+    chosen = {id(matrix.weight) for module in model.modules() for matrix in matrices_of(module)} - kept_out
     return [
         clean_name(name)
         for name, param in model.named_parameters()
@@ -131,16 +206,6 @@ def _embeddings_and_heads(model: nn.Module) -> Iterator[nn.Module]:
             head = module.get_output_embeddings()
             if isinstance(head, nn.Module):
                 yield from head.modules()  # PEFT wraps a head that it adapts or trains
-
-
-def _matrices_or_stacks(module: nn.Module) -> Iterator[Tensor]:
-    if is_linear(module) or isinstance(module, (nn.MultiheadAttention, _ConvNd)):
-        yield from (matrix.weight for matrix in matrices_of(module))
-    else:
-        # A position table has the shape 1 × positions × width: it is not a stack.
-        for param in module.parameters(recurse=False):
-            if len(full_shape(param)) == 3 and min(full_shape(param)) > 1:
-                yield param
 
 
 def make_linear(inputs: int, outputs: int, *, bias: bool, transposed: bool) -> Linear:

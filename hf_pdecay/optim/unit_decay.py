@@ -26,7 +26,7 @@ from .decay import shrink_factor
 from .distributed import is_dtensor, span_of
 from .tensor_step import Hyperparameters, Structure
 from .unit_kinds import kind_of, n_of_m
-from .unit_operations import decay_weakest, mean_squares, scale
+from .unit_operations import decay_weakest, mean_squares, scale, weights_here
 from .unit_tables import UnitTables
 from .units import Member, Units, check_units, units_of
 
@@ -236,8 +236,11 @@ class CoupledDecay(UnitDecay):
                 noise = self.first_place + member.param + _NOISE * (1 + number), self.step_of(counted)
                 spread = factor.repeat_interleave(member.size) if member.size > 1 else factor
                 for weights in self._weights(member.param):
-                    of_units = weights.narrow(member.dim, member.offset, len(spread))
-                    scale(of_units, member.dim, spread.to(weights.device), *noise)
+                    here = weights_here(weights, member, None)
+                    of_units = here.narrow(member.dim, member.offset, len(spread))
+                    # Matrices of one stack differ in their random bits.
+                    first = int(here.storage_offset() - weights.storage_offset())
+                    scale(of_units, member.dim, spread.to(weights.device), *noise, first)
 
     def _all_factors(self) -> list[tuple[Units[int], Tensor]]:
         """The units of each layer with their factors."""
@@ -267,7 +270,8 @@ class CoupledDecay(UnitDecay):
 def _tables(params: Sequence[Tensor], units: Sequence[Units[int]], backend: str) -> UnitTables | None:
     """The tables of a backend, if its functions take all parameters and all are on one device."""
     weights = [params[member.param] for layer in units for member in layer.members]
-    if backend not in ("compiled", "triton") or len({weight.device for weight in weights}) != 1:
+    stacked = any(member.matrix is not None for layer in units for member in layer.members)
+    if stacked or backend not in ("compiled", "triton") or len({weight.device for weight in weights}) != 1:
         return None
     kind: type[UnitTables] = UnitDivisors
     if backend == "triton":

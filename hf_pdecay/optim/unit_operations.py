@@ -27,10 +27,11 @@ def mean_squares(
     total: Tensor | float = 0.0
     for member in units.members:
         value, span = (params if values is None else values)[member.param].detach(), spans[member.param]
+        here = weights_here(value, member, span)
         if span is None:
-            sums = _square_sums(value.narrow(member.dim, member.offset, units.count * member.size), member.dim)
+            sums = _square_sums(here.narrow(member.dim, member.offset, units.count * member.size), member.dim)
         else:
-            sums = _square_sums(local(value), member.dim)
+            sums = _square_sums(here, member.dim)
             sums = _of_whole(sums, member, units.count, params[member.param].shape[member.dim], span)
         if member.size > 1:
             sums = sums.view(-1, member.size).sum(1)
@@ -52,7 +53,7 @@ def alive_units(units: Units[int], params: Sequence[Tensor]) -> Tensor:
 def alive_here(param: Tensor, member: Member[Any], count: int) -> Tensor:
     """Return which of ``count`` units have a non-zero weight in the part of a parameter that this process holds."""
     span = span_of(param)
-    weights = local(param.detach())
+    weights = weights_here(param.detach(), member, span)
     if span is None:
         weights = weights.narrow(member.dim, member.offset, count * member.size)
     nonzero = (weights != 0).transpose(0, member.dim)
@@ -60,6 +61,15 @@ def alive_here(param: Tensor, member: Member[Any], count: int) -> Tensor:
     if span is not None:
         nonzero = _of_whole(nonzero, member, count, param.shape[member.dim], span)
     return nonzero.view(count, -1).any(1)
+
+
+def weights_here(weights: Tensor, member: Member[Any], span: Span | None) -> Tensor:
+    """Return this process's weights of a parameter, or of a matrix in it, as a view: none if another has the matrix."""
+    here = local(weights)
+    if member.matrix is None:
+        return here
+    place = member.matrix - first_index(span, 0)
+    return here.narrow(0, place, 1) if 0 <= place < len(here) else here.narrow(0, 0, 0)
 
 
 def _of_whole(here: Tensor, member: Member[Any], count: int, length: int, span: Span) -> Tensor:
@@ -101,9 +111,9 @@ def _pieces(weights: Tensor, dim: int, block: int = 1) -> Iterator[tuple[Tensor,
         yield weights.narrow(axis, start, extent), slice(start, start + extent) if axis == dim else whole
 
 
-def scale(weights: Tensor, dim: int, factor: Tensor, noise_place: int, step: int | Tensor) -> None:
-    """Multiply weights by factors along a dimension, in place."""
-    first, shape = 0, [1] * weights.dim()
+def scale(weights: Tensor, dim: int, factor: Tensor, noise_place: int, step: int | Tensor, first: int = 0) -> None:
+    """Multiply weights by factors along a dimension, in place; ``first`` is the place of their first random bits."""
+    shape = [1] * weights.dim()
     shape[dim] = -1
     for piece, span in _pieces(weights, dim):
         _multiply(piece, factor[span].view(shape), noise_place, step, first)

@@ -12,26 +12,30 @@ from .unit_kinds import ELEMENT, kind_of, n_of_m
 
 
 Key = TypeVar("Key", str, int)
-_Taken = dict[int, tuple[int, list[tuple[int, int]]]]  # of a parameter: its dimension, and the spans of its units
+# Of a parameter, or of a matrix in it: the dimension and the spans of its units.
+_Taken = dict[tuple[int, int | None], tuple[int, list[tuple[int, int]]]]
 
 
 @dataclass(frozen=True)
 class Member(Generic[Key]):
     """Where the units of a layer lie in one parameter.
 
-    Unit u has the indices from ``offset + u * size`` up to ``offset + (u + 1) * size`` of dimension ``dim``.
+    Unit u has the indices from ``offset + u * size`` up to ``offset + (u + 1) * size`` of dimension ``dim``. In a
+    stack, such as fused experts, it has them in one matrix.
 
     Args:
         param: Clean name of the parameter in its model, or its index in a param group.
         dim: Dimension along which the units lie.
         size: Number of consecutive indices that belong to one unit.
         offset: Index at which the first unit begins.
+        matrix: Index along dimension 0 of the matrix in a stack, or of its biases; None for the whole parameter.
     """
 
     param: Key
     dim: int
     size: int = 1
     offset: int = 0
+    matrix: int | None = None
 
 
 @dataclass(frozen=True)
@@ -60,7 +64,10 @@ def units_of(group: Mapping[str, Any]) -> list[Units[int]]:
     if given is not None:
         units = []
         for layer in given:
-            members = [Member(m["param"], m["dim"], m.get("size", 1), m.get("offset", 0)) for m in layer["members"]]
+            members = [
+                Member(m["param"], m["dim"], m.get("size", 1), m.get("offset", 0), m.get("matrix"))
+                for m in layer["members"]
+            ]
             units.append(Units(kind, layer["count"], tuple(members), layer.get("name", "")))
         return units
     dim = 0 if kind == "row" else 1
@@ -114,14 +121,18 @@ def _check_member(layer: Units[int], member: Member[int], params: Sequence[Tenso
     whole = _whole(member.dim, 0) and _whole(member.size, 1) and _whole(member.offset, 0)
     if not whole or member.dim >= len(shape):
         raise ValueError(f"Invalid units: {where} does not fit a parameter of shape {shape}.")
+    matrix = member.matrix
+    if matrix is not None and not (_whole(matrix, 0) and matrix < shape[0] and member.dim > 0):
+        raise ValueError(f"Invalid units: {where} names no matrix of a parameter of shape {shape}.")
     end = member.offset + layer.count * member.size
     if end > shape[member.dim]:
         raise ValueError(
             f"Invalid units: {where} with {layer.count} units reaches index {end} of dimension {member.dim} of a "
             f"parameter of shape {shape}."
         )
-    dim, spans = taken.setdefault(member.param, (member.dim, []))
-    if dim != member.dim or any(start < end and member.offset < stop for start, stop in spans):
+    dim, spans = taken.setdefault((member.param, matrix), (member.dim, []))
+    in_whole = matrix is not None and (member.param, None) in taken
+    if in_whole or dim != member.dim or any(start < end and member.offset < stop for start, stop in spans):
         raise ValueError(f"Invalid units: {where} has weights that belong to another unit of this kind.")
     spans.append((member.offset, end))
     blocks = n_of_m(layer.kind)
@@ -138,4 +149,9 @@ def _whole(value: Any, least: int) -> bool:
 
 def unit_size(units: Units[int], params: Sequence[Tensor]) -> int:
     """Return the number of weights of one unit."""
-    return sum(params[m.param].numel() // params[m.param].shape[m.dim] * m.size for m in units.members)
+    return sum(_share(params[member.param], member) for member in units.members)
+
+
+def _share(param: Tensor, member: Member[int]) -> int:
+    """The number of weights that one unit has in a parameter."""
+    return param.numel() // (1 if member.matrix is None else param.shape[0]) // param.shape[member.dim] * member.size

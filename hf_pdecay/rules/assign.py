@@ -6,18 +6,18 @@ By default the type of a layer decides, never its name: see :func:`.decayable_pa
 from __future__ import annotations
 
 import difflib
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence, Set
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from torch import Tensor, nn
 
-from ..layers.matrices import decayable_parameter_names
+from ..layers.matrices import bias_names, decayable_parameter_names
 from ..names import clean_name
 from ..optim.param_groups import is_decayed
 from ..optim.shards import full_shape, wholly_zero
 from ..optim.unit_kinds import ELEMENT
-from ..optim.units import Units
+from ..optim.units import Member, Units
 from .claims import claims_by_name
 from .spec import Rule, RuleSpec, parse_rules
 
@@ -57,7 +57,8 @@ def assign(model: nn.Module, *, p_norm: float, lambda_p: float, rules: RuleSpec 
             names.setdefault(id(param), []).append(clean_name(name))
     trainable = {names[id(param)][0]: param for param in model.parameters() if param.requires_grad}
     aliases = {known[0]: known for known in names.values()}
-    matches = {rule: _matched(rule, trainable, aliases) for rule in parse_rules(rules or {})}
+    biases = bias_names(model)
+    matches = {rule: _matched(rule, trainable, aliases, biases) for rule in parse_rules(rules or {})}
     claims = claims_by_name(model, matches, trainable, default)
     result = {}
     for name in trainable:
@@ -78,12 +79,14 @@ def assign(model: nn.Module, *, p_norm: float, lambda_p: float, rules: RuleSpec 
     return result
 
 
-def _matched(rule: Rule, trainable: Mapping[str, Tensor], aliases: Mapping[str, list[str]]) -> set[str]:
+def _matched(
+    rule: Rule, trainable: Mapping[str, Tensor], aliases: Mapping[str, list[str]], biases: Set[str]
+) -> set[str]:
     """Names of the parameters that a rule matches by any of their names."""
     names = {name for name, known in aliases.items() if any(rule.pattern.search(alias) for alias in known)}
     if not names:
         raise ValueError(_no_match(rule.text, [alias for known in aliases.values() for alias in known]))
-    matrices = {name for name in names if len(full_shape(trainable[name])) > 1}
+    matrices = {name for name in names - biases if len(full_shape(trainable[name])) > 1}
     return names if rule.off else matrices or names
 
 
@@ -188,9 +191,16 @@ def _as_data(assignment: Assignment, names: Sequence[str]) -> list[dict[str, Any
                 f"Invalid lp_rules: {assignment.rule!r} has group={assignment.group!r}, but {elsewhere[0]} is on "
                 f"another device mesh than other parameters of {layer.name}; leave {layer.name} out of the rule."
             )
-        members = [asdict(member) | {"param": index[member.param]} for member in layer.members]
-        units.append(asdict(layer) | {"members": members})
+        members = [_member_as_data(member, index) for member in layer.members]
+        units.append({"kind": layer.kind, "count": layer.count, "members": members, "name": layer.name})
     return units
+
+
+def _member_as_data(member: Member[str], index: Mapping[str, int]) -> dict[str, Any]:
+    data = asdict(member) | {"param": index[member.param]}
+    if member.matrix is None:
+        del data["matrix"]
+    return data
 
 
 def decayed_parameter_names(

@@ -25,6 +25,11 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+_FUSED = (
+    "The neurons of fused experts in {} cannot be removed: one parameter holds all experts, and each expert has dead "
+    "neurons of its own. Store the model with `hf-pdecay compress`."
+)
+
 KINDS = ("neuron", "head")
 LAYOUTS = ("uniform", "ragged")
 
@@ -94,16 +99,17 @@ def _check_model(model: Any) -> None:
 
 
 def layers_of(model: nn.Module) -> list[Layer]:
-    """Return the layers that have neurons or heads, in the model's order; ValueError for an unknown architecture."""
-    layers: list[Layer] = []
+    """Return the layers whose neurons or heads can be removed, in the model's order; ValueError if there is none."""
+    found: list[Layer] = []
     errors: list[ValueError] = []
     for kind in KINDS:
         try:
-            layers += find_layers(model, kind)
+            found += find_layers(model, kind)
         except ValueError as error:
             errors.append(error)
-    if errors and not layers:
-        raise errors[0]
+    layers = [layer for layer in found if layer.row is not None]
+    if not layers:
+        raise ValueError(_FUSED.format(type(model).__name__)) if found else errors[0]
     order = {name: number for number, (name, _) in enumerate(model.named_modules())}
     return sorted(layers, key=lambda layer: order.get(layer.units.name, 0))
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from ..optim.distributed import first_index, local, span_of
 from ..optim.shards import Ranked, ranked
 from ..optim.unit_kinds import ELEMENT, n_of_m
-from ..optim.unit_operations import mean_squares, weakest
+from ..optim.unit_operations import mean_squares, weakest, weights_here
 from ..optim.units import Member
 from .budgets import Budget
 from .ranking import Ranking, prune_least, scores
@@ -71,8 +71,14 @@ def _prune_units(budget: Budget, optimizer: Any, count: int) -> None:
         return
     with_moments = _has_second_moments(budget, optimizer)
     layer_scores = []
+    known: dict[int, Tensor] = {}  # by the id of a parameter; the layers of a stack have the same ones
     for layer, params in budget.layers:
-        saliency = {m.param: _saliency(params[m.param], optimizer, with_moments) for m in layer.members}
+        ids = {member.param: id(params[member.param]) for member in layer.members}
+        known = {key: known[key] for key in ids.values() if key in known}
+        for index, key in ids.items():
+            if key not in known:
+                known[key] = _saliency(params[index], optimizer, with_moments)
+        saliency = {index: known[key] for index, key in ids.items()}
         layer_scores.append(mean_squares(layer, params, saliency).sqrt().double().cpu())
     flat = torch.cat(layer_scores)
     dead = torch.zeros(len(flat), dtype=torch.bool)
@@ -81,10 +87,11 @@ def _prune_units(budget: Budget, optimizer: Any, count: int) -> None:
     for (layer, params), dead_here in zip(budget.layers, dead_by_layer, strict=True):
         for member in layer.members:
             param = params[member.param]
-            weights = local(param.detach())
+            span = span_of(param)
+            weights = weights_here(param.detach(), member, span)
             indices = dead_here.nonzero().view(-1, 1) * member.size + torch.arange(member.size) + member.offset
             # The part of the shard that this process has.
-            indices = indices.view(-1) - first_index(span_of(param), member.dim)
+            indices = indices.view(-1) - first_index(span, member.dim)
             indices = indices[(indices >= 0) & (indices < weights.shape[member.dim])]
             weights.index_fill_(member.dim, indices.to(weights.device), 0)
 

@@ -81,6 +81,7 @@ def check_structured(
     trainer: Trainer, groups: Iterable[Mapping[str, Any]], optim: str = "adamw_lp", backend: str = "auto"
 ) -> None:
     """Raise ValueError if weights that decay as units are sharded in a way that the optimizer cannot handle."""
+    groups = list(groups)
     kinds = [kind_of(group) for group in groups if kind_of(group) != ELEMENT]
     if kinds and trainer.is_deepspeed_enabled:
         raise ValueError(
@@ -92,6 +93,13 @@ def check_structured(
             f"Invalid lp_rules: group={kinds[0]!r} under FSDP with optim={optim!r} and backend={backend!r}; units of "
             "sharded weights take adamw_lp with backend 'auto', 'compiled' or 'triton'."
         )
+    for group in groups if trainer.is_fsdp_enabled else ():
+        members = (member for layer in group.get("units") or () for member in layer["members"])
+        if any(member.get("matrix") is not None for member in members):
+            raise ValueError(
+                f"Invalid lp_rules: group={kind_of(group)!r} on fused experts under FSDP, which divides them among "
+                "processes; take one process, DDP, or N:M such as 2:4."
+            )
 
 
 def check_same(settings: Mapping[str, Any]) -> None:

@@ -61,6 +61,10 @@ def test_groups_of_weights_that_nobody_could_find_are_refused() -> None:
         with pytest.raises(ValueError, match=f"under FSDP with optim='{optim}' and backend='{backend}'; units of"):
             check_structured(sharded, [{}, {"group": "head"}], optim, backend)
     check_structured(sharded, [{}, {"group": "head"}])
+    experts = {"group": "row", "units": [{"members": [{"param": 0, "dim": 1, "matrix": 0}]}]}
+    with pytest.raises(ValueError, match="group='row' on fused experts under FSDP"):
+        check_structured(sharded, [{}, experts])
+    check_structured(trainer(), [experts])
     for case in (trainer(deepspeed={}), trainer(fsdp=2)):
         check_structured(case, [{}, {"group": "element"}], "sgd_lp")
     check_structured(trainer(), [{"group": "head"}], "sgd_lp", "foreach")
