@@ -24,7 +24,7 @@ _IN_BACKWARD = (
     "optimizer that does the same in step()"
 )
 _OWN_RATE = "its step size is not the group's lr but one that it finds, and the decay would not follow it"
-_OTHER_FORM = "it keeps the averaged weights where the decay does not reach them. Take {} of the same package"
+_OTHER_FORM = "it keeps the averaged weights where the decay does not reach them. Take {} of the package schedulefree"
 
 _SCHEDULE_FREE = {"AdamWScheduleFree", "RAdamScheduleFree", "SGDScheduleFree"}
 _REFUSED = {
@@ -126,6 +126,8 @@ def _refusal(base: Optimizer) -> str | None:
     defaults: dict[str, Any] = base.defaults
     if "lambda_p" in defaults:
         return "it decays by p norm already"
+    if not is_schedule_free(base) and callable(getattr(base, "train", None)) and callable(getattr(base, "eval", None)):
+        return _OTHER_FORM.format("AdamWScheduleFree")
     params: list[Tensor] = [param for group in base.param_groups for param in group["params"]]
     if defaults.get("gradient_release") or any(getattr(param, "_in_backward_optimizers", None) for param in params):
         return _IN_BACKWARD

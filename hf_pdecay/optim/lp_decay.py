@@ -137,7 +137,7 @@ class LpDecay(DecayOptimizer):
             return
         for group in filter(_changes_weights, self.param_groups):
             for param in group["params"]:
-                state = self.state.get(param)
+                state = self._entry(param)
                 # A control may have pruned since the last step.
                 if state and group["train_mode"] and not bool(state["dormant"]):
                     local(state["z"]).masked_fill_(local(param) == 0, 0)
@@ -167,8 +167,15 @@ class LpDecay(DecayOptimizer):
         for before in self._optimizer_load_state_dict_pre_hooks.values():
             changed = before(self, state_dict)
             state_dict = state_dict if changed is None else changed
-        check_saved_groups(state_dict["param_groups"], self.param_groups)
-        self.base.load_state_dict({**state_dict, "param_groups": self._merged_groups(state_dict)})
+        before_load = self.param_groups
+        if "param_groups" in state_dict:
+            check_saved_groups(state_dict["param_groups"], self.param_groups)
+            state_dict = {**state_dict, "param_groups": self._merged_groups(state_dict)}
+        self.base.load_state_dict(state_dict)
+        for group, ours in zip(self.param_groups, before_load, strict=True):
+            # An optimizer around another may have checkpoints of its own form.
+            for name, value in ours.items():
+                group.setdefault(name, value)
         for group in self.param_groups:
             for param in group["params"]:
                 state = self.state.get(param)
@@ -180,6 +187,11 @@ class LpDecay(DecayOptimizer):
         self._awakening = Awakening()
         for after in self._optimizer_load_state_dict_post_hooks.values():
             after(self)
+
+    def _entry(self, param: Tensor) -> dict[str, Any]:
+        """Return the state of a parameter that has stepped, else an empty dict; a base may keep more in `state`."""
+        state: dict[str, Any] = self.state.get(param) or {}
+        return state if "dormant" in state else {}
 
     def _step(self, norm: Tensor | float | None) -> bool | Tensor:
         for group in self.param_groups:
@@ -204,7 +216,9 @@ class LpDecay(DecayOptimizer):
             group["decay_steps"] += 1
             if index in unit_decays:
                 unit_decays[index].after_step(finite)
-        self._awakening.ask({param: state for param, state in self.state.items() if state and "dormant" in state})
+        self._awakening.ask(
+            {param: state for group in self.param_groups for param in group["params"] if (state := self._entry(param))}
+        )
         return finite
 
     def _finite(self, norm: Tensor | float | None) -> bool | Tensor:

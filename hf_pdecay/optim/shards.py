@@ -17,6 +17,10 @@ from .distributed import Groups, all_sum, is_dtensor, local, shard_groups
 from .moments import dequantize
 
 
+# Entries beside second moments of projected gradients (GaLore, APOLLO, Conda, SOAP), whatever their shape.
+_PROJECTIONS = frozenset(("projector", "Q", "GG"))
+
+
 def full_shape(param: Tensor) -> torch.Size:
     """Return the shape of a whole parameter."""
     shape: torch.Size = getattr(param, "ds_shape", param.shape)
@@ -48,11 +52,20 @@ def ranked(param: Any, optimizer: Optimizer) -> Ranked:
         return _of_group(param.ds_process_group, *_partition_of_zero3(param))
     if hasattr(param, "_hp_mapping"):
         return _of_group(param._dp_group, *_fragment_of_zero12(param, _deepspeed_optimizer(optimizer)))
-    # state[param] would make an entry for a parameter that has never had a gradient.
-    second = optimizer.state.get(param, {}).get("exp_avg_sq")
+    second = second_moment(param, optimizer)
     if second is not None:
         second = dequantize(local(second), torch.promote_types(second.dtype, torch.float32))
     return Ranked(local(param), second, *shard_groups(param)) if is_dtensor(param) else Ranked(param, second)
+
+
+def second_moment(param: Tensor, optimizer: Optimizer) -> Tensor | None:
+    """Return the second moment of each weight of a parameter; None if the optimizer keeps another one, or none."""
+    # state[param] would make an entry for a parameter that has never had a gradient.
+    state = optimizer.state.get(param) or {}
+    second = state.get("exp_avg_sq")
+    if not isinstance(second, Tensor) or second.shape != param.shape or not _PROJECTIONS.isdisjoint(state):
+        return None
+    return second
 
 
 def group_params(optimizer: Any) -> list[list[Tensor]]:

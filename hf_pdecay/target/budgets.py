@@ -33,11 +33,16 @@ class Budget:
     layers: Sequence[tuple[Units[int], list[Tensor]]] = ()
 
     @property
+    def params(self) -> list[Tensor]:
+        """All parameters."""
+        return [param for _, params in self.members for param in params]
+
+    @property
     def numel(self) -> int:
         """Number of weights."""
         if self.kind != ELEMENT:
             return sum(layer.count * unit_size(layer, params) for layer, params in self.layers)
-        return sum(full_numel(param) for _, params in self.members for param in params)
+        return sum(map(full_numel, self.params))
 
     @property
     def units(self) -> int:

@@ -12,6 +12,7 @@ zeros stay and the other weights train on ("healing").
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -22,13 +23,16 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from ..optim.decay import lambda_for_threshold
+from ..optim.defaults import LAMBDA_P
 from ..optim.param_groups import DENSE, HEALING, PRUNING, decayed_groups
 from ..optim.shards import group_params, is_sharded, publish
 from ..optim.unit_kinds import UNIT_KINDS, kind_of
 from .budgets import Budget, divide_target
-from .pruning import excess, prune, rank_by_magnitude
+from .pruning import excess, lacking_moments, prune, rank_by_magnitude
 from .settings import Target, check_p_norms
 
+
+logger = logging.getLogger(__name__)
 
 _MIN_STEPS = 10
 
@@ -65,6 +69,7 @@ class SparsityControl:
         self._optimizer = optimizer
         self._total_steps = total_steps
         self._target = replace(target or Target(), **fields)
+        self._told = False  # by which score weights are ranked
         self._adopt()
 
     def _adopt(self) -> None:
@@ -126,6 +131,8 @@ class SparsityControl:
         Args:
             step: Number of the step that was just made, counted from 1.
         """
+        if not self._told:
+            self._tell_score()
         if not self.schedule.prunes(step):
             return
         self._refresh()
@@ -137,6 +144,24 @@ class SparsityControl:
                 masks = group.get("dormant_units") or ()
                 group["dormant_units"] = [torch.zeros(len(mask), dtype=torch.bool) for mask in masks]
         publish(self._optimizer)
+
+    def _tell_score(self) -> None:
+        """Warn, as soon as the optimizer has made its state, if it keeps second moments that cannot rank weights."""
+        self._refresh()
+        states = [self._optimizer.state.get(param) for budget in self.budgets for param in budget.params]
+        self._told = any(states)
+        lacking = [param for budget in self.budgets for param in lacking_moments(budget, self._optimizer)]
+        distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+        if not lacking or not any(state and "exp_avg_sq" in state for state in states):
+            return
+        if not distributed or torch.distributed.get_rank() == 0:
+            logger.warning(
+                "The optimizer keeps no second moment of each weight for %d of %d tensors that have a target, such as "
+                "one of shape %s: all weights that share their target are ranked by magnitude alone.",
+                len(lacking),
+                len(states),
+                tuple(lacking[0].shape),
+            )
 
     def shortfall(self) -> float:
         """Return about which fraction of the controlled weights, or units, is missing to the targets."""
@@ -185,6 +210,20 @@ def _same(one: Sequence[Sequence[Tensor]], other: Sequence[Sequence[Tensor]]) ->
     return [list(map(id, tensors)) for tensors in one] == [list(map(id, tensors)) for tensors in other]
 
 
+def _why_none(groups: Sequence[dict[str, Any]]) -> str:
+    """Why no group decays, and what to do about it."""
+    able = [group for group in groups if "p_norm" in group]
+    if able and not any("decayed" in group for group in able):
+        return (
+            "all param groups have lambda_p=0, which says that nothing decays. Give lambda_p above 0, such as "
+            f"{LAMBDA_P:g}, to the groups that shall become sparse: the target then sets λ_p step by step"
+        )
+    return (
+        "nothing that is trained decays by p norm. Train layers that do, bring weights in by lp_rules, or take AdamWLp "
+        "or LpDecay"
+    )
+
+
 def plan_target(
     groups: Sequence[dict[str, Any]],
     total_steps: int | None,
@@ -199,8 +238,7 @@ def plan_target(
     shares = divide_target(groups, target.target_sparsity, target.sparsity_budget, params)
     if target.target_sparsity and not any(decayed_groups(groups)):
         raise ValueError(
-            f"Invalid target_sparsity: target_sparsity={target.target_sparsity!r}, and nothing that is trained decays "
-            "by p norm. Train layers that do, bring weights in by lp_rules, or take AdamWLp or LpDecay."
+            f"Invalid target_sparsity: target_sparsity={target.target_sparsity!r}, and {_why_none(groups)}."
         )
     controlled = {id(group) for budget in shares for group, _ in budget.members}
     for group in decayed_groups(groups):

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..optim.distributed import first_index, local, span_of
-from ..optim.shards import Ranked, ranked
+from ..optim.shards import Ranked, ranked, second_moment
 from ..optim.unit_kinds import ELEMENT, n_of_m
 from ..optim.unit_operations import mean_squares, weakest, weights_here
 from ..optim.units import Member
@@ -54,7 +54,20 @@ def rank_by_magnitude(budget: Budget, optimizer: Any) -> Ranking:
 
 
 def _ranked_weights(budget: Budget, optimizer: Any) -> list[Ranked]:
-    return [ranked(param, optimizer) for _, params in budget.members for param in params]
+    tensors = [ranked(param, optimizer) for param in budget.params]
+    if lacking_moments(budget, optimizer):
+        return [tensor._replace(exp_avg_sq=None) for tensor in tensors]
+    return tensors
+
+
+def lacking_moments(budget: Budget, optimizer: Any) -> list[Tensor]:
+    """Return the parameters of a budget that have stepped and have no second moment of each weight.
+
+    With one of them in the budget all its weights are ranked by magnitude, as scores with and without second moments
+    do not compare.
+    """
+    stepped = [param for param in budget.params if optimizer.state.get(param)]
+    return [param for param in stepped if second_moment(param, optimizer) is None]
 
 
 def _prune_share(tensors: list[Ranked], share: float) -> bool:
@@ -118,12 +131,15 @@ def _members(budget: Budget) -> Iterator[tuple[Tensor, Member[int]]]:
 
 
 def _has_second_moments(budget: Budget, optimizer: Any) -> bool:
-    return any(ranked(param, optimizer).exp_avg_sq is not None for param, _ in _members(budget))
+    has_any = any(ranked(param, optimizer).exp_avg_sq is not None for param, _ in _members(budget))
+    return has_any and not lacking_moments(budget, optimizer)
 
 
 def _saliency(param: Tensor, optimizer: Any, with_moments: bool) -> Tensor:
     """Scores of a parameter's weights; if others have second moments, a parameter without one has v = 0."""
     tensor = ranked(param, optimizer)
+    if not with_moments:
+        tensor = tensor._replace(exp_avg_sq=None)
     if with_moments and tensor.exp_avg_sq is None:
         tensor = tensor._replace(exp_avg_sq=torch.zeros_like(tensor.weight, dtype=torch.float32))
     dtype = torch.promote_types(param.dtype, torch.float32)

@@ -23,6 +23,14 @@ class Lomo(torch.optim.SGD):
     """Known by its name."""
 
 
+class ScheduleFreeSGD(torch.optim.SGD):
+    """Another package's, which has the two modes."""
+
+    def train(self) -> None: ...
+
+    def eval(self) -> None: ...
+
+
 class Prodigy(torch.optim.SGD):
     """Known by its name."""
 
@@ -43,6 +51,7 @@ def _with(key: str, value: Any) -> torch.optim.Optimizer:
         (lambda p: NeedsClosure(p, lr=0.1), "its step needs a closure"),
         (lambda p: Lomo(p, lr=0.1), "Lomo: it steps within backward"),
         (lambda p: Prodigy(p, lr=1.0), "Prodigy: its step size is not the group's lr"),
+        (lambda p: ScheduleFreeSGD(p, lr=0.1), "Take AdamWScheduleFree of the package schedulefree"),
         (lambda p: _with("gradient_release", True), "it steps within backward"),
         (lambda p: _with("differentiable", True), "differentiates through the step"),
         (lambda p: _with("lr", None), "its step size is not the group's lr"),

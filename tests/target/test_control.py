@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from hf_pdecay import AdamWLp
+from hf_pdecay import AdamWLp, LpDecay
 from hf_pdecay.rules.assign import build_param_groups
 from hf_pdecay.target.control import SparsityControl
 from hf_pdecay.target.schedule import Schedule
@@ -312,3 +312,16 @@ def test_a_group_that_is_added_later_is_cut_too() -> None:
         control.after_step(step)
     zeros = [int((each["params"][0] == 0).sum()) for each in optimizer.param_groups]
     assert sum(zeros) == 1000 and min(zeros) > 300
+
+
+def test_a_target_where_lambda_p_is_0_is_told_what_is_missing() -> None:
+    for make in (
+        lambda params: LpDecay(torch.optim.SGD(params, lr=0.1), lambda_p=0.0),
+        lambda params: AdamWLp(params, lambda_p=0.0),
+    ):
+        optimizer = make([torch.nn.Parameter(torch.randn(8, 8))])
+        with pytest.raises(ValueError, match="all param groups have lambda_p=0, .* Give lambda_p above 0, such"):
+            SparsityControl(optimizer, 100, target_sparsity=0.5)
+    plain = torch.optim.SGD([torch.nn.Parameter(torch.randn(8, 8))], lr=0.1)
+    with pytest.raises(ValueError, match="take AdamWLp or LpDecay"):
+        SparsityControl(plain, 100, target_sparsity=0.5)
