@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim.optimizer import Optimizer
+from torch.optim.optimizer import Optimizer, _global_optimizer_pre_hooks
 
+from .gradients import are_as_noted, note_versions
 from .units import check_units
 from .validation import check_decay_settings, check_real
 
@@ -17,16 +18,40 @@ class DecayOptimizer(Optimizer):
     """An optimizer whose param groups decay by a p norm.
 
     A caller that knows the norm of all gradients, as from clipping, sets ``grad_norm`` before a step. If it is finite
-    the step need not look at the gradients, which saves an eighth of its time.
+    the step need not look at the gradients, which saves an eighth of its time. It does look if a gradient has been
+    replaced or changed since; a change through ``.data`` cannot be seen, so set the norm after it.
     """
 
-    grad_norm: Tensor | float | None = None
+    _grad_norm: Tensor | float | None = None
     _check_group = staticmethod(check_decay_settings)
 
     @property
     def skipped_steps(self) -> int:
         """Number of steps skipped for NaN or infinite gradients. Reading it synchronises with the device."""
         return max((int(group["skipped_steps"]) for group in self.param_groups), default=0)
+
+    @property
+    def grad_norm(self) -> Tensor | float | None:
+        """The norm of all gradients as they are now, for the next step; None if not known."""
+        return self._grad_norm
+
+    @grad_norm.setter
+    def grad_norm(self, norm: Tensor | float | None) -> None:
+        self.take_norm(norm, [param for group in self.param_groups for param in group["params"]])
+
+    def take_norm(self, norm: Tensor | float | None, params: Iterable[Tensor]) -> None:
+        """Note a norm of the gradients of some parameters; the next step uses it if these are all that it looks at."""
+        self._grad_norm = norm
+        if norm is not None:
+            note_versions(params)
+
+    def _pop_norm(self) -> Tensor | float | None:
+        """Return the norm of all gradients that a step looks at; None if not known, or if they may have changed."""
+        norm, self._grad_norm = self._grad_norm, None
+        if norm is None or self._optimizer_step_pre_hooks or _global_optimizer_pre_hooks:
+            return None
+        careful = (param for group in self.param_groups if group["skip_nonfinite"] for param in group["params"])
+        return norm if are_as_noted(careful) else None
 
     def _count_skipped(self, finite: bool | Tensor) -> None:
         for group in self.param_groups:
@@ -82,9 +107,8 @@ class DecayOptimizer(Optimizer):
             ValueError: If a gradient is sparse, a hyperparameter is out of its range, or the requested backend cannot
                 step a tensor.
         """
-        norm, self.grad_norm = self.grad_norm, None
         loss = evaluate(closure)
-        finite = self._step(norm)
+        finite = self._step(self._pop_norm())
         if finite is not True:
             self._count_skipped(finite)
         return loss

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
-from .distributed import is_dtensor
+from .distributed import is_dtensor, local
 
 
 def grads_finite(grads: Sequence[Tensor]) -> bool | Tensor:
@@ -29,6 +29,27 @@ def finite_by_norm(norm: Tensor | float | None) -> bool | Tensor | None:
     if finite.device.type != "cpu":
         return finite
     return True if finite else None  # else it may have overflowed
+
+
+def note_versions(params: Iterable[Tensor]) -> None:
+    """Note on the gradients of parameters what they are now, for :func:`are_as_noted`."""
+    for param in params:
+        if param.grad is not None and not param.grad.is_inference():
+            # On the tensor itself: a list of them would keep alive what `zero_grad` frees.
+            param.grad._hf_pdecay_version = _version(param.grad)  # type: ignore[attr-defined]
+
+
+def are_as_noted(params: Iterable[Tensor]) -> bool:
+    """Whether all gradients of parameters are noted tensors, and no operation has written to them since."""
+    grads = (param.grad for param in params if param.grad is not None)
+    return all(getattr(grad, "_hf_pdecay_version", None) == _version(grad) for grad in grads)
+
+
+def _version(grad: Tensor) -> int:
+    """Return a number that grows with each operation that writes to a gradient; -1 where torch counts none."""
+    if grad.is_inference():
+        return -1
+    return grad._version + local(grad)._version if is_dtensor(grad) else grad._version
 
 
 def check_dense(params: Iterable[Tensor], name: str) -> None:

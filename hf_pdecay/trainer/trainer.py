@@ -9,7 +9,6 @@ import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,8 +17,6 @@ from transformers import Trainer, TrainingArguments
 from transformers.training_args import OptimizerNames
 
 from ..files import remove_leftovers
-from ..optim.adamw_lp import AdamWLp
-from ..optim.lp_decay import LpDecay
 from ..optim.optimizer_names import OPTIMIZERS
 from ..optim.shards import is_sharded, settle
 from ..sparsity.file_names import REPORT_FILE, RUN_FILES, STATE_FILE
@@ -29,6 +26,7 @@ from .arguments import PDecayTrainingArguments, settings_of
 from .card import CardCallback, measure, write_card
 from .checkpoints import agreed_newest_whole, check_whole
 from .engines import check_engine, check_same, check_structured, check_world_size, engine_of, whole_model
+from .gradient_norm import share_grad_norm
 from .optimizer import build_optimizer, check_hyperparameters, name_of, param_groups_of
 from .resume_checks import check_checkpoint, check_engine_of, check_optimizer_state, other_settings
 from .saved_names import load_converted
@@ -184,21 +182,8 @@ class PDecayTrainerMixin(_Base):
             )
         model = self.model if model is None else model
         self.optimizer = optimizer = build_optimizer(model, self.args, self._settings, **self._grouping(model))
-        self._share_grad_norm(optimizer, model)
+        share_grad_norm(self, optimizer)
         return optimizer
-
-    def _share_grad_norm(self, optimizer: AdamWLp | LpDecay, model: nn.Module) -> None:
-        """Give the optimizer the gradient norm that the Trainer computes, so that it need not look for NaN itself."""
-        clip = self.accelerator.clip_grad_norm_
-        if isinstance(clip, partial) and clip.func is _clip_and_tell:
-            # Do not keep alive the optimizer of an earlier model of model_init.
-            clip = self.accelerator.clip_grad_norm_ = clip.args[0]
-        clipped = {id(param) for param in model.parameters()}
-        if any(id(param) not in clipped for group in optimizer.param_groups for param in group["params"]):
-            return  # the norm of a loss's parameters is not computed
-        if not self.is_deepspeed_enabled:
-            # DeepSpeed has stepped before the Trainer gets the norm.
-            self.accelerator.clip_grad_norm_ = partial(_clip_and_tell, clip, optimizer)
 
     def _grouping(self, model: nn.Module) -> dict[str, Any]:
         """How this Trainer divides the parameters, for ``param_groups_of``."""
@@ -326,11 +311,6 @@ class PDecayTrainer(PDecayTrainerMixin, Trainer):
         >>> trainer.train()
         >>> trainer.save_model()
     """
-
-
-def _clip_and_tell(clip: Callable[..., Any], optimizer: AdamWLp | LpDecay, *args: Any, **kwargs: Any) -> Any:
-    optimizer.grad_norm = norm = clip(*args, **kwargs)
-    return norm
 
 
 def check_arguments(args: Any) -> None:

@@ -13,7 +13,7 @@ import transformers
 from packaging import version
 from safetensors.torch import load_file
 from torch import nn
-from transformers import AutoModelForCausalLM, EarlyStoppingCallback, Trainer, TrainingArguments
+from transformers import AutoModelForCausalLM, EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import SchedulerType
 
 from hf_pdecay import AdamWLp, PDecayTrainer, PDecayTrainerMixin, SparsityReport, measure_sparsity
@@ -244,6 +244,39 @@ def test_the_norm_that_clips_saves_the_look_at_the_gradients(
     trainer.train()
     clips = max_grad_norm > 0 or version.parse(transformers.__version__).major >= 5  # which takes the norm for the log
     assert len(looks) == (0 if clips else 3)
+
+
+class _ChangesGradients(TrainerCallback):
+    """Makes a gradient NaN between clipping and the third step."""
+
+    def __init__(self, how: str) -> None:
+        self._how = how
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        param = model.transformer.h[0].mlp.c_fc.weight
+        if state.global_step != 2:
+            return
+        if self._how == "replaced":
+            param.grad = torch.full_like(param, float("nan"))
+        else:
+            grad = {"data": param.grad.data, "in place": param.grad}[self._how]
+            grad[0, 0] = float("nan")
+
+
+@pytest.mark.parametrize("options", [{"max_grad_norm": 0.0}, {}, {"gradient_accumulation_steps": 2, "optim": "sgd_lp"}])
+@pytest.mark.parametrize("how", ["in place", "data", "replaced"])
+def test_a_gradient_that_a_callback_makes_nan_after_clipping(
+    how: str, options: dict[str, Any], make_args: MakeArgs, tokens: Any
+) -> None:
+    trainer = PDecayTrainer(
+        model=tiny_gpt2(),
+        args=make_args(max_steps=5, **options),
+        train_dataset=tokens,
+        callbacks=[_ChangesGradients(how)],
+    )
+    trainer.train()
+    assert trainer.optimizer.optimizer.skipped_steps == 1
+    assert all(param.isfinite().all() for param in trainer.model.parameters())
 
 
 class _LossParams(Trainer):
