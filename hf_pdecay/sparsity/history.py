@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,3 +34,18 @@ def read_history(output_dir: str | os.PathLike[str]) -> list[dict[str, Any]]:
         return []
     # After the last newline there is nothing, or an incomplete line.
     return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n")[:-1]]
+
+
+def set_history_aside(output_dir: str | os.PathLike[str]) -> Path | None:
+    """Rename ``sparsity.jsonl`` to the first free ``sparsity.N.jsonl``; return that, or None if there are no lines."""
+    path = Path(output_dir) / HISTORY_FILE
+    if not read_history(output_dir):
+        return None
+    names = (path.with_suffix(f".{number}{path.suffix}") for number in itertools.count(1))
+    return path.rename(next(name for name in names if not name.exists()))
+
+
+def is_history_of(lines: Sequence[dict[str, Any]], log_history: Sequence[dict[str, Any]]) -> bool:
+    """Whether lines of ``sparsity.jsonl`` are of the run with a log history, as far as that tells."""
+    logged = {entry["step"]: entry["sparsity/overall"] for entry in log_history if "sparsity/overall" in entry}
+    return not logged or all(logged.get(line["step"]) == line["sparsity"] for line in lines)

@@ -25,7 +25,7 @@ from ..sparsity.counting import measure_sparsity, measure_with_extra
 from ..sparsity.dead_units import count_units
 from ..sparsity.defaults import NEAR_ZERO_THRESHOLD
 from ..sparsity.file_names import HISTORY_FILE, PICTURE_FILE, REPORT_FILE, RUN_FILES
-from ..sparsity.history import history_line, read_history
+from ..sparsity.history import history_line, is_history_of, read_history, set_history_aside
 from ..sparsity.report import SparsityReport
 from ..target.forecast import DecayingGroup, forecast
 from .first_callback import FirstCallback
@@ -69,11 +69,7 @@ class SparsityCallback(FirstCallback):
     ) -> None:
         """Open ``sparsity.jsonl``, and forecast the decay."""
         if state.is_world_process_zero:
-            folder = _folder(args)
-            remove_leftovers(folder, RUN_FILES)
-            history = read_history(folder) if state.global_step else []
-            kept = [f"{json.dumps(line)}\n" for line in history if line["step"] <= state.global_step]
-            write_text(folder / HISTORY_FILE, "".join(kept))
+            _open_history(_folder(args), state)
         optimizer = kwargs.get("optimizer")
         decaying = _decaying_groups(optimizer)
         if optimizer is None or not decaying:
@@ -121,7 +117,8 @@ class SparsityCallback(FirstCallback):
             values["skipped_steps"] = self._skipped_steps
         # The Trainer has copied the dict into its history; the trackers after this get the dict itself.
         logs.update(values)
-        state.log_history[-1].update(values)
+        if state.log_history and state.log_history[-1].get("loss") is logs["loss"]:  # a Trainer may keep no history
+            state.log_history[-1].update(values)
         if not folder.is_dir():
             logger.warning(
                 "output_dir=%r is gone. It is made again and the run goes on; what it held, with the checkpoints and "
@@ -189,6 +186,18 @@ class SparsityCallback(FirstCallback):
         )
         self._skipped_steps = max(skipped, default=0)
         return report if state.is_world_process_zero else None
+
+
+def _open_history(folder: Path, state: TrainerState) -> None:
+    """Make ``sparsity.jsonl`` hold the lines of this run up to the step from which it goes on."""
+    remove_leftovers(folder, RUN_FILES)
+    kept = [line for line in read_history(folder) if line["step"] <= state.global_step]
+    if not state.global_step or not is_history_of(kept, state.log_history):
+        kept = []
+        aside = set_history_aside(folder)
+        if aside is not None:
+            logger.warning("%s held the lines of another run, which are in %s now.", folder / HISTORY_FILE, aside)
+    write_text(folder / HISTORY_FILE, "".join(f"{json.dumps(line)}\n" for line in kept))
 
 
 def _lr_sums(groups: Sequence[Mapping[str, Any]], lr_scheduler: Any, state: TrainerState) -> list[float]:

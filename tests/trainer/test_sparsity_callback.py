@@ -101,10 +101,43 @@ def test_history_of_a_resumed_run_has_no_gap_and_no_double_line(
     assert (tmp_path / "out" / "sparsity.jsonl").read_text() == whole
 
 
-def test_a_new_run_starts_a_new_history(make_args: MakeArgs, tokens: Any, tmp_path: Path) -> None:
+def test_a_new_run_starts_a_new_history_and_says_where_the_old_one_is(
+    make_args: MakeArgs, tokens: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     _run(make_args(), tokens)
-    _run(make_args(max_steps=4), tokens)
+    first = (tmp_path / "out" / "sparsity.jsonl").read_text()
+    with caplog.at_level(logging.WARNING, "hf_pdecay"):
+        _run(make_args(max_steps=4), tokens)
     assert [line["step"] for line in read_history(tmp_path / "out")] == [2, 4]
+    assert (tmp_path / "out" / "sparsity.1.jsonl").read_text() == first
+    assert f"which are in {tmp_path / 'out' / 'sparsity.1.jsonl'} now" in caplog.text
+    second = (tmp_path / "out" / "sparsity.jsonl").read_text()
+    _run(make_args(max_steps=2), tokens)
+    assert (tmp_path / "out" / "sparsity.2.jsonl").read_text() == second
+
+
+def test_a_run_that_resumes_from_elsewhere_does_not_continue_the_lines_of_another(
+    make_args: MakeArgs, tokens: Any, tmp_path: Path
+) -> None:
+    elsewhere = str(tmp_path / "elsewhere")
+    _run(make_args(output_dir=elsewhere, save_strategy="steps", save_steps=6), tokens)
+    _run(make_args(lambda_p=0.3), tokens)
+    other = (tmp_path / "out" / "sparsity.jsonl").read_text()
+    trainer = PDecayTrainer(model=tiny_gpt2(), args=make_args(), train_dataset=tokens)
+    trainer.train(resume_from_checkpoint=f"{elsewhere}/checkpoint-6")
+    assert [line["step"] for line in read_history(tmp_path / "out")] == [8]
+    assert (tmp_path / "out" / "sparsity.1.jsonl").read_text() == other
+
+
+def test_a_trainer_may_log_without_a_history(make_args: MakeArgs, tokens: Any, tmp_path: Path) -> None:
+    class Quiet(PDecayTrainer):
+        def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+            self.control = self.callback_handler.on_log(self.args, self.state, self.control, logs)
+
+    trainer = Quiet(model=tiny_gpt2(), args=make_args(), train_dataset=tokens)
+    trainer.train()
+    assert not trainer.state.log_history
+    assert [line["step"] for line in read_history(tmp_path / "out")] == [2, 4, 6, 8]
 
 
 def test_it_prints_the_groups_and_the_result(
