@@ -14,12 +14,14 @@ from torch import Tensor, nn
 
 from ..layers.matrices import bias_names, decayable_parameter_names
 from ..names import clean_name
+from ..optim.defaults import LAMBDA_P
 from ..optim.param_groups import is_decayed
 from ..optim.shards import full_shape, wholly_zero
 from ..optim.unit_kinds import ELEMENT
 from ..optim.units import Member, Units
 from .claims import claims_by_name
 from .spec import Rule, RuleSpec, parse_rules
+from .table import NO_TARGET
 
 
 @dataclass(frozen=True)
@@ -27,7 +29,8 @@ class Assignment:
     """How one parameter decays.
 
     Args:
-        rule: The pattern that took it, ``"default"`` or ``"not decayed"``.
+        rule: The pattern that took it, ``"default"``, ``"not decayed"``, or :data:`.table.NO_TARGET` for what would
+            decay by default.
         units: All units that the rule takes, of other parameters too; empty for ``"element"``.
     """
 
@@ -40,7 +43,9 @@ class Assignment:
     units: tuple[Units[str], ...] = field(default=(), compare=False)
 
 
-def assign(model: nn.Module, *, p_norm: float, lambda_p: float, rules: RuleSpec | None = None) -> dict[str, Assignment]:
+def assign(
+    model: nn.Module, *, p_norm: float, lambda_p: float | None = None, rules: RuleSpec | None = None
+) -> dict[str, Assignment]:
     """Decide how each trainable parameter of a model decays, by its clean name; shared ones are listed once.
 
     The first rule that sets a parameter wins. A rule with a ``group`` takes whole units, biases included: see
@@ -59,18 +64,21 @@ def assign(model: nn.Module, *, p_norm: float, lambda_p: float, rules: RuleSpec 
     aliases = {known[0]: known for known in names.values()}
     biases = bias_names(model)
     matches = {rule: _matched(rule, trainable, aliases, biases) for rule in parse_rules(rules or {})}
+    unasked = lambda_p is None and any(rule.targeted for rule in matches)
+    strength = LAMBDA_P if lambda_p is None else lambda_p
     claims = claims_by_name(model, matches, trainable, default)
     result = {}
     for name in trainable:
         if name not in claims:
-            on = name in default
-            result[name] = Assignment(on, p_norm, lambda_p if on else 0.0, "default" if on else "not decayed")
+            on = name in default and not unasked
+            why = "default" if on else NO_TARGET if name in default else "not decayed"
+            result[name] = Assignment(on, p_norm, strength if on else 0.0, why)
             continue
         rule = claims[name].rule
         result[name] = Assignment(
             decayed=not rule.off,
             p_norm=p_norm if rule.p_norm is None else rule.p_norm,
-            lambda_p=0.0 if rule.off else lambda_p if rule.lambda_p is None else rule.lambda_p,
+            lambda_p=0.0 if rule.off else strength if rule.lambda_p is None else rule.lambda_p,
             rule=rule.text,
             target_sparsity=rule.target_sparsity,
             group=rule.group,
@@ -107,7 +115,7 @@ def build_param_groups(
     model: nn.Module,
     *,
     p_norm: float,
-    lambda_p: float,
+    lambda_p: float | None = None,
     weight_decay: float = 0.0,
     keep_zeros: bool = False,
     rules: RuleSpec | None = None,
@@ -123,7 +131,8 @@ def build_param_groups(
     Args:
         model: Any module, wrapped or not.
         p_norm: The run's p, unless a rule sets it.
-        lambda_p: The run's λ_p, unless a rule sets it.
+        lambda_p: The run's λ_p, unless a rule sets it. None for the default, 0.01; if a rule has a target, what no rule
+            takes then does not decay.
         weight_decay: λ₂ of the parameters in ``weight_decay_names``; the others get none. Biases that decay in units
             get that of the matrices.
         keep_zeros: Whether decayed weights that are zero stay zero.

@@ -44,6 +44,12 @@ class Rule:
         """The pattern as a string."""
         return self.pattern.pattern
 
+    @property
+    def targeted(self) -> bool:
+        """Whether its weights have a target of their own."""
+        implied = implied_target(self.group, None) is not None and self.target_sparsity is None
+        return bool(self.target_sparsity) or implied
+
 
 def load_rules(spec: str | RuleSpec | None) -> dict[str, Any]:
     """Read and check ``lp_rules``; return them as a plain dict in their order, in which the first match wins.

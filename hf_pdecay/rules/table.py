@@ -16,6 +16,10 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 
+NO_TARGET = "no target"
+"""The rule of what would decay by default, and does not because only rules have targets and no λ_p is given."""
+
+
 def lambda_text(group: Mapping[str, Any]) -> str:
     """Return a group's λ_p as a string, or the sparsity that sets it."""
     asked, kind = group.get("asked_sparsity"), kind_of(group)
@@ -44,5 +48,10 @@ def group_table(groups: Sequence[Mapping[str, Any]], params: Sequence[Sequence[T
             f"{group.get('p_norm_end', group['p_norm']):g}" if decayed else "-",
             lambda_text(group) if decayed else "-",
             f"{group['weight_decay']:g}",
+        )
+    if any(group.get("rule") == NO_TARGET for group in groups):
+        table.caption = (
+            f"{NO_TARGET}: only rules have targets, so nothing else decays. target_sparsity, lambda_p or a rule asks "
+            "for more."
         )
     return table

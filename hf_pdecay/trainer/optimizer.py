@@ -46,7 +46,7 @@ def build_optimizer(
         eps=args.adam_epsilon,
         options=settings.options,
         p_norm=settings.p_norm,
-        lambda_p=settings.lambda_p,
+        lambda_p=settings.strength,
         skip_nonfinite=settings.skip_nonfinite,
     )
 
@@ -82,10 +82,12 @@ def _divided(
     isolate_zero: bool = False,
     theirs: Sequence[Mapping[str, Any]] | None = None,
 ) -> list[dict[str, Any]]:
+    # A target of the run, or modules to decay, ask for more than the rules do.
+    everywhere = settings.target_sparsity is not None or settings.target_modules is not None
     groups = build_param_groups(
         model,
         p_norm=settings.p_norm,
-        lambda_p=settings.lambda_p,
+        lambda_p=settings.strength if everywhere else settings.lambda_p,
         weight_decay=args.weight_decay,
         keep_zeros=settings.keep_zeros,
         rules=settings.lp_rules if isinstance(settings.lp_rules, dict) else None,

@@ -7,8 +7,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+from ..optim.defaults import LAMBDA_P
 from ..optim.optimizer_names import ADAMW_LP, OPTIMIZERS, parse_options
-from ..rules.spec import load_rules
+from ..rules.spec import load_rules, parse_rules
 from ..target.settings import Target
 from .training_flags import SETTINGS, DecayFields, read_setting
 
@@ -74,17 +75,27 @@ class DecaySettings(DecayFields):
         return cls(**values, optim=optim, options=options, target_modules=target_modules)
 
     @property
+    def strength(self) -> float:
+        """λ_p of what decays without a target or a λ_p of its own."""
+        return LAMBDA_P if self.lambda_p is None else self.lambda_p
+
+    @property
     def effective(self) -> dict[str, Any]:
         """The settings that have an effect, for the card."""
         idle = {*_NOT_ON_CARDS}
         if self.p_norm_begin is None:
             idle.add("p_norm_begin")
-        if self.target_sparsity is not None:
+        rules = parse_rules(self.lp_rules) if isinstance(self.lp_rules, dict) else []
+        of_rules = any(rule.targeted for rule in rules)
+        if self.target_sparsity is not None or (self.lambda_p is None and of_rules):
             idle.add("lambda_p")
-        else:
+        if self.target_sparsity is None:
+            idle.add("target_sparsity")
+        if self.target_sparsity is None and not of_rules:
             between = {"sparsity_begin", "sparsity_end"} if self.p_norm_begin is not None else set()
             idle |= {field.name for field in fields(Target)} - {"keep_zeros", "p_norm_begin", *between}
-        return {name: getattr(self, name) for name in SETTINGS if name not in idle} | dict(self.options)
+        values = {name: getattr(self, name) for name in SETTINGS} | {"lambda_p": self.strength}
+        return {name: value for name, value in values.items() if name not in idle} | dict(self.options)
 
 
 def split_optim_args(optim_args: str | None) -> dict[str, str]:

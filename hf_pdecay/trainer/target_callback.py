@@ -91,7 +91,9 @@ class SparsityControlCallback(FirstCallback):
 
 def _overruled(settings: DecaySettings) -> list[str]:
     """The values of λ_p that the user gave and a target overrides."""
-    given = [f"lambda_p={settings.lambda_p:g}"] if settings.lambda_p != DecaySettings.lambda_p else []
+    given = []
+    if settings.lambda_p is not None and settings.target_sparsity is not None:
+        given.append(f"lambda_p={settings.lambda_p:g}")
     for rule in parse_rules(settings.lp_rules if isinstance(settings.lp_rules, dict) else {}):
         target = settings.target_sparsity if rule.target_sparsity is None else rule.target_sparsity
         if rule.lambda_p is not None and target:

@@ -31,10 +31,11 @@ class DecayFields(Target):
     """All settings of the decay that are fields of ``PDecayTrainingArguments``; ``metadata["help"]`` explains each."""
 
     p_norm: float = setting(P_NORM, "p of the norm, above 0. Below 2 weights become exactly zero.")
-    lambda_p: float = setting(
-        LAMBDA_P,
+    lambda_p: float | None = setting(
+        None,
         "Strength of the p-norm decay, at least 0; 0 is AdamW. The penalty is (lambda_p / p) times the sum of the "
-        "weights' magnitudes to the power p. A target sets it itself.",
+        f"weights' magnitudes to the power p. A target sets it itself. Unset for {LAMBDA_P:g}; beside targets in "
+        "lp_rules, unset for no decay of what no rule takes.",
     )
     lp_rules: dict | str | None = setting(
         None,
@@ -54,7 +55,7 @@ class DecayFields(Target):
         """Check the values."""
         super().__post_init__()
         self.p_norm = check_p_norm(self.p_norm)
-        self.lambda_p = check_lambda_p(self.lambda_p)
+        self.lambda_p = None if self.lambda_p is None else check_lambda_p(self.lambda_p)
         check_p_norms(targeted=self.target_sparsity is not None, p_norm=self.p_norm)
         if not isinstance(self.skip_nonfinite, bool):
             raise ValueError(

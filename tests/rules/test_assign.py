@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import pytest
 import torch
@@ -217,6 +218,33 @@ def test_a_target_of_null_is_a_share_in_that_of_the_run() -> None:
     assert {each.target_sparsity for each in assigned.values()} == {None}
     off = assign(tiny_gpt2(), p_norm=0.8, lambda_p=0.01, rules={"attn": {"target_sparsity": 0}})
     assert off["transformer.h.0.attn.c_attn.weight"].target_sparsity == 0
+
+
+@pytest.mark.parametrize(
+    ("rules", "targeted"),
+    [
+        ({"mlp": {"target_sparsity": 0.5}}, True),
+        ({"mlp": {"group": "neuron", "target_sparsity": 0.5}}, True),
+        ({"mlp": {"group": "2:4"}}, True),
+        ({"mlp": {"group": "2:4", "target_sparsity": 0}}, False),
+        ({"mlp": {"group": "neuron", "lambda_p": 0.1}}, False),
+        ({"mlp": {"p_norm": 0.5}}, False),
+        ({"mlp": "off"}, False),
+    ],
+)
+def test_beside_a_target_in_a_rule_nothing_decays_unasked(rules: dict[str, Any], targeted: bool) -> None:
+    model = build("llama")
+
+    def of_attention(more: dict[str, Any] | None = None, **options: Any) -> set[tuple[str, bool, float]]:
+        found = assign(model, p_norm=0.8, rules=rules | (more or {}), **options)
+        return {
+            (how.rule, how.decayed, how.lambda_p) for name, how in found.items() if "attn" in name and "_proj" in name
+        }
+
+    assert of_attention() == {("no target", False, 0.0) if targeted else ("default", True, 0.01)}
+    assert of_attention(lambda_p=0.01) == {("default", True, 0.01)}
+    assert of_attention({"attn": {}}) == {("attn", True, 0.01)}
+    assert of_attention({"attn": {"lambda_p": 0.3}}) == {("attn", True, 0.3)}
 
 
 def test_decayed_names_and_table_agree_with_the_groups() -> None:

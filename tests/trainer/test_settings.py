@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from hf_pdecay import AdamWLp, measure_sparsity
+from hf_pdecay.trainer.settings import DecaySettings
 from hf_pdecay.trainer.training_flags import SETTINGS
 
 
@@ -117,5 +118,5 @@ def test_defaults_below_the_trainer_are_the_same() -> None:
         return inspect.signature(function).parameters[name].default  # type: ignore[arg-type]
 
     assert default(AdamWLp, "p_norm") == SETTINGS["p_norm"].default
-    assert default(AdamWLp, "lambda_p") == SETTINGS["lambda_p"].default
+    assert default(AdamWLp, "lambda_p") == DecaySettings().strength and SETTINGS["lambda_p"].default is None
     assert default(measure_sparsity, "near_zero_threshold") == SETTINGS["near_zero_threshold"].default

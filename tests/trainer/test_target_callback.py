@@ -210,7 +210,7 @@ def test_a_layer_left_to_its_lambda_p_keeps_it(
 ) -> None:
     rules = {"h.0.mlp": {"lambda_p": 0.07, "target_sparsity": 0}}
     with caplog.at_level(logging.WARNING, "hf_pdecay"):
-        trainer = _train(make_args(max_steps=STEPS, target_sparsity=0.5, lambda_p=0.01, lp_rules=rules), tokens)
+        trainer = _train(make_args(max_steps=STEPS, target_sparsity=0.5, lambda_p=None, lp_rules=rules), tokens)
     assert "wins over" not in caplog.text
     assert {group["lambda_p"] for group in trainer.optimizer.param_groups if group["decayed"]} >= {0.07}
     assert _zeros(tmp_path / "out", "attn|" + re.escape("h.1.mlp")) == pytest.approx(0.5, abs=1e-3)

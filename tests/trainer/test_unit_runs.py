@@ -109,6 +109,29 @@ def test_half_of_the_neurons(name: str, budget: str, make_args: MakeArgs, tokens
     assert lines[-1]["units"] == {"neurons": 0.5} and lines[0]["units"] == {"neurons": 0.0}
 
 
+@pytest.mark.parametrize(
+    ("given", "zeros"),
+    [
+        ({}, False),
+        ({"lambda_p": 5.0}, True),
+        ({"target_sparsity": 0.5}, True),
+        ({"optim_target_modules": "all-linear"}, None),
+    ],
+)
+def test_beside_a_target_in_a_rule_nothing_decays_unasked(
+    given: dict[str, Any], zeros: bool | None, make_args: MakeArgs, tokens: Any, tmp_path: Path, capsys: Any
+) -> None:
+    """Unless λ_p, a target of the run or modules ask for it; the table of a run says so."""
+    rules = {"mlp": {"group": "neuron", "target_sparsity": 0.5}}
+    trainer = _train("llama", make_args(max_steps=STEPS, lp_rules=rules, **{"lambda_p": None, **given}), tokens)
+    attention = [weight for name, weight in _weights(tmp_path / "out").items() if "attn" in name]
+    if zeros is not None:
+        assert any(bool((weight == 0).any()) for weight in attention) == zeros
+    decayed = [group["rule"] for group in trainer.optimizer.param_groups if group["decayed"]]
+    assert set(decayed) == ({"mlp"} if not given else {"mlp", "default"})
+    assert ("no target: only rules have targets" in " ".join(capsys.readouterr().out.split())) == (not given)
+
+
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
 def test_half_of_the_heads_and_a_quarter_of_the_neurons(
     name: str, make_args: MakeArgs, tokens: Any, tmp_path: Path
