@@ -18,6 +18,12 @@ def check_choice(name: str, value: object, choices: Collection[str]) -> None:
         raise ValueError(f"Invalid {name}: {name}={value!r}; it must be one of {', '.join(choices)}.")
 
 
+def asked_percent(value: object) -> str:
+    """Return a question for the end of an error on a fraction that may have been given in percent; else nothing."""
+    percent = is_number(value) and 1 < value < 100  # type: ignore[operator]
+    return f" Was {value / 100:g} meant?" if percent else ""  # type: ignore[operator]
+
+
 def check_p_norm(p_norm: float, name: str = "p_norm") -> float:
     """Return p as a float; raise ValueError, which names the argument, unless p is finite and above 0."""
     return _check_number(name, p_norm, "a finite number above 0, such as 0.8", above_zero=True)

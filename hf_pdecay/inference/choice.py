@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ..checks import is_number
+from ..checks import asked_percent, is_number
 from ..layers.matrices import Linear, is_plain_linear, is_transposed, make_linear
 from .base import InferenceLinear
 from .semi_structured import SemiStructuredLinear
@@ -79,7 +79,9 @@ def to_sparse_inference(model: nn.Module, *, rows: int = 16, min_sparsity: float
     if not isinstance(rows, int) or rows < 1:
         raise ValueError(f"Invalid rows: rows={rows!r}; it must be a whole number of at least 1.")
     if min_sparsity is not None and not (is_number(min_sparsity) and 0 <= min_sparsity <= 1):
-        raise ValueError(f"Invalid min_sparsity: min_sparsity={min_sparsity!r}; it must be in [0, 1].")
+        raise ValueError(
+            f"Invalid min_sparsity: min_sparsity={min_sparsity!r}; it must be in [0, 1]." + asked_percent(min_sparsity)
+        )
     if is_plain_linear(model):
         raise ValueError(
             f"Invalid model: it is a {type(model).__name__}, and layers are swapped in the module around them; give "

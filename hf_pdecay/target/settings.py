@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..checks import check_choice, check_p_norm, is_number
+from ..checks import asked_percent, check_choice, check_p_norm, is_number
 from .schedule import SHAPES, Schedule
 
 
@@ -71,6 +71,7 @@ class Target:
             raise ValueError(
                 f"Invalid sparsity_begin, sparsity_end: sparsity_begin={begin!r} and sparsity_end={end!r}; they must "
                 "be fractions of the run with 0 <= sparsity_begin < sparsity_end <= 1."
+                + (asked_percent(begin) or asked_percent(end))
             )
         check_choice("sparsity_schedule", self.sparsity_schedule, SHAPES)
         check_choice("sparsity_budget", self.sparsity_budget, BUDGETS)
@@ -96,7 +97,10 @@ def check_target(target: float | None, name: str = "target_sparsity") -> float |
     if target is None:
         return None
     if isinstance(target, bool) or not isinstance(target, (int, float)) or not 0 <= target < 1:
-        raise ValueError(f"Invalid {name}: {name}={target!r}; it must be at least 0 and below 1, such as 0.9 for 90%.")
+        raise ValueError(
+            f"Invalid {name}: {name}={target!r}; it must be at least 0 and below 1, such as 0.9 for 90%."
+            + asked_percent(target)
+        )
     return float(target) or None
 
 

@@ -69,6 +69,15 @@ def fault(folder: str | os.PathLike[str]) -> str | None:
 def check_whole(folder: str | os.PathLike[str]) -> None:
     """Raise ValueError if a checkpoint is not whole, with what is wrong and which other one is whole."""
     path = Path(folder)
+    inside = _checkpoints(path)
+    if inside:
+        names = ", ".join(checkpoint.name for checkpoint in reversed(inside))
+        whole = next((str(checkpoint) for checkpoint in inside if fault(checkpoint) is None), None)
+        advice = f"Name {whole!r}, the newest whole one." if whole else "None of them is whole."
+        raise ValueError(
+            f"Invalid resume_from_checkpoint: {str(folder)!r} is the folder of a run, with the checkpoints {names} in "
+            f"it. {advice}"
+        )
     flaw = fault(path)
     if flaw is None:
         return

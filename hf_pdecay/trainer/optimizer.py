@@ -6,10 +6,12 @@ import difflib
 import math
 import re
 from collections.abc import Collection, Mapping, Sequence
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from ..checks import is_number
 from ..layers.matrices import is_linear
 from ..names import clean_name
 from ..optim.adamw_lp import AdamWLp
@@ -59,11 +61,18 @@ def param_groups_of(
 
 
 def check_hyperparameters(args: TrainingArguments) -> None:
-    """Raise ValueError, with the name that the user knows, if a hyperparameter of Hugging Face is out of its range."""
+    """Raise ValueError, with the name that the user knows, if a hyperparameter of Hugging Face is out of its range.
+
+    A string, as YAML makes of ``1e-4``, becomes the number that it names.
+    """
     most = {"learning_rate": math.inf, "weight_decay": math.inf, "adam_epsilon": math.inf}
     for name, limit in {**most, "adam_beta1": 1, "adam_beta2": 1}.items():
         value = getattr(args, name)
-        if not 0 <= value < limit:
+        if isinstance(value, str):
+            with suppress(ValueError):
+                value = float(value)
+                setattr(args, name, value)
+        if not (is_number(value) and 0 <= value < limit):
             right = "a finite number of at least 0" if limit == math.inf else "at least 0 and below 1"
             raise ValueError(f"Invalid {name}: {name}={value!r}; it must be {right}.")
 

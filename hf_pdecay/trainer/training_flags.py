@@ -52,7 +52,11 @@ class DecayFields(Target):
     )
 
     def __post_init__(self) -> None:
-        """Check the values."""
+        """Check the values; strings, as YAML makes of ``1e-4``, become numbers and booleans."""
+        for name in SETTINGS:
+            value = getattr(self, name)
+            if isinstance(value, str):
+                setattr(self, name, read_setting(name, value))
         super().__post_init__()
         self.p_norm = check_p_norm(self.p_norm)
         self.lambda_p = None if self.lambda_p is None else check_lambda_p(self.lambda_p)

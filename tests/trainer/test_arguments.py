@@ -89,6 +89,36 @@ def test_round_trips(kind: str, tmp_path: Path) -> None:
     _same(args)
 
 
+def test_numbers_that_yaml_reads_as_strings_are_numbers(tmp_path: Path) -> None:
+    file = tmp_path / "args.yaml"
+    lines = [f"output_dir: {tmp_path}", "learning_rate: 1e-4", "weight_decay: 1e-2", "lambda_p: 1e-3", "p_norm: 8e-1"]
+    strings = ["target_sparsity: '0.5'", "keep_zeros: 'true'", "p_norm_begin: 'none'", "adam_epsilon: 1e-9"]
+    file.write_text("\n".join([*lines, *strings]))
+    (args,) = HfArgumentParser(PDecayTrainingArguments).parse_yaml_file(str(file))
+    assert (args.learning_rate, args.weight_decay, args.adam_epsilon) == (1e-4, 1e-2, 1e-9)
+    assert (args.lambda_p, args.p_norm, args.target_sparsity) == (1e-3, 0.8, 0.5)
+    assert args.keep_zeros is True and args.p_norm_begin is None
+
+
+@pytest.mark.parametrize(("name", "value"), [("learning_rate", "fast"), ("lambda_p", "1e-"), ("keep_zeros", "maybe")])
+def test_a_string_that_is_no_number_is_refused_by_name(name: str, value: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=f"Invalid {name}: {name}='{value}'"):
+        PDecayTrainingArguments(str(tmp_path), **{name: value})
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"target_sparsity": 90},
+        {"lp_rules": {"mlp": {"target_sparsity": 90}}},
+        {"sparsity_begin": 0, "sparsity_end": 90},
+    ],
+)
+def test_a_percentage_asks_whether_the_fraction_was_meant(values: dict[str, Any], tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"Was 0\.9 meant\?$"):
+        PDecayTrainingArguments(str(tmp_path), **values)
+
+
 def test_rules_file_becomes_part_of_the_arguments(tmp_path: Path) -> None:
     file = tmp_path / "rules.json"
     file.write_text(json.dumps(OWN["lp_rules"]))
@@ -135,9 +165,9 @@ def test_set_optimizer(tmp_path: Path) -> None:
         ("near_zero_threshold", -1.0, "near_zero_threshold=-1.0"),
         ("near_zero_threshold", float("nan"), "near_zero_threshold=nan"),
         ("near_zero_threshold", "x", "near_zero_threshold='x'; it must be a number"),
-        ("sparsity_begin", "0", "sparsity_begin='0'"),
+        ("sparsity_begin", "x", "sparsity_begin='x'; it must be a number"),
         ("sparsity_end", None, "sparsity_end=None"),
-        ("sparsity_decay", "much", "sparsity_decay='much'; it must be a finite number"),
+        ("sparsity_decay", "much", "sparsity_decay='much'; it must be a number"),
         ("optim_args", "p_norm=0.5", "optim_args='p_norm=0.5'; for optim='adamw_lp' it takes backend=NAME"),
         ("optim_args", "backend", "optim_args='backend'; for optim='adamw_lp' it takes backend=NAME"),
         ("optim_args", "backend=fast", "backend='fast' for optim='adamw_lp'; it must be one of auto, compiled"),
@@ -147,7 +177,7 @@ def test_set_optimizer(tmp_path: Path) -> None:
             "moments='4bit' for optim='adamw_lp'; it must be one of float32, bf",
         ),
         ("lp_rules", "{", "lp_rules"),
-        ("keep_zeros", "no", "keep_zeros='no'; it must be True or False"),
+        ("keep_zeros", "maybe", "keep_zeros='maybe'; it must be true or false"),
         ("skip_nonfinite", 3, "skip_nonfinite=3; it must be True or False"),
         ("learning_rate", -1.0, "learning_rate=-1.0; it must be a finite number of at least 0"),
         ("learning_rate", float("nan"), "learning_rate=nan"),

@@ -141,6 +141,18 @@ def test_numbers_not_names_are_ordered(out: Path) -> None:
     assert newest_whole(out) == str(out / "checkpoint-100")
 
 
+def test_the_folder_of_the_run_names_the_checkpoints_in_it(out: Path, make_args: MakeArgs, tokens: Any) -> None:
+    _cut(out / "checkpoint-12" / "optimizer.pt")
+    trainer = PDecayTrainer(model=tiny_gpt2(), args=make_args(max_steps=12), train_dataset=tokens)
+    names = "with the checkpoints checkpoint-4, checkpoint-8, checkpoint-12 in it"
+    with pytest.raises(ValueError, match=f"is the folder of a run, {names}. Name '{out}/checkpoint-8'"):
+        trainer.train(resume_from_checkpoint=str(out))
+    trainer.save_model()
+    trainer.save_state()  # the folder looks like a checkpoint of the model alone now
+    with pytest.raises(ValueError, match=f"Name '{out}/checkpoint-8'"):
+        trainer.train(resume_from_checkpoint=str(out))
+
+
 def test_it_resumes_from_the_newest_whole_one_and_says_so(
     run: Path, out: Path, make_args: MakeArgs, tokens: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
