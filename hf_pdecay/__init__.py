@@ -150,4 +150,13 @@ def __dir__() -> list[str]:
 
 
 # From here on transformers, whenever it is imported, loads what `compress` and `shrink_folder` write.
-install("hf_pdecay.storage.quantizer:CompressedWeightsQuantizer", "hf_pdecay.shrinking.quantizer:ShrunkQuantizer")
+_READERS = (
+    *("transformers.modeling_utils", "transformers.integrations.accelerate"),
+    *("accelerate.utils.modeling", "accelerate.utils.offload"),
+)
+install(
+    {
+        **dict.fromkeys(_READERS, "hf_pdecay.storage.readers"),
+        "transformers.quantizers.auto": "hf_pdecay.shrinking.quantizer:ShrunkQuantizer",
+    }
+)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor
 
 from ..layers.matrices import decayable_parameter_names
@@ -23,9 +23,11 @@ from ..sparsity.counting import count_tensor
 from ..sparsity.defaults import NEAR_ZERO_THRESHOLD
 from ..sparsity.file_names import REPORT_FILE
 from ..sparsity.report import SparsityReport, TensorSparsity
+from ..storage.compressed_file import is_compressed_file
 from ..storage.encoding import smallest_payload
 from ..storage.folder import CONFIG, INDEX, WEIGHTS, read_config, read_weight_map, shard_names
-from ..storage.manifest import METHOD
+from ..storage.readers import safe_open
+from ..storage.source import RAGGED, quantization_method
 from ..storage.untrusted import auto_config, model_class, on_meta
 from ..trainer.checkpoints import newest_whole
 from ..trainer.pareto import SEARCH_FILE
@@ -116,20 +118,19 @@ def report_folder(folder: str | os.PathLike[str], near_zero_threshold: float = N
     Raises:
         ValueError: If the folder holds no model, or a file of it is cut short.
     """
-    from ..storage.reader import tensors_of
-
     path = _model_folder(Path(folder))
-    method = _method(path)
+    packed = any(map(is_compressed_file, _files(path)))
+    method = quantization_method(read_config(path)) if (path / CONFIG).is_file() else None
     model = _on_meta(path)
     run_report = _report_of_run(path)
     saved = {} if model is None else names_in_files(model)
     decayed = _decayed(run_report, model, saved)
     own_names = {names[0]: name for name, names in saved.items() if len(names) == 1}
-    estimator = None if method else _estimator(model)
+    estimator = None if packed or method else _estimator(model)
     tensors: list[TensorSparsity] = []
     ranks = _RankCounter()
     stored = compressed = 0
-    for name, raw in tensors_of(path) if method == METHOD else _tensors(path):
+    for name, raw in _tensors(path):
         tensor = _countable(raw)
         stored += raw.nbytes
         compressed += smallest_payload(tensor.numel(), int(tensor.count_nonzero()), raw.element_size())
@@ -146,9 +147,9 @@ def report_folder(folder: str | os.PathLike[str], near_zero_threshold: float = N
         SparsityReport(tensors, near_zero_threshold, [] if run_report is None else run_report.units),
         ranks.counts(),
         stored,
-        stored if method and method != METHOD else compressed,  # `compress` refuses other methods
+        stored if method and method != RAGGED else compressed,  # `compress` refuses other methods
         None if estimator is None else estimator.estimate(),
-        sum(file.stat().st_size for file in _files(path)) if method == METHOD else None,
+        sum(file.stat().st_size for file in _files(path)) if packed else None,
     )
 
 
@@ -192,12 +193,6 @@ def _model_folder(folder: Path) -> Path:
 
 def _word(folder: Path) -> str:
     return shlex.quote(str(folder))
-
-
-def _method(folder: Path) -> str | None:
-    """The ``quant_method`` of a folder's config, such as that of ``hf-pdecay compress``; None for plain weights."""
-    settings = read_config(folder).get("quantization_config") if (folder / CONFIG).is_file() else None
-    return None if settings is None else str(settings.get("quant_method") if isinstance(settings, dict) else settings)
 
 
 def _report_of_run(folder: Path) -> SparsityReport | None:

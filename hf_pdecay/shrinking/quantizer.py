@@ -5,25 +5,54 @@ Before weights are read, the layers are resized to the sizes in ``quantization_c
 
 from __future__ import annotations
 
+from types import ModuleType
 from typing import Any
 
 import torch
+from transformers.quantizers import auto
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from ..storage.plain_quantizer import PlainConfig, PlainQuantizer
 from .ragged_config import METHOD, check_settings, make_settings
 
 
-class ShrunkConfig(PlainConfig):
-    """``quantization_config`` of a model with ragged layers, see `docs/shrinking.md`."""
+class ShrunkConfig(QuantizationConfigMixin):
+    """``quantization_config`` of a model with ragged layers, see `docs/shrinking.md`; checks its settings."""
 
-    check = staticmethod(check_settings)
+    # Tells transformers that a loaded model is not quantized.
+    dequantize = True
+
+    def __init__(self, **settings: Any) -> None:
+        check_settings(settings)
+        self.__dict__.update(settings)
 
 
-class ShrunkQuantizer(PlainQuantizer):
-    """Resizes the layers of a model before its weights are loaded."""
+class ShrunkQuantizer(HfQuantizer):
+    """Resizes the layers of a model before its weights are loaded; the model is an ordinary one then."""
 
-    method = METHOD
-    config_class = ShrunkConfig
+    requires_calibration = True
+
+    def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
+        """Return True."""
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        """True."""
+        return True
+
+    @classmethod
+    def register(cls, module: ModuleType = auto) -> None:
+        """Enter the config and the quantizer in transformers' tables."""
+        if METHOD not in auto.AUTO_QUANTIZER_MAPPING:
+            auto.register_quantization_config(METHOD)(ShrunkConfig)
+            auto.register_quantizer(METHOD)(cls)
+
+    @classmethod
+    def unregister(cls, module: ModuleType = auto) -> None:
+        """Remove both from the tables."""
+        auto.AUTO_QUANTIZATION_CONFIG_MAPPING.pop(METHOD, None)
+        auto.AUTO_QUANTIZER_MAPPING.pop(METHOD, None)
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         from .resize import resize, shapes_after

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-
 # The name in `quantization_config` under which transformers knows such models.
-METHOD = "hf_pdecay_shrunk"
+from ..storage.source import RAGGED as METHOD
+
+
 FORMAT_VERSION = 1
 _KINDS = ("neuron", "head")
 # A config with more layers is forged.

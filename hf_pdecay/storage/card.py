@@ -12,8 +12,8 @@ _NOTE = f"""{_BEGIN}
 ## Loading
 
 The weights of this model are stored without their zeros, by [hf_pdecay](https://pypi.org/project/hf-pdecay/).
-`pip install hf-pdecay`, and `import hf_pdecay` before `from_pretrained` of transformers 5.23 or later, which then loads
-a bit-identical model. `hf-pdecay decompress` writes the plain folder, which loads anywhere.
+`pip install hf-pdecay`, and `import hf_pdecay` before `from_pretrained`, which then loads a bit-identical model.
+`hf-pdecay decompress` writes the plain folder, which loads anywhere.
 
 {_END}"""
 

@@ -36,6 +36,9 @@ DTYPES = {
     "I64": (8, "int64"),
     "U64": (8, "uint64"),
 }
+# The dtype of a tensor that is stored as a block of bytes. No reader of safetensors knows it, so a reader that cannot
+# decode blocks refuses the file, whatever it would do with tensors of wrong shapes.
+BLOCK = "hf_pdecay"
 ITEMSIZES = {dtype: size for dtype, (size, _) in DTYPES.items()}
 _ORDER = {dtype: number for number, dtype in enumerate(DTYPES)}
 
@@ -67,6 +70,11 @@ class Header(NamedTuple):
     raw: bytes
 
 
+def entry_bytes(dtype: str, shape: Iterable[int], what: str) -> int:
+    """Return the number of bytes of an entry, a tensor or a block; errors as of :func:`tensor_bytes`."""
+    return tensor_bytes("U8" if dtype == BLOCK else dtype, shape, what)
+
+
 def tensor_bytes(dtype: str, shape: Iterable[int], what: str) -> int:
     """Return the number of bytes of a tensor; raise FormatError if no tensor has such a dtype or shape."""
     if dtype not in ITEMSIZES:
@@ -86,20 +94,23 @@ def tensor_bytes(dtype: str, shape: Iterable[int], what: str) -> int:
 
 def read_header(file: str | os.PathLike[str]) -> Header:
     """Read the header of a file of tensors; raise FormatError if it is invalid or does not match the file's length."""
-    path = Path(file)
+    with open(file, "rb") as handle:
+        return header_of(handle, os.fstat(handle.fileno()).st_size, Path(file).name)
+
+
+def header_of(handle: BinaryIO, whole: int, file: str) -> Header:
+    """Read the header of an opened file, as :func:`read_header` does, given its length and its name."""
 
     def refuse(reason: str) -> NoReturn:
-        raise FormatError(f"{path.name} is not a whole file of safetensors: {reason}.")
+        raise FormatError(f"{file} is not a whole file of safetensors: {reason}.")
 
-    with open(path, "rb") as handle:
-        length = handle.read(8)
-        whole = os.fstat(handle.fileno()).st_size
-        if len(length) < 8:
-            refuse(f"it has {whole} bytes")
-        (size,) = struct.unpack("<Q", length)
-        if size > min(whole - 8, _HEADER_LIMIT):
-            refuse(f"its header would have {size} bytes and the file has {whole}")
-        raw = handle.read(size)
+    length = handle.read(8)
+    if len(length) < 8:
+        refuse(f"it has {whole} bytes")
+    (size,) = struct.unpack("<Q", length)
+    if size > min(whole - 8, _HEADER_LIMIT):
+        refuse(f"its header would have {size} bytes and the file has {whole}")
+    raw = handle.read(size)
     try:
         parsed = json.loads(raw, object_pairs_hook=_no_repeats, parse_constant=_no_constant)
     except (ValueError, RecursionError) as error:
@@ -121,7 +132,7 @@ def read_header(file: str | os.PathLike[str]) -> Header:
             refuse(f"the dtype or the shape of {name!r} has a wrong type")
         if not isinstance(offsets, list) or [type(offset) for offset in offsets] != [int, int]:
             refuse(f"data_offsets of {name!r} are not two whole numbers")
-        expected = tensor_bytes(dtype, shape, f"{name!r} in {path.name}")
+        expected = entry_bytes(dtype, shape, f"{name!r} in {file}")
         if offsets[1] - offsets[0] != expected:
             refuse(f"{name!r} has {offsets[1] - offsets[0]} bytes where its dtype and shape need {expected}")
         spans.append((offsets[0], offsets[1], name))
@@ -146,7 +157,7 @@ def header_bytes(tensors: Mapping[str, tuple[str, tuple[int, ...]]], metadata: M
     header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     begin = 0
     for name, (dtype, shape) in tensors.items():
-        end = begin + tensor_bytes(dtype, shape, repr(name))
+        end = begin + entry_bytes(dtype, shape, repr(name))
         header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [begin, end]}
         begin = end
     raw = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()

@@ -105,11 +105,6 @@ def smallest_payload(numel: int, values: int, itemsize: int) -> int:
     return min(_total(_sections(way.encoding, numel, *way[1:3], itemsize, way.signs)) for way in ways)
 
 
-def blob_shape(blob: Bytes, shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Return a block's stored shape, never that of its tensor: loaders that do not know blocks refuse it."""
-    return (1, blob.nbytes) if len(shape) == 1 else (blob.nbytes,)
-
-
 def parse(head: bytes | Bytes, size: int, what: str) -> Blob:
     """Read and check the head of a block of ``size`` bytes, given the block or its first ``HEAD_LIMIT`` bytes.
 

@@ -1,12 +1,12 @@
-"""Registers our quantizers in transformers without importing it.
+"""Completes modules of other libraries without importing them.
 
-If transformers is not imported yet, a finder in ``sys.meta_path`` waits for the module with its tables of quantizers.
+A finder in ``sys.meta_path`` waits for those that are not imported yet.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec
 from importlib.util import find_spec
@@ -15,53 +15,55 @@ from types import ModuleType
 from typing import Any
 
 
-# The module of transformers that has the tables.
-TABLES = "transformers.quantizers.auto"
-# The installed quantizers, as "module:class"; in the order in which they were installed.
-_quantizers: dict[str, None] = {}
+# What completes each module, as "module:object", by the module's name.
+_completions: dict[str, str] = {}
 
 
-def install(*quantizers: str) -> None:
-    """Let ``from_pretrained`` load our folders: at once if transformers is imported, else once it is.
+def install(completions: Mapping[str, str]) -> None:
+    """Complete modules, each at once if it is imported, else once it is.
 
-    The quantizers are classes with ``register`` and ``unregister``, as ``"module:class"``. Without any, those of
-    earlier calls are installed again.
+    The values are objects with functions ``register(module)`` and ``unregister(module)``, as ``"module:object"``.
     """
-    _quantizers.update(dict.fromkeys(quantizers))
-    if TABLES in sys.modules:
-        _register()
-    elif not any(isinstance(finder, _Finder) for finder in sys.meta_path):
+    _completions.update(completions)
+    for name in _completions.keys() & sys.modules.keys():
+        _complete(name)
+    if not sys.modules.keys() >= _completions.keys() and not any(map(_is_ours, sys.meta_path)):
         sys.meta_path.insert(0, _Finder())
 
 
 def uninstall() -> None:
     """Undo :func:`install`."""
-    sys.meta_path[:] = [finder for finder in sys.meta_path if not isinstance(finder, _Finder)]
-    if TABLES in sys.modules:
-        for name in _quantizers:
-            resolve_name(name).unregister()
+    sys.meta_path[:] = [finder for finder in sys.meta_path if not _is_ours(finder)]
+    for name in _completions.keys() & sys.modules.keys():
+        resolve_name(_completions[name]).unregister(sys.modules[name])
 
 
-def _register() -> None:
-    for name in _quantizers:
-        resolve_name(name).register()
+def _complete(name: str) -> None:
+    resolve_name(_completions[name]).register(sys.modules[name])
+
+
+def _is_ours(finder: object) -> bool:
+    return isinstance(finder, _Finder)
 
 
 class _Finder(MetaPathFinder):
-    """Lets the other finders find the module, and makes its loader register our quantizers once it has run."""
+    """Lets the other finders find the modules, and makes their loaders complete them once they have run."""
 
-    _asking = False
+    def __init__(self) -> None:
+        self._asking: set[str] = set()
+        self._before = _completions.keys() & sys.modules.keys()
+        self._done: set[str] = set()
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        if fullname != TABLES or self._asking:
+        if fullname not in _completions or fullname in self._asking:
             return None
-        self._asking = True
+        self._asking.add(fullname)
         try:
             spec = find_spec(fullname)
         finally:
-            self._asking = False
+            self._asking.remove(fullname)
         if spec is None or spec.loader is None:
             return spec
         # The loader's attribute is deleted by the first call, so that inspection sees an ordinary module.
@@ -71,10 +73,12 @@ class _Finder(MetaPathFinder):
         def exec_module(module: ModuleType) -> None:
             del loader.exec_module
             run(module)
-            # After uninstall there is nothing to register.
+            # After uninstall there is nothing to complete.
             if self in sys.meta_path:
-                sys.meta_path.remove(self)
-                _register()
+                _complete(fullname)
+                self._done.add(fullname)
+                if self._done >= _completions.keys() - self._before:
+                    sys.meta_path.remove(self)
 
         loader.exec_module = exec_module
         return spec

@@ -1,4 +1,4 @@
-"""``quantization_config`` of a compressed model, and the manifests of its files: format version and checksums."""
+"""The manifest of a compressed file, in its header: format version and checksums."""
 
 from __future__ import annotations
 
@@ -8,78 +8,64 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from .container import FormatError, Header
-from .folder import check_shard_name
+from .container import BLOCK, FormatError, Header, header_bytes
 
 
-# The name in `quantization_config` by which transformers knows compressed models.
-METHOD = "hf_pdecay"
 # The key of the manifest in a file's `__metadata__`.
-MANIFEST = "hf_pdecay"
-FORMAT_VERSION = 1
+MANIFEST = BLOCK
+FORMAT_VERSION = 2
 
 _SHA256 = re.compile(r"[0-9a-f]{64}")
+_KEYS = ("format_version", "header", "sha256")
+# Stands for the checksum of the header while that is computed.
+_UNKNOWN = "0" * 64
 
 
-def make_settings(shards: Mapping[str, str], dtype_added: bool) -> dict[str, Any]:
-    """Return the value of ``quantization_config``, given the SHA-256 of the header of each file of weights."""
-    return {
-        "quant_method": METHOD,
-        "format_version": FORMAT_VERSION,
-        "shards": dict(shards),
-        # Added to the config because compressed weights do not show the dtype.
-        **({"dtype_added": True} if dtype_added else {}),
-    }
+def is_compressed(header: Header) -> bool:
+    """Whether a file is one that :func:`compress` has written."""
+    return MANIFEST in header.metadata
 
 
-def check_settings(settings: object) -> dict[str, str]:
-    """Check ``quantization_config``, and return the files' checksums; raise FormatError if it is invalid."""
-    where = "quantization_config in config.json"
-    if settings is None:
-        raise FormatError("config.json has no quantization_config: the model is not compressed.")
-    if not isinstance(settings, Mapping) or settings.get("quant_method") != METHOD:
-        raise FormatError(f"{where} is not that of a model compressed by hf_pdecay.")
-    unknown = sorted(set(settings) - {"quant_method", "format_version", "shards", "dtype_added"})
-    if unknown:
-        raise FormatError(f"{where} has {unknown[0]!r}, which this format lacks; it is forged or of a later version.")
-    if (version := settings.get("format_version")) != FORMAT_VERSION:
-        raise FormatError(f"{where} has format_version {version!r}; this hf_pdecay reads {FORMAT_VERSION}.")
-    shards = settings.get("shards")
-    if not isinstance(shards, Mapping) or not shards:
-        raise FormatError(f"{where} names no files in shards.")
-    for name, checksum in shards.items():
-        check_shard_name(name, where)
-        _check_checksum(checksum, f"{where} for {name}")
-    return dict(shards)
+def compressed_header(
+    tensors: Mapping[str, tuple[str, tuple[int, ...]]], metadata: Mapping[str, str], checksums: Mapping[str, str]
+) -> bytes:
+    """Return the header of a compressed file, given the SHA-256 of the bytes of each entry."""
+    manifest = dict(zip(_KEYS, (FORMAT_VERSION, _UNKNOWN, dict(checksums)), strict=True))
+    text = json.dumps(manifest, separators=(",", ":"))
+    raw = header_bytes(tensors, {MANIFEST: text} | dict(metadata))
+    return raw.replace(_UNKNOWN.encode(), sha256(raw).encode(), 1)
 
 
-def make_manifest(checksums: Mapping[str, str]) -> str:
-    """Return the manifest of a file of weights: SHA-256 of the bytes of each entry, by the tensor's name."""
-    return json.dumps({"format_version": FORMAT_VERSION, "sha256": dict(checksums)}, separators=(",", ":"))
+def header_checksum(raw: bytes, stated: str) -> str:
+    """Return the SHA-256 of a header without the checksum that it states of itself."""
+    return sha256(raw.replace(stated.encode(), _UNKNOWN.encode(), 1))
 
 
-def read_manifest(header: Header, name: str) -> dict[str, str]:
-    """Return the checksums of a file's entries; raise FormatError if it has no manifest, or one of other tensors."""
+def read_manifest(header: Header, name: str) -> tuple[str, dict[str, str]]:
+    """Return the checksums of a file's header and of its entries.
+
+    Raises FormatError if it has no manifest, or one of other tensors.
+    """
     where = f"The manifest in {name}"
-    if MANIFEST not in header.metadata:
-        raise FormatError(
-            f"{name} has no manifest of hf_pdecay in its __metadata__: its weights are plain. If a new model was made "
-            "from the config of a compressed one, delete quantization_config from its config.json."
-        )
+    if not is_compressed(header):
+        raise FormatError(f"{name} has no manifest of hf_pdecay in its __metadata__: its weights are not compressed.")
     try:
         manifest = json.loads(header.metadata[MANIFEST])
     except (ValueError, RecursionError) as error:
         raise FormatError(f"{where} cannot be read as JSON ({error}).") from None
-    if not isinstance(manifest, dict) or manifest.keys() != {"format_version", "sha256"}:
-        raise FormatError(f"{where} does not have exactly format_version and sha256.")
-    if manifest["format_version"] != FORMAT_VERSION:
-        raise FormatError(f"{where} has version {manifest['format_version']!r}; this hf_pdecay reads {FORMAT_VERSION}.")
+    if not isinstance(manifest, dict) or (version := manifest.get("format_version")) is None:
+        raise FormatError(f"{where} does not have a format_version.")
+    if version != FORMAT_VERSION:
+        raise FormatError(f"{where} has version {version!r}; this hf_pdecay reads {FORMAT_VERSION}.")
+    if manifest.keys() != set(_KEYS):
+        raise FormatError(f"{where} does not have exactly {', '.join(_KEYS)}.")
     checksums = manifest["sha256"]
     if not isinstance(checksums, dict) or checksums.keys() != header.entries.keys():
         raise FormatError(f"{where} does not list the tensors of the file.")
     for tensor, checksum in checksums.items():
         _check_checksum(checksum, f"{where} for {tensor}")
-    return checksums
+    _check_checksum(manifest["header"], f"{where} for its header")
+    return manifest["header"], checksums
 
 
 def sha256(data: Any) -> str:

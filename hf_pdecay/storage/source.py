@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +12,11 @@ from typing import Any
 from .container import FormatError, Header
 from .folder import check_apart, check_out, copy_along, read_config, read_weights, written_folder
 from .hub import local_folder
-from .manifest import METHOD
+from .manifest import is_compressed
+
+
+# The `quant_method` in the config of a model with ragged layers, whose weights are plain.
+RAGGED = "hf_pdecay_shrunk"
 
 
 @dataclass(frozen=True)
@@ -31,17 +36,20 @@ class Source:
         check_out(self.out, self.overwrite)
         check_apart(self.folder, self.out)
 
-    def check_plain(self) -> None:
-        """Raise FormatError if the weights are compressed, quantized or shrunk layer by layer."""
-        settings = self.config.get("quantization_config")
-        if settings is None:
-            return
-        method = settings.get("quant_method") if isinstance(settings, dict) else settings
-        how = "as `hf-pdecay decompress` writes it" if method == METHOD else "from which it was made"
-        raise FormatError(
-            f"{str(self.folder)!r} has a quantization_config with quant_method {method!r}: its weights are "
-            f"{'compressed' if method == METHOD else 'quantized or shrunk'} already; name the plain model, {how}."
-        )
+    def check_plain(self, *, ragged: bool = False) -> None:
+        """Raise FormatError if the weights are compressed, quantized or, unless ``ragged``, shrunk layer by layer."""
+        if any(map(is_compressed, self.headers.values())):
+            raise FormatError(
+                f"The weights of {str(self.folder)!r} are compressed already; name the plain model, as `hf-pdecay "
+                "decompress` writes it."
+            )
+        method = quantization_method(self.config)
+        if method is not None and not (ragged and method == RAGGED):
+            raise FormatError(
+                f"{str(self.folder)!r} has a quantization_config with quant_method {method!r}: its weights are "
+                f"{'shrunk layer by layer' if method == RAGGED else 'quantized'} already; name the plain model, from "
+                "which it was made."
+            )
 
     def rewritten(self) -> AbstractContextManager[Path]:
         """Give a folder to write into, which becomes ``out`` if the writing succeeds."""
@@ -50,6 +58,12 @@ class Source:
     def copy_along(self, aside: Path) -> list[str]:
         """Copy all files but the weights; returns the names of weights in other formats, which are left out."""
         return copy_along(self.folder, aside, self.headers)
+
+
+def quantization_method(config: Mapping[str, Any]) -> str | None:
+    """Return the ``quant_method`` in a config; None if it has no ``quantization_config``."""
+    settings = config.get("quantization_config")
+    return None if settings is None else str(settings.get("quant_method") if isinstance(settings, dict) else settings)
 
 
 def read_source(model: str | os.PathLike[str], out: str | os.PathLike[str], overwrite: bool) -> Source:

@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 import numpy as np
 
 from .card import add_note
-from .container import DTYPES, Entry, FormatError, Header, header_bytes, write_header
-from .encoding import DENSE, Bytes, blob_shape, decode, encode
+from .container import BLOCK, Entry, FormatError, Header, write_header
+from .encoding import DENSE, Bytes, decode, encode
 from .folder import CONFIG, INDEX, WEIGHTS, check_out, read_json, scratch_folder, write_json
-from .manifest import MANIFEST, make_manifest, make_settings, sha256
+from .manifest import compressed_header, sha256
 from .report import StorageReport
 from .source import Source, read_source
 
@@ -25,7 +25,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
-_FLOATS = ("F64", "F32", "F16", "BF16")
 _CHUNK = 1 << 20
 
 
@@ -57,8 +56,7 @@ def compress(
     """
     limit = parse_size(max_shard_size)
     source = read_source(model, out, overwrite)
-    source.check_plain()
-    config, first = source.config, next(iter(source.headers.values()))
+    source.check_plain(ragged=True)
     report = StorageReport()
     with source.rewritten() as aside:
         report.left_out = source.copy_along(aside)
@@ -67,12 +65,9 @@ def compress(
         if files.keys() != {WEIGHTS}:
             metadata = None if WEIGHTS in source.headers else read_json(source.folder / INDEX).get("metadata")
             metadata = metadata if isinstance(metadata, dict) else {"total_size": report.before}
-            placed = {tensor: name for name, (tensors, _) in files.items() for tensor in tensors}
+            placed = {tensor: name for name, tensors in files.items() for tensor in tensors}
             write_json(aside / INDEX, {"metadata": metadata, "weight_map": placed}, sort_keys=True)
-        dtype = None if "dtype" in config or "torch_dtype" in config else _dtype_of(first)
-        settings = make_settings({name: checksum for name, (_, checksum) in files.items()}, dtype is not None)
-        more = {} if dtype is None else {"dtype": dtype}
-        write_json(aside / CONFIG, config | more | {"quantization_config": settings})
+        shutil.copyfile(source.folder / CONFIG, aside / CONFIG)
     return report
 
 
@@ -139,16 +134,10 @@ def _tensors(file: Path, header: Header) -> Iterator[tuple[str, Entry, Bytes]]:
             yield tensor, entry, data
 
 
-def _dtype_of(header: Header) -> str | None:
-    """The dtype of the first floating tensor, which transformers uses if the config names no dtype."""
-    dtypes = (header.entries[name].dtype for name in sorted(header.entries))
-    return next((DTYPES[dtype][1] for dtype in dtypes if dtype in _FLOATS), None)
-
-
 def _write_shards(
     source: Source, aside: Path, limit: int | None, zstd: bool, report: StorageReport
-) -> dict[str, tuple[list[str], str]]:
-    """Write the files of weights; returns the tensors of each file and the checksum of its header."""
+) -> dict[str, list[str]]:
+    """Write the files of weights; returns the tensors of each file."""
     with TemporaryFile(dir=aside) as data:
         shards = _Shards(aside, data, {"format": "pt"} | next(iter(source.headers.values())).metadata, report)
         for name, header in source.headers.items():
@@ -158,8 +147,10 @@ def _write_shards(
                 report.add(encoding, raw.nbytes, stored.nbytes)
                 if limit is not None and data.tell() and data.tell() + stored.nbytes > limit:
                     shards.close(f".shard-{len(shards.files)}")
-                shape = entry.shape if blob is None else blob_shape(blob, entry.shape)
-                shards.add(tensor, entry.dtype if blob is None else "U8", shape, stored)
+                if blob is None:
+                    shards.add(tensor, entry.dtype, entry.shape, stored)
+                else:
+                    shards.add(tensor, BLOCK, (blob.nbytes,), stored)
             if limit is None:
                 shards.close(name)
         if limit is None:
@@ -184,7 +175,7 @@ def _encoded(name: str, entry: Entry, data: Bytes, zstd: bool) -> tuple[int, Byt
 
 
 class _Shards:
-    """Files of weights that are written one after the other; ``files`` has each one's tensors and header checksum.
+    """Files of weights that are written one after the other; ``files`` has the tensors of each.
 
     The tensors' bytes of the current file wait in ``data``: its header comes before them and is only known after them.
     """
@@ -193,7 +184,7 @@ class _Shards:
         self._folder, self._data, self._metadata, self._report = folder, data, metadata, report
         self._tensors: dict[str, tuple[str, tuple[int, ...]]] = {}
         self._checksums: dict[str, str] = {}
-        self.files: dict[str, tuple[list[str], str]] = {}
+        self.files: dict[str, list[str]] = {}
 
     def add(self, name: str, dtype: str, shape: tuple[int, ...], stored: Bytes) -> None:
         """Append a tensor to the current file."""
@@ -203,13 +194,13 @@ class _Shards:
 
     def close(self, name: str) -> None:
         """Write the current file under a name, and begin the next."""
-        raw = header_bytes(self._tensors, self._metadata | {MANIFEST: make_manifest(self._checksums)})
+        raw = compressed_header(self._tensors, self._metadata, self._checksums)
         self._data.seek(0)
         with open(self._folder / name, "wb") as file:
             write_header(file, raw)
             shutil.copyfileobj(self._data, file, _CHUNK)
         self._report.headers += len(raw) + 8
-        self.files[name] = list(self._tensors), sha256(raw)
+        self.files[name] = list(self._tensors)
         self._data.seek(0)
         self._data.truncate()
         self._tensors, self._checksums = {}, {}

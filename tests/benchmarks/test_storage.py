@@ -11,7 +11,6 @@ from types import ModuleType
 
 import pytest
 import transformers as tf
-from packaging.version import Version
 
 from ..helpers.storage_models import saved
 from .test_benchmarks import BENCHMARKS
@@ -48,11 +47,7 @@ def test_fuzzing_finds_a_reader_that_crashes_and_one_that_does_not_look_at_check
         decoded, head = real(block, limit, what)
         return decoded[head.dense], head
 
-    def careless(file: Path, checksum: str, checksums: bool) -> object:
-        return check(file, checksum, checksums=False)
-
-    check = fuzz.check_file
-    monkeypatch.setattr(fuzz, "check_file", careless)
+    monkeypatch.setenv("HF_PDECAY_VERIFY_CHECKSUMS", "0")
     assert fuzz.main(["--inputs", "300", "--output", str(tmp_path)]) == 1
     assert "other values in spite of checksums" in (tmp_path / "fuzz_storage.md").read_text()
     chance = fuzz.random.Random(0)
@@ -61,7 +56,6 @@ def test_fuzzing_finds_a_reader_that_crashes_and_one_that_does_not_look_at_check
     assert any(blocks.try_one(chance).startswith("crash: IndexError") for _ in range(100))
 
 
-@pytest.mark.skipif(Version(tf.__version__) < Version("5.23"), reason="loading needs transformers 5.23")
 def test_measuring(scripts: dict[str, ModuleType], tmp_path: Path) -> None:
     storage = scripts["storage"]
     saved("gpt2", tmp_path / "plain")

@@ -22,7 +22,7 @@ from hf_pdecay.shrinking.folder import shrink_folder
 from hf_pdecay.shrinking.model import shrink_model
 
 from ..helpers.models import build
-from ..helpers.storage_models import files_of, weights
+from ..helpers.storage_models import files_of, same_state, weights
 from ..helpers.warm import python
 from .test_model import half_dead, loaded
 
@@ -276,3 +276,23 @@ def test_the_benchmark_runs(tmp_path: Path) -> None:
     assert record["command"] == "python benchmarks/shrink.py --quick --rounds 2"
     text = (tmp_path / "shrink_cpu_quick.md").read_text()
     assert "half of the neurons and heads" in text and str(tmp_path) not in text
+
+
+def test_a_ragged_model_is_compressed(tmp_path: Path) -> None:
+    """Its config stays, and the compressed folder loads as the plain one; neither folder is shrunk once more."""
+    model, _ = half_dead("gpt2")
+    model.transformer.wpe.weight.data[:, ::2] = 0
+    model.save_pretrained(tmp_path / "plain")
+    shrink_folder(tmp_path / "plain", tmp_path / "ragged", layers="ragged")
+    hf_pdecay.compress(tmp_path / "ragged", tmp_path / "small")
+    expected, found = (
+        transformers.AutoModelForCausalLM.from_pretrained(tmp_path / name) for name in ("ragged", "small")
+    )
+    assert same_state(found, expected)
+    hf_pdecay.decompress(tmp_path / "small", tmp_path / "back")
+    assert files_of(tmp_path / "back") == files_of(tmp_path / "ragged")
+    for name, reason in (("ragged", "shrunk layer by layer already"), ("small", "are compressed already")):
+        with pytest.raises(ValueError, match=reason):
+            shrink_folder(tmp_path / name, tmp_path / "out")
+    result = report(tmp_path / "ragged")
+    assert result.compressed < result.stored

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors
 import torch
 import transformers as tf
 from packaging.version import Version
@@ -18,17 +19,16 @@ from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_
 
 import hf_pdecay
 from hf_pdecay import compress, save_compressed
-from hf_pdecay.storage import hook
+from hf_pdecay.storage import hook, readers
 from hf_pdecay.storage.container import FormatError
 
 from ..helpers.models import ARCHITECTURES
 from ..helpers.storage_models import bits, files_of, same_state, saved, sparsified
 from ..helpers.warm import python
-from .test_hostile import edit_json, with_huge_tensor
+from .test_hostile import with_huge_tensor
 
 
-LOADS = Version(tf.__version__) >= Version("5.23")
-loads = pytest.mark.skipif(not LOADS, reason="loading needs transformers 5.23")
+newer = pytest.mark.skipif(Version(tf.__version__) < Version("5"), reason="transformers 4 cannot, plain or not")
 
 
 @pytest.fixture
@@ -39,13 +39,6 @@ def gpt2(tmp_path: Path) -> tuple[Any, Path, Path]:
     return model, tmp_path / "plain", tmp_path / "small"
 
 
-@pytest.mark.skipif(LOADS, reason="this transformers can load")
-def test_an_older_transformers_is_told_which_is_needed(gpt2: tuple[Any, Path, Path]) -> None:
-    with pytest.raises(ImportError, match=r"needs transformers>=5\.23, and this is .*hf-pdecay decompress MODEL OUT"):
-        tf.AutoModelForCausalLM.from_pretrained(gpt2[2])
-
-
-@loads
 @pytest.mark.parametrize("zstd", [False, True])
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_a_model_comes_back_to_the_bit(tmp_path: Path, name: str, zstd: bool) -> None:
@@ -61,7 +54,6 @@ def test_a_model_comes_back_to_the_bit(tmp_path: Path, name: str, zstd: bool) ->
     assert "quantization_config" not in json.loads((tmp_path / "again" / "config.json").read_text())
 
 
-@loads
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float64"])
 @pytest.mark.parametrize("name", ["gpt2", "t5", "mixtral"])
 def test_models_saved_in_other_dtypes(tmp_path: Path, name: str, dtype: str) -> None:
@@ -94,7 +86,6 @@ class Odd(tf.PreTrainedModel):
             self.passing = torch.ones(3)
 
 
-@loads
 def test_buffers_and_odd_dtypes(tmp_path: Path) -> None:
     model = Odd(tf.BertConfig())
     with torch.no_grad():
@@ -109,24 +100,100 @@ def test_buffers_and_odd_dtypes(tmp_path: Path) -> None:
     assert bits(found.passing) == bits(model.passing)
 
 
-@loads
+SMALL: dict[str, Any] = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 4,
+    "vocab_size": 64,
+}
+IMAGES = {"image_size": 32, "patch_size": 8}
+TOKENS = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+
+
+def composite(kind: str) -> Any:
+    """A model that is made of others."""
+    if kind == "clip":
+        text, vision = SMALL | TOKENS | {"projection_dim": 16}, SMALL | IMAGES | {"projection_dim": 16}
+        return tf.CLIPModel(tf.CLIPConfig(text_config=text, vision_config=vision, projection_dim=16))
+    if kind == "llava":
+        vision = SMALL | IMAGES | {"model_type": "clip_vision_model"}
+        text = SMALL | {"model_type": "llama", "num_key_value_heads": 2}
+        return tf.LlavaForConditionalGeneration(
+            tf.LlavaConfig(vision_config=vision, text_config=text, image_token_index=63)
+        )
+    bert = tf.BertConfig(**SMALL)
+    config = tf.EncoderDecoderConfig.from_encoder_decoder_configs(bert, tf.BertConfig(**SMALL))
+    return tf.EncoderDecoderModel(config)
+
+
+def same_loading(cls: Any, folder: Path, **kwargs: Any) -> None:
+    """Loaded from the compressed folder a model is as from the plain one, new weights and reports included."""
+    found = []
+    for name in ("plain", "small"):
+        torch.manual_seed(0)
+        found.append(cls.from_pretrained(folder / name, output_loading_info=True, **kwargs))
+    (expected, expected_info), (model, info) = found
+    assert info == expected_info
+    assert same_state(model, expected)
+
+
+@pytest.mark.parametrize("mismatched", [False, True])
 @pytest.mark.parametrize(
-    "cls",
-    [tf.AutoModel, tf.AutoModelForMaskedLM, tf.AutoModelForSequenceClassification, tf.AutoModelForTokenClassification],
+    ("name", "classes"),
+    [
+        ("clip", [tf.CLIPModel, tf.CLIPVisionModel, tf.CLIPTextModel, tf.CLIPVisionModelWithProjection]),
+        ("llava", [tf.LlavaForConditionalGeneration, tf.AutoModel, tf.CLIPVisionModel, tf.LlamaForCausalLM]),
+        ("encoder-decoder", [tf.EncoderDecoderModel, tf.BertModel]),
+        ("t5", [tf.T5ForConditionalGeneration, tf.T5EncoderModel, tf.T5Model, tf.AutoModelForSequenceClassification]),
+        ("bert", [tf.BertModel, tf.AutoModel, tf.AutoModelForMaskedLM, tf.BertForTokenClassification]),
+        ("bert-classifier", [tf.BertModel, tf.AutoModelForMaskedLM, tf.AutoModelForSequenceClassification]),
+        ("vit", [tf.AutoModel, tf.AutoModelForImageClassification]),
+        ("mixtral", [tf.AutoModel, tf.AutoModelForCausalLM, tf.AutoModelForSequenceClassification]),
+        ("gpt2", [tf.AutoModel, tf.AutoModelForCausalLM, tf.AutoModelForQuestionAnswering]),
+    ],
 )
-def test_heads_and_bases_of_a_masked_lm(tmp_path: Path, cls: Any) -> None:
+def test_parts_heads_and_bases(tmp_path: Path, name: str, classes: list[Any], mismatched: bool) -> None:
+    """Any class that loads the plain folder, in whole or in part, with or without wrong sizes."""
+    if name in ("clip", "llava", "encoder-decoder"):
+        sparsified(composite(name)).save_pretrained(tmp_path / "plain")  # type: ignore[operator]
+    else:
+        saved(name, tmp_path / "plain")
+    compress(tmp_path / "plain", tmp_path / "small", max_shard_size="20KB")
+    for cls in classes:
+        same_loading(cls, tmp_path, ignore_mismatched_sizes=mismatched)
+
+
+def test_ways_of_loading(tmp_path: Path) -> None:
+    """With a config of one's own, other names, a dtype, sizes that really differ, from a subfolder."""
     saved("bert", tmp_path / "plain")
     compress(tmp_path / "plain", tmp_path / "small")
-    found, info = cls.from_pretrained(tmp_path / "small", output_loading_info=True)
-    expected, expected_info = cls.from_pretrained(tmp_path / "plain", output_loading_info=True)
-    assert info == expected_info
-    new = {name for name in expected.state_dict() if name in info["missing_keys"]}
-    left, right = found.state_dict(), expected.state_dict()
-    assert left.keys() == right.keys()
-    assert all(bits(left[name]) == bits(right[name]) for name in left.keys() - new)
+    config = tf.AutoConfig.from_pretrained(tmp_path / "plain")
+    own = type(config)(**config.to_dict())
+    wide = type(config)(**(config.to_dict() | {"vocab_size": config.vocab_size + 8}))
+    same_loading(tf.AutoModelForMaskedLM, tmp_path, config=own)
+    same_loading(tf.AutoModelForMaskedLM, tmp_path, config=wide, ignore_mismatched_sizes=True)
+    same_loading(tf.BertModel, tmp_path, key_mapping={r"^bert\.encoder": "encoder"})
+    for dtype in ("auto", "bfloat16", torch.float64):
+        same_loading(tf.AutoModel, tmp_path, dtype=dtype)
+    same_loading(tf.AutoModel, tmp_path, device_map="cpu", low_cpu_mem_usage=True)
+    with pytest.raises(OSError, match=r"pytorch_model\.bin"):
+        tf.AutoModel.from_pretrained(tmp_path / "small", use_safetensors=False)
+    (tmp_path / "above").mkdir()
+    (tmp_path / "small").rename(tmp_path / "above" / "small")
+    found = tf.AutoModelForMaskedLM.from_pretrained(tmp_path / "above", subfolder="small")
+    assert same_state(found, tf.AutoModelForMaskedLM.from_pretrained(tmp_path / "plain"))
 
 
-@loads
+def test_accelerate_reads_compressed_folders(gpt2: tuple[Any, Path, Path]) -> None:
+    import accelerate
+
+    model = tf.AutoModelForCausalLM.from_config(gpt2[0].config)
+    accelerate.load_checkpoint_and_dispatch(model, str(gpt2[2]))
+    model.tie_weights()
+    assert same_state(model, gpt2[0])
+
+
 def test_a_head_of_another_size_is_made_anew(tmp_path: Path) -> None:
     saved("bert-classifier", tmp_path / "plain")
     compress(tmp_path / "plain", tmp_path / "small")
@@ -135,11 +202,10 @@ def test_a_head_of_another_size_is_made_anew(tmp_path: Path) -> None:
     found, info = cls.from_pretrained(tmp_path / "small", **kwargs)
     expected, expected_info = cls.from_pretrained(tmp_path / "plain", **kwargs)
     assert info == expected_info
-    assert {key[0] for key in info["mismatched_keys"]} == {"classifier.weight", "classifier.bias"}
+    assert len(info["mismatched_keys"]) == 2
     assert same_state(found.bert, expected.bert)
 
 
-@loads
 @pytest.mark.parametrize("device_map", ["auto", "cpu", {"": "cpu"}])
 def test_sharded_with_a_device_map(tmp_path: Path, device_map: Any) -> None:
     model = saved("llama", tmp_path / "plain")
@@ -149,7 +215,6 @@ def test_sharded_with_a_device_map(tmp_path: Path, device_map: Any) -> None:
     assert same_state(found, model)
 
 
-@loads
 @pytest.mark.parametrize("name", ["llama", "mixtral"])
 def test_offloaded_to_disk(tmp_path: Path, name: str) -> None:
     model = saved(name, tmp_path / "plain").eval()
@@ -164,23 +229,24 @@ def test_offloaded_to_disk(tmp_path: Path, name: str) -> None:
         assert torch.equal(found(tokens).logits, model(tokens).logits)
 
 
-@loads
-def test_tied_weights_on_disk_are_refused(tmp_path: Path) -> None:
-    saved("qwen3", tmp_path / "plain")
+@newer
+def test_tied_weights_on_disk(tmp_path: Path) -> None:
+    model = saved("qwen3", tmp_path / "plain").eval()
     compress(tmp_path / "plain", tmp_path / "small")
     places = {"model.embed_tokens": "disk", "model.layers": "cpu", "model.norm": "cpu", "model.rotary_emb": "cpu"}
-    with pytest.raises(ValueError, match="tied weights cannot be offloaded to disk.*hf-pdecay decompress"):
-        tf.AutoModelForCausalLM.from_pretrained(
-            tmp_path / "small", device_map={**places, "lm_head": "disk"}, offload_folder=str(tmp_path / "offload")
-        )
+    found = tf.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "small", device_map={**places, "lm_head": "disk"}, offload_folder=str(tmp_path / "offload")
+    )
+    tokens = torch.arange(8)[None]
+    with torch.no_grad():
+        assert torch.equal(found(tokens).logits, model(tokens).logits)
 
 
-@loads
+@newer
 def test_files_read_whole(gpt2: tuple[Any, Path, Path]) -> None:
     assert same_state(tf.AutoModelForCausalLM.from_pretrained(gpt2[2], disable_mmap=True), gpt2[0])
 
 
-@loads
 def test_training_goes_on_from_a_compressed_model(
     gpt2: tuple[Any, Path, Path], make_args: Callable[..., Any], tokens: Any, tmp_path: Path
 ) -> None:
@@ -202,7 +268,6 @@ def test_training_goes_on_from_a_compressed_model(
     assert left == right
 
 
-@loads
 def test_pipelines(tmp_path: Path) -> None:
     model = saved("vit", tmp_path / "plain").eval()
     tf.ViTImageProcessor(size={"height": 16, "width": 16}, do_normalize=False, do_resize=False).save_pretrained(
@@ -214,7 +279,6 @@ def test_pipelines(tmp_path: Path) -> None:
 
 
 class TestDamage:
-    @loads
     def test_a_flipped_bit(self, gpt2: tuple[Any, Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
         file = gpt2[2] / "model.safetensors"
         data = bytearray(file.read_bytes())
@@ -227,53 +291,23 @@ class TestDamage:
         monkeypatch.setenv("HF_PDECAY_VERIFY_CHECKSUMS", "0")
         assert not same_state(tf.AutoModelForCausalLM.from_pretrained(gpt2[2]), gpt2[0])
 
-    @loads
     @pytest.mark.parametrize("zstd", [False, True])
-    def test_a_tensor_far_larger_than_the_model(
-        self, tmp_path: Path, zstd: bool, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
+    def test_a_tensor_far_larger_than_the_model(self, tmp_path: Path, zstd: bool) -> None:
         with_huge_tensor(tmp_path / "small", zstd)
-        monkeypatch.setattr(tf.utils.logging.get_logger("transformers"), "propagate", True)
         tracemalloc.start()
         try:
-            with pytest.raises(RuntimeError, match="issues during automatic conversion of the weights"):
+            with pytest.raises(FormatError, match="is a tensor of 4398046511104 bytes; at most"):
                 tf.AutoModelForCausalLM.from_pretrained(tmp_path / "small")
             assert tracemalloc.get_traced_memory()[1] < 20_000_000
         finally:
             tracemalloc.stop()
-        assert "is a tensor of 4398046511104 bytes; at most" in caplog.text
-
-    @loads
-    def test_a_config_that_names_code(self, gpt2: tuple[Any, Path, Path]) -> None:
-        edit_json(gpt2[2] / "config.json", lambda config: config["quantization_config"].update(module="os"))
-        with pytest.raises(FormatError, match="'module', which this format lacks"):
-            tf.AutoModelForCausalLM.from_pretrained(gpt2[2])
-
-    @loads
-    def test_other_files_than_the_config_tells_of(self, tmp_path: Path) -> None:
-        saved("gpt2", tmp_path / "plain")
-        compress(tmp_path / "plain", tmp_path / "small", max_shard_size="8KB")
-        index = tmp_path / "small" / "model.safetensors.index.json"
-        names = sorted(each.name for each in (tmp_path / "small").glob("*.safetensors"))
-        (tmp_path / names[0]).write_bytes((tmp_path / "small" / names[0]).read_bytes())
-
-        def lead_out(value: dict[str, Any]) -> None:
-            placed = value["weight_map"]
-            placed.update({key: f"../{name}" for key, name in placed.items() if name == names[0]})
-
-        edit_json(index, lead_out)
-        with pytest.raises(FormatError, match="config.json names .* in one folder"):
-            tf.AutoModelForCausalLM.from_pretrained(tmp_path / "small")
 
 
-@loads
 def test_a_new_model_from_the_config_of_a_compressed_one(gpt2: tuple[Any, Path, Path], tmp_path: Path) -> None:
     config = tf.AutoConfig.from_pretrained(gpt2[2])
-    tf.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "new")
-    with pytest.raises(FormatError, match="its weights are plain. .* delete quantization_config from its config.json"):
-        tf.AutoModelForCausalLM.from_pretrained(tmp_path / "new")
-    edit_json(tmp_path / "new" / "config.json", lambda value: value.pop("quantization_config"))
-    tf.AutoModelForCausalLM.from_pretrained(tmp_path / "new")
+    new = tf.AutoModelForCausalLM.from_config(config)
+    new.save_pretrained(tmp_path / "new")
+    assert same_state(tf.AutoModelForCausalLM.from_pretrained(tmp_path / "new"), new)
 
 
 def run(code: str, *words: str) -> subprocess.CompletedProcess[str]:
@@ -281,7 +315,6 @@ def run(code: str, *words: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, check=False)
 
 
-@loads
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "imports",
@@ -297,8 +330,8 @@ def test_imports_in_any_order(gpt2: tuple[Any, Path, Path], imports: str) -> Non
 import sys
 {imports}
 model = AutoModelForCausalLM.from_pretrained(sys.argv[1])
-from hf_pdecay.storage.hook import TABLES, _Finder
-module = sys.modules[TABLES]
+from hf_pdecay.storage.hook import _Finder
+module = sys.modules["transformers.quantizers.auto"]
 assert not any(isinstance(finder, _Finder) for finder in sys.meta_path)
 import inspect
 assert "AUTO_QUANTIZER_MAPPING = {{" in inspect.getsource(module)
@@ -310,37 +343,59 @@ print(sum(param.abs().double().sum().item() for param in model.parameters()))
     assert float(done.stdout.split()[-1]) == sum(each.abs().double().sum().item() for each in gpt2[0].parameters())
 
 
-@loads
 @pytest.mark.slow
-def test_without_this_package_loading_fails_clearly_and_a_decompressed_model_loads(
-    gpt2: tuple[Any, Path, Path],
-) -> None:
-    """It must not give a model of weights made anew, with warnings alone."""
+def test_without_this_package_nothing_loads_and_a_decompressed_model_does(tmp_path: Path) -> None:
+    """It must not give a model of weights made anew, whatever is asked for."""
     code = """
 import sys
 sys.modules["hf_pdecay"] = None
-from transformers import AutoModelForCausalLM
-AutoModelForCausalLM.from_pretrained(sys.argv[1])
-print("loaded")
+import accelerate, safetensors.torch, transformers as tf
+folder, failed = sys.argv[1], 0
+ways = {
+    "part": lambda **kwargs: tf.CLIPVisionModel.from_pretrained(folder, **kwargs),
+    "class": lambda **kwargs: tf.CLIPModel.from_pretrained(folder, **kwargs),
+    "auto": lambda **kwargs: tf.AutoModel.from_pretrained(folder, **kwargs),
+    "own config": lambda **kwargs: tf.CLIPModel.from_pretrained(folder, config=tf.CLIPConfig(), **kwargs),
+    "whole files": lambda **kwargs: tf.AutoModel.from_pretrained(folder, device_map="cpu", **kwargs),
+    "pipeline": lambda **kwargs: tf.pipeline("feature-extraction", model=folder, model_kwargs=kwargs),
+}
+for name, load in ways.items():
+    for ignored in (False, True):
+        try:
+            load(ignore_mismatched_sizes=ignored)
+            print("loaded", name, ignored)
+        except Exception as error:
+            if "unknown variant `hf_pdecay`" not in str(error):
+                print("other", name, ignored, repr(error))
+try:
+    safetensors.torch.load_file(folder + "/model.safetensors")
+    print("read")
+except Exception as error:
+    print(error)
 """
-    done = python("-c", code, gpt2[2])
-    assert done.returncode == 1
-    assert "Unknown quantization type, got hf_pdecay" in done.stderr
-    assert "RuntimeError: You set `ignore_mismatched_sizes` to `False`, thus raising an error." in done.stderr
-    hf_pdecay.decompress(gpt2[2], gpt2[2].parent / "back")
-    assert python("-c", code, gpt2[2].parent / "back").stdout.split()[-1:] == ["loaded"]
+    sparsified(composite("clip")).save_pretrained(tmp_path / "plain")  # type: ignore[operator]
+    compress(tmp_path / "plain", tmp_path / "small")
+    done = python("-c", code, tmp_path / "small")
+    assert done.stdout.startswith("Error while deserializing header"), done.stdout + done.stderr
+    assert "unknown variant `hf_pdecay`" in done.stdout
+    hf_pdecay.decompress(tmp_path / "small", tmp_path / "back")
+    words = [line.split()[0] for line in python("-c", code, tmp_path / "back").stdout.splitlines()]
+    assert words.count("loaded") >= 8 and words[-1] == "read"
 
 
 def test_the_hook_can_be_undone_and_done_again() -> None:
     before = list(sys.meta_path)
-    assert "hf_pdecay" in AUTO_QUANTIZER_MAPPING
+    method = "hf_pdecay_shrunk"
+    assert method in AUTO_QUANTIZER_MAPPING
     try:
         hook.uninstall()
-        assert "hf_pdecay" not in AUTO_QUANTIZER_MAPPING and "hf_pdecay" not in AUTO_QUANTIZATION_CONFIG_MAPPING
+        assert method not in AUTO_QUANTIZER_MAPPING and method not in AUTO_QUANTIZATION_CONFIG_MAPPING
+        assert tf.modeling_utils.safe_open is safetensors.safe_open
     finally:
-        hook.install()
-        hook.install()
-    assert "hf_pdecay" in AUTO_QUANTIZER_MAPPING and "hf_pdecay" in AUTO_QUANTIZATION_CONFIG_MAPPING
+        hook.install({})
+        hook.install({})
+    assert method in AUTO_QUANTIZER_MAPPING and method in AUTO_QUANTIZATION_CONFIG_MAPPING
+    assert tf.modeling_utils.safe_open is readers.safe_open
     assert sys.meta_path == before
 
 
@@ -351,36 +406,37 @@ import sys
 before = list(sys.meta_path)
 import hf_pdecay
 from hf_pdecay.storage import hook
-hook.install()
+hook.install({})
 assert len(sys.meta_path) == len(before) + 1
 assert "torch" not in sys.modules and "transformers" not in sys.modules
 hook.uninstall()
 assert sys.meta_path == before
 import transformers.quantizers.auto as tables
-assert "hf_pdecay" not in tables.AUTO_QUANTIZER_MAPPING
-hook.install()
-assert "hf_pdecay" in tables.AUTO_QUANTIZER_MAPPING
+assert "hf_pdecay_shrunk" not in tables.AUTO_QUANTIZER_MAPPING
+hook.install({})
+assert "hf_pdecay_shrunk" in tables.AUTO_QUANTIZER_MAPPING
 """
     done = run(code)
     assert done.returncode == 0, done.stderr
 
 
-@loads
 @pytest.mark.slow
-def test_tensor_parallel_loading_is_refused(tmp_path: Path) -> None:
-    saved("llama", tmp_path / "plain")
+def test_tensor_parallel_loading(tmp_path: Path) -> None:
+    model = saved("llama", tmp_path / "plain")
     compress(tmp_path / "plain", tmp_path / "small")
     code = """
-import sys, hf_pdecay
+import sys, hf_pdecay, torch
 from transformers import AutoModelForCausalLM
-AutoModelForCausalLM.from_pretrained(sys.argv[1], tp_plan="auto")
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1], tp_plan="auto")
+params = [param.full_tensor() if hasattr(param, "full_tensor") else param for param in model.parameters()]
+print(sum(param.abs().double().sum().item() for param in params))
 """
     env = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
     done = python("-c", code, tmp_path / "small", **env)
-    assert "cannot be loaded in shards by tp_plan or distributed_config" in done.stderr, done.stderr
+    assert done.returncode == 0, done.stderr
+    assert float(done.stdout.split()[-1]) == sum(each.abs().double().sum().item() for each in model.parameters())
 
 
-@loads
 def test_an_unsparse_model_needs_nothing_of_ours(tmp_path: Path) -> None:
     """Tensors without a smaller encoding are stored plainly."""
     sparsified(model := saved("llama", tmp_path / "plain"), 0.0)
@@ -393,7 +449,6 @@ def test_an_unsparse_model_needs_nothing_of_ours(tmp_path: Path) -> None:
     assert same_state(tf.AutoModelForCausalLM.from_pretrained(tmp_path / "small"), model)
 
 
-@loads
 def test_adapters_on_a_compressed_model(tmp_path: Path) -> None:
     """LoRA saves the name of its base, which is loaded with it."""
     import peft
@@ -410,7 +465,6 @@ def test_adapters_on_a_compressed_model(tmp_path: Path) -> None:
         assert torch.equal(found(tokens).logits, expected)
 
 
-@loads
 def test_a_name_on_the_hub(gpt2: tuple[Any, Path, Path], tmp_path: Path) -> None:
     """From the Hub's cache, as a download leaves it: links to files that are named by their checksums."""
     repo = tmp_path / "cache" / "models--me--small"

@@ -1,0 +1,66 @@
+"""Lets transformers and accelerate read compressed files as they read plain ones.
+
+Their modules call ``safe_open``, ``load_file`` and ``load`` of the safetensors library; here these names get functions
+that decode compressed files, and leave others to the library. So a model, or a part of one, is loaded from a compressed
+folder by the same code as from the plain one.
+"""
+
+from __future__ import annotations
+
+import os
+from functools import lru_cache
+from types import ModuleType
+from typing import Any
+
+import safetensors
+import safetensors.torch as library
+
+from .compressed_file import CompressedFile, checksums_wanted, is_compressed_file
+
+
+_TORCH = ("pt", "torch", "pytorch")
+
+
+def safe_open(filename: str | os.PathLike[str], framework: str = "pt", device: Any = "cpu", **kwargs: Any) -> Any:
+    """Open a file as ``safetensors.safe_open`` does, compressed or plain."""
+    if framework in _TORCH and is_compressed_file(filename):
+        found = os.stat(filename)
+        return _opened(os.fspath(filename), device, checksums_wanted(), found.st_ino, found.st_size, found.st_mtime_ns)
+    return safetensors.safe_open(filename, framework=framework, device=device, **kwargs)
+
+
+@lru_cache(maxsize=256)
+def _opened(file: str, device: Any, *version: int) -> CompressedFile:
+    """Open a file and check it, once: from the disk, offloaded tensors are read in every forward pass."""
+    return CompressedFile(file, device)
+
+
+def load_file(filename: str | os.PathLike[str], device: Any = "cpu", **kwargs: Any) -> dict[str, Any]:
+    """Read all tensors of a file as ``safetensors.torch.load_file`` does, compressed or plain."""
+    if is_compressed_file(filename):
+        return CompressedFile(filename, device).get_tensors()
+    return library.load_file(filename, device=device, **kwargs)
+
+
+def load(data: bytes) -> dict[str, Any]:
+    """Read all tensors of a file's bytes as ``safetensors.torch.load`` does, compressed or plain."""
+    return CompressedFile(data).get_tensors() if is_compressed_file(data) else library.load(data)
+
+
+_OURS = ((safetensors.safe_open, safe_open), (library.load_file, load_file), (library.load, load))
+
+
+def register(module: ModuleType) -> None:
+    """Let a module read compressed files."""
+    _replace(module, {theirs: ours for theirs, ours in _OURS})
+
+
+def unregister(module: ModuleType) -> None:
+    """Undo :func:`register`."""
+    _replace(module, {ours: theirs for theirs, ours in _OURS})
+
+
+def _replace(module: ModuleType, new: dict[Any, Any]) -> None:
+    for name, value in list(vars(module).items()):
+        if callable(value) and getattr(value, "__hash__", None) is not None and value in new:
+            setattr(module, name, new[value])
