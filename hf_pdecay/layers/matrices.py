@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Set
-from typing import NamedTuple, TypeGuard
+from typing import Any, NamedTuple, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -14,21 +14,11 @@ from ..names import clean_name
 from ..optim.shards import full_shape
 from ..optim.unit_kinds import n_of_m
 from ..optim.units import Member, Units
+from .parametrized import held_parameters
+from .products import products_of
 
 
 Linear = nn.Linear | Conv1D
-
-# Whether the last dimension of a stack is that of its outputs, by the class of modules that do not state it.
-_TRANSPOSED_STACKS = {
-    "GraniteMoeHybridParallelExperts": False,
-    "GraniteMoeParallelExperts": False,
-    "GraniteMoeSharedParallelExperts": False,
-    "GroupedLinearLayer": True,  # ConvBERT
-    "JetMoeParallelExperts": False,
-    "MoshiFlexibleLinear": False,
-    "KyutaiSpeechToTextFlexibleLinear": False,
-    "RecurrentGemmaRglru": True,
-}
 
 
 class Matrix(NamedTuple):
@@ -37,7 +27,8 @@ class Matrix(NamedTuple):
     Attributes:
         offset: Index in the bias of the first output.
         repeats: Number of times that the outputs come in the bias, one after the other.
-        transposed: Whether its columns are the outputs; otherwise its rows are. None if that is not known.
+        transposed: Whether its columns are the outputs; otherwise its rows are. None if they
+            have several dimensions.
         stacked: Whether dimension 0 counts matrices, and biases.
     """
 
@@ -71,9 +62,10 @@ def is_transposed(module: nn.Module) -> bool:
 def matrices_of(module: nn.Module) -> Iterator[Matrix]:
     """Yield what a layer multiplies by, without what a parametrization computes.
 
-    These are the matrices of a linear layer, convolution or ``nn.MultiheadAttention``, and stacks of matrices.
+    These are the matrices of a linear layer, convolution or ``nn.MultiheadAttention``, and parameters of three
+    dimensions that a module multiplies by as :func:`.products_of` reads it.
     """
-    params = dict(module.named_parameters(recurse=False))
+    params = held_parameters(module)
     if isinstance(module, nn.MultiheadAttention):
         names = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
         for place, name in enumerate(name for name in names if name in params):
@@ -85,38 +77,19 @@ def matrices_of(module: nn.Module) -> Iterator[Matrix]:
         repeats = module.groups if isinstance(module, _ConvTransposeNd) else 1
         yield Matrix(params["weight"], params.get("bias"), repeats=repeats, transposed=is_transposed(module))
     else:
-        for name, param in params.items():
-            if _is_stack(param):
-                bias = _bias_of_stack(params, name)
-                yield Matrix(param, bias, transposed=_is_transposed_stack(module, params, name), stacked=True)
-
-
-def _is_stack(param: Tensor) -> bool:
-    # A position table has the shape 1 × positions × width: it is not a stack.
-    return len(full_shape(param)) == 3 and min(full_shape(param)) > 1
+        solid = [name for name, param in params.items() if len(full_shape(param)) == 3 and min(full_shape(param)) > 1]
+        cls: Any = type(module)  # mypy does not take a type of modules for hashable
+        products = products_of(cls) if solid else {}
+        for name in solid:
+            if name in products:
+                bias = _bias_of_stack(params, name) if products[name].stacked else None
+                yield Matrix(params[name], bias, transposed=products[name].transposed, stacked=products[name].stacked)
 
 
 def _bias_of_stack(params: Mapping[str, Tensor], name: str) -> Tensor | None:
     """The biases beside a stack, one for each matrix: of two dimensions."""
     names = f"{name}_bias", f"{name.removesuffix('weight')}bias"
     return next((params[bias] for bias in names if bias in params and len(full_shape(params[bias])) == 2), None)
-
-
-def _is_transposed_stack(module: nn.Module, params: Mapping[str, Tensor], name: str) -> bool | None:
-    """Whether the last dimension of a stack is that of its outputs; None if the module does not tell."""
-    stated = getattr(module, "is_transposed", None)  # as transformers' experts state it
-    if isinstance(stated, bool):
-        return stated
-    shapes = [full_shape(params[key]) for key in ("gate_up_proj", "down_proj") if key in params]
-    if len(shapes) == 2 and all(len(shape) == 3 for shape in shapes):
-        # Twice as many outputs of the one as inputs of the other.
-        (_, first, second), (_, third, fourth) = shapes
-        if (first == 2 * fourth) != (second == 2 * third):
-            return second == 2 * third
-    for cls in type(module).__mro__:
-        if cls.__name__ in _TRANSPOSED_STACKS:
-            return _TRANSPOSED_STACKS[cls.__name__]
-    return None
 
 
 def matrix_units(model: nn.Module, kind: str, wanted: Set[str] | None = None) -> list[Units[str]]:
@@ -145,8 +118,8 @@ def matrix_units(model: nn.Module, kind: str, wanted: Set[str] | None = None) ->
             if wanted is None:
                 continue
             raise ValueError(
-                f"Invalid lp_rules: group={kind!r} on {name}, a stack of matrices of which hf_pdecay does not know "
-                "whether rows or columns are the outputs; leave it out of the rule."
+                f"Invalid lp_rules: group={kind!r} on {name}, a matrix whose inputs or outputs have several "
+                "dimensions; leave it out of the rule."
             )
         dim = first.dim(kind)
         count = full_shape(first.weight)[dim]
@@ -181,8 +154,9 @@ def decayable_parameter_names(model: nn.Module) -> list[str]:
     """Return the names of the parameters that decay by default, in the model's order, shared ones once.
 
     These are the weights of ``nn.Linear`` and of its subclasses, of HF's ``Conv1D``, of convolutions and of
-    ``nn.MultiheadAttention``, and matrices stacked in one parameter of three dimensions, as fused experts are. The
-    parameters of embeddings and LM heads are left out, also if a linear layer shares them.
+    ``nn.MultiheadAttention``, and parameters of three dimensions that a module multiplies by, as fused experts are. Of
+    a layer under ``torch.nn.utils.prune`` it is what the mask is applied to; a layer under a parametrization has none.
+    The parameters of embeddings and LM heads are left out, also if a linear layer shares them.
 
     Args:
         model: Any module, wrapped or not.

@@ -6,6 +6,7 @@ By default the type of a layer decides, never its name: see :func:`.decayable_pa
 from __future__ import annotations
 
 import difflib
+import warnings
 from collections.abc import Collection, Iterable, Mapping, Sequence, Set
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -13,10 +14,11 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..layers.matrices import bias_names, decayable_parameter_names
+from ..layers.parametrized import adapter_parameters, parametrized
 from ..names import clean_name
 from ..optim.defaults import LAMBDA_P
 from ..optim.param_groups import is_decayed
-from ..optim.shards import full_shape, wholly_zero
+from ..optim.shards import full_shape, is_sharded, wholly_zero
 from ..optim.unit_kinds import ELEMENT
 from ..optim.units import Member, Units
 from .claims import claims_by_name
@@ -62,8 +64,10 @@ def assign(
             names.setdefault(id(param), []).append(clean_name(name))
     trainable = {names[id(param)][0]: param for param in model.parameters() if param.requires_grad}
     aliases = {known[0]: known for known in names.values()}
+    left_out = _left_out(model)
+    computed = {name for name, param in trainable.items() if id(param) in left_out.computing}
     biases = bias_names(model)
-    matches = {rule: _matched(rule, trainable, aliases, biases) for rule in parse_rules(rules or {})}
+    matches = {rule: _matched(rule, trainable, aliases, biases, computed) for rule in parse_rules(rules or {})}
     unasked = lambda_p is None and any(rule.targeted for rule in matches)
     strength = LAMBDA_P if lambda_p is None else lambda_p
     claims = claims_by_name(model, matches, trainable, default)
@@ -71,7 +75,7 @@ def assign(
     for name in trainable:
         if name not in claims:
             on = name in default and not unasked
-            why = "default" if on else NO_TARGET if name in default else "not decayed"
+            why = "default" if on else NO_TARGET if name in default else left_out.reason(trainable[name])
             result[name] = Assignment(on, p_norm, strength if on else 0.0, why)
             continue
         rule = claims[name].rule
@@ -88,14 +92,76 @@ def assign(
 
 
 def _matched(
-    rule: Rule, trainable: Mapping[str, Tensor], aliases: Mapping[str, list[str]], biases: Set[str]
+    rule: Rule, trainable: Mapping[str, Tensor], aliases: Mapping[str, list[str]], biases: Set[str], computed: Set[str]
 ) -> set[str]:
-    """Names of the parameters that a rule matches by any of their names."""
+    """Names of the parameters that a rule matches by any of their names, without those that others compute."""
     names = {name for name, known in aliases.items() if any(rule.pattern.search(alias) for alias in known)}
     if not names:
         raise ValueError(_no_match(rule.text, [alias for known in aliases.values() for alias in known]))
     matrices = {name for name in names - biases if len(full_shape(trainable[name])) > 1}
-    return names if rule.off else matrices or names
+    if rule.off:
+        return names
+    if names <= computed or (matrices and matrices <= computed):
+        raise ValueError(
+            f"Invalid lp_rules: {rule.text!r} matches only what a parametrization computes a weight from, such as "
+            f"{min(names & computed)}, and that cannot decay: the norm of zeros is 0, and divides. Remove the "
+            "parametrization before training (torch.nn.utils.parametrize.remove_parametrizations), or leave the layer "
+            "out of the rules."
+        )
+    return matrices - computed or names - computed
+
+
+@dataclass(frozen=True)
+class _LeftOut:
+    """Parameters that do not decay although their layer multiplies by a matrix, by ``id``, and what they belong to."""
+
+    computing: Mapping[int, str]
+    adapters: Mapping[int, str]
+
+    def reason(self, param: Tensor) -> str:
+        """Why a parameter does not decay by default."""
+        if id(param) in self.computing:
+            return f"parametrized: {self.computing[id(param)]}"
+        if id(param) in self.adapters and len(full_shape(param)) > 1:
+            return f"adapter: {self.adapters[id(param)]}"
+        return "not decayed"
+
+
+def _left_out(model: nn.Module) -> _LeftOut:
+    layers = [layer for layer in parametrized(model) if not layer.pruned]
+    return _LeftOut({id(param): layer.by for layer in layers for param in layer.params}, adapter_parameters(model))
+
+
+def _warn_of_left_out(named: Sequence[tuple[str, Tensor]], groups: Mapping[str, Assignment]) -> None:
+    """Warn of matrices that neither decay nor keep zeros because of what computes them."""
+    prefixes = "parametrized: ", "adapter: "
+    reasons = [(name, reason) for name, _ in named if (reason := groups[name].rule).startswith(prefixes)]
+    if reasons:
+        kinds = ", ".join(sorted({reason.partition(": ")[2] for _, reason in reasons}))
+        warnings.warn(
+            f"{len(reasons)} tensors, such as {reasons[0][0]}, neither decay nor keep zeros, because a weight is "
+            f"computed from them ({kinds}). A target is for the other tensors. To include these, merge the adapter, or "
+            "remove the parametrization (torch.nn.utils.parametrize.remove_parametrizations), before training.",
+            stacklevel=3,
+        )
+
+
+def _check_keeps_zeros(model: nn.Module) -> None:
+    """Raise ValueError if zeros of a layer that computes its weight would have to be kept."""
+    for layer in parametrized(model):
+        matrices = [param for param in layer.params if param.dim() > 1 and not (param.is_meta or is_sharded(param))]
+        if layer.pruned:
+            module = layer.name.rpartition(".")[0]
+            raise ValueError(
+                f"Invalid keep_zeros: keep_zeros=True, and {layer.name} is under torch.nn.utils.prune, whose mask "
+                f"hides weights that are not zero. Call prune.remove(module, {layer.name.rpartition('.')[2]!r}) on "
+                f"{module or 'the model'} and its like before training."
+            )
+        if any(bool((param == 0).any()) for param in matrices):
+            raise ValueError(
+                f"Invalid keep_zeros: keep_zeros=True, and {layer.name} has zeros, but {layer.by} computes it, so they "
+                "cannot be kept. Call remove_parametrizations (torch.nn.utils.parametrize) before training."
+            )
 
 
 def _no_match(pattern: str, names: list[str]) -> str:
@@ -148,8 +214,11 @@ def build_param_groups(
     assignments = assign(model, p_norm=p_norm, lambda_p=lambda_p, rules=rules)
     if not assignments:
         raise ValueError("The model has no trainable parameter: set requires_grad on what must be trained.")
+    if keep_zeros:
+        _check_keeps_zeros(model)
     l2_names = _weight_decay_names(assignments, weight_decay_names)
     named = [(clean_name(name), param) for name, param in model.named_parameters() if param.requires_grad]
+    _warn_of_left_out(named, assignments)
     alone = wholly_zero([param for _, param in named]) if isolate_zero else [False] * len(named)
     together: dict[tuple[Assignment, float, str, Any], list[tuple[str, Tensor]]] = {}
     for (name, param), zero in zip(named, alone, strict=True):

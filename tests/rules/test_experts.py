@@ -234,14 +234,18 @@ def test_a_matrix_that_is_not_there_is_refused(member: dict[str, Any]) -> None:
         AdamWLp([{"params": [nn.Parameter(torch.ones(2, 4, 4))], "group": "row", "units": layers}])
 
 
-def test_a_stack_of_unknown_layout_is_refused_by_name() -> None:
-    class Square(nn.Module):
+def test_a_matrix_with_outputs_of_two_dimensions_has_no_rows() -> None:
+    class Heads(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.mixers = nn.Parameter(torch.ones(2, 4, 4))
+            self.query = nn.Parameter(torch.ones(8, 2, 4))
 
-    with pytest.raises(ValueError, match=r"group='row' on mixers, .*rows or columns are the outputs"):
-        assign(Square(), p_norm=0.8, lambda_p=0.01, rules={"mixers": {"group": "row"}})
+        def forward(self, states: Tensor) -> Tensor:
+            return torch.einsum("bih,hnd->bind", states, self.query)
+
+    assert decayable_parameter_names(Heads()) == ["query"]
+    with pytest.raises(ValueError, match=r"group='row' on query, a matrix whose inputs or outputs have several"):
+        assign(Heads(), p_norm=0.8, lambda_p=0.01, rules={"query": {"group": "row"}})
 
 
 def test_a_rule_for_experts_leaves_their_biases_alone() -> None:
