@@ -123,6 +123,18 @@ _ROWS: dict[str, tuple[Row, ...]] = {
     for layer, row in (("MLP", _GATED), ("Attention", _GROUPED))
     for key, rows in _hf(prefix.lower(), f"{prefix}{layer}", row).items()
 }
+for _name, _mlp, _attention in (
+    ("gemma3", "Gemma3MLP", "Gemma3Attention"),
+    ("qwen2_vl", "Qwen2MLP", "Qwen2VLAttention"),
+    ("qwen2_5_vl", "Qwen2MLP", "Qwen2_5_VLAttention"),
+):
+    _ROWS |= _hf(_name, _mlp, _GATED) | _hf(_name, _attention, _GROUPED)
+for _name, _prefix in (("clip", "CLIP"), ("siglip", "Siglip")):
+    _ROWS |= _hf(_name, f"{_prefix}MLP", Neurons(("fc1",), "fc2", "activation_fn"))
+for _name, _prefix in (("bart", "Bart"), ("whisper", "Whisper")):
+    for _side in ("encoder", "decoder"):
+        _row = Neurons(("fc1",), "fc2", "activation_fn", (f"{_side}_ffn_dim",))
+        _ROWS |= _hf(_name, f"{_prefix}{_side.capitalize()}Layer", _row)
 _ROWS |= _hf("gpt2", "GPT2MLP", Neurons(("c_fc",), "c_proj", "act", ("n_inner",)))
 _ROWS |= _hf(
     "gpt2",

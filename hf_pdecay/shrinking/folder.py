@@ -15,6 +15,7 @@ from ..storage.source import Source, read_source
 from ..storage.untrusted import explained, model_class, on_meta
 from .adapter import shrink_adapter
 from .card import recount
+from .configs import with_values
 from .model import check_layout, count_parameters, shrink_model
 from .report import ShrinkReport
 
@@ -73,7 +74,7 @@ def shrink_folder(
         # Other keys of the config stay as they are in the file.
         settings = getattr(loaded.config, "quantization_config", None)
         more = {} if settings is None else {"quantization_config": settings}
-        write_json(aside / CONFIG, source.config | report.config | more)
+        write_json(aside / CONFIG, with_values(source.config, report.config, loaded.config) | more)
         recount(
             aside,
             report,

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..checks import check_choice
 from ..layers.finding import Layer, find_layers
+from .configs import set_values
 from .dead import dead_units_of
 from .planning import Plan, plan_ragged, plan_uniform
 from .ragged_config import METHOD, make_settings
@@ -69,9 +70,7 @@ def shrink_model(model: Any, *, layers: str = "uniform", multiple_of: int = 1) -
     unit_layers = layers_of(model)
     plan, report = planned(model, unit_layers, dead_units_of(model, unit_layers), layers, multiple_of)
     resize(model, plan.removals)
-    for config in configs_of(model):
-        for key, value in plan.config.items():
-            setattr(config, key, value)
+    set_values(model, plan.config)
     before = getattr(model.config, "quantization_config", None)
     if layers == "ragged" or (isinstance(before, dict) and before.get("quant_method") == METHOD):
         note_sizes(model, plan.removals)
@@ -133,16 +132,6 @@ def note_sizes(model: Any, removals: Sequence[Removal]) -> None:
     for removal in removals:
         sizes.setdefault(removal.layer.units.name, {})[removal.layer.units.kind] = removal.kept
     model.config.quantization_config = make_settings(sizes)
-
-
-def configs_of(model: Any) -> list[Any]:
-    """Return the model's config and its modules' own configs of that class, such as those of encoder and decoder."""
-    configs = {id(model.config): model.config}
-    for module in model.modules():
-        config = getattr(module, "config", None)
-        if type(config) is type(model.config):
-            configs[id(config)] = config
-    return list(configs.values())
 
 
 def count_parameters(model: nn.Module) -> int:

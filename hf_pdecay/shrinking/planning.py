@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,6 +13,7 @@ from torch import Tensor
 from ..layers.architectures import Heads, Neurons
 from ..layers.finding import Layer, attribute
 from ..names import clean_name
+from .configs import config_paths, rebuilt
 from .resize import Removal, shapes_after
 
 
@@ -39,21 +39,23 @@ def plan_ragged(model: Any, layers: Sequence[Layer], dead: Sequence[Tensor], mul
 
 
 def plan_uniform(model: Any, layers: Sequence[Layer], dead: Sequence[Tensor], multiple_of: int = 1) -> Plan:
-    """Keep the same number of units in all layers, which the model's own config then has.
+    """Keep the same number of units in all layers of a config, the model's own or one within it, which then has it.
 
     Layers with more dead units than the fullest layer keep some of them. Each layer keeps a multiple of ``multiple_of``
     neurons. The new config is tried: the model is built from it on the meta device.
     """
     plan = Plan()
-    together: dict[tuple[str, ...], list[int]] = {}
+    together: dict[tuple[str, tuple[str, ...]], list[int]] = {}
+    paths = config_paths(model)
+    modules = {clean_name(name): path for name, path in paths.items()}
     for number, layer in enumerate(layers):
-        together.setdefault(_config_keys(layer), []).append(number)
-    for keys, numbers in together.items():
+        together.setdefault((modules[layer.modules[0][0]], _config_keys(layer)), []).append(number)
+    for (path, keys), numbers in together.items():
         chosen = [layers[number] for number in numbers]
         gone = [dead[number] for number in numbers]
-        removals, note = _uniform(model, plan, keys, chosen, gone, multiple_of)
+        removals, note = _uniform(model, plan, path, keys, chosen, gone, multiple_of)
         plan.removals += removals
-        plan.notes += [note] if note else []
+        plan.notes += [note] if note and note not in plan.notes else []
     return _ordered(plan, layers)
 
 
@@ -64,9 +66,15 @@ def _ordered(plan: Plan, layers: Sequence[Layer]) -> Plan:
 
 
 def _uniform(
-    model: Any, plan: Plan, keys: tuple[str, ...], layers: Sequence[Layer], dead: Sequence[Tensor], multiple_of: int
+    model: Any,
+    plan: Plan,
+    path: str,
+    keys: tuple[str, ...],
+    layers: Sequence[Layer],
+    dead: Sequence[Tensor],
+    multiple_of: int,
 ) -> tuple[list[Removal], str]:
-    """Plan the layers that share keys of the config; returns a note if nothing can be removed."""
+    """Plan the layers that share keys of the config at a path; returns a note if nothing can be removed."""
     whole = [Removal(layer, torch.ones_like(gone)) for layer, gone in zip(layers, dead, strict=True)]
     if not any(bool(gone.any()) for gone in dead):
         return whole, ""
@@ -86,9 +94,9 @@ def _uniform(
     config = None
     for count in range(least, max(counts)) if keys and least <= min(counts) else ():
         removals = [Removal(layer, kept_units(gone, count)) for layer, gone in zip(layers, dead, strict=True)]
-        values = _config_values(layers[0], count)
+        values = {f"{path}.{key}".lstrip("."): value for key, value in _config_values(layers[0], count).items()}
         try:
-            config = changed_config(model.config, plan.config | values)
+            config = rebuilt(model.config, plan.config | values)
             with torch.device("meta"):
                 built = type(model)(config)
         except (ValueError, StrictDataclassError):  # a config refuses some numbers of heads
@@ -107,11 +115,6 @@ def _uniform(
         f"The config of {where} cannot express fewer {kind}s than now: layers='ragged' (--layers ragged) removes them, "
         "for a model that loads after import hf_pdecay."
     )
-
-
-def changed_config(config: Any, values: dict[str, Any]) -> Any:
-    """Return a config with other values of some keys, checked as if it were read from a file."""
-    return type(config).from_dict({**copy.deepcopy(config.to_dict()), **values})
 
 
 def kept_units(dead: Tensor, count: int) -> Tensor:
