@@ -11,6 +11,7 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from transformers.pytorch_utils import Conv1D
 
 from ..names import clean_name
+from ..optim.param_groups import can_decay
 from ..optim.shards import full_shape
 from ..optim.unit_kinds import n_of_m
 from ..optim.units import Member, Units
@@ -163,11 +164,7 @@ def decayable_parameter_names(model: nn.Module) -> list[str]:
     """
     kept_out = {id(param) for module in _embeddings_and_heads(model) for param in module.parameters(recurse=False)}
     chosen = {id(matrix.weight) for module in model.modules() for matrix in matrices_of(module)} - kept_out
-    return [
-        clean_name(name)
-        for name, param in model.named_parameters()
-        if id(param) in chosen and param.is_floating_point()
-    ]
+    return [clean_name(name) for name, param in model.named_parameters() if id(param) in chosen and can_decay(param)]
 
 
 def _embeddings_and_heads(model: nn.Module) -> Iterator[nn.Module]:

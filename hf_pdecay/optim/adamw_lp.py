@@ -17,14 +17,14 @@ from .decay_optimizer import DecayOptimizer
 from .defaults import LAMBDA_P, P_NORM
 from .distributed import agreed_finite, is_dtensor, local, local_grad, shard_place
 from .dormancy import Awakening, dormant_entry, is_awake, is_awake_for_good, placed
-from .gradients import check_dense, finite_by_norm
+from .gradients import as_real, check_dense, finite_by_norm
 from .moments import as_stored, clone, is_quantized, zero_moment
 from .param_groups import steps_decay
 from .step_cache import StepCache, hyper_of
 from .tensor_step import Hyperparameters, Structure, TensorStep, alpha_lambda_p, noise_place
 from .unit_decay import UnitDecay, unit_decay_of
 from .unit_kinds import ELEMENT, kind_of
-from .validation import FOREIGN_KEYS, check_hyperparameters, check_state_dict
+from .validation import FOREIGN_KEYS, check_dtypes, check_hyperparameters, check_state_dict
 
 
 class AdamWLp(DecayOptimizer):
@@ -70,7 +70,7 @@ class AdamWLp(DecayOptimizer):
             plain formulas in float64. ``"auto"`` takes the fastest available, tensor by tensor, and logs why.
 
     Raises:
-        ValueError: If a hyperparameter is out of its range or a parameter is complex.
+        ValueError: If a hyperparameter is out of its range, or a parameter that decays is complex.
         ImportError: If ``moments="8bit"`` and torchao is not installed.
 
     Example:
@@ -208,6 +208,7 @@ class AdamWLp(DecayOptimizer):
         """Choose a backend for each tensor, and make the state of tensors that have none yet."""
         for group in self.param_groups:
             check_dense(group["params"], "AdamWLp")
+            check_dtypes(group, "AdamWLp")
         self._cache.awakening.hear()
         hypers = [hyper_of(group) for group in self.param_groups]
         steps: list[TensorStep] = []
@@ -254,6 +255,8 @@ class AdamWLp(DecayOptimizer):
                 torch.autograd.graph.increment_version(param)
                 grad, place = local_grad(param, grad), shard_place(param, place)
                 param, exp_avg, exp_avg_sq = map(local, (param, exp_avg, exp_avg_sq))
+            if param.is_complex():  # stepped as torch's AdamW does
+                param, grad, exp_avg, exp_avg_sq = map(as_real, (param, grad, exp_avg, exp_avg_sq))
             structure = structures.get(index)
             steps.append(TensorStep(param, grad, exp_avg, exp_avg_sq, state["step"], awake, hyper, place, structure))
         return steps

@@ -11,7 +11,7 @@ from torch.optim.optimizer import Optimizer, _global_optimizer_pre_hooks
 
 from .gradients import are_as_noted, note_versions
 from .units import check_units
-from .validation import check_decay_settings, check_real
+from .validation import check_decay_settings, check_dtypes
 
 
 class DecayOptimizer(Optimizer):
@@ -77,7 +77,7 @@ class DecayOptimizer(Optimizer):
         self._append(param_group)
         try:
             for group in self.param_groups[before:]:
-                check_real(group["params"], type(self).__name__)
+                check_dtypes(group, type(self).__name__)
                 check_units(group)
         except ValueError:
             del self.param_groups[before:]

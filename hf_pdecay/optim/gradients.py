@@ -13,12 +13,17 @@ from .distributed import is_dtensor, local
 
 def grads_finite(grads: Sequence[Tensor]) -> bool | Tensor:
     """Return whether all gradients are finite: a bool on a CPU, else a 0-dim tensor; the host does not wait."""
-    grads = [grad for grad in grads if grad.numel()]
+    grads = [as_real(grad) for grad in grads if grad.numel()]
     # NaN and infinity show in a sum, the cheapest reduction of torch. It may overflow: look again below.
     if all(grad.is_cpu for grad in grads) and math.isfinite(sum(grad.sum().item() for grad in grads)):
         return True
     finite = torch.nn.utils.get_total_norm(grads, norm_type=math.inf).isfinite()
     return bool(finite) if finite.is_cpu else finite
+
+
+def as_real(tensor: Tensor) -> Tensor:
+    """Return a complex tensor as pairs of real numbers, in the same memory unless it is a conjugate; others as is."""
+    return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
 
 
 def finite_by_norm(norm: Tensor | float | None) -> bool | Tensor | None:
@@ -49,7 +54,7 @@ def _version(grad: Tensor) -> int:
     """Return a number that grows with each operation that writes to a gradient; -1 where torch counts none."""
     if grad.is_inference():
         return -1
-    return grad._version + local(grad)._version if is_dtensor(grad) else grad._version
+    return grad._version if type(grad) is Tensor else grad._version + local(grad)._version
 
 
 def check_dense(params: Iterable[Tensor], name: str) -> None:

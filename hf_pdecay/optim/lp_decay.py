@@ -21,7 +21,7 @@ from .tensor_step import Decay, Stepped, noise_place, smallest
 from .unit_decay import UnitDecay, unit_decay_of
 from .unit_kinds import ELEMENT, kind_of
 from .units import check_units
-from .validation import check_decay_settings, check_real, check_saved_groups
+from .validation import check_decay_settings, check_dtypes, check_saved_groups
 
 
 def _of_base(name: str, doc: str) -> Any:
@@ -67,7 +67,7 @@ class LpDecay(DecayOptimizer):
 
     Raises:
         TypeError: If ``base_optimizer`` is not an optimizer.
-        ValueError: If a hyperparameter is out of its range, a parameter is not real and floating-point, or the decay
+        ValueError: If a hyperparameter is out of its range, a parameter is of a dtype that cannot decay, or the decay
             would be wrong around the base: it steps within backward, needs a closure, finds its step size itself, or
             decays already.
 
@@ -98,7 +98,7 @@ class LpDecay(DecayOptimizer):
         check_decay_settings({"lr": 0.0, **settings})
         for group in base_optimizer.param_groups:
             check_decay_settings({**settings, **group})
-            check_real(group["params"], "LpDecay")
+            check_dtypes({**settings, **group}, "LpDecay")
             check_units(group)
         base_optimizer.defaults.update(settings)
         for group in base_optimizer.param_groups:
@@ -199,6 +199,7 @@ class LpDecay(DecayOptimizer):
             check_p_norm(group["p_norm"])
             check_lambda_p(group["lambda_p"])
             check_dense(group["params"], "LpDecay")
+            check_dtypes(group, "LpDecay")
         finite = self._finite(norm)
         if finite is False:
             return finite

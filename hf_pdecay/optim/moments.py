@@ -51,8 +51,8 @@ def zero_moment(param: Tensor, moments: str | None, *, signed: bool) -> Tensor:
 
 
 def moment_dtype(param: Tensor, moments: str | None) -> torch.dtype:
-    """Return the dtype of a moment that is not quantised; float64 weights keep float64 moments."""
-    if moments is None or param.dtype == torch.float64:
+    """Return the dtype of a moment that is not quantised; float64 and complex weights keep their own."""
+    if moments is None or param.dtype == torch.float64 or param.is_complex():
         return param.dtype
     return _DTYPES[moments]
 
@@ -71,7 +71,8 @@ def as_stored(moment: Tensor, param: Tensor, moments: str | None, *, signed: boo
 def can_quantize(param: Tensor) -> bool:
     """Whether a parameter's moments can be 8 bit: blocks need a flat, plain tensor of whole blocks."""
     numel = param.numel()
-    plain = type(param) in (Tensor, torch.nn.Parameter) and param.dtype != torch.float64 and param.is_contiguous()
+    plain = type(param) in (Tensor, torch.nn.Parameter) and param.is_contiguous()
+    plain = plain and param.dtype != torch.float64 and not param.is_complex()
     return plain and numel >= MIN_QUANTIZED and not numel % BLOCK
 
 

@@ -37,6 +37,7 @@ class Named:
     options: Mapping[str, Option] = field(default_factory=dict)  # in --optim_args
     package: tuple[str, str] | None = None  # if not torch: its package, and the extra of hf-pdecay that installs it
     arrange: Callable[[Iterable[Any]], Groups] | None = None  # how it arranges param groups
+    takes_complex: bool = False  # whether it steps complex parameters right
 
 
 def _number(low: float, high: float = math.inf, *, whole: bool = False) -> Option:
@@ -98,12 +99,15 @@ ADAMW_LP = "adamw_lp"
 
 OPTIMIZERS: dict[str, Named] = {
     # It needs no decay around it.
-    ADAMW_LP: Named(AdamWLp, {"backend": _one_of(*BACKENDS), "moments": _MOMENTS}),
-    "sgd_lp": Named(_from("torch.optim", "SGD", "betas", "eps"), {**_MOMENTUM, "dampening": _number(0)}),
+    ADAMW_LP: Named(AdamWLp, {"backend": _one_of(*BACKENDS), "moments": _MOMENTS}, takes_complex=True),
+    "sgd_lp": Named(
+        _from("torch.optim", "SGD", "betas", "eps"), {**_MOMENTUM, "dampening": _number(0)}, takes_complex=True
+    ),
     "muon_lp": Named(
         _muon,
         {**_MOMENTUM, "ns_steps": _number(1, 100, whole=True), "adjust_lr_fn": _one_of("match_rms_adamw", "original")},
         arrange=by_kind,
+        takes_complex=True,
     ),
     "adafactor_lp": Named(
         _from("torch.optim", "Adafactor", "betas", "eps"), {"beta2_decay": _number(-math.inf, 0), "d": _number(1)}
@@ -151,9 +155,22 @@ def parse_options(name: str, options: Mapping[str, Any] | None) -> dict[str, Any
 
 
 def arranged(name: str, param_groups: Iterable[Any]) -> list[Any]:
-    """Return param groups as the named optimizer has them: Muon's matrices are in separate groups."""
-    arrange = _named(name).arrange
-    return list(param_groups) if arrange is None else arrange(param_groups)
+    """Return param groups as the named optimizer has them: Muon's matrices are in separate groups.
+
+    Raises:
+        ValueError: If it would step complex parameters wrongly.
+    """
+    named = _named(name)
+    groups = list(param_groups) if named.arrange is None else named.arrange(param_groups)
+    tensors = [param for group in groups for param in (group["params"] if isinstance(group, Mapping) else [group])]
+    shapes = [tuple(tensor.shape) for tensor in tensors if tensor.is_complex()]
+    if shapes and not named.takes_complex:
+        able = ", ".join(other for other, described in OPTIMIZERS.items() if described.takes_complex)
+        raise ValueError(
+            f"Invalid optim: optim={name!r} does not take complex parameters, and {len(shapes)} are to be trained, "
+            f"such as one of shape {shapes[0]}; take one of {able}."
+        )
+    return groups
 
 
 def make_optimizer(

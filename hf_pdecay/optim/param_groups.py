@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Any, TypedDict
+from typing import Any, TypedDict
 
-
-if TYPE_CHECKING:
-    from torch import Tensor
+import torch
+from torch import Tensor
 
 
 DENSE, PRUNING, HEALING = "dense", "pruning", "healing"
@@ -34,6 +33,14 @@ class DecayGroup(TypedDict, total=False):
     skipped_steps: int | Tensor  # steps skipped for NaN or infinite gradients
     decay_steps: int  # steps made; only in LpDecay
     use_muon: bool  # whether MuonWithAdamW steps the group by Muon
+
+
+DECAYED_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+def can_decay(param: Tensor) -> bool:
+    """Whether a parameter is of a dtype that p-norm decay acts on."""
+    return param.dtype in DECAYED_DTYPES
 
 
 def steps_decay(group: Mapping[str, Any]) -> bool:

@@ -147,7 +147,7 @@ def _places(
 
 
 def _are_contiguous(grads: Sequence[Tensor | None]) -> bool:
-    return all(grad is None or (grad.is_contiguous() and not grad.is_neg()) for grad in grads)
+    return all(grad is None or (grad.is_contiguous() and not grad.is_neg() and not grad.is_conj()) for grad in grads)
 
 
 def _are_plain(params: Sequence[Tensor], grads: Sequence[Tensor | None]) -> bool:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
 
 from ..checks import check_lambda_p, check_p_norm, is_number
 from .moments import check_moments
+from .param_groups import DECAYED_DTYPES, can_decay, steps_decay
 
 
 # Keys of the groups of torch.optim.AdamW that say how it computes, not what.
@@ -48,14 +49,23 @@ def _check(group: dict[str, Any], name: str, ok: bool, right: str) -> None:
         raise ValueError(f"Invalid {name}: {name}={group[name]!r}; it must be {right}.")
 
 
-def check_real(params: Sequence[Tensor], name: str) -> None:
-    """Raise ValueError, in the name of the optimizer, if a parameter is not of a real floating-point dtype."""
-    for param in params:
-        if not param.is_floating_point():
-            raise ValueError(
-                f"{name} takes real floating-point parameters, not {param.dtype} (shape {tuple(param.shape)}, group "
-                f"of {len(params)}); leave it out, or split a complex one by torch.view_as_real."
-            )
+def check_dtypes(group: Mapping[str, Any], name: str) -> None:
+    """Raise ValueError, in the name of the optimizer, if a group has parameters of a dtype that it cannot step.
+
+    Complex ones are stepped where nothing decays, and those without a gradient, as of quantised layers, need no step.
+    """
+    decays = steps_decay(group) or group["keep_zeros"]
+    for param in group["params"]:
+        if can_decay(param) or (not decays and (param.is_complex() or not param.requires_grad)):
+            continue
+        advice = "leave it out"
+        if param.is_complex():
+            advice = "put it into a group with lambda_p=0 and keep_zeros=False, or split it by torch.view_as_real"
+        able, size = ", ".join(map(str, DECAYED_DTYPES)), len(group["params"])
+        raise ValueError(
+            f"{name} cannot {'decay' if decays else 'train'} a parameter of {param.dtype} (shape {tuple(param.shape)}, "
+            f"group of {size}), but only {able}; {advice}."
+        )
 
 
 def check_state_dict(state_dict: dict[str, Any], groups: list[dict[str, Any]]) -> None:

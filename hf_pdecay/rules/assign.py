@@ -17,7 +17,7 @@ from ..layers.matrices import bias_names, decayable_parameter_names
 from ..layers.parametrized import adapter_parameters, parametrized
 from ..names import clean_name
 from ..optim.defaults import LAMBDA_P
-from ..optim.param_groups import is_decayed
+from ..optim.param_groups import DECAYED_DTYPES, can_decay, is_decayed
 from ..optim.shards import full_shape, is_sharded, wholly_zero
 from ..optim.unit_kinds import ELEMENT
 from ..optim.units import Member, Units
@@ -79,6 +79,11 @@ def assign(
             result[name] = Assignment(on, p_norm, strength if on else 0.0, why)
             continue
         rule = claims[name].rule
+        if not rule.off and not can_decay(trainable[name]):
+            raise ValueError(
+                f"Invalid lp_rules: the rule {rule.text!r} takes {name}, whose dtype {trainable[name].dtype} does not "
+                f"decay; only {', '.join(map(str, DECAYED_DTYPES))} do. Give it a rule before this one: {name!r}: off."
+            )
         result[name] = Assignment(
             decayed=not rule.off,
             p_norm=p_norm if rule.p_norm is None else rule.p_norm,

@@ -56,7 +56,7 @@ def _with(key: str, value: Any) -> torch.optim.Optimizer:
         (lambda p: _with("differentiable", True), "differentiates through the step"),
         (lambda p: _with("lr", None), "its step size is not the group's lr"),
         (lambda p: _with("p_norm", -1.0), "Invalid p_norm: p_norm=-1.0"),
-        (lambda p: sgd([p[0].detach().to(torch.complex64)]), "real floating-point parameters, not torch.complex64"),
+        (lambda p: sgd([p[0].detach().to(torch.complex64)]), "cannot decay a parameter of torch.complex64"),
     ],
 )
 def test_a_base_that_cannot_work_is_refused(make: Callable[[Any], Any], sentence: str) -> None:
