@@ -60,13 +60,14 @@ def parametrized(model: nn.Module) -> Iterator[Parametrized]:
 
 
 def adapter_parameters(model: nn.Module) -> dict[int, str]:
-    """Return by ``id`` the parameters of PEFT's adapters, and the class of the layer that each belongs to."""
+    """Return by ``id`` the parameters of PEFT's adapters, and the method of each, ``"lokr"``."""
     tuners = sys.modules.get("peft.tuners.tuners_utils")
     owners: dict[int, str] = {}
     for module in model.modules() if tuners is not None else ():
         if isinstance(module, tuners.BaseTunerLayer):  # type: ignore[union-attr]
             base = {id(param) for param in module.get_base_layer().parameters()}
-            owners |= {id(param): type(module).__name__ for param in module.parameters() if id(param) not in base}
+            method = type(module).__module__.split(".")[-2]
+            owners |= {id(param): method for param in module.parameters() if id(param) not in base}
     return owners
 
 

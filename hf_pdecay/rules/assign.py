@@ -64,7 +64,7 @@ def assign(
             names.setdefault(id(param), []).append(clean_name(name))
     trainable = {names[id(param)][0]: param for param in model.parameters() if param.requires_grad}
     aliases = {known[0]: known for known in names.values()}
-    left_out = _left_out(model)
+    left_out = _left_out(model, default)
     computed = {name for name, param in trainable.items() if id(param) in left_out.computing}
     biases = bias_names(model)
     matches = {rule: _matched(rule, trainable, aliases, biases, computed) for rule in parse_rules(rules or {})}
@@ -127,14 +127,18 @@ class _LeftOut:
         """Why a parameter does not decay by default."""
         if id(param) in self.computing:
             return f"parametrized: {self.computing[id(param)]}"
-        if id(param) in self.adapters and len(full_shape(param)) > 1:
+        if id(param) in self.adapters:
             return f"adapter: {self.adapters[id(param)]}"
         return "not decayed"
 
 
-def _left_out(model: nn.Module) -> _LeftOut:
+def _left_out(model: nn.Module, default: Set[str]) -> _LeftOut:
     layers = [layer for layer in parametrized(model) if not layer.pruned]
-    return _LeftOut({id(param): layer.by for layer in layers for param in layer.params}, adapter_parameters(model))
+    adapters = adapter_parameters(model)
+    # Beside A and B of LoRA, which decay, a bias or magnitude is nothing to be told.
+    decaying = {adapters.get(id(param)) for name, param in model.named_parameters() if clean_name(name) in default}
+    adapters = {key: method for key, method in adapters.items() if method not in decaying}
+    return _LeftOut({id(param): layer.by for layer in layers for param in layer.params}, adapters)
 
 
 def _warn_of_left_out(named: Sequence[tuple[str, Tensor]], groups: Mapping[str, Assignment]) -> None:

@@ -24,7 +24,7 @@ from torch.optim import Optimizer
 
 from ..optim.decay import lambda_for_threshold
 from ..optim.defaults import LAMBDA_P
-from ..optim.param_groups import DENSE, HEALING, PRUNING, decayed_groups
+from ..optim.param_groups import DENSE, HEALING, PRUNING, decayed_groups, is_decayed
 from ..optim.shards import group_params, is_sharded, publish
 from ..optim.unit_kinds import UNIT_KINDS, kind_of
 from .budgets import Budget, divide_target
@@ -218,9 +218,11 @@ def _why_none(groups: Sequence[dict[str, Any]]) -> str:
             "all param groups have lambda_p=0, which says that nothing decays. Give lambda_p above 0, such as "
             f"{LAMBDA_P:g}, to the groups that shall become sparse: the target then sets λ_p step by step"
         )
+    kept = sorted({rule for group in able if ": " in (rule := str(group.get("rule", ""))) and not is_decayed(group)})
     return (
-        "nothing that is trained decays by p norm. Train layers that do, bring weights in by lp_rules, or take AdamWLp "
-        "or LpDecay"
+        f"nothing that is trained decays by p norm{f' ({kept[0]})' if kept else ''}. Train layers that do, "
+        f"{'remove the parametrization or merge the adapter first, ' if kept else ''}bring weights in by lp_rules, or "
+        "take AdamWLp or LpDecay"
     )
 
 

@@ -124,3 +124,39 @@ def test_keep_zeros_refuses_a_mask() -> None:
         build_param_groups(model, p_norm=0.8, keep_zeros=True)
     prune.remove(model[1], "weight")
     assert build_param_groups(model, p_norm=0.8, keep_zeros=True)[0]["keep_zeros"]
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_model_of_parametrized_layers_alone_is_refused_with_the_reason() -> None:
+    model = nn.Sequential(
+        parametrizations.weight_norm(nn.Conv1d(4, 4, 3)), parametrizations.weight_norm(nn.Linear(4, 4))
+    )
+    optimizer = AdamWLp(build_param_groups(model, p_norm=0.8), lr=1e-3)
+    with pytest.raises(ValueError, match=r"nothing that is trained decays.*\(parametrized: WeightNorm\).*remove the"):
+        SparsityControl(optimizer, total_steps=40, target_sparsity=0.5)
+    for layer in model:
+        parametrize.remove_parametrizations(layer, "weight")
+    assert decayable_parameter_names(model) == ["0.weight", "1.weight"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"), [("LoHa", {}), ("LoKr", {}), ("IA3", {"feedforward_modules": []}), ("Vera", {}), ("HRA", {})]
+)
+def test_adapters_that_do_not_decay_are_named(kind: str, options: dict[str, Any]) -> None:
+    peft = pytest.importorskip("peft")
+    config = getattr(peft, f"{kind}Config")(target_modules=["0", "1"], **options)
+    model = peft.get_peft_model(nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16)), config)
+    with pytest.warns(UserWarning, match=rf"neither decay nor keep zeros.*\({kind.lower()}\)"):
+        groups = build_param_groups(model, p_norm=0.8, keep_zeros=True)
+    assert f"adapter: {kind.lower()}" in [group["rule"] for group in groups]
+    assert not any(group["decayed"] for group in groups)
+
+
+def test_lora_decays_without_a_warning() -> None:
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(target_modules=["0"], use_dora=True)
+    model = peft.get_peft_model(nn.Sequential(nn.Linear(16, 16)), config)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        groups = build_param_groups(model, p_norm=0.8)
+    assert [group["decayed"] for group in groups] == [True, False]
