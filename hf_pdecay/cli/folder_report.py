@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import shlex
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +16,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from ..layers.matrices import decayable_parameter_names
+from ..layers.saved_names import NamesInModel
 from ..names import lora_factor, natural_key, saved_names
 from ..optim.unit_operations import alive_here
 from ..optim.units import Member
@@ -31,7 +33,6 @@ from ..storage.source import RAGGED, quantization_method
 from ..storage.untrusted import auto_config, model_class, on_meta
 from ..trainer.checkpoints import newest_whole
 from ..trainer.pareto import SEARCH_FILE
-from ..trainer.saved_names import names_in_files
 
 
 if TYPE_CHECKING:
@@ -123,28 +124,30 @@ def report_folder(folder: str | os.PathLike[str], near_zero_threshold: float = N
     method = quantization_method(read_config(path)) if (path / CONFIG).is_file() else None
     model = _on_meta(path)
     run_report = _report_of_run(path)
-    saved = {} if model is None else names_in_files(model)
-    decayed = _decayed(run_report, model, saved)
-    own_names = {names[0]: name for name, names in saved.items() if len(names) == 1}
+    decayed = _decayed(run_report, model)
+    names_in_model = NamesInModel(model)
+    of_run = [] if run_report is None else run_report.tensors
+    of_adapter = {saved_names(tensor.name)[1]: tensor.name for tensor in of_run}
     estimator = None if packed or method else _estimator(model)
     tensors: list[TensorSparsity] = []
     ranks = _RankCounter()
     stored = compressed = 0
     for name, raw in _tensors(path):
         tensor = _countable(raw)
+        own = of_adapter.get(name) or names_in_model(name)
         stored += raw.nbytes
         compressed += smallest_payload(tensor.numel(), int(tensor.count_nonzero()), raw.element_size())
         if estimator is not None:
-            estimator.see(own_names.get(name, name), tensor)
+            estimator.see(own, tensor)
         if tensor.is_floating_point():
-            is_decayed = decayed.get(name, tensor.ndim > 1 and "embed" not in name)  # a guess for unknown models
+            is_decayed = decayed.get(own, tensor.ndim > 1 and "embed" not in name)  # a guess for unknown models
             counts = count_tensor(tensor, near_zero_threshold)
-            tensors.append(TensorSparsity(name, tuple(tensor.shape), *counts, is_decayed))
+            tensors.append(TensorSparsity(own, tuple(tensor.shape), *counts, is_decayed))
             ranks.see(name, tensor)
     return FolderReport(
         path,
         # Only the run knows which weights decayed as units.
-        SparsityReport(tensors, near_zero_threshold, [] if run_report is None else run_report.units),
+        SparsityReport(_together(tensors, model), near_zero_threshold, [] if run_report is None else run_report.units),
         ranks.counts(),
         stored,
         stored if method and method != RAGGED else compressed,  # `compress` refuses other methods
@@ -256,10 +259,10 @@ def _estimator(model: Any) -> Estimator | None:
         return None
 
 
-def _decayed(run_report: SparsityReport | None, model: Any, saved: Mapping[str, Sequence[str]]) -> dict[str, bool]:
-    """Whether each tensor of a folder decayed, by its name there: as the run says, or else as it does by default.
+def _decayed(run_report: SparsityReport | None, model: Any) -> dict[str, bool]:
+    """Whether each tensor decayed, by its name in the model: as the run says, or else as it does by default.
 
-    ``model`` is None if its class is not known; ``saved`` has the names in files of parameters for which they differ.
+    ``model`` is None if its class is not known.
     """
     decayed: dict[str, bool] = {}
     if run_report is not None:
@@ -267,7 +270,25 @@ def _decayed(run_report: SparsityReport | None, model: Any, saved: Mapping[str, 
     elif model is not None:
         chosen = set(decayable_parameter_names(model))
         decayed = {name: name in chosen for name, _ in model.named_parameters()}
-    names = {name: saved.get(name, saved_names(name)) for name in decayed}
-    in_files = {alias: decayed[name] for name, aliases in names.items() for alias in aliases}
-    buffers = [] if model is None else model.named_buffers()
-    return in_files | {name: False for name, _ in buffers}
+    return {name: False for name, _ in (() if model is None else model.named_buffers())} | decayed
+
+
+def _together(tensors: Sequence[TensorSparsity], model: Any) -> list[TensorSparsity]:
+    """One entry for each name: the parts of a parameter that a file has in several tensors are added up."""
+    shapes = {} if model is None else {name: tuple(param.shape) for name, param in model.named_parameters()}
+    result: dict[str, TensorSparsity] = {}
+    for tensor in tensors:
+        first = result.get(tensor.name)
+        if first is None:
+            result[tensor.name] = tensor
+            continue
+        result[tensor.name] = TensorSparsity(
+            tensor.name,
+            shapes.get(tensor.name, first.shape),
+            first.parameters + tensor.parameters,
+            first.zeros + tensor.zeros,
+            first.near_zeros + tensor.near_zeros,
+            math.hypot(first.norm, tensor.norm),
+            first.decayed,
+        )
+    return list(result.values())

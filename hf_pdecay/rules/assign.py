@@ -5,7 +5,6 @@ By default the type of a layer decides, never its name: see :func:`.decayable_pa
 
 from __future__ import annotations
 
-import difflib
 import warnings
 from collections.abc import Collection, Iterable, Mapping, Sequence, Set
 from dataclasses import asdict, dataclass, field
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 
 from ..layers.matrices import bias_names, decayable_parameter_names
 from ..layers.parametrized import adapter_parameters, parametrized
+from ..layers.saved_names import names_in_files
 from ..names import clean_name
 from ..optim.defaults import LAMBDA_P
 from ..optim.param_groups import DECAYED_DTYPES, can_decay, is_decayed
@@ -22,6 +22,7 @@ from ..optim.shards import full_shape, is_sharded, wholly_zero
 from ..optim.unit_kinds import ELEMENT
 from ..optim.units import Member, Units
 from .claims import claims_by_name
+from .matching import Finder
 from .spec import Rule, RuleSpec, parse_rules
 from .table import NO_TARGET
 
@@ -58,16 +59,23 @@ def assign(
         ValueError: If a pattern matches no trainable parameter, or a rule cannot have the units that it asks for.
     """
     default = set(decayable_parameter_names(model))
+    parsed = parse_rules(rules or {})
+    saved = names_in_files(model) if parsed else {}
     names: dict[int, list[str]] = {}
     for name, param in model.named_parameters(remove_duplicate=False):
         if param.requires_grad:
-            names.setdefault(id(param), []).append(clean_name(name))
+            name = clean_name(name)
+            # Several names in files are those of its parts.
+            more = saved[name] if len(saved.get(name, ())) == 1 else ()
+            names.setdefault(id(param), []).extend(dict.fromkeys((name, *more)))
     trainable = {names[id(param)][0]: param for param in model.parameters() if param.requires_grad}
     aliases = {known[0]: known for known in names.values()}
     left_out = _left_out(model, default)
     computed = {name for name, param in trainable.items() if id(param) in left_out.computing}
     biases = bias_names(model)
-    matches = {rule: _matched(rule, trainable, aliases, biases, computed) for rule in parse_rules(rules or {})}
+    parts = {name: saved[name] for name in trainable if len(saved.get(name, ())) > 1}
+    find = Finder(aliases, parts, [name for name in trainable if name in default])
+    matches = {rule: _narrowed(rule, find(rule), trainable, biases, computed) for rule in parsed}
     unasked = lambda_p is None and any(rule.targeted for rule in matches)
     strength = LAMBDA_P if lambda_p is None else lambda_p
     claims = claims_by_name(model, matches, trainable, default)
@@ -96,13 +104,10 @@ def assign(
     return result
 
 
-def _matched(
-    rule: Rule, trainable: Mapping[str, Tensor], aliases: Mapping[str, list[str]], biases: Set[str], computed: Set[str]
+def _narrowed(
+    rule: Rule, names: set[str], trainable: Mapping[str, Tensor], biases: Set[str], computed: Set[str]
 ) -> set[str]:
-    """Names of the parameters that a rule matches by any of their names, without those that others compute."""
-    names = {name for name, known in aliases.items() if any(rule.pattern.search(alias) for alias in known)}
-    if not names:
-        raise ValueError(_no_match(rule.text, [alias for known in aliases.values() for alias in known]))
+    """What a rule takes of what it matches: matrices only, if there are any, and nothing from which others come."""
     matrices = {name for name in names - biases if len(full_shape(trainable[name])) > 1}
     if rule.off:
         return names
@@ -171,19 +176,6 @@ def _check_keeps_zeros(model: nn.Module) -> None:
                 f"Invalid keep_zeros: keep_zeros=True, and {layer.name} has zeros, but {layer.by} computes it, so they "
                 "cannot be kept. Call remove_parametrizations (torch.nn.utils.parametrize) before training."
             )
-
-
-def _no_match(pattern: str, names: list[str]) -> str:
-    near = difflib.get_close_matches(pattern, names, n=3, cutoff=0.3)
-    if not near:
-        # A pattern is usually shorter than a name: compare it with what stands between two dots.
-        pieces = {piece: name for name in names for piece in name.split(".")}
-        near = [pieces[piece] for piece in difflib.get_close_matches(pattern, list(pieces), n=3, cutoff=0.5)]
-    shown = ", ".join(near or names[:3])
-    return (
-        f"Invalid lp_rules: the pattern {pattern!r} matches no trainable parameter; "
-        f"{'near matches' if near else 'parameters are named like'}: {shown}."
-    )
 
 
 def build_param_groups(

@@ -18,6 +18,9 @@ from ..target.settings import check_target
 
 RuleSpec = Mapping[str, Any]
 
+# What is escaped, a set of characters, or a dot that is not repeated.
+_ESCAPE_SET_OR_DOT = re.compile(r"\\.|\[\^?\]?(?:\\.|[^\]\\])*\]|\.(?![*+?{])", re.DOTALL)
+
 _RULE_KEYS = ("p_norm", "lambda_p", "target_sparsity", "group")
 
 
@@ -26,23 +29,25 @@ class Rule:
     """One entry of ``lp_rules``; p and λ_p are those of the run if None.
 
     Args:
-        pattern: A regular expression, searched for anywhere in a parameter's name.
+        text: The pattern, a regular expression.
         target_sparsity: Fraction of zeros in the parameters that it matches; None for a share in the target of the run;
             0 to leave them to their λ_p.
         off: Whether they do not decay.
     """
 
-    pattern: re.Pattern[str]
+    text: str
     p_norm: float | None = None
     lambda_p: float | None = None
     target_sparsity: float | None = None
     group: str = ELEMENT
     off: bool = False
 
-    @property
-    def text(self) -> str:
-        """The pattern as a string."""
-        return self.pattern.pattern
+    def matches(self, name: str) -> bool:
+        """Whether the pattern is found in a name; a dot without a quantifier stands for itself, as names have dots."""
+        text = self.text
+        if text != ".":
+            text = _ESCAPE_SET_OR_DOT.sub(lambda part: r"\." if part[0] == "." else part[0], text)
+        return re.search(text, name) is not None
 
     @property
     def targeted(self) -> bool:
@@ -106,11 +111,11 @@ def parse_rules(rules: RuleSpec) -> list[Rule]:
 
 def _parse_rule(pattern: str, settings: Any) -> Rule:
     try:
-        compiled = re.compile(pattern)
+        re.compile(pattern)
     except (re.error, TypeError) as error:
         raise ValueError(f"Invalid lp_rules: the pattern {pattern!r} is not a regular expression ({error}).") from error
     if settings == "off":
-        return Rule(compiled, off=True)
+        return Rule(pattern, off=True)
     if not isinstance(settings, Mapping):
         raise ValueError(
             f"Invalid lp_rules: {pattern!r} has the value {settings!r}; it must be 'off' or an object with "
@@ -125,7 +130,7 @@ def _parse_rule(pattern: str, settings: Any) -> Rule:
         group, target = settings.get("group", ELEMENT), settings.get("target_sparsity")
         implied_target(group, target)
         return Rule(
-            compiled,
+            pattern,
             group=group,
             p_norm=check_p_norm(settings["p_norm"]) if "p_norm" in settings else None,
             lambda_p=check_lambda_p(settings["lambda_p"]) if "lambda_p" in settings else None,

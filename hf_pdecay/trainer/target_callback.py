@@ -97,5 +97,5 @@ def _overruled(settings: DecaySettings) -> list[str]:
     for rule in parse_rules(settings.lp_rules if isinstance(settings.lp_rules, dict) else {}):
         target = settings.target_sparsity if rule.target_sparsity is None else rule.target_sparsity
         if rule.lambda_p is not None and target:
-            given.append(f"lambda_p={rule.lambda_p:g} in the rule {rule.pattern.pattern!r}")
+            given.append(f"lambda_p={rule.lambda_p:g} in the rule {rule.text!r}")
     return given

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import re
 from typing import Any
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 from torch import nn
 
 from hf_pdecay.layers.matrices import decayable_parameter_names
+from hf_pdecay.layers.saved_names import names_in_files
 from hf_pdecay.names import clean_name
 from hf_pdecay.rules.assign import assign, build_param_groups, decayed_parameter_names
 from hf_pdecay.rules.spec import load_rules
@@ -165,8 +167,66 @@ def test_a_rule_may_use_any_name_of_a_shared_parameter() -> None:
 def test_a_pattern_without_a_match_lists_near_ones() -> None:
     with pytest.raises(ValueError, match=r"'h.0.atn.c_attn' matches no trainable.*transformer\.h\.0\.attn\.c_attn"):
         assign(tiny_gpt2(), p_norm=0.8, lambda_p=0.01, rules={"h.0.atn.c_attn": {"p_norm": 0.5}})
-    with pytest.raises(ValueError, match=r"near matches: .*mlp"):
+    with pytest.raises(ValueError, match=r"near matches among the weights that decay: .*mlp") as error:
         assign(tiny_gpt2(), p_norm=0.8, lambda_p=0.01, rules={"mpl": "off"})
+    assert "hf-pdecay preview CONFIG_OR_FOLDER --tensors" in str(error.value)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("pattern", ["atn.weigth", "fcc1", "zzzz", "qkv_porj", "embedding", "norm_bias"])
+def test_near_matches_are_weights_that_decay(architecture: str, pattern: str) -> None:
+    model = build(architecture)
+    names = {*decayable_parameter_names(model)}
+    names |= {alias for name in names for alias in names_in_files(model).get(name, ())}
+    try:
+        assign(model, p_norm=0.8, rules={pattern: "off"})
+    except ValueError as error:
+        shown = re.search(r"(?:that decay|named like): (.*?)\. `hf-pdecay", str(error))
+        assert shown is not None and {*shown[1].split(", ")} <= names
+
+
+def deep() -> nn.Module:
+    """Twelve layers of a stack, and one stack beside it whose names end alike."""
+    layers = nn.ModuleList(nn.ModuleDict({"mlp": nn.Linear(2, 2), "amlp": nn.Linear(2, 2)}) for _ in range(12))
+    model = nn.ModuleDict({"model": nn.ModuleDict({"layers": layers}), "layers": nn.ModuleList([nn.Linear(2, 2)] * 1)})
+    model["other"] = nn.ModuleDict({"model": nn.ModuleDict({"layers": nn.ModuleList([nn.Linear(2, 2)])})})
+    return model
+
+
+@pytest.mark.parametrize(
+    ("pattern", "taken"),
+    [
+        # A whole name of a tensor or a module takes that alone.
+        ("model.layers.1.mlp.weight", {"model.layers.1.mlp.weight"}),
+        ("model.layers.1.mlp", {"model.layers.1.mlp.weight"}),
+        ("layers.0.weight", {"layers.0.weight"}),
+        ("other.model.layers.0.bias", {"other.model.layers.0.bias"}),
+        ("model.layers.1", {f"model.layers.1.{kind}mlp.weight" for kind in ("", "a")}),
+        # Other patterns are searched; a dot stands for itself unless it is repeated.
+        ("model.layers.1.", {f"model.layers.1.{kind}mlp.weight" for kind in ("", "a")}),
+        ("ayers.1.mlp", {"model.layers.1.mlp.weight"}),
+        (r"layers\.1\.mlp", {"model.layers.1.mlp.weight"}),
+        ("layers.1.*.mlp", {f"model.layers.{place}.mlp.weight" for place in (1, 10, 11)}),
+        (
+            r"^model.layers.[0-2]..?mlp.weight$",
+            {f"model.layers.{place}.mlp.weight" for place in range(3)}
+            | {f"model.layers.{place}.amlp.weight" for place in range(3)},
+        ),
+        ("ayers.1", {f"model.layers.{place}.{kind}mlp.weight" for place in (1, 10, 11) for kind in ("", "a")}),
+    ],
+)
+def test_exact_names_match_exactly(pattern: str, taken: set[str]) -> None:
+    found = assign(deep(), p_norm=0.8, rules={pattern: {"p_norm": 0.5}})
+    assert {name for name, how in found.items() if how.rule == pattern} == taken
+    assert all(how.p_norm == 0.5 for how in found.values() if how.rule == pattern)
+
+
+def test_every_whole_name_is_a_rule_for_that_tensor_alone() -> None:
+    for name in ARCHITECTURES:
+        model = build(name)
+        for key in [key for key, _ in model.named_parameters()][:12]:
+            found = assign(model, p_norm=0.8, rules={key: {"p_norm": 0.5}})
+            assert [taken for taken, how in found.items() if how.rule == key] == [key]
 
 
 def test_a_frozen_parameter_is_no_match() -> None:
