@@ -90,7 +90,7 @@ def measure(name: str, plain: Path, work: Path, auto: Any, rounds: int) -> dict[
     for way, options in WAYS.items():
         folders[way] = work / f"{name} {way}".replace(" ", "_").replace(",", "").replace("%", "")
         begin = time.perf_counter()
-        report = compress(plain, folders[way], **options)
+        report = compress(plain, folders[way], zstd=options["zstd"])
         seconds = time.perf_counter() - begin
         back = folders[way].with_suffix(".back")
         decompress(folders[way], back)

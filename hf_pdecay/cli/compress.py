@@ -12,6 +12,9 @@ def register(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of the command."""
     parser.description = "Writes a model without its zeros. After import hf_pdecay, from_pretrained gives it back."
     add_folders(parser)
+    parser.add_argument(
+        "--dtype", help="round the weights to bfloat16 or float16 first (they keep their dtype); zeros stay zeros"
+    )
     parser.add_argument("--zstd", action="store_true", help="compress by zstd too; needs zstandard")
     parser.add_argument("--max-shard-size", metavar="SIZE", help="of a file, such as 5GB (as the model has it)")
     parser.add_argument("--push-to-hub", metavar="REPO", help="upload OUT to this repository of the Hub")
@@ -22,7 +25,14 @@ def run(options: argparse.Namespace) -> int:
     from ..storage.writer import compress
 
     model, out, shard_size = options.model, options.out, options.max_shard_size
-    show(compress(model, out, zstd=options.zstd, max_shard_size=shard_size, overwrite=options.overwrite))
+    report = compress(
+        *(model, out),
+        dtype=options.dtype,
+        zstd=options.zstd,
+        max_shard_size=shard_size,
+        overwrite=options.overwrite,
+    )
+    show(report)
     if options.push_to_hub is not None:
         from ..storage.hub import push_to_hub
 

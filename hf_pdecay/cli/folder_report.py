@@ -55,6 +55,9 @@ class FolderReport:
         stored: Bytes of its tensors.
         compressed: About the bytes that ``hf-pdecay compress`` would need, without zstd. Equal to ``stored`` for
             weights that are quantized or shrunk layer by layer, because it refuses those.
+        options: Bytes of the tensors if all floats were in one dtype: ``"float32"``, ``"bfloat16"``,
+            ``"compressed_float32"`` and ``"compressed_bfloat16"``.
+        negative_zeros: The number of zeros that are -0.0, and about the bytes that their signs cost when compressed.
         shrunk: What ``hf-pdecay shrink`` would leave. None if the architecture is not known, the tensors have other
             names than the model's parameters, or they are compressed, quantized or shrunk layer by layer.
         packed: Bytes of the files of weights, for a compressed folder.
@@ -65,6 +68,8 @@ class FolderReport:
     ranks: dict[str, tuple[int, int]] = field(default_factory=dict)
     stored: int = 0
     compressed: int = 0
+    options: dict[str, int] = field(default_factory=dict)
+    negative_zeros: tuple[int, int] = (0, 0)
     shrunk: ShrinkEstimate | None = None
     packed: int | None = None
 
@@ -72,6 +77,8 @@ class FolderReport:
         """Return the report as plain JSON types."""
         sizes = {"bytes": self.stored, "compressed_bytes": self.compressed}
         result = {"folder": str(self.folder), **self.sparsity.to_dict(), **sizes}
+        result |= {"bytes_by_dtype": self.options}
+        result |= dict(zip(("negative_zeros", "negative_zero_bytes"), self.negative_zeros, strict=True))
         if self.ranks:
             result["ranks"] = {name: {"ranks": ranks, "dead": dead} for name, (ranks, dead) in self.ranks.items()}
         if self.packed is not None:
@@ -98,6 +105,14 @@ class FolderReport:
         elif self.compressed < self.stored:
             size = f"{self.compressed / self.stored:.1%} of its {self.stored / 1e6:,.1f} MB"
             yield f"hf-pdecay compress {_word(self.folder)} OUT stores it in about {size}."
+        narrow = self.options.get("compressed_bfloat16", self.stored)
+        if self.packed is None and narrow < min(self.compressed, self.options.get("bfloat16", 0)):
+            yield (
+                f"With --dtype bfloat16, which rounds the weights, about {narrow / self.stored:.1%}; dense "
+                f"bfloat16 has {self.options['bfloat16'] / self.stored:.1%}."
+            )
+        if self.negative_zeros[0]:
+            yield "{:,} zeros are -0.0, whose signs cost about {:,} bytes when compressed.".format(*self.negative_zeros)
         if self.shrunk is not None and self.shrunk.sentence(_word(self.folder)):
             yield self.shrunk.sentence(_word(self.folder))
         layers = [tensor for tensor in self.sparsity.tensors if tensor.decayed and tensor.sparsity >= _WORTHWHILE]
@@ -132,11 +147,21 @@ def report_folder(folder: str | os.PathLike[str], near_zero_threshold: float = N
     tensors: list[TensorSparsity] = []
     ranks = _RankCounter()
     stored = compressed = 0
+    options = dict.fromkeys(("float32", "bfloat16", "compressed_float32", "compressed_bfloat16"), 0)
+    negative, signs = 0, 0
     for name, raw in _tensors(path):
         tensor = _countable(raw)
         own = of_adapter.get(name) or names_in_model(name)
         stored += raw.nbytes
-        compressed += smallest_payload(tensor.numel(), int(tensor.count_nonzero()), raw.element_size())
+        numel, values = tensor.numel(), int(tensor.count_nonzero())
+        compressed += (payload := smallest_payload(numel, values, raw.element_size()))
+        wide = tensor.is_floating_point() and raw.element_size() > 1
+        for kind, width in (("float32", 4), ("bfloat16", 2)):
+            options[kind] += numel * width if wide else raw.nbytes
+            options[f"compressed_{kind}"] += smallest_payload(numel, values, width) if wide else payload
+        if wide and values < numel and (found := int((tensor.signbit() & (tensor == 0)).sum())):
+            negative += found
+            signs += -(-(numel - values) // 8)
         if estimator is not None:
             estimator.see(own, tensor)
         if tensor.is_floating_point():
@@ -151,6 +176,8 @@ def report_folder(folder: str | os.PathLike[str], near_zero_threshold: float = N
         ranks.counts(),
         stored,
         stored if method and method != RAGGED else compressed,  # `compress` refuses other methods
+        options,
+        (negative, signs),
         None if estimator is None else estimator.estimate(),
         sum(file.stat().st_size for file in _files(path)) if packed else None,
     )

@@ -29,11 +29,13 @@ class StorageReport:
         encodings: Totals for ``"dense"``, ``"bitmask"`` and ``"index"``, if there are any.
         headers: Bytes of the headers of the compressed files, with manifests.
         left_out: Files of weights in other formats, which were not copied.
+        vanished: Values that were not zero, and are after rounding to a narrower dtype.
     """
 
     encodings: dict[str, EncodingTotal] = field(default_factory=dict)
     headers: int = 0
     left_out: list[str] = field(default_factory=list)
+    vanished: int = 0
 
     def add(self, encoding: int, before: int, after: int) -> None:
         """Count a tensor."""
@@ -72,6 +74,8 @@ class StorageReport:
         table.add_section()
         table.add_row("all", f"{tensors:,}", f"{self.before:,}", f"{self.after:,}", _share(self.after, self.before))
         yield table
+        if self.vanished:
+            yield f"{self.vanished:,} values were too small for the dtype and have become zero."
         if self.left_out:
             yield f"Left out, weights in other formats: {', '.join(self.left_out)}"
 

@@ -12,7 +12,9 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 
+from ..checks import check_choice
 from .card import add_note
+from .casting import CASTS, cast, cast_config
 from .container import BLOCK, Entry, FormatError, Header, write_header
 from .encoding import DENSE, Bytes, decode, encode
 from .folder import CONFIG, INDEX, WEIGHTS, check_out, read_json, scratch_folder, write_json
@@ -32,6 +34,7 @@ def compress(
     model: str | os.PathLike[str],
     out: str | os.PathLike[str],
     *,
+    dtype: str | None = None,
     zstd: bool = False,
     max_shard_size: int | str | None = None,
     overwrite: bool = False,
@@ -41,9 +44,13 @@ def compress(
     After ``import hf_pdecay``, ``from_pretrained(out)`` loads a bit-identical model. Each tensor is read, encoded,
     decoded again for comparison, and written before the next one.
 
+    With ``dtype`` the weights are rounded first: the loaded model is then that of the rounded weights. Zeros stay
+    zeros, and values too small for the dtype become zero, which the report counts.
+
     Args:
         model: A folder with ``config.json`` and safetensors, or a name on the Hub, which is downloaded.
         out: The folder to write. It appears when it is whole.
+        dtype: ``"bfloat16"`` or ``"float16"``, to which floating tensors are rounded; None keeps their dtypes.
         zstd: Also compress by zstd; needs zstandard here and where the model is loaded.
         max_shard_size: Bytes of a file of weights, or a string such as ``"5GB"``; None keeps the model's own files.
         overwrite: Replace ``out`` if it is a model's folder.
@@ -55,19 +62,24 @@ def compress(
         ValueError: If the weights are not plain safetensors (as a ``FormatError``), or an argument is invalid.
     """
     limit = parse_size(max_shard_size)
+    if dtype is not None:
+        check_choice("dtype", dtype, tuple(CASTS))
     source = read_source(model, out, overwrite)
     source.check_plain(ragged=True)
     report = StorageReport()
     with source.rewritten() as aside:
         report.left_out = source.copy_along(aside)
         add_note(aside)
-        files = _write_shards(source, aside, limit, zstd, report)
+        files, size = _write_shards(source, aside, limit, dtype, zstd, report)
         if files.keys() != {WEIGHTS}:
             metadata = None if WEIGHTS in source.headers else read_json(source.folder / INDEX).get("metadata")
-            metadata = metadata if isinstance(metadata, dict) else {"total_size": report.before}
+            metadata = metadata if isinstance(metadata, dict) and dtype is None else {"total_size": size}
             placed = {tensor: name for name, tensors in files.items() for tensor in tensors}
             write_json(aside / INDEX, {"metadata": metadata, "weight_map": placed}, sort_keys=True)
-        shutil.copyfile(source.folder / CONFIG, aside / CONFIG)
+        if dtype is None:
+            shutil.copyfile(source.folder / CONFIG, aside / CONFIG)
+        else:
+            write_json(aside / CONFIG, cast_config(source.config, dtype))
     return report
 
 
@@ -135,17 +147,23 @@ def _tensors(file: Path, header: Header) -> Iterator[tuple[str, Entry, Bytes]]:
 
 
 def _write_shards(
-    source: Source, aside: Path, limit: int | None, zstd: bool, report: StorageReport
-) -> dict[str, list[str]]:
-    """Write the files of weights; returns the tensors of each file."""
-    with TemporaryFile(dir=aside) as data:
-        shards = _Shards(aside, data, {"format": "pt"} | next(iter(source.headers.values())).metadata, report)
+    source: Source, aside: Path, limit: int | None, dtype: str | None, zstd: bool, report: StorageReport
+) -> tuple[dict[str, list[str]], int]:
+    """Write the files of weights; returns the tensors of each file, and the bytes of all tensors when decoded."""
+    size = 0
+    with TemporaryFile(dir=aside) as waiting:
+        shards = _Shards(aside, waiting, {"format": "pt"} | next(iter(source.headers.values())).metadata, report)
         for name, header in source.headers.items():
             for tensor, entry, raw in _tensors(source.folder / name, header):
-                encoding, blob = _encoded(tensor, entry, raw, zstd)
-                stored = raw if blob is None else blob
+                data, vanished = raw, 0
+                if dtype is not None:
+                    data, entry, vanished = cast(raw, tensor, entry, dtype)  # noqa: PLW2901
+                encoding, blob = _encoded(tensor, entry, data, zstd)
+                stored = data if blob is None else blob
+                size += data.nbytes
+                report.vanished += vanished
                 report.add(encoding, raw.nbytes, stored.nbytes)
-                if limit is not None and data.tell() and data.tell() + stored.nbytes > limit:
+                if limit is not None and waiting.tell() and waiting.tell() + stored.nbytes > limit:
                     shards.close(f".shard-{len(shards.files)}")
                 if blob is None:
                     shards.add(tensor, entry.dtype, entry.shape, stored)
@@ -154,14 +172,14 @@ def _write_shards(
             if limit is None:
                 shards.close(name)
         if limit is None:
-            return shards.files
+            return shards.files, size
         shards.close(f".shard-{len(shards.files)}")
     files, count = {}, len(shards.files)
     for number, (name, written) in enumerate(shards.files.items(), 1):
         final = WEIGHTS if count == 1 else f"model-{number:05d}-of-{count:05d}.safetensors"
         (aside / name).rename(aside / final)
         files[final] = written
-    return files
+    return files, size
 
 
 def _encoded(name: str, entry: Entry, data: Bytes, zstd: bool) -> tuple[int, Bytes | None]:
