@@ -10,16 +10,20 @@ from typing import Any
 
 import torch
 from peft import PeftModel
+from peft.tuners.ln_tuning.layer import LNTuningLayer
 from peft.tuners.lora import Linear as LoraLinear
 from peft.tuners.lora.layer import LoraVariant, MultiheadAttention
+from peft.tuners.trainable_tokens.layer import TrainableTokensLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
 
 from .factors import check_model, lora_layers, named_factors
 
 
 logger = logging.getLogger(__name__)
+
+# Layers whose adapter holds trained values of the weights themselves, and no change to add.
+_TRAINED_WHOLE = (LNTuningLayer, TrainableTokensLayer)
 
 
 @torch.no_grad()
@@ -30,8 +34,8 @@ def merge_keep_zeros(
 
     Works for everything that PEFT merges into floating-point matrices: LoRA and variants such as DoRA (with the norms
     from before zeros are kept), on linear layers, HF's ``Conv1D``, convolutions and embeddings, and other methods.
-    Modules that were trained whole (``modules_to_save``) keep the zeros of the originals too. Biases are merged in
-    full. The loss is logged; :func:`mask_adapters` avoids it.
+    Everything else is merged as it was trained, zeros of the base or not: biases, vectors, and what was trained whole
+    (``modules_to_save``, ``trainable_token_indices``, LN tuning). The loss is logged; :func:`mask_adapters` avoids it.
 
     Args:
         peft_model: A PEFT model whose adapters are not merged. It must not be used afterwards.
@@ -49,8 +53,8 @@ def merge_keep_zeros(
     if unknown:
         known = ", ".join(peft_model.peft_config)
         raise ValueError(f"Invalid adapter_names: the model has no adapter {unknown[0]!r}; it has {known}.")
-    modules = dict(peft_model.get_base_model().named_modules())
-    layers = {name: module for name, module in modules.items() if isinstance(module, BaseTunerLayer)}
+    modules = peft_model.get_base_model().named_modules()
+    layers = {name: module for name, module in modules if isinstance(module, BaseTunerLayer)}
     weights = {name: _weights(name, layer) for name, layer in layers.items()}
     names = None if adapter_names is None else list(adapter_names)
     lost: dict[str, tuple[float, float]] = {}
@@ -58,12 +62,6 @@ def merge_keep_zeros(
         before = {key: weight.detach().clone() for key, weight in weights[name].items()}
         layer.merge(safe_merge=True, adapter_names=names)
         lost |= {f"{name}.{key}": _keep_zeros(weight, before[key]) for key, weight in weights[name].items()}
-    for name, wrapper in modules.items():
-        if isinstance(wrapper, ModulesToSaveWrapper):
-            saved = next((wrapper.modules_to_save[adapter] for adapter in wrapper.active_adapters), None)
-            for key, weight in () if saved is None else saved.named_parameters():
-                if weight.ndim > 1:
-                    lost[f"{name}.{key}"] = _keep_zeros(weight, wrapper.original_module.get_parameter(key))
     fractions = {name: math.sqrt(out / whole) for name, (out, whole) in lost.items() if whole}
     if dropped is not None:
         dropped.update(fractions)
@@ -84,22 +82,25 @@ def merge_keep_zeros(
 
 
 def _weights(name: str, layer: BaseTunerLayer) -> dict[str, Tensor]:
-    """The matrices into which the adapter of a layer is merged."""
+    """The matrices to which the adapter of a layer adds; none if it replaces weights by trained ones."""
     if isinstance(layer, MultiheadAttention):
         raise ValueError(f"merge_keep_zeros cannot merge into {name!r}, an nn.MultiheadAttention; merge it with PEFT.")
-    params = layer.get_base_layer().named_parameters(recurse=False)
-    matrices: dict[str, Tensor] = {key: param for key, param in params if param.ndim > 1}
-    if not matrices or not all(_is_plain(matrix) for matrix in matrices.values()):
+    if isinstance(layer, _TRAINED_WHOLE):
+        return {}
+    base = layer.get_base_layer()
+    # Some quantised layers hold their weights in buffers.
+    stored = [*base.parameters(recurse=False), *base.buffers(recurse=False)]
+    if not all(_is_plain(tensor) for tensor in stored if tensor.ndim > 1):
         raise ValueError(
             f"merge_keep_zeros takes weights in floating point, and those of {name!r} are quantised: load the base "
             "model without quantization_config, then the adapter onto it, and merge."
         )
-    return matrices
+    return {key: param for key, param in base.named_parameters(recurse=False) if param.ndim > 1}
 
 
 def _is_plain(weight: Any) -> bool:
     """Whether a weight is in floating point and not quantised."""
-    return weight.is_floating_point() and type(weight.data) is Tensor
+    return weight.is_floating_point() and weight.element_size() > 1 and type(weight.data) is Tensor
 
 
 def _keep_zeros(weight: Tensor, before: Tensor) -> tuple[float, float]:
