@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -12,6 +13,12 @@ from torch import Tensor, nn
 
 from ..optim.unit_operations import alive_here
 from ..optim.units import Member
+
+
+logger = logging.getLogger(__name__)
+
+# Values of `init_lora_weights` that change the base begin with these.
+_FROM_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
 class LoraFactors(NamedTuple):
@@ -63,6 +70,30 @@ def named_factors(model: nn.Module, adapter_name: str) -> list[LoraFactors]:
             f"{'the LoRA adapters ' + ', '.join(names) if names else 'no LoRA adapter of pairs A and B'}."
         )
     return factors
+
+
+def takes_from_base(start: object) -> bool:
+    """Whether a value of ``init_lora_weights`` takes initial values from the base, which PEFT changes to make up."""
+    return isinstance(start, str) and start.lower().startswith(_FROM_BASE)
+
+
+def warn_of_changed_base(model: Any) -> None:
+    """Warn of each adapter that has changed the base when PEFT made or loaded it, which erases exact zeros."""
+    for adapter_name, config in model.peft_config.items():
+        start = getattr(config, "init_lora_weights", None)
+        if not takes_from_base(start):
+            continue
+        bases = [layer.get_base_layer().weight for _, layer in lora_layers(model) if adapter_name in layer.r]
+        whole = [base for base in bases if type(base.data) is Tensor and base.is_floating_point()]
+        zeros, count = sum(int((base == 0).sum()) for base in whole), sum(base.numel() for base in whole)
+        logger.warning(
+            "The adapter %r has init_lora_weights=%r, which changes the weights of the base that it is on%s. If the "
+            "base was sparse, its zeros are lost there: load the base again and give the adapter "
+            "init_lora_weights=True, which keeps them, as 'gaussian', 'orthogonal' and 'eva' do.",
+            adapter_name,
+            start,
+            f"; {zeros / count:.1%} of them are zero now" if count else "",
+        )
 
 
 def check_model(peft_model: Any, function: str) -> None:

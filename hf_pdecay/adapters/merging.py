@@ -17,7 +17,7 @@ from peft.tuners.trainable_tokens.layer import TrainableTokensLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from .factors import check_model, lora_layers, named_factors
+from .factors import check_model, lora_layers, named_factors, warn_of_changed_base
 
 
 logger = logging.getLogger(__name__)
@@ -57,6 +57,7 @@ def merge_keep_zeros(
     layers = {name: module for name, module in modules if isinstance(module, BaseTunerLayer)}
     weights = {name: _weights(name, layer) for name, layer in layers.items()}
     names = None if adapter_names is None else list(adapter_names)
+    warn_of_changed_base(peft_model)
     lost: dict[str, tuple[float, float]] = {}
     for name, layer in layers.items():
         before = {key: weight.detach().clone() for key, weight in weights[name].items()}
@@ -77,7 +78,8 @@ def merge_keep_zeros(
         )
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*[Aa]lready.*merged.*")
-        plain: nn.Module = peft_model.merge_and_unload(adapter_names=names)
+        # All are merged. Named again, some layers would merge a second time.
+        plain: nn.Module = peft_model.merge_and_unload(adapter_names=[])
     return plain
 
 
@@ -176,6 +178,7 @@ def mask_adapters(peft_model: PeftModel, adapter_name: str = "default") -> PeftM
             raise ValueError(f"mask_adapters takes plain LoRA on linear layers; {name!r} is {kind}.")
         if not _is_plain(layer.get_base_layer().weight):
             raise ValueError(f"mask_adapters takes weights in floating point, and those of {name!r} are quantised.")
+    warn_of_changed_base(peft_model)
     for _, layer in layers:
         layer.lora_variant[adapter_name] = MaskedLora()
     return peft_model

@@ -13,15 +13,12 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 
-from .factors import alive_ranks, check_model, lora_layers, named_factors
+from .factors import alive_ranks, check_model, lora_layers, named_factors, takes_from_base
 from .merging import MaskedLora
 
 
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderResult
-
-# Values of `init_lora_weights` that change the base begin with these.
-_FROM_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
 @dataclass(frozen=True)
@@ -193,7 +190,7 @@ def check_start(start: object, name: str) -> None:
 
     PEFT subtracts those from the base whenever it loads the adapter, and they depend on the number of ranks.
     """
-    if isinstance(start, str) and start.lower().startswith(_FROM_BASE):
+    if takes_from_base(start):
         raise ValueError(
             f"{name}: the adapter has init_lora_weights={start!r}. When PEFT loads it, PEFT subtracts the adapter's "
             "initial values from the base, and with fewer ranks these would be others. Save the base as it is under "

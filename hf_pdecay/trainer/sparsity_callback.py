@@ -70,6 +70,10 @@ class SparsityCallback(FirstCallback):
         """Open ``sparsity.jsonl``, and forecast the decay."""
         if state.is_world_process_zero:
             _open_history(_folder(args), state)
+            if hasattr(kwargs.get("model"), "peft_config"):
+                from ..adapters.factors import warn_of_changed_base
+
+                warn_of_changed_base(kwargs["model"])
         optimizer = kwargs.get("optimizer")
         decaying = _decaying_groups(optimizer)
         if optimizer is None or not decaying:

@@ -225,8 +225,57 @@ class TestMerging:
         merged = merge_keep_zeros(model, ["default", "other"])
         both = base + (base != 0) * (deltas["default"] + deltas["other"])
         assert torch.allclose(merged.get_submodule(weight).weight, both, atol=1e-6)
-        head = sparse(build("llama")).lm_head.weight
-        assert torch.allclose(merged.lm_head.weight, head + 0.5 * (head != 0))
+        assert torch.equal(merged.lm_head.weight, sparse(build("llama")).lm_head.weight + 0.5)
+
+    @pytest.mark.parametrize(
+        "config",
+        [
+            peft.LoraConfig(target_modules=["q_proj"], modules_to_save=["lm_head", "norm", "embed_tokens"]),
+            peft.LoraConfig(target_modules=["q_proj"], trainable_token_indices=[1, 2], bias="all"),
+            peft.LoraConfig(target_modules=["q_proj"], bias="lora_only", use_dora=True),
+            peft.LNTuningConfig(target_modules=["input_layernorm"]),
+            peft.TrainableTokensConfig(target_modules=["embed_tokens"], token_indices=[1, 2]),
+            peft.IA3Config(task_type="CAUSAL_LM"),
+            peft.OFTConfig(target_modules=["q_proj"], oft_block_size=4, r=0),
+            peft.LoHaConfig(target_modules=["q_proj"]),
+            *([peft.OSFConfig(target_modules=["q_proj"])] if hasattr(peft, "OSFConfig") else []),
+        ],
+        ids=lambda config: f"{config.peft_type.value}-{getattr(config, 'bias', '')}",
+    )
+    def test_only_the_zeros_under_an_adapter_stay(self, config: Any) -> None:
+        base = sparse(build("llama"))
+        with torch.no_grad():
+            for weight in (base.lm_head.weight, base.model.embed_tokens.weight):
+                weight.zero_()  # as a new head is
+        before = {name: value.clone() for name, value in base.state_dict().items()}
+        model = peft.get_peft_model(base, config)
+        torch.manual_seed(0)
+        with torch.no_grad():
+            for param in model.parameters():
+                if param.requires_grad:
+                    param.add_(0.1 * torch.randn_like(param))
+        theirs = copy.deepcopy(model).merge_and_unload().state_dict()
+        merged = merge_keep_zeros(model).state_dict()
+        assert any(not torch.equal(value, before[name]) for name, value in merged.items())
+        for name, value in merged.items():
+            kept = (before[name] == 0) & ("_proj.weight" in name)
+            assert torch.equal(value, theirs[name].masked_fill(kept, 0)), name
+
+    @pytest.mark.parametrize("start", ["pissa", "pissa_niter_4", "olora", True, "gaussian", "orthogonal"])
+    def test_an_adapter_that_changes_the_base_says_so(
+        self, start: Any, make_args: Callable[..., Any], tokens: Any, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        base = sparse(build("llama"))
+        weight = base.model.layers[0].self_attn.q_proj.weight
+        before = weight.detach().clone()
+        model = peft.get_peft_model(base, peft.LoraConfig(target_modules=["q_proj"], init_lora_weights=start, r=2))
+        changed = not torch.equal(weight, before)
+        assert changed == str(start).startswith(("pissa", "olora"))
+        PDecayTrainer(model=model, args=make_args(max_steps=1, lambda_p=1e-4), train_dataset=tokens).train()
+        merge_keep_zeros(mask_adapters(model))
+        assert caplog.text.count(f"init_lora_weights={start!r}, which changes") == 3 * changed
+        if changed:
+            assert "load the base again" in caplog.text and "of them are zero now" in caplog.text
 
     def test_an_adapter_trained_with_the_mask_loses_nothing(self, make_args: Callable[..., Any], tokens: Any) -> None:
         for name in ("llama", "gpt2"):
