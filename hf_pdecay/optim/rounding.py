@@ -58,7 +58,8 @@ def noise_bits(step: int | Tensor, index: int, first: int, count: int, device: t
 def stochastic_round(values: Tensor, dtype: torch.dtype, noise: Tensor) -> Tensor:
     """Round to one of the two neighbours in ``dtype`` at random, such that the mean is the value itself.
 
-    Values that ``dtype`` can hold do not change. Values beyond its range become its largest finite value.
+    Values that ``dtype`` can hold do not change. Values beyond its range become its largest finite value. No result is
+    -0: that becomes 0, as does what is rounded to it.
 
     ``values`` are float32, and ``noise`` has an integer with at least 16 random bits for each.
     """
@@ -78,4 +79,4 @@ def stochastic_round(values: Tensor, dtype: torch.dtype, noise: Tensor) -> Tenso
         rounded = torch.where(values.abs() < _FLOAT16_MIN_NORMAL, subnormal, rounded)
     largest = torch.finfo(dtype).max
     # A NaN must stay one: noise added to its bits could turn it into an infinity or a number.
-    return torch.where(values.isnan(), values, rounded.clamp_(-largest, largest)).to(dtype)
+    return torch.where(values.isnan(), values, rounded.clamp_(-largest, largest)).to(dtype).add_(0.0)

@@ -61,7 +61,9 @@ inline void store_16(bfloat16* p, int n, __m512 x, __m512i noise, uint32_t neare
   const __m512i rounded = _mm512_min_epu32(sum, all(0x7f7fffffu + (nearest & 1u)));
   const __mmask16 nan = _mm512_cmpgt_epu32_mask(magnitude, all(0x7f800000u));
   const __m512i kept = _mm512_mask_mov_epi32(rounded, nan, all(0x7fc00000u));
-  store_halves(p, n, _mm512_srli_epi32(_mm512_or_si512(kept, _mm512_andnot_si512(all(0x7fffffffu), bits)), 16));
+  const __mmask16 lives = nearest != 0 ? 0xffff : _mm512_cmpge_epu32_mask(kept, all(0x10000u));  // at random no -0
+  const __m512i sign = _mm512_maskz_and_epi32(lives, bits, all(0x80000000u));
+  store_halves(p, n, _mm512_srli_epi32(_mm512_or_si512(kept, sign), 16));
 }
 inline void store_16(float16* p, int n, __m512 x, __m512i noise, uint32_t nearest) {
   const __m512i bits = _mm512_castps_si512(x), magnitude = _mm512_and_si512(bits, all(0x7fffffffu));
@@ -76,7 +78,8 @@ inline void store_16(float16* p, int n, __m512 x, __m512i noise, uint32_t neares
   const __mmask16 nan = _mm512_cmpgt_epu32_mask(magnitude, all(0x7f800000u));
   __m512i kept = _mm512_mask_mov_epi32(normal, subnormal, _mm512_cvttps_epi32(units));
   kept = _mm512_mask_mov_epi32(kept, nan, all(0x7e00u));
-  store_halves(p, n, _mm512_or_si512(kept, _mm512_and_si512(_mm512_srli_epi32(bits, 16), all(0x8000u))));
+  const __mmask16 lives = nearest != 0 ? 0xffff : _mm512_test_epi32_mask(kept, kept);
+  store_halves(p, n, _mm512_or_si512(kept, _mm512_maskz_and_epi32(lives, _mm512_srli_epi32(bits, 16), all(0x8000u))));
 }
 
 // The random bits of 16 elements.

@@ -61,7 +61,8 @@ inline void store(bfloat16& to, float x, uint32_t noise, uint32_t nearest) {
   const uint32_t most = 0x7f7fffffu + (nearest & 1u);  // at random a finite number stays one, else it may be infinite
   const uint32_t rounded = std::min(magnitude + added, most);
   const uint32_t kept = magnitude > 0x7f800000u ? 0x7fc00000u : rounded;           // a NaN stays one
-  to = static_cast<bfloat16>((kept | (bits & 0x80000000u)) >> 16);
+  const uint32_t sign = (nearest != 0 || kept >= 0x10000u) ? bits & 0x80000000u : 0;  // at random no -0
+  to = static_cast<bfloat16>((kept | sign) >> 16);
 }
 inline void store(float16& to, float x, uint32_t noise, uint32_t nearest) {
   const uint32_t bits = bit_cast<uint32_t>(x), magnitude = bits & 0x7fffffffu;
@@ -73,7 +74,8 @@ inline void store(float16& to, float x, uint32_t noise, uint32_t nearest) {
   const uint32_t added = (nearest & (0xfffu + ((bits >> 13) & 1u))) | (~nearest & noise & 0x1fffu);
   const uint32_t normal = std::min((magnitude + added - 0x38000000u) >> 13, 0x7bffu + (nearest & 1u));
   const uint32_t kept = magnitude > 0x7f800000u ? 0x7e00u : magnitude < 0x38800000u ? subnormal : normal;
-  to = static_cast<float16>(kept | ((bits >> 16) & 0x8000u));
+  const uint32_t sign = (nearest != 0 || kept != 0) ? (bits >> 16) & 0x8000u : 0;
+  to = static_cast<float16>(kept | sign);
 }
 
 // --- 32 random bits for each element of each step, see rounding.py

@@ -91,7 +91,10 @@ def store_block(
                 normal = (tl.maximum(magnitude, 0x38800000) - 0x38000000 + dropped) >> 13
                 kept = tl.where(magnitude < 0x38800000, subnormal, tl.minimum(normal, 0x7BFF))
             kept = tl.where(magnitude > 0x7F800000, 0x7E00, kept)
-        value = (kept | ((bits >> 16) & 0x8000)).to(tl.uint16)
+        sign = (bits >> 16) & 0x8000
+        if not NEAREST:
+            sign = tl.where(kept == 0, 0, sign)  # no -0
+        value = (kept | sign).to(tl.uint16)
     pointer = address.to(tl.pointer_type(STORED))
     if WHOLE:
         tl.store(tl.multiple_of(pointer, 16) + at + lane, value)
