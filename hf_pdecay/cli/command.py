@@ -29,6 +29,22 @@ def add_max_steps(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_settings(parser: argparse.ArgumentParser) -> None:
+    """Add a flag for each setting of the decay, for :func:`given_settings`."""
+    from ..trainer.training_flags import SETTINGS
+
+    for field in SETTINGS.values():
+        default = "none" if field.default is None else field.default
+        parser.add_argument(f"--{field.name}", metavar="VALUE", help=f"{field.metadata['help']} ({default})")
+
+
+def given_settings(options: argparse.Namespace) -> dict[str, str]:
+    """Return the settings of the decay that were given as flags, as strings."""
+    from ..trainer.training_flags import SETTINGS
+
+    return {name: string for name in SETTINGS if (string := getattr(options, name)) is not None}
+
+
 def add_json(parser: argparse.ArgumentParser) -> None:
     """Add ``--json``, for :func:`show`."""
     parser.add_argument("--json", action="store_true", help="print JSON in place of tables")

@@ -44,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             command.set_defaults(run=module.run)
     options, unknown = parser.parse_known_args(argv)
     if unknown:
-        hint = "; the script and its arguments come first: hf-pdecay run SCRIPT ARGS…"
+        hint = "; a script's own arguments come after its name: hf-pdecay run SCRIPT ARGS…"
         parser.error(f"unrecognized arguments: {' '.join(unknown)}{hint if options.command == 'run' else ''}")
     try:
         done: int | Callable[[], int] = options.run(options)

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from ..trainer.training_flags import SETTINGS
-from .command import add_config, add_json, add_max_steps, show
+from .command import add_config, add_json, add_max_steps, add_settings, given_settings, show
 
 
 def register(parser: argparse.ArgumentParser) -> None:
@@ -18,9 +17,7 @@ def register(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--optim", default="adamw_lp", help="adamw_lp or another of ours (adamw_lp)")
     parser.add_argument("--optim_args", help="as in TrainingArguments: p_norm=0.8,target_sparsity=0.9")
     parser.add_argument("--optim_target_modules", nargs="+", help="as in TrainingArguments")
-    for field in SETTINGS.values():
-        default = "none" if field.default is None else field.default
-        parser.add_argument(f"--{field.name}", metavar="VALUE", help=f"{field.metadata['help']} ({default})")
+    add_settings(parser)
     add_max_steps(parser)
     parser.add_argument("--weight_decay", type=float, default=0.0, help="L2 decay of the run (0)")
     parser.add_argument("--tensors", action="store_true", help="list each tensor")
@@ -36,9 +33,11 @@ def run(options: argparse.Namespace) -> int:
 
     check_choice("optim", options.optim, OPTIMIZERS)
     targets = options.optim_target_modules
-    flags = {name: string for name in SETTINGS if (string := getattr(options, name)) is not None}
     settings = DecaySettings.from_optim_args(
-        options.optim_args, targets[0] if targets and len(targets) == 1 else targets, options.optim, **flags
+        options.optim_args,
+        targets[0] if targets and len(targets) == 1 else targets,
+        options.optim,
+        **given_settings(options),
     )
     steps, weight_decay = options.max_steps, options.weight_decay
     result = preview(options.model, settings, max_steps=steps, weight_decay=weight_decay, all_tensors=options.tensors)

@@ -3,22 +3,29 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import io
 import os
 import sys
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType, TracebackType
+from typing import Any
+
+from .command import add_settings, given_settings
 
 
 def register(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of the command."""
-    parser.usage = "hf-pdecay run SCRIPT ARGS…  |  hf-pdecay run -m MODULE ARGS…"
+    parser.usage = "hf-pdecay run [SETTINGS] SCRIPT ARGS…  |  hf-pdecay run [SETTINGS] -m MODULE ARGS…"
     parser.description = (
         "Runs a script as Python would, with optim='adamw_lp' known to TrainingArguments, HfArgumentParser "
-        "and every Trainer: --optim adamw_lp --optim_args p_norm=0.8,target_sparsity=0.9. On several processes: "
-        "accelerate launch -m hf_pdecay run SCRIPT ARGS…"
+        "and every Trainer. Settings of the decay stand before the script, among its arguments, or in its "
+        "--optim_args p_norm=0.8,target_sparsity=0.9; with one of the first two, adamw_lp is the default optimizer. "
+        "On several processes: accelerate launch -m hf_pdecay run SCRIPT ARGS…"
     )
+    add_settings(parser)
     parser.add_argument("-m", dest="module", nargs=argparse.REMAINDER, help="a module and its arguments")
     parser.add_argument("script", nargs=argparse.REMAINDER, help="a script and its arguments")
 
@@ -26,6 +33,7 @@ def register(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> Callable[[], int]:
     """Return a function that runs a script or module as ``__main__``, with its own argv, exit code and tracebacks."""
     words: list[str] = options.script if options.module is None else options.module
+    given = given_settings(options)
     if not words:
         raise ValueError("Name a script or module: hf-pdecay run SCRIPT ARGS…, or hf-pdecay run -m MODULE ARGS….")
     first = words[0]
@@ -34,7 +42,7 @@ def run(options: argparse.Namespace) -> Callable[[], int]:
 
         _first_on_path(os.getcwd())
         _check_module(first)
-        return lambda: _run(lambda: runpy.run_module(first, run_name="__main__", alter_sys=True), words)
+        return lambda: _run(lambda: runpy.run_module(first, run_name="__main__", alter_sys=True), words, given)
     if not Path(first).is_file():
         reason = "is a folder" if Path(first).is_dir() else "does not exist"
         raise ValueError(f"Invalid SCRIPT: {first!r} {reason}; name a Python script, or a module after -m.")
@@ -43,21 +51,54 @@ def run(options: argparse.Namespace) -> Callable[[], int]:
         _first_on_path(os.path.dirname(os.path.realpath(first)))
         _run_script(os.path.abspath(first))
 
-    return lambda: _run(start, words)
+    return lambda: _run(start, words, given)
 
 
-def _run(start: Callable[[], object], argv: list[str]) -> int:
+def _run(start: Callable[[], object], argv: list[str], given: dict[str, str]) -> int:
     from ..trainer.register import register as register_optimizers
+    from ..trainer.settings import GIVEN
 
     register_optimizers(remind=True)
+    GIVEN.update(given)
+    argparse.ArgumentParser.parse_known_args = _taking_ours(argparse.ArgumentParser.parse_known_args)  # type: ignore[method-assign]
     sys.argv[:] = argv
     try:
         start()
     except BaseException as error:
+        if isinstance(error, ValueError) and _is_ours(error):
+            sys.stderr.write(f"hf-pdecay run: {error}\n")
+            return 2
         if not isinstance(error, SystemExit):
             _show_their_frames_only(error.__traceback__)
         raise
     return 0
+
+
+def _is_ours(error: BaseException) -> bool:
+    """Whether an error was raised by this package, as one on a setting is."""
+    frames = [frame.f_code.co_filename for frame, _ in traceback.walk_tb(error.__traceback__)]
+    return Path(frames[-1]).is_relative_to(Path(__file__).parents[1])
+
+
+def _taking_ours(stock: Callable[..., Any]) -> Callable[..., Any]:
+    """Take the settings of the decay out of the words that a script's parser does not know."""
+    from ..trainer.settings import GIVEN
+    from ..trainer.training_flags import SETTINGS
+
+    @functools.wraps(stock)
+    def parse_known_args(*args: Any, **kwargs: Any) -> tuple[Any, list[str]]:
+        options, unknown = stock(*args, **kwargs)
+        left: list[str] = []
+        words = iter(unknown)
+        for word in words:
+            name, equals, string = word.removeprefix("--").partition("=")
+            if word.startswith("--") and name in SETTINGS:
+                GIVEN[name] = string if equals else next(words, "true")
+            else:
+                left.append(word)
+        return options, left
+
+    return parse_known_args
 
 
 def _run_script(path: str) -> None:
@@ -71,17 +112,17 @@ def _run_script(path: str) -> None:
     exec(code, main.__dict__)
 
 
-def _show_their_frames_only(traceback: TracebackType | None) -> None:
+def _show_their_frames_only(trace: TracebackType | None) -> None:
     """Make the traceback that ends the process begin in the script."""
     import runpy
 
     ours = (__file__, runpy.__file__, "<frozen runpy>")
-    while traceback is not None and traceback.tb_frame.f_code.co_filename in ours:
-        traceback = traceback.tb_next
+    while trace is not None and trace.tb_frame.f_code.co_filename in ours:
+        trace = trace.tb_next
     hook = sys.excepthook
 
     def show(kind: type[BaseException], error: BaseException, _: TracebackType | None) -> None:
-        hook(kind, error.with_traceback(traceback), traceback)
+        hook(kind, error.with_traceback(trace), trace)
 
     sys.excepthook = show
 

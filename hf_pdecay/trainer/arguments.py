@@ -5,14 +5,19 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from torch.optim import Optimizer
 from transformers import TrainingArguments
 from transformers.training_args import OptimizerNames
 
 from ..optim.optimizer_names import ADAMW_LP, OPTIMIZERS
 from ..target.settings import Target
 from .optimizer import check_hyperparameters, name_of
-from .settings import DecaySettings, split_optim_args
+from .settings import GIVEN, DecaySettings, split_optim_args
 from .training_flags import SETTINGS, DecayFields
+
+
+# What TrainingArguments have if a script says nothing; it depends on the release of torch.
+_DEFAULTS = ("adamw_torch", "adamw_torch_fused")
 
 
 @dataclass
@@ -20,7 +25,8 @@ class PDecayTrainingArguments(DecayFields, TrainingArguments):
     """``TrainingArguments`` that know the optimizer ``adamw_lp``.
 
     The fields of :class:`.training_flags.DecayFields` are added; ``--help`` of ``HfArgumentParser`` explains them.
-    ``weight_decay`` keeps its meaning. With another ``optim`` the added fields have no effect.
+    ``weight_decay`` keeps its meaning. With an ``optim`` that is not one of ours a field that was set is an error,
+    because it would have no effect; ``near_zero_threshold`` alone has one.
 
     Args:
         optim: Name of the optimizer, ``"adamw_lp"`` by default, or any name that ``TrainingArguments`` takes.
@@ -29,7 +35,7 @@ class PDecayTrainingArguments(DecayFields, TrainingArguments):
             name, or a list of parts of names.
 
     Raises:
-        ValueError: If a value is out of its range or the rules cannot be read.
+        ValueError: If a value is out of its range, the rules cannot be read, or ``optim`` does not read what was set.
     """
 
     optim: str = field(
@@ -56,6 +62,7 @@ class PDecayTrainingArguments(DecayFields, TrainingArguments):
 
     def __post_init__(self) -> None:
         """Check the fields; rules become a dict."""
+        apply_given(self)
         settings = self.decay_settings
         for name in SETTINGS:
             setattr(self, name, getattr(settings, name))
@@ -64,6 +71,8 @@ class PDecayTrainingArguments(DecayFields, TrainingArguments):
         if name in OPTIMIZERS:
             self.optim = OptimizerNames.ADAMW_TORCH
             check_hyperparameters(self)
+        else:
+            check_unused(self)
         super(Target, self).__post_init__()  # of TrainingArguments, or what is mixed in before it
         if name in OPTIMIZERS:
             self.optim = name
@@ -98,6 +107,74 @@ class PDecayTrainingArguments(DecayFields, TrainingArguments):
         if name in OPTIMIZERS:
             self.optim = name
         return self
+
+
+def apply_given(args: TrainingArguments) -> None:
+    """Put the settings that ``hf-pdecay run`` was given into the arguments of a run; they win over what stands there.
+
+    Hugging Face's default optimizer becomes ``adamw_lp``.
+
+    Raises:
+        ValueError: If the run has another optimizer that is not ours, or ``lp_rules`` is JSON and not a file.
+    """
+    if not GIVEN:
+        return
+    if name_of(args) not in OPTIMIZERS:
+        if name_of(args) not in _DEFAULTS:
+            flags = " ".join(f"--{name} {string}" for name, string in GIVEN.items())
+            raise ValueError(
+                f"Invalid optim: optim={name_of(args)!r} does not read {flags}; give --optim {ours_for(name_of(args))}."
+            )
+        args.optim = ADAMW_LP
+    if isinstance(args, PDecayTrainingArguments):
+        for name, string in GIVEN.items():
+            setattr(args, name, string)
+        return
+    if GIVEN.get("lp_rules", "").startswith("{"):
+        raise ValueError("Invalid --lp_rules: in front of a script it must be the path of a JSON file, not JSON.")
+    pairs = split_optim_args(args.optim_args) | GIVEN
+    args.optim_args = ",".join(f"{name}={string}" for name, string in pairs.items())
+
+
+def check_settings(args: TrainingArguments) -> None:
+    """Raise ValueError or ImportError for settings of the decay that are invalid or that ``optim`` does not read."""
+    if name_of(args) in OPTIMIZERS:
+        settings_of(args)
+        check_hyperparameters(args)
+    else:
+        check_unused(args)
+
+
+def check_unused(args: TrainingArguments, optimizer: Optimizer | None = None) -> None:
+    """Raise ValueError if settings of the decay were given to a run whose optimizer does not read them.
+
+    Args:
+        args: The arguments of the run.
+        optimizer: One that a Trainer was given in place of that which ``args.optim`` names.
+    """
+    if isinstance(args, PDecayTrainingArguments):
+        values = {key: getattr(args, key) for key in SETTINGS if key != "near_zero_threshold"}
+        unused = [f"{key}={value!r}" for key, value in values.items() if value != SETTINGS[key].default]
+    else:
+        pairs = (pair.strip() for pair in str(args.optim_args or "").split(","))
+        unused = [pair for pair in pairs if pair.partition("=")[0].strip() in SETTINGS]
+    if not unused:
+        return
+    what = f"does not read {', '.join(unused)}, so the model would be dense"
+    name = name_of(args)
+    if optimizer is None:
+        raise ValueError(f"Invalid optim: optim={name!r} {what}; give optim={ours_for(name)!r}.")
+    raise ValueError(
+        f"Invalid optimizers: the {type(optimizer).__name__} that the Trainer was given {what}; give none, or wrap it "
+        "in hf_pdecay.LpDecay."
+    )
+
+
+def ours_for(name: str) -> str:
+    """Return the name of our optimizer that stands for one of Hugging Face's, ``adamw_lp`` without a nearer one."""
+    family = name.removeprefix("paged_").removesuffix("_32bit").replace("adamw_8bit", "adamw_bnb_8bit")
+    near = (f"{family}_lp", f"{family.removesuffix('_8bit')}_lp")
+    return next((known for known in near if known in OPTIMIZERS), ADAMW_LP)
 
 
 def settings_of(args: TrainingArguments) -> DecaySettings | None:

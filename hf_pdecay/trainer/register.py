@@ -1,7 +1,8 @@
 """Makes our optimizers known to stock Hugging Face code, in memory and until :func:`unregister`.
 
-The enum ``OptimizerNames`` gets their names, because ``TrainingArguments`` casts ``optim`` to it. ``Trainer.__init__``
-puts the mixin before the class of a Trainer with such an ``optim``, as torch's ``fully_shard`` does with a module.
+The enum ``OptimizerNames`` gets their names, because ``TrainingArguments`` casts ``optim`` to it, and checks their
+settings when it is made, before a script loads a model. ``Trainer.__init__`` puts the mixin before the class of a
+Trainer with such an ``optim``, as torch's ``fully_shard`` does with a module.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from aenum import extend_enum
 from transformers import Trainer, TrainingArguments
 
 from ..optim.optimizer_names import OPTIMIZERS
+from .arguments import PDecayTrainingArguments, apply_given, check_settings
 from .optimizer import name_of
 from .trainer import PDecayTrainerMixin, check_arguments
 
@@ -38,7 +40,9 @@ _METHODS = (
 
 _Init = Callable[..., None]
 
-_stock_init: _Init | None = None  # the original Trainer.__init__ while we are registered
+# The originals, while we are registered.
+_stock_init: _Init | None = None  # of Trainer
+_stock_post_init: _Init | None = None  # of TrainingArguments
 _remind = False
 
 
@@ -60,7 +64,7 @@ def register(*, remind: bool = False) -> None:
     Raises:
         RuntimeError: If this release of transformers has moved what is hooked into.
     """
-    global _stock_init, _remind
+    global _stock_init, _stock_post_init, _remind
     _remind = remind
     names = _names()
     for optimizer in OPTIMIZERS:
@@ -71,11 +75,13 @@ def register(*, remind: bool = False) -> None:
     if _stock_init is None:
         _stock_init = Trainer.__init__
         Trainer.__init__ = _joining(_stock_init)  # type: ignore[method-assign]
+        _stock_post_init = TrainingArguments.__post_init__
+        TrainingArguments.__post_init__ = _checking(_stock_post_init)  # type: ignore[method-assign]
 
 
 def unregister() -> None:
     """Undo :func:`register`; a Trainer that was made in between keeps our optimizer."""
-    global _stock_init
+    global _stock_init, _stock_post_init
     if _stock_init is None:
         return
     names = _names()
@@ -90,6 +96,9 @@ def unregister() -> None:
     stock, _stock_init = _stock_init, None
     if getattr(Trainer.__init__, "__wrapped__", None) is stock:
         Trainer.__init__ = stock  # type: ignore[method-assign]
+    post_init, _stock_post_init = _stock_post_init, None
+    if getattr(TrainingArguments.__post_init__, "__wrapped__", None) is post_init:
+        TrainingArguments.__post_init__ = post_init  # type: ignore[assignment, method-assign]
     # Else another library has put itself around ours, which does nothing from now on.
 
 
@@ -108,6 +117,19 @@ def _joining(stock: _Init) -> _Init:
             _say_unused(self.args)
 
     return init
+
+
+def _checking(stock: _Init) -> _Init:
+    @functools.wraps(stock)
+    def post_init(self: Any, *args: Any, **kwargs: Any) -> None:
+        if _stock_post_init is None or isinstance(self, PDecayTrainingArguments):  # which checks by itself
+            stock(self, *args, **kwargs)
+            return
+        apply_given(self)
+        stock(self, *args, **kwargs)
+        check_settings(self)
+
+    return post_init
 
 
 def _with_mixin(trainer: type[Trainer]) -> type[Trainer]:

@@ -14,6 +14,9 @@ from ..target.settings import Target
 from .training_flags import SETTINGS, DecayFields, read_setting
 
 
+GIVEN: dict[str, str] = {}
+"""Settings that ``hf-pdecay run`` was given as flags, as strings, for the arguments of every run in this process."""
+
 # Settings that change no weight, and rules, which take too much room.
 _NOT_ON_CARDS = ("lp_rules", "skip_nonfinite", "sparsity_logging", "near_zero_threshold")
 

@@ -22,12 +22,12 @@ from ..optim.shards import is_sharded, settle
 from ..sparsity.file_names import REPORT_FILE, RUN_FILES, STATE_FILE
 from ..sparsity.report import SparsityReport
 from ..target.control import plan_target
-from .arguments import PDecayTrainingArguments, settings_of
+from .arguments import PDecayTrainingArguments, check_settings, check_unused, settings_of
 from .card import CardCallback, measure, write_card
 from .checkpoints import agreed_newest_whole, check_whole
 from .engines import check_engine, check_same, check_structured, check_world_size, engine_of, whole_model
 from .gradient_norm import share_grad_norm
-from .optimizer import build_optimizer, check_hyperparameters, name_of, param_groups_of
+from .optimizer import build_optimizer, name_of, param_groups_of
 from .resume_checks import check_checkpoint, check_engine_of, check_optimizer_state, other_settings
 from .saved_names import load_converted
 from .search import Search, folded
@@ -81,6 +81,8 @@ class PDecayTrainerMixin(_Base):
         self._given_optimizer = self.optimizer is not None or self.optimizer_cls_and_kwargs is not None
         if not self._decays:
             return
+        if self.optimizer is not None and not any("p_norm" in group for group in self.optimizer.param_groups):
+            check_unused(self.args, self.optimizer)
         settings = self._settings
         if self.train_dataset is None and not any(param.requires_grad for param in self.model.parameters()):
             self._attach(settings)  # evaluation only; training is checked when it starts
@@ -316,9 +318,8 @@ class PDecayTrainer(PDecayTrainerMixin, Trainer):
 def check_arguments(args: Any) -> None:
     """Check, before a Trainer is made, what would fail later: settings, processes, and whether it can write."""
     decays = isinstance(args, TrainingArguments) and name_of(args) in OPTIMIZERS
-    if decays:
-        settings_of(args)
-        check_hyperparameters(args)
+    if isinstance(args, TrainingArguments):
+        check_settings(args)
     if decays or isinstance(args, PDecayTrainingArguments):
         check_world_size(args)
     if decays and args.should_save:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -114,6 +115,39 @@ def test_another_optimizer_is_said_once(run: Run, training: list[str], texts: Pa
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("place", ["before the script", "among its arguments"])
+def test_settings_as_flags(place: str, run: Run, training: list[str], texts: Path, tmp_path: Path) -> None:
+    """The script knows neither the flags nor the optimizer."""
+    for name in ("--optim", "--optim_args"):
+        training[training.index(name) : training.index(name) + 2] = []
+    flags = ["--target_sparsity", "0.5", "--p_norm=0.8"]
+    first, last = (flags, []) if place == "before the script" else ([], flags)
+    done = run("-m", "hf_pdecay", "run", *first, SCRIPTS / "clm_style.py", *training, *last, "--train_file", texts)
+    _check(done, tmp_path / "out")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("optim", "words", "message"),
+    [
+        ("adamw_torch", ["--optim_args", "target_sparsity=0.5"], "does not read target_sparsity=0.5, .*'adamw_lp'"),
+        ("sgd", ["--target_sparsity", "0.5"], "does not read --target_sparsity 0.5; give --optim sgd_lp"),
+        ("adamw_lp", ["--optim_args", "target_sparsty=0.5"], "did you mean 'target_sparsity'"),
+        ("adamw_lp", ["--target_sparsity", "50"], r"Was 0\.5 meant\?"),
+        ("adamw_lp", ["--optim_args", "lp_rules=missing.json"], "missing.json"),
+    ],
+)
+def test_settings_are_refused_before_anything_is_loaded(
+    optim: str, words: list[str], message: str, run: Run, texts: Path, tmp_path: Path
+) -> None:
+    missing = tmp_path / "no_model"  # would be the next error
+    script = [SCRIPTS / "clm_style.py", "--output_dir", tmp_path / "out", "--train_file", texts, "--optim", optim]
+    done = run("-m", "hf_pdecay", "run", *script, "--model_name_or_path", missing, *words)
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert re.search(message, done.stderr.splitlines()[-1])
+
+
+@pytest.mark.slow
 def test_an_optimizer_in_the_deepspeed_config_is_refused(run: Run, training: list[str], texts: Path) -> None:
     if importlib.util.find_spec("deepspeed") is None:
         pytest.skip("deepspeed is not installed")
@@ -123,7 +157,7 @@ def test_an_optimizer_in_the_deepspeed_config_is_refused(run: Run, training: lis
     )
     words = [*training, "--train_file", texts, "--deepspeed", config]
     done = run("-m", "hf_pdecay", "run", SCRIPTS / "clm_style.py", *words)
-    assert done.returncode == 1
+    assert done.returncode == 2 and "Traceback" not in done.stderr
     assert "its entry 'optimizer' would take the place of optim='adamw_lp'" in done.stderr.splitlines()[-1]
 
 
@@ -190,7 +224,7 @@ def test_options_before_the_script(words: list[str], capsys: pytest.CaptureFixtu
     with pytest.raises(SystemExit) as ended:
         main(["run", *words])
     assert ended.value.code == 2
-    assert f"unrecognized arguments: {words[0]}; the script and its arguments come first" in capsys.readouterr().err
+    assert f"unrecognized arguments: {words[0]}; a script's own arguments come after" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         main(["env", *words[:1]])
     assert capsys.readouterr().err.endswith(f"unrecognized arguments: {words[0]}\n")
@@ -200,4 +234,4 @@ def test_help_of_run_is_ours(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
         main(["run", "--help"])
     assert ended.value.code == 0
-    assert "hf-pdecay run SCRIPT ARGS" in capsys.readouterr().out
+    assert "hf-pdecay run [SETTINGS] SCRIPT ARGS" in capsys.readouterr().out

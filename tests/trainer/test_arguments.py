@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import yaml
 from transformers import HfArgumentParser, TrainingArguments
 from transformers.training_args import OptimizerNames
 
-from hf_pdecay import PDecayTrainingArguments
+from hf_pdecay import PDecayTrainer, PDecayTrainingArguments
 from hf_pdecay.trainer.training_flags import SETTINGS
 
 
@@ -87,6 +88,27 @@ def test_round_trips(kind: str, tmp_path: Path) -> None:
         torch.save(PDecayTrainingArguments(**values), file)
         args = torch.load(file, weights_only=False)
     _same(args)
+
+
+@pytest.mark.parametrize(
+    ("optim", "ours"),
+    [("adamw_torch", "adamw_lp"), ("sgd", "sgd_lp"), ("lion_8bit", "lion_8bit_lp"), ("paged_lion_32bit", "lion_lp")],
+)
+@pytest.mark.parametrize("values", [{"target_sparsity": 0.9}, {"p_norm": 1.0}, {"lp_rules": {"mlp": "off"}}])
+def test_settings_that_an_optimizer_does_not_read_are_refused(
+    optim: str, ours: str, values: dict[str, Any], tmp_path: Path
+) -> None:
+    name, value = next(iter(values.items()))
+    message = f"Invalid optim: optim='{optim}' does not read {re.escape(f'{name}={value!r}')}, .*; give optim='{ours}'"
+    with pytest.raises(ValueError, match=message):
+        PDecayTrainingArguments(str(tmp_path), optim=optim, **values)
+
+
+def test_settings_that_a_given_optimizer_does_not_read_are_refused(tmp_path: Path) -> None:
+    args = PDecayTrainingArguments(str(tmp_path), target_sparsity=0.9, use_cpu=True)
+    model = torch.nn.Linear(4, 4)
+    with pytest.raises(ValueError, match=r"the SGD that the Trainer was given does not read target_sparsity=0\.9"):
+        PDecayTrainer(model=model, args=args, optimizers=(torch.optim.SGD(model.parameters(), lr=0.1), None))
 
 
 def test_numbers_that_yaml_reads_as_strings_are_numbers(tmp_path: Path) -> None:
