@@ -85,9 +85,7 @@ def on_meta(name: str) -> torch.nn.Module:
     try:
         config = auto_config(source)
     except ValueError as error:
-        raise ValueError(
-            f"Invalid model: {error}; name a folder with config.json, a model on the Hub, or give --parameters."
-        ) from error
+        raise ValueError(f"Invalid model: {error}; name a folder with config.json, or a model on the Hub.") from error
     try:
         make = model_class(config.architectures)
         if make is None:

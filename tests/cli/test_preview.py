@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -121,3 +122,15 @@ def test_settings_by_flags_and_in_optim_args_are_the_same(gpt2: str, capsys: pyt
 def test_what_a_run_would_refuse(words: list[str], said: str, gpt2: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["preview", gpt2, *words]) == 2
     assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["preview", "estimate"])
+def test_what_it_says_of_a_missing_model_names_only_flags_that_it_has(
+    command: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        main([command, "--help"])
+    flags = set(re.findall(r"--[a-z_-]+", capsys.readouterr().out))
+    assert main([command, "/there/is/no/model"]) == 2
+    said = capsys.readouterr().err
+    assert "name a folder with config.json" in said and set(re.findall(r"--[a-z_-]+", said)) <= flags
