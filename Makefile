@@ -8,12 +8,13 @@ FAULTS_ARGS ?=
 
 VENV := .venv
 FLOOR := .venv-floor
+NEWEST := .venv-newest
 BIN := $(VENV)/bin
 PIP_INSTALL := -m pip install -qq --disable-pip-version-check
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-floor test-distributed test-faults lint format docs clean
+.PHONY: help demo test test-floor test-newest test-distributed test-faults lint format docs clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-16s %s\n", $$1, $$2}'
@@ -30,13 +31,13 @@ $(FLOOR)/.installed: pyproject.toml constraints-floor.txt
 	@touch $@
 
 # Tests use no network: their data are in the repository, or the test makes them.
-demo test test-floor test-distributed test-faults: export HF_HUB_OFFLINE := 1
-demo test test-floor test-distributed test-faults: export HF_DATASETS_OFFLINE := 1
-demo test test-floor test-distributed test-faults: export HF_EVALUATE_OFFLINE := 1
-demo test test-floor test-distributed test-faults: export TOKENIZERS_PARALLELISM := false
-demo test test-floor test-distributed test-faults: export MPLBACKEND := Agg
+demo test test-floor test-newest test-distributed test-faults: export HF_HUB_OFFLINE := 1
+demo test test-floor test-newest test-distributed test-faults: export HF_DATASETS_OFFLINE := 1
+demo test test-floor test-newest test-distributed test-faults: export HF_EVALUATE_OFFLINE := 1
+demo test test-floor test-newest test-distributed test-faults: export TOKENIZERS_PARALLELISM := false
+demo test test-floor test-newest test-distributed test-faults: export MPLBACKEND := Agg
 # One thread per worker, because the workers already use all cores.
-test test-floor test-distributed test-faults: export OMP_NUM_THREADS := 1
+test test-floor test-newest test-distributed test-faults: export OMP_NUM_THREADS := 1
 
 demo: $(VENV)/.installed ## train a small model dense and sparse on the same steps, and compare them (5 minutes)
 	$(BIN)/python examples/demo.py
@@ -52,6 +53,15 @@ FLOOR_TESTS := $(addprefix tests/,adapters cli examples faults inference layers 
 
 test-floor: $(FLOOR)/.installed ## run the fast tests of what meets other libraries, with the oldest supported releases
 	$(FLOOR)/bin/python -m pytest -n $(WORKERS) --dist worksteal -m "not slow and not distributed" $(FLOOR_TESTS) $(PYTEST_ARGS)
+
+# Nothing is pinned here. On Linux, pip's newest torch is a CUDA build, which takes 6 GB of disk.
+$(NEWEST)/.installed: pyproject.toml
+	$(PYTHON) -m venv $(NEWEST)
+	$(NEWEST)/bin/python $(PIP_INSTALL) -U --upgrade-strategy eager torch -e '.[test,integrations]'
+	@touch $@
+
+test-newest: $(NEWEST)/.installed ## run the fast tests with the newest release of everything, torch too (6 GB of disk)
+	$(NEWEST)/bin/python -m pytest -n $(WORKERS) --dist worksteal -m "not slow and not distributed" $(PYTEST_ARGS)
 
 # DeepSpeed's build needs the installed torch, so it cannot be isolated. Its GPU operators are not built.
 $(VENV)/.deepspeed: $(VENV)/.installed
@@ -75,10 +85,11 @@ format: $(VENV)/.installed ## format the code
 	$(BIN)/ruff format
 
 docs: export NO_MKDOCS_2_WARNING := 1
+# With --quiet, mkdocs does not count its warnings, and --strict never fails.
 docs: $(VENV)/.installed ## build the documentation into site/; a broken link or name is an error
 	$(BIN)/python docs/hooks.py
-	$(BIN)/mkdocs build --strict --quiet
+	$(BIN)/mkdocs build --strict
 
 clean: ## delete the environments, the caches, the demo's output and built files
-	rm -rf $(VENV) $(FLOOR) demo_output site build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	rm -rf $(VENV) $(FLOOR) $(NEWEST) demo_output site build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -99,8 +99,10 @@ class WithPast(nn.Module):
         if self.work.past:
             if self.cache is None:
                 past = torch.zeros(self.work.batch, self.work.past, dtype=torch.long)
-                self.cache = self.model(past, use_cache=True).past_key_values
-            logits = self.model(ids, past_key_values=self.cache, use_cache=True).logits
+                output = self.model(past, use_cache=True)
+                self.cache_name = "cache" if "cache" in output else "past_key_values"  # before transformers 5.24
+                self.cache = output[self.cache_name]
+            logits = self.model(ids, **{self.cache_name: self.cache}, use_cache=True).logits
             self.cache.crop(-self.work.tokens)
             return logits
         if isinstance(self.model, tf.GPT2LMHeadModel):

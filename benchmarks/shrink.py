@@ -147,14 +147,18 @@ class Step(nn.Module):
         self.model, self.work = model, work
         self.ids = torch.randint(0, vocabulary, (work.batch, work.tokens), generator=generator).to(device)
         self.past = torch.randint(0, vocabulary, (work.batch, work.past), generator=generator).to(device)
-        self.cache = model(self.past, use_cache=True, logits_to_keep=1).past_key_values if work.past else None
+        self.cache: Any = None
+        if work.past:
+            output = model(self.past, use_cache=True, logits_to_keep=1)
+            self.cache_name = "cache" if "cache" in output else "past_key_values"  # before transformers 5.24
+            self.cache = output[self.cache_name]
 
     def forward(self) -> Tensor:
         """Return the logits of the last tokens."""
         if self.cache is None:
             logits: Tensor = self.model(self.ids, use_cache=False, logits_to_keep=1).logits
             return logits
-        logits = self.model(self.ids, past_key_values=self.cache, use_cache=True).logits
+        logits = self.model(self.ids, **{self.cache_name: self.cache}, use_cache=True).logits
         self.cache.crop(-self.work.tokens)
         return logits
 
