@@ -19,7 +19,7 @@ from .distributed import agreed_finite, is_dtensor, local, local_grad, shard_pla
 from .dormancy import Awakening, dormant_entry, is_awake, is_awake_for_good, placed
 from .gradients import as_real, check_dense, finite_by_norm
 from .moments import as_stored, clone, is_quantized, zero_moment
-from .param_groups import steps_decay
+from .param_groups import is_left_alone, steps_decay
 from .step_cache import StepCache, hyper_of
 from .tensor_step import Hyperparameters, Structure, TensorStep, alpha_lambda_p, noise_place
 from .unit_decay import UnitDecay, unit_decay_of
@@ -248,7 +248,7 @@ class AdamWLp(DecayOptimizer):
                 self._init_state(param, group)
             elif not param.is_cpu and state["step"].device != param.device:
                 state["step"] = state["step"].to(param.device)
-            awake = is_awake(param, state["dormant"])
+            awake = is_awake(param, state["dormant"]) if not is_left_alone(group, index) else False
             exp_avg, exp_avg_sq = state["exp_avg"], state["exp_avg_sq"]
             if is_dtensor(param):
                 # Autograd looks at the DTensor; the step below changes the shard that it holds.

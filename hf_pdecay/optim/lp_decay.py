@@ -16,7 +16,7 @@ from .defaults import LAMBDA_P, P_NORM
 from .distributed import Owners, agreed_finite, is_dtensor, local, shard_place
 from .dormancy import Awakening, dormant_entry, is_awake, placed
 from .gradients import check_dense, finite_by_norm, grads_finite
-from .param_groups import steps_decay
+from .param_groups import is_left_alone, steps_decay
 from .tensor_step import Decay, Stepped, noise_place, smallest
 from .unit_decay import UnitDecay, unit_decay_of
 from .unit_kinds import ELEMENT, kind_of
@@ -261,6 +261,7 @@ class LpDecay(DecayOptimizer):
         """Copy a group's weights that will decay, and note in ``dormant`` which have not stepped before."""
         group = self.param_groups[group_index]
         places = {param: noise_place(group_index, index) for index, param in params.items() if param.grad is not None}
+        indices = {param: index for index, param in params.items()}
         awake: dict[Tensor, bool | Tensor] = {}
         # The weights of units at most keep their zeros here.
         whole = kind_of(group) == ELEMENT
@@ -269,7 +270,7 @@ class LpDecay(DecayOptimizer):
             entry = state.get("dormant")
             if entry is None:
                 entry = dormant[param] = dormant_entry(param) if whole else torch.zeros((), dtype=torch.bool)
-            awake[param] = is_awake(param, entry) if whole else False
+            awake[param] = is_awake(param, entry) if whole and not is_left_alone(group, indices[param]) else False
         decays = _may_decay(group)
         by_kind: dict[Any, list[Tensor]] = {}
         for param in places:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypedDict
 
 import torch
 from torch import Tensor
 
+
+Entries = Sequence[bool | list[int]]
+"""For each parameter True if all of it is still, or the indices of the still matrices of a stack."""
 
 DENSE, PRUNING, HEALING = "dense", "pruning", "healing"
 """The phases of a run with a target: before the first zeros, while zeros are made, and after the last ones."""
@@ -28,6 +31,7 @@ class DecayGroup(TypedDict, total=False):
     dormant_units: list[Tensor]  # for each layer a mask of its units that have been zero since the start
     target_sparsity: float | None  # the group's own target; 0 for none, None for the run's
     asked_sparsity: float  # the target that SparsityControl took for the group
+    still: list[bool | list[int]]  # by parameter: True if the target leaves it alone, or which of its matrices
     p_norm_end: float  # p at the end of a run that changes it
     phase: str  # DENSE, PRUNING or HEALING; only in groups with a target
     skipped_steps: int | Tensor  # steps skipped for NaN or infinite gradients
@@ -41,6 +45,25 @@ DECAYED_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 def can_decay(param: Tensor) -> bool:
     """Whether a parameter is of a dtype that p-norm decay acts on."""
     return param.dtype in DECAYED_DTYPES
+
+
+def highest_rate(group: Mapping[str, Any]) -> float:
+    """Return a group's highest learning rate: schedulers leave it in the group, OneCycleLR by another name."""
+    return max(float(group[key]) for key in ("lr", "initial_lr", "max_lr") if key in group)
+
+
+def is_left_alone(group: Mapping[str, Any], index: int) -> bool:
+    """Whether a target leaves alone the parameter of that index, or matrices of it: then no decay acts on it."""
+    return bool(still_entries(group, group["params"])[index])
+
+
+def still_entries(group: Mapping[str, Any], params: Sequence[Tensor]) -> Entries:
+    """Return for each parameter of a group what a target has noted under ``still``.
+
+    Under DeepSpeed that is of the model's parameters, not of the flat tensors in the group.
+    """
+    entries: Entries = group.get("still") or ()
+    return entries if len(entries) == len(params) else [[] for _ in params]
 
 
 def steps_decay(group: Mapping[str, Any]) -> bool:

@@ -37,6 +37,11 @@ def is_sharded(param: Tensor) -> bool:
     return is_dtensor(param) or hasattr(param, "ds_tensor")
 
 
+def is_flat_shard(param: Tensor) -> bool:
+    """Whether an optimizer steps a parameter as a part of a flat tensor, as under DeepSpeed."""
+    return hasattr(param, "_z3_optimizer") or hasattr(param, "_hp_mapping")
+
+
 def held(param: Any) -> Ranked:
     """Return the weights that this process holds of a parameter of the model; they share its memory."""
     if is_dtensor(param):

@@ -117,7 +117,14 @@ def _flags(group: Mapping[str, Any], hyper: Hyperparameters) -> tuple[Any, ...]:
     structure = None
     if kind_of(group) != ELEMENT:
         structure = kind_of(group), group.get("units"), [param.shape for param in group["params"]]
-    return structure, hyper.decays, hyper.keep_zeros, hyper.skip_nonfinite, isinstance(hyper.lr, Tensor)
+    return (
+        group.get("still"),
+        structure,
+        hyper.decays,
+        hyper.keep_zeros,
+        hyper.skip_nonfinite,
+        isinstance(hyper.lr, Tensor),
+    )
 
 
 def _params(groups: Sequence[Mapping[str, Any]]) -> list[Tensor]:

@@ -24,11 +24,12 @@ from torch import Tensor
 from .cpu.units import UnitDivisors
 from .decay import shrink_factor
 from .distributed import is_dtensor, span_of
+from .param_groups import is_left_alone, still_entries
 from .tensor_step import Hyperparameters, Structure
 from .unit_kinds import kind_of, n_of_m
 from .unit_operations import decay_weakest, mean_squares, scale, weights_here
 from .unit_tables import UnitTables
-from .units import Member, Units, check_units, units_of
+from .units import Member, Units, check_units, is_still, units_of
 
 
 # Random bits of the multiplication differ from those of the step.
@@ -123,6 +124,9 @@ class UnitDecay(ABC):
 class BlockDecay(UnitDecay):
     """The decay of N:M blocks: the M - N weakest of M consecutive weights decay, each by its own factor."""
 
+    def _members(self) -> Iterator[tuple[Units[int], Member[int]]]:
+        return (pair for pair in super()._members() if not is_left_alone(self.group, pair[1].param))
+
     @property
     def _blocks(self) -> tuple[int, int]:
         return n_of_m(kind_of(self.group)) or (0, 0)
@@ -164,7 +168,7 @@ class _Norms:
 
     layers: list[int]
     rms: Tensor
-    dormant: Tensor | None
+    dormant: Tensor | None  # or left alone by a target
 
 
 class CoupledDecay(UnitDecay):
@@ -182,6 +186,7 @@ class CoupledDecay(UnitDecay):
         by_device: dict[torch.device, list[int]] = {}
         for index, layer in enumerate(self._units):
             by_device.setdefault(self._params[layer.members[0].param].device, []).append(index)
+        entries = still_entries(self.group, self._params)
         remembered: list[Tensor] | None = self.group.get("dormant_units")
         # The number of tensors never changes, because torch.distributed.checkpoint loads into existing tensors.
         # A mask on a CPU without a dormant unit says that all units are awake for good.
@@ -203,6 +208,10 @@ class CoupledDecay(UnitDecay):
             if dormant is not None:
                 for index, mask in zip(layers, dormant.split(counts), strict=True):
                     masks[index] = mask.clone()
+            alone = [is_still(self._units[index], entries) for index in layers]
+            if any(alone):
+                rests = torch.tensor(alone, device=device).repeat_interleave(torch.tensor(counts, device=device))
+                dormant = rests if dormant is None else dormant | rests
             self._norms.append(_Norms(layers, rms, dormant))
         self.group["dormant_units"] = masks
 

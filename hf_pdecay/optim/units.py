@@ -8,6 +8,7 @@ from typing import Any, Generic, TypeVar
 
 from torch import Tensor
 
+from .param_groups import Entries
 from .unit_kinds import ELEMENT, kind_of, n_of_m
 
 
@@ -72,6 +73,15 @@ def units_of(group: Mapping[str, Any]) -> list[Units[int]]:
         return units
     dim = 0 if kind == "row" else 1
     return [Units(kind, param.shape[dim], (Member(index, dim),)) for index, param in enumerate(group["params"])]
+
+
+def is_still(layer: Units[int], entries: Entries) -> bool:
+    """Whether a target leaves the units of a layer alone, given what its group has noted of each parameter."""
+    for member in layer.members:
+        entry = entries[member.param]
+        if entry is True or (member.matrix is not None and isinstance(entry, list) and member.matrix in entry):
+            return True
+    return False
 
 
 def check_units(group: Mapping[str, Any]) -> None:

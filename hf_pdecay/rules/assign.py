@@ -18,9 +18,10 @@ from ..layers.saved_names import names_in_files
 from ..names import clean_name
 from ..optim.defaults import LAMBDA_P
 from ..optim.param_groups import DECAYED_DTYPES, can_decay, is_decayed
-from ..optim.shards import full_shape, is_sharded, wholly_zero
+from ..optim.shards import full_numel, full_shape, is_sharded, wholly_zero
 from ..optim.unit_kinds import ELEMENT
 from ..optim.units import Member, Units
+from ..target.still import still_weights
 from .claims import claims_by_name
 from .matching import Finder
 from .spec import Rule, RuleSpec, parse_rules
@@ -287,6 +288,8 @@ def decayed_parameter_names(
 ) -> list[str]:
     """Return the names of the model's parameters in the groups that decay, in the model's order.
 
+    Tensors that a target leaves alone as a whole (:mod:`.target.still`) are not among them.
+
     Args:
         model: The model whose parameters the groups hold.
         groups: An optimizer's ``param_groups``; a group without the key ``decayed`` counts if its λ_p is above 0.
@@ -294,5 +297,25 @@ def decayed_parameter_names(
     """
     groups = list(groups)
     lists = [group["params"] for group in groups] if params is None else params
-    chosen = {id(param) for group, tensors in zip(groups, lists, strict=True) if is_decayed(group) for param in tensors}
+    chosen = {
+        id(param)
+        for group, tensors in zip(groups, lists, strict=True)
+        if is_decayed(group)
+        for param, still in zip(tensors, still_weights(group, tensors), strict=True)
+        if still < full_numel(param) or not still
+    }
     return [clean_name(name) for name, param in model.named_parameters() if id(param) in chosen]
+
+
+def still_by_name(
+    model: nn.Module, groups: Iterable[Mapping[str, Any]], params: Iterable[Sequence[Tensor]]
+) -> dict[str, int]:
+    """Return how many weights a target leaves alone, by the name of the parameter; takes what groups hold as above."""
+    counts = {
+        id(param): still
+        for group, tensors in zip(groups, params, strict=True)
+        if is_decayed(group)
+        for param, still in zip(tensors, still_weights(group, tensors), strict=True)
+        if still
+    }
+    return {clean_name(name): counts[id(param)] for name, param in model.named_parameters() if id(param) in counts}

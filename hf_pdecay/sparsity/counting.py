@@ -28,6 +28,7 @@ def measure_sparsity(
     decayed: Collection[str] | None = None,
     near_zero_threshold: float = NEAR_ZERO_THRESHOLD,
     units: Mapping[str, tuple[int, Tensor]] | None = None,
+    still: Mapping[str, int] | None = None,
 ) -> SparsityReport:
     """Count the zeros of a model; counting waits for each device once.
 
@@ -38,8 +39,11 @@ def measure_sparsity(
         decayed: Names of the parameters on which p-norm decay acts; those that decay by default if None.
         near_zero_threshold: Magnitude below which a non-zero weight counts as near zero.
         units: What :func:`.dead_units.count_units` returned, if weights decay as units.
+        still: How many weights of a parameter, by its name, a target left alone.
     """
-    return measure_with_extra(model, decayed=decayed, near_zero_threshold=near_zero_threshold, units=units)[0]
+    return measure_with_extra(
+        model, decayed=decayed, near_zero_threshold=near_zero_threshold, units=units, still=still
+    )[0]
 
 
 def measure_with_extra(
@@ -49,6 +53,7 @@ def measure_with_extra(
     near_zero_threshold: float = NEAR_ZERO_THRESHOLD,
     extra: Sequence[int | Tensor] = (),
     units: Mapping[str, tuple[int, Tensor]] | None = None,
+    still: Mapping[str, int] | None = None,
 ) -> tuple[SparsityReport, list[int]]:
     """Count zeros like :func:`measure_sparsity`, and return the values of ``extra`` from the same transfer.
 
@@ -66,7 +71,14 @@ def measure_with_extra(
     numbers = [next(from_device)[0] if isinstance(value, Tensor) else int(value) for value in extra]
     report = SparsityReport(
         [
-            TensorSparsity(name, tuple(full_shape(param)), full_numel(param), *_numbers(row), name in chosen)
+            TensorSparsity(
+                name,
+                tuple(full_shape(param)),
+                full_numel(param),
+                *_numbers(row),
+                name in chosen,
+                (still or {}).get(name, 0),
+            )
             for (name, param), row in zip(named, rows, strict=False)
         ],
         near_zero_threshold,

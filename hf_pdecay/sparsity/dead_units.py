@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from ..optim.distributed import all_sum, common_groups, local, span_of
+from ..optim.param_groups import still_entries
 from ..optim.unit_kinds import ELEMENT, kind_of, n_of_m
 from ..optim.unit_operations import alive_units
-from ..optim.units import Units, units_of
+from ..optim.units import Units, is_still, units_of
 
 
 @torch.no_grad()
@@ -20,7 +21,8 @@ def count_units(
 ) -> dict[str, tuple[int, Tensor]]:
     """Count units and dead units (a 0-dim tensor) by kind in an optimizer's ``param_groups``, without a device sync.
 
-    ``params`` holds the model's parameters by group, if the groups hold others.
+    Layers that a target leaves alone do not count. ``params`` holds the model's parameters by group, if the groups
+    hold others.
     """
     groups = list(groups)
     lists = [group["params"] for group in groups] if params is None else params
@@ -28,6 +30,8 @@ def count_units(
     for group, tensors in zip(groups, lists, strict=True):
         kind = kind_of(group)
         for layer in units_of(group) if kind != ELEMENT else ():
+            if is_still(layer, still_entries(group, tensors)):
+                continue
             count, dead = _count_layer(layer, tensors, n_of_m(kind))
             earlier, earlier_dead = counts.get(kind, (0, dead.new_zeros(())))
             counts[kind] = earlier + count, earlier_dead + dead.to(earlier_dead.device)

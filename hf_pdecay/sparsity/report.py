@@ -34,6 +34,7 @@ class TensorSparsity:
         near_zeros: Number of weights that are not zero but below the report's threshold in magnitude.
         norm: Euclidean norm.
         decayed: Whether p-norm decay acts on it.
+        still: Number of its weights that a target left alone, as they had no gradient or were frozen.
     """
 
     name: str
@@ -43,6 +44,7 @@ class TensorSparsity:
     near_zeros: int
     norm: float
     decayed: bool
+    still: int = 0
 
     @property
     def sparsity(self) -> float:
@@ -126,6 +128,14 @@ class SparsityReport:
         return Totals.of(self.tensors)
 
     @property
+    def still(self) -> int:
+        """Number of weights that a target left alone, as they had no gradient or were frozen.
+
+        Tensors of which all weights are still do not count as decayed.
+        """
+        return sum(tensor.still for tensor in self.tensors)
+
+    @property
     def sparsity(self) -> float:
         """Fraction of exact zeros in the decayed weights, in [0, 1]."""
         return self.decayed.sparsity
@@ -158,6 +168,7 @@ class SparsityReport:
             "model_sparsity": self.model_sparsity,
             "decayed": asdict(self.decayed),
             "model": asdict(self.model),
+            "still": self.still,
             **({"units": list(map(asdict, self.units))} if self.units else {}),
             "tensors": [{**asdict(tensor), "shape": list(tensor.shape)} for tensor in self.tensors],
         }
@@ -230,8 +241,8 @@ class SparsityReport:
         table.add_section()
         table.add_row("decayed weights", *_cells(self.decayed), style="bold")
         table.add_row("whole model", *_cells(self.model))
-        if self.units:
-            table.caption = "; ".join(map(str, self.units))
+        notes = [*map(str, self.units), *([f"{self.still:,} weights left alone by the target"] if self.still else [])]
+        table.caption = "; ".join(notes) or None
         return table
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
 
-from ..optim.param_groups import decayed_groups, is_decayed
-from ..optim.shards import full_numel
-from ..optim.unit_kinds import ELEMENT, kind_of, n_of_m
-from ..optim.units import Units, unit_size, units_of
+from ..optim.param_groups import decayed_groups, is_decayed, still_entries
+from ..optim.shards import full_numel, full_shape
+from ..optim.unit_kinds import ELEMENT, UNIT_KINDS, kind_of, n_of_m
+from ..optim.units import Units, is_still, unit_size, units_of
 from .settings import check_target
+from .still import still_weights
 
 
 Members = list[tuple[dict[str, Any], list[Tensor]]]
@@ -25,24 +26,32 @@ class Budget:
     Args:
         members: Param groups, each with those of its parameters that belong to the budget.
         layers: The units of the budget layer by layer, each with the parameters of its param group; empty for elements.
+        still: By the id of a parameter, which of its matrices do not belong to the budget, as they cannot move.
     """
 
     target: float
     members: Members
     kind: str = ELEMENT
     layers: Sequence[tuple[Units[int], list[Tensor]]] = ()
+    still: Mapping[int, Sequence[int]] = field(default_factory=dict)
 
     @property
     def params(self) -> list[Tensor]:
-        """All parameters."""
-        return [param for _, params in self.members for param in params]
+        """All parameters, once for each layer of units that lies in them."""
+        if self.kind == ELEMENT:
+            return [param for _, params in self.members for param in params]
+        return [params[member.param] for layer, params in self.layers for member in layer.members]
 
     @property
     def numel(self) -> int:
         """Number of weights."""
-        if self.kind != ELEMENT:
+        if self.kind in UNIT_KINDS:
             return sum(layer.count * unit_size(layer, params) for layer, params in self.layers)
-        return sum(map(full_numel, self.params))
+        return sum(map(self._numel_of, self.params))
+
+    def _numel_of(self, param: Tensor) -> int:
+        matrices = full_shape(param)[0] if id(param) in self.still else 1
+        return full_numel(param) // matrices * (matrices - len(self.still.get(id(param), ())))
 
     @property
     def units(self) -> int:
@@ -61,6 +70,7 @@ def divide_target(
     """Divide the weights that decay into budgets, each with its target and units of one kind.
 
     A target holds for each kind separately: half of the weights that decay alone, half of the neurons. N:M implies its.
+    Weights that are ``still`` (:func:`.still.mark_still`) belong to no budget.
 
     Args:
         groups: Param groups. ``target_sparsity`` above 0 is the target of its group; 0 leaves the group to its λ_p.
@@ -74,14 +84,13 @@ def divide_target(
     target = check_target(target)
     by_kind: dict[str, dict[float | None, Members]] = {}
     for group, tensors in zip(groups, params or [group["params"] for group in groups], strict=True):
-        ruled: float | None = group.get("target_sparsity")
-        kind = kind_of(group)
-        if not is_decayed(group) or ruled == 0:
+        if not has_target(group, target):
             continue
+        kind = kind_of(group)
+        ruled: float | None = group.get("target_sparsity")
         implied = implied_target(kind, ruled)
-        if ruled is not None or implied is not None or target is not None:
-            aim = check_target(ruled) if implied is None else implied
-            by_kind.setdefault(kind, {}).setdefault(aim, []).append((group, list(tensors)))
+        aim = check_target(ruled) if implied is None else implied
+        by_kind.setdefault(kind, {}).setdefault(aim, []).append((group, list(tensors)))
     implied_targets = {kind: implied_target(kind, None) for kind in by_kind}
     if target is not None and by_kind and all(implied not in (None, target) for implied in implied_targets.values()):
         kind, implied = next(iter(implied_targets.items()))
@@ -100,18 +109,33 @@ def divide_target(
     return [budget for budget in result if budget.numel]
 
 
+def has_target(group: Mapping[str, Any], target: float | None) -> bool:
+    """Whether a group has a target, of its own or that of the run, if there is one."""
+    ruled: float | None = group.get("target_sparsity")
+    if not is_decayed(group) or ruled == 0:
+        return False
+    return bool(ruled or target or implied_target(kind_of(group), ruled) is not None)
+
+
 def overall_target(
     groups: Sequence[dict[str, Any]], target: float | None, params: Sequence[Sequence[Tensor]] | None = None
 ) -> float | None:
-    """Return the fraction of zeros asked for in all decayed weights; None if some have no target or decay as units."""
+    """Return the fraction of zeros asked for in all decayed weights; None if some have no target or decay as units.
+
+    Tensors that are wholly still do not count, as in reports.
+    """
     if any(kind_of(group) != ELEMENT for group in decayed_groups(groups)):
         return None
     lists = [group["params"] for group in groups] if params is None else params
-    decayed = sum(
-        sum(map(full_numel, tensors)) for group, tensors in zip(groups, lists, strict=True) if is_decayed(group)
-    )
+    counts = [
+        (full_numel(param), still)
+        for group, tensors in zip(groups, lists, strict=True)
+        if is_decayed(group)
+        for param, still in zip(tensors, still_weights(group, tensors), strict=True)
+    ]
+    decayed = sum(numel for numel, still in counts if still < numel)
     shares = divide_target(groups, target, params=params)
-    if not decayed or sum(budget.numel for budget in shares) != decayed:
+    if not decayed or sum(budget.numel for budget in shares) != sum(numel - still for numel, still in counts):
         return None
     return sum(budget.target * budget.numel for budget in shares) / decayed
 
@@ -132,14 +156,32 @@ def implied_target(kind: str, asked: float | None) -> float | None:
 
 def _budgets(kind: str, target: float, members: Members, scope: str) -> list[Budget]:
     """Divide members that share a target into budgets."""
+    still = {
+        id(param): entry
+        for group, params in members
+        for param, entry in zip(params, still_entries(group, params), strict=True)
+        if isinstance(entry, list) and entry
+    }
     if kind == ELEMENT:
+        moving = [
+            (
+                group,
+                [param for param, entry in zip(params, still_entries(group, params), strict=True) if entry is not True],
+            )
+            for group, params in members
+        ]
         if scope == "global":
-            return [Budget(target, members)]
-        return [Budget(target, [(group, [param])]) for group, params in members for param in params]
-    layers = [(group, layer, params) for group, params in members for layer in units_of(group)]
+            return [Budget(target, moving, still=still)]
+        return [Budget(target, [(group, [param])], still=still) for group, params in moving for param in params]
+    layers = [
+        (group, layer, params)
+        for group, params in members
+        for layer in units_of(group)
+        if not is_still(layer, still_entries(group, params))
+    ]
     if scope == "global":
-        return [Budget(target, members, kind, [(layer, params) for _, layer, params in layers])]
-    return [Budget(target, [(group, params)], kind, [(layer, params)]) for group, layer, params in layers]
+        return [Budget(target, members, kind, [(layer, params) for _, layer, params in layers], still)]
+    return [Budget(target, [(group, params)], kind, [(layer, params)], still) for group, layer, params in layers]
 
 
 def _target_of_rest(kind: str, target: float, by_target: Mapping[float | None, Members]) -> float:
@@ -148,8 +190,10 @@ def _target_of_rest(kind: str, target: float, by_target: Mapping[float | None, M
     total, free = sum(sizes.values()), sizes.get(None, 0)
     ruled = sum(aim * size for aim, size in sizes.items() if aim is not None)
     rest = target * total - ruled
-    # The rules may already make all the zeros, but not more; and one of the other units must stay.
-    if total and not -0.5 <= rest <= max(free - 1, 0) + 0.5:
+    # The rules may already make all the zeros, but not more; and one of the other units must stay. Where some
+    # are still, the others come as close as they can.
+    whole = not any("still" in group for members in by_target.values() for group, _ in members)
+    if whole and total and not -0.5 <= rest <= max(free - 1, 0) + 0.5:
         what = "decayed weights" if kind == ELEMENT else f"{kind}s"
         if free == total:
             raise ValueError(
@@ -161,4 +205,5 @@ def _target_of_rest(kind: str, target: float, by_target: Mapping[float | None, M
             f"{what} can be from {ruled / total:.1%} to {(ruled + free) / total:.1%} zeros. Change the target, or the "
             "targets of the rules."
         )
-    return max(rest, 0.0) / free if free else 0.0
+    rest = max(rest, 0.0) if whole else min(max(rest, 0.0), free - 1)
+    return rest / free if free else 0.0

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -24,17 +24,26 @@ from torch.optim import Optimizer
 
 from ..optim.decay import lambda_for_threshold
 from ..optim.defaults import LAMBDA_P
-from ..optim.param_groups import DENSE, HEALING, PRUNING, decayed_groups, is_decayed
+from ..optim.param_groups import DENSE, HEALING, PRUNING, decayed_groups, highest_rate, is_decayed
 from ..optim.shards import group_params, is_sharded, publish
-from ..optim.unit_kinds import UNIT_KINDS, kind_of
-from .budgets import Budget, divide_target
-from .pruning import excess, lacking_moments, prune, rank_by_magnitude
+from ..optim.unit_kinds import UNIT_KINDS, kind_of, n_of_m
+from ..optim.unit_operations import alive_units
+from ..optim.units import units_of
+from .budgets import Budget, divide_target, has_target
+from .pruning import excess, lacking_moments, prune, rank_by_magnitude, zeros_in, zeros_wanted
 from .settings import Target, check_p_norms
+from .still import mark_still
 
 
 logger = logging.getLogger(__name__)
 
 _MIN_STEPS = 10
+
+# The λ_p that holds zeros, as zero absorbs, and leaves all other weights as they are. Unlike keep_zeros it lets tensors
+# that have been zero from the start become non-zero.
+HOLDING = 1e-24
+# A dense model has as few zeros at the start, in low precision, which need not be held.
+_FEW_ZEROS = 1e-3
 
 # How much of the change is made when the decay ends, so that pruning alone chooses the last weights.
 _LAST_DECAY = 0.99
@@ -70,6 +79,7 @@ class SparsityControl:
         self._total_steps = total_steps
         self._target = replace(target or Target(), **fields)
         self._told = False  # by which score weights are ranked
+        self.lets_go = False  # whether zeros that were there at the start are made anew, as they are too many
         self._adopt()
 
     def _adopt(self) -> None:
@@ -78,17 +88,28 @@ class SparsityControl:
         self._adopted = groups, params
         self.schedule = self._target.schedule(self._total_steps)
         self.budgets = plan_target(groups, self._total_steps, self._target, params)
+        self._groups = [group for group in groups if has_target(group, self._target.target_sparsity)]
         for group in decayed_groups(groups):
             group.setdefault("p_norm_end", group["p_norm"])
-        members = [(group, budget.target) for budget in self.budgets for group, _ in budget.members]
         # Whether λ_p is still the user's. A checkpoint of shards brings the λ_p that a control has set, but not
         # `asked_sparsity`: torch.distributed.checkpoint restores only entries that the new groups have.
         whole = _same([group["params"] for group in groups], params)
         whole = whole and not any(is_sharded(param) for tensors in params for param in tensors)
-        unset = any("asked_sparsity" not in group for group, _ in members)
+        unset = any("asked_sparsity" not in group for group in self._groups)
         self._unset = unset and (whole or not self._optimizer.state)
-        for group, target in members:
-            group["asked_sparsity"] = target
+        self._note_targets()
+
+    def _note_targets(self) -> None:
+        for budget in self.budgets:
+            for group, _ in budget.members:
+                group["asked_sparsity"] = budget.target
+
+    def _look(self) -> None:
+        """Divide the targets anew over what can move now."""
+        mark_still(self._optimizer)
+        groups, params = self._adopted
+        self.budgets = divide_target(groups, self._target.target_sparsity, self._target.sparsity_budget, params)
+        self._note_targets()
 
     def _refresh(self) -> None:
         """Plan anew if the optimizer has other param groups (as after loading a state) or parameters (FSDP2)."""
@@ -112,17 +133,42 @@ class SparsityControl:
         upcoming = schedule.progress(schedule.next_pruning(step))
         decaying = self._target.sparsity_decay > 0 and schedule.begin < step and upcoming < _LAST_DECAY
         fresh = decaying and (schedule.prunes(step - 1) or step == schedule.begin + 1 or self._unset)
+        if step <= schedule.begin and (step == 1 or self._unset):
+            self._hold_first_zeros()
         self._unset = False
         if fresh:
+            self._look()
             self._set_lambda_p(upcoming)
         for group in self._groups:
             group["phase"] = DENSE if step <= schedule.begin else PRUNING if step <= schedule.end else HEALING
-            if not decaying:
+            if not decaying and step > schedule.begin:
                 group["lambda_p"] = 0.0
             # While nothing decays pruned weights must be held (else zero absorbs). Pruned units hold by themselves, and
             # single zeros in living units need not be kept.
             pruned = group["phase"] != DENSE and kind_of(group) not in UNIT_KINDS
             group["keep_zeros"] = self._target.keep_zeros or (pruned and group["lambda_p"] == 0)
+
+    def _hold_first_zeros(self) -> None:
+        """Set λ_p before the first pruning: zeros stay, unless there are more than the target asks for."""
+        sparse, excessive = set(), set()
+        for budget in self.budgets:
+            zeros = zeros_in(budget, self._optimizer)
+            if zeros > _FEW_ZEROS * budget.units:
+                sparse |= {id(group) for group, _ in budget.members}
+            # A block can have more zeros than its pattern asks for.
+            if zeros > zeros_wanted(budget, 1.0) and n_of_m(budget.kind) is None:
+                excessive |= {id(group) for group, _ in budget.members}
+        for group in self._groups:
+            held = id(group) in sparse - excessive
+            group["lambda_p"] = HOLDING if held else 0.0
+            if held and kind_of(group) in UNIT_KINDS and "dormant_units" not in group:
+                # Units that are zero beside living ones have been pruned: only a layer of zeros waits to learn.
+                layers = units_of(group)
+                alive = [alive_units(layer, group["params"]).any().cpu() for layer in layers]
+                group["dormant_units"] = [
+                    (~some).expand(layer.count).clone() for layer, some in zip(layers, alive, strict=True)
+                ]
+        self.lets_go = bool(excessive)
 
     @torch.no_grad()
     def after_step(self, step: int) -> None:
@@ -136,9 +182,10 @@ class SparsityControl:
         if not self.schedule.prunes(step):
             return
         self._refresh()
+        self._look()
         for budget in self.budgets:
             prune(budget, self._optimizer, self.schedule.progress(step))
-        for group in self._groups if step == self.schedule.end else ():
+        for group in self._groups if step == self.schedule.end else []:
             if kind_of(group) in UNIT_KINDS:
                 # Units that have not learned by now count as zeros of the target.
                 masks = group.get("dormant_units") or ()
@@ -174,12 +221,9 @@ class SparsityControl:
     def _mean_excess(self, sign: int) -> float:
         """Return the mean over all budgets of the excess of one sign, weighted by their numbers of weights."""
         self._refresh()
+        self._look()
         parts = [max(sign * excess(budget, self._optimizer), 0.0) * budget.numel for budget in self.budgets]
         return sum(parts) / sum(budget.numel for budget in self.budgets) if parts else 0.0
-
-    @property
-    def _groups(self) -> Iterator[dict[str, Any]]:
-        return (group for budget in self.budgets for group, _ in budget.members)
 
     def _set_lambda_p(self, upcoming: float) -> None:
         """Set λ_p of all groups to what their weights can bear until the next pruning, at progress ``upcoming``."""
@@ -191,12 +235,11 @@ class SparsityControl:
                 limit = self._lambda_p(group, median, next_pruning)
                 limits[id(group)] = min(limits.get(id(group), limit), limit)
         for group in self._groups:
-            group["lambda_p"] = limits[id(group)]
+            group["lambda_p"] = limits.get(id(group), 0.0) or HOLDING
 
     def _lambda_p(self, group: dict[str, Any], median: float, next_pruning: float) -> float:
         """Return λ_p for a group from its budget's magnitudes at the median and at the next threshold."""
-        # The highest learning rate: schedulers leave it in the group, OneCycleLR by another name.
-        rate = max(float(group[key]) for key in ("lr", "initial_lr", "max_lr") if key in group)
+        rate = highest_rate(group)
         if rate <= 0:
             return 0.0
         # Most schedules fall to 0: their rates add up to about half of the highest rate times the steps.
@@ -242,10 +285,11 @@ def plan_target(
         raise ValueError(
             f"Invalid target_sparsity: target_sparsity={target.target_sparsity!r}, and {_why_none(groups)}."
         )
-    controlled = {id(group) for budget in shares for group, _ in budget.members}
     for group in decayed_groups(groups):
         p_norm = group.get("p_norm_end", group["p_norm"])
-        check_p_norms(targeted=id(group) in controlled, p_norm=p_norm, p_norm_begin=target.p_norm_begin)
+        check_p_norms(
+            targeted=has_target(group, target.target_sparsity), p_norm=p_norm, p_norm_begin=target.p_norm_begin
+        )
     if not shares or total_steps is None:
         return shares
     schedule, begin, end = target.schedule(total_steps), target.sparsity_begin, target.sparsity_end

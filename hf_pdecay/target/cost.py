@@ -55,7 +55,8 @@ def pruning_cost(numel: int, held: Sequence[int], shards: int) -> PruningCost:
     if held and shards:
         # The table of how many weights, or equal scores, of a tensor each process has; and the sample.
         ties = Traffic(1, len(held) * shards * _COUNT)
-        lambda_p = ties + Traffic(1, -(-numel // sample_stride(numel)) * _SCORE)
+        # Before each of the two: which tensors have had a gradient.
+        lambda_p = ties + Traffic(1, -(-numel // sample_stride(numel)) * _SCORE) + Traffic(1, len(held) * _COUNT)
         # How many are below the bracket and in it, and the digits of the score.
         pruning = lambda_p + Traffic(1, 2 * _COUNT)
         for bits in range(_SCORE_BITS, 0, -DIGIT):

@@ -12,13 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..optim.distributed import first_index, local, span_of
-from ..optim.shards import Ranked, ranked, second_moment
-from ..optim.unit_kinds import ELEMENT, n_of_m
-from ..optim.unit_operations import mean_squares, weakest, weights_here
+from ..optim.distributed import Groups, all_sum, first_index, local, span_of
+from ..optim.shards import Ranked, full_shape, ranked, second_moment
+from ..optim.unit_kinds import ELEMENT, UNIT_KINDS, n_of_m
+from ..optim.unit_operations import alive_units, mean_squares, weakest, weights_here
 from ..optim.units import Member
 from .budgets import Budget
 from .ranking import Ranking, prune_least, scores
+from .still import runs
 
 
 @torch.no_grad()
@@ -46,6 +47,23 @@ def zeros_wanted(budget: Budget, progress: float) -> int:
     return count if budget.kind == ELEMENT or n_of_m(budget.kind) else min(count, budget.units - 1)
 
 
+def zeros_in(budget: Budget, optimizer: Any) -> int:
+    """Return how many of a budget's units are zero, without tensors and layers of zeros, which wait to learn."""
+    if budget.kind in UNIT_KINDS:
+        dead = [~alive_units(layer, params) for layer, params in budget.layers]
+        return sum(int(layer.sum()) for layer in dead if not layer.all())
+    counts: dict[Groups, list[Tensor]] = {}
+    for tensor in _ranked_weights(budget, optimizer):
+        zeros = tensor.weight.numel() - tensor.weight.count_nonzero()
+        counts.setdefault(tensor.groups, []).append(torch.stack([zeros, torch.full_like(zeros, tensor.weight.numel())]))
+    total = 0
+    for groups, pairs in counts.items():
+        device = pairs[0].device
+        for zero, numel in all_sum(torch.stack([pair.to(device) for pair in pairs]), groups).tolist():
+            total += zero if zero < numel else 0
+    return total
+
+
 def rank_by_magnitude(budget: Budget, optimizer: Any) -> Ranking:
     """Return the ranking of what the decay acts on: |w| of the weights, or the root mean squares of the units."""
     if budget.kind != ELEMENT and n_of_m(budget.kind) is None:
@@ -54,10 +72,30 @@ def rank_by_magnitude(budget: Budget, optimizer: Any) -> Ranking:
 
 
 def _ranked_weights(budget: Budget, optimizer: Any) -> list[Ranked]:
-    tensors = [ranked(param, optimizer) for param in budget.params]
-    if lacking_moments(budget, optimizer):
-        return [tensor._replace(exp_avg_sq=None) for tensor in tensors]
+    lacking = lacking_moments(budget, optimizer)
+    tensors = []
+    for param in budget.params:
+        tensor = ranked(param, optimizer)
+        tensors += _moving(tensor._replace(exp_avg_sq=None) if lacking else tensor, param, budget)
     return tensors
+
+
+def _moving(tensor: Ranked, param: Tensor, budget: Budget) -> list[Ranked]:
+    """Return views of the matrices of a stack that belong to a budget; a tensor that is none as it is.
+
+    All processes get as many views, in which they hold different weights, or none.
+    """
+    still = budget.still.get(id(param))
+    if not still:
+        return [tensor]
+    span = span_of(param)
+    first, held = first_index(span, 0), len(tensor.weight)
+    views = []
+    for start, end in runs(still, full_shape(param)[0]):
+        here = slice(min(max(start - first, 0), held), min(max(end - first, 0), held))
+        second = tensor.exp_avg_sq
+        views.append(tensor._replace(weight=tensor.weight[here], exp_avg_sq=None if second is None else second[here]))
+    return views
 
 
 def lacking_moments(budget: Budget, optimizer: Any) -> list[Tensor]:
@@ -118,9 +156,17 @@ def _prune_blocks(budget: Budget, optimizer: Any, progress: float, blocks: tuple
         stays = ~weakest(saliency, blocks, exact=True)
         least = saliency.masked_fill(stays, torch.inf).contiguous()
         candidates.append(ranked(param, optimizer)._replace(weight=least, exp_avg_sq=None))
-    if _prune_share(candidates, budget.target * progress):
+    moving = [
+        view
+        for (param, _), candidate in zip(_members(budget), candidates, strict=True)
+        for view in _moving(candidate, param, budget)
+    ]
+    if _prune_share(moving, budget.target * progress):
         for (param, member), candidate in zip(_members(budget), candidates, strict=True):
-            local(param.detach()).movedim(member.dim, -1).masked_fill_(candidate.weight == 0, 0)
+            for weights, view in zip(
+                _moving(Ranked(local(param.detach())), param, budget), _moving(candidate, param, budget), strict=True
+            ):
+                weights.weight.movedim(member.dim, -1).masked_fill_(view.weight == 0, 0)
 
 
 def _members(budget: Budget) -> Iterator[tuple[Tensor, Member[int]]]:

@@ -12,7 +12,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from ..files import write_text
 from ..optim.param_groups import is_decayed
 from ..optim.shards import group_params, settle
-from ..rules.assign import decayed_parameter_names
+from ..rules.assign import decayed_parameter_names, still_by_name
 from ..sparsity.card_text import add_tags
 from ..sparsity.counting import measure_sparsity
 from ..sparsity.dead_units import count_units
@@ -35,12 +35,13 @@ from .settings import DecaySettings
 def measure(model: nn.Module, optimizer: Any, near_zero_threshold: float) -> SparsityReport:
     """Count the zeros of a model; the decayed weights are those of the optimizer if it is one of ours."""
     settle(model)
-    decayed = units = None
+    decayed = units = still = None
     groups = [] if optimizer is None else optimizer.param_groups
     if any("rule" in group or is_decayed(group) for group in groups):
         params = group_params(optimizer)
         decayed, units = decayed_parameter_names(model, groups, params), count_units(groups, params)
-    return measure_sparsity(model, decayed=decayed, near_zero_threshold=near_zero_threshold, units=units)
+        still = still_by_name(model, groups, params)
+    return measure_sparsity(model, decayed=decayed, near_zero_threshold=near_zero_threshold, units=units, still=still)
 
 
 def write_card(

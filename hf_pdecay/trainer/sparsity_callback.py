@@ -19,7 +19,7 @@ from ..files import append_line, remove_leftovers, write_text
 from ..optim.adamw_lp import AdamWLp
 from ..optim.param_groups import is_decayed
 from ..optim.shards import group_params, is_sharded, settle
-from ..rules.assign import decayed_parameter_names
+from ..rules.assign import decayed_parameter_names, still_by_name
 from ..rules.table import group_table
 from ..sparsity.counting import measure_sparsity, measure_with_extra
 from ..sparsity.dead_units import count_units
@@ -187,6 +187,7 @@ class SparsityCallback(FirstCallback):
             near_zero_threshold=self.near_zero_threshold,
             extra=[group.settings.get("skipped_steps", 0) for group in groups],
             units=count_units([group.settings for group in groups], [group.params for group in groups]),
+            still=still_by_name(model, [group.settings for group in groups], [group.params for group in groups]),
         )
         self._skipped_steps = max(skipped, default=0)
         return report if state.is_world_process_zero else None

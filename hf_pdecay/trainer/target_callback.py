@@ -5,8 +5,12 @@ from __future__ import annotations
 import logging
 from typing import Any
 
+from torch import nn
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
+from ..optim.param_groups import decayed_groups, is_decayed
+from ..optim.shards import full_numel, group_params
+from ..rules.assign import still_by_name
 from ..rules.spec import parse_rules
 from ..target.control import SparsityControl
 from .arguments import settings_of
@@ -18,6 +22,7 @@ logger = logging.getLogger(__name__)
 
 # More than the error of the sample from which zeros are counted.
 _MISSED = 0.02
+_NAMED = 4  # tensors that a sentence names
 
 
 class SparsityControlCallback(FirstCallback):
@@ -25,6 +30,7 @@ class SparsityControlCallback(FirstCallback):
 
     def __init__(self) -> None:
         self._control: SparsityControl | None = None
+        self._told: set[str] = set()  # names of what the target leaves alone
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -54,6 +60,11 @@ class SparsityControlCallback(FirstCallback):
                     100 * excess,
                     "keep_zeros keeps it" if settings.keep_zeros else "past sparsity_begin zeros stay",
                 )
+        if self._control.lets_go and state.is_world_process_zero:
+            logger.warning(
+                "More of what decays is zero than target_sparsity asks for: these zeros may learn until sparsity_begin "
+                "and are made anew after it. Ask for as many as there are, and they stay."
+            )
         overruled = _overruled(settings) if self._control.budgets and state.is_world_process_zero else []
         if overruled:
             logger.warning(
@@ -65,12 +76,38 @@ class SparsityControlCallback(FirstCallback):
         if self._control is None:
             return
         self._control.after_step(state.global_step)
+        if self._control.schedule.prunes(state.global_step) and state.is_world_process_zero:
+            self._tell_still(kwargs["model"], kwargs["optimizer"])
         if state.global_step < state.max_steps:
             # Here, not before the optimizer's step: DeepSpeed steps within backward, before any callback is called.
             self._control.before_step(state.global_step + 1)
         if self._control.budgets and state.global_step <= self._control.schedule.end:
             # So far no model is as sparse as asked: load_best_model_at_end and EarlyStoppingCallback start anew.
             state.best_metric = state.best_model_checkpoint = state.best_global_step = None
+
+    def _tell_still(self, model: nn.Module, optimizer: Any) -> None:
+        """Warn of what the target leaves alone since this pruning step."""
+        groups = decayed_groups(optimizer.param_groups)
+        params = [
+            tensors
+            for group, tensors in zip(optimizer.param_groups, group_params(optimizer), strict=True)
+            if is_decayed(group)
+        ]
+        still = still_by_name(model, groups, params)
+        new = [name for name in still if name not in self._told]
+        self._told = {*still}
+        if not new:
+            return
+        count, of = sum(still.values()), sum(full_numel(param) for tensors in params for param in tensors)
+        logger.warning(
+            "The target leaves alone what has had no gradient yet or is frozen, %s of the %s weights that decay, %s: "
+            "%s. %s",
+            f"{count:,}",
+            f"{of:,}",
+            "in one tensor" if len(still) == 1 else f"in {len(still)} tensors",
+            ", ".join(new[:_NAMED]) + (" and others" if len(new) > _NAMED else ""),
+            "It is a fraction of the others." if count < of else "Nothing can move, so it cannot be met.",
+        )
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

@@ -21,6 +21,7 @@ def test_decay_group_lists_every_key() -> None:
             param.grad = torch.ones_like(param)
         control.before_step(1)
         optimizer.step()
+        control.after_step(control.schedule.end)
         added |= {key for group in optimizer.param_groups for key in group} - plain
     assert added <= set(DecayGroup.__annotations__)
     assert set(DecayGroup.__annotations__) - added <= {"use_muon"}
