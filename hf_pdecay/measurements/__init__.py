@@ -42,9 +42,18 @@ def load_measurement(name: str, *, keep_in_memory: bool = True, **kwargs: Any) -
 
     Raises:
         ValueError: If the name is unknown.
+        ImportError: If the measurement needs scikit-learn, which is not installed.
     """
     path = measurement_path(name)
     from evaluate import load  # imported here because it takes seconds
 
-    module: EvaluationModule = load(str(path), keep_in_memory=keep_in_memory, **kwargs)
+    try:
+        module: EvaluationModule = load(str(path), keep_in_memory=keep_in_memory, **kwargs)
+    except ImportError as error:  # evaluate takes the module's name for the package's
+        if "sklearn" not in str(error):
+            raise
+        raise ImportError(
+            f"The measurement {name!r} needs scikit-learn: pip install scikit-learn, or the extra "
+            "'hf-pdecay[examples]'."
+        ) from error
     return module

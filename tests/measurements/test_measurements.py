@@ -1,11 +1,13 @@
 from __future__ import annotations
 
+import importlib
 import json
 import math
 import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import evaluate
 import numpy as np
@@ -225,3 +227,16 @@ class TestHooks:
         results = hooks["compute_metrics"](EvalPrediction(predictions.numpy(), np.array([1, 1])))
         assert results["accuracy"] == 0.5
         assert results["f1"] == pytest.approx(2 / 3)
+
+
+def test_a_missing_package_is_named_as_pip_knows_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    find = importlib.import_module
+
+    def without_sklearn(name: str, *args: Any) -> Any:
+        if name.split(".")[0] == "sklearn":
+            raise ImportError(f"No module named {name!r}", name=name)
+        return find(name, *args)
+
+    monkeypatch.setattr(importlib, "import_module", without_sklearn)
+    with pytest.raises(ImportError, match=r"pip install scikit-learn, or the extra 'hf-pdecay\[examples\]'"):
+        load_measurement("classification")
