@@ -30,9 +30,10 @@ def train(name: str, options: argparse.Namespace, folder: Path) -> dict[str, Any
     """Train one of the two models and return its figures."""
     argv = ["--optim", OPTIMIZERS[name], "--output_dir", str(folder), "--max_steps", str(options.max_steps)]
     argv += ["--seed", str(options.seed)]
-    argv += [] if options.p_norm is None else ["--p_norm", str(options.p_norm)]
-    given = options.lambda_p is not None
-    argv += ["--lambda_p", str(options.lambda_p)] if given else ["--target_sparsity", str(options.target_sparsity)]
+    if name == "sparse":
+        argv += [] if options.p_norm is None else ["--p_norm", str(options.p_norm)]
+        given = options.lambda_p is not None
+        argv += ["--lambda_p", str(options.lambda_p)] if given else ["--target_sparsity", str(options.target_sparsity)]
     argv += ["--max_eval_samples", str(options.max_eval_samples), "--generate_tokens", "0"]
     argv += ["--logging_steps", str(max(1, options.max_steps // 20))]
     trainer, tokenizer, data = train_clm.prepare(argv)
