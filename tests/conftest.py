@@ -50,6 +50,8 @@ def make_args(tmp_path: Path) -> Callable[..., Any]:
     def make(**overrides: Any) -> Any:
         from hf_pdecay import PDecayTrainingArguments
 
+        # Another optimizer refuses settings that it does not read.
+        decay = {"p_norm": 0.5, "lambda_p": 0.1} if overrides.get("optim", "adamw_lp").endswith("_lp") else {}
         return PDecayTrainingArguments(
             **{
                 "output_dir": str(tmp_path / "out"),
@@ -59,8 +61,7 @@ def make_args(tmp_path: Path) -> Callable[..., Any]:
                 "logging_steps": 2,
                 "save_strategy": "no",
                 "learning_rate": 1e-2,
-                "p_norm": 0.5,
-                "lambda_p": 0.1,
+                **decay,
                 "disable_tqdm": True,
                 **overrides,
             }

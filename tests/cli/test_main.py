@@ -36,7 +36,7 @@ def test_a_folder_as_json(folder: str, capsys: pytest.CaptureFixture[str]) -> No
     assert list(result["layouts"]) == ["single", "ddp", "fsdp2", "zero2", "zero3"]
     assert result["layouts"]["single"]["memory"]["total"] == 16 * parameters
     assert result["layouts"]["single"]["gpus"] == 1
-    assert result["layouts"]["zero3"]["added"]["pruning"]["all_reduces"] == 6
+    assert result["layouts"]["zero3"]["added"]["pruning"]["all_reduces"] == 7
 
 
 def test_a_number_of_parameters_as_tables(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,9 @@ def same(left: object, right: object) -> bool:
     return left == right
 
 
+_SET_ASIDE = re.compile(r"sparsity\.\d+\.jsonl")
+
+
 def differences(left: Path, right: Path, steps: int, logging_steps: int) -> list[str]:
     """Name what is not the same in the output folders of two runs; ``sparsity.jsonl`` is held against the steps too."""
     differing = []
@@ -51,7 +55,11 @@ def differences(left: Path, right: Path, steps: int, logging_steps: int) -> list
             differing.append(f"{run.name}/sparsity.jsonl has the steps {lines}")
         differing += [f"{each} was left" for each in run.glob(".*.tmp")]
     # A kill while save_total_limit is kept leaves a checkpoint half deleted, until the next save.
-    files = [sorted(each.name for each in run.iterdir() if each.is_file()) for run in (left, right)]
+    # A run that was killed before its first checkpoint starts anew, and sets the lines of the killed one aside.
+    files = [
+        sorted(file.name for file in run.iterdir() if file.is_file() and not _SET_ASIDE.fullmatch(file.name))
+        for run in (left, right)
+    ]
     if files[0] != files[1]:
         differing.append(f"the files are {files[1]}")
     return differing
