@@ -13,6 +13,7 @@ scratch. The output folder loads with plain `AutoModelForSequenceClassification.
 
 import csv
 import io
+import logging
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -37,6 +38,8 @@ from hf_pdecay import PDecayTrainer, PDecayTrainingArguments, classification_hoo
 from options import arg, check_run, create_optimizer_early, parse_options
 from train_clm import load_table, read_file
 
+
+logger = logging.getLogger("finetune_classifier")
 
 PRESETS = {
     "bert-tiny": {"num_hidden_layers": 2, "num_attention_heads": 2, "hidden_size": 128, "intermediate_size": 512},
@@ -78,7 +81,7 @@ class DataArguments:
     text_column: str | None = arg(None, help="Column of the text: sentence, text or the first by default.")
     label_column: str | None = arg(None, help="Column of the label: label or the second by default.")
     validation_fraction: float = arg(0.1, help="Last fraction of the training data, if no validation data are given.")
-    max_length: int = arg(128, help="Maximum number of tokens of a text.")
+    max_length: int = arg(128, help="Maximum number of tokens of a text; a warning counts those that are cut.")
     max_train_samples: int | None = arg(None, help="Maximum number of training examples.")
     max_eval_samples: int | None = arg(None, help="Maximum number of validation and test examples.")
 
@@ -285,18 +288,27 @@ def load_model(
 
 
 def encode(examples: Examples, tokenizer: PreTrainedTokenizerBase, labels: list[str], max_length: int) -> Dataset:
-    """Turn texts into token ids and labels into numbers."""
-    encoded = tokenizer(examples.texts, truncation=True, max_length=max_length, return_token_type_ids=False)
+    """Turn texts into token ids and labels into numbers; say how many texts are cut."""
+    encoded = tokenizer(examples.texts, return_token_type_ids=False, verbose=False)
+    lengths = [len(ids) for ids in encoded["input_ids"]]
+    if longer := sum(length > max_length for length in lengths):
+        logger.warning(
+            "%d of %d texts of %s are longer than --max_length %d, the longest has %d tokens; they are cut.",
+            *(longer, len(lengths), examples.source, max_length, max(lengths)),
+        )
+        encoded = tokenizer(examples.texts, truncation=True, max_length=max_length, return_token_type_ids=False)
     numbers = [labels.index(label) for label in examples.labels]
     return Dataset.from_dict({**encoded, "labels": numbers})
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the script; return its exit code."""
+    logging.basicConfig(format="%(name)s: %(message)s")
     try:
         groups = (ModelArguments, DataArguments, PDecayTrainingArguments)
         model_args, data, args = parse_options(sys.argv[1:] if argv is None else argv, groups, default_options)
         check_run(args)
+        logger.setLevel(logging.WARNING if args.process_index == 0 else logging.ERROR)
         train, others = load_examples(data)
         labels = label_names(train, others.values())
         set_seed(args.seed)

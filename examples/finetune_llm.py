@@ -66,6 +66,9 @@ def default_options(given: Mapping[str, Any]) -> dict[str, Any]:
     if "warmup_steps" not in given:
         defaults.pop("warmup_steps", None)
         defaults["warmup_ratio" if older else "warmup_steps"] = 0.03  # of the run
+    if "block_size" in defaults and "block_size" not in given and given.keys() & {"train_file", "dataset_name"}:
+        # A preset's blocks are for running text; prompts need room.
+        defaults |= {"block_size": 1024, "per_device_train_batch_size": 4, "per_device_eval_batch_size": 4}
     if "model_name_or_path" in given:
         defaults |= {"learning_rate": 1e-4 if given.get("target_sparsity") else 2e-5, "logging_steps": 10}
     return defaults
@@ -111,17 +114,21 @@ def load_rows(data: DataArguments) -> tuple[Rows, Rows, str]:
 def to_blocks(examples: Iterable[Example], size: int, most: int | None, packed: bool, source: str) -> Dataset:
     """Divide at most `most` examples over blocks; an example longer than a block counts as several."""
     pieces: list[Example] = []
-    longer = 0
+    lengths: list[int] = []
     for example in examples:
         pieces += fit(example, size)
-        longer += len(example) > size
+        lengths.append(len(example))
         if most is not None and len(pieces) >= most:
             break
     pieces = pieces[:most]
     if not pieces:
         raise ValueError(f"{source} has nothing in it to learn")
-    if longer:
-        logger.info("%d examples of %s are longer than a block of %d tokens; they are split.", longer, source, size)
+    if longer := sum(length > size for length in lengths):
+        logger.warning(
+            "%d of %d examples of %s are longer than --block_size %d, the longest has %d tokens; they are split, and "
+            "later pieces do not see what came before.",
+            *(longer, len(lengths), source, size, max(lengths)),
+        )
     numbers = pack([len(piece) for piece in pieces], size) if packed else [[number] for number in range(len(pieces))]
     return to_dataset([[pieces[number] for number in block] for block in numbers])
 

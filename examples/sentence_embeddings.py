@@ -35,7 +35,7 @@ def small(data: Dataset) -> SentenceTransformer:
     config = BertConfig(vocab_size=2000, hidden_size=128, num_hidden_layers=2, num_attention_heads=4)
     with tempfile.TemporaryDirectory() as folder:
         BertModel(config).save_pretrained(folder)
-        PreTrainedTokenizerFast(tokenizer_object=bpe, pad_token="<pad>", model_max_length=64).save_pretrained(folder)
+        PreTrainedTokenizerFast(tokenizer_object=bpe, pad_token="<pad>", model_max_length=512).save_pretrained(folder)
         return SentenceTransformer(folder)
 
 

@@ -37,7 +37,7 @@ def main() -> None:
     hf_pdecay.register()  # before the arguments are parsed
     parser = TrlParser([ScriptArguments, SFTConfig, ModelConfig])  # type: ignore[list-item]
     parser.set_defaults(optim="adamw_lp", optim_args="p_norm=0.8,target_sparsity=0.5", bf16=torch.cuda.is_available())
-    parser.set_defaults(max_steps=200, learning_rate=1e-3, max_length=128, report_to="none")
+    parser.set_defaults(max_steps=200, learning_rate=1e-3, report_to="none")
     script, args, model_config = parser.parse_args_and_config()
     if script.dataset_name:
         data = load_dataset(script.dataset_name, name=script.dataset_config)[script.dataset_train_split]

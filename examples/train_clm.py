@@ -257,7 +257,9 @@ def load_model(model: ModelArguments, tokenizer: Tokenizer | None, data: DataArg
         config = AutoConfig.from_pretrained(name, **remote)
     except (OSError, ValueError) as error:
         raise ValueError(f"--{option} {name!r} has no config of a transformers model: {error}") from error
-    longest = getattr(config, "max_position_embeddings", None) or sys.maxsize  # some models have no limit
+    longest = (
+        getattr(config.get_text_config(), "max_position_embeddings", None) or sys.maxsize
+    )  # some models have no limit
     data.block_size = data.block_size or min(longest, 1024)
     if data.block_size > longest:
         raise ValueError(f"--block_size {data.block_size} is more than the {longest} positions of --{option} {name!r}")

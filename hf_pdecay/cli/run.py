@@ -23,7 +23,8 @@ def register(parser: argparse.ArgumentParser) -> None:
         "Runs a script as Python would, with optim='adamw_lp' known to TrainingArguments, HfArgumentParser "
         "and every Trainer. Settings of the decay stand before the script, among its arguments, or in its "
         "--optim_args p_norm=0.8,target_sparsity=0.9; with one of the first two, adamw_lp is the default optimizer. "
-        "On several processes: accelerate launch -m hf_pdecay run SCRIPT ARGS…"
+        "On several processes, of GPUs or a CPU: accelerate launch --multi_gpu --num_processes 2 -m hf_pdecay run "
+        "SCRIPT ARGS…"
     )
     add_settings(parser)
     parser.add_argument("-m", dest="module", nargs=argparse.REMAINDER, help="a module and its arguments")

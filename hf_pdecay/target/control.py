@@ -297,7 +297,7 @@ def plan_target(
         raise ValueError(
             f"Invalid max_steps: of {total_steps} steps only {schedule.end - schedule.begin} lie between "
             f"sparsity_begin={begin:g} and sparsity_end={end:g}, too few to reach target_sparsity. It takes at least "
-            f"{_MIN_STEPS} there, so max_steps of at least {math.ceil((_MIN_STEPS + 1) / (end - begin))}; or move the "
-            "two apart."
+            f"{_MIN_STEPS} there, so max_steps of at least {math.ceil((_MIN_STEPS + 1) / (end - begin))}, or as many "
+            "by num_train_epochs; or move the two apart."
         )
     return shares

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import math
 import os
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch.optim import Optimizer
 from transformers import Trainer, TrainingArguments
+from transformers.trainer_utils import has_length
 from transformers.training_args import OptimizerNames
 
 from ..files import remove_leftovers
@@ -91,9 +93,18 @@ class PDecayTrainerMixin(_Base):
         check_same(asdict(settings) | {"optim": name_of(self.args), "weight_decay": self.args.weight_decay})
         groups = param_groups_of(self.model, self.args, settings)
         check_structured(self, groups, settings.optim, settings.options.get("backend", "auto"))
-        # The number of steps in the epochs is known later, and is checked then.
-        plan_target(groups, self.args.max_steps if self.args.max_steps > 0 else None, settings)
+        plan_target(groups, self._expected_steps(), settings)
         self._attach(settings)
+
+    def _expected_steps(self) -> int | None:
+        """Steps of the run; None where only a subclass's own data loader knows them, which is checked as it starts."""
+        if self.args.max_steps > 0:
+            return self.args.max_steps
+        stock = type(self).get_train_dataloader is Trainer.get_train_dataloader
+        if not stock or isinstance(self.train_dataset, dict) or not has_length(self.train_dataset):
+            return None
+        steps = math.ceil(len(self.train_dataset) / self.get_total_train_batch_size(self.args))
+        return max(1, math.ceil(self.args.num_train_epochs * max(1, steps)))
 
     def _attach(self, settings: DecaySettings) -> None:
         SparsityCallback(settings.sparsity_logging, settings.near_zero_threshold).attach(self)

@@ -69,11 +69,24 @@ def _check(done: subprocess.CompletedProcess[str], folder: Path) -> None:
     assert "not in use" not in done.stderr
 
 
-@pytest.mark.slow
-def test_the_sft_script_of_trl_as_it_is_installed(run: Run, training: list[str], texts: Path, tmp_path: Path) -> None:
+@pytest.fixture
+def sft() -> Path:
+    """TRL's own script, as it is installed."""
     if importlib.util.find_spec("trl") is None:
         pytest.skip("trl is not installed")
-    script = Path(importlib.util.find_spec("trl").origin).parent / "scripts" / "sft.py"  # type: ignore
+    return Path(importlib.util.find_spec("trl").origin).parent / "scripts" / "sft.py"  # type: ignore
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("flags", [False, True])
+def test_the_sft_script_of_trl(
+    flags: bool, sft: Path, run: Run, training: list[str], texts: Path, tmp_path: Path
+) -> None:
+    script = sft
+    if flags:
+        for name in ("--optim", "--optim_args"):
+            training[training.index(name) : training.index(name) + 2] = []
+        training += ["--target_sparsity", "0.5", "--p_norm=0.8"]
     done = run("-m", "hf_pdecay", "run", script, *training, "--dataset_name", texts.parent, "--bf16", "false")
     _check(done, tmp_path / "out")
     card = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
@@ -87,9 +100,21 @@ def test_a_script_like_run_clm_and_on_two_processes(run: Run, training: list[str
     again = tf.AutoModelForCausalLM.from_pretrained(tmp_path / "out")  # plain transformers
     assert again.config.architectures == ["LlamaForCausalLM"]
 
-    launch = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes=2", "--main_process_port=0", *LEAVING]
+    launch = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes=2", "--main_process_port=0", *LEAVING]
     words[words.index("--output_dir") + 1] = str(tmp_path / "two")
     _check(run(*launch, *words), tmp_path / "two")
+    # 20 steps of 4 rows of 48, and of twice as many.
+    epochs = [json.loads((tmp_path / name / "trainer_state.json").read_text())["epoch"] for name in ("out", "two")]
+    assert epochs == pytest.approx([20 / 12, 20 / 6])
+
+
+@pytest.mark.slow
+def test_epochs_too_short_for_the_target(run: Run, training: list[str], texts: Path) -> None:
+    place = training.index("--max_steps")
+    training[place : place + 2] = ["--num_train_epochs", "1"]
+    done = run("-m", "hf_pdecay", "run", SCRIPTS / "clm_style.py", *training, "--train_file", texts)
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert "hf-pdecay run: Invalid max_steps: of 12 steps only" in done.stderr.splitlines()[-1]
 
 
 @pytest.mark.slow
@@ -143,6 +168,24 @@ def test_settings_are_refused_before_anything_is_loaded(
     missing = tmp_path / "no_model"  # would be the next error
     script = [SCRIPTS / "clm_style.py", "--output_dir", tmp_path / "out", "--train_file", texts, "--optim", optim]
     done = run("-m", "hf_pdecay", "run", *script, "--model_name_or_path", missing, *words)
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert re.search(message, done.stderr.splitlines()[-1])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--target_sparsity", "50"], r"Was 0\.5 meant\?"),
+        (["--optim", "sgd", "--target_sparsity", "0.5"], "give --optim sgd_lp"),
+        (["--optim", "adamw_lp", "--optim_args", "target_sparsty=0.5"], "did you mean 'target_sparsity'"),
+    ],
+)
+def test_the_sft_script_of_trl_refuses_settings_early(
+    words: list[str], message: str, sft: Path, run: Run, tmp_path: Path
+) -> None:
+    missing = ["--model_name_or_path", tmp_path / "no_model", "--dataset_name", tmp_path / "no_data"]
+    done = run("-m", "hf_pdecay", "run", sft, *missing, "--output_dir", tmp_path / "out", "--bf16", "false", *words)
     assert done.returncode == 2 and "Traceback" not in done.stderr
     assert re.search(message, done.stderr.splitlines()[-1])
 

@@ -331,6 +331,20 @@ class TestFinetuneClassifier:
         assert float(hits) == pytest.approx(results["eval_accuracy"], abs=1e-4)
         assert json.loads((out / "sparsity.json").read_text())["sparsity"] > 0
 
+    def test_says_how_many_texts_are_cut(
+        self, finetune_classifier: ModuleType, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        tokenizer = finetune_classifier.train_tokenizer(GOOD, 128, 8)
+        texts = ["a film", "a " * 20, "a " * 30]
+        examples = finetune_classifier.Examples(texts, ["0", "1", "1"], "--train_file 'reviews.tsv'")
+        rows = finetune_classifier.encode(examples, tokenizer, ["0", "1"], 8)
+        assert [len(ids) for ids in rows["input_ids"]] == [4, 8, 8]
+        assert {ids[-1] for ids in rows["input_ids"]} == {tokenizer.sep_token_id}
+        said = "2 of 3 texts of --train_file 'reviews.tsv' are longer than --max_length 8, the longest has 32 tokens"
+        assert said in caplog.text
+        finetune_classifier.encode(examples, tokenizer, ["0", "1"], 32)
+        assert caplog.text.count("longer than") == 1
+
     def test_a_head_of_other_labels_is_made_anew(self, finetune_classifier: ModuleType, tmp_path: Path) -> None:
         data = finetune_classifier.DataArguments(train_file="x", max_length=16)
         args = finetune_classifier.ModelArguments()

@@ -286,13 +286,38 @@ def test_what_cannot_be_is_refused_before_training(
         )
 
 
-def test_too_few_steps_in_epochs_are_refused_before_the_first(make_args: MakeArgs, tokens: Any, tmp_path: Path) -> None:
-    trainer = PDecayTrainer(
-        model=tiny_gpt2(), args=make_args(max_steps=-1, num_train_epochs=2, target_sparsity=0.9), train_dataset=tokens
-    )
+def test_too_few_steps_in_epochs_are_refused_before_the_first(make_args: MakeArgs, tokens: Any) -> None:
+    class OwnLoader(PDecayTrainer):
+        """Only its loader knows the number of steps."""
+
+        def get_train_dataloader(self) -> Any:
+            return super().get_train_dataloader()
+
+    args = make_args(max_steps=-1, num_train_epochs=2, target_sparsity=0.9)
+    with pytest.raises(ValueError, match=r"of 12 steps only .* or as many by num_train_epochs"):
+        PDecayTrainer(model=tiny_gpt2(), args=args, train_dataset=tokens)
+    trainer = OwnLoader(model=tiny_gpt2(), args=args, train_dataset=tokens)
     with pytest.raises(ValueError, match="of 12 steps only"):
         trainer.train()
     assert trainer.state.global_step == 0
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"num_train_epochs": 0.4},
+        {"num_train_epochs": 1.5, "gradient_accumulation_steps": 4},
+        {"num_train_epochs": 2, "per_device_train_batch_size": 7},
+        {"num_train_epochs": 1, "per_device_train_batch_size": 1000},
+    ],
+)
+def test_the_steps_of_epochs_are_those_of_the_trainer(
+    options: dict[str, Any], make_args: MakeArgs, tokens: Any
+) -> None:
+    trainer = PDecayTrainer(model=tiny_gpt2(), args=make_args(max_steps=-1, **options), train_dataset=tokens)
+    expected = trainer._expected_steps()
+    trainer.train()
+    assert trainer.state.max_steps == expected
 
 
 def _resumed(make_args: MakeArgs, data: Any, first: dict[str, Any], then: dict[str, Any]) -> Any:

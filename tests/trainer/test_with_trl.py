@@ -83,6 +83,25 @@ def test_grpo_by_flag(model: str, common: dict[str, Any], tmp_path: Path) -> Non
     _check(trainer, tmp_path / "out")
 
 
+@pytest.mark.usefixtures("registered")
+@pytest.mark.parametrize("config", [trl.SFTConfig, trl.DPOConfig])
+@pytest.mark.parametrize(
+    ("optim", "optim_args", "message"),
+    [
+        ("adamw_lp", "target_sparsty=0.5", "did you mean 'target_sparsity'"),
+        ("adamw_lp", "target_sparsity=50", r"Was 0\.5 meant\?"),
+        ("adamw_lp", "p_norm=0.8,target_sparsity", "target_sparsity"),
+        ("adamw_torch", "target_sparsity=0.5", "does not read target_sparsity=0.5, .*'adamw_lp'"),
+        ("sgd", "p_norm=0.8", "does not read p_norm=0.8, .*'sgd_lp'"),
+    ],
+)
+def test_settings_are_refused_when_arguments_are_made(
+    config: Any, optim: str, optim_args: str, message: str, common: dict[str, Any]
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        config(**common, optim=optim, optim_args=optim_args)
+
+
 class SparseSFTTrainer(PDecayTrainerMixin, trl.SFTTrainer):
     pass
 

@@ -20,7 +20,7 @@ from tests.helpers.launching import LEAVING
 from tests.helpers.models import tiny_gpt2
 from tests.helpers.warm import python
 
-from .conftest import PAIRS, write
+from .conftest import PAIRS, SIZE, write
 
 
 # Port 0 is any that is free: tests run beside one another.
@@ -104,6 +104,21 @@ class TestRuns:
         assert (data.block_size, len(trainer.train_dataset)) == (64, 50)
         row = trainer.train_dataset[0]
         assert row["labels"][1:] == row["input_ids"][1:]
+
+    def test_prompts_have_room_and_what_is_cut_is_reported(
+        self,
+        finetune_llm: ModuleType,
+        options: Callable[..., list[str]],
+        caplog: pytest.LogCaptureFixture,
+        tmp_path: Path,
+    ) -> None:
+        rows = [{"prompt": "x" * size, "completion": " no"} for size in (60, 300, 1500)]
+        given = {"train_file": write(tmp_path / "long.jsonl", rows), "validation_fraction": 0}
+        data = finetune_llm.prepare(options(config_name=None, **given))[2]
+        assert data.block_size == 1024
+        assert "1 of 3 examples of --train_file" in caplog.text
+        assert "longer than --block_size 1024, the longest has 1504 tokens; they are split" in caplog.text
+        assert finetune_llm.prepare(options(**given))[2].block_size == SIZE  # the model's context
 
     @pytest.mark.parametrize(
         ("given", "parts"),
