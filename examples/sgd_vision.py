@@ -6,9 +6,9 @@ The images are the 1797 handwritten digits of 8 × 8 pixels in scikit-learn; 360
 """
 
 import argparse
+import sys
 
 import torch
-from sklearn.datasets import load_digits
 from torch import nn
 from torch.nn.functional import cross_entropy
 
@@ -22,6 +22,10 @@ def main() -> None:
     parser.add_argument("--lr", type=float, default=0.05, help="learning rate (0.05)")
     parser.add_argument("--steps", type=int, default=600, help="steps of 64 images (600)")
     options = parser.parse_args()
+    try:
+        from sklearn.datasets import load_digits
+    except ImportError:
+        sys.exit("The images need scikit-learn: pip install scikit-learn, or the extra 'hf-pdecay[examples]'.")
     torch.manual_seed(0)
 
     digits = load_digits()

@@ -25,9 +25,10 @@ if TYPE_CHECKING:
     from .cli.folder_report import report_folder as report_folder
     from .cli.report import report as report
     from .cli.search_report import SearchReport as SearchReport
-    from .inference.choice import Choice as Choice
     from .inference.choice import to_dense_inference as to_dense_inference
     from .inference.choice import to_sparse_inference as to_sparse_inference
+    from .inference.result import Choice as Choice
+    from .inference.result import Choices as Choices
     from .inference.semi_structured import SemiStructuredLinear as SemiStructuredLinear
     from .inference.sparse_linear import SparseLinear as SparseLinear
     from .layers.architectures import Heads as Heads
@@ -92,7 +93,8 @@ _NAMES = {
     "cli.folder_report": ("FolderReport", "report_folder"),
     "cli.report": ("report",),
     "cli.search_report": ("SearchReport",),
-    "inference.choice": ("Choice", "to_dense_inference", "to_sparse_inference"),
+    "inference.choice": ("to_dense_inference", "to_sparse_inference"),
+    "inference.result": ("Choice", "Choices"),
     "inference.semi_structured": ("SemiStructuredLinear",),
     "inference.sparse_linear": ("SparseLinear",),
     "layers.architectures": ("Heads", "Neurons", "add_architecture"),

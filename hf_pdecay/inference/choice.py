@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import logging
 import time
+from bisect import bisect_left
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from ..checks import asked_percent, is_number
 from ..layers.matrices import Linear, is_plain_linear, is_transposed, make_linear
 from .base import InferenceLinear
+from .result import MOST_SPARSITY, Choice, Choices
 from .semi_structured import SemiStructuredLinear
 from .sparse_linear import SparseLinear
 
@@ -25,33 +26,13 @@ logger = logging.getLogger(__name__)
 
 # With fewer zeros, values and indices take more bytes than the dense float32 weight.
 LEAST_SPARSITY = 0.5
+_TRIED = (LEAST_SPARSITY, 0.6, 0.7, 0.8, 0.9, 0.95, MOST_SPARSITY)  # for layers of a model that stays dense
 _SECONDS, _ROUNDS = 0.03, 3  # the least time and number of rounds to measure a layer
 _CACHE = 64 << 20  # bytes that push a layer's weights out of the processor's caches
 
 
-@dataclass(frozen=True)
-class Choice:
-    """A linear layer, and whether it was swapped.
-
-    Attributes:
-        name: Its name in the model.
-        shape: (out_features, in_features).
-        sparsity: Fraction of its weights that are zero.
-        speedup: Time of the dense layer over that of the sparse one, or None if it was not measured.
-        swapped: Whether it is sparse now.
-        reason: Why not, or an empty string.
-    """
-
-    name: str
-    shape: tuple[int, int]
-    sparsity: float
-    speedup: float | None
-    swapped: bool
-    reason: str = ""
-
-
 @torch.no_grad()
-def to_sparse_inference(model: nn.Module, *, rows: int = 16, min_sparsity: float | None = None) -> list[Choice]:
+def to_sparse_inference(model: nn.Module, *, rows: int = 16, min_sparsity: float | None = None) -> Choices:
     """Swap the linear layers of a model, in place, for sparse ones if these are faster on this machine.
 
     On a CPU any zeros count. On an NVIDIA GPU only 2:4 weights in float16 or bfloat16 do (see ``group`` in
@@ -65,7 +46,8 @@ def to_sparse_inference(model: nn.Module, *, rows: int = 16, min_sparsity: float
         min_sparsity: Swap every layer with at least this fraction of zeros without measuring; None measures.
 
     Returns:
-        An entry for each linear layer.
+        A list with an entry for each linear layer; it prints as a table. If nothing was swapped, it says from which
+        sparsity layers of each shape would be, and a warning does.
 
     Raises:
         ValueError: If an argument is out of its range, the model is itself a linear layer, or it is on several devices
@@ -73,7 +55,7 @@ def to_sparse_inference(model: nn.Module, *, rows: int = 16, min_sparsity: float
 
     Example:
         >>> model = AutoModelForCausalLM.from_pretrained("out").eval()
-        >>> to_sparse_inference(model)
+        >>> print(to_sparse_inference(model))
         >>> model.generate(**inputs)
     """
     if not isinstance(rows, int) or rows < 1:
@@ -98,14 +80,22 @@ def to_sparse_inference(model: nn.Module, *, rows: int = 16, min_sparsity: float
     others = torch.zeros(_CACHE // 4) if linear > _CACHE and devices[:1] == ["cpu"] else None
     owners = Counter(id(param) for _, param in model.named_parameters(remove_duplicate=False))
     measured: dict[tuple[object, ...], float] = {}
-    choices = []
+    choices = Choices(rows=rows, min_sparsity=min_sparsity)
+    dense: dict[tuple[int, int], tuple[Linear, float]] = {}  # of each shape a layer that more zeros might swap
     for parent, key, name, module in list(_linears(model)):
         kept = _kept(parent, module, owners[id(module.weight)] > 1)
         choice, sparse = _choose(name, module, rows, min_sparsity, measured, kept, others)
         choices.append(choice)
         if sparse is not None:
             setattr(parent, key, sparse.train(module.training))
-    logger.info("%d of %d linear layers are sparse now.", sum(choice.swapped for choice in choices), len(choices))
+        elif kept is None and not module.weight.is_cuda and SparseLinear.refusal(module.weight) is None:
+            dense[choice.shape] = module, max(choice.sparsity, dense.get(choice.shape, (module, 0.0))[1])
+    if not choices.swapped:
+        for shape, (module, sparsity) in dense.items():
+            choices.swapped_from[shape] = (
+                _break_even(module, rows, sparsity, others) if min_sparsity is None else min_sparsity
+            )
+    logger.log(logging.INFO if choices.swapped else logging.WARNING, "%s", " ".join(choices.sentences()))
     return choices
 
 
@@ -170,6 +160,21 @@ def _choose(
     if speedup <= 1:
         return Choice(name, (out, size), sparsity, speedup, False, "the dense layer is faster"), None
     return Choice(name, (out, size), sparsity, speedup, True), sparse
+
+
+def _break_even(dense: Linear, rows: int, sparsity: float, others: Tensor | None) -> float | None:
+    """The lowest sparsity tried, above the layer's own, at which random zeros make it faster; None if there is none."""
+    weight = dense.weight.t() if is_transposed(dense) else dense.weight
+    generator = torch.Generator().manual_seed(0)
+    drawn = torch.rand(weight.shape, generator=generator)
+    x = torch.randn(rows, weight.shape[1], generator=generator).to(weight.dtype)
+
+    def faster(tried: float) -> bool:
+        return _speedup(dense, SparseLinear((drawn * (drawn >= tried)).to(weight.dtype), dense.bias), x, others) > 1
+
+    higher = [tried for tried in _TRIED if tried > round(sparsity, 2)]
+    first = bisect_left(higher, True, key=faster)
+    return higher[first] if first < len(higher) else None
 
 
 def _speedup(dense: nn.Module, sparse: nn.Module, x: Tensor, others: Tensor | None) -> float:

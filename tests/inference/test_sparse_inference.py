@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import json
+import logging
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +14,12 @@ import torch
 import transformers as tf
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from rich.console import Console
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from hf_pdecay.inference import sparse_linear
+from hf_pdecay import Choice, Choices
+from hf_pdecay.inference import choice, sparse_linear
 from hf_pdecay.inference.choice import to_dense_inference, to_sparse_inference
 from hf_pdecay.inference.sparse_linear import SparseLinear
 
@@ -282,8 +287,6 @@ def test_layers_of_a_model_beyond_the_caches_are_measured_out_of_them(
     large: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As they run there: between two calls of a layer the others' weights have taken its place."""
-    from hf_pdecay.inference import choice
-
     monkeypatch.setattr(choice, "_CACHE", 4 * 64 * 64 * (3 if large else 4))
     seen = []
 
@@ -376,3 +379,82 @@ def test_a_trace_which_would_keep_a_result_is_refused() -> None:
     if hasattr(torch.compiler, "is_exporting"):
         with pytest.raises(RuntimeError, match="cannot be traced or exported"):
             torch.export.export(model, (torch.randn(2, 8),))
+
+
+def half_zeros(*sizes: int) -> nn.Sequential:
+    model = nn.Sequential(*(nn.Linear(64, size) for size in sizes))
+    for layer in model:
+        layer.weight.data.view(-1)[::2] = 0  # type: ignore[operator, union-attr]
+    return model
+
+
+@pytest.mark.parametrize(("zeros", "expected"), [(0.5, 0.8), (0.2, 0.8), (0.85, 0.9), (0.999, None)])
+def test_a_model_that_stays_dense_says_from_which_sparsity_it_would_not(
+    zeros: float, expected: float | None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """On a machine on which layers are faster sparse from 75% zeros if they have 100 rows or more, and never else."""
+    tried = []
+
+    def speedup(dense: nn.Module, sparse: SparseLinear, x: Tensor, others: Tensor | None) -> float:
+        tried.append(sparse.sparsity)
+        fast = sparse.out_features >= 100 and sparse.sparsity > 0.75 and abs(sparse.sparsity - zeros) > 0.01
+        return 2.0 if fast else 0.5
+
+    monkeypatch.setattr(choice, "_speedup", speedup)
+    model = nn.Sequential(nn.Linear(64, 200), Conv1D(32, 200), nn.Linear(32, 200, dtype=torch.float64))
+    for layer in model[:2]:
+        weight = layer.weight.data  # type: ignore[union-attr]
+        weight.view(-1)[torch.randperm(weight.numel())[: round(zeros * weight.numel())]] = 0  # type: ignore[operator]
+    with caplog.at_level(logging.WARNING):
+        found = to_sparse_inference(model, rows=7)
+    assert found.swapped == 0 and found.swapped_from == {(200, 64): expected, (32, 200): None}
+    assert len(tried) <= 2 + 2 * 3
+    words = "none up to 99%" if expected is None else f"{expected:.0%}"
+    for said in (caplog.text, " ".join(str(found).split())):
+        assert f"Nothing was swapped. With rows=7, layers would be faster sparse from: 200 × 64 {words}" in said
+        assert "32 × 200 none up to 99%." in said and "Dense, 1 layer: it has torch.float64" in said
+
+
+def test_the_sparsity_that_is_named_is_measured() -> None:
+    model = nn.Sequential(nn.Linear(1024, 1024))
+    assert to_sparse_inference(model, rows=32).swapped_from[1024, 1024] is not None  # 99% zeros are faster anywhere
+    assert type(model[0]) is nn.Linear
+
+
+@pytest.mark.parametrize(
+    ("model", "options", "words"),
+    [
+        (nn.Sequential(nn.ReLU()), {}, "Nothing was swapped: the model has no dense linear layers."),
+        (nn.Sequential(nn.Linear(4, 4).double()), {}, "Nothing was swapped. Dense, 1 layer: it has torch.float64"),
+        (half_zeros(4), {"min_sparsity": 0.9}, "min_sparsity=0.9, and no layer has more than 50.0% zeros."),
+        (half_zeros(4, 64).append(nn.Linear(4, 4)), {"min_sparsity": 0.4}, "2 of 3 linear layers are sparse now."),
+    ],
+)
+def test_what_was_swapped_is_said(model: nn.Module, options: dict[str, Any], words: str) -> None:
+    assert words in " ".join(str(to_sparse_inference(model, **options)).split())
+
+
+@pytest.mark.parametrize("length", [4, 30, 45, 60, 80])
+@pytest.mark.parametrize("width", [80, 120])
+def test_the_result_is_a_list_and_prints_as_a_table(length: int, width: int) -> None:
+    names = [("[red]" + "a.b:bug:_" * 10)[:length], "b"]
+    found = Choices(
+        [Choice(names[0], (151936, 16384), 0.9, 12.5, True), Choice(names[1], (8, 8), 0.2, None, False, "too few")]
+    )
+    assert isinstance(found, list) and [each.name for each in found] == names
+    console = Console(width=width, color_system=None)
+    with console.capture() as capture:
+        console.print(found)
+    for text in (capture.get(), str(found)):
+        lines = text.splitlines()
+        assert max(map(len, lines)) <= width and any(line.startswith(names[0]) for line in lines)
+        assert all(each in text for each in ("151936 × 16384", "90.0%", "12.50", "sparse", "Dense, 1 layer: too few."))
+    record = json.loads(json.dumps(found.to_dict()))
+    assert record["layers"][0]["shape"] == [151936, 16384] and record["swapped"] == 1
+    assert pickle.loads(pickle.dumps(found)).to_dict() == found.to_dict()
+
+
+def test_figures_stand_beside_the_names_of_bert() -> None:
+    name = "bert.encoder.layer.11.attention.output.dense"
+    lines = str(Choices([Choice(name, (3072, 768), 0.9, 12.5, True)])).splitlines()
+    assert any(line.split() == [name, "3072", "×", "768", "90.0%", "12.50", "sparse"] for line in lines)
