@@ -13,6 +13,7 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 
+from ..tables import NameTable
 from .factors import alive_ranks, check_model, lora_layers, named_factors, takes_from_base
 from .merging import MaskedLora
 
@@ -63,16 +64,10 @@ class RankSparsity:
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         """Render as a table."""
-        from rich.table import Table
-
-        table = Table(title="Ranks")
-        table.add_column("layer", overflow="fold")
-        for heading in ("ranks", "dead", "left"):
-            table.add_column(heading, justify="right")
+        table = NameTable("Ranks", ("layer", "ranks", "dead", "left"))
         for layer in self.layers:
             table.add_row(layer.name, str(layer.ranks), str(layer.dead), str(layer.ranks - layer.dead))
-        table.add_section()
-        table.add_row("all layers", str(self.ranks), str(self.dead), str(self.ranks - self.dead), style="bold")
+        table.add_total("all layers", str(self.ranks), str(self.dead), str(self.ranks - self.dead))
         yield table
 
 

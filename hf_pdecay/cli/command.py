@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from typing import Any
 
 
@@ -20,6 +19,7 @@ def add_folders(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL", help="a folder with config.json and safetensors, or a Hub name")
     parser.add_argument("out", metavar="OUT", help="the folder to write; it appears when it is complete")
     parser.add_argument("--overwrite", action="store_true", help="replace OUT if it is a model's folder")
+    add_json(parser)
 
 
 def add_max_steps(parser: argparse.ArgumentParser) -> None:
@@ -46,17 +46,20 @@ def given_settings(options: argparse.Namespace) -> dict[str, str]:
 
 
 def add_json(parser: argparse.ArgumentParser) -> None:
-    """Add ``--json``, for :func:`show`."""
+    """Add ``--json``, for :func:`show`; ``main`` knows it by this name alone."""
     parser.add_argument("--json", action="store_true", help="print JSON in place of tables")
 
 
-def show(result: Any, as_json: bool = False) -> int:
-    """Print a result by rich, or its ``to_dict`` as JSON with null for NaN and infinity; return the exit code 0."""
-    if as_json:
-        finite = json.loads(json.dumps(result.to_dict()), parse_constant=lambda _: None)
-        sys.stdout.write(json.dumps(finite, indent=2) + "\n")
-    else:
-        from rich.console import Console
+def show(result: Any, options: argparse.Namespace) -> int:
+    """Print a result by rich, or its ``to_dict`` as JSON with null for NaN and infinity; return the exit code 0.
 
-        Console(markup=False, emoji=False).print(result)
+    With ``--json`` the JSON is all that stands on stdout, because ``main`` has sent the rest to stderr.
+    """
+    if options.json:
+        finite = json.loads(json.dumps(result.to_dict()), parse_constant=lambda _: None)
+        options.stdout.write(json.dumps(finite, indent=2) + "\n")
+    else:
+        from ..terminal import print_rich
+
+        print_rich(result)
     return 0

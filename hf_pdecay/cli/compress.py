@@ -32,7 +32,7 @@ def run(options: argparse.Namespace) -> int:
         max_shard_size=shard_size,
         overwrite=options.overwrite,
     )
-    show(report)
+    show(report, options)
     if options.push_to_hub is not None:
         from ..storage.hub import push_to_hub
 

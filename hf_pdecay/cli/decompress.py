@@ -17,4 +17,4 @@ def run(options: argparse.Namespace) -> int:
     """Decompress a model and print the report."""
     from ..storage.reader import decompress
 
-    return show(decompress(options.model, options.out, overwrite=options.overwrite))
+    return show(decompress(options.model, options.out, overwrite=options.overwrite), options)

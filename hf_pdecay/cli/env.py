@@ -5,9 +5,14 @@ from __future__ import annotations
 import argparse
 import platform
 import subprocess
-import sys
+from typing import TYPE_CHECKING
 
 from .._version import __version__
+from .command import add_json, show
+
+
+if TYPE_CHECKING:
+    from rich.console import Console, ConsoleOptions, RenderResult
 
 
 _PACKAGES = "torch transformers accelerate datasets safetensors peft trl deepspeed torchao triton bitsandbytes".split()
@@ -16,12 +21,27 @@ _PACKAGES = "torch transformers accelerate datasets safetensors peft trl deepspe
 def register(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of the command."""
     parser.description = "Prints versions, devices, the C++ compiler and the backend of the step. No network is used."
+    add_json(parser)
 
 
 def run(options: argparse.Namespace) -> int:
     """Print a line for each fact."""
-    sys.stdout.write("".join(f"- {fact}: {value}\n" for fact, value in describe().items()))
-    return 0
+    return show(Facts(describe()), options)
+
+
+class Facts(dict[str, str]):
+    """The facts by name; prints as lines."""
+
+    def to_dict(self) -> dict[str, str]:
+        """Return plain JSON types."""
+        return dict(self)
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        """Render as a line for each fact, which a bug report takes as a list."""
+        from rich.text import Text
+
+        for fact, value in self.items():
+            yield Text(f"- {fact}: {value}", no_wrap=True)
 
 
 def describe() -> dict[str, str]:

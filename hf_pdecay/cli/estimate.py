@@ -33,4 +33,4 @@ def run(options: argparse.Namespace) -> int:
         raise ValueError("Name a folder with config.json, or give --parameters N, such as 8e9: one of the two.")
     setup = Setup(options.gpus, options.mixed_precision, options.dtype, options.moments, options.max_steps)
     size = from_pretrained(options.model) if options.parameters is None else from_parameters(options.parameters)
-    return show(estimate(size, setup, options.layout), options.json)
+    return show(estimate(size, setup, options.layout), options)

@@ -16,7 +16,7 @@ def register(parser: argparse.ArgumentParser) -> None:
     add_config(parser)
     parser.add_argument("--optim", default="adamw_lp", help="adamw_lp or another of ours (adamw_lp)")
     parser.add_argument("--optim_args", help="as in TrainingArguments: p_norm=0.8,target_sparsity=0.9")
-    parser.add_argument("--optim_target_modules", nargs="+", help="as in TrainingArguments")
+    parser.add_argument("--optim_target_modules", nargs="+", metavar="PATTERN", help="as in TrainingArguments")
     add_settings(parser)
     add_max_steps(parser)
     parser.add_argument("--weight_decay", type=float, default=0.0, help="L2 decay of the run (0)")
@@ -41,4 +41,4 @@ def run(options: argparse.Namespace) -> int:
     )
     steps, weight_decay = options.max_steps, options.weight_decay
     result = preview(options.model, settings, max_steps=steps, weight_decay=weight_decay, all_tensors=options.tensors)
-    return show(result, options.json)
+    return show(result, options)

@@ -26,7 +26,7 @@ def register(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Print the report of a folder."""
-    return show(report(options.folder), options.json)
+    return show(report(options.folder), options)
 
 
 def report(source: str | os.PathLike[str]) -> FolderReport | SearchReport:

@@ -18,7 +18,7 @@ from .command import add_settings, given_settings
 
 def register(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of the command."""
-    parser.usage = "hf-pdecay run [SETTINGS] SCRIPT ARGS…  |  hf-pdecay run [SETTINGS] -m MODULE ARGS…"
+    parser.usage = "hf-pdecay run [SETTINGS] SCRIPT ARGS…\n       hf-pdecay run [SETTINGS] -m MODULE ARGS…"
     parser.description = (
         "Runs a script as Python would, with optim='adamw_lp' known to TrainingArguments, HfArgumentParser "
         "and every Trainer. Settings of the decay stand before the script, among its arguments, or in its "

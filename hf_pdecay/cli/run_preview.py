@@ -12,6 +12,7 @@ from ..names import clean_name
 from ..optim.param_groups import is_decayed
 from ..optim.unit_kinds import ELEMENT, n_of_m
 from ..rules.table import group_table
+from ..tables import NameTable
 from ..target.budgets import Budget
 from ..target.control import plan_target
 from ..target.pruning import zeros_wanted
@@ -23,7 +24,6 @@ from .model_size import on_meta
 
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderResult
-    from rich.table import Table
     from torch import nn
 
 
@@ -104,12 +104,9 @@ class Preview:
             "tensors": [{**asdict(tensor), "shape": list(tensor.shape)} for tensor in self.tensors],
         }
 
-    def tensor_table(self) -> Table:
-        """Return a rich table with a row for each tensor."""
-        from rich.table import Column, Table
-
-        columns = Column("tensor", overflow="fold"), Column("shape", justify="right"), Column("rule", overflow="fold")
-        table = Table(*columns, title="Tensors")
+    def tensor_table(self) -> NameTable:
+        """Return a table with a row for each tensor."""
+        table = NameTable("Tensors", ("tensor", "shape", "rule"))
         for tensor in self.tensors:
             table.add_row(tensor.name, " × ".join(map(str, tensor.shape)) or "-", tensor.rule)
         return table

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..tables import NameTable
 from ..trainer.pareto import PARETO_FILE, SEARCH_FILE, Trial, pareto_front, plot_pareto, read_trials
 
 
@@ -41,14 +42,10 @@ class SearchReport:
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         """Render as a table."""
-        from rich.table import Table
-
         front = self.front
         names = list(dict.fromkeys(name for trial in front for name in trial.params))
-        table = Table(title=f"Pareto front: {len(front)} of {len(self.trials)} trials")
-        table.add_column("trial", overflow="fold")
-        for heading in ("loss", "sparsity", *names):
-            table.add_column(heading, justify="right", overflow="fold")
+        title = f"Pareto front: {len(front)} of {len(self.trials)} trials"
+        table = NameTable(title, ("trial", "loss", "sparsity", *names))
         for trial in front:
             params = (trial.params.get(name, "") for name in names)
             cells = (f"{value:.4g}" if isinstance(value, float) else str(value) for value in params)

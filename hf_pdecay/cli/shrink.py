@@ -32,4 +32,4 @@ def run(options: argparse.Namespace) -> int:
     report = shrink_folder(
         options.model, options.out, layers=options.layers, multiple_of=options.multiple_of, overwrite=options.overwrite
     )
-    return show(report)
+    return show(report, options)

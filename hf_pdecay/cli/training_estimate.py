@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from ..checks import check_choice
 from ..optim.moments import MOMENTS, quantized_bytes
 from ..sparsity.counting import counted_bytes, counting_temporaries
+from ..tables import NameTable
 from ..target.cost import Traffic, pruning_cost
 from ..target.settings import Target
 from .model_size import ModelSize, TensorSize
@@ -20,7 +21,6 @@ from .model_size import ModelSize, TensorSize
 
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderResult
-    from rich.table import Table
 
 LAYOUTS = ("single", "ddp", "fsdp2", "zero2", "zero3")
 PRECISIONS = ("bf16", "no")
@@ -144,26 +144,20 @@ class Estimate:
             "left_out": self.left_out,
         }
 
-    def memory_table(self) -> Table:
-        """Return a rich table of bytes per parameter and GiB per GPU, with a row for each layout."""
-        from rich.table import Table
-
-        table = Table("layout", title="Bytes per parameter, and GiB, on each GPU")
-        for head in ("GPUs", "weights", "gradients", "moments", "master", "buckets", "bytes", "GiB"):
-            table.add_column(head, justify="right")
+    def memory_table(self) -> NameTable:
+        """Return a table of bytes per parameter and GiB per GPU, with a row for each layout."""
+        headings = ("layout", "GPUs", "weights", "gradients", "moments", "master", "buckets", "bytes", "GiB")
+        table = NameTable("Bytes per parameter, and GiB, on each GPU", headings)
         for layout, memory in self.memory.items():
             cells = [f"{size / self.size.parameters:.2f}" if size else "-" for size in vars(memory).values()]
             total = f"{memory.total / self.size.parameters:.2f}", f"{memory.total / 2**30:.2f}"
             table.add_row(layout, str(_processes(layout, self.setup.gpus)), *cells, *total)
         return table
 
-    def added_table(self) -> Table:
-        """Return a rich table of what hf_pdecay adds to AdamW, with a row for each layout."""
-        from rich.table import Table
-
-        table = Table("layout", title="What hf_pdecay adds to AdamW: all-reduces / KiB, temporary MiB")
-        for head in ("a step", "pruning", "λ_p after it", "a log event", "pruning, MiB", "log, MiB"):
-            table.add_column(head, justify="right")
+    def added_table(self) -> NameTable:
+        """Return a table of what hf_pdecay adds to AdamW, with a row for each layout."""
+        headings = ("layout", "a step", "pruning", "λ_p after it", "a log event", "pruning, MiB", "log, MiB")
+        table = NameTable("What hf_pdecay adds to AdamW: all-reduces / KiB, temporary MiB", headings)
         for layout, added in self.added.items():
             traffics = added.step, added.pruning + added.ties, added.lambda_p, added.log
             temporaries = (f"{size / 2**20:.0f}" for size in (added.pruning_bytes, added.log_bytes))

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor
 
 from ..optim.param_groups import is_decayed
 from ..optim.shards import full_numel
 from ..optim.unit_kinds import ELEMENT, kind_of
-
-
-if TYPE_CHECKING:
-    from rich.table import Table
+from ..tables import NameTable
 
 
 NO_TARGET = "no target"
@@ -28,15 +25,11 @@ def lambda_text(group: Mapping[str, Any]) -> str:
     return f"for {asked:.4g} zeros" if kind == ELEMENT or ":" in kind else f"for {asked:.4g} of the {kind}s"
 
 
-def group_table(groups: Sequence[Mapping[str, Any]], params: Sequence[Sequence[Tensor]] | None = None) -> Table:
-    """Return a rich table of param groups; ``params`` are the model's parameters in each, if the groups hold others."""
-    from rich.table import Table
-
-    table = Table(title="Parameter groups")
-    table.add_column("rule", overflow="fold")
+def group_table(groups: Sequence[Mapping[str, Any]], params: Sequence[Sequence[Tensor]] | None = None) -> NameTable:
+    """Return a table of param groups; ``params`` are the model's parameters in each, if the groups hold others."""
     with_kind = any(kind_of(group) != ELEMENT for group in groups)
-    for heading in (*(["group"] if with_kind else []), "tensors", "parameters", "p", "λ_p", "weight decay"):
-        table.add_column(heading, justify="right")
+    headings = ("rule", *(["group"] if with_kind else []), "tensors", "parameters", "p", "λ_p", "weight decay")
+    table = NameTable("Parameter groups", headings)
     lists = [group["params"] for group in groups] if params is None else params
     for number, (group, tensors) in enumerate(zip(groups, lists, strict=True)):
         decayed = is_decayed(group)

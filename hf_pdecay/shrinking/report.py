@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from ..tables import NameTable
+
 
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderResult
@@ -65,14 +67,8 @@ class ShrinkReport:
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         """Render as a table and sentences."""
-        from rich.table import Table
-
         kinds = dict.fromkeys(f"{layer.kind}s" for layer in self.layers)
-        table = Table(title=" and ".join(kinds).capitalize())
-        table.add_column("layer", overflow="fold")
-        table.add_column("of")
-        for heading in ("before", "dead", "removed", "kept"):
-            table.add_column(heading, justify="right")
+        table = NameTable(" and ".join(kinds).capitalize(), ("layer", "of", "before", "dead", "removed", "kept"))
         for layer in self.layers:
             counts = (layer.units, layer.dead, layer.units - layer.kept, layer.kept)
             table.add_row(layer.name, f"{layer.kind}s", *(f"{count:,}" for count in counts))

@@ -11,13 +11,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..files import write_text
+from ..tables import NameTable
+from ..terminal import print_rich
 from .defaults import NEAR_ZERO_THRESHOLD
 
 
 if TYPE_CHECKING:
     import pandas
     from rich.console import Console, ConsoleOptions, RenderResult
-    from rich.table import Table
 
 _TABLE_ROWS = 40
 
@@ -225,22 +226,17 @@ class SparsityReport:
         rows = [{**asdict(tensor), "sparsity": tensor.sparsity} for tensor in self.tensors]
         return pandas.DataFrame(rows, columns=columns)
 
-    def to_table(self) -> Table:
-        """Return a rich table: a row for each decayed tensor (for each block if they are many), then the totals."""
-        from rich.table import Table
-
+    def to_table(self) -> NameTable:
+        """Return a table that prints by rich: a row for each decayed tensor (or block, if many), and totals."""
         decayed = [tensor for tensor in self.tensors if tensor.decayed]
         by_block = len(decayed) > _TABLE_ROWS
-        table = Table(title="Exact zeros")
-        table.add_column("block" if by_block else "tensor", overflow="fold")
-        for heading in ("weights", "zeros", "sparsity", "near 0"):
-            table.add_column(heading, justify="right")
+        heading = "block" if by_block else "tensor"
+        table = NameTable("Exact zeros", (heading, "weights", "zeros", "sparsity", "near 0"))
         rows = self.by_block() if by_block else {tensor.name: tensor for tensor in decayed}
         for name, counts in rows.items():
             table.add_row(name, *_cells(counts))
-        table.add_section()
-        table.add_row("decayed weights", *_cells(self.decayed), style="bold")
-        table.add_row("whole model", *_cells(self.model))
+        table.add_total("decayed weights", *_cells(self.decayed))
+        table.add_total("whole model", *_cells(self.model))
         notes = [*map(str, self.units), *([f"{self.still:,} weights left alone by the target"] if self.still else [])]
         table.caption = "; ".join(notes) or None
         return table
@@ -255,7 +251,7 @@ class SparsityReport:
 
         console = Console(width=120, color_system=None)
         with console.capture() as capture:
-            console.print(self.to_table())
+            print_rich(self.to_table(), console)
         return capture.get().rstrip()
 
 

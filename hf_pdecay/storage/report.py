@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from ..tables import NameTable
 from .encoding import ENCODINGS
 
 
@@ -60,19 +61,13 @@ class StorageReport:
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         """Render as a table, and the files that were left out."""
-        from rich.table import Table
-
-        table = Table(title="Bytes of the weights")
-        table.add_column("encoding")
-        for heading in ("tensors", "before", "after", "share"):
-            table.add_column(heading, justify="right")
+        table = NameTable("Bytes of the weights", ("encoding", "tensors", "before", "after", "share"))
         for name, total in sorted(self.encodings.items()):
             counts = (total.tensors, total.before, total.after)
             table.add_row(name, *(f"{count:,}" for count in counts), _share(total.after, total.before))
         table.add_row("headers", "", "", f"{self.headers:,}", _share(self.headers, self.before))
         tensors = sum(total.tensors for total in self.encodings.values())
-        table.add_section()
-        table.add_row("all", f"{tensors:,}", f"{self.before:,}", f"{self.after:,}", _share(self.after, self.before))
+        table.add_total("all", f"{tensors:,}", f"{self.before:,}", f"{self.after:,}", _share(self.after, self.before))
         yield table
         if self.vanished:
             yield f"{self.vanished:,} values were too small for the dtype and have become zero."

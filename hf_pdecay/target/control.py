@@ -12,7 +12,6 @@ zeros stay and the other weights train on ("healing").
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Sequence
 from dataclasses import replace
@@ -29,13 +28,14 @@ from ..optim.shards import group_params, is_sharded, publish
 from ..optim.unit_kinds import UNIT_KINDS, kind_of, n_of_m
 from ..optim.unit_operations import alive_units
 from ..optim.units import units_of
+from ..terminal import get_logger
 from .budgets import Budget, divide_target, has_target
 from .pruning import excess, lacking_moments, prune, rank_by_magnitude, zeros_in, zeros_wanted
 from .settings import Target, check_p_norms
 from .still import mark_still
 
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 _MIN_STEPS = 10
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -28,11 +27,12 @@ from ..sparsity.file_names import HISTORY_FILE, PICTURE_FILE, REPORT_FILE, RUN_F
 from ..sparsity.history import history_line, is_history_of, read_history, set_history_aside
 from ..sparsity.report import SparsityReport
 from ..target.forecast import DecayingGroup, forecast
+from ..terminal import get_logger, print_rich
 from .first_callback import FirstCallback
 from .training_flags import SPARSITY_LOGGING
 
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 _SCHEDULE_SAMPLES = 1000
 _NAMED = 4  # tensors that a sentence names
@@ -83,12 +83,9 @@ class SparsityCallback(FirstCallback):
         free = [group for group in decaying if "asked_sparsity" not in group.settings]
         sentences = forecast(free, [sums[group.number] for group in free]) + _frozen_tensors(kwargs["model"], decaying)
         if state.is_world_process_zero:
-            from rich.console import Console
-
-            console = Console()
-            console.print(group_table(optimizer.param_groups, group_params(optimizer)))
+            print_rich(group_table(optimizer.param_groups, group_params(optimizer)))
             for device, (name, reason) in _backends(optimizer).items():
-                console.print(f"Step on {device}: {name}, as {reason}.")
+                print_rich(f"Step on {device}: {name}, as {reason}.")
             for sentence in sentences:
                 logger.warning(sentence)
 
@@ -147,13 +144,11 @@ class SparsityCallback(FirstCallback):
             history = [self._line(state, report)]
             if state.global_step >= state.max_steps:
                 append_line(_folder(args) / HISTORY_FILE, history[0])
-        # Imported here because they take longer to import than this package.
-        from rich.console import Console
-
+        # Imported here because it takes longer to import than this package.
         from ..sparsity.picture import plot_sparsity
 
         plot_sparsity(history, _folder(args) / PICTURE_FILE)
-        Console().print(report)
+        print_rich(report)
         dead = report.dead_tensors
         if dead:
             logger.warning(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from typing import Any
 
 from torch import nn
@@ -13,12 +12,13 @@ from ..optim.shards import full_numel, group_params
 from ..rules.assign import still_by_name
 from ..rules.spec import parse_rules
 from ..target.control import SparsityControl
+from ..terminal import get_logger
 from .arguments import settings_of
 from .first_callback import FirstCallback
 from .settings import DecaySettings
 
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 # More than the error of the sample from which zeros are counted.
 _MISSED = 0.02

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import logging
 import math
 import os
 import tempfile
@@ -24,6 +23,7 @@ from ..optim.shards import is_sharded, settle
 from ..sparsity.file_names import REPORT_FILE, RUN_FILES, STATE_FILE
 from ..sparsity.report import SparsityReport
 from ..target.control import plan_target
+from ..terminal import get_logger
 from .arguments import PDecayTrainingArguments, check_settings, check_unused, settings_of
 from .card import CardCallback, measure, write_card
 from .checkpoints import agreed_newest_whole, check_whole
@@ -46,7 +46,7 @@ if TYPE_CHECKING:
 else:
     _Base = object
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 
 class PDecayTrainerMixin(_Base):

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import argparse
+import importlib
 import json
 import platform
 import shutil
+import sys
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -14,7 +17,7 @@ import torch
 
 import hf_pdecay
 from hf_pdecay import AdamWLp, __version__
-from hf_pdecay.cli.main import main
+from hf_pdecay.cli.main import build_parser, main
 
 from ..helpers.models import tiny_gpt2
 from ..helpers.warm import python
@@ -112,7 +115,7 @@ def test_what_the_system_refuses_is_said_in_a_sentence(
     assert capsys.readouterr().err == "hf-pdecay report: [Errno 13] Permission denied: 'pareto.png'\n"
 
 
-@pytest.mark.parametrize("words", [[], ["pipeline"], ["estimate", "--gpus", "many"]])
+@pytest.mark.parametrize("words", [["pipeline"], ["--gpus"], ["estimate", "--gpus", "many"]])
 def test_what_argparse_refuses(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
         main(words)
@@ -173,3 +176,101 @@ def test_env_without_a_compiler_and_packages(
     assert main(["env"]) == 0
     said = capsys.readouterr().out
     assert "- C++ compiler: none found\n" in said and "- trl: not installed\n" in said
+
+
+def _commands() -> dict[str, argparse.ArgumentParser]:
+    parser = build_parser()
+    return next(dict(action.choices) for action in parser._actions if isinstance(action.choices, dict))
+
+
+def test_alone_it_prints_help(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([]) == 0
+    printed = capsys.readouterr()
+    assert printed.out.startswith("usage: hf-pdecay") and not printed.err
+    assert all(command in printed.out for command in _commands())
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["reprot", "x"], "did you mean report?"),
+        (["compres"], "did you mean compress?"),
+        (["pipeline"], "choose from run, preview"),
+        (["estimate", "--parameters", "8e9", "--layuot", "ddp"], "did you mean --layout?"),
+        (["preview", "x", "--target_sparisty=0.9"], "did you mean --target_sparsity?"),
+        (["run", "--target_sparisty", "0.9", "x.py"], "arguments come after its name"),
+        (["--versoin"], "did you mean --version?"),
+    ],
+)
+def test_what_was_meant(words: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(words)
+    assert ended.value.code == 2
+    assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", list(_commands()))
+def test_help_texts(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    parser = _commands()[command]
+    text = parser.format_help()
+    assert max(map(len, text.splitlines())) <= 80
+    assert all(action.help for action in parser._actions)
+    description, example = (" ".join(part.split()) for part in (str(parser.description), str(parser.epilog)))
+    assert description in " ".join(text.split())
+    first, second = str(parser.epilog).splitlines()
+    assert f"{first}\n{second}\n" in text and example.startswith(f"example: hf-pdecay {command}")
+    build_parser().parse_args(second.split()[1:])  # its flags exist
+
+
+def test_ctrl_c_is_one_line(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("hf_pdecay.cli.report.report", interrupt)
+    assert main(["report", "x"]) == 130
+    assert capsys.readouterr().err == "hf-pdecay: interrupted\n"
+
+
+@pytest.mark.parametrize("words", ["estimate --parameters 8e9", "estimate --parameters 8e9 --json", "--help", ""])
+def test_a_reader_that_has_enough(words: str) -> None:
+    code = (
+        "import os, sys; from hf_pdecay.cli.main import main\n"
+        "read, write = os.pipe(); os.close(read); os.dup2(write, 1); sys.exit(main(sys.argv[1:]))"
+    )
+    done = python("-c", code, *words.split())
+    assert done.returncode in (0, 1) and not done.stderr  # argparse passes over it if nothing is buffered
+
+
+def test_json_stands_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever a library prints while a command works."""
+    model = tiny_gpt2()
+    with torch.no_grad():
+        for block in model.transformer.h:
+            block.mlp.c_fc.weight[:, :8] = 0
+            block.mlp.c_fc.bias[:8] = 0
+    model.save_pretrained(tmp_path / "model")
+    line = {"trial": "run-0", "loss": 1.0, "sparsity": 0.5, "params": {"p_norm": 0.8}}
+    (tmp_path / "search").mkdir()
+    (tmp_path / "search" / "search.jsonl").write_text(json.dumps(line) + "\n")
+    for words, module, name in (
+        (["compress", "model", "packed"], "hf_pdecay.storage.writer", "compress"),
+        (["decompress", "packed", "plain"], "hf_pdecay.storage.reader", "decompress"),
+        (["shrink", "model", "smaller"], "hf_pdecay.shrinking.folder", "shrink_folder"),
+        (["report", "model"], "hf_pdecay.cli.report", "report"),
+        (["report", "search"], "hf_pdecay.cli.report", "report"),
+        (["env"], "hf_pdecay.cli.env", "describe"),
+    ):
+        stock = getattr(importlib.import_module(module), name)
+
+        def noisy(*args: Any, stock: Any = stock, **kwargs: Any) -> Any:
+            sys.stdout.write("Setting accelerator to CPU\n")
+            return stock(*args, **kwargs)
+
+        monkeypatch.setattr(f"{module}.{name}", noisy)
+        folders = [str(tmp_path / word) for word in words[1:]]
+        capsys.readouterr()
+        assert main([words[0], *folders, "--json"]) == 0
+        printed = capsys.readouterr()
+        assert json.loads(printed.out), words
+        assert "Setting accelerator" in printed.err

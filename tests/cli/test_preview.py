@@ -94,7 +94,7 @@ def test_groups_of_weights(llama: str, capsys: pytest.CaptureFixture[str], monke
     out = capsys.readouterr().out
     assert "Zero in the end: 24 of 96 neurons (25.00%)." in out
     assert "Zero in the end, by 2:4: 4,096 of 8,192 weights (50.00%)." in out
-    assert "│ model.layers.1.mlp.up_proj.weight" in out and " 48 × 32 │ mlp " in out
+    assert "│ model.layers.1.mlp.up_proj.weight" in out and " 48 × 32 │" in out and " mlp │" in out
     assert "pruning steps, after steps" in out and " to 750 of 1,000." in out
 
 

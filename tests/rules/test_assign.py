@@ -313,6 +313,6 @@ def test_decayed_names_and_table_agree_with_the_groups() -> None:
     # λ_p = 0 for now, as while healing: still the weights that decay.
     assert decayed_parameter_names(model, groups) == decayable_parameter_names(model)
     table = group_table(groups)
-    tensors, parameters = (list(table.columns[column].cells) for column in (1, 2))
+    tensors, parameters = ([row[column] for row in table.rows] for column in (1, 2))
     assert sum(int(cell) for cell in tensors) == len(list(model.parameters()))
     assert sum(int(cell.replace(",", "")) for cell in parameters) == sum(param.numel() for param in model.parameters())

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import logging
 import os
 import time
 from pathlib import Path
 
+from ...terminal import get_logger
 
-logger = logging.getLogger(__name__)
+
+logger = get_logger(__name__)
 
 # Inductor asks for traps and errno to be kept, drops the sign of zeros, and has GCC leave loops as they are.
 _FLAGS = ("-fno-trapping-math", "-fno-math-errno", "-fsigned-zeros")

@@ -1,0 +1,67 @@
+"""What is printed on a terminal: above progress bars, and with names whole."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import sys
+import textwrap
+from collections.abc import MutableMapping
+from typing import TYPE_CHECKING, Any
+
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+
+@contextlib.contextmanager
+def above_bars() -> Any:
+    """Clear tqdm's progress bars while something is printed, and draw them again below it."""
+    tqdm = sys.modules.get("tqdm")  # where it is not imported, there are no bars
+    if tqdm is None or not hasattr(tqdm, "tqdm"):
+        yield
+        return
+    with tqdm.tqdm.external_write_mode():
+        yield
+
+
+def print_rich(result: Any, console: Console | None = None) -> None:
+    """Print by rich, above progress bars; a name that is longer than a line goes beyond it, and is not broken."""
+    from rich.console import Console
+
+    console = console or Console(markup=False, emoji=False)
+    parts = result.__rich_console__(console, console.options) if hasattr(result, "__rich_console__") else [result]
+    with above_bars():
+        for part in parts:
+            whole = wrap(part, console.width) if isinstance(part, str) else part
+            console.print(whole, overflow="ignore", crop=False)
+
+
+def wrap(text: str, width: int, indent: str = "") -> str:
+    """Wrap a text between words; one that is longer than a line stays whole."""
+    return textwrap.fill(
+        *(text, width),
+        initial_indent=indent,
+        subsequent_indent=indent,
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
+
+
+class BarLogger(logging.LoggerAdapter):  # a subscript needs Python 3.11
+    """A logger whose lines stand above progress bars."""
+
+    def process(self, msg: Any, kwargs: MutableMapping[str, Any]) -> tuple[Any, MutableMapping[str, Any]]:
+        """Leave the message as it is."""
+        return msg, kwargs
+
+    def log(self, level: int, msg: object, *args: Any, **kwargs: Any) -> None:
+        """Log above progress bars."""
+        if self.isEnabledFor(level):
+            with above_bars():
+                self.logger.log(level, msg, *args, **kwargs)
+
+
+def get_logger(name: str) -> BarLogger:
+    """Return the logger of a module that logs during training."""
+    return BarLogger(logging.getLogger(name), {})
