@@ -126,22 +126,33 @@ class LpDecay(DecayOptimizer):
         self.base.zero_grad(set_to_none=set_to_none)
 
     def train(self) -> None:
-        """Put a schedule-free base into training mode; others have no such mode."""
-        if is_schedule_free(self.base):
-            self.base.train()  # type: ignore[attr-defined]
+        """Put a schedule-free base into training mode, with the same zeros; others have no such mode."""
+        self._switch(True)
 
-    @torch.no_grad()
     def eval(self) -> None:
         """Put a schedule-free base into evaluation mode, with zeros where the trained weights have them."""
+        self._switch(False)
+
+    @torch.no_grad()
+    def _switch(self, training: bool) -> None:
         if not is_schedule_free(self.base):
             return
-        for group in filter(_changes_weights, self.param_groups):
-            for param in group["params"]:
-                state = self._entry(param)
-                # A control may have pruned since the last step.
-                if state and group["train_mode"] and not bool(state["dormant"]):
-                    local(state["z"]).masked_fill_(local(param) == 0, 0)
-        self.base.eval()  # type: ignore[attr-defined]
+        tensors = [
+            (local(param), local(state["z"]))
+            for group in filter(_changes_weights, self.param_groups)
+            for param in group["params"]
+            if group["train_mode"] is not training and (state := self._entry(param)) and not bool(state["dormant"])
+        ]
+        for weight, z in tensors:
+            # Weights may have been pruned since the last step, in either mode.
+            zero = weight == 0
+            weight.masked_fill_(zero, 0)
+            z.masked_fill_(zero, 0)
+        base: Any = self.base
+        (base.train if training else base.eval)()
+        for weight, z in tensors:
+            # A weight and its z may cancel to 0, which would end it.
+            weight.masked_fill_((weight == 0) & (z != 0), torch.finfo(weight.dtype).tiny)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the base's state and groups, which hold the decay's too, as ``Optimizer.state_dict`` does."""

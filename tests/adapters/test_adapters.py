@@ -209,6 +209,21 @@ class TestMerging:
                 expected[value == 0] = 0
             assert torch.equal(merged.get_parameter(key), expected)
 
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    @pytest.mark.parametrize("masked", [False, True])
+    def test_no_kept_zero_is_negative(self, masked: bool, dtype: torch.dtype) -> None:
+        base = sparse(build("llama")).to(dtype)
+        zeros = {key: value == 0 for key, value in base.state_dict().items()}
+        for param in base.parameters():
+            param.data[param.data == 0] = -0.0
+        model = fill(lora(base, target_modules="all-linear"))
+        adapted = {key.replace(".base_layer", "") for key in model.get_base_model().state_dict() if "base_layer" in key}
+        merged = merge_keep_zeros(mask_adapters(model) if masked else model).state_dict()
+        assert len(adapted) > 7
+        for key in adapted:
+            assert bool(zeros[key].any()) and not bool(merged[key][zeros[key]].any())
+            assert not bool((merged[key].signbit() & zeros[key]).any())
+
     def test_several_adapters_and_modules_trained_whole(self) -> None:
         model = lora(sparse(build("llama")), target_modules=["q_proj"], modules_to_save=["lm_head"])
         model.add_adapter("other", peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"]))

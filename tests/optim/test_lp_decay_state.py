@@ -10,8 +10,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
+from transformers import TrainerCallback
 
 from hf_pdecay import AdamWLp, LpDecay, PDecayTrainer, SparsityReport
 from hf_pdecay.optim.muon import MuonWithAdamW
@@ -19,7 +21,7 @@ from hf_pdecay.rules.assign import build_param_groups
 from hf_pdecay.target.control import SparsityControl
 from tests.helpers.models import tiny_gpt2
 from tests.helpers.reference.sgd_lp64 import ScheduleFreeReference
-from tests.helpers.steps import normal, through_a_file
+from tests.helpers.steps import bits, normal, through_a_file
 
 
 Make = Callable[[Any], torch.optim.Optimizer]
@@ -292,3 +294,119 @@ def test_other_forms_of_schedule_free_are_refused(kind: str) -> None:
     made = getattr(pytest.importorskip("schedulefree"), kind)(parameters(), lr=0.1)
     with pytest.raises(ValueError, match=r"it keeps the averaged weights .* Take (AdamW|SGD)ScheduleFree"):
         LpDecay(made)
+
+
+FREE = ["AdamWScheduleFree", "SGDScheduleFree", "RAdamScheduleFree"]
+
+
+def free(kind: str, params: list[nn.Parameter]) -> Any:
+    base = getattr(pytest.importorskip("schedulefree"), kind)(params, lr=0.02)
+    return LpDecay(base, p_norm=0.5, lambda_p=0.3, keep_zeros=True)
+
+
+def switch(optimizer: Any, training: bool) -> None:
+    (optimizer.train if training else optimizer.eval)()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", FREE)
+def test_zeros_live_through_any_change_of_mode_and_the_rest_is_the_base_s_own(kind: str, dtype: torch.dtype) -> None:
+    params = parameters(dtype)
+    optimizer = free(kind, params)
+    optimizer.train()
+    ever = [torch.zeros_like(param, dtype=torch.bool) for param in params]
+    for cycle in range(8):
+        run(optimizer, params, *range(3 * cycle, 3 * cycle + cycle % 3))
+        for training in (False, True, False, True):
+            with torch.no_grad():  # pruned in either mode, to zeros of either sign
+                for k, param in enumerate(params[:3]):
+                    cut = normal(*param.shape, seed=50 * cycle + k) > 1.5
+                    param.masked_fill_(cut, -0.0 if cycle % 2 else 0.0)
+            zeros = [param == 0 for param in params]
+            twin = copy.deepcopy(optimizer)
+            switch(twin.base, training)
+            switch(optimizer, training)
+            theirs = [param for group in twin.param_groups for param in group["params"]]
+            for k, (param, own, zero) in enumerate(zip(params, theirs, zeros, strict=True)):
+                assert torch.equal(param == 0, zero)
+                if optimizer.state.get(param) and k < 3:
+                    assert not bool(bits(param)[zero].any())
+                    ever[k] |= zero
+                same = ~zero & (own != 0)
+                assert torch.equal(param[same], own[same])
+        assert all(bool((param[zero] == 0).all()) for param, zero in zip(params, ever, strict=True))
+    assert bool(ever[0].any()) and bool((params[0] != 0).any())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_weight_that_cancels_with_its_average_goes_on(dtype: torch.dtype) -> None:
+    param = nn.Parameter(torch.full((8,), 0.5, dtype=dtype))
+    optimizer = free("AdamWScheduleFree", [param])
+    optimizer.train()
+    run(optimizer, [param], 1)
+    with torch.no_grad():
+        param.fill_(0.5)
+        optimizer.state[param]["z"].fill_(5.0)
+    for _ in range(3):
+        optimizer.eval()
+        assert bool((param != 0).all()) and float(param.detach().abs().max()) < 1e-6
+        optimizer.train()
+        torch.testing.assert_close(param.float(), torch.full((8,), 0.5), rtol=1e-2, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", FREE)
+def test_a_run_saved_in_evaluation_mode_is_resumed_bit_identical(kind: str, dtype: torch.dtype) -> None:
+    whole = parameters(dtype)
+    optimizer = free(kind, whole)
+    optimizer.train()
+    run(optimizer, whole, 1, 2, 3, 4)
+    optimizer.eval()
+    saved, resumed = through_a_file(optimizer.state_dict()), clones(whole)
+    optimizer.train()
+    run(optimizer, whole, 5, 6, 7)
+    again = free(kind, resumed)
+    again.load_state_dict(saved)
+    again.train()
+    run(again, resumed, 5, 6, 7)
+    for each in (optimizer, again):
+        each.eval()
+    assert all(torch.equal(bits(one), bits(other)) for one, other in zip(whole, resumed, strict=True))
+
+
+class Watch(TrainerCallback):
+    """Collects where the zeros are after steps from the end of pruning on."""
+
+    def __init__(self) -> None:
+        self.zeros: list[dict[str, torch.Tensor]] = []
+
+    def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        if state.global_step >= 20:
+            self.zeros.append({name: p == 0 for name, p in model.named_parameters() if p.ndim > 1})
+
+
+def test_evaluations_within_a_run_bring_no_zero_back(make_args: Any, tokens: Any, tmp_path: Path) -> None:
+    pytest.importorskip("schedulefree")
+    args = make_args(
+        optim="schedule_free_adamw_lp",
+        target_sparsity=0.5,
+        sparsity_end=0.6,
+        max_steps=30,
+        eval_strategy="steps",
+        eval_steps=3,
+        lr_scheduler_type="constant",
+    )
+    watch = Watch()
+    trainer = PDecayTrainer(model=tiny_gpt2(), args=args, train_dataset=tokens, eval_dataset=tokens, callbacks=[watch])
+    trainer.train()
+    assert len(watch.zeros) == 11
+    for earlier, later in zip(watch.zeros, watch.zeros[1:], strict=False):
+        assert all(bool(later[name][zero].all()) for name, zero in earlier.items())
+    decayed = SparsityReport.load(tmp_path / "out" / "sparsity.json").decayed
+    for mode in ("trained", "evaluated"):
+        if mode == "evaluated":
+            trainer.evaluate()
+        trainer.save_model(str(tmp_path / mode))
+        saved = load_file(tmp_path / mode / "model.safetensors")
+        zeros = sum(int((weight == 0).sum()) for weight in saved.values() if weight.ndim > 1)
+        assert zeros == round(0.5 * decayed.parameters)

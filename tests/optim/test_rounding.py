@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from hf_pdecay import AdamWLp
 from hf_pdecay.optim.rounding import noise_bits, stochastic_round
 
 
@@ -98,6 +99,25 @@ def test_nan_stays_nan(dtype: torch.dtype) -> None:
     patterns = torch.tensor([0x7FFFFFFF, -1, 0x7F800001, 0x7FC00000], dtype=torch.int32).view(torch.float32)
     x = torch.cat([patterns, torch.tensor([float("nan")])]).repeat(64)
     assert bool(rounding(x, dtype).isnan().all())
+
+
+@pytest.mark.parametrize("backend", ["compiled", "foreach"])
+def test_nan_and_infinity_in_the_stores_of_the_backends(backend: str) -> None:
+    """A NaN stays one, whatever its payload; an infinity becomes the largest finite value, as all beyond the range."""
+    patterns = [0x7FFFFFFF, -1, 0x7F800001, 0x7FC00000, 0x7FFF8000, -0x8000]
+    nan = torch.tensor(patterns, dtype=torch.int32).repeat(64).view(torch.float32)
+    infinite = torch.tensor([float("inf"), float("-inf")]).repeat(64)
+    param = torch.nn.Parameter(torch.ones(len(nan) + len(infinite)))
+    optimizer = AdamWLp([param], lr=0.1, moments="bfloat16", backend=backend, skip_nonfinite=False)
+    param.grad = torch.cat([nan, infinite])
+    optimizer.step()
+    largest = torch.finfo(torch.bfloat16).max
+    for name, signs in (("exp_avg", infinite.sign()), ("exp_avg_sq", torch.ones_like(infinite))):
+        moment = optimizer.state[param][name]
+        assert moment.dtype == torch.bfloat16
+        assert bool(moment[: len(nan)].isnan().all())
+        assert torch.equal(moment[len(nan) :].float(), signs * largest)
+    assert bool(param[: len(nan)].isnan().all())
 
 
 @pytest.mark.parametrize("dtype", LOW)
