@@ -6,7 +6,6 @@ The images are the 1797 handwritten digits of 8 × 8 pixels in scikit-learn; 360
 """
 
 import argparse
-import sys
 
 import torch
 from torch import nn
@@ -25,7 +24,7 @@ def main() -> None:
     try:
         from sklearn.datasets import load_digits
     except ImportError:
-        sys.exit("The images need scikit-learn: pip install scikit-learn, or the extra 'hf-pdecay[examples]'.")
+        parser.error("the images need scikit-learn: pip install scikit-learn, or the extra 'hf-pdecay[examples]'.")
     torch.manual_seed(0)
 
     digits = load_digits()
