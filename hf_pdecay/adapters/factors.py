@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 from peft import PeftModel
@@ -19,6 +19,8 @@ logger = logging.getLogger(__name__)
 
 # Values of `init_lora_weights` that change the base begin with these.
 _FROM_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+# Where a layer has its factors.
+_FACTORS = ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B")
 
 
 class LoraFactors(NamedTuple):
@@ -93,6 +95,22 @@ def warn_of_changed_base(model: Any) -> None:
             adapter_name,
             start,
             f"; {zeros / count:.1%} of them are zero now" if count else "",
+        )
+
+
+def warn_of_sparse_factors(model: nn.Module, params: Iterable[Tensor]) -> None:
+    """Warn if some of these parameters, which decay weight by weight to zeros, are the A or B of LoRA."""
+    decayed = {id(param) for param in params}
+    found = [
+        any(id(param) in decayed for factors in _FACTORS for param in getattr(layer, factors).parameters())
+        for _, layer in lora_layers(model)
+    ]
+    if any(found):
+        logger.warning(
+            "A and B of LoRA decay weight by weight in %d layers. Zeros there make nothing smaller or faster, as B A "
+            'stays dense. Let whole ranks die, by the rule {"lora_": {"group": "rank"}} in lp_rules, and '
+            'target_sparsity is the fraction of dead ranks; or leave them out, by {"lora_": "off"}.',
+            sum(found),
         )
 
 

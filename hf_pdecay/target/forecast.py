@@ -50,8 +50,9 @@ def forecast(groups: Sequence[DecayingGroup], lr_sums: Sequence[float]) -> list[
         if sparsity < _FEW:
             warnings.append(
                 f"{settings} can zero at most {sparsity:.1%} of these {_unit_name(group)}: the learning rates of this "
-                f"run add up to only {lr_sum:.3g}. For up to 50% take lambda_p of about "
-                f"{lambda_for_threshold(p_norm, half, lr_sum):.2g}, or raise the learning rate."
+                f"run add up to only {lr_sum:.3g}. Give a target_sparsity, such as 0.5, and the run ends with as many "
+                "zeros at any learning rate. Without a target, up to 50% take lambda_p of about "
+                f"{lambda_for_threshold(p_norm, half, lr_sum):.2g}, or a higher learning rate."
             )
     return warnings
 

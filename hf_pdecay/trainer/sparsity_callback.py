@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.scheduler import AcceleratedScheduler
-from torch import nn
+from torch import Tensor, nn
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from ..checks import check_choice
@@ -18,6 +19,7 @@ from ..files import append_line, remove_leftovers, write_text
 from ..optim.adamw_lp import AdamWLp
 from ..optim.param_groups import is_decayed
 from ..optim.shards import group_params, is_sharded, settle
+from ..optim.unit_kinds import ELEMENT, kind_of
 from ..rules.assign import decayed_parameter_names, still_by_name
 from ..rules.table import group_table
 from ..sparsity.counting import measure_sparsity, measure_with_extra
@@ -88,6 +90,10 @@ class SparsityCallback(FirstCallback):
                 print_rich(f"Step on {device}: {name}, as {reason}.")
             for sentence in sentences:
                 logger.warning(sentence)
+            if "peft" in sys.modules:
+                from ..adapters.factors import warn_of_sparse_factors
+
+                warn_of_sparse_factors(kwargs["model"], _made_sparse(decaying))
 
     def on_log(
         self,
@@ -235,6 +241,14 @@ def _decaying_groups(optimizer: Any) -> list[DecayingGroup]:
         for number, (group, params) in enumerate(zip(optimizer.param_groups, group_params(optimizer), strict=True))
         if is_decayed(group)
     ]
+
+
+def _made_sparse(groups: Sequence[DecayingGroup]) -> Iterator[Tensor]:
+    """The parameters in which single weights become zero, by a target or by λ_p."""
+    for _, group, params in groups:
+        by_decay = group["lambda_p"] > 0 and group["p_norm"] < 2
+        if kind_of(group) == ELEMENT and (group.get("asked_sparsity") or by_decay):
+            yield from params
 
 
 def _names(model: nn.Module, groups: Sequence[DecayingGroup]) -> list[str]:

@@ -74,6 +74,43 @@ class TestDecay:
             assert zeros / sum(tensor.numel() for tensor in saved.values()) == pytest.approx(0.5, abs=1e-3)
 
     @pytest.mark.parametrize(
+        ("settings", "layers"),
+        [
+            ({"target_sparsity": 0.5}, 14),
+            ({"lambda_p": 0.01}, 14),
+            ({"lp_rules": {"self_attn.*lora_": {"target_sparsity": 0.5}}, "lambda_p": None}, 8),
+            ({"lp_rules": HALF_OF_THE_RANKS}, 0),
+            ({"lp_rules": {"lora_": {"group": "rank"}}, "target_sparsity": 0.5}, 0),
+            ({"lp_rules": {"self_attn.*lora_": {"group": "rank"}}, "target_sparsity": 0.5}, 6),
+            ({"p_norm": 2.0, "lambda_p": 0.01}, 0),
+            ({"lambda_p": 0.0}, 0),
+        ],
+    )
+    @pytest.mark.parametrize("own", [True, False])
+    def test_a_run_that_makes_a_and_b_sparse_warns(
+        self,
+        own: bool,
+        settings: dict[str, Any],
+        layers: int,
+        make_args: Callable[..., Any],
+        tokens: Any,
+        caplog: pytest.LogCaptureFixture,
+    ) -> None:
+        """By PEFT's own model and by transformers' `add_adapter`."""
+        model: Any = build("llama")
+        if own:
+            model = lora(model)
+        else:
+            linear = {name for name, part in model.named_modules() if isinstance(part, nn.Linear)} - {"lm_head"}
+            model.add_adapter(peft.LoraConfig(r=4, target_modules=[*linear]))
+        PDecayTrainer(model=model, args=make_args(max_steps=20, **settings), train_dataset=tokens).train()
+        said = [record.getMessage() for record in caplog.records if "B A stays dense" in record.getMessage()]
+        assert len(said) == bool(layers)
+        if layers:
+            assert f"weight by weight in {layers} layers" in said[0]
+            assert 'by the rule {"lora_": {"group": "rank"}} in lp_rules' in said[0]
+
+    @pytest.mark.parametrize(
         "config",
         [
             peft.LoraConfig(target_modules="all-linear", use_dora=True),

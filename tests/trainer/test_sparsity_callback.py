@@ -186,6 +186,7 @@ def test_a_hopeless_lambda_is_told_beforehand(
         _run(make_args(learning_rate=5e-5, p_norm=0.8, lambda_p=0.01), tokens)
     (message,) = [record.getMessage() for record in caplog.records if record.name.startswith("hf_pdecay")]
     assert "can zero at most 0.1% of these weights" in message
+    assert message.index("Give a target_sparsity") < message.index("lambda_p of about")
     # The λ_p that it names would zero half of the weights if no gradient held them up.
     named = float(message.split("lambda_p of about ")[1].split(",")[0])
     model = tiny_gpt2()
