@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -18,6 +19,8 @@ from ..optim.unit_kinds import ELEMENT, kind_of
 if TYPE_CHECKING:
     from transformers import Trainer, TrainingArguments
 
+
+logger = logging.getLogger(__name__)
 
 # Optimizers that know no DTensor: torch 2.13's Adafactor stops at the norm of one, bitsandbytes at any.
 _NOT_ON_DTENSORS = ("adafactor_lp", "lion_lp", "lion_8bit_lp", "adamw_bnb_8bit_lp")
@@ -118,7 +121,10 @@ def check_same(settings: Mapping[str, Any]) -> None:
 
 
 def check_world_size(args: TrainingArguments) -> None:
-    """Raise ValueError for more processes than can train together: several on one GPU fail in NCCL or wait for ever."""
+    """Raise ValueError for more processes than can train together, and warn if a launcher started one for several.
+
+    Several processes on one GPU fail in NCCL or wait for ever.
+    """
     here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     if args.device.type == "cuda" and here > torch.cuda.device_count():
         raise ValueError(
@@ -130,6 +136,13 @@ def check_world_size(args: TrainingArguments) -> None:
         raise ValueError(
             f"Invalid use_cpu: {started} processes were started (WORLD_SIZE={started}) and world_size="
             f"{args.world_size}: they do not find each other. On a CPU give use_cpu=True, or start one process."
+        )
+    if started == 1 and "WORLD_SIZE" not in os.environ and {"MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
+        # So does `accelerate launch` if it is asked for several and sees fewer than two GPUs.
+        logger.warning(
+            "This run has one process, though MASTER_ADDR and MASTER_PORT are set as for several: the launcher started "
+            "only one. `accelerate launch --multi_gpu --num_processes 2` starts two, on CPUs too (with use_cpu=True), "
+            "and so does a --config_file from examples/accelerate_configs."
         )
 
 

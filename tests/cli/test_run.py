@@ -26,13 +26,16 @@ from ..helpers.warm import ENVIRONMENT, ROOT, python
 SCRIPTS = ROOT / "tests/helpers/scripts"
 CONSOLE = Path(sys.executable).with_name("hf-pdecay")
 
+# Of a run that was asked for several.
+ONE = "This run has one process, though"
+
 Run = Callable[..., subprocess.CompletedProcess[str]]
 
 
 @pytest.fixture
 def run(tmp_path: Path) -> Run:
     """Runs Python in the test's own folder."""
-    return lambda *words: python(*words, cwd=tmp_path, timeout=280)
+    return lambda *words, **environment: python(*words, cwd=tmp_path, timeout=280, **environment)
 
 
 @pytest.fixture
@@ -100,12 +103,21 @@ def test_a_script_like_run_clm_and_on_two_processes(run: Run, training: list[str
     again = tf.AutoModelForCausalLM.from_pretrained(tmp_path / "out")  # plain transformers
     assert again.config.architectures == ["LlamaForCausalLM"]
 
-    launch = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes=2", "--main_process_port=0", *LEAVING]
+    launch = ["-m", "accelerate.commands.launch", "--num_processes=2", "--main_process_port=0"]
     words[words.index("--output_dir") + 1] = str(tmp_path / "two")
-    _check(run(*launch, *words), tmp_path / "two")
+    done = run(*launch, "--multi_gpu", *LEAVING, *words)
+    _check(done, tmp_path / "two")
+    assert ONE not in done.stderr
     # 20 steps of 4 rows of 48, and of twice as many.
     epochs = [json.loads((tmp_path / name / "trainer_state.json").read_text())["epoch"] for name in ("out", "two")]
     assert epochs == pytest.approx([20 / 12, 20 / 6])
+
+    # Without GPUs and --multi_gpu Accelerate starts one process.
+    for number, flags in enumerate(([], ["--cpu"])):
+        words[words.index("--output_dir") + 1] = str(tmp_path / str(number))
+        done = run(*launch, *flags, *words, CUDA_VISIBLE_DEVICES="")
+        _check(done, tmp_path / str(number))
+        assert done.stderr.count(ONE) == 1 and "--multi_gpu --num_processes 2` starts two" in done.stderr
 
 
 @pytest.mark.slow
