@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -14,13 +13,14 @@ from accelerate import PartialState
 from accelerate.utils import gather_object
 
 from ..optim.unit_kinds import ELEMENT, kind_of
+from ..terminal import get_logger
 
 
 if TYPE_CHECKING:
     from transformers import Trainer, TrainingArguments
 
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 # Optimizers that know no DTensor: torch 2.13's Adafactor stops at the norm of one, bitsandbytes at any.
 _NOT_ON_DTENSORS = ("adafactor_lp", "lion_lp", "lion_8bit_lp", "adamw_bnb_8bit_lp")
