@@ -6,12 +6,15 @@ import contextlib
 import logging
 import sys
 import textwrap
-from collections.abc import MutableMapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable, MutableMapping
+from typing import TYPE_CHECKING, Any, TypeVar
 
 
 if TYPE_CHECKING:
     from rich.console import Console
+
+
+_T = TypeVar("_T")
 
 
 @contextlib.contextmanager
@@ -23,6 +26,14 @@ def above_bars() -> Any:
         return
     with tqdm.tqdm.external_write_mode():
         yield
+
+
+def progress(items: Iterable[_T], what: str, total: int) -> Iterable[_T]:
+    """Iterate with a progress bar on stderr if that is a terminal and the work takes longer than a second."""
+    from tqdm import tqdm  # type: ignore[import-untyped]
+
+    bar: Iterable[_T] = tqdm(items, desc=what, total=total, unit=" tensors", delay=1, leave=False, disable=None)
+    return bar
 
 
 def print_rich(result: Any, console: Console | None = None) -> None:

@@ -31,6 +31,7 @@ from ..storage.folder import CONFIG, INDEX, WEIGHTS, read_config, read_weight_ma
 from ..storage.readers import safe_open
 from ..storage.source import RAGGED, quantization_method
 from ..storage.untrusted import auto_config, model_class, on_meta
+from ..terminal import progress
 from ..trainer.checkpoints import newest_whole
 from ..trainer.pareto import SEARCH_FILE
 
@@ -260,7 +261,8 @@ def _tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
     for path in _files(folder):
         try:
             with safe_open(path, framework="pt") as file:
-                for name in sorted(file.keys(), key=natural_key):
+                names = sorted(file.keys(), key=natural_key)
+                for name in progress(names, f"Counting {path.name}", len(names)):
                     yield name, file.get_tensor(name)
         except SafetensorError as error:
             raise ValueError(f"{str(path)!r} cannot be read ({error}); it may be cut short.") from error

@@ -28,6 +28,7 @@ _COMMANDS = {
     "compress": "write a model without its zeros; from_pretrained gives it back after import hf_pdecay",
     "decompress": "restore the plain folder of a compressed model",
     "shrink": "remove dead neurons and attention heads from a model, which then loads anywhere as a smaller one",
+    "completion": "print a script by which bash, zsh, fish or tcsh completes commands and flags",
 }
 
 _EXAMPLES = {
@@ -39,6 +40,7 @@ _EXAMPLES = {
     "compress": "hf-pdecay compress output compressed --dtype bfloat16",
     "decompress": "hf-pdecay decompress compressed plain",
     "shrink": "hf-pdecay shrink output smaller --multiple-of 64",
+    "completion": "hf-pdecay completion bash",
 }
 
 # Exit codes: for invalid arguments, as in argparse; for errors of the system or the Hub; and for Ctrl-C, as in shells.

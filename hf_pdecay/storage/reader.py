@@ -6,6 +6,7 @@ import os
 import shutil
 from pathlib import Path
 
+from ..terminal import progress
 from .card import remove_note
 from .compressed_file import CompressedFile, mapped, memory_limit
 from .container import BLOCK, FormatError, header_bytes, layout, write_header
@@ -59,7 +60,7 @@ def _write_plain(file: Path, compressed: CompressedFile, out: Path) -> None:
     plain = {name: forms[name] for name in layout(forms)}
     with open(out, "wb") as handle:
         write_header(handle, header_bytes(plain, compressed.metadata()))
-        for name in plain:
+        for name in progress(plain, f"Decompressing {file.name}", len(plain)):
             entry = compressed.header.entries[name]
             data = mapped(file, entry)
             if entry.dtype == BLOCK:

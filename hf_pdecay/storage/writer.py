@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 import numpy as np
 
 from ..checks import check_choice
+from ..terminal import progress
 from .card import add_note
 from .casting import CASTS, cast, cast_config
 from .container import BLOCK, Entry, FormatError, Header, write_header
@@ -154,7 +155,8 @@ def _write_shards(
     with TemporaryFile(dir=aside) as waiting:
         shards = _Shards(aside, waiting, {"format": "pt"} | next(iter(source.headers.values())).metadata, report)
         for name, header in source.headers.items():
-            for tensor, entry, raw in _tensors(source.folder / name, header):
+            tensors = _tensors(source.folder / name, header)
+            for tensor, entry, raw in progress(tensors, f"Compressing {name}", len(header.entries)):
                 data, vanished = raw, 0
                 if dtype is not None:
                     data, entry, vanished = cast(raw, tensor, entry, dtype)  # noqa: PLW2901
