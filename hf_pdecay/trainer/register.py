@@ -163,6 +163,6 @@ def _names() -> type[Enum]:
 
 def _moved(what: str) -> RuntimeError:
     return RuntimeError(
-        f"register() cannot hook into transformers {transformers.__version__}: {what}. It works with 4.57 to 5.23; "
+        f"register() cannot hook into transformers {transformers.__version__}: {what}. It works with 4.57 to 5.24; "
         "take one of those, a newer hf-pdecay, or PDecayTrainer and PDecayTrainingArguments."
     )
