@@ -96,13 +96,13 @@ class TestDecay:
         tokens: Any,
         caplog: pytest.LogCaptureFixture,
     ) -> None:
-        """By PEFT's own model and by transformers' `add_adapter`."""
+        """In PEFT's own model and in layers put into a model, as transformers' `add_adapter` puts them."""
         model: Any = build("llama")
         if own:
             model = lora(model)
         else:
             linear = {name for name, part in model.named_modules() if isinstance(part, nn.Linear)} - {"lm_head"}
-            model.add_adapter(peft.LoraConfig(r=4, target_modules=[*linear]))
+            model = peft.inject_adapter_in_model(peft.LoraConfig(r=4, target_modules=[*linear]), model)
         PDecayTrainer(model=model, args=make_args(max_steps=20, **settings), train_dataset=tokens).train()
         said = [record.getMessage() for record in caplog.records if "B A stays dense" in record.getMessage()]
         assert len(said) == bool(layers)
