@@ -295,6 +295,8 @@ class TestMerging:
         ids=lambda config: f"{config.peft_type.value}-{getattr(config, 'bias', '')}",
     )
     def test_only_the_zeros_under_an_adapter_stay(self, config: Any) -> None:
+        if "TRAINABLE_TOKENS" in str(config.peft_type) and peft.__version__.startswith("0.18."):
+            pytest.skip("PEFT 0.18 keeps a tensor there by which a model cannot be copied")
         base = sparse(build("llama"))
         with torch.no_grad():
             for weight in (base.lm_head.weight, base.model.embed_tokens.weight):

@@ -152,6 +152,7 @@ def test_adapters_that_do_not_decay_are_named(kind: str, options: dict[str, Any]
     assert not any(group["decayed"] for group in groups)
 
 
+@pytest.mark.usefixtures("lora_beside_torchao")
 def test_lora_decays_without_a_warning() -> None:
     peft = pytest.importorskip("peft")
     config = peft.LoraConfig(target_modules=["0"], use_dora=True)

@@ -114,6 +114,8 @@ CASES: list[tuple[Callable[[], Any], dict[str, dict[str, int]]]] = [
 
 @pytest.mark.parametrize(("make", "sizes"), CASES, ids=[make.__name__ for make, _ in CASES])
 def test_sizes_within_a_config(make: Callable[[], Any], sizes: dict[str, dict[str, int]], tmp_path: Path) -> None:
+    if make.__name__ == "clip" and tf.__version__.startswith("4."):
+        pytest.skip("CLIP of transformers 4 takes no float64: the value that masks is out of range")
     model = half_dead(make)
     model.save_pretrained(tmp_path / "sparse")
     report = shrink_folder(tmp_path / "sparse", tmp_path / "small")

@@ -449,6 +449,7 @@ def test_an_unsparse_model_needs_nothing_of_ours(tmp_path: Path) -> None:
     assert same_state(tf.AutoModelForCausalLM.from_pretrained(tmp_path / "small"), model)
 
 
+@pytest.mark.usefixtures("lora_beside_torchao")
 def test_adapters_on_a_compressed_model(tmp_path: Path) -> None:
     """LoRA saves the name of its base, which is loaded with it."""
     import peft
