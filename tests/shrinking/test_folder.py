@@ -129,9 +129,6 @@ def _bad_folders(folder: Path) -> Iterator[tuple[str, str]]:
 
     yield save("alive", build("llama")), "0 of its neurons and heads are dead"
     yield save("mixtral", build("mixtral")), "Mixtral.* (cannot be removed|lie.*add_architecture)"
-        save("mixtral", build("mixtral")),
-        "fused experts in Mixtral.* cannot be removed|of Mixtral.* lie.*add_architecture",
-    )
     yield save("own", half_dead("gpt2")[0], architectures=["OwnModel"]), "names .*OwnModel"
     yield save("os", half_dead("gpt2")[0], architectures=["logging"]), "names .*logging"
     yield save("quantized", half_dead("gpt2")[0], quantization_config={"quant_method": "x"}), "quantization_config"
