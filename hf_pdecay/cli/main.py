@@ -103,9 +103,7 @@ def _run(words: Sequence[str], stdout: TextIO) -> int | Callable[[], int]:
     asked = next((word for word in words if not word.startswith("-")), None)
     parser = build_parser([] if asked is None else [asked])
     if asked is not None and asked not in _COMMANDS:
-        parser.error(
-            f"there is no command {asked!r}{_meant(asked, _COMMANDS) or '; choose from ' + ', '.join(_COMMANDS)}"
-        )
+        parser.error(f"unknown command {asked!r}{_meant(asked, _COMMANDS) or '; choose from ' + ', '.join(_COMMANDS)}")
     options, unknown = parser.parse_known_args(words)
     if unknown:
         flags = options.parser._option_string_actions if options.command else ["--version", "--help"]

@@ -37,7 +37,7 @@ def read_history(output_dir: str | os.PathLike[str]) -> list[dict[str, Any]]:
 
 
 def set_history_aside(output_dir: str | os.PathLike[str]) -> Path | None:
-    """Rename ``sparsity.jsonl`` to the first free ``sparsity.N.jsonl``; return that, or None if there are no lines."""
+    """Rename ``sparsity.jsonl`` to the first free ``sparsity.N.jsonl``; return the new path, or None without lines."""
     path = Path(output_dir) / HISTORY_FILE
     if not read_history(output_dir):
         return None

@@ -132,7 +132,7 @@ class SparsityReport:
     def still(self) -> int:
         """Number of weights that a target left alone, as they had no gradient or were frozen.
 
-        Tensors of which all weights are still do not count as decayed.
+        A tensor whose weights are all still does not count as decayed.
         """
         return sum(tensor.still for tensor in self.tensors)
 

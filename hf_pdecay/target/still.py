@@ -2,7 +2,7 @@
 
 A weight without a gradient has no saliency: by w² √v it would be the first to go, however much the model needs it. The
 test is made for whole tensors, and for each matrix of a stack, as an expert to which no token was routed has a gradient
-of zeros. A single weight or row without a gradient is no such case: its input or its output is always zero.
+of zeros. A single weight or row without a gradient is pruned: its input or its output is always zero.
 """
 
 from __future__ import annotations
