@@ -95,6 +95,10 @@ class PDecayTrainerMixin(_Base):
         check_structured(self, groups, settings.optim, settings.options.get("backend", "auto"))
         plan_target(groups, self._expected_steps(), settings)
         self._attach(settings)
+        if settings.teacher is not None:
+            from .distillation import distil
+
+            distil(self, settings)
 
     def _expected_steps(self) -> int | None:
         """Steps of the run; None where only a subclass's own data loader knows them, which is checked as it starts."""

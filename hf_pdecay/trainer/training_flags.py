@@ -6,6 +6,7 @@ A new field here or in ``Target`` is a new setting everywhere: ``HfArgumentParse
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, fields
 from typing import Any, get_args, get_type_hints
 
@@ -16,6 +17,7 @@ from ..target.settings import Target, check_p_norms, setting
 
 
 SPARSITY_LOGGING = ("overall", "layer")
+TEACHER_DTYPES = ("bfloat16", "float16", "float32")
 
 _BOOLEANS = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
 # How a string becomes a value of a type, and which strings are valid.
@@ -50,6 +52,31 @@ class DecayFields(Target):
     near_zero_threshold: float = setting(
         NEAR_ZERO_THRESHOLD, "Magnitude below which a non-zero weight counts as near zero in reports."
     )
+    teacher: str | None = setting(
+        None,
+        "A model to learn from beside the data: a folder, a name on the Hub, or self for the weights before training. "
+        "The loss becomes teacher_task times the ordinary one, plus teacher_logits times KL(teacher, model), plus "
+        "teacher_hidden times the error of the hidden states. Unset for none.",
+    )
+    teacher_task: float = setting(1.0, "Weight of the ordinary loss beside a teacher, at least 0.")
+    teacher_logits: float = setting(
+        1.0,
+        "Weight of T² KL(softmax(teacher's logits / T), softmax(model's logits / T)), the mean over the tokens or rows "
+        "that have a label, at least 0 (arXiv 1503.02531).",
+    )
+    teacher_temperature: float = setting(
+        1.0, "T of teacher_logits, above 0. For language models 1 is best (arXiv 2407.14679); 2 suits few classes."
+    )
+    teacher_hidden: float | None = setting(
+        None,
+        "Weight of SquareHead, |h - h_teacher|² / |h_teacher|², the mean over layers and over tokens that are no "
+        "padding, at least 0 (arXiv 2310.06927). Unset for 1, or for 0 if the teacher has another depth or width.",
+    )
+    teacher_dtype: str | None = setting(
+        None,
+        "In what the teacher's weights are kept: bfloat16, float16 or float32. Unset for what the model's are kept in.",
+        TEACHER_DTYPES,
+    )
 
     def __post_init__(self) -> None:
         """Check the values; strings, as YAML makes of ``1e-4``, become numbers and booleans."""
@@ -71,6 +98,40 @@ class DecayFields(Target):
                 f"Invalid near_zero_threshold: near_zero_threshold={self.near_zero_threshold!r}; it must be a number "
                 "of at least 0."
             )
+        self._check_teacher()
+
+    def _check_teacher(self) -> None:
+        if self.teacher is None:
+            names = [name for name in SETTINGS if name.startswith("teacher_")]
+            given = [name for name in names if getattr(self, name) != SETTINGS[name].default]
+            if given:
+                raise ValueError(
+                    f"Invalid {given[0]}: {given[0]}={getattr(self, given[0])!r} without a teacher has no effect; give "
+                    "teacher='self', or a folder or name of a model."
+                )
+            return
+        if not isinstance(self.teacher, str) or not self.teacher:
+            raise ValueError(
+                f"Invalid teacher: teacher={self.teacher!r}; it must be 'self', or a folder or name of a model."
+            )
+        weights = {name: getattr(self, name) for name in ("teacher_task", "teacher_logits", "teacher_hidden")}
+        for name, weight in weights.items():
+            if weight is None and name == "teacher_hidden":
+                continue
+            if not is_number(weight) or not 0 <= weight < math.inf:
+                raise ValueError(f"Invalid {name}: {name}={weight!r}; it must be a finite number of at least 0, as 1.")
+        if self.teacher_logits == 0 and self.teacher_hidden == 0:
+            raise ValueError(
+                f"Invalid teacher: teacher={self.teacher!r} with teacher_logits=0 and teacher_hidden=0 teaches "
+                "nothing; give one of the two a weight, such as 1, or no teacher."
+            )
+        if not is_number(self.teacher_temperature) or not 0 < self.teacher_temperature < math.inf:
+            raise ValueError(
+                f"Invalid teacher_temperature: teacher_temperature={self.teacher_temperature!r}; it must be a finite "
+                "number above 0, such as 1."
+            )
+        if self.teacher_dtype is not None:
+            check_choice("teacher_dtype", self.teacher_dtype, TEACHER_DTYPES)
 
 
 SETTINGS = {field.name: field for field in fields(DecayFields)}

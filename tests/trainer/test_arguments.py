@@ -31,6 +31,12 @@ OWN = {
     "skip_nonfinite": False,
     "sparsity_logging": "layer",
     "near_zero_threshold": 1e-9,
+    "teacher": "self",
+    "teacher_task": 0.5,
+    "teacher_logits": 2.0,
+    "teacher_temperature": 3.0,
+    "teacher_hidden": 0.25,
+    "teacher_dtype": "bfloat16",
 }
 
 
@@ -51,6 +57,8 @@ def test_command_line(tmp_path: Path) -> None:
     words += ["--p_norm", "0.5", "--lambda_p", "0.03", "--sparsity_logging", "layer", "--near_zero_threshold", "1e-9"]
     words += ["--target_sparsity", "0.7", "--sparsity_begin", "0.2", "--sparsity_end", "0.6", "--p_norm_begin", "1.5"]
     words += ["--sparsity_schedule", "linear", "--sparsity_budget", "tensor", "--sparsity_decay", "0.02"]
+    words += ["--teacher", "self", "--teacher_task", "0.5", "--teacher_logits", "2", "--teacher_temperature", "3"]
+    words += ["--teacher_hidden", "0.25", "--teacher_dtype", "bfloat16"]
     words += ["--lp_rules", json.dumps(OWN["lp_rules"]), "--weight_decay", "0.1"]
     (args,) = HfArgumentParser(PDecayTrainingArguments).parse_args_into_dataclasses(words)
     _same(args)
