@@ -39,6 +39,11 @@ if TYPE_CHECKING:
     from .measurements import load_measurement as load_measurement
     from .measurements.hooks import causal_lm_hooks as causal_lm_hooks
     from .measurements.hooks import classification_hooks as classification_hooks
+    from .one_shot.model import prune_one_shot as prune_one_shot
+    from .one_shot.report import BlockPruning as BlockPruning
+    from .one_shot.report import OneShotReport as OneShotReport
+    from .one_shot.sparsegpt import sparsegpt as sparsegpt
+    from .one_shot.wanda import wanda as wanda
     from .optim.adamw_lp import AdamWLp as AdamWLp
     from .optim.lp_decay import LpDecay as LpDecay
     from .optim.optimizer_names import make_optimizer as make_optimizer
@@ -102,6 +107,10 @@ _NAMES = {
     "layers.matrices": ("decayable_parameter_names",),
     "measurements": ("load_measurement",),
     "measurements.hooks": ("causal_lm_hooks", "classification_hooks"),
+    "one_shot.model": ("prune_one_shot",),
+    "one_shot.report": ("BlockPruning", "OneShotReport"),
+    "one_shot.sparsegpt": ("sparsegpt",),
+    "one_shot.wanda": ("wanda",),
     "optim.adamw_lp": ("AdamWLp",),
     "optim.lp_decay": ("LpDecay",),
     "optim.optimizer_names": ("make_optimizer",),

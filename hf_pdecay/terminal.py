@@ -28,11 +28,11 @@ def above_bars() -> Any:
         yield
 
 
-def progress(items: Iterable[_T], what: str, total: int) -> Iterable[_T]:
+def progress(items: Iterable[_T], what: str, total: int, unit: str = "tensors") -> Iterable[_T]:
     """Iterate with a progress bar on stderr if that is a terminal and the work takes longer than a second."""
     from tqdm import tqdm  # type: ignore[import-untyped]
 
-    bar: Iterable[_T] = tqdm(items, desc=what, total=total, unit=" tensors", delay=1, leave=False, disable=None)
+    bar: Iterable[_T] = tqdm(items, desc=what, total=total, unit=f" {unit}", delay=1, leave=False, disable=None)
     return bar
 
 

@@ -1,0 +1,224 @@
+"""Prunes a model in memory, block by block."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..checks import check_choice
+from ..layers.matrices import decayable_parameter_names
+from ..names import clean_name
+from ..storage.source import RAGGED, quantization_method
+from ..terminal import progress
+from .blocks import Block, Target, check_held, find_blocks, targets_of
+from .capture import Capture
+from .report import BlockPruning, OneShotReport
+from .selection import Amount, check_amount, check_divides, check_zeros, spread
+from .sparsegpt import prune_by_hessian
+from .streaming import Stream
+from .wanda import magnitude_mask, wanda_mask
+
+
+METHODS = ("sparsegpt", "wanda", "magnitude")
+
+
+def prune_one_shot(
+    model: nn.Module,
+    rows: Tensor,
+    *,
+    method: str = "sparsegpt",
+    sparsity: float | None = None,
+    pattern: str | None = None,
+) -> OneShotReport:
+    """Prune a trained model in place, without training, from the inputs that some rows of text give its matrices.
+
+    The rows run through one block at a time: its matrices are pruned from their inputs, and the pruned block's outputs
+    are the inputs of the next. Besides the model, memory holds the hidden states of all rows twice, and what one block
+    needs: for SparseGPT a float32 Hessian of (inputs, inputs) for each of its matrices.
+
+    Pruned is what a target would prune by default (:func:`~hf_pdecay.decayable_parameter_names`), in the repeated
+    blocks of the model: also Hugging Face's ``Conv1D``, and fused experts, each as a matrix of its own. Embeddings,
+    heads, tied tensors and what is outside the blocks stay dense. Zeros that are there stay zeros.
+
+    Args:
+        model: A model that takes token ids first, such as one of transformers.
+        rows: Token ids of shape (rows, tokens), without padding.
+        method: ``"sparsegpt"`` (:func:`~hf_pdecay.sparsegpt`), ``"wanda"`` (:func:`~hf_pdecay.wanda`), or
+            ``"magnitude"``: the smallest weights of each matrix.
+        sparsity: Fraction of zeros in all pruned matrices, exactly, and in each.
+        pattern: N:M, such as ``"2:4"``, in place of a sparsity: at most N of M consecutive inputs stay.
+
+    Returns:
+        What was pruned, and the error of each block.
+
+    Raises:
+        ValueError: If an argument is invalid, the model is quantized, sharded, an encoder-decoder or without repeated
+            blocks, it cannot run the rows, or a matrix has more zeros already.
+    """
+    check_choice("method", method, METHODS)
+    fraction, blocks = check_amount(sparsity, pattern)
+    check_model(model)
+    check_rows(model, rows)
+    stack = find_blocks(model)
+    targets = targets_of(model)
+    decayable = decayable_parameter_names(model)
+    check_held(model, set(decayable))
+    rows = rows.to(next(model.parameters()).device)
+    with torch.no_grad(), _calibrating(model):
+        first = Capture(targets.values(), hessian=False)
+        stream = Stream(model, stack, rows, first)
+        seen = {name for name, _ in first.sums}
+        pruned = [target for target in targets.values() if target.linear or target.name in seen]
+        by_block = _divided(stream.blocks, pruned)
+        plans = _planned(by_block, fraction, blocks)
+        report = OneShotReport(method, pattern or float(sparsity or 0), (rows.shape[0], rows.shape[1]))
+        for place, block in enumerate(progress(stream.blocks, "Pruning", len(stream.blocks), unit="blocks")):
+            capture = Capture([plan.target for plan in plans[place]] * (method != "magnitude"), method == "sparsegpt")
+            stream.capture(capture)
+            for plan in plans[place]:
+                if not plan.prune(method, capture.sums) and plan.name not in report.unseen:
+                    report.unseen.append(plan.name)
+            names = tuple(dict.fromkeys(plan.target.name for plan in plans[place]))
+            weights = sum(plan.matrix.numel() for plan in plans[place])
+            zeros = sum(int((plan.matrix == 0).sum()) for plan in plans[place])
+            report.blocks.append(BlockPruning(block.name, names, weights, zeros, stream.passed()))
+    chosen = {name for block in report.blocks for name in block.tensors}
+    sizes = {clean_name(name): param.numel() for name, param in model.named_parameters()}
+    report.dense = {name: sizes[name] for name in decayable if name not in chosen}
+    return report
+
+
+def check_model(model: nn.Module) -> None:
+    """Raise ValueError if a model cannot be pruned."""
+    config: Any = getattr(model, "config", None)
+    if getattr(config, "is_encoder_decoder", False):
+        raise ValueError(
+            f"{type(model).__name__} is an encoder-decoder, which text alone does not run; name a model of one stack."
+        )
+    method = quantization_method(config.to_dict()) if hasattr(config, "to_dict") else None
+    if method not in (None, RAGGED):
+        raise ValueError(
+            f"{type(model).__name__} is quantized (quant_method {method!r}); prune the plain model, from which it was "
+            "made."
+        )
+
+
+def check_rows(model: nn.Module, rows: Tensor) -> None:
+    """Raise ValueError if rows are not token ids that the model takes."""
+    kinds = (torch.int64, torch.int32)
+    if not isinstance(rows, Tensor) or rows.dim() != 2 or rows.dtype not in kinds or not rows.numel():
+        what = f"{tuple(rows.shape)} of {rows.dtype}" if isinstance(rows, Tensor) else type(rows).__name__
+        raise ValueError(f"Invalid rows: rows={what}; they must be token ids, int64 of shape (rows, tokens).")
+    longest = context_of(model)
+    if longest is not None and rows.shape[1] > longest:
+        raise ValueError(f"Invalid rows: they have {rows.shape[1]} tokens, and the model takes at most {longest}.")
+    own: Any = model
+    embeddings = own.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
+    most = getattr(embeddings, "num_embeddings", None)
+    if most is not None and not 0 <= int(rows.min()) <= int(rows.max()) < most:
+        raise ValueError(
+            f"Invalid rows: they have token {int(rows.max())} (lowest {int(rows.min())}), and the model knows {most}: "
+            "0 and up. Is the tokenizer another model's?"
+        )
+
+
+def context_of(model: nn.Module) -> int | None:
+    """Return the most tokens that a model takes; None if its config does not say."""
+    config: Any = getattr(model, "config", None)
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    longest = getattr(text, "max_position_embeddings", None)
+    return longest if isinstance(longest, int) and longest > 0 else None
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What to prune in one matrix, of shape (outputs, inputs)."""
+
+    target: Target
+    number: int
+    matrix: Tensor
+    amount: Amount
+
+    @property
+    def name(self) -> str:
+        return f"{self.target.name}[{self.number}]" if self.target.param.dim() == 3 else self.target.name
+
+    def prune(self, method: str, sums: dict[tuple[str, int], Tensor]) -> bool:
+        """Prune the matrix in place; return False if no row has reached it."""
+        matrix = self.matrix
+        if method == "magnitude":
+            matrix.masked_fill_(magnitude_mask(matrix, self.amount), 0.0)
+            return True
+        summed = sums.pop((self.target.name, self.number), None)
+        if summed is not None and not bool(summed.isfinite().all()):
+            raise ValueError(
+                f"The inputs of {self.name} are NaN or infinite; if the model is in float16, load it in float32 or "
+                "bfloat16 (--dtype)."
+            )
+        if summed is None or method == "wanda":
+            norms = matrix.new_zeros(matrix.shape[1], dtype=torch.float32) if summed is None else summed.sqrt()
+            matrix.masked_fill_(wanda_mask(matrix, norms, self.amount), 0.0)
+            return summed is not None
+        matrix.copy_(prune_by_hessian(matrix, summed, self.amount))
+        return True
+
+
+def _divided(blocks: Sequence[Block], targets: Sequence[Target]) -> list[list[Target]]:
+    """The targets of each block; what several blocks share belongs to the first of them."""
+    places: dict[int, int] = {}
+    for place, block in enumerate(blocks):
+        for param in block.module.parameters():
+            places.setdefault(id(param), place)
+    by_block: list[list[Target]] = [[] for _ in blocks]
+    for target in targets:
+        if id(target.param) in places:
+            by_block[places[id(target.param)]].append(target)
+    return by_block
+
+
+def _planned(
+    by_block: Sequence[Sequence[Target]], fraction: float | None, blocks: tuple[int, int] | None
+) -> list[list[_Plan]]:
+    """Say what each matrix gets, so that the total is exact; raise ValueError if one cannot get it."""
+    flat = [
+        (place, target, number, matrix)
+        for place, targets in enumerate(by_block)
+        for target in targets
+        for number, matrix in enumerate(target.matrices)
+    ]
+    sizes = [matrix.numel() for *_, matrix in flat]
+    amounts: Sequence[Amount] = [blocks] * len(flat) if blocks else spread(round((fraction or 0) * sum(sizes)), sizes)
+    plans: list[list[_Plan]] = [[] for _ in by_block]
+    for (place, target, number, matrix), amount in zip(flat, amounts, strict=True):
+        plan = _Plan(target, number, matrix, amount)
+        if blocks:
+            check_divides(blocks, matrix.shape[1], plan.name)
+        if not bool(matrix.isfinite().all()):
+            raise ValueError(f"{plan.name} has NaN or infinite weights, which cannot be ranked.")
+        check_zeros(int((matrix == 0).sum()), amount, matrix.numel(), plan.name)
+        plans[place].append(plan)
+    return plans
+
+
+@contextmanager
+def _calibrating(model: nn.Module) -> Iterator[None]:
+    """Put a model into evaluation mode for a while, with experts that multiply one after the other."""
+    modes: Mapping[nn.Module, bool] = {module: module.training for module in model.modules()}
+    own: Any = model
+    config = getattr(model, "config", None)
+    experts = getattr(config, "_experts_implementation", None) if hasattr(model, "set_experts_implementation") else None
+    model.eval()
+    try:
+        if experts is not None:
+            own.set_experts_implementation("eager")
+        yield
+    finally:
+        if experts is not None:
+            own.set_experts_implementation(experts)
+        for module, training in modes.items():
+            module.training = training
