@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import functools
 import io
+import json
 import os
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from types import ModuleType, TracebackType
 from typing import Any
@@ -20,9 +22,9 @@ def register(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of the command."""
     parser.usage = "hf-pdecay run [SETTINGS] SCRIPT ARGS…\n       hf-pdecay run [SETTINGS] -m MODULE ARGS…"
     parser.description = (
-        "Runs a script as Python would, with optim='adamw_lp' known to TrainingArguments, HfArgumentParser "
-        "and every Trainer. Settings of the decay stand before the script, among its arguments, or in its "
-        "--optim_args p_norm=0.8,target_sparsity=0.9; with one of the first two, adamw_lp is the default optimizer. "
+        "Runs a script as Python would, with optim='adamw_lp' known to TrainingArguments, HfArgumentParser and every "
+        "Trainer. Settings of the decay stand before the script, among its arguments, in its file of options, or in "
+        "its --optim_args p_norm=0.8,target_sparsity=0.9; except with the last, adamw_lp is the default optimizer. "
         "On several processes, of GPUs or a CPU: accelerate launch --multi_gpu --num_processes 2 -m hf_pdecay run "
         "SCRIPT ARGS…"
     )
@@ -61,7 +63,7 @@ def _run(start: Callable[[], object], argv: list[str], given: dict[str, str]) ->
 
     register_optimizers(remind=True)
     GIVEN.update(given)
-    argparse.ArgumentParser.parse_known_args = _taking_ours(argparse.ArgumentParser.parse_known_args)  # type: ignore[method-assign]
+    _take_settings()
     sys.argv[:] = argv
     try:
         start()
@@ -81,8 +83,24 @@ def _is_ours(error: BaseException) -> bool:
     return Path(frames[-1]).is_relative_to(Path(__file__).parents[1])
 
 
-def _taking_ours(stock: Callable[..., Any]) -> Callable[..., Any]:
-    """Take the settings of the decay out of the words that a script's parser does not know."""
+def _take_settings() -> None:
+    """Take the settings of the decay out of what a script's parser does not know, in argv and in files of options."""
+    from transformers import HfArgumentParser
+
+    argparse.ArgumentParser.parse_known_args = _from_words(argparse.ArgumentParser.parse_known_args)  # type: ignore[method-assign]
+    HfArgumentParser.parse_dict = _from_file(HfArgumentParser.parse_dict)  # type: ignore[method-assign]
+
+    def adopt(cls: type) -> None:
+        # TRL's parser, whose module is imported later, reads `--config FILE` by this method.
+        if "set_defaults_with_config" in vars(cls):
+            cls.set_defaults_with_config = _from_config(cls.set_defaults_with_config)  # type: ignore[attr-defined]
+
+    HfArgumentParser.__init_subclass__ = classmethod(adopt)  # type: ignore[assignment]
+    for subclass in HfArgumentParser.__subclasses__():
+        adopt(subclass)
+
+
+def _from_words(stock: Callable[..., Any]) -> Callable[..., Any]:
     from ..trainer.settings import GIVEN
     from ..trainer.training_flags import SETTINGS
 
@@ -100,6 +118,35 @@ def _taking_ours(stock: Callable[..., Any]) -> Callable[..., Any]:
         return options, left
 
     return parse_known_args
+
+
+def _from_file(stock: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(stock)
+    def parse_dict(self: Any, args: dict[str, Any], *rest: Any, **kwargs: Any) -> Any:
+        known = {field.name for kind in self.dataclass_types for field in dataclasses.fields(kind)}
+        return stock(self, _without_ours(args, known), *rest, **kwargs)
+
+    return parse_dict
+
+
+def _from_config(stock: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(stock)
+    def set_defaults_with_config(self: Any, **config: Any) -> Any:
+        return stock(self, **_without_ours(config, {action.dest for action in self._actions}))
+
+    return set_defaults_with_config
+
+
+def _without_ours(options: Mapping[str, Any], known: Collection[str]) -> dict[str, Any]:
+    """Take the settings of the decay out of a file's options, unless the parser knows them; the command line wins."""
+    from ..trainer.settings import GIVEN
+    from ..trainer.training_flags import SETTINGS
+
+    ours = {name: value for name, value in options.items() if name in SETTINGS and name not in known}
+    for name, value in ours.items():
+        if value is not None:
+            GIVEN.setdefault(name, json.dumps(value) if isinstance(value, Mapping) else str(value))
+    return {name: value for name, value in options.items() if name not in ours}
 
 
 def _run_script(path: str) -> None:

@@ -13,13 +13,14 @@ from ..layers.finding import Layer, attribute
 from ..names import clean_name
 from ..optim.shards import is_sharded
 from ..optim.unit_operations import alive_here
+from ..terminal import progress
 
 
 def dead_units_of(model: nn.Module, layers: Sequence[Layer]) -> list[Tensor]:
     """Return which units of each layer are dead, as booleans on the CPU; raise ValueError for a sharded weight."""
     params = {clean_name(name): param for name, param in model.named_parameters()}
     units = []
-    for layer in layers:
+    for layer in progress(layers, "Looking for dead units", len(layers), "layers"):
         zeros = []
         for member in layer.units.members:
             if is_sharded(params[member.param]):

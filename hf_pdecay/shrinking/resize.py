@@ -12,6 +12,7 @@ from ..layers.architectures import Heads
 from ..layers.finding import Layer, attribute, has
 from ..layers.matrices import is_transposed, update_sizes
 from ..names import clean_name
+from ..terminal import progress
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,7 @@ def resize(model: nn.Module, removals: Sequence[Removal]) -> None:
             stop = member.offset + removal.layer.units.count * member.size
             mask[member.offset : stop] &= removal.keep.repeat_interleave(member.size)
     new: dict[int, Tensor] = {}
-    for (name, dim), mask in masks.items():
+    for (name, dim), mask in progress(masks.items(), "Removing units", len(masks)):
         if not bool(mask.all()):
             param = names[name]
             index = mask.nonzero().flatten().to(param.device)

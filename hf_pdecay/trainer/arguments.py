@@ -131,7 +131,9 @@ def apply_given(args: TrainingArguments) -> None:
             setattr(args, name, string)
         return
     if GIVEN.get("lp_rules", "").startswith("{"):
-        raise ValueError("Invalid --lp_rules: in front of a script it must be the path of a JSON file, not JSON.")
+        raise ValueError(
+            "Invalid lp_rules: for a script that does not know lp_rules it must be the path of a JSON file, not JSON."
+        )
     pairs = split_optim_args(args.optim_args) | GIVEN
     args.optim_args = ",".join(f"{name}={string}" for name, string in pairs.items())
 

@@ -163,6 +163,41 @@ def test_settings_as_flags(place: str, run: Run, training: list[str], texts: Pat
     _check(done, tmp_path / "out")
 
 
+def _file_of(training: list[str], folder: Path, **settings: Any) -> Path:
+    """A file of options without the optimizer; YAML contains JSON."""
+    options = dict(zip((word.removeprefix("--") for word in training[::2]), training[1::2], strict=True)) | settings
+    numbers = {"max_steps", "logging_steps", "save_steps", "per_device_train_batch_size"}
+    values = {key: int(value) if key in numbers else value for key, value in options.items()}
+    values |= {"learning_rate": 1e-3, "use_cpu": True, "bf16": False}
+    file = folder / "options.json"
+    file.write_text(json.dumps({key: value for key, value in values.items() if not key.startswith("optim")}))
+    return file
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("words", [[], ["--target_sparsity", "0.5"]])
+def test_settings_in_the_config_of_trl(
+    words: list[str], sft: Path, run: Run, training: list[str], texts: Path, tmp_path: Path
+) -> None:
+    # A setting on the command line wins over the file.
+    settings: dict[str, Any] = {"target_sparsity": 0.25 if words else 0.5, "p_norm": 0.8, "p_norm_begin": None}
+    config = _file_of(training, tmp_path, dataset_name=str(texts.parent), **settings)
+    _check(run("-m", "hf_pdecay", "run", sft, "--config", config, *words), tmp_path / "out")
+
+
+@pytest.mark.slow
+def test_settings_in_the_file_of_a_script(run: Run, training: list[str], texts: Path, tmp_path: Path) -> None:
+    file = _file_of(training, tmp_path, train_file=str(texts), target_sparsity=0.5)
+    script = SCRIPTS / "clm_style.py"
+    _check(run("-m", "hf_pdecay", "run", script, file), tmp_path / "out")
+    wrong = _file_of(training, tmp_path, train_file=str(texts), target_sparsity=50)
+    done = run("-m", "hf_pdecay", "run", script, wrong)
+    assert done.returncode == 2 and "Was 0.5 meant?" in done.stderr.splitlines()[-1]
+    wrong = _file_of(training, tmp_path, train_file=str(texts), target_sparsty=0.5)
+    done = run("-m", "hf_pdecay", "run", script, wrong)
+    assert done.returncode != 0 and "target_sparsty" in done.stderr
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("optim", "words", "message"),

@@ -3,6 +3,7 @@ from __future__ import annotations
 import importlib
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -74,6 +75,56 @@ def test_all_experts_of_transformers_are_read_as_they_state() -> None:
         found = products_of(getattr(importlib.import_module(module), name))
         assert {"down_proj"} <= found.keys() and found.keys() & {"gate_up_proj", "up_proj"}, name
         assert set(found.values()) == {Product(True, transposed)}, name
+
+
+# All that decays of the parameters with three dimensions or more, besides experts and convolutions. Whoever adds a name
+# here has read the module: it multiplies by the parameter.
+MULTIPLIED = {
+    "FunnelRelMultiheadAttention": {"r_kernel"},
+    "JetMoeParallelExperts": {"weight"},
+    "RecurrentGemmaRglru": {"input_gate_weight", "recurrent_gate_weight"},
+    "XLNetRelativeAttention": {"q", "k", "v", "o", "r"},
+    "ZambaMambaMixer": {"x_proj_weight", "dt_proj_weight"},
+}
+# Models that need a package or a value that their default config lacks; the parts of most are models by themselves.
+_CANNOT_BE_MADE = (ImportError, ValueError, TypeError, AttributeError, KeyError)
+
+
+def _shorten(config: Any, depth: int = 0) -> None:
+    for key, value in list(vars(config).items()):
+        if re.search("layers?$", key) and type(value) is int and value > 4:
+            setattr(config, key, 4)
+        elif isinstance(value, transformers.PretrainedConfig) and depth < 3:
+            _shorten(value, depth + 1)
+
+
+@pytest.mark.slow
+def test_all_architectures_of_transformers() -> None:
+    seen: dict[tuple[str, str], set[bool]] = {}
+    made = 0
+    for config_type, known in MODEL_MAPPING.items():
+        try:
+            config = config_type()
+            _shorten(config)
+            with torch.device("meta"):
+                model = (known if isinstance(known, type) else known[0])(config)
+        except _CANNOT_BE_MADE:
+            continue
+        made += 1
+        found = set(decayable_parameter_names(model))
+        for path, module in model.named_modules():
+            for key, param in module.named_parameters(recurse=False):
+                if param.dim() >= 3 and not isinstance(module, nn.modules.conv._ConvNd):
+                    decays = (f"{path}.{key}" if path else key) in found
+                    seen.setdefault((type(module).__name__, key), set()).add(decays)
+    assert made > 250
+    wrong = [
+        f"{name}.{key}"
+        for (name, key), decisions in seen.items()
+        if decisions != {name.endswith("Experts") and key.endswith("proj") or key in MULTIPLIED.get(name, ())}
+    ]
+    assert not wrong
+    assert {name for name, keys in MULTIPLIED.items() if all((name, key) in seen for key in keys)} == MULTIPLIED.keys()
 
 
 def _helper(inputs: Tensor, weights: Tensor, sizes: list[int]) -> Tensor:
