@@ -85,19 +85,22 @@ def _is_ours(error: BaseException) -> bool:
 
 def _take_settings() -> None:
     """Take the settings of the decay out of what a script's parser does not know, in argv and in files of options."""
-    from transformers import HfArgumentParser
+    import transformers.hf_argparser  # noqa: F401 - a subclass
 
     argparse.ArgumentParser.parse_known_args = _from_words(argparse.ArgumentParser.parse_known_args)  # type: ignore[method-assign]
-    HfArgumentParser.parse_dict = _from_file(HfArgumentParser.parse_dict)  # type: ignore[method-assign]
 
-    def adopt(cls: type) -> None:
-        # TRL's parser, whose module is imported later, reads `--config FILE` by this method.
-        if "set_defaults_with_config" in vars(cls):
-            cls.set_defaults_with_config = _from_config(cls.set_defaults_with_config)  # type: ignore[attr-defined]
+    def adopt(cls: Any) -> None:
+        for name, taking in (("parse_dict", _from_file), ("set_defaults_with_config", _from_config)):
+            if name in vars(cls):
+                setattr(cls, name, taking(getattr(cls, name)))
 
-    HfArgumentParser.__init_subclass__ = classmethod(adopt)  # type: ignore[assignment]
-    for subclass in HfArgumentParser.__subclasses__():
-        adopt(subclass)
+    # TRL has an HfArgumentParser of its own, and its module is imported later.
+    argparse.ArgumentParser.__init_subclass__ = classmethod(adopt)  # type: ignore[assignment]
+    known = argparse.ArgumentParser.__subclasses__()
+    while known:
+        cls = known.pop()
+        adopt(cls)
+        known += cls.__subclasses__()
 
 
 def _from_words(stock: Callable[..., Any]) -> Callable[..., Any]:
