@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import logging
+import os
 import sys
 import textwrap
 from collections.abc import Iterable, MutableMapping
@@ -28,6 +30,20 @@ def above_bars() -> Any:
         yield
 
 
+@contextlib.contextmanager
+def encodable(file: Any) -> Any:
+    """Write ``?`` to a text file for what its encoding does not have, such as λ where a console is not of UTF-8."""
+    if not isinstance(file, io.TextIOWrapper):
+        yield
+        return
+    before = file.errors
+    file.reconfigure(errors="replace")
+    try:
+        yield
+    finally:
+        file.reconfigure(errors=before)
+
+
 def progress(items: Iterable[_T], what: str, total: int, unit: str = "tensors") -> Iterable[_T]:
     """Iterate with a progress bar on stderr if that is a terminal and the work takes longer than a second."""
     from tqdm import tqdm  # type: ignore[import-untyped]
@@ -42,7 +58,7 @@ def print_rich(result: Any, console: Console | None = None) -> None:
 
     console = console or Console(markup=False, emoji=False)
     parts = result.__rich_console__(console, console.options) if hasattr(result, "__rich_console__") else [result]
-    with above_bars():
+    with above_bars(), encodable(console.file):
         for part in parts:
             whole = wrap(part, console.width) if isinstance(part, str) else part
             console.print(whole, overflow="ignore", crop=False)
@@ -60,15 +76,15 @@ def wrap(text: str, width: int, indent: str = "") -> str:
 
 
 class BarLogger(logging.LoggerAdapter):  # a subscript needs Python 3.11
-    """A logger whose lines stand above progress bars."""
+    """A logger whose lines stand above progress bars, of the first process alone if a launcher started several."""
 
     def process(self, msg: Any, kwargs: MutableMapping[str, Any]) -> tuple[Any, MutableMapping[str, Any]]:
         """Leave the message as it is."""
         return msg, kwargs
 
     def log(self, level: int, msg: object, *args: Any, **kwargs: Any) -> None:
-        """Log above progress bars."""
-        if self.isEnabledFor(level):
+        """Log above progress bars, in the first process."""
+        if self.isEnabledFor(level) and os.environ.get("RANK", "0") == "0":
             with above_bars():
                 self.logger.log(level, msg, *args, **kwargs)
 

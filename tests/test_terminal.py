@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import logging
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,7 +14,9 @@ from rich.console import Console
 from tqdm.auto import tqdm
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
+import hf_pdecay
 from hf_pdecay import measure_sparsity
+from hf_pdecay.cli.main import main
 from hf_pdecay.cli.run_preview import preview
 from hf_pdecay.sparsity.report import SparsityReport
 from hf_pdecay.tables import NameTable
@@ -127,3 +130,30 @@ def test_lines_stand_above_a_progress_bar(monkeypatch: pytest.MonkeyPatch) -> No
     assert "3 steps were skipped." in lines
     assert any("lm_head.weight" in line for line in lines)
     assert not any("%" in line and ("steps" in line or "tensor" in line) for line in lines)
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
+def test_a_console_that_is_not_of_utf_8(encoding: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    console = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
+    monkeypatch.setattr(sys, "stdout", console)
+    table = NameTable("Groups", ("rule", "λ_p"))
+    table.add_row("default", "0.01")
+    print_rich(table)
+    with pytest.raises(SystemExit):
+        main(["run", "--help"])
+    console.flush()
+    written = console.buffer.getvalue().decode(encoding)  # type: ignore[attr-defined]
+    assert "?_p" in written and "0.01" in written and "hf-pdecay run [SETTINGS] SCRIPT" in written
+    assert console.errors == "strict"
+
+
+def test_the_first_of_several_processes_logs(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    for rank in ("0", "1"):
+        monkeypatch.setenv("RANK", rank)
+        get_logger("hf_pdecay.some").warning("of process %s", rank)
+    assert [record.getMessage() for record in caplog.records] == ["of process 0"]
+
+
+def test_every_logger_stands_above_progress_bars() -> None:
+    files = [file for file in Path(hf_pdecay.__file__).parent.rglob("*.py") if file.name != "terminal.py"]
+    assert not [str(file) for file in files if "getLogger(" in file.read_text(encoding="utf-8")]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
@@ -13,9 +12,10 @@ from torch import Tensor, nn
 
 from ..optim.unit_operations import alive_here
 from ..optim.units import Member
+from ..terminal import get_logger
 
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 # Values of `init_lora_weights` that change the base begin with these.
 _FROM_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")

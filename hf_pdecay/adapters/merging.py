@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 import warnings
 from collections.abc import Sequence
@@ -17,10 +16,11 @@ from peft.tuners.trainable_tokens.layer import TrainableTokensLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
+from ..terminal import get_logger
 from .factors import check_model, lora_layers, named_factors, warn_of_changed_base
 
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 # Layers whose adapter holds trained values of the weights themselves, and no change to add.
 _TRAINED_WHOLE = (LNTuningLayer, TrainableTokensLayer)

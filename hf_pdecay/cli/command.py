@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Sequence
 from typing import Any
 
 
@@ -36,6 +37,14 @@ def add_settings(parser: argparse.ArgumentParser) -> None:
     for field in SETTINGS.values():
         default = "none" if field.default is None else field.default
         parser.add_argument(f"--{field.name}", metavar="VALUE", help=f"{field.metadata['help']} ({default})")
+
+
+def spelled(words: Sequence[str], *, until_script: bool) -> list[str]:
+    """Return the words of a command with its settings first, as :func:`add_settings` has their flags."""
+    from ..trainer.training_flags import take_settings
+
+    given, rest = take_settings(words, until_script=until_script)
+    return [*(f"--{name}={string}" for name, string in given.items()), *rest]
 
 
 def given_settings(options: argparse.Namespace) -> dict[str, str]:

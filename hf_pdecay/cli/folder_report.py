@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 import os
 import shlex
@@ -31,7 +30,7 @@ from ..storage.folder import CONFIG, INDEX, WEIGHTS, read_config, read_weight_ma
 from ..storage.readers import safe_open
 from ..storage.source import RAGGED, quantization_method
 from ..storage.untrusted import auto_config, model_class, on_meta
-from ..terminal import progress
+from ..terminal import get_logger, progress
 from ..trainer.checkpoints import newest_whole
 from ..trainer.pareto import SEARCH_FILE
 
@@ -39,7 +38,7 @@ from ..trainer.pareto import SEARCH_FILE
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderResult
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 # From about this sparsity on a sparse layer is faster, see docs/inference.md.
 _WORTHWHILE = 0.8

@@ -16,7 +16,8 @@ from importlib import import_module
 from typing import TextIO
 
 from .._version import __version__
-from ..terminal import wrap
+from ..terminal import encodable, wrap
+from .command import spelled
 
 
 _COMMANDS = {
@@ -43,6 +44,8 @@ _EXAMPLES = {
     "completion": "hf-pdecay completion bash",
 }
 
+_WITH_SETTINGS = ("run", "preview")
+
 # Exit codes: for invalid arguments, as in argparse; for errors of the system or the Hub; and for Ctrl-C, as in shells.
 _USAGE, _SYSTEM, _INTERRUPTED = 2, 1, 130
 
@@ -60,6 +63,14 @@ class _Formatter(argparse.HelpFormatter):
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command in ``argv`` (None for that of the process); return the exit code, with errors on stderr."""
     words = sys.argv[1:] if argv is None else argv
+    with encodable(sys.stdout), encodable(sys.stderr):
+        done = _command(words)
+    # A user's script runs outside of what handles our errors: its own keep their words.
+    return done() if callable(done) else done
+
+
+def _command(words: Sequence[str]) -> int | Callable[[], int]:
+    """Run a command and handle the errors of its output; return as :func:`_run` does."""
     stdout = sys.stdout
     try:
         try:
@@ -75,8 +86,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         sys.stderr.write("hf-pdecay: interrupted\n")
         return _INTERRUPTED
-    # A user's script runs outside of the try: its errors keep their own words.
-    return done() if callable(done) else done
+    return done
 
 
 def build_parser(asked: Collection[str] = tuple(_COMMANDS)) -> argparse.ArgumentParser:
@@ -104,13 +114,20 @@ def _run(words: Sequence[str], stdout: TextIO) -> int | Callable[[], int]:
     parser = build_parser([] if asked is None else [asked])
     if asked is not None and asked not in _COMMANDS:
         parser.error(f"unknown command {asked!r}{_meant(asked, _COMMANDS) or '; choose from ' + ', '.join(_COMMANDS)}")
+    if asked in _WITH_SETTINGS and words[0] == asked:
+        try:
+            words = [asked, *spelled(words[1:], until_script=asked == "run")]
+        except ValueError as error:
+            sys.stderr.write(f"hf-pdecay {asked}: {error}\n")
+            return _USAGE
     options, unknown = parser.parse_known_args(words)
     if unknown:
         flags = options.parser._option_string_actions if options.command else ["--version", "--help"]
         hint = "".join(dict.fromkeys(_meant(word.partition("=")[0], flags) for word in unknown if word[:1] == "-"))
         if options.command == "run":
             hint += "; a script's own arguments come after its name: hf-pdecay run SCRIPT ARGS…"
-        parser.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
+        asked_parser = options.parser if options.command else parser
+        asked_parser.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
     if options.command is None:
         parser.print_help()
         return 0

@@ -15,6 +15,7 @@ from pathlib import Path
 from types import ModuleType, TracebackType
 from typing import Any
 
+from ..trainer.training_flags import SETTINGS, take_settings
 from .command import add_settings, given_settings
 
 
@@ -63,10 +64,12 @@ def _run(start: Callable[[], object], argv: list[str], given: dict[str, str]) ->
 
     register_optimizers(remind=True)
     GIVEN.update(given)
+    GIVEN.unparsed = argv[1:]
     _take_settings()
     sys.argv[:] = argv
     try:
         start()
+        _tell_unread(argv[0])
     except BaseException as error:
         if isinstance(error, ValueError) and _is_ours(error):
             sys.stderr.write(f"hf-pdecay run: {error}\n")
@@ -75,6 +78,16 @@ def _run(start: Callable[[], object], argv: list[str], given: dict[str, str]) ->
             _show_their_frames_only(error.__traceback__)
         raise
     return 0
+
+
+def _tell_unread(script: str) -> None:
+    """Say so if a script has ended without arguments of a run, so that nothing has read the settings."""
+    from ..trainer.settings import GIVEN
+
+    unread = GIVEN | take_settings(GIVEN.unparsed)[0]
+    if unread and not GIVEN.was_read and os.environ.get("RANK", "0") == "0":
+        flags = " ".join(f"--{name}={string}" for name, string in unread.items())
+        sys.stderr.write(f"hf-pdecay run: {script} made no TrainingArguments, so nothing has read {flags}.\n")
 
 
 def _is_ours(error: BaseException) -> bool:
@@ -104,21 +117,20 @@ def _take_settings() -> None:
 
 
 def _from_words(stock: Callable[..., Any]) -> Callable[..., Any]:
+    """Take the settings of the decay out of the words that a script's parser does not know."""
     from ..trainer.settings import GIVEN
-    from ..trainer.training_flags import SETTINGS
 
     @functools.wraps(stock)
-    def parse_known_args(*args: Any, **kwargs: Any) -> tuple[Any, list[str]]:
-        options, unknown = stock(*args, **kwargs)
-        left: list[str] = []
-        words = iter(unknown)
-        for word in words:
-            name, equals, string = word.removeprefix("--").partition("=")
-            if word.startswith("--") and name in SETTINGS:
-                GIVEN[name] = string if equals else next(words, "true")
-            else:
-                left.append(word)
-        return options, left
+    def parse_known_args(self: argparse.ArgumentParser, args: Any = None, namespace: Any = None, **more: Any) -> Any:
+        words = sys.argv[1:] if args is None else list(args)
+        whole = args is None or (bool(words) and set(words) <= {*sys.argv})
+        if not _passes_on(self):  # else the words may be for the script that it starts
+            taken, words = take_settings(words, _flags(self))
+            GIVEN.update(taken)
+        options, unknown = stock(self, words, namespace, **more)
+        if whole:
+            GIVEN.unparsed = [*unknown]
+        return options, unknown
 
     return parse_known_args
 
@@ -140,10 +152,25 @@ def _from_config(stock: Callable[..., Any]) -> Callable[..., Any]:
     return set_defaults_with_config
 
 
+def _subparsers(parser: argparse.ArgumentParser) -> list[argparse.ArgumentParser]:
+    groups = [action for action in parser._actions if isinstance(action, argparse._SubParsersAction)]
+    return [command for group in groups for command in group.choices.values()]
+
+
+def _flags(parser: argparse.ArgumentParser) -> set[str]:
+    """The flags that a parser and its subparsers know."""
+    return {*parser._option_string_actions}.union(*map(_flags, _subparsers(parser)))
+
+
+def _passes_on(parser: argparse.ArgumentParser) -> bool:
+    """Whether a parser takes all that is left as the words of another command."""
+    remainder = any(action.nargs == argparse.REMAINDER for action in parser._actions)
+    return remainder or any(map(_passes_on, _subparsers(parser)))
+
+
 def _without_ours(options: Mapping[str, Any], known: Collection[str]) -> dict[str, Any]:
     """Take the settings of the decay out of a file's options, unless the parser knows them; the command line wins."""
     from ..trainer.settings import GIVEN
-    from ..trainer.training_flags import SETTINGS
 
     ours = {name: value for name, value in options.items() if name in SETTINGS and name not in known}
     for name, value in ours.items():

@@ -138,8 +138,15 @@ def preview(
 ) -> Preview:
     """Preview a run of the model that :func:`.model_size.on_meta` builds from ``name``; ``weight_decay`` is by L2.
 
-    Raises ValueError if the model does not exist, a rule matches nothing, or a target cannot be reached.
+    Raises ValueError if the model does not exist, a rule matches nothing, a target cannot be reached, or a number is
+    out of its range.
     """
+    if max_steps < 1:
+        raise ValueError(f"Invalid max_steps: max_steps={max_steps!r}; it must be at least 1.")
+    if not 0 <= weight_decay < math.inf:
+        raise ValueError(
+            f"Invalid weight_decay: weight_decay={weight_decay!r}; it must be a finite number of at least 0."
+        )
     model: nn.Module = on_meta(name)
     args: Any = SimpleNamespace(weight_decay=weight_decay)
     groups = param_groups_of(model, args, settings)

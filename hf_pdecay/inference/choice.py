@@ -16,13 +16,14 @@ from torch import Tensor, nn
 
 from ..checks import asked_percent, is_number
 from ..layers.matrices import Linear, is_plain_linear, is_transposed, make_linear
+from ..terminal import get_logger
 from .base import InferenceLinear
 from .result import MOST_SPARSITY, Choice, Choices
 from .semi_structured import SemiStructuredLinear
 from .sparse_linear import SparseLinear
 
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 # With fewer zeros, values and indices take more bytes than the dense float32 weight.
 LEAST_SPARSITY = 0.5

@@ -12,13 +12,14 @@ import torch
 from torch import Tensor
 
 from ..checks import check_choice
+from ..terminal import get_logger
 from . import foreach, reference
 from .cpu import step as compiled
 from .gradients import grads_finite
 from .tensor_step import TensorStep
 
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 BACKENDS = ("auto", "compiled", "triton", "foreach", "reference")
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -11,6 +10,7 @@ from torch import Tensor, nn
 
 from ..checks import check_choice
 from ..layers.finding import Layer, find_layers
+from ..terminal import get_logger
 from .configs import set_values
 from .dead import dead_units_of
 from .planning import Plan, plan_ragged, plan_uniform
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     Model = TypeVar("Model", bound=PreTrainedModel)
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 _FUSED = (
     "The neurons of fused experts in {} cannot be removed: one parameter holds all experts, and each expert has dead "

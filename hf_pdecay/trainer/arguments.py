@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch.optim import Optimizer
 from transformers import TrainingArguments
 from transformers.training_args import OptimizerNames
 
@@ -13,7 +12,7 @@ from ..optim.optimizer_names import ADAMW_LP, OPTIMIZERS
 from ..target.settings import Target
 from .optimizer import check_hyperparameters, name_of
 from .settings import GIVEN, DecaySettings, split_optim_args
-from .training_flags import SETTINGS, DecayFields
+from .training_flags import SETTINGS, DecayFields, misspelt, refuse_misspelt, take_settings
 
 
 # What TrainingArguments have if a script says nothing; it depends on the release of torch.
@@ -117,6 +116,12 @@ def apply_given(args: TrainingArguments) -> None:
     Raises:
         ValueError: If the run has another optimizer that is not ours, or ``lp_rules`` is JSON and not a file.
     """
+    GIVEN.was_read = True
+    if GIVEN.unparsed:  # no parser has known them, or there is none
+        taken, rest = take_settings(GIVEN.unparsed)
+        GIVEN.unparsed = []
+        GIVEN.update(taken)
+        refuse_misspelt(rest)
     if not GIVEN:
         return
     if name_of(args) not in OPTIMIZERS:
@@ -147,19 +152,20 @@ def check_settings(args: TrainingArguments) -> None:
         check_unused(args)
 
 
-def check_unused(args: TrainingArguments, optimizer: Optimizer | None = None) -> None:
+def check_unused(args: TrainingArguments, optimizer: str | None = None) -> None:
     """Raise ValueError if settings of the decay were given to a run whose optimizer does not read them.
 
     Args:
         args: The arguments of the run.
-        optimizer: One that a Trainer was given in place of that which ``args.optim`` names.
+        optimizer: Type of one that a Trainer was given in place of that which ``args.optim`` names.
     """
+    unused: list[str] = []
     if isinstance(args, PDecayTrainingArguments):
         values = {key: getattr(args, key) for key in SETTINGS if key != "near_zero_threshold"}
         unused = [f"{key}={value!r}" for key, value in values.items() if value != SETTINGS[key].default]
-    else:
+    if not unused:
         pairs = (pair.strip() for pair in str(args.optim_args or "").split(","))
-        unused = [pair for pair in pairs if pair.partition("=")[0].strip() in SETTINGS]
+        unused = [pair for pair in pairs if misspelt(pair.partition("=")[0].strip()) is not None]
     if not unused:
         return
     what = f"does not read {', '.join(unused)}, so the model would be dense"
@@ -167,7 +173,7 @@ def check_unused(args: TrainingArguments, optimizer: Optimizer | None = None) ->
     if optimizer is None:
         raise ValueError(f"Invalid optim: optim={name!r} {what}; give optim={ours_for(name)!r}.")
     raise ValueError(
-        f"Invalid optimizers: the {type(optimizer).__name__} that the Trainer was given {what}; give none, or wrap it "
+        f"Invalid optimizers: the {optimizer} that the Trainer was given {what}; give none, or wrap it "
         "in hf_pdecay.LpDecay."
     )
 

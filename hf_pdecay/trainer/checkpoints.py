@@ -7,7 +7,6 @@ headers say, files of ``torch.save`` must end with the directory of a zip file, 
 from __future__ import annotations
 
 import json
-import logging
 import os
 import zipfile
 from pathlib import Path
@@ -15,9 +14,10 @@ from typing import Any
 
 from ..sparsity.file_names import CHECKPOINT, STATE_FILE
 from ..storage.container import FormatError, read_header
+from ..terminal import get_logger
 
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 _SENTINEL = "checkpoint-is-incomplete.txt"  # the Trainer's SIGTERM handler removes it when it is done
 _WEIGHTS = ("*.safetensors", "*/*.safetensors", "pytorch_model*.bin", "adapter_model.bin", "pytorch_model_fsdp*")

@@ -91,6 +91,7 @@ def _divided(
     isolate_zero: bool = False,
     theirs: Sequence[Mapping[str, Any]] | None = None,
 ) -> list[dict[str, Any]]:
+    _check_dense(model, settings.optim)
     # A target of the run, or modules to decay, ask for more than the rules do.
     everywhere = settings.target_sparsity is not None or settings.target_modules is not None
     groups = build_param_groups(
@@ -106,6 +107,16 @@ def _divided(
     if settings.target_modules is not None:
         groups = _in_target_modules(model, groups, settings.target_modules)
     return groups if theirs is None else _merged(groups, theirs)
+
+
+def _check_dense(model: nn.Module, optim: str) -> None:
+    """Raise ValueError for an embedding whose gradient will be sparse, which no optimizer with p-norm decay takes."""
+    for name, module in model.named_modules():
+        if isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and module.sparse and module.weight.requires_grad:
+            raise ValueError(
+                f"Invalid optim: optim={optim!r} takes no sparse gradients, and {clean_name(name)} is made with "
+                "sparse=True. Set its attribute sparse to False, or freeze its weight."
+            )
 
 
 def _undecayed(group: Mapping[str, Any], params: list[nn.Parameter], rule: str = "not decayed") -> dict[str, Any]:

@@ -8,7 +8,6 @@ Trainer with such an ``optim``, as torch's ``fully_shard`` does with a module.
 from __future__ import annotations
 
 import functools
-import logging
 from collections.abc import Callable
 from enum import Enum
 from typing import Any
@@ -18,12 +17,13 @@ from aenum import extend_enum
 from transformers import Trainer, TrainingArguments
 
 from ..optim.optimizer_names import OPTIMIZERS
+from ..terminal import get_logger
 from .arguments import PDecayTrainingArguments, apply_given, check_settings
 from .optimizer import name_of
 from .trainer import PDecayTrainerMixin, check_arguments
 
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 # Methods that PDecayTrainerMixin overrides; transformers must have all of them.
 _METHODS = (

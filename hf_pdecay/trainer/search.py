@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,10 +14,12 @@ from transformers.trainer_utils import default_compute_objective
 from ..checks import is_number
 from ..files import append_line
 from ..rules.spec import parse_rules
-from .arguments import PDecayTrainingArguments, settings_of
+from ..terminal import get_logger
+from .arguments import PDecayTrainingArguments, ours_for, settings_of
+from .optimizer import name_of
 from .pareto import SEARCH_FILE
 from .settings import DecaySettings, split_optim_args
-from .training_flags import SETTINGS, DecayFields
+from .training_flags import SETTINGS, check_alone
 
 
 if TYPE_CHECKING:
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 
     from ..sparsity.report import SparsityReport
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 DIRECTIONS = ["minimize", "maximize"]
 """Directions of :func:`loss_and_sparsity`, for ``hyperparameter_search(direction=DIRECTIONS)``."""
@@ -34,8 +35,6 @@ DIRECTIONS = ["minimize", "maximize"]
 Space = tuple[float, float] | Sequence[Any]
 
 _RANGES: dict[str, Space | None] = {"learning_rate": (1e-5, 1e-3), "p_norm": (0.5, 1.0), "lambda_p": (1e-3, 1e-1)}
-# With these a value of any setting can be checked alone.
-_WHOLE_RUN = DecayFields(sparsity_begin=0.0, sparsity_end=1.0)
 _LOGARITHMIC = ("learning_rate", "lambda_p", "weight_decay")  # their order of magnitude matters
 
 
@@ -129,7 +128,7 @@ def _checked(ranges: dict[str, Space | None]) -> dict[str, Space]:
         for value in values:
             if name in SETTINGS and value is not None:
                 try:
-                    replace(_WHOLE_RUN, **{name: value})
+                    check_alone(name, value)
                 except ValueError as error:
                     raise ValueError(f"Invalid space: {error}") from error
     if any(chosen.get("target_sparsity", ())):
@@ -158,6 +157,16 @@ def loss_and_sparsity(metrics: dict[str, float]) -> list[float]:
             "a PDecayTrainer with optim='adamw_lp' and one eval_dataset."
         )
     return [metrics["eval_loss"], metrics["eval_sparsity"]]
+
+
+def check_read(args: TrainingArguments, hp_space: Any) -> None:
+    """Raise ValueError if a space of ours has settings of the decay that the optimizer of ``args`` does not read."""
+    unread = [name for name in hp_space.ranges if name in SETTINGS] if isinstance(hp_space, _HpSpace) else []
+    if unread:
+        raise ValueError(
+            f"Invalid space: optim={name_of(args)!r} does not read {', '.join(unread)}; give "
+            f"optim={ours_for(name_of(args))!r}, or leave them out: {', '.join(f'{name}=None' for name in unread)}."
+        )
 
 
 def _check_objectives(objective: Any, count: int, direction: Any) -> None:

@@ -14,8 +14,22 @@ from ..target.settings import Target
 from .training_flags import SETTINGS, DecayFields, read_setting
 
 
-GIVEN: dict[str, str] = {}
-"""Settings that ``hf-pdecay run`` was given as flags, as strings, for the arguments of every run in this process."""
+class _Given(dict[str, str]):
+    """Settings as strings.
+
+    Attributes:
+        unparsed: Words of a script's command line that no argparse parser has known yet.
+        was_read: Whether arguments of a run have been made, which read them.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.unparsed: list[str] = []
+        self.was_read = False
+
+
+GIVEN = _Given()
+"""Settings that ``hf-pdecay run`` was given as flags, for the arguments of every run in this process."""
 
 # Settings that change no weight, and rules, which take too much room.
 _NOT_ON_CARDS = ("lp_rules", "skip_nonfinite", "sparsity_logging", "near_zero_threshold")

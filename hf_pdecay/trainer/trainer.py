@@ -18,6 +18,7 @@ from transformers.trainer_utils import has_length
 from transformers.training_args import OptimizerNames
 
 from ..files import remove_leftovers
+from ..optim.decay_optimizer import DecayOptimizer
 from ..optim.optimizer_names import OPTIMIZERS
 from ..optim.shards import is_sharded, settle
 from ..sparsity.file_names import REPORT_FILE, RUN_FILES, STATE_FILE
@@ -32,7 +33,7 @@ from .gradient_norm import share_grad_norm
 from .optimizer import build_optimizer, name_of, param_groups_of
 from .resume_checks import check_checkpoint, check_engine_of, check_optimizer_state, other_settings
 from .saved_names import load_converted
-from .search import Search, folded
+from .search import Search, check_read, folded
 from .settings import DecaySettings
 from .sparsity_callback import SparsityCallback
 from .target_callback import SparsityControlCallback
@@ -83,8 +84,7 @@ class PDecayTrainerMixin(_Base):
         self._given_optimizer = self.optimizer is not None or self.optimizer_cls_and_kwargs is not None
         if not self._decays:
             return
-        if self.optimizer is not None and not any("p_norm" in group for group in self.optimizer.param_groups):
-            check_unused(self.args, self.optimizer)
+        self._check_given()
         settings = self._settings
         if self.train_dataset is None and not any(param.requires_grad for param in self.model.parameters()):
             self._attach(settings)  # evaluation only; training is checked when it starts
@@ -99,6 +99,14 @@ class PDecayTrainerMixin(_Base):
             from .distillation import distil
 
             distil(self, settings)
+
+    def _check_given(self) -> None:
+        """Refuse settings of the decay beside an optimizer of the user's own that does not read them."""
+        if self.optimizer is not None and not any("p_norm" in group for group in self.optimizer.param_groups):
+            check_unused(self.args, type(self.optimizer).__name__)
+        kind = self.optimizer_cls_and_kwargs[0] if self.optimizer_cls_and_kwargs is not None else None
+        if isinstance(kind, type) and issubclass(kind, Optimizer) and not issubclass(kind, DecayOptimizer):
+            check_unused(self.args, kind.__name__)
 
     def _expected_steps(self) -> int | None:
         """Steps of the run; None where only a subclass's own data loader knows them, which is checked as it starts."""
@@ -183,6 +191,7 @@ class PDecayTrainerMixin(_Base):
         if not self._decays or self.optimizer is not None or self.optimizer_cls_and_kwargs is not None:
             given: Optimizer = super().create_optimizer() if model is None else super().create_optimizer(model)
             if self._decays and not any("p_norm" in group for group in given.param_groups):
+                check_unused(self.args, type(given).__name__)  # it may have come after the Trainer was made
                 logger.warning(
                     "optim=%r is not in use: the Trainer was given a %s, so no weight decays by p norm.",
                     name_of(self.args),
@@ -234,6 +243,7 @@ class PDecayTrainerMixin(_Base):
         """
         args = (n_trials, direction, *args)
         if not self._decays:
+            check_read(self.args, hp_space)
             return super().hyperparameter_search(hp_space, compute_objective, *args, **kwargs)
         self._search = search = Search(self, self.measure_sparsity, hp_space, compute_objective, direction)
         if not kwargs.get("load_if_exists"):
@@ -248,6 +258,8 @@ class PDecayTrainerMixin(_Base):
         if isinstance(trial, dict):  # values of Ray Tune; optuna asks the space for them
             trial = folded(self.args, trial, self._search.optim_args if self._search else self.args.optim_args)
         super()._hp_search_setup(trial)
+        if not self._decays:
+            check_settings(self.args)  # a space may have set what this optimizer does not read
         if self._search is not None and trial is not None:
             self._search.enter(super()._get_output_dir, trial)
 

@@ -6,11 +6,15 @@ A new field here or in ``Target`` is a new setting everywhere: ``HfArgumentParse
 
 from __future__ import annotations
 
+import difflib
+import itertools
 import math
-from dataclasses import dataclass, fields
+from collections.abc import Collection, Iterable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, fields, replace
 from typing import Any, get_args, get_type_hints
 
-from ..checks import check_choice, check_lambda_p, check_p_norm, is_number
+from ..checks import asked_percent, check_choice, check_lambda_p, check_p_norm, is_number
 from ..optim.defaults import LAMBDA_P, P_NORM
 from ..sparsity.defaults import NEAR_ZERO_THRESHOLD
 from ..target.settings import Target, check_p_norms, setting
@@ -151,4 +155,70 @@ def read_setting(name: str, string: str) -> Any:
     try:
         return read(string)
     except (ValueError, KeyError):
-        raise ValueError(f"Invalid {name}: {name}={string!r}; it must be {right}.") from None
+        asked = ""
+        if read is float and string.endswith("%"):
+            with suppress(ValueError):
+                asked = asked_percent(float(string[:-1]))
+        raise ValueError(f"Invalid {name}: {name}={string!r}; it must be {right}.{asked}") from None
+
+
+# With these a value of any setting can be checked alone.
+_WHOLE_RUN = DecayFields(sparsity_begin=0.0, sparsity_end=1.0, teacher="self")
+
+
+def check_alone(name: str, value: Any) -> None:
+    """Raise ValueError if a setting cannot have a value, whatever the other settings are."""
+    replace(_WHOLE_RUN, **{name: value})
+
+
+def take_settings(
+    words: Sequence[str], known: Collection[str] = (), *, until_script: bool = False
+) -> tuple[dict[str, str], list[str]]:
+    """Part the words of a command line into settings of the decay, by name, and the rest.
+
+    Args:
+        words: The words, in which ``--target_sparsity`` may also be ``--target-sparsity``, and a switch needs no value.
+        known: Flags that another parser knows, which stay in the rest.
+        until_script: Whether all from the first word on that is neither a flag nor its value, or is ``-m``, is rest.
+
+    Raises:
+        ValueError: If a value is missing or wrong.
+    """
+    given: dict[str, str] = {}
+    rest: list[str] = []
+    left = list(words)
+    while left:
+        word = left.pop(0)
+        flag, equals, string = word.partition("=")
+        name = flag.removeprefix("--").replace("-", "_")
+        if word == "--" or (until_script and (word == "-m" or not word.startswith("-"))):
+            return given, [*rest, word, *left]
+        if not flag.startswith("--") or name not in SETTINGS or flag in known:
+            rest.append(word)
+            continue
+        if not equals:
+            switch = _TYPES[name] is bool
+            has_value = bool(left) and (left[0].lower() in _BOOLEANS if switch else not left[0].startswith("--"))
+            if not has_value and not switch:
+                raise ValueError(f"Invalid {name}: {flag} has no value; give it as {flag}=VALUE.")
+            string = left.pop(0) if has_value else "true"
+        check_alone(name, string)
+        given[name] = string
+    return given, rest
+
+
+def refuse_misspelt(words: Iterable[str]) -> None:
+    """Raise ValueError if a flag that nothing knows is like one of the settings."""
+    for word in itertools.takewhile(lambda word: word != "--", words):
+        flag = word.partition("=")[0]
+        if not flag.startswith("--"):
+            continue
+        near = misspelt(flag.removeprefix("--").replace("-", "_"))
+        if near is not None:
+            raise ValueError(f"Invalid {flag}: nothing knows it; did you mean --{near}?")
+
+
+def misspelt(name: str) -> str | None:
+    """Return the setting that a name which is none is very like; None without one."""
+    near = difflib.get_close_matches(name, SETTINGS, n=1, cutoff=0.85)
+    return near[0] if near else None

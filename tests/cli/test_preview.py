@@ -115,6 +115,8 @@ def test_settings_by_flags_and_in_optim_args_are_the_same(gpt2: str, capsys: pyt
         (["--lp_rules", '{"mpl": {}}'], "'mpl' matches no trainable parameter"),
         (["--target_sparsity", "0.9", "--p_norm", "2"], "p_norm=2"),
         (["--target_sparsity", "0.9", "--max_steps", "5"], "max_steps"),
+        (["--max_steps", "-1"], "max_steps=-1"),
+        (["--weight_decay", "nan"], "weight_decay=nan"),
         (["--optim_args", "taget_sparsity=0.9"], "target_sparsity"),
         (["--optim_target_modules", "nothing"], "optim_target_modules"),
     ],

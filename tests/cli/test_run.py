@@ -325,3 +325,70 @@ def test_help_of_run_is_ours(capsys: pytest.CaptureFixture[str]) -> None:
         main(["run", "--help"])
     assert ended.value.code == 0
     assert "hf-pdecay run [SETTINGS] SCRIPT ARGS" in capsys.readouterr().out
+
+
+_PRINTS = """
+from transformers import TrainingArguments
+args = TrainingArguments("out")
+print(args.optim.value, args.optim_args)
+"""
+_PARSER = "import argparse\nparser = argparse.ArgumentParser()\n"
+_POSITIONAL = f"{_PARSER}parser.add_argument('data')\nparser.parse_args()\n{_PRINTS}"
+_COMMANDS = f"""{_PARSER}
+parser.add_subparsers().add_parser("fit").add_argument("--p_norm")
+print(parser.parse_args().p_norm)
+{_PRINTS}"""
+_STARTING = f"""{_PARSER}
+parser.add_argument("rest", nargs=argparse.REMAINDER)
+print(parser.parse_args().rest)
+{_PRINTS}"""
+_OF_A_FILE = """
+from transformers import HfArgumentParser, TrainingArguments
+(args,) = HfArgumentParser(TrainingArguments).parse_dict({"target_sparsity": 0.9, "p_norm": 0.5})
+print(args.optim.value, args.optim_args)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("before", "script", "after", "printed"),
+    [
+        # A script that reads no flags.
+        ("", _PRINTS, "--target_sparsity 0.9", "adamw_lp target_sparsity=0.9"),
+        # A value of ours is no positional argument of the script.
+        ("", _POSITIONAL, "--p-norm 0.5 data", "adamw_lp p_norm=0.5"),
+        # A switch needs no value, and does not take the next flag for one.
+        ("", _POSITIONAL, "data --keep_zeros --lambda_p 0", "adamw_lp keep_zeros=true,lambda_p=0"),
+        ("--lambda-p 0 --keep_zeros", _POSITIONAL, "data", "adamw_lp lambda_p=0,keep_zeros=true"),
+        # A flag of the script's own, of a command's parser, and words for another script.
+        ("", _COMMANDS, "fit --p_norm 3 --target_sparsity=0.5", "3\nadamw_lp target_sparsity=0.5"),
+        ("", _STARTING, "child.py --p_norm 3", "['child.py', '--p_norm', '3']\nadamw_torch"),
+        # Keys of a file that HfArgumentParser reads; flags win.
+        ("--p_norm 0.7", _OF_A_FILE, "", "adamw_lp p_norm=0.7,target_sparsity=0.9"),
+    ],
+)
+def test_where_settings_may_stand(before: str, script: str, after: str, printed: str, run: Run, tmp_path: Path) -> None:
+    (tmp_path / "script.py").write_text(script)
+    done = run("-m", "hf_pdecay", "run", *before.split(), "script.py", *after.split())
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.startswith(printed)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("script", "words", "code", "said"),
+    [
+        (_PRINTS, "--target_sparsty 0.9", 2, "nothing knows it; did you mean --target_sparsity?"),
+        (_POSITIONAL.replace("parse_args", "parse_known_args"), "x --targetsparsity=0.9", 2, "mean --target_sparsity?"),
+        (_PRINTS, "--target_sparsity", 2, "--target_sparsity has no value"),
+        (_PRINTS, "--target_sparsity 90%", 2, "target_sparsity='90%'; it must be a number. Was 0.9 meant?"),
+        ("", "--target_sparsity 0.9", 0, "script.py made no TrainingArguments, so nothing has read --target_spars"),
+    ],
+)
+def test_settings_that_nothing_would_read(
+    script: str, words: str, code: int, said: str, run: Run, tmp_path: Path
+) -> None:
+    (tmp_path / "script.py").write_text(script)
+    done = run("-m", "hf_pdecay", "run", "script.py", *words.split())
+    assert done.returncode == code and "Traceback" not in done.stderr
+    assert said in done.stderr.splitlines()[-1]

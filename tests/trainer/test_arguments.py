@@ -117,6 +117,25 @@ def test_settings_that_a_given_optimizer_does_not_read_are_refused(tmp_path: Pat
     model = torch.nn.Linear(4, 4)
     with pytest.raises(ValueError, match=r"the SGD that the Trainer was given does not read target_sparsity=0\.9"):
         PDecayTrainer(model=model, args=args, optimizers=(torch.optim.SGD(model.parameters(), lr=0.1), None))
+    with pytest.raises(ValueError, match=r"the SGD that the Trainer was given does not read target_sparsity=0\.9"):
+        PDecayTrainer(model=model, args=args, optimizer_cls_and_kwargs=(torch.optim.SGD, {"lr": 0.1}))
+
+
+def test_settings_that_an_optimizer_of_a_subclass_does_not_read_are_refused(tmp_path: Path) -> None:
+    trainer = PDecayTrainer(
+        model=torch.nn.Linear(4, 4),
+        args=PDecayTrainingArguments(str(tmp_path), p_norm=0.5, use_cpu=True, max_steps=1),
+        train_dataset=[{"input": torch.zeros(4)}],
+    )
+    trainer.optimizer = torch.optim.SGD(trainer.model.parameters(), lr=0.1)  # as a subclass may do
+    with pytest.raises(ValueError, match=r"the SGD that the Trainer was given does not read p_norm=0\.5"):
+        trainer.create_optimizer()
+
+
+def test_a_misspelt_setting_of_another_optimizer_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"'adamw_torch' does not read target_sparcity=0\.9"):
+        PDecayTrainingArguments(str(tmp_path), optim="adamw_torch", optim_args="target_sparcity=0.9")
+    PDecayTrainingArguments(str(tmp_path), optim="galore_adamw", optim_args="rank=64,scale=2,norm=1")
 
 
 def test_numbers_that_yaml_reads_as_strings_are_numbers(tmp_path: Path) -> None:

@@ -154,6 +154,20 @@ def test_another_optimizer_searches_as_ever(searcher: Callable[..., PDecayTraine
         loss_and_sparsity({"eval_loss": 1.0})
 
 
+def test_what_another_optimizer_does_not_read_is_not_searched(searcher: Callable[..., PDecayTrainer]) -> None:
+    trainer = searcher(optim="adamw_torch")
+    message = r"optim='adamw_torch' does not read p_norm, lambda_p; give optim='adamw_lp', or .* p_norm=None, lambda_p"
+    with pytest.raises(ValueError, match=message):
+        trainer.hyperparameter_search(optuna_space(), n_trials=1, backend="optuna")
+    for space in (Grid({"p_norm": 0.6}), optuna_space(optim=["adamw_torch"], p_norm=[0.6], lambda_p=None)):
+        trainer = searcher(optim="adamw_torch" if isinstance(space, Grid) else "adamw_lp")
+        with pytest.raises(ValueError, match=r"optim='adamw_torch' does not read p_norm=0\.6"):
+            trainer.hyperparameter_search(space, n_trials=1, backend="optuna")
+        assert trainer.state.global_step == 0
+    space = optuna_space(p_norm=None, lambda_p=None)
+    assert searcher(optim="adamw_torch").hyperparameter_search(space, n_trials=1, backend="optuna") is not None
+
+
 def test_p_of_two_and_more_where_there_is_no_target() -> None:
     assert optuna_space(p_norm=(1, 2.5), target_sparsity=[None, 0])
     assert optuna_space(p_norm=(1.0, 2.5))

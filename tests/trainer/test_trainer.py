@@ -416,6 +416,14 @@ def test_an_optimizer_that_is_passed_in_stays(make_args: MakeArgs, tokens: Any, 
 
 
 class TestBadInput:
+    @pytest.mark.parametrize("kind", [nn.Embedding, nn.EmbeddingBag])
+    def test_gradients_that_will_be_sparse(self, kind: Any, make_args: MakeArgs, tokens: Any) -> None:
+        model = nn.Sequential(nn.ModuleDict({"words": kind(8, 4, sparse=True)}), nn.Linear(4, 4))
+        with pytest.raises(ValueError, match=r"optim='adamw_lp' takes no sparse gradients, and 0\.words is made with"):
+            PDecayTrainer(model=model, args=make_args(), train_dataset=tokens)
+        model[0]["words"].weight.requires_grad_(False)
+        PDecayTrainer(model=model, args=make_args(), train_dataset=tokens)
+
     def test_rules_that_match_nothing(self, make_args: MakeArgs, tokens: Any) -> None:
         with pytest.raises(ValueError, match="lp_rules: the pattern 'c_att_n' matches no trainable parameter"):
             PDecayTrainer(model=tiny_gpt2(), args=make_args(lp_rules={"c_att_n": "off"}), train_dataset=tokens)
