@@ -67,11 +67,6 @@ class DecaySettings(DecayFields):
 
         ``flags`` are settings as strings, which win over ``optim_args``; their ``lp_rules`` may be JSON.
         """
-        if optim_args is not None and not isinstance(optim_args, str):
-            raise ValueError(
-                f"Invalid optim_args: optim_args={optim_args!r}; it must be a string such as "
-                "'p_norm=0.8,target_sparsity=0.9'."
-            )
         given = split_optim_args(optim_args)
         known = [*SETTINGS, *OPTIMIZERS[optim].options]
         for key in given:
@@ -119,6 +114,11 @@ class DecaySettings(DecayFields):
 
 def split_optim_args(optim_args: str | None) -> dict[str, str]:
     """Split ``"KEY=VALUE,KEY=VALUE"``; ValueError if a key or a value is missing, or a key is given twice."""
+    if optim_args is not None and not isinstance(optim_args, str):
+        raise ValueError(
+            f"Invalid optim_args: optim_args={optim_args!r}; it must be a string such as "
+            "'p_norm=0.8,target_sparsity=0.9'."
+        )
     pairs: dict[str, str] = {}
     for pair in (optim_args or "").split(","):
         key, _, value = (side.strip() for side in pair.partition("="))

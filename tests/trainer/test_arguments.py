@@ -132,6 +132,11 @@ def test_settings_that_an_optimizer_of_a_subclass_does_not_read_are_refused(tmp_
         trainer.create_optimizer()
 
 
+def test_optim_args_that_are_no_string(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"Invalid optim_args: optim_args=\{'moments': 'bfloat16'\}; for"):
+        PDecayTrainingArguments(str(tmp_path), optim_args={"moments": "bfloat16"})  # type: ignore[arg-type]
+
+
 def test_a_misspelt_setting_of_another_optimizer_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"'adamw_torch' does not read target_sparcity=0\.9"):
         PDecayTrainingArguments(str(tmp_path), optim="adamw_torch", optim_args="target_sparcity=0.9")
