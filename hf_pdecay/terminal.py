@@ -37,11 +37,14 @@ def encodable(file: Any) -> Any:
         yield
         return
     before = file.errors
-    file.reconfigure(errors="replace")
+    # It flushes the file and asks for its place, which one that has become a pipe since may not have.
+    with contextlib.suppress(OSError):
+        file.reconfigure(errors="replace")
     try:
         yield
     finally:
-        file.reconfigure(errors=before)
+        with contextlib.suppress(OSError):
+            file.reconfigure(errors=before)
 
 
 def progress(items: Iterable[_T], what: str, total: int, unit: str = "tensors") -> Iterable[_T]:

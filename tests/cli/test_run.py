@@ -359,7 +359,7 @@ print(args.optim.value, args.optim_args)
         ("", _POSITIONAL, "--p-norm 0.5 data", "adamw_lp p_norm=0.5"),
         # A switch needs no value, and does not take the next flag for one.
         ("", _POSITIONAL, "data --keep_zeros --lambda_p 0", "adamw_lp keep_zeros=true,lambda_p=0"),
-        ("--lambda-p 0 --keep_zeros", _POSITIONAL, "data", "adamw_lp lambda_p=0,keep_zeros=true"),
+        ("--lambda-p 0 --keep_zeros", _POSITIONAL, "data", "adamw_lp keep_zeros=true,lambda_p=0"),
         # A flag of the script's own, of a command's parser, and words for another script.
         ("", _COMMANDS, "fit --p_norm 3 --target_sparsity=0.5", "3\nadamw_lp target_sparsity=0.5"),
         ("", _STARTING, "child.py --p_norm 3", "['child.py', '--p_norm', '3']\nadamw_torch"),
