@@ -2,20 +2,30 @@
 
 from __future__ import annotations
 
+import json
+import os
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
 from transformers import Trainer
 
+from ..files import write_text
 from .engines import engine_of
 from .lesson import LABELS, Lesson
 from .settings import DecaySettings
+from .teacher import SELF
 
 
 if TYPE_CHECKING:
-    _Base = Trainer
+    from .trainer import PDecayTrainerMixin
+
+    _Base = PDecayTrainerMixin
 else:
     _Base = object
+
+TEACHER_FILE = "teacher.json"
+"""The file in a checkpoint that says which teacher the run has."""
 
 
 def distil(trainer: Trainer, settings: DecaySettings) -> None:
@@ -42,15 +52,38 @@ class DistillingMixin(_Base):
 
     def call_model_init(self, trial: Any = None) -> nn.Module:
         """Make a model, and its teacher."""
+        settings = self._lesson.settings
+        del self._lesson  # the teacher of the model before, which need not be kept beside the new one
         model: nn.Module = super().call_model_init(trial)
-        self._learn_from(self._lesson.settings, model)
+        self._learn_from(settings, model)
         return model
+
+    def _hp_search_setup(self, trial: Any) -> None:
+        super()._hp_search_setup(trial)
+        settings = self._settings
+        if settings.teacher != self._lesson.settings.teacher:
+            raise ValueError(
+                f"Invalid teacher: a trial has teacher={settings.teacher!r} and the Trainer was made with "
+                f"teacher={self._lesson.settings.teacher!r}; a search varies teacher_logits and the like, not teacher."
+            )
+        self._lesson.settings = settings
+
+    def _check_checkpoint(self, folder: str | bool | None, *, warn: bool = False) -> None:
+        super()._check_checkpoint(folder, warn=warn)
+        if isinstance(folder, str) and os.path.isdir(folder):
+            _check_same_teacher(Path(folder), self._lesson)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save the model, and in a checkpoint which teacher it has."""
+        if _internal_call and output_dir and self.args.should_save:
+            os.makedirs(output_dir, exist_ok=True)
+            write_text(Path(output_dir) / TEACHER_FILE, json.dumps({"digest": self._lesson.teacher.digest}))
+        super().save_model(output_dir, _internal_call)
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
         """Collect the batches of a step, and count what the error of the hidden states is divided by."""
         batches, items = super().get_batch_samples(*args, **kwargs)
-        if items is not None:
-            self._lesson.count(batches, self)
+        self._lesson.count(self, batches, summed=items is not None)
         return batches, items
 
     def compute_loss(
@@ -61,6 +94,11 @@ class DistillingMixin(_Base):
         if not self.model.training:
             return super().compute_loss(model, inputs, **options)
         labels = {key: inputs[key] for key in LABELS if key in inputs}
+        if not labels:
+            raise ValueError(
+                f"Invalid teacher: teacher={self._lesson.settings.teacher!r}, and the batches of {type(self).__name__} "
+                f"have no labels, only {', '.join(map(str, inputs))}; a teacher needs them. Train without one."
+            )
         with self._lesson.watch(model) as seen:
             result = super().compute_loss(model, inputs, **options)
         task, *outputs = result if isinstance(result, tuple) else (result,)
@@ -79,6 +117,8 @@ def _check_run(trainer: Trainer, settings: DecaySettings) -> None:
     what = f"Invalid teacher: teacher={settings.teacher!r}"
     if engine_of(trainer):
         raise ValueError(f"{what} under {engine_of(trainer)}, which shards the model; take one process, or DDP.")
+    if getattr(trainer, "is_model_parallel", False):
+        raise ValueError(f"{what} and a model that a device_map divides; put it on one device, or take DDP.")
     if trainer.args.n_gpu > 1:
         raise ValueError(
             f"{what} in one process on {trainer.args.n_gpu} GPUs; start one process for each, by accelerate launch."
@@ -88,3 +128,21 @@ def _check_run(trainer: Trainer, settings: DecaySettings) -> None:
     parallel = getattr(trainer.accelerator, "parallelism_config", None)
     if parallel is not None and any(getattr(parallel, f"{kind}_size", 1) > 1 for kind in ("tp", "cp", "sp")):
         raise ValueError(f"{what} with tensor, context or sequence parallelism; take DDP.")
+
+
+def _check_same_teacher(checkpoint: Path, lesson: Lesson) -> None:
+    """Raise ValueError if a checkpoint was written by a run with another teacher."""
+    name, file = lesson.settings.teacher, checkpoint / TEACHER_FILE
+    if not file.exists():
+        if name == SELF:
+            raise ValueError(
+                f"Invalid teacher: teacher='self', and the run of {str(checkpoint)!r} had no teacher, so nobody knows "
+                "its weights before training; give teacher the folder or name of the model that it began with."
+            )
+        return
+    if json.loads(file.read_text(encoding="utf-8"))["digest"] != lesson.teacher.digest:
+        began = "make the Trainer with the model that the run began with" if name == SELF else "name the same"
+        raise ValueError(
+            f"Invalid teacher: teacher={name!r} has other weights than the teacher of the run of {str(checkpoint)!r}; "
+            f"{began}, in the same teacher_dtype."
+        )

@@ -13,6 +13,14 @@ _CHUNK = {"cpu": 2**20}
 _CHUNK_ELSEWHERE = 2**24
 
 
+def entropies(logits: Tensor) -> Tensor:
+    """Return the entropy of each distribution in nats, in float32; logits are (..., classes)."""
+    rows = logits.detach().reshape(-1, logits.shape[-1])
+    size = max(1, _CHUNK.get(logits.device.type, _CHUNK_ELSEWHERE) // rows.shape[-1])
+    logs = (torch.log_softmax(chunk.float(), -1) for chunk in rows.split(size))
+    return torch.cat([torch.special.entr(chunk.exp()).sum(-1) for chunk in logs]).reshape(logits.shape[:-1])
+
+
 def kl_sum(student: Tensor, teacher: Tensor, counts: Tensor, temperature: float) -> Tensor:
     r"""Return the sum over the tokens that count of :math:`T^2 \, \mathrm{KL}(\mathrm{teacher} \| \mathrm{student})`.
 
@@ -72,7 +80,7 @@ def error_sum(student: Tensor, teacher: Tensor, weights: Tensor) -> Tensor:
     """Return the sum over tokens of ``weight · ‖student − teacher‖² / ‖teacher‖²``, in float32 or wider.
 
     It is the loss of SquareHead (https://huggingface.co/papers/2310.06927) with each token normalised by itself, so
-    that a sum over several batches is that of one.
+    that a sum over several batches is that of one. Tokens whose teacher is 0 count nothing.
 
     Args:
         student: Hidden states of a layer, (..., width).
@@ -89,7 +97,7 @@ class _ErrorSum(torch.autograd.Function):
         wide = torch.promote_types(student.dtype, torch.float32)
         theirs = teacher.to(wide)
         norms = theirs.square().sum(-1)
-        per_norm = weights.to(wide) / norms.clamp_(min=torch.finfo(wide).tiny)
+        per_norm = (weights.to(wide) / norms).masked_fill_(norms == 0, 0)
         difference = student.to(wide) - theirs
         total = (difference.square().sum(-1) * per_norm).sum()
         ctx.gradient = difference.mul_(2 * per_norm.unsqueeze(-1)).to(student.dtype)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ..terminal import get_logger
 from .distillation_loss import error_sum, kl_sum
+from .fused_head import FUSED, with_fused_fields, without_fused_head
 from .settings import DecaySettings
 from .teacher import accepts, make_teacher, plain, same_hidden
 
@@ -36,7 +37,7 @@ LABELS = (*_LOGITS.values(), "shift_labels")
 # What a teacher is not given: it computes no loss, and keeps nothing for a next token.
 _NOT_FOR_TEACHERS = (
     *LABELS,
-    *("num_items_in_batch", "fused_lm_head", "output_hidden_states", "return_loss"),
+    *("num_items_in_batch", FUSED, "output_hidden_states", "return_loss"),
 )
 _IGNORED = -100
 
@@ -45,22 +46,25 @@ class Lesson:
     """A teacher, and what is known of the step that learns from it."""
 
     def __init__(self, trainer: Trainer, model: nn.Module, settings: DecaySettings) -> None:
-        self.settings = settings
-        self.teacher, config = make_teacher(trainer, model, settings)
+        self.teacher = make_teacher(trainer, model, settings)
         self.inner = plain(model)
         ours = getattr(self.inner, "config", None)
-        self.hidden = settings.teacher_hidden
-        if self.hidden is None:
-            fits = same_hidden(ours, config) and accepts(model, "output_hidden_states")
-            self.hidden = 1.0 if fits else 0.0
-            if not fits:
-                logger.info("teacher_hidden=0, as the teacher has another depth or width than the model.")
+        self.fits = same_hidden(ours, self.teacher.config) and accepts(model, "output_hidden_states")
+        if settings.teacher_hidden is None and not self.fits:
+            logger.warning("teacher_hidden is 0, because the teacher has another depth or width than the model.")
+        self.settings = settings
         self.seq2seq = bool(getattr(ours, "is_encoder_decoder", False))
         self.shifts = not self.seq2seq and _shifts(self.inner)
         self.takes_use_cache = accepts(model, "use_cache", by_name=True)
         self.counts: dict[str, Tensor | int] = {}
         self.sums: list[Tensor] = []  # of the teacher's and the ordinary loss since the last log
-        self.since = 0
+        self.steps = 0  # since then
+
+    @property
+    def hidden(self) -> float:
+        """The weight of the hidden states."""
+        weight = self.settings.teacher_hidden
+        return float(self.fits) if weight is None else weight
 
     @contextmanager
     def watch(self, model: nn.Module) -> Iterator[dict[str, Any]]:
@@ -74,19 +78,19 @@ class Lesson:
             changed = dict(kwargs)
             if self.hidden:
                 changed["output_hidden_states"] = True
-            if changed.pop("fused_lm_head", False):
-                seen["fused"] = True
+            if kwargs.get(FUSED):
+                changed = without_fused_head(changed)
             return args, changed
 
-        def after(_: nn.Module, args: Any, kwargs: dict[str, Any], outputs: Any) -> Any:
+        def after(_: nn.Module, args: Any, outputs: Any) -> Any:
             if not seen or "outputs" in seen:
                 return None
             seen["outputs"] = outputs
-            return _with_fused_fields(outputs, kwargs) if "fused" in seen else None
+            return with_fused_fields(outputs, seen["inputs"]) if seen["inputs"].get(FUSED) else None
 
         handles = [
             model.register_forward_pre_hook(before, with_kwargs=True),
-            model.register_forward_hook(after, with_kwargs=True),
+            model.register_forward_hook(after),
         ]
         try:
             yield seen
@@ -99,6 +103,11 @@ class Lesson:
     ) -> Tensor:
         """Return the loss of a batch: the ordinary one and the teacher's, each times its weight."""
         outputs = seen.get("outputs")
+        if seen.get("args"):
+            raise ValueError(
+                f"Invalid teacher: {type(trainer).__name__} gives {type(self.inner).__name__} its inputs by position, "
+                "and a teacher needs their names; train without a teacher."
+            )
         if not isinstance(outputs, Mapping):
             raise ValueError(
                 f"Invalid teacher: {type(self.inner).__name__} returns a {type(outputs).__name__}, in which "
@@ -112,14 +121,14 @@ class Lesson:
         if self.takes_use_cache:
             inputs["use_cache"] = False
         with trainer.accelerator.autocast():
-            taught = self.teacher(**inputs)
+            taught = self.teacher.call(**inputs)
         loss = torch.zeros((), device=task.device)
         if self.settings.teacher_logits:
             loss = loss + self.settings.teacher_logits * self._logits_loss(outputs, taught, labels, items)
         if self.hidden:
-            loss = loss + self.hidden * self._hidden_loss(outputs, taught, seen["inputs"], labels, items)
+            loss = loss + self.hidden * self._hidden_loss(outputs, taught, seen["inputs"], labels)
         if items is not None and trainer.args.average_tokens_across_devices:
-            loss = loss * _replicas(trainer)  # as the Trainer does, because DDP averages
+            loss = loss * trainer.accelerator.num_processes  # as the Trainer does, because DDP averages
         self._note(loss, task, 1 if items is not None else trainer.current_gradient_accumulation_steps)
         return self.settings.teacher_task * task + loss
 
@@ -166,7 +175,6 @@ class Lesson:
         taught: Mapping[str, Any],
         inputs: Mapping[str, Any],
         labels: Mapping[str, Tensor],
-        items: Any,
     ) -> Tensor:
         losses = []
         for name in _HIDDEN:
@@ -179,8 +187,10 @@ class Lesson:
                     f"{_shapes(theirs)}, the model of {_shapes(ours)}; set teacher_hidden=0."
                 )
             for student, teacher in zip(ours[1:], theirs[1:], strict=True):  # the first is the embedding
+                if student.ndim != 3:  # maps of features: a row is as one token
+                    student, teacher = student.flatten(1), teacher.flatten(1)
                 weights = _token_weights(name, student, inputs, labels)
-                total = self.counts[name] if items is not None and name in self.counts else weights.sum()
+                total = self.counts[name] if name in self.counts else weights.sum()
                 losses.append(error_sum(student, teacher, weights) / total)
         if not losses:
             raise ValueError(
@@ -189,9 +199,11 @@ class Lesson:
             )
         return torch.stack(losses).mean()
 
-    def count(self, batches: Sequence[Any], trainer: Trainer) -> None:
+    def count(self, trainer: Trainer, batches: Sequence[Any], *, summed: bool) -> None:
         """Count the tokens, or rows, of all batches of a step, in all processes, for each kind of hidden states."""
-        if not self.hidden:
+        self.steps += 1
+        self.counts = {}
+        if not self.hidden or not summed:
             return
         counts = {name: sum(_weight_of(name, batch) for batch in batches) for name in _HIDDEN}
         if trainer.args.average_tokens_across_devices and trainer.args.world_size > 1:
@@ -207,12 +219,10 @@ class Lesson:
 
     def means(self, trainer: Trainer) -> dict[str, float]:
         """Return the two parts of the loss, averaged over the steps since this was last asked, and all processes."""
-        steps = trainer.state.global_step - self.since
-        self.since = trainer.state.global_step
-        if not self.sums or steps <= 0:
+        if not self.sums:
             return {}
         sums = trainer.accelerator.gather(torch.stack(self.sums)[None].float()).mean(0).tolist()
-        self.sums = []
+        steps, self.steps, self.sums = max(1, self.steps), 0, []
         return {"loss_teacher": sums[0] / steps, "loss_task": sums[1] / steps}
 
 
@@ -260,24 +270,3 @@ def _shifts(model: nn.Module) -> bool:
 
     kind = getattr(model, "loss_type", None)
     return isinstance(model, nn.Module) and LOSS_MAPPING.get(kind or "ForCausalLM") is ForCausalLMLoss
-
-
-def _replicas(trainer: Trainer) -> int:
-    return int(trainer.accelerator.num_processes)
-
-
-def _with_fused_fields(outputs: Any, inputs: Mapping[str, Any]) -> Any:
-    """Add to a model's outputs what TRL's fused head would have returned in place of the logits."""
-    logits, labels = outputs.logits, inputs.get("shift_labels")
-    if labels is None:
-        logits, labels = logits[:, :-1], inputs["labels"][:, 1:]
-    mask = labels != _IGNORED
-    distributions = torch.log_softmax(logits.float(), -1)
-    chosen = distributions.gather(-1, labels.clamp(min=0).unsqueeze(-1)).squeeze(-1)
-    with torch.no_grad():
-        entropy = -(distributions.exp() * distributions).sum(-1)
-    outputs.log_probs = chosen.masked_fill(~mask, 0)
-    outputs.entropy = entropy.masked_fill(~mask, 0)
-    outputs.is_top1 = (logits.argmax(-1) == labels) & mask
-    outputs.label_mask = mask
-    return outputs

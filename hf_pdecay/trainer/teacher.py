@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import psutil
@@ -21,6 +23,9 @@ if TYPE_CHECKING:
 
 SELF = "self"
 
+# Weights of a tensor that its checksum is of.
+_SAMPLED = 256
+
 # Classes of transformers' that hold the classes for one kind of output each.
 _AUTO_CLASSES = (
     *("AutoModelForCausalLM", "AutoModelForSeq2SeqLM", "AutoModelForMaskedLM", "AutoModelForSequenceClassification"),
@@ -29,18 +34,29 @@ _AUTO_CLASSES = (
     *("AutoModelForImageTextToText", "AutoModelForSpeechSeq2Seq"),
 )
 
-Call = Callable[..., Any]
 
+@dataclass(frozen=True)
+class Teacher:
+    """A frozen model.
 
-def make_teacher(trainer: Trainer, model: nn.Module, settings: DecaySettings) -> tuple[Call, Any]:
-    """Return a function that calls the teacher without gradients, and the teacher's config or None.
-
-    Raises:
-        ValueError: If the teacher does not fit the model or the memory.
+    Args:
+        call: Calls it without gradients.
+        config: Its config; None for a model without one.
+        digest: A checksum of samples of its weights.
     """
+
+    call: Callable[..., Any]
+    config: Any
+    digest: str
+
+
+def make_teacher(trainer: Trainer, model: nn.Module, settings: DecaySettings) -> Teacher:
+    """Return the teacher that settings ask for; ValueError if it does not fit the model or the memory."""
     if settings.teacher == SELF and hasattr(model, "peft_config"):
         _check_adapters(model)
-        return _base_of(model), getattr(model, "config", None)
+        of_adapters = {id(param) for module in model.modules() for param in _of_adapters(module)}
+        frozen = [param for param in model.parameters() if id(param) not in of_adapters]
+        return Teacher(_base_of(model), getattr(model, "config", None), _digest(frozen))
     if settings.teacher == SELF:
         teacher = _frozen_copy(trainer, model, settings.teacher_dtype)
     else:
@@ -55,7 +71,16 @@ def make_teacher(trainer: Trainer, model: nn.Module, settings: DecaySettings) ->
     def call(**inputs: Any) -> Any:
         return teacher(**inputs)
 
-    return call, config
+    return Teacher(call, config, _digest(teacher.parameters()))
+
+
+def _digest(params: Iterable[nn.Parameter]) -> str:
+    checksum = 0
+    for param in params:
+        flat = param.detach().reshape(-1)
+        sample = flat[:: max(1, flat.numel() // _SAMPLED)][:_SAMPLED]
+        checksum = zlib.crc32(sample.float().cpu().numpy().tobytes(), checksum)
+    return f"{checksum:08x}"
 
 
 def plain(model: nn.Module) -> nn.Module:
@@ -72,12 +97,12 @@ def accepts(model: nn.Module, name: str, *, by_name: bool = False) -> bool:
 
 
 def _frozen_copy(trainer: Trainer, model: nn.Module, dtype: str | None) -> nn.Module:
-    if getattr(model, "is_quantized", False) or getattr(model, "hf_quantizer", None) is not None:
+    if not all(param.is_floating_point() for param in model.parameters()):
         raise ValueError(
             "Invalid teacher: teacher='self' with a quantized model, whose weights cannot be copied; give the folder "
             "or name of the model in full precision, or train adapters."
         )
-    params = dict.fromkeys(model.parameters())
+    params = list(model.parameters())
     to = None if dtype is None else getattr(torch, dtype)
     size = sum(param.numel() * (param.element_size() if to is None else to.itemsize) for param in params)
     _check_memory(trainer, SELF, size)
@@ -87,8 +112,7 @@ def _frozen_copy(trainer: Trainer, model: nn.Module, dtype: str | None) -> nn.Mo
 
 
 def _cast(param: nn.Parameter, dtype: torch.dtype | None) -> torch.Tensor:
-    floating = param.dtype.is_floating_point
-    return param.detach().to(dtype if floating and dtype is not None else param.dtype, copy=True)
+    return param.detach().to(param.dtype if dtype is None else dtype, copy=True)
 
 
 def _loaded(trainer: Trainer, model: nn.Module, settings: DecaySettings) -> nn.Module:
@@ -113,7 +137,14 @@ def _loaded(trainer: Trainer, model: nn.Module, settings: DecaySettings) -> nn.M
     _check_memory(trainer, name, sum(param.numel() for param in shell.parameters()) * to.itemsize)
     if trainer.processing_class is not None:
         _check_tokenizer(trainer.processing_class, name)
-    loaded: nn.Module = kind.from_pretrained(name, dtype=to)
+    loaded: nn.Module
+    loaded, found = kind.from_pretrained(name, dtype=to, output_loading_info=True)
+    missing = sorted(found["missing_keys"])
+    if missing:
+        raise ValueError(
+            f"Invalid teacher: teacher={name!r} has no weights for {missing[0]} of a {type(loaded).__name__}, which "
+            "would be random; name a model that was trained with the same kind of output."
+        )
     return loaded
 
 
@@ -233,7 +264,7 @@ def _of_adapters(module: nn.Module) -> Iterator[nn.Parameter]:
             yield from part.parameters()
 
 
-def _base_of(model: nn.Module) -> Call:
+def _base_of(model: nn.Module) -> Callable[..., Any]:
     """Return a function that calls a model without its adapters, as it is in evaluation."""
 
     @torch.no_grad()
