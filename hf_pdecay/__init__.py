@@ -39,6 +39,8 @@ if TYPE_CHECKING:
     from .measurements import load_measurement as load_measurement
     from .measurements.hooks import causal_lm_hooks as causal_lm_hooks
     from .measurements.hooks import classification_hooks as classification_hooks
+    from .one_shot.calibration import calibration_rows as calibration_rows
+    from .one_shot.folder import prune_folder as prune_folder
     from .one_shot.model import prune_one_shot as prune_one_shot
     from .one_shot.report import BlockPruning as BlockPruning
     from .one_shot.report import OneShotReport as OneShotReport
@@ -107,6 +109,8 @@ _NAMES = {
     "layers.matrices": ("decayable_parameter_names",),
     "measurements": ("load_measurement",),
     "measurements.hooks": ("causal_lm_hooks", "classification_hooks"),
+    "one_shot.calibration": ("calibration_rows",),
+    "one_shot.folder": ("prune_folder",),
     "one_shot.model": ("prune_one_shot",),
     "one_shot.report": ("BlockPruning", "OneShotReport"),
     "one_shot.sparsegpt": ("sparsegpt",),

@@ -62,7 +62,7 @@ def prune_one_shot(
     """
     check_choice("method", method, METHODS)
     fraction, blocks = check_amount(sparsity, pattern)
-    check_model(model)
+    check_config(getattr(model, "config", None), type(model).__name__)
     check_rows(model, rows)
     stack = find_blocks(model)
     targets = targets_of(model)
@@ -93,18 +93,14 @@ def prune_one_shot(
     return report
 
 
-def check_model(model: nn.Module) -> None:
-    """Raise ValueError if a model cannot be pruned."""
-    config: Any = getattr(model, "config", None)
+def check_config(config: Any, name: str) -> None:
+    """Raise ValueError if a model of this config and class cannot be pruned."""
     if getattr(config, "is_encoder_decoder", False):
-        raise ValueError(
-            f"{type(model).__name__} is an encoder-decoder, which text alone does not run; name a model of one stack."
-        )
+        raise ValueError(f"{name} is an encoder-decoder, which text alone does not run; name a model of one stack.")
     method = quantization_method(config.to_dict()) if hasattr(config, "to_dict") else None
     if method not in (None, RAGGED):
         raise ValueError(
-            f"{type(model).__name__} is quantized (quant_method {method!r}); prune the plain model, from which it was "
-            "made."
+            f"{name} is quantized (quant_method {method!r}); prune the plain model, from which it was made."
         )
 
 
@@ -114,7 +110,7 @@ def check_rows(model: nn.Module, rows: Tensor) -> None:
     if not isinstance(rows, Tensor) or rows.dim() != 2 or rows.dtype not in kinds or not rows.numel():
         what = f"{tuple(rows.shape)} of {rows.dtype}" if isinstance(rows, Tensor) else type(rows).__name__
         raise ValueError(f"Invalid rows: rows={what}; they must be token ids, int64 of shape (rows, tokens).")
-    longest = context_of(model)
+    longest = context_of(getattr(model, "config", None))
     if longest is not None and rows.shape[1] > longest:
         raise ValueError(f"Invalid rows: they have {rows.shape[1]} tokens, and the model takes at most {longest}.")
     own: Any = model
@@ -127,9 +123,8 @@ def check_rows(model: nn.Module, rows: Tensor) -> None:
         )
 
 
-def context_of(model: nn.Module) -> int | None:
-    """Return the most tokens that a model takes; None if its config does not say."""
-    config: Any = getattr(model, "config", None)
+def context_of(config: Any) -> int | None:
+    """Return the most tokens that a model of this config takes; None if it does not say."""
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     longest = getattr(text, "max_position_embeddings", None)
     return longest if isinstance(longest, int) and longest > 0 else None

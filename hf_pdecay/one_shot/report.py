@@ -42,6 +42,7 @@ class OneShotReport:
         blocks: One entry for each block.
         dense: Names of parameters that a target would prune, and that stayed dense, with their weights.
         unseen: Names of the matrices that no row has reached, which were pruned by magnitude.
+        notes: Other sentences.
         left_out: Files of weights in other formats, which were not copied.
     """
 
@@ -51,6 +52,7 @@ class OneShotReport:
     blocks: list[BlockPruning] = field(default_factory=list)
     dense: dict[str, int] = field(default_factory=dict)
     unseen: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
     left_out: list[str] = field(default_factory=list)
 
     @property
@@ -93,6 +95,7 @@ class OneShotReport:
             )
         if self.unseen:
             yield f"No row has reached {_some(self.unseen)}: pruned by magnitude. More rows may reach them."
+        yield from self.notes
         if self.left_out:
             yield f"Left out, weights in other formats: {', '.join(self.left_out)}"
 

@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import math
 import os
 from pathlib import Path
 from typing import Any
 
 from ..sparsity.counting import measure_sparsity
-from ..storage.container import FormatError
 from ..storage.folder import ADAPTER_CONFIG, CONFIG, check_out, read_weights, write_json
 from ..storage.hub import local_folder
-from ..storage.source import Source, read_source
-from ..storage.untrusted import explained, model_class, on_meta
+from ..storage.loading import load_whole, unused_note
+from ..storage.source import read_source
 from .adapter import shrink_adapter
 from .card import recount
 from .configs import with_values
-from .model import check_layout, count_parameters, shrink_model
+from .model import check_layout, shrink_model
 from .report import ShrinkReport
 
 
@@ -56,14 +54,10 @@ def shrink_folder(
         return shrink_adapter(folder, out, overwrite=overwrite)
     source = read_source(folder, out, overwrite)
     source.check_plain()
-    loaded, unused = _load(source)
+    loaded, unused = load_whole(source)
     report = shrink_model(loaded, layers=layers, multiple_of=multiple_of)
     if unused:
-        others = " and others" if len(unused) > 1 else ""
-        report.notes.append(
-            f"{len(unused)} tensors of the files were left out, as {type(loaded).__name__} has none of these names: "
-            f"{unused[0]}{others}."
-        )
+        report.notes.append(unused_note(unused, loaded))
     if not report.shrunk:
         dead = sum(layer.dead for layer in report.layers)
         reason = f"Nothing of {str(folder)!r} can be removed: {dead} of its neurons and heads are dead."
@@ -88,35 +82,6 @@ def shrink_folder(
         )
         report.bytes = _weights_bytes(folder, source.headers), _weights_bytes(aside, read_weights(aside))
     return report
-
-
-def _load(source: Source) -> tuple[Any, list[str]]:
-    """Load a model as the class that its config names; also returns the names of the tensors that it does not use."""
-    import transformers
-
-    folder, names = str(source.folder), source.config.get("architectures")
-    cls = model_class(names)
-    if cls is None:
-        raise ValueError(
-            f"{CONFIG} of {folder!r} names {names!r} in architectures; the first must be a model of transformers "
-            f"{transformers.__version__}."
-        )
-    name = cls.__name__
-    with explained(f"{folder!r} cannot be loaded as a {name}"):
-        wanted = count_parameters(on_meta(cls, cls.config_class.from_pretrained(folder), folder))
-        stored = sum(math.prod(entry.shape) for header in source.headers.values() for entry in header.entries.values())
-        # transformers would make missing weights, at any size that a forged config gives.
-        if wanted > stored:
-            raise FormatError(
-                f"{folder!r} is not a whole {name}: its config describes {wanted:,} weights, and its files have "
-                f"{stored:,}."
-            )
-        model, info = cls.from_pretrained(
-            folder, dtype="auto", use_safetensors=True, local_files_only=True, output_loading_info=True
-        )
-    if info["missing_keys"]:
-        raise FormatError(f"{folder!r} is not a whole {name}: {min(info['missing_keys'])} is missing from its weights.")
-    return model.eval(), sorted(info["unexpected_keys"])
 
 
 def _weights_bytes(folder: Path, names: Any) -> int:

@@ -43,6 +43,10 @@ class Source:
                 f"The weights of {str(self.folder)!r} are compressed already; name the plain model, as `hf-pdecay "
                 "decompress` writes it."
             )
+        self.check_unquantized(ragged=ragged)
+
+    def check_unquantized(self, *, ragged: bool = False) -> None:
+        """Raise FormatError if the weights are quantized or, unless ``ragged``, shrunk layer by layer."""
         method = quantization_method(self.config)
         if method is not None and not (ragged and method == RAGGED):
             raise FormatError(

@@ -1,0 +1,56 @@
+"""``hf-pdecay prune``: prunes a trained model without training it."""
+
+from __future__ import annotations
+
+import argparse
+
+from .command import add_folders, show
+
+
+def register(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of the command."""
+    parser.description = (
+        "Prunes a trained model in minutes, without training: the matrices of its blocks get exactly the zeros asked "
+        "for, chosen by what some text gives them as inputs. Training with --keep_zeros true can go on from OUT."
+    )
+    add_folders(parser)
+    amount = parser.add_mutually_exclusive_group(required=True)
+    amount.add_argument("--sparsity", type=float, metavar="FRACTION", help="of zeros in each matrix, such as 0.5")
+    amount.add_argument("--pattern", metavar="N:M", help="at most N of M consecutive inputs stay, such as 2:4")
+    parser.add_argument(
+        "--data", required=True, metavar="FILE", help="text like that of the model's use: .txt or .jsonl, maybe .gz"
+    )
+    parser.add_argument(
+        "--method",
+        default="sparsegpt",
+        help="sparsegpt: the other weights make up for the pruned ones (the default); wanda: they stay as they are, "
+        "and less time is needed; magnitude: the smallest weights go",
+    )
+    parser.add_argument("--rows", type=int, default=128, metavar="N", help="calibration rows (128)")
+    parser.add_argument(
+        "--row_length", type=int, metavar="TOKENS", help="tokens of a row (what the model takes, at most 2048)"
+    )
+    parser.add_argument(
+        "--dtype", default="auto", help="float32, bfloat16 or float16, to run and save the model in (that of its files)"
+    )
+    parser.add_argument("--device", help="where the model runs, such as cuda or cpu (a GPU if there is one)")
+    parser.add_argument("--seed", type=int, default=0, help="chooses the rows (0)")
+
+
+def run(options: argparse.Namespace) -> int:
+    """Prune a model and print what was pruned."""
+    from ..one_shot.folder import prune_folder
+
+    report = prune_folder(
+        *(options.model, options.out, options.data),
+        method=options.method,
+        sparsity=options.sparsity,
+        pattern=options.pattern,
+        rows=options.rows,
+        row_length=options.row_length,
+        dtype=options.dtype,
+        device=options.device,
+        seed=options.seed,
+        overwrite=options.overwrite,
+    )
+    return show(report, options)
