@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 
 from torch import Tensor, nn
@@ -55,13 +55,21 @@ def find_blocks(model: nn.Module) -> list[Block]:
         if isinstance(module, nn.ModuleList):
             weights = sum(decaying.get(id(param), 0) for param in module.parameters())
             if weights > most:
-                most = weights
-                found = [Block(clean_name(f"{name}.{place}"), entry) for place, entry in module.named_children()]
+                most, found = weights, list(_entries(clean_name(name), module))
     if not found:
         raise ValueError(
             f"{type(model).__name__} cannot be pruned block by block: no nn.ModuleList in it has matrices that decay."
         )
     return found
+
+
+def _entries(name: str, module: nn.Module) -> Iterator[Block]:
+    """The entries of a list, and of lists in it, which no model calls."""
+    for place, entry in module.named_children():
+        if isinstance(entry, nn.ModuleList):
+            yield from _entries(f"{name}.{place}", entry)
+        else:
+            yield Block(f"{name}.{place}", entry)
 
 
 def targets_of(model: nn.Module) -> dict[str, Target]:

@@ -56,6 +56,8 @@ class Capture(TorchFunctionMode):
         if func in _PRODUCTS:
             inputs, weight = (args[place] if len(args) > place else given.get(name) for place, name in _PRODUCTS[func])
             if isinstance(inputs, Tensor) and isinstance(weight, Tensor):
+                if _PRODUCTS[func] == _INNER and inputs.data_ptr() in self._one and weight.dim() > 1:
+                    inputs, weight = weight.mT, inputs  # W X, with the rows as columns
                 self._see(inputs, weight)
         return func(*args, **given)
 

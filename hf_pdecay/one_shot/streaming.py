@@ -20,6 +20,8 @@ from .capture import Capture
 
 
 _TOKENS = 4096  # of a batch, unless a row has more
+# What a model may raise for rows, or for blocks, that it cannot run.
+_ERRORS = (RuntimeError, LookupError, TypeError, ValueError, AttributeError)
 _CLOSE = 1e-3  # relative difference up to which a block's outputs are the same
 
 
@@ -92,7 +94,7 @@ class Stream:
         try:
             with _forwards([(block.module, record(block, block.module.forward)) for block in blocks]), capture:
                 self._model(row, **self._options)
-        except (RuntimeError, IndexError, TypeError, ValueError) as error:
+        except _ERRORS as error:
             reason = str(error).strip().split("\n")[0]
             raise ValueError(
                 f"{type(self._model).__name__} cannot run rows of {row.shape[1]} tokens "
@@ -105,13 +107,20 @@ class Stream:
                     "pruning; check its weights, and if they are in float16, load it in float32 or bfloat16 (--dtype)."
                 )
         self.blocks = list(dict.fromkeys(block for block, _ in called))
+        if not self.blocks:
+            raise ValueError(
+                f"{type(self._model).__name__} calls none of its blocks for rows of text, such as {blocks[0].name}."
+            )
         self._chained = len(self.blocks) == len(called) and self._is_chain(row, [state for _, state in called])
 
     def _is_chain(self, row: Tensor, states: Sequence[Any]) -> bool:
         self._chained = True
         before = None
         for number, state in enumerate(states):
-            mine, whole = _hidden(self._run(number, row, before)), _hidden(state)
+            try:
+                mine, whole = _hidden(self._run(number, row, before)), _hidden(state)
+            except _ERRORS:  # a block needs more from earlier ones than hidden states
+                return False
             if mine is None or whole is None or mine.shape != whole.shape:
                 return False
             if not bool((_relative(mine, whole) <= _CLOSE).all()):
