@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 # Values of a chunk of logits in float32: what a CPU's caches hold, and what keeps a GPU busy.
-_CHUNK = {"cpu": 2**20}
+_CHUNK = {"cpu": 2**18}
 _CHUNK_ELSEWHERE = 2**24
 
 
@@ -56,13 +56,18 @@ class _KlSum(torch.autograd.Function):
             if counts.device.type == "cpu" and not counts[chunk].any():  # elsewhere a look would wait for the device
                 gradient[chunk] = 0
                 continue
-            ours = torch.log_softmax(student[chunk, :classes].to(wide) / temperature, -1)
-            theirs = torch.log_softmax(teacher[chunk, :classes].to(wide) / temperature, -1)
-            probabilities = theirs.exp()
-            # A class that the teacher rules out, by a logit of -inf, adds nothing.
-            terms = theirs.sub_(ours).mul_(probabilities).masked_fill_(probabilities == 0, 0)
-            total += terms.sum(-1).masked_fill_(~counts[chunk], 0).sum()
-            slope = ours.exp_().sub_(probabilities).mul_(temperature).masked_fill_(~counts[chunk, None], 0)
+            ours, theirs = (each[chunk, :classes].to(wide) for each in (student, teacher))
+            if temperature != 1:
+                ours, theirs = ours / temperature, theirs / temperature
+            p, q = torch.softmax(ours, -1), torch.softmax(theirs, -1)
+            # Σ q (log q - log p), with log q = logit - log of its sum. A class that the teacher rules out, by a logit
+            # of -inf, adds nothing.
+            terms = (theirs - ours).mul_(q).masked_fill_(q == 0, 0)
+            divergences = terms.sum(-1) + _log_sum(ours, p) - _log_sum(theirs, q)
+            total += divergences.masked_fill_(~counts[chunk], 0).sum()
+            slope = p.sub_(q).masked_fill_(~counts[chunk, None], 0)
+            if temperature != 1:
+                slope.mul_(temperature)
             gradient[chunk, :classes] = slope.to(gradient.dtype)
         gradient[:, classes:] = 0
         ctx.gradient = gradient
@@ -74,6 +79,11 @@ class _KlSum(torch.autograd.Function):
         if gradient is None:
             raise RuntimeError("kl_sum keeps its gradient for one backward pass.")
         return gradient.mul_(upstream), None, None, None
+
+
+def _log_sum(logits: Tensor, softmax: Tensor) -> Tensor:
+    """Log Σ exp(logit), from the largest logit and its probability."""
+    return logits.amax(-1) - softmax.amax(-1).log()
 
 
 def error_sum(student: Tensor, teacher: Tensor, weights: Tensor) -> Tensor:
