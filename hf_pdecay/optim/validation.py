@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..checks import check_lambda_p, check_p_norm, is_number
 from .moments import check_moments
-from .param_groups import DECAYED_DTYPES, can_decay, steps_decay
+from .param_groups import DECAYED_DTYPES, DecayGroup, can_decay, steps_decay
 
 
 # Keys of the groups of torch.optim.AdamW that say how it computes, not what.
@@ -94,12 +94,17 @@ def check_state_dict(state_dict: dict[str, Any], groups: list[dict[str, Any]]) -
                 )
 
 
+# Keys of a param group that do not tell one base optimizer from another.
+_NOT_OF_BASE = {*DecayGroup.__annotations__, "params", "param_names", "initial_lr", "max_lr"}
+
+
 def check_saved_groups(
     saved: Sequence[dict[str, Any]], groups: Sequence[dict[str, Any]], source: str = "The optimizer checkpoint"
 ) -> None:
     """Check that the param groups of a checkpoint fit those of an optimizer; messages call the checkpoint ``source``.
 
-    Raises ValueError if the numbers of tensors or the rules differ: moments would silently go to other weights.
+    Raises ValueError if the numbers of tensors or the rules differ: moments would silently go to other weights. It also
+    does if each has hyperparameters that the other lacks, as SGD and AdamW have: moments would silently be lost.
     """
     sizes, saved_sizes = ([len(group["params"]) for group in side] for side in (groups, saved))
     if sizes != saved_sizes:
@@ -108,6 +113,15 @@ def check_saved_groups(
             "or of another optim, lp_rules or weight_decay."
         )
     for ours, theirs in zip(groups, saved, strict=True):
+        # A newer release may add hyperparameters to one side.
+        strange, missing = (
+            sorted(one.keys() - other.keys() - _NOT_OF_BASE) for one, other in ((theirs, ours), (ours, theirs))
+        )
+        if strange and missing:
+            raise ValueError(
+                f"{source} has a param group with {strange[0]} and without {missing[0]}, which this optimizer has: it "
+                "is of another optimizer."
+            )
         for name in ("rule", "group") if "rule" in theirs else ():
             if ours.get(name) != theirs.get(name):
                 raise ValueError(

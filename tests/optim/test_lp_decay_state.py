@@ -118,6 +118,21 @@ def test_a_checkpoint_of_another_model_is_refused() -> None:
         optimizer.load_state_dict(saved)
 
 
+@pytest.mark.parametrize(("saved", "loading"), [("adamw", "sgd"), ("sgd", "adamw"), ("sgd", "muon"), ("lion", "sgd")])
+def test_a_checkpoint_of_another_base_is_refused(saved: str, loading: str) -> None:
+    """The param groups fit, and the base would ignore what it does not know in the state."""
+    bases = {"adamw": torch.optim.AdamW, "sgd": torch.optim.SGD, "muon": torch.optim.Muon, "lion": _Lion}
+    matrices = [nn.Parameter(torch.randn(4, 3)) for _ in range(2)]
+    optimizer, other = (LpDecay(bases[name](clones(matrices), lr=0.1)) for name in (saved, loading))
+    with pytest.raises(ValueError, match="which this optimizer has: it is of another optim"):
+        other.load_state_dict(optimizer.state_dict())
+
+
+class _Lion(torch.optim.Optimizer):
+    def __init__(self, params: Any, lr: float) -> None:
+        super().__init__(params, {"lr": lr, "betas": (0.9, 0.99), "weight_decay": 0.0})
+
+
 def test_state_dict_helpers_of_distributed_checkpoints() -> None:
     """They make the state by a step with a learning rate of 0, and flatten it by the names of the parameters."""
     model, other = nn.Linear(8, 3), nn.Linear(8, 3)
