@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -56,12 +57,16 @@ class NamesInModel:
         if model is not None:
             for name, tensor in (*model.named_parameters(remove_duplicate=False), *model.named_buffers()):
                 self._own[name] = firsts.setdefault(id(tensor), name)
+        self._patterns: list[tuple[re.Pattern[str], str]] = []
         self._renamed: Callable[[str], str] = lambda name: name
         try:
             from transformers import PreTrainedModel
             from transformers.conversion_mapping import get_model_conversion_mapping
             from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
-        except ImportError:
+        except ImportError:  # transformers 4
+            for pattern, name in (getattr(model, "_checkpoint_conversion_mapping", None) or {}).items():
+                self._patterns.append((re.compile(pattern), name))
+            self._renamed = self._substituted
             return
         if isinstance(model, PreTrainedModel):
             conversions, prefix, state = (
@@ -72,6 +77,9 @@ class NamesInModel:
             renamings = [entry for entry in conversions if isinstance(entry, WeightRenaming)]
             converters = [entry for entry in conversions if isinstance(entry, WeightConverter)]
             self._renamed = lambda name: rename_source_key(name, renamings, converters, prefix, state)[0]
+
+    def _substituted(self, name: str) -> str:
+        return next((pattern.sub(new, name) for pattern, new in self._patterns if pattern.search(name)), name)
 
     def __call__(self, name: str) -> str:
         """Return the model's name; the given one if no other is known."""

@@ -187,14 +187,17 @@ class LpDecay(DecayOptimizer):
             # An optimizer around another may have checkpoints of its own form.
             for name, value in ours.items():
                 group.setdefault(name, value)
-        for group in self.param_groups:
-            for param in group["params"]:
-                state = self.state.get(param)
-                if state and "dormant" in state:
-                    # The base has cast it to the dtype of the parameter, and moved it.
-                    state["dormant"] = placed(state["dormant"].bool())
-                elif state:
-                    state["dormant"] = dormant_entry(param)
+        states = {
+            param: state for group in self.param_groups for param in group["params"] if (state := self.state.get(param))
+        }
+        # Some bases make the state of all tensors at once; in a checkpoint of ours, those with the entry have stepped.
+        ours = any("dormant" in state for state in states.values())
+        for param, state in states.items():
+            if "dormant" in state:
+                # The base has cast it to the dtype of the parameter, and moved it.
+                state["dormant"] = placed(state["dormant"].bool())
+            elif not ours:
+                state["dormant"] = dormant_entry(param)
         self._awakening = Awakening()
         for after in self._optimizer_load_state_dict_post_hooks.values():
             after(self)

@@ -10,10 +10,10 @@ from ..sparsity.counting import measure_sparsity
 from ..storage.folder import ADAPTER_CONFIG, CONFIG, check_out, read_weights, write_json
 from ..storage.hub import local_folder
 from ..storage.loading import load_whole, unused_note
-from ..storage.source import read_source
+from ..storage.source import is_ragged, read_source
 from .adapter import shrink_adapter
 from .card import recount
-from .configs import with_values
+from .configs import configs_within, with_values
 from .model import check_layout, shrink_model
 from .report import ShrinkReport
 
@@ -66,9 +66,12 @@ def shrink_folder(
         loaded.save_pretrained(str(aside))
         report.left_out = source.copy_along(aside)
         # Other keys of the config stay as they are in the file.
-        settings = getattr(loaded.config, "quantization_config", None)
-        more = {} if settings is None else {"quantization_config": settings}
-        write_json(aside / CONFIG, with_values(source.config, report.config, loaded.config) | more)
+        sizes = {
+            f"{path}.quantization_config".lstrip("."): settings
+            for path, config in configs_within(loaded.config).items()
+            if is_ragged(settings := getattr(config, "quantization_config", None))
+        }
+        write_json(aside / CONFIG, with_values(source.config, report.config | sizes, loaded.config))
         recount(
             aside,
             report,
@@ -78,7 +81,7 @@ def shrink_folder(
                 decayed=[tensor.name for tensor in old.tensors if tensor.decayed],
                 near_zero_threshold=old.near_zero_threshold,
             ),
-            "" if settings is None else " The model loads after `import hf_pdecay` (`pip install hf-pdecay`).",
+            "" if not sizes else " The model loads after `import hf_pdecay` (`pip install hf-pdecay`).",
         )
         report.bytes = _weights_bytes(folder, source.headers), _weights_bytes(aside, read_weights(aside))
     return report

@@ -10,11 +10,13 @@ from torch import Tensor, nn
 
 from ..checks import check_choice
 from ..layers.finding import Layer, find_layers
+from ..names import clean_name
+from ..storage.source import is_ragged
 from ..terminal import get_logger
-from .configs import set_values
+from .configs import config_paths, configs_within, set_values
 from .dead import dead_units_of
 from .planning import Plan, plan_ragged, plan_uniform
-from .ragged_config import METHOD, make_settings
+from .ragged_config import make_settings
 from .report import LayerCount, ShrinkReport
 from .resize import Removal, resize, shapes_after
 
@@ -71,8 +73,7 @@ def shrink_model(model: Any, *, layers: str = "uniform", multiple_of: int = 1) -
     plan, report = planned(model, unit_layers, dead_units_of(model, unit_layers), layers, multiple_of)
     resize(model, plan.removals)
     set_values(model, plan.config)
-    before = getattr(model.config, "quantization_config", None)
-    if layers == "ragged" or (isinstance(before, dict) and before.get("quant_method") == METHOD):
+    if layers == "ragged" or is_ragged(getattr(model.config, "quantization_config", None)):
         note_sizes(model, plan.removals)
     report.parameters = report.parameters[0], count_parameters(model)
     return report
@@ -127,11 +128,19 @@ def planned(
 
 
 def note_sizes(model: Any, removals: Sequence[Removal]) -> None:
-    """Put the sizes of the layers into the config, so that the model can be loaded again."""
-    sizes: dict[str, dict[str, int]] = {}
+    """Put the sizes of the layers into the config, so that the model can be loaded again.
+
+    A config within the config gets those of its part, which transformers may load alone.
+    """
+    paths = {clean_name(name): path for name, path in config_paths(model).items()}
+    sizes: dict[str, dict[str, dict[str, int]]] = {}
     for removal in removals:
-        sizes.setdefault(removal.layer.units.name, {})[removal.layer.units.kind] = removal.kept
-    model.config.quantization_config = make_settings(sizes)
+        units = removal.layer.units
+        for path in {"", paths[removal.layer.modules[0][0]]}:
+            sizes.setdefault(path, {}).setdefault(units.name, {})[units.kind] = removal.kept
+    configs = configs_within(model.config)
+    for path, layers in sizes.items():
+        configs[path].quantization_config = make_settings(layers)
 
 
 def count_parameters(model: nn.Module) -> int:

@@ -1,12 +1,16 @@
-"""``quantization_config`` in ``config.json`` of a model with ragged layers: the size of each layer."""
+"""``quantization_config`` in ``config.json`` of a model with ragged layers: the size of each layer.
+
+It has ``method`` in place of ``quant_method``. Without hf_pdecay transformers raises an error where that is missing; an
+unknown ``quant_method`` it passes over, and with ``ignore_mismatched_sizes`` it would make all ragged layers anew.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
 
-# The name in `quantization_config` under which transformers knows such models.
 from ..storage.source import RAGGED as METHOD
+from ..storage.source import is_ragged
 
 
 FORMAT_VERSION = 1
@@ -18,7 +22,7 @@ _LAYERS_LIMIT = 100_000
 def make_settings(sizes: Mapping[str, Mapping[str, int]]) -> dict[str, Any]:
     """Return the value of ``quantization_config``: the number of units left, by the layer's module name and kind."""
     return {
-        "quant_method": METHOD,
+        "method": METHOD,
         "format_version": FORMAT_VERSION,
         "layers": {name: dict(kinds) for name, kinds in sizes.items()},
     }
@@ -27,10 +31,10 @@ def make_settings(sizes: Mapping[str, Mapping[str, int]]) -> dict[str, Any]:
 def check_settings(settings: object) -> dict[str, dict[str, int]]:
     """Check ``quantization_config``, and return the numbers of units; raise ValueError if it is invalid."""
     where = "quantization_config in config.json"
-    if not isinstance(settings, Mapping) or settings.get("quant_method") != METHOD:
+    if not isinstance(settings, Mapping) or not is_ragged(settings):
         raise ValueError(f"{where} is not that of a model shrunk by hf_pdecay.")
-    if settings.keys() != {"quant_method", "format_version", "layers"}:
-        raise ValueError(f"{where} does not have exactly quant_method, format_version and layers.")
+    if settings.keys() != {"method", "format_version", "layers"}:
+        raise ValueError(f"{where} does not have exactly method, format_version and layers.")
     version = settings["format_version"]
     if type(version) is not int or version != FORMAT_VERSION:
         raise ValueError(f"{where} has format_version {version!r}; this hf_pdecay reads {FORMAT_VERSION}.")

@@ -15,7 +15,7 @@ from .hub import local_folder
 from .manifest import is_compressed
 
 
-# The `quant_method` in the config of a model with ragged layers, whose weights are plain.
+# The `method` in the config of a model with ragged layers, whose weights are plain.
 RAGGED = "hf_pdecay_shrunk"
 
 
@@ -50,7 +50,7 @@ class Source:
         method = quantization_method(self.config)
         if method is not None and not (ragged and method == RAGGED):
             raise FormatError(
-                f"{str(self.folder)!r} has a quantization_config with quant_method {method!r}: its weights are "
+                f"{str(self.folder)!r} has a quantization_config with the method {method!r}: its weights are "
                 f"{'shrunk layer by layer' if method == RAGGED else 'quantized'} already; name the plain model, from "
                 "which it was made."
             )
@@ -64,10 +64,17 @@ class Source:
         return copy_along(self.folder, aside, self.headers)
 
 
+def is_ragged(settings: object) -> bool:
+    """Whether a ``quantization_config`` is that of a model with ragged layers."""
+    return isinstance(settings, Mapping) and settings.get("method") == RAGGED
+
+
 def quantization_method(config: Mapping[str, Any]) -> str | None:
-    """Return the ``quant_method`` in a config; None if it has no ``quantization_config``."""
+    """Return the ``quant_method`` in a config, or :data:`RAGGED`; None if it has no ``quantization_config``."""
     settings = config.get("quantization_config")
-    return None if settings is None else str(settings.get("quant_method") if isinstance(settings, dict) else settings)
+    if settings is None or is_ragged(settings):
+        return None if settings is None else RAGGED
+    return str(settings.get("quant_method") if isinstance(settings, dict) else settings)
 
 
 def read_source(model: str | os.PathLike[str], out: str | os.PathLike[str], overwrite: bool) -> Source:

@@ -129,16 +129,23 @@ def _moved(params: Sequence[Tensor], stacks: Mapping[int, int], optimizer: Any) 
             for key, sign in found_here:
                 hits, sums = sums[: len(sign)], sums[len(sign) :]
                 moved[key] = [before or hit > 0 for before, hit in zip(moved[key], hits, strict=True)]
+    if not any(map(any, moved.values())):
+        # The optimizer does not fill its traces, as one whose momentum is 0: what has stepped may have moved.
+        moved |= {id(param): [True] * len(moved[id(param)]) for param in params if _has_stepped(param, optimizer)}
     return moved
+
+
+def _has_stepped(param: Any, optimizer: Any) -> bool:
+    return is_flat_shard(param) or "dormant" in (optimizer.state.get(param) or {})
 
 
 def _sign(param: Any, parts: int, optimizer: Any, number: int) -> tuple[Tensor | bool, Groups]:
     """Whether this process sees, in the trace of a number, that the parts of a parameter have had a gradient."""
     if is_flat_shard(param):
         return _sign_in_flat_shard(param, parts, optimizer, number)
-    state = optimizer.state.get(param) or {}
-    if "dormant" not in state:  # it has never been stepped
+    if not _has_stepped(param, optimizer):
         return False, ()
+    state = optimizer.state[param]
     traces = [state[name] for name in _TRACES if isinstance(state.get(name), Tensor)]
     traces = [trace for trace in traces if trace.shape == param.shape]
     if not traces:

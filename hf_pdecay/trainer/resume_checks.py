@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ..layers.saved_names import NamesInModel
 from ..optim.shards import full_shape
 from ..optim.validation import check_saved_groups
 from .checkpoints import shapes_in
@@ -28,7 +29,7 @@ def check_checkpoint(model: nn.Module, folder: str) -> None:
     if differing:
         name = differing[0]
         what = f"{name} is {saved[name]} there and {shapes[name]} here"
-    elif saved and not saved.keys() & shapes.keys():
+    elif saved and not saved.keys() & shapes.keys() and not shapes.keys() & set(map(NamesInModel(model), saved)):
         what = f"it holds {next(iter(saved))} and no tensor of the name of any here"
     else:
         return

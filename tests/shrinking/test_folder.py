@@ -263,7 +263,7 @@ def test_a_shrunk_llama_loads_where_hf_pdecay_is_not(tmp_path: Path) -> None:
     assert int(done.stdout) == count < sum(each.numel() for each in weights(tmp_path / "sparse").values())
     # Ragged layers do not, and nothing else is loaded in their place.
     failed = elsewhere("ragged")
-    assert failed.returncode != 0 and "mismatch" in failed.stderr and "hf_pdecay_shrunk" in failed.stderr
+    assert failed.returncode != 0 and "has no `quant_method`" in failed.stderr
 
 
 @pytest.mark.slow

@@ -218,7 +218,7 @@ GOOD = {"model.layers.0.mlp": {"neuron": 20}, "model.layers.1.self_attn": {"head
     [
         ({"format_version": 2}, "format_version 2; this hf_pdecay reads 1"),
         ({"format_version": True}, "format_version True"),
-        ({"code": "x.py"}, "does not have exactly quant_method, format_version and layers"),
+        ({"code": "x.py"}, "does not have exactly method, format_version and layers"),
         ({"layers": {}}, "must be an object with an entry for each layer"),
         ({"layers": [1]}, "must be an object with an entry for each layer"),
         ({"layers": {"model.layers.0.mlp": {"neuron": 10**30}}}, "neurons for 'model.layers.0.mlp', which the rest"),

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,7 @@ import pytest
 import torch
 import transformers as tf
 
+import hf_pdecay
 from hf_pdecay.layers.finding import find_layers
 from hf_pdecay.shrinking.folder import shrink_folder
 from hf_pdecay.shrinking.model import shrink_model
@@ -148,3 +151,99 @@ def test_a_model_in_memory_and_a_part_that_is_full(tmp_path: Path) -> None:
     assert sizes == {32} and model.config.vision_config.intermediate_size == 64
     model.save_pretrained(tmp_path / "saved")
     type(model).from_pretrained(tmp_path / "saved")
+
+
+def t5() -> Any:
+    sizes = {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4, "vocab_size": 64}
+    return tf.T5ForConditionalGeneration(tf.T5Config(**sizes, decoder_start_token_id=0))
+
+
+def siglip() -> Any:
+    text = SIZES | {"max_position_embeddings": 64}
+    return tf.SiglipModel(tf.SiglipConfig(text_config=text, vision_config=IMAGES))
+
+
+def ragged(make: Callable[[], Any], folder: Path) -> None:
+    """Write a sparse model, its ragged one with another size in each layer, and that one compressed."""
+    model = half_dead(make)
+    params = dict(model.named_parameters())
+    for place, layer in enumerate(find_layers(model, "neuron")):
+        for member, site in zip(layer.units.members, layer.sites, strict=True):
+            if site.part == "down":
+                params[member.param].data.narrow(member.dim, 0, place + 1).normal_()
+    model.save_pretrained(folder / "plain")
+    shrink_folder(folder / "plain", folder / "ragged", layers="ragged")
+    hf_pdecay.compress(folder / "ragged", folder / "compressed")
+
+
+# The last matrices of layers of neurons.
+LAST = "fc2.weight", "wo.weight", "down_proj.weight"
+PARTS: list[tuple[Callable[[], Any], list[Any]]] = [
+    (clip, [tf.CLIPVisionModel, tf.CLIPTextModel, tf.CLIPModel]),
+    (siglip, [tf.SiglipVisionModel, tf.SiglipTextModel]),
+    (t5, [tf.T5EncoderModel, tf.T5Model, tf.T5ForSequenceClassification]),
+    (bart, [tf.BartForCausalLM, tf.BartModel]),
+    (whisper, [tf.WhisperForAudioClassification]),
+    (llava, [tf.LlavaModel, tf.LlavaForConditionalGeneration]),
+]
+
+
+@pytest.mark.parametrize(("make", "classes"), PARTS, ids=[make.__name__ for make, _ in PARTS])
+def test_a_part_of_a_ragged_model(make: Callable[[], Any], classes: list[Any], tmp_path: Path) -> None:
+    """Each part has the weights of that part of the sparse model, without dead units, also if sizes may differ."""
+    ragged(make, tmp_path)
+    for cls in classes:
+        whole = cls.from_pretrained(tmp_path / "plain", dtype="auto")
+        for name in ("ragged", "compressed"):
+            for mismatched in (False, True):
+                part, info = cls.from_pretrained(
+                    tmp_path / name, dtype="auto", ignore_mismatched_sizes=mismatched, output_loading_info=True
+                )
+                assert not info["mismatched_keys"]
+                assert sum(map(torch.numel, part.parameters())) < sum(map(torch.numel, whole.parameters()))
+                last = [path for path, _ in part.named_parameters() if path.endswith(LAST)]
+                assert last
+                for path in last:
+                    assert part.get_parameter(path).count_nonzero() == whole.get_parameter(path).count_nonzero() > 0
+        part.save_pretrained(tmp_path / "again")
+        again = cls.from_pretrained(tmp_path / "again", dtype="auto")
+        assert all(map(torch.equal, part.state_dict().values(), again.state_dict().values()))
+    if make is clip and not tf.__version__.startswith("4."):
+        pixels = torch.randn(1, 3, 32, 32).double()
+        expected, found = (
+            tf.CLIPVisionModel.from_pretrained(tmp_path / name, dtype="auto").eval()(pixels)[0]
+            for name in ("plain", "ragged")
+        )
+        assert torch.allclose(expected, found, rtol=0, atol=1e-9)
+
+
+def test_a_part_whose_names_are_others_is_refused(tmp_path: Path) -> None:
+    ragged(llava, tmp_path)
+    for mismatched in (False, True):
+        with pytest.raises(ValueError, match="which LlamaForCausalLM does not have"):
+            tf.LlamaForCausalLM.from_pretrained(tmp_path / "ragged", ignore_mismatched_sizes=mismatched)
+
+
+_WITHOUT = """
+import sys
+sys.modules["hf_pdecay"] = None
+import transformers as tf
+for cls in (tf.CLIPModel, tf.AutoModel, tf.CLIPVisionModel, tf.CLIPTextModel):
+    for mismatched in (False, True):
+        try:
+            cls.from_pretrained(sys.argv[1], ignore_mismatched_sizes=mismatched)
+            print("loaded", cls, mismatched)
+        except ValueError as error:
+            assert "quant_method" in str(error), error
+print("end")
+"""
+
+
+@pytest.mark.slow
+def test_without_this_package_no_part_of_a_ragged_model_loads(tmp_path: Path) -> None:
+    """Also not with ignore_mismatched_sizes, which would make the ragged layers anew."""
+    ragged(clip, tmp_path)
+    done = subprocess.run(
+        [sys.executable, "-c", _WITHOUT, str(tmp_path / "ragged")], capture_output=True, text=True, check=False
+    )
+    assert done.stdout.split() == ["end"], done.stdout + done.stderr

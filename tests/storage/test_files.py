@@ -375,7 +375,7 @@ def test_what_is_no_plain_model_is_refused(tmp_path: Path) -> None:
     with pytest.raises(FormatError, match="The weights of .* are not compressed"):
         decompress(tmp_path / "plain", out)
     write_folder(tmp_path / "bnb", {"a": torch.zeros(4)}, quantization_config={"quant_method": "bitsandbytes"})
-    with pytest.raises(FormatError, match="quant_method 'bitsandbytes': its weights are quantized already"):
+    with pytest.raises(FormatError, match="the method 'bitsandbytes': its weights are quantized already"):
         compress(tmp_path / "bnb", out)
     (tmp_path / "empty").mkdir()
     with pytest.raises(FormatError, match="has no config.json"):

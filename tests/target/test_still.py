@@ -207,3 +207,40 @@ def test_a_resumed_run_is_the_same_run(at: int) -> None:
             optimizer.load_state_dict(saved)
             control = SparsityControl(optimizer, STEPS, target_sparsity=0.5)
     assert all(torch.equal(one, other) for one, other in zip(params, whole, strict=True))
+
+
+class _AllAtOnce(torch.optim.SGD):
+    """Makes the state of all tensors at once, under a name of its own, as MADGRAD and SPAM do."""
+
+    def __init__(self, groups: Any, lr: float) -> None:
+        super().__init__(groups, lr)
+        for group in self.param_groups:
+            for param in group["params"]:
+                self.state[param]["s"] = torch.zeros_like(param)
+
+
+class _EmptyTrace(torch.optim.SGD):
+    """Keeps a momentum that it does not use, so it stays zero, as SM3 of pytorch_optimizer does."""
+
+    def step(self, closure: Any = None) -> Any:
+        for group in self.param_groups:
+            for param in group["params"]:
+                if param.grad is not None:
+                    self.state[param].setdefault("momentum_buffer", torch.zeros_like(param))
+        return super().step(closure)
+
+
+@pytest.mark.parametrize("base", [_AllAtOnce, _EmptyTrace])
+@pytest.mark.parametrize("resumed", [False, True])
+def test_bases_whose_state_does_not_tell_what_has_moved(base: Any, resumed: bool) -> None:
+    """Also after a checkpoint of ours is loaded, in which all tensors have a state."""
+    moving, never = _params(2)
+    kept = never.detach().clone()
+    optimizer = LpDecay(base([moving, never], lr=1e-2))
+
+    def reload(step: int, optimizer: Any) -> None:
+        if resumed and step in (5, 40):
+            optimizer.load_state_dict(optimizer.state_dict())
+
+    _run(optimizer, lambda step: _noise(moving), reload)
+    assert torch.equal(never, kept) and _zeros(moving) == moving.numel() // 2

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers as tf
 from safetensors.torch import load_file, save_file
 
 from hf_pdecay import AdamWLp, PDecayTrainer, PDecayTrainingArguments
@@ -230,3 +231,26 @@ def test_a_checkpoint_that_is_written_anew_is_not_whole_until_it_is(
     assert fault(out / "checkpoint-8") == "trainer_state.json, which is written last, is missing"
     assert not list((out / "checkpoint-8").glob(".*"))
     assert fault(out / "checkpoint-12") is None
+
+
+def test_a_run_resumes_if_its_files_have_none_of_the_model_s_names(
+    make_args: MakeArgs, tokens: Any, tmp_path: Path
+) -> None:
+    """transformers saves LLaVA under the names from before its parts moved."""
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    vision = sizes | {"model_type": "clip_vision_model", "image_size": 16, "patch_size": 8}
+    text = sizes | {"model_type": "llama", "vocab_size": 64}
+    config = tf.LlavaConfig(vision_config=vision, text_config=text, image_token_index=99)
+    tf.LlavaForConditionalGeneration(config).save_pretrained(tmp_path / "model")
+
+    def run(resume: str | None) -> dict[str, torch.Tensor]:
+        model = tf.LlavaForConditionalGeneration.from_pretrained(tmp_path / "model")
+        args = make_args(save_strategy="steps", save_steps=4)
+        PDecayTrainer(model=model, args=args, train_dataset=tokens).train(resume_from_checkpoint=resume)
+        return dict(model.state_dict())
+
+    whole = run(None)
+    checkpoint = tmp_path / "out" / "checkpoint-4"
+    assert not load_file(checkpoint / "model.safetensors").keys() & whole.keys()
+    resumed = run(str(checkpoint))
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
