@@ -71,12 +71,14 @@ class ShrunkQuantizer(HfQuantizer):
 
         # transformers calls this under the meta device; the model's tensors stay where they are.
         with torch.device("cpu"):
-            removals = removals_to(model, check_settings(self.quantization_config.to_dict()))
-            self._shapes = shapes_after(model, removals)
-            resize(model, removals)
+            self._removals = removals_to(model, check_settings(self.quantization_config.to_dict()))
+            self._shapes = shapes_after(model, self._removals)
+            resize(model, self._removals)
         return model
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        from .model import note_sizes
+
         # Some releases take tensors of wrong shapes if there is a quantizer.
         for name, param in model.named_parameters():
             if tuple(param.shape) != self._shapes[name]:
@@ -84,9 +86,8 @@ class ShrunkQuantizer(HfQuantizer):
                     f"{name} has the shape {list(param.shape)} in the weights, and {list(self._shapes[name])} by "
                     "config.json."
                 )
-        settings = self.quantization_config.to_dict()
         self.remove_quantization_config(model)
-        model.config.quantization_config = settings
+        note_sizes(model, self._removals)  # a part has fewer layers than the config named, and other names
         return model
 
 
