@@ -1,12 +1,15 @@
 """How a run reaches its target sparsity: pruning on a schedule, the law that sets λ_p, and healing.
 
 From ``begin`` to ``end`` the share of zeros follows a schedule up to the target: after some steps as many of the least
-salient weights are set to 0 as the schedule asks for. Saliency is the magnitude in Adam's metric, |w| v^(1/4): its
-square, w² √v, is the loss that removing a weight costs to second order (optimal brain damage, LeCun et al. 1989), with
-√v, Adam's divisor, for the curvature. Units have the mean of w² √v, and their root mean square as magnitude.
+salient weights are set to 0 as the schedule asks for. Saliency is w² v, the loss that removing a
+weight costs to second order (optimal brain damage, LeCun et al. 1989), with Adam's second moments, the empirical Fisher
+information, for the curvature. v is taken to rank 1 (:mod:`~hf_pdecay.optim.curvature`), because those of single
+weights are noisy. Units have the mean of w² v, and their root mean square as magnitude.
 
 Between prunings the weights compete. λ_p is a share of the one that would zero half of the weights to be kept by the
-end of the run, if they had no gradient, and never makes more weights die than the next pruning takes. After ``end``
+end of the run, if they had no gradient. In a short run at a low learning rate, as in fine-tuning, that λ_p would move
+weights further than Adam's steps can, so it is also at most a share of the one whose decay of the median weight equals
+Adam's largest step, the learning rate. And it never makes more weights die than the next pruning takes. After ``end``
 zeros stay and the other weights train on ("healing").
 """
 
@@ -44,6 +47,10 @@ _MIN_STEPS = 10
 HOLDING = 1e-24
 # A dense model has as few zeros at the start, in low precision, which need not be held.
 _FEW_ZEROS = 1e-3
+
+# At a ``sparsity_decay`` of 1 a weight of the median magnitude decays by at most this share of the learning rate in a
+# step. Runs from scratch stay far below it.
+_OF_RATE = 0.1
 
 # How much of the change is made when the decay ends, so that pruning alone chooses the last weights.
 _LAST_DECAY = 0.99
@@ -244,7 +251,9 @@ class SparsityControl:
             return 0.0
         # Most schedules fall to 0: their rates add up to about half of the highest rate times the steps.
         halving = lambda_for_threshold(group["p_norm"], median, 0.5 * rate * self._total_steps)
-        wanted = self._target.sparsity_decay * halving
+        # A step shrinks |w| by about α λ_p |w|^(p - 1).
+        bearable = _OF_RATE * median ** (1 - group["p_norm"]) if median > 0 else math.inf
+        wanted = self._target.sparsity_decay * min(halving, bearable)
         return min(wanted, lambda_for_threshold(group["p_norm"], next_pruning, rate * self.schedule.interval))
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_pdecay import AdamWLp, LpDecay
+from hf_pdecay.optim.decay import lambda_for_threshold
 from hf_pdecay.rules.assign import build_param_groups
 from hf_pdecay.target.control import SparsityControl
 from hf_pdecay.target.schedule import Schedule
@@ -121,7 +122,7 @@ def test_rules_have_targets_of_their_own() -> None:
     assert weights["4.weight"] == 0
 
 
-def test_what_is_cut_costs_least_to_second_order_in_the_metric_of_adam() -> None:
+def test_what_is_cut_costs_least_to_second_order() -> None:
     loop = Loop(target_sparsity=0.5, sparsity_decay=0.0)
     schedule = Schedule(20, 150)
     first = next(step for step in range(1, STEPS) if schedule.prunes(step))
@@ -133,7 +134,8 @@ def test_what_is_cut_costs_least_to_second_order_in_the_metric_of_adam() -> None
     states = [
         (param, loop.optimizer.state[param]["exp_avg_sq"]) for param in loop.model.parameters() if param.ndim == 2
     ]
-    saliency = torch.cat([(w.detach().double() ** 2 * v.double().sqrt()).reshape(-1) for w, v in states])
+    rank_1 = [v.double().mean(1, keepdim=True) * v.double().mean(0) / v.double().mean() for _, v in states]
+    saliency = torch.cat([(w.detach().double() ** 2 * v).reshape(-1) for (w, _), v in zip(states, rank_1, strict=True)])
     loop.control.after_step(first)
     cut = torch.cat([(param == 0).reshape(-1) for param, _ in states])
     assert 0 < cut.sum() < len(cut)
@@ -326,3 +328,25 @@ def test_a_target_where_lambda_p_is_0_is_told_what_is_missing() -> None:
     plain = torch.optim.SGD([torch.nn.Parameter(torch.randn(8, 8))], lr=0.1)
     with pytest.raises(ValueError, match="take AdamWLp or LpDecay"):
         SparsityControl(plain, 100, target_sparsity=0.5)
+
+
+@pytest.mark.parametrize("p_norm", [0.5, 0.8, 1.2, 1.8])
+@pytest.mark.parametrize("lr", [1e-5, 1e-4])
+def test_in_a_short_run_of_small_steps_decay_moves_weights_less_than_the_steps_can(lr: float, p_norm: float) -> None:
+    """As in fine-tuning: λ_p by the length of the run alone would shrink weights many times as far."""
+    loop = Loop(lr=lr, p_norm=p_norm, target_sparsity=0.5, sparsity_decay=1.0)
+    loop.run(last=21)
+    group = next(group for group in loop.optimizer.param_groups if group["lambda_p"])
+    weights = torch.cat([param.detach().abs().flatten() for param in group["params"]])
+    median = float(weights[weights > 0].quantile(0.75))
+    # A step shrinks |w| by α λ_p |w|^(p - 1).
+    assert group["lambda_p"] * median ** (p_norm - 1) <= 0.11
+    assert lambda_for_threshold(p_norm, median, 0.5 * lr * STEPS) * median ** (p_norm - 1) > 1
+
+
+def test_in_a_run_from_scratch_the_length_of_the_run_sets_lambda_p() -> None:
+    loop = Loop(lr=1e-2, steps=1000, target_sparsity=0.5, sparsity_decay=1.0).run(last=126)
+    (group,) = (group for group in loop.optimizer.param_groups if group["lambda_p"])
+    weights = torch.cat([param.detach().abs().flatten() for param in group["params"]])
+    halving = lambda_for_threshold(0.8, float(weights.quantile(0.75)), 0.5 * 1e-2 * 1000)
+    assert 0 < group["lambda_p"] <= halving * 1.2
