@@ -69,7 +69,7 @@ class DecayFields(Target):
         "that have a label, at least 0 (arXiv 1503.02531).",
     )
     teacher_temperature: float = setting(
-        1.0, "T of teacher_logits, above 0. For language models 1 is best (arXiv 2407.14679); 2 suits few classes."
+        1.0, "T of teacher_logits, above 0. Above 1 the teacher's small probabilities count for more."
     )
     teacher_hidden: float | None = setting(
         None,
