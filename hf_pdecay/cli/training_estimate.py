@@ -11,7 +11,6 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from ..checks import check_choice
-from ..optim.curvature import matrix_shape
 from ..optim.moments import MOMENTS, quantized_bytes
 from ..sparsity.counting import counted_bytes, counting_temporaries
 from ..tables import NameTable
@@ -225,8 +224,7 @@ def memory_of(size: ModelSize, layout: str, setup: Setup) -> Memory:
 def added_by(size: ModelSize, layout: str, gpus: int) -> Added:
     """Return what hf_pdecay adds to AdamW for a model under a layout."""
     shards = gpus if layout in _STEP_SHARDED else 0
-    sums = _sums(size.decayed, layout)
-    pruning = pruning_cost(size.decayed_parameters, _held(size.decayed, layout, gpus), shards, sums)
+    pruning = pruning_cost(size.decayed_parameters, _held(size.decayed, layout, gpus), shards)
     # Whether gradients are finite on all processes.
     step = Traffic(1, 4) if layout == "fsdp2" else Traffic()
     log = Traffic(1, counted_bytes(len(size.tensors))) if layout in _MODEL_SHARDED else Traffic()
@@ -247,14 +245,6 @@ def _held(tensors: Sequence[TensorSize], layout: str, gpus: int) -> list[int]:
         sizes = [(tensor.shape[0] if tensor.shape else 1, tensor.numel) for tensor in tensors]
         return [-(-rows // gpus) * (numel // rows) if rows else 0 for rows, numel in sizes]
     return [-(-tensor.numel // gpus) for tensor in tensors]
-
-
-def _sums(tensors: Sequence[TensorSize], layout: str) -> list[int]:
-    """Sizes of the sums of second moments that processes add up to rank weights."""
-    shapes = [matrix_shape(tensor.shape) for tensor in tensors]
-    if layout == "fsdp2":  # it divides rows, or a stack into matrices
-        return [columns for tensor, (_, _, columns) in zip(tensors, shapes, strict=True) if len(tensor.shape) != 3]
-    return [matrices * size for matrices, rows, columns in shapes for size in (rows, columns)]
 
 
 def _traffic_cell(traffic: Traffic) -> str:

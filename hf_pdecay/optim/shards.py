@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from .curvature import Curvature, axes_of, curvature, curvature_of_part, matrix_shape
 from .distributed import Groups, all_sum, is_dtensor, local, shard_groups
 from .moments import dequantize
 
@@ -48,36 +47,20 @@ def held(param: Any) -> Ranked:
     if is_dtensor(param):
         return Ranked(local(param), None, *shard_groups(param))
     if hasattr(param, "ds_tensor"):
-        return _of_group(param.ds_process_group, _unpadded(param, param.ds_tensor.detach()))
+        return _of_group(param.ds_process_group, _unpadded(param, param.ds_tensor.detach()), None)
     return Ranked(param)
 
 
-def stepped(param: Any, optimizer: Optimizer) -> Ranked:
-    """Return the weights that this process steps of a parameter of :func:`group_params`; they share its memory."""
-    if is_flat_shard(param):
-        return flat_shard(param, optimizer)[0]
-    return Ranked(local(param), None, *shard_groups(param)) if is_dtensor(param) else Ranked(param)
-
-
 def ranked(param: Any, optimizer: Optimizer) -> Ranked:
-    """Return the same with their curvature, if the optimizer has second moments of each weight.
-
-    All processes that hold shards must call.
-    """
-    if is_flat_shard(param):
-        shard, first, second = flat_shard(param, optimizer)
-        if not has_second_moment(param, optimizer):
-            return shard
-        second = shard.weight.new_zeros(len(shard.weight), dtype=torch.float32) if second is None else second
-        return shard._replace(curvature=curvature_of_part(second, first, full_shape(param), shard.groups))
-    shard = stepped(param, optimizer)
+    """Return the weights that this process steps of a parameter of :func:`group_params`, with their second moment."""
+    if hasattr(param, "_z3_optimizer"):
+        return _of_group(param.ds_process_group, *_partition_of_zero3(param))
+    if hasattr(param, "_hp_mapping"):
+        return _of_group(param._dp_group, *_fragment_of_zero12(param, _deepspeed_optimizer(optimizer)))
     second = second_moment(param, optimizer)
-    if second is None:
-        return shard
-    second = dequantize(local(second), torch.promote_types(second.dtype, torch.float32))
-    if not is_dtensor(param):
-        return shard._replace(curvature=curvature(second))
-    return shard._replace(curvature=curvature(second, axes_of(param), matrix_shape(full_shape(param))[2]))
+    if second is not None:
+        second = dequantize(local(second), torch.promote_types(second.dtype, torch.float32))
+    return Ranked(local(param), second, *shard_groups(param)) if is_dtensor(param) else Ranked(param, second)
 
 
 def second_moment(param: Tensor, optimizer: Optimizer) -> Tensor | None:
@@ -88,13 +71,6 @@ def second_moment(param: Tensor, optimizer: Optimizer) -> Tensor | None:
     if not isinstance(second, Tensor) or second.shape != param.shape or not _PROJECTIONS.isdisjoint(state):
         return None
     return second
-
-
-def has_second_moment(param: Tensor, optimizer: Any) -> bool:
-    """Whether an optimizer has second moments of each weight of a parameter, here or on another process."""
-    if is_flat_shard(param):
-        return any(isinstance(state, dict) and "exp_avg_sq" in state for state in optimizer.state.values())
-    return second_moment(param, optimizer) is not None
 
 
 def group_params(optimizer: Any) -> list[list[Tensor]]:
@@ -147,21 +123,9 @@ def wholly_zero(params: Sequence[Tensor]) -> list[bool]:
     return [not all_sum(shard.weight.any().to(torch.int64), shard.groups) for shard in map(held, params)]
 
 
-def _of_group(group: Any, weight: Tensor) -> Ranked:
+def _of_group(group: Any, weight: Tensor, exp_avg_sq: Tensor | None) -> Ranked:
     """A shard across the processes of a process group."""
-    return Ranked(weight, None, torch.distributed.get_rank(group), (group,))
-
-
-def flat_shard(param: Any, optimizer: Any) -> tuple[Ranked, int, Tensor | None]:
-    """This process's part of a flattened parameter, the place of its first weight, and its second moments."""
-    if hasattr(param, "_z3_optimizer"):
-        weight, second = _partition_of_zero3(param)
-        shard = _of_group(param.ds_process_group, weight)
-        return shard, min(shard.slot * param.ds_tensor.numel(), param.ds_numel), second
-    weight, second = _fragment_of_zero12(param, _deepspeed_optimizer(optimizer))
-    mapping = param._hp_mapping
-    first = 0 if mapping is None else mapping.lp_fragment_address.start
-    return _of_group(param._dp_group, weight), first, second
+    return Ranked(weight, exp_avg_sq, torch.distributed.get_rank(group), (group,))
 
 
 def _deepspeed_optimizer(optimizer: Any) -> Any:
@@ -205,7 +169,7 @@ def _unpadded(param: Any, partition: Tensor) -> Tensor:
 
 
 class Ranked(NamedTuple):
-    """A tensor of weights, or this process's shard of one, ranked by |w| times its curvature, or by |w| alone.
+    """A tensor of weights, or this process's shard of one, ranked by |w| v^(1/4), or by |w| alone.
 
     Attributes:
         slot: Index of the shard among the tensor's shards.
@@ -213,6 +177,6 @@ class Ranked(NamedTuple):
     """
 
     weight: Tensor
-    curvature: Curvature | None = None
+    exp_avg_sq: Tensor | None = None
     slot: int = 0
     groups: Groups = ()

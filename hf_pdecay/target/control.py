@@ -1,10 +1,9 @@
 """How a run reaches its target sparsity: pruning on a schedule, the law that sets λ_p, and healing.
 
 From ``begin`` to ``end`` the share of zeros follows a schedule up to the target: after some steps as many of the least
-salient weights are set to 0 as the schedule asks for. Saliency is w² v, the loss that removing a
-weight costs to second order (optimal brain damage, LeCun et al. 1989), with Adam's second moments, the empirical Fisher
-information, for the curvature. v is taken to rank 1 (:mod:`~hf_pdecay.optim.curvature`), because those of single
-weights are noisy. Units have the mean of w² v, and their root mean square as magnitude.
+salient weights are set to 0 as the schedule asks for. Saliency is the magnitude in Adam's metric, |w| v^(1/4): its
+square, w² √v, is the loss that removing a weight costs to second order (optimal brain damage, LeCun et al. 1989), with
+√v, Adam's divisor, for the curvature. Units have the mean of w² √v, and their root mean square as magnitude.
 
 Between prunings the weights compete. λ_p is a share of the one that would zero half of the weights to be kept by the
 end of the run, if they had no gradient. In a short run at a low learning rate, as in fine-tuning, that λ_p would move

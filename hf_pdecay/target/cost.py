@@ -43,14 +43,13 @@ class PruningCost:
     temporaries: int
 
 
-def pruning_cost(numel: int, held: Sequence[int], shards: int, sums: Sequence[int] = ()) -> PruningCost:
+def pruning_cost(numel: int, held: Sequence[int], shards: int) -> PruningCost:
     """Return what pruning the weights of a model costs.
 
     Args:
         numel: Number of weights that share a target.
         held: Number of them that a process holds, tensor by tensor.
         shards: Number of shards of each tensor; 0 for whole tensors.
-        sums: Sizes of the sums of second moments, over rows or columns, that processes add up for a pruning step.
     """
     pruning = ties = lambda_p = Traffic()
     if held and shards:
@@ -62,7 +61,6 @@ def pruning_cost(numel: int, held: Sequence[int], shards: int, sums: Sequence[in
         pruning = lambda_p + Traffic(1, 2 * _COUNT)
         for bits in range(_SCORE_BITS, 0, -DIGIT):
             pruning += Traffic(1, (1 << min(DIGIT, bits)) * _COUNT)
-        pruning += Traffic(len(sums), sum(sums) * _SCORE)
     # The bracket is widest around the median.
     bracket = min(2 * bracket_margin(SAMPLE / 2, SAMPLE) / SAMPLE, 1)
     largest = min(max(held, default=0), DEVICE_CHUNK)

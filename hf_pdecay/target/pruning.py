@@ -1,6 +1,6 @@
 """A pruning step: the least salient weights of a budget, or its least salient units, become exactly 0.
 
-The saliency of a weight is w² v, as in ``control``. The saliency of a unit is the mean over its weights: the loss for
+The saliency of a weight is w² √v, as in ``control``. The saliency of a unit is the mean over its weights: the loss for
 each weight, to second order, that removing them costs if they do not interact.
 """
 
@@ -12,9 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..optim.curvature import SCALE, no_curvature
 from ..optim.distributed import Groups, all_sum, first_index, local, span_of
-from ..optim.shards import Ranked, full_shape, has_second_moment, ranked, second_moment, stepped
+from ..optim.shards import Ranked, full_shape, ranked, second_moment
 from ..optim.unit_kinds import ELEMENT, UNIT_KINDS, n_of_m
 from ..optim.unit_operations import alive_units, mean_squares, weakest, weights_here
 from ..optim.units import Member
@@ -28,8 +27,7 @@ def prune(budget: Budget, optimizer: Any, progress: float) -> None:
     """Set the least salient units of a budget to 0, in place, up to a share of its target in [0, 1]."""
     blocks = n_of_m(budget.kind)
     if budget.kind == ELEMENT:
-        with_moments = not lacking_moments(budget, optimizer)
-        _prune_share(_weights(budget, optimizer, with_moments=with_moments), budget.target * progress)
+        _prune_share(_ranked_weights(budget, optimizer), budget.target * progress)
     elif blocks is not None:
         _prune_blocks(budget, optimizer, progress, blocks)
     else:
@@ -55,7 +53,7 @@ def zeros_in(budget: Budget, optimizer: Any) -> int:
         dead = [~alive_units(layer, params) for layer, params in budget.layers]
         return sum(int(layer.sum()) for layer in dead if not layer.all())
     counts: dict[Groups, list[Tensor]] = {}
-    for tensor in _weights(budget, optimizer):
+    for tensor in _ranked_weights(budget, optimizer):
         zeros = tensor.weight.numel() - tensor.weight.count_nonzero()
         counts.setdefault(tensor.groups, []).append(torch.stack([zeros, torch.full_like(zeros, tensor.weight.numel())]))
     total = 0
@@ -70,12 +68,16 @@ def rank_by_magnitude(budget: Budget, optimizer: Any) -> Ranking:
     """Return the ranking of what the decay acts on: |w| of the weights, or the root mean squares of the units."""
     if budget.kind != ELEMENT and n_of_m(budget.kind) is None:
         return Ranking([Ranked(mean_squares(layer, params).sqrt()) for layer, params in budget.layers])
-    return Ranking(_weights(budget, optimizer))
+    return Ranking([tensor._replace(exp_avg_sq=None) for tensor in _ranked_weights(budget, optimizer)])
 
 
-def _weights(budget: Budget, optimizer: Any, *, with_moments: bool = False) -> list[Ranked]:
-    find = ranked if with_moments else stepped
-    return [view for param in budget.params for view in _moving(find(param, optimizer), param, budget)]
+def _ranked_weights(budget: Budget, optimizer: Any) -> list[Ranked]:
+    lacking = lacking_moments(budget, optimizer)
+    tensors = []
+    for param in budget.params:
+        tensor = ranked(param, optimizer)
+        tensors += _moving(tensor._replace(exp_avg_sq=None) if lacking else tensor, param, budget)
+    return tensors
 
 
 def _moving(tensor: Ranked, param: Tensor, budget: Budget) -> list[Ranked]:
@@ -91,9 +93,8 @@ def _moving(tensor: Ranked, param: Tensor, budget: Budget) -> list[Ranked]:
     views = []
     for start, end in runs(still, full_shape(param)[0]):
         here = slice(min(max(start - first, 0), held), min(max(end - first, 0), held))
-        size = tensor.weight[0].numel() if held else 0
-        part = None if tensor.curvature is None else tensor.curvature.part(here.start * size)
-        views.append(tensor._replace(weight=tensor.weight[here], curvature=part))
+        second = tensor.exp_avg_sq
+        views.append(tensor._replace(weight=tensor.weight[here], exp_avg_sq=None if second is None else second[here]))
     return views
 
 
@@ -103,8 +104,8 @@ def lacking_moments(budget: Budget, optimizer: Any) -> list[Tensor]:
     With one of them in the budget all its weights are ranked by magnitude, as scores with and without second moments
     do not compare.
     """
-    with_state = [param for param in budget.params if optimizer.state.get(param)]
-    return [param for param in with_state if second_moment(param, optimizer) is None]
+    stepped = [param for param in budget.params if optimizer.state.get(param)]
+    return [param for param in stepped if second_moment(param, optimizer) is None]
 
 
 def _prune_share(tensors: list[Ranked], share: float) -> bool:
@@ -128,8 +129,6 @@ def _prune_units(budget: Budget, optimizer: Any, count: int) -> None:
         for index, key in ids.items():
             if key not in known:
                 known[key] = _saliency(params[index], optimizer, with_moments)
-                if with_moments:  # its square is taken
-                    known[key].mul_(SCALE**-0.5)
         saliency = {index: known[key] for index, key in ids.items()}
         layer_scores.append(mean_squares(layer, params, saliency).sqrt().double().cpu())
     flat = torch.cat(layer_scores)
@@ -156,7 +155,7 @@ def _prune_blocks(budget: Budget, optimizer: Any, progress: float, blocks: tuple
         saliency = _saliency(param, optimizer, with_moments).movedim(member.dim, -1)
         stays = ~weakest(saliency, blocks, exact=True)
         least = saliency.masked_fill(stays, torch.inf).contiguous()
-        candidates.append(stepped(param, optimizer)._replace(weight=least))
+        candidates.append(ranked(param, optimizer)._replace(weight=least, exp_avg_sq=None))
     moving = [
         view
         for (param, _), candidate in zip(_members(budget), candidates, strict=True)
@@ -178,15 +177,16 @@ def _members(budget: Budget) -> Iterator[tuple[Tensor, Member[int]]]:
 
 
 def _has_second_moments(budget: Budget, optimizer: Any) -> bool:
-    has_any = any(has_second_moment(param, optimizer) for param, _ in _members(budget))
+    has_any = any(ranked(param, optimizer).exp_avg_sq is not None for param, _ in _members(budget))
     return has_any and not lacking_moments(budget, optimizer)
 
 
 def _saliency(param: Tensor, optimizer: Any, with_moments: bool) -> Tensor:
-    """Scores of a parameter's weights; if others have second moments, a parameter without them has v = 0."""
-    tensor = ranked(param, optimizer) if with_moments else stepped(param, optimizer)
-    weight = tensor.weight.detach()
-    if with_moments and tensor.curvature is None:
-        tensor = tensor._replace(curvature=no_curvature(weight))
+    """Scores of a parameter's weights; if others have second moments, a parameter without one has v = 0."""
+    tensor = ranked(param, optimizer)
+    if not with_moments:
+        tensor = tensor._replace(exp_avg_sq=None)
+    if with_moments and tensor.exp_avg_sq is None:
+        tensor = tensor._replace(exp_avg_sq=torch.zeros_like(tensor.weight, dtype=torch.float32))
     dtype = torch.promote_types(param.dtype, torch.float32)
-    return scores(tensor._replace(weight=weight.reshape(-1)), dtype).view(weight.shape)
+    return scores(tensor._replace(weight=tensor.weight.detach()), dtype)

@@ -1,7 +1,6 @@
 """Which weights are the least salient: exact order statistics, without sorting or gathering all tensors.
 
-The score of a weight is its magnitude, or that times the curvature of the loss (:mod:`~hf_pdecay.optim.curvature`). A
-sample of the scores brackets the k-th least; one pass over all scores counts those below the bracket and collects the
+A sample of the scores brackets the k-th least; one pass over all scores counts those below the bracket and collects the
 few in it; among these the k-th is found bit by bit. Processes add up the samples and the counts of their shards.
 """
 
@@ -24,6 +23,11 @@ DEVICE_CHUNK = 1 << 22
 SAMPLE = 1 << 15
 # Bits of the scores that are compared at a time.
 DIGIT = 11
+
+# Added to second moments: weights that never had a gradient rank below all others, and by their magnitudes.
+_LEAST = 1e-30
+# A power of 2 that lifts the fourth root of _LEAST above 1, so that only weights of 0 have the score 0.
+_SCALE = 2.0**26
 
 
 @dataclass(frozen=True)
@@ -107,7 +111,9 @@ class Ranking:
             first = -offset % stride
             if first >= tensor.weight.numel():
                 continue
-            sample = scores(_part(tensor, slice(first, None, stride)), self._dtype)
+            second = tensor.exp_avg_sq
+            strided = Ranked(tensor.weight[first::stride], None if second is None else second[first::stride])
+            sample = scores(strided, self._dtype)
             start = (offset + first) // stride
             samples[tensor.groups][start : start + len(sample)] = sample.to(device)
         return total(samples).sort().values.cpu()
@@ -143,10 +149,12 @@ def bracket_margin(at: float, size: int) -> float:
     return 6 * (at * (1 - at / size)) ** 0.5 + 6
 
 
-def scores(flat: Ranked, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Return scores of weights of shape (count,): |w|, or that times its curvature. Only zeros have the score 0."""
-    magnitude = flat.weight.to(dtype).abs()
-    return magnitude if flat.curvature is None else magnitude.mul_(flat.curvature.factors(len(magnitude), dtype))
+def scores(tensor: Ranked, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Return scores in proportion to |w| v^(1/4), or |w| without v; only weights of 0 have the score 0."""
+    magnitude = tensor.weight.to(dtype).abs()
+    if tensor.exp_avg_sq is None:
+        return magnitude
+    return (tensor.exp_avg_sq.to(dtype) + _LEAST).sqrt_().sqrt_().mul_(_SCALE).mul_(magnitude)
 
 
 @torch.no_grad()
@@ -213,21 +221,13 @@ def _score_dtype(tensors: Sequence[Ranked]) -> torch.dtype:
 
 
 def _flat(tensor: Ranked) -> Ranked:
-    return tensor._replace(weight=tensor.weight.detach().reshape(-1))
-
-
-def _part(flat: Ranked, here: slice) -> Ranked:
-    curvature = flat.curvature
-    part = None if curvature is None else curvature.part(here.start, here.step or 1)
-    return flat._replace(weight=flat.weight[here], curvature=part)
+    second = tensor.exp_avg_sq
+    weight = tensor.weight.detach().reshape(-1)
+    return tensor._replace(weight=weight, exp_avg_sq=None if second is None else second.detach().reshape(-1))
 
 
 def _pieces(flat: Ranked) -> Iterator[Ranked]:
-    """Yield pieces of whole rows where there are rows, whose curvature is quickly made."""
-    numel, size = flat.weight.numel(), CPU_CHUNK if flat.weight.is_cpu else DEVICE_CHUNK
-    width, first = (1, 0) if flat.curvature is None else (max(flat.curvature.width, 1), flat.curvature.first)
-    start, end = 0, min(-first % width, numel)
-    while start < numel:
-        if end > start:
-            yield _part(flat, slice(start, end))
-        start, end = end, min(end + max(size // width, 1) * width, numel)
+    size = CPU_CHUNK if flat.weight.is_cpu else DEVICE_CHUNK
+    for start in range(0, flat.weight.numel(), size):
+        piece, second = slice(start, start + size), flat.exp_avg_sq
+        yield flat._replace(weight=flat.weight[piece], exp_avg_sq=None if second is None else second[piece])

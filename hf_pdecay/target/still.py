@@ -1,6 +1,6 @@
 """Which weights a target leaves alone: still ones, which have had no gradient yet or are frozen.
 
-A weight without a gradient has no saliency: by w² v it would be the first to go, however much the model needs it. The
+A weight without a gradient has no saliency: by w² √v it would be the first to go, however much the model needs it. The
 test is made for whole tensors, and for each matrix of a stack, as an expert to which no token was routed has a gradient
 of zeros. A single weight or row without a gradient is pruned: its input or its output is always zero.
 """
@@ -16,7 +16,7 @@ from torch import Tensor
 from ..optim.distributed import Groups, all_sum, local, span_of
 from ..optim.moments import dequantize
 from ..optim.param_groups import highest_rate, is_decayed, still_entries
-from ..optim.shards import flat_shard, full_numel, full_shape, group_params, is_flat_shard, stepped
+from ..optim.shards import full_numel, full_shape, group_params, is_flat_shard, ranked, second_moment
 from ..optim.unit_kinds import UNIT_KINDS, kind_of
 from ..optim.units import Units, units_of
 
@@ -130,8 +130,10 @@ def _moved(params: Sequence[Tensor], stacks: Mapping[int, int], optimizer: Any) 
                 hits, sums = sums[: len(sign)], sums[len(sign) :]
                 moved[key] = [before or hit > 0 for before, hit in zip(moved[key], hits, strict=True)]
     if not any(map(any, moved.values())):
-        # The optimizer does not fill its traces, as one whose momentum is 0: what has stepped may have moved.
-        moved |= {id(param): [True] * len(moved[id(param)]) for param in params if _has_stepped(param, optimizer)}
+        # An optimizer may not fill its traces, as one whose momentum is 0: what has stepped may have moved. If second
+        # moments are 0, all steps were skipped.
+        unknown = [param for param in params if not is_flat_shard(param) and second_moment(param, optimizer) is None]
+        moved |= {id(param): [True] * len(moved[id(param)]) for param in unknown if _has_stepped(param, optimizer)}
     return moved
 
 
@@ -154,7 +156,7 @@ def _sign(param: Any, parts: int, optimizer: Any, number: int) -> tuple[Tensor |
         return False, ()
     trace = local(traces[number])
     trace = dequantize(trace, torch.promote_types(trace.dtype, torch.float32))
-    groups = stepped(param, optimizer).groups
+    groups = ranked(param, optimizer).groups
     if parts == 1:
         return trace.any().reshape(1), groups
     seen = trace.flatten(1).any(1)
@@ -172,6 +174,6 @@ def _sign_in_flat_shard(param: Any, parts: int, optimizer: Any, number: int) -> 
         return False, ()
     if not any("exp_avg_sq" in state for state in optimizer.state.values()):
         return True, ()
-    shard, _, second = flat_shard(param, optimizer)
-    seen = shard.weight.new_zeros(()) if second is None else second.any()
+    shard = ranked(param, optimizer)
+    seen = shard.weight.new_zeros(()) if shard.exp_avg_sq is None else shard.exp_avg_sq.any()
     return seen.bool().expand(parts), shard.groups

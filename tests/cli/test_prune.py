@@ -160,7 +160,7 @@ def test_what_is_wrong_is_said_in_a_sentence(model: Path, data: Path, capsys: py
         ({"--data": str(folder / "bad.jsonl")}, "row 2 of"),
         ({"--data": str(folder / "numbers.jsonl")}, "none of its columns holds text: a"),
         ({"--data": str(folder / "cut.txt.gz")}, "cannot be read"),
-        ({"model": str(folder / "quantized")}, "quant_method 'gptq'"),
+        ({"model": str(folder / "quantized")}, "method 'gptq'"),
         ({"model": str(folder / "bare")}, "has no tokenizer"),
         ({"model": str(folder / "t5")}, "T5ForConditionalGeneration is an encoder-decoder"),
         ({"model": str(folder / "nowhere")}, "is not a folder here"),

@@ -10,7 +10,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from hf_pdecay.optim.curvature import curvature, matrix_shape
 from hf_pdecay.optim.shards import Ranked
 from hf_pdecay.target.ranking import Ranking, Threshold, prune_least, scores
 
@@ -55,23 +54,15 @@ def _flat(tensors: Sequence[Ranked]) -> np.ndarray:
     return np.concatenate([each.weight.double().flatten().numpy() for each in tensors])
 
 
-def _saliency(weights: Sequence[Tensor], moments: Sequence[Tensor]) -> np.ndarray:
-    """What the weights are ranked by, in float64: |w| and the root of the second moment to rank 1."""
+def _saliency(tensors: Sequence[Ranked]) -> np.ndarray:
+    """What the weights are ranked by, in float64."""
     parts = []
-    for weight, moment in zip(weights, moments, strict=True):
-        v = moment.double().numpy().reshape(matrix_shape(moment.shape))
-        # The least values let weights that never had a gradient rank by magnitude.
-        rows = v.mean(2, keepdims=True) + 1e-30
-        columns = np.maximum(v.mean(1, keepdims=True) / np.maximum(v.mean((1, 2), keepdims=True), 1e-300), 1e-8)
-        parts.append(np.abs(weight.double().flatten().numpy()) * np.sqrt(rows * columns).flatten())
+    for each in tensors:
+        part = np.abs(each.weight.double().flatten().numpy())
+        if each.exp_avg_sq is not None:  # the least moment lets weights that never had a gradient rank by magnitude
+            part = part * (each.exp_avg_sq.double().flatten().numpy() + 1e-30) ** 0.25
+        parts.append(part)
     return np.concatenate(parts)
-
-
-def _ranked(weights: Sequence[Tensor], moments: Sequence[Tensor]) -> list[Ranked]:
-    return [
-        Ranked(weight, curvature(moment.to(torch.promote_types(moment.dtype, torch.float32))))
-        for weight, moment in zip(weights, moments, strict=True)
-    ]
 
 
 def _check_by_magnitude(tensors: Sequence[Ranked], count: int) -> Threshold:
@@ -130,9 +121,8 @@ def test_a_cut_by_saliency_is_that_of_a_full_sort(
     made: list[tuple[str, int, torch.dtype, int]], fraction: float, moment: torch.dtype
 ) -> None:
     weights = [_weights(*each) for each in made]
-    moments = [_moment(each, place, moment) for place, each in enumerate(weights)]
-    tensors = _ranked(weights, moments)
-    before, saliency = _flat(tensors), _saliency(weights, moments)
+    tensors = [Ranked(each, _moment(each, place, moment)) for place, each in enumerate(weights)]
+    before, saliency = _flat(tensors), _saliency(tensors)
     count = max(1, round(fraction * len(before)))
     prune_least(tensors, Ranking(tensors).least(count))
     after = _flat(tensors)
@@ -148,16 +138,14 @@ def test_a_cut_by_saliency_is_that_of_a_full_sort(
 def test_scores_are_zero_for_zeros_only(dtype: torch.dtype) -> None:
     smallest = torch.finfo(dtype).tiny
     weight = torch.tensor([0.0, -0.0, smallest, -smallest, 1.0], dtype=dtype)
-    for second in (None, torch.zeros(5), torch.full((5,), 1e-38), torch.tensor([1e10, 1e10, 0, 0, 0])):
-        for shape in ((5,), (5, 1), (1, 5), (1, 1, 5)):
-            found = None if second is None else curvature(second.view(shape))
-            assert (scores(Ranked(weight, found), torch.promote_types(dtype, torch.float32)) == 0).tolist() == [
-                True,
-                True,
-                False,
-                False,
-                False,
-            ]
+    for second in (None, torch.zeros(5), torch.full((5,), 1e-38)):
+        assert (scores(Ranked(weight, second), torch.promote_types(dtype, torch.float32)) == 0).tolist() == [
+            True,
+            True,
+            False,
+            False,
+            False,
+        ]
 
 
 @pytest.mark.parametrize("layout", ["transposed", "columns", "channels last"])
@@ -171,9 +159,9 @@ def test_a_cut_reaches_tensors_that_are_not_contiguous(layout: str) -> None:
     assert not weight.is_contiguous()
     others = base.view(48, 40).clone()
     moment = _moment(weight, 3)
-    saliency = _saliency([weight], [moment])
+    saliency = _saliency([Ranked(weight, moment)])
     count = weight.numel() // 3
-    prune_least(_ranked([weight], [moment]), Ranking(_ranked([weight], [moment])).least(count))
+    prune_least([Ranked(weight, moment)], Ranking([Ranked(weight, moment)]).least(count))
     gone = (weight == 0).flatten().numpy()
     assert set(np.flatnonzero(gone)) == set(np.argsort(saliency)[:count])
     if layout == "columns":
@@ -278,7 +266,7 @@ def test_nan_is_never_cut_and_inf_last(size: int, with_moment: bool, fraction: f
     weight[size // 5 + 1 : 2 * size // 5 : 2] = -math.inf
     weight = weight[torch.randperm(size, generator=torch.Generator().manual_seed(0))]
     before = weight.clone()
-    tensors = [Ranked(weight, curvature(torch.full((size,), 1e-4)) if with_moment else None)]
+    tensors = [Ranked(weight, torch.full((size,), 1e-4) if with_moment else None)]
     count = round(fraction * size)
     prune_least(tensors, Ranking(tensors).least(count))
     numbers, infinite = int((~before.isnan()).sum()), int(before.isinf().sum())
