@@ -7,6 +7,8 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import transformers
+from packaging.version import Version
 from torch import nn
 from transformers import Trainer
 
@@ -115,6 +117,11 @@ class DistillingMixin(_Base):
 def _check_run(trainer: Trainer, settings: DecaySettings) -> None:
     """Raise ValueError for what a teacher cannot be part of."""
     what = f"Invalid teacher: teacher={settings.teacher!r}"
+    if Version(transformers.__version__).major < 5:
+        raise ValueError(
+            f"{what} with transformers {transformers.__version__}, which divides a loss by other counts of tokens; it "
+            "takes version 5 or later."
+        )
     if engine_of(trainer):
         raise ValueError(f"{what} under {engine_of(trainer)}, which shards the model; take one process, or DDP.")
     if getattr(trainer, "is_model_parallel", False):
