@@ -248,7 +248,7 @@ def _weight_of(name: str, batch: Mapping[str, Any]) -> Tensor | int:
 
 
 def _mask(name: str, batch: Mapping[str, Any]) -> Tensor | None:
-    """Which tokens are no padding."""
+    """Which tokens count, as padding does not."""
     mask = batch.get(_HIDDEN[name])
     if isinstance(mask, Tensor) and mask.ndim == 2:
         return mask != 0

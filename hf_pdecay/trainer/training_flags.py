@@ -73,8 +73,9 @@ class DecayFields(Target):
     )
     teacher_hidden: float | None = setting(
         None,
-        "Weight of SquareHead, |h - h_teacher|² / |h_teacher|², the mean over layers and over tokens that are no "
-        "padding, at least 0 (arXiv 2310.06927). Unset for 1, or for 0 if the teacher has another depth or width.",
+        "Weight of SquareHead, the squared error of the hidden states over the teacher's squares, as the mean over "
+        "layers and over tokens without padding, at least 0 (arXiv 2310.06927). Unset for 1, or for 0 if the teacher "
+        "has another depth or width.",
     )
     teacher_dtype: str | None = setting(
         None,
