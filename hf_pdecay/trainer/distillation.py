@@ -17,6 +17,7 @@ from .engines import engine_of
 from .lesson import LABELS, Lesson
 from .settings import DecaySettings
 from .teacher import SELF
+from .teacher_cache import FlushCallback
 
 
 if TYPE_CHECKING:
@@ -40,6 +41,8 @@ def distil(trainer: Trainer, settings: DecaySettings) -> None:
     same = {name: getattr(type(trainer), name) for name in ("__module__", "__qualname__", "__doc__")}
     trainer.__class__ = type(type(trainer).__name__, (DistillingMixin, type(trainer)), same)
     trainer._learn_from(settings, trainer.model)  # type: ignore[attr-defined]
+    if settings.teacher_cache is not None:
+        trainer.add_callback(FlushCallback(lambda: trainer._lesson.cache))  # type: ignore[attr-defined]
 
 
 class DistillingMixin(_Base):
@@ -63,11 +66,13 @@ class DistillingMixin(_Base):
     def _hp_search_setup(self, trial: Any) -> None:
         super()._hp_search_setup(trial)
         settings = self._settings
-        if settings.teacher != self._lesson.settings.teacher:
-            raise ValueError(
-                f"Invalid teacher: a trial has teacher={settings.teacher!r} and the Trainer was made with "
-                f"teacher={self._lesson.settings.teacher!r}; a search varies teacher_logits and the like, not teacher."
-            )
+        for name in ("teacher", "teacher_cache"):
+            ours, made = getattr(settings, name), getattr(self._lesson.settings, name)
+            if ours != made:
+                raise ValueError(
+                    f"Invalid {name}: a trial has {name}={ours!r} and the Trainer was made with {name}={made!r}; a "
+                    f"search varies teacher_logits and the like, not {name}."
+                )
         self._lesson.settings = settings
 
     def _check_checkpoint(self, folder: str | bool | None, *, warn: bool = False) -> None:

@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
-from typing import Any
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 
+TOP = 64
+"""How many probabilities of a token :func:`summary` keeps."""
+
+
 # Values of a chunk of logits in float32: what a CPU's caches hold, and what keeps a GPU busy.
 _CHUNK = {"cpu": 2**18}
 _CHUNK_ELSEWHERE = 2**24
+_TINY = torch.finfo(torch.float32).tiny
 
 
 def entropies(logits: Tensor) -> Tensor:
     """Return the entropy of each distribution in nats, in float32; logits are (..., classes)."""
     rows = logits.detach().reshape(-1, logits.shape[-1])
-    size = max(1, _CHUNK.get(logits.device.type, _CHUNK_ELSEWHERE) // rows.shape[-1])
-    logs = (torch.log_softmax(chunk.float(), -1) for chunk in rows.split(size))
+    logs = (torch.log_softmax(rows[chunk].float(), -1) for chunk in _chunks(rows.shape[0], rows.shape[1], rows.device))
     return torch.cat([torch.special.entr(chunk.exp()).sum(-1) for chunk in logs]).reshape(logits.shape[:-1])
 
 
@@ -50,9 +56,7 @@ class _KlSum(torch.autograd.Function):
         classes = min(student.shape[-1], teacher.shape[-1])
         wide = torch.promote_types(student.dtype, torch.float32)
         total = torch.zeros((), dtype=wide, device=student.device)
-        size = max(1, _CHUNK.get(student.device.type, _CHUNK_ELSEWHERE) // classes)
-        for begin in range(0, student.shape[0], size):
-            chunk = slice(begin, begin + size)
+        for chunk in _chunks(student.shape[0], classes, student.device):
             if counts.device.type == "cpu" and not counts[chunk].any():  # elsewhere a look would wait for the device
                 gradient[chunk] = 0
                 continue
@@ -84,6 +88,134 @@ class _KlSum(torch.autograd.Function):
 def _log_sum(logits: Tensor, softmax: Tensor) -> Tensor:
     """Log Σ exp(logit), from the largest logit and its probability."""
     return logits.amax(-1) - softmax.amax(-1).log()
+
+
+class Answers(NamedTuple):
+    """What is kept of a teacher's distributions.
+
+    Args:
+        ids: The classes with the largest probabilities, (tokens, at most :data:`TOP`), int32.
+        logs: Logarithms of these probabilities, float16.
+        tails: Of the other classes, (tokens, 4), float32: log of the sum of their probabilities, mean of their log
+            probabilities as they are weighed by them, log of their number, and plain mean of their log probabilities.
+        classes: Number of classes in all.
+    """
+
+    ids: Tensor
+    logs: Tensor
+    tails: Tensor
+    classes: int
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the tensors."""
+        return self.ids.nbytes + self.logs.nbytes + self.tails.nbytes
+
+    def to(self, device: torch.device) -> Answers:
+        """Return them on a device."""
+        return Answers(self.ids.to(device), self.logs.to(device), self.tails.to(device), self.classes)
+
+
+def joined(answers: Sequence[Answers]) -> Answers:
+    """Return the answers of several rows with the same number of classes as those of one."""
+    ids, logs, tails, classes = zip(*answers, strict=True)
+    return Answers(torch.cat(ids), torch.cat(logs), torch.cat(tails), classes[0])
+
+
+def summary(logits: Tensor) -> Answers:
+    """Return what is kept of logits, (tokens, classes)."""
+    classes = logits.shape[-1]
+    width = min(TOP, classes)
+    empty = logits.new_empty
+    parts = [Answers(empty((0, width)).int(), empty((0, width)).half(), empty((0, 4)).float(), classes)]
+    for chunk in _chunks(logits.shape[0], classes, logits.device):
+        logs = torch.log_softmax(logits[chunk].float(), -1)
+        top, ids = logs.topk(width, -1)
+        mass = logs.exp().scatter_(-1, ids, 0)
+        total = mass.sum(-1)
+        finite = logs.isfinite().scatter_(-1, ids, False)
+        logs.masked_fill_(~finite, 0)
+        number = finite.sum(-1)
+        slope = (mass * logs).sum(-1) / total.clamp(min=_TINY)
+        mean = logs.sum(-1) / number.clamp(min=1)
+        tails = torch.stack([total.log(), slope, number.log(), mean], -1)
+        parts.append(Answers(ids.int(), top.half(), tails, classes))
+    return joined(parts)
+
+
+def _distribution(answers: Answers, rows: slice, temperature: float) -> tuple[Tensor, Tensor]:
+    """Log probabilities at a temperature: of the classes that are kept, and of all others together.
+
+    The logarithm of Σ exp(b · log probability) over the others is known at b = 1 and b = 0, with its slopes. In between
+    it is the cubic through them, and beyond b = 1, where it counts little, its tangent.
+    """
+    end, slope, begin, mean = answers.tails[rows].unbind(-1)
+    b = 1 / temperature
+    if b == 1:
+        tail = end
+    elif b > 1:
+        tail = end + (b - 1) * slope
+    else:
+        tail = (2 * b**3 - 3 * b**2 + 1) * begin + (b**3 - 2 * b**2 + b) * mean
+        tail = tail + (3 * b**2 - 2 * b**3) * end + (b**3 - b**2) * slope
+    tail = tail.masked_fill(end == -math.inf, -math.inf)
+    both = torch.cat([answers.logs[rows].float() * b, tail[:, None]], -1).log_softmax(-1)
+    return both[:, :-1], both[:, -1]
+
+
+def kept_kl_sum(student: Tensor, answers: Answers, places: Tensor, temperature: float) -> Tensor:
+    r"""Return :func:`kl_sum` of what is kept of a teacher, with all classes that are not kept taken for one.
+
+    That is at most the divergence of the whole distributions. The student's probabilities of these classes keep their
+    proportions.
+
+    Args:
+        student: Logits, (..., classes).
+        answers: Of the tokens that count, one after another.
+        places: The numbers of these tokens among all of ``student``, (tokens,).
+        temperature: T, above 0.
+    """
+    result: Tensor = _KeptKlSum.apply(student.reshape(-1, student.shape[-1]), answers, places, temperature)
+    return result
+
+
+class _KeptKlSum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, student: Tensor, answers: Answers, places: Tensor, temperature: float) -> Tensor:
+        gradient = torch.zeros_like(student)
+        classes = answers.classes
+        wide = torch.promote_types(student.dtype, torch.float32)
+        total = torch.zeros((), dtype=wide, device=student.device)
+        for rows in _chunks(len(places), classes, student.device):
+            ids = answers.ids[rows].long()
+            logs, tail = _distribution(answers, rows, temperature)
+            q, rest = logs.exp(), tail.exp()
+            ours = student[places[rows], :classes].to(wide) / temperature
+            p = torch.softmax(ours, -1)
+            kept = p.gather(-1, ids)
+            own = ours.gather(-1, ids) - ours.logsumexp(-1, keepdim=True)
+            p.scatter_(-1, ids, 0)
+            left = p.sum(-1).clamp(min=_TINY)
+            terms = ((logs - own) * q).masked_fill_(q == 0, 0).sum(-1)
+            total += (terms + ((tail - left.log()) * rest).masked_fill_(rest == 0, 0)).sum()
+            p.mul_(1 - (rest / left)[:, None]).scatter_(-1, ids, (kept - q).to(wide))
+            if temperature != 1:
+                p.mul_(temperature)
+            gradient[places[rows], :classes] = p.to(gradient.dtype)
+        ctx.gradient = gradient
+        return total * temperature**2
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> Any:
+        gradient, ctx.gradient = ctx.gradient, None
+        if gradient is None:
+            raise RuntimeError("kept_kl_sum keeps its gradient for one backward pass.")
+        return gradient.mul_(upstream), None, None, None
+
+
+def _chunks(rows: int, classes: int, device: torch.device) -> Iterator[slice]:
+    size = max(1, _CHUNK.get(device.type, _CHUNK_ELSEWHERE) // classes)
+    return (slice(begin, begin + size) for begin in range(0, rows, size))
 
 
 def error_sum(student: Tensor, teacher: Tensor, weights: Tensor) -> Tensor:

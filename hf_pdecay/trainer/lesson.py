@@ -6,7 +6,8 @@ look at the outputs, so that the model runs once.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -14,10 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from ..terminal import get_logger
-from .distillation_loss import error_sum, kl_sum
+from .distillation_loss import error_sum, kept_kl_sum, kl_sum
 from .fused_head import FUSED, with_fused_fields, without_fused_head
 from .settings import DecaySettings
 from .teacher import accepts, make_teacher, plain, same_hidden
+from .teacher_cache import TeacherCache, keys_of
 
 
 if TYPE_CHECKING:
@@ -46,12 +48,15 @@ class Lesson:
     """A teacher, and what is known of the step that learns from it."""
 
     def __init__(self, trainer: Trainer, model: nn.Module, settings: DecaySettings) -> None:
-        self.teacher = make_teacher(trainer, model, settings)
+        self.cache = None if settings.teacher_cache is None else TeacherCache(settings.teacher_cache)
+        self.teacher = make_teacher(trainer, model, settings, self.cache)
         self.inner = plain(model)
         ours = getattr(self.inner, "config", None)
         self.fits = same_hidden(ours, self.teacher.config) and accepts(model, "output_hidden_states")
         if settings.teacher_hidden is None and not self.fits:
             logger.warning("teacher_hidden is 0, because the teacher has another depth or width than the model.")
+        elif settings.teacher_hidden is None and self.cache is not None:
+            logger.warning("teacher_hidden is 0, because teacher_cache keeps no hidden states.")
         self.settings = settings
         self.seq2seq = bool(getattr(ours, "is_encoder_decoder", False))
         self.shifts = not self.seq2seq and _shifts(self.inner)
@@ -64,7 +69,7 @@ class Lesson:
     def hidden(self) -> float:
         """The weight of the hidden states."""
         weight = self.settings.teacher_hidden
-        return float(self.fits) if weight is None else weight
+        return float(self.fits and self.cache is None) if weight is None else weight
 
     @contextmanager
     def watch(self, model: nn.Module) -> Iterator[dict[str, Any]]:
@@ -116,24 +121,33 @@ class Lesson:
         inputs = {key: value for key, value in seen["inputs"].items() if key not in _NOT_FOR_TEACHERS}
         if self.seq2seq and "decoder_input_ids" not in inputs and "labels" in labels:
             inputs["labels"] = labels["labels"]  # from which the model makes the decoder's inputs
-        if self.hidden:
-            inputs["output_hidden_states"] = True
-        if self.takes_use_cache:
-            inputs["use_cache"] = False
-        with trainer.accelerator.autocast():
-            taught = self.teacher.call(**inputs)
+
+        @functools.cache
+        def taught() -> Mapping[str, Any]:
+            options = {"output_hidden_states": True} if self.hidden else {}
+            if self.takes_use_cache:
+                options["use_cache"] = False
+            with trainer.accelerator.autocast():
+                answer: Mapping[str, Any] = self.teacher.call(**{**inputs, **options})
+            return answer
+
         loss = torch.zeros((), device=task.device)
         if self.settings.teacher_logits:
-            loss = loss + self.settings.teacher_logits * self._logits_loss(outputs, taught, labels, items)
+            loss = loss + self.settings.teacher_logits * self._logits_loss(outputs, taught, inputs, labels, items)
         if self.hidden:
-            loss = loss + self.hidden * self._hidden_loss(outputs, taught, seen["inputs"], labels)
+            loss = loss + self.hidden * self._hidden_loss(outputs, taught(), seen["inputs"], labels)
         if items is not None and trainer.args.average_tokens_across_devices:
             loss = loss * trainer.accelerator.num_processes  # as the Trainer does, because DDP averages
         self._note(loss, task, 1 if items is not None else trainer.current_gradient_accumulation_steps)
         return self.settings.teacher_task * task + loss
 
     def _logits_loss(
-        self, outputs: Mapping[str, Any], taught: Mapping[str, Any], labels: Mapping[str, Tensor], items: Any
+        self,
+        outputs: Mapping[str, Any],
+        taught: Callable[[], Mapping[str, Any]],
+        inputs: Mapping[str, Any],
+        labels: Mapping[str, Tensor],
+        items: Any,
     ) -> Tensor:
         names = [name for name in _LOGITS if isinstance(outputs.get(name), Tensor)]
         if not names:
@@ -143,16 +157,47 @@ class Lesson:
             )
         parts = []
         for name in names:
-            ours, theirs = outputs[name], taught[name]
+            ours = outputs[name]
             counts = self._counts(ours, labels.get("shift_labels"), labels.get(_LOGITS[name]))
-            if ours.shape[:-1] != theirs.shape[:-1]:
-                raise ValueError(
-                    f"Invalid teacher: the teacher's {name} have the shape {tuple(theirs.shape)} and the model's "
-                    f"{tuple(ours.shape)}; name a model with the same inputs, or set teacher_logits=0."
-                )
-            total = kl_sum(ours, theirs, counts, self.settings.teacher_temperature)
+
+            def ask(name: str = name, shape: torch.Size = ours.shape) -> Tensor:
+                theirs: Tensor = taught()[name]
+                if shape[:-1] != theirs.shape[:-1]:
+                    raise ValueError(
+                        f"Invalid teacher: the teacher's {name} have the shape {tuple(theirs.shape)} and the model's "
+                        f"{tuple(shape)}; name a model with the same inputs, or set teacher_logits=0."
+                    )
+                return theirs
+
+            if self.cache is None:
+                total = kl_sum(ours, ask(), counts, self.settings.teacher_temperature)
+            else:
+                decoded = labels.get("labels") if self.seq2seq else None
+                total = self._kept_loss(self.cache, name, ours, counts, inputs, decoded, ask)
             parts.append(total / (counts.sum().clamp(min=1) if items is None else items))
         return sum(parts[1:], parts[0]) / len(parts)
+
+    def _kept_loss(
+        self,
+        cache: TeacherCache,
+        name: str,
+        ours: Tensor,
+        counts: Tensor,
+        inputs: Mapping[str, Any],
+        decoded: Tensor | None,
+        ask: Callable[[], Tensor],
+    ) -> Tensor:
+        """The divergence from what the cache has, which waits for the device: rows are looked up on the CPU."""
+        here = counts.cpu()
+        places = here.reshape(-1).nonzero()[:, 0].to(ours.device)
+        answers = cache.answers(
+            list(keys_of(name, ours.shape[-1], here, inputs, decoded)),
+            here.reshape(here.shape[0], -1).sum(1).tolist(),
+            lambda: ask().flatten(0, -2)[places],
+            ours.shape[-1],
+            ours.device,
+        )
+        return kept_kl_sum(ours, answers, places, self.settings.teacher_temperature)
 
     def _counts(self, logits: Tensor, shifted: Tensor | None, labels: Tensor | None) -> Tensor:
         """Which distributions have a label."""

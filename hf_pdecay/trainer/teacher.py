@@ -8,14 +8,18 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache as once
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import psutil
 import torch
 from torch import nn
 
+from ..storage.hub import local_folder
 from ..storage.untrusted import auto_config, on_meta
 from .settings import DecaySettings
+from .teacher_cache import TeacherCache, files_digest
 
 
 if TYPE_CHECKING:
@@ -50,28 +54,48 @@ class Teacher:
     digest: str
 
 
-def make_teacher(trainer: Trainer, model: nn.Module, settings: DecaySettings) -> Teacher:
-    """Return the teacher that settings ask for; ValueError if it does not fit the model or the memory."""
-    if settings.teacher == SELF and hasattr(model, "peft_config"):
+def make_teacher(
+    trainer: Trainer, model: nn.Module, settings: DecaySettings, cache: TeacherCache | None = None
+) -> Teacher:
+    """Return the teacher that settings ask for; ValueError if it does not fit the model, the memory or the cache.
+
+    One whose answers are in the cache is not loaded before a row is missing there.
+    """
+    name = str(settings.teacher)
+    if name == SELF and hasattr(model, "peft_config"):
         _check_adapters(model)
         of_adapters = {id(param) for module in model.modules() for param in _of_adapters(module)}
         frozen = [param for param in model.parameters() if id(param) not in of_adapters]
-        return Teacher(_base_of(model), getattr(model, "config", None), _digest(frozen))
-    if settings.teacher == SELF:
-        teacher = _frozen_copy(trainer, model, settings.teacher_dtype)
+        digest = _digest(frozen)
+        if cache is not None:
+            cache.admit(name, digest, None)
+        return Teacher(_base_of(model), getattr(model, "config", None), digest)
+    files: str | None = None
+    if name == SELF:
+        config: Any = getattr(model, "config", None)
+        load: Callable[[], nn.Module] = partial(_frozen_copy, trainer, model, settings.teacher_dtype)
     else:
-        teacher = _loaded(trainer, plain(model), settings)
-    teacher.requires_grad_(False).eval()
-    teacher.to(trainer.args.device)
-    config: Any = getattr(teacher, "config", None)
-    if getattr(config, "use_cache", None):
-        config.use_cache = False
+        config, load, kind = _loader(trainer, plain(model), settings)
+        files = files_digest(local_folder(name), kind) if cache is not None else None
+    known = None if cache is None else cache.digest_for(files)
+
+    @once
+    def loaded() -> tuple[nn.Module, str]:
+        teacher: nn.Module = load().requires_grad_(False).eval()
+        teacher.to(trainer.args.device)
+        own: Any = getattr(teacher, "config", None)
+        if getattr(own, "use_cache", None):
+            own.use_cache = False
+        digest = _digest(teacher.parameters())
+        if cache is not None:
+            cache.admit(name, digest, files)
+        return teacher, digest
 
     @torch.no_grad()
     def call(**inputs: Any) -> Any:
-        return teacher(**inputs)
+        return loaded()[0](**inputs)
 
-    return Teacher(call, config, _digest(teacher.parameters()))
+    return Teacher(call, config, loaded()[1] if known is None else known)
 
 
 def _digest(params: Iterable[nn.Parameter]) -> str:
@@ -115,7 +139,8 @@ def _cast(param: nn.Parameter, dtype: torch.dtype | None) -> torch.Tensor:
     return param.detach().to(param.dtype if dtype is None else dtype, copy=True)
 
 
-def _loaded(trainer: Trainer, model: nn.Module, settings: DecaySettings) -> nn.Module:
+def _loader(trainer: Trainer, model: nn.Module, settings: DecaySettings) -> tuple[Any, Callable[[], nn.Module], str]:
+    """The config of the teacher that settings name, a function that loads it, and as what; ValueError for no fit."""
     name = str(settings.teacher)
     try:
         config = auto_config(name)
@@ -137,15 +162,19 @@ def _loaded(trainer: Trainer, model: nn.Module, settings: DecaySettings) -> nn.M
     _check_memory(trainer, name, sum(param.numel() for param in shell.parameters()) * to.itemsize)
     if trainer.processing_class is not None:
         _check_tokenizer(trainer.processing_class, name)
-    loaded: nn.Module
-    loaded, found = kind.from_pretrained(name, dtype=to, output_loading_info=True)
-    missing = sorted(found["missing_keys"])
-    if missing:
-        raise ValueError(
-            f"Invalid teacher: teacher={name!r} has no weights for {missing[0]} of a {type(loaded).__name__}, which "
-            "would be random; name a model that was trained with the same kind of output."
-        )
-    return loaded
+
+    def load() -> nn.Module:
+        loaded: nn.Module
+        loaded, found = kind.from_pretrained(name, dtype=to, output_loading_info=True)
+        missing = sorted(found["missing_keys"])
+        if missing:
+            raise ValueError(
+                f"Invalid teacher: teacher={name!r} has no weights for {missing[0]} of a {type(loaded).__name__}, "
+                "which would be random; name a model that was trained with the same kind of output."
+            )
+        return loaded
+
+    return config, load, f"{kind.__name__} {dtype}"
 
 
 def _class_for(model: nn.Module, config: Any) -> Any:

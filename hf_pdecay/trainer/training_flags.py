@@ -75,12 +75,18 @@ class DecayFields(Target):
         None,
         "Weight of SquareHead, the squared error of the hidden states over the teacher's squares, as the mean over "
         "layers and over tokens without padding, at least 0 (arXiv 2310.06927). Unset for 1, or for 0 if the teacher "
-        "has another depth or width.",
+        "has another depth or width, or with teacher_cache.",
     )
     teacher_dtype: str | None = setting(
         None,
         "In what the teacher's weights are kept: bfloat16, float16 or float32. Unset for what the model's are kept in.",
         TEACHER_DTYPES,
+    )
+    teacher_cache: str | None = setting(
+        None,
+        "A folder that keeps what the teacher says of each row, so that later epochs and runs need not ask it again: "
+        "the 64 largest probabilities of each token that has a label, and the sum of the others. Hidden "
+        "states are not learned then. Unset for none.",
     )
 
     def __post_init__(self) -> None:
@@ -137,6 +143,15 @@ class DecayFields(Target):
             )
         if self.teacher_dtype is not None:
             check_choice("teacher_dtype", self.teacher_dtype, TEACHER_DTYPES)
+        if self.teacher_cache is None:
+            return
+        if not isinstance(self.teacher_cache, str) or not self.teacher_cache:
+            raise ValueError(f"Invalid teacher_cache: teacher_cache={self.teacher_cache!r}; it must be a folder.")
+        if self.teacher_hidden:
+            raise ValueError(
+                f"Invalid teacher_hidden: teacher_hidden={self.teacher_hidden!r} with teacher_cache="
+                f"{self.teacher_cache!r}, which keeps no hidden states; set teacher_hidden=0."
+            )
 
 
 SETTINGS = {field.name: field for field in fields(DecayFields)}

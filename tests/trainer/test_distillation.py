@@ -343,7 +343,7 @@ def test_without_a_teacher_nothing_of_it_is_imported(tmp_path: Path) -> None:
         f"args = hf_pdecay.PDecayTrainingArguments({str(tmp_path)!r}, use_cpu=True, report_to='none')\n"
         "trainer = hf_pdecay.PDecayTrainer(model=tiny_gpt2(), args=args, train_dataset=[{}])\n"
         "assert type(trainer) is hf_pdecay.PDecayTrainer\n"
-        "ours = ('distillation', 'distillation_loss', 'lesson', 'teacher', 'fused_head')\n"
+        "ours = ('distillation', 'distillation_loss', 'lesson', 'teacher', 'teacher_cache', 'fused_head')\n"
         "assert not [name for name in ours if f'hf_pdecay.trainer.{name}' in sys.modules]\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
