@@ -127,8 +127,18 @@ def _check_run(trainer: Trainer, settings: DecaySettings) -> None:
             f"{what} with transformers {transformers.__version__}, which divides a loss by other counts of tokens; it "
             "takes version 5 or later."
         )
-    if engine_of(trainer):
-        raise ValueError(f"{what} under {engine_of(trainer)}, which shards the model; take one process, or DDP.")
+    if engine_of(trainer) == "DeepSpeed":
+        raise ValueError(f"{what} under DeepSpeed, which shards the model; take one process, DDP or FSDP2.")
+    if trainer.is_fsdp_enabled and settings.teacher == SELF and hasattr(trainer.model, "peft_config"):
+        raise ValueError(
+            f"{what} with adapters under FSDP, which cannot run the model below them amid a step of the same weights; "
+            "take DDP, or give teacher the folder or name of that model."
+        )
+    if trainer.is_fsdp_enabled and settings.teacher_cache is not None:
+        raise ValueError(
+            f"Invalid teacher_cache: teacher_cache={settings.teacher_cache!r} under FSDP, where all processes must ask "
+            "the teacher at once, and one may have the row; leave it out, or take DDP."
+        )
     if getattr(trainer, "is_model_parallel", False):
         raise ValueError(f"{what} and a model that a device_map divides; put it on one device, or take DDP.")
     if trainer.args.n_gpu > 1:

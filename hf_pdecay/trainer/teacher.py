@@ -10,12 +10,18 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache as once
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import psutil
 import torch
+from accelerate.utils import broadcast_object_list
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import nn
+from transformers.utils import cached_file
 
+from ..storage.folder import CONFIG
 from ..storage.hub import local_folder
 from ..storage.untrusted import auto_config, on_meta
 from .settings import DecaySettings
@@ -80,18 +86,24 @@ def make_teacher(
     known = None if cache is None else cache.digest_for(files)
 
     @once
-    def loaded() -> tuple[nn.Module, str]:
+    def loaded() -> tuple[Callable[..., Any], str]:
         teacher: nn.Module = load().requires_grad_(False).eval()
-        teacher.to(trainer.args.device)
         own: Any = getattr(teacher, "config", None)
         if getattr(own, "use_cache", None):
             own.use_cache = False
+        if trainer.is_fsdp_enabled:
+            from .sharded_teacher import sharded
+
+            # Of the weights in the first process: Accelerate may load them nowhere else.
+            first = trainer.args.process_index == 0
+            (digest,) = broadcast_object_list([_digest(teacher.parameters()) if first else ""])
+            return sharded(trainer, teacher), digest
+        teacher.to(trainer.args.device)
         digest = _digest(teacher.parameters())
         if cache is not None:
             cache.admit(name, digest, files)
-        return teacher, digest
+        return torch.no_grad()(teacher), digest
 
-    @torch.no_grad()
     def call(**inputs: Any) -> Any:
         return loaded()[0](**inputs)
 
@@ -126,13 +138,37 @@ def _frozen_copy(trainer: Trainer, model: nn.Module, dtype: str | None) -> nn.Mo
             "Invalid teacher: teacher='self' with a quantized model, whose weights cannot be copied; give the folder "
             "or name of the model in full precision, or train adapters."
         )
-    params = list(model.parameters())
     to = None if dtype is None else getattr(torch, dtype)
-    size = sum(param.numel() * (param.element_size() if to is None else to.itemsize) for param in params)
-    _check_memory(trainer, SELF, size)
+    stored = _stored(trainer, model)
+    frozen: dict[int, torch.Tensor] = {}
+    copied = []
+    for name, param in model.named_parameters():
+        same = stored.get(name)
+        if same is None or same.dtype != (to or param.dtype) or not torch.equal(param.detach().to(same.dtype), same):
+            copied.append(param)
+        else:
+            frozen[id(param)] = same
+    _check_memory(trainer, SELF, sum(param.numel() * (to or param.dtype).itemsize for param in copied))
+    frozen |= {id(param): _cast(param, to) for param in copied}
     # Copies that the memo holds are taken as they are, so no second one in the model's own type is ever made.
-    memo = {id(param): nn.Parameter(_cast(param, to), requires_grad=False) for param in params}
-    return copy.deepcopy(model, memo)
+    return copy.deepcopy(model, {key: nn.Parameter(each, requires_grad=False) for key, each in frozen.items()})
+
+
+def _stored(trainer: Trainer, model: nn.Module) -> dict[str, torch.Tensor]:
+    """The tensors of the folder that a model says it was loaded from, by name; none of what a CPU cannot use in place.
+
+    They are mapped from the files: they take memory that the system can take back, and processes share it.
+    """
+    name: Any = getattr(model, "name_or_path", "")
+    if trainer.args.device.type != "cpu" or not name:
+        return {}
+    try:
+        folder = Path(cached_file(name, CONFIG, local_files_only=True) or "").parent
+        if folder.resolve() == Path(trainer.args.output_dir or ".").resolve():  # where the run may write over them
+            return {}
+        return {name: each for file in folder.glob("*.safetensors") for name, each in load_file(file).items()}
+    except (OSError, ValueError, SafetensorError):
+        return {}
 
 
 def _cast(param: nn.Parameter, dtype: torch.dtype | None) -> torch.Tensor:
@@ -257,6 +293,8 @@ def _check_tokenizer(ours: Any, name: str) -> None:
 def _check_memory(trainer: Trainer, name: str, size: int) -> None:
     device = trainer.args.device
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+    if device.type == "cuda" and trainer.is_fsdp_enabled:
+        size //= trainer.args.world_size
     if size > free:
         raise ValueError(
             f"Invalid teacher: teacher={name!r} takes {size / 2**30:.1f} GiB of memory on {device}, where "

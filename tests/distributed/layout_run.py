@@ -8,6 +8,7 @@ On a CPU Accelerate must be told of FSDP and DeepSpeed, see ``on_cpu``.
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import sys
@@ -16,6 +17,7 @@ from typing import Any
 
 import torch
 from datasets import Dataset
+from torch.distributed.tensor import DTensor
 from torch.utils.data import SequentialSampler
 from transformers import LlamaConfig, LlamaForCausalLM, set_seed
 
@@ -108,6 +110,7 @@ def run(folder: Path, engine: str, case: dict[str, Any]) -> None:
     accumulate = options.setdefault("gradient_accumulation_steps", 1)
     if engine == "fsdp2":
         os.environ["FSDP_STATE_DICT_TYPE"] = options.pop("state_dict_type", "SHARDED_STATE_DICT")
+        os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = options.pop("ram_efficient", "false")
     # With use_cpu Accelerate would leave DeepSpeed off.
     if engine.startswith("zero"):
         options["deepspeed"] = zero_config(int(engine[-1]), options.get("bf16", False))
@@ -135,7 +138,18 @@ def run(folder: Path, engine: str, case: dict[str, Any]) -> None:
     loss = trainer.evaluate(data().select(range(64)))["eval_loss"]
     kinds = sorted({type(param).__name__ for param in trainer.model.parameters()})
     if trainer.is_world_process_zero():
-        (out / "found.json").write_text(json.dumps({"eval_loss": loss, "kinds": kinds}))
+        taught = [line["loss_teacher"] for line in trainer.state.log_history if "loss_teacher" in line]
+        found = {"eval_loss": loss, "kinds": kinds, "teacher": taught, "held": _held_of_teacher(trainer)}
+        (out / "found.json").write_text(json.dumps(found))
+
+
+def _held_of_teacher(trainer: PDecayTrainer) -> float:
+    """What part of the teacher's weights this process holds, 0 without a teacher."""
+    ours = {id(module) for module in trainer.model.modules()}
+    found = [each for each in gc.get_objects() if isinstance(each, LlamaForCausalLM) and id(each) not in ours]
+    params = [param for each in found[:1] for param in each.parameters()]
+    held = sum((param.to_local() if isinstance(param, DTensor) else param).numel() for param in params)
+    return held / max(1, sum(param.numel() for param in params))
 
 
 def main() -> None:

@@ -343,7 +343,7 @@ def test_without_a_teacher_nothing_of_it_is_imported(tmp_path: Path) -> None:
         f"args = hf_pdecay.PDecayTrainingArguments({str(tmp_path)!r}, use_cpu=True, report_to='none')\n"
         "trainer = hf_pdecay.PDecayTrainer(model=tiny_gpt2(), args=args, train_dataset=[{}])\n"
         "assert type(trainer) is hf_pdecay.PDecayTrainer\n"
-        "ours = ('distillation', 'distillation_loss', 'lesson', 'teacher', 'teacher_cache', 'fused_head')\n"
+        "ours = ('distillation', 'distillation_loss', 'lesson', 'teacher', 'teacher_cache', 'sharded_teacher')\n"
         "assert not [name for name in ours if f'hf_pdecay.trainer.{name}' in sys.modules]\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
@@ -364,6 +364,36 @@ def test_two_processes_are_one(other: str, tmp_path: Path) -> None:
             assert left[key] == pytest.approx(right[key], rel=1e-3), key
     tensors = [load_file(tmp_path / name / "model.safetensors") for name in ("one", "two")]
     assert all((tensors[0][name] - tensors[1][name]).abs().max() < 1e-4 for name in tensors[0])
+
+
+def test_self_is_read_from_the_folder_of_the_model(
+    make_args: Callable[..., Any], other: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from hf_pdecay.trainer import teacher
+
+    copied: list[int] = []
+    cast = teacher._cast
+    monkeypatch.setattr(teacher, "_cast", lambda param, to: copied.append(param.numel()) or cast(param, to))
+
+    def run(**options: Any) -> Any:
+        copied.clear()
+        model = tf.LlamaForCausalLM.from_pretrained(other)
+        with torch.no_grad():
+            for param in model.parameters():
+                param.add_(options.get("changed", 0))
+        args = make_args(**TARGET, teacher="self", **{key: options[key] for key in options if key != "changed"})
+        trainer = PDecayTrainer(model=model, args=args, train_dataset=masked_rows(32))
+        trainer.train()
+        return trainer
+
+    mapped = run()
+    assert not copied
+    beside = run(output_dir=other)  # which the run may write to
+    assert len(copied) == len(list(beside.model.parameters()))
+    assert _logs(mapped) == _logs(beside)
+    for options in ({"changed": 0.01}, {"teacher_dtype": "bfloat16"}):
+        run(**options)
+        assert len(copied) == len(list(beside.model.parameters()))
 
 
 def _lora(model: nn.Module, **options: Any) -> Any:
@@ -564,10 +594,17 @@ def test_a_teacher_of_another_depth_teaches_its_logits(make_args: Callable[..., 
     assert trainer._lesson.hidden == 0 and _logs(trainer)[0]["loss_teacher"] > 0
 
 
-@pytest.mark.parametrize("engine", ["fsdp", "deepspeed"])
-def test_engines_are_refused(engine: str, make_args: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_engines_are_refused(make_args: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     from hf_pdecay.trainer import distillation
 
-    name = {"fsdp": "FSDP", "deepspeed": "DeepSpeed"}[engine]
-    monkeypatch.setattr(distillation, "engine_of", lambda trainer: name)
-    _refused(make_args, f"teacher='self' under {name}", teacher="self")
+    monkeypatch.setattr(distillation, "engine_of", lambda trainer: "DeepSpeed")
+    _refused(make_args, "teacher='self' under DeepSpeed", teacher="self")
+    trainer = PDecayTrainer(model=_lora(build("llama")), args=make_args(), train_dataset=masked_rows(8))
+    trainer.is_fsdp_enabled = True
+    monkeypatch.setattr(distillation, "engine_of", lambda trainer: "FSDP")
+    settings = make_args(teacher="self", teacher_cache=str(tmp_path / "cache")).decay_settings
+    with pytest.raises(ValueError, match="teacher='self' with adapters under FSDP"):
+        distillation._check_run(trainer, settings)
+    trainer.model = build("llama")
+    with pytest.raises(ValueError, match="under FSDP, where all processes must ask the teacher at once"):
+        distillation._check_run(trainer, settings)
