@@ -56,24 +56,31 @@ class _KlSum(torch.autograd.Function):
         classes = min(student.shape[-1], teacher.shape[-1])
         wide = torch.promote_types(student.dtype, torch.float32)
         total = torch.zeros((), dtype=wide, device=student.device)
-        for chunk in _chunks(student.shape[0], classes, student.device):
-            if counts.device.type == "cpu" and not counts[chunk].any():  # elsewhere a look would wait for the device
-                gradient[chunk] = 0
-                continue
-            ours, theirs = (each[chunk, :classes].to(wide) for each in (student, teacher))
+        here = counts.device.type == "cpu"  # elsewhere a look at values would wait for the device
+        places = counts.nonzero()[:, 0] if here else None
+        for rows in _chunks(student.shape[0] if places is None else len(places), classes, student.device):
+            if places is None:
+                ours, theirs = (each[rows, :classes].to(wide) for each in (student, teacher))
+            else:
+                ours, theirs = (each[:, :classes].index_select(0, places[rows]).to(wide) for each in (student, teacher))
             if temperature != 1:
                 ours, theirs = ours / temperature, theirs / temperature
             p, q = torch.softmax(ours, -1), torch.softmax(theirs, -1)
-            # Σ q (log q - log p), with log q = logit - log of its sum. A class that the teacher rules out, by a logit
-            # of -inf, adds nothing.
-            terms = (theirs - ours).mul_(q).masked_fill_(q == 0, 0)
-            divergences = terms.sum(-1) + _log_sum(ours, p) - _log_sum(theirs, q)
-            total += divergences.masked_fill_(~counts[chunk], 0).sum()
-            slope = p.sub_(q).masked_fill_(~counts[chunk, None], 0)
+            # Σ q (log q - log p), with log q = logit - log of its sum.
+            divergences = _weighed_sum(theirs - ours, q, here) + _log_sum(ours, p) - _log_sum(theirs, q)
+            slope = p.sub_(q)
             if temperature != 1:
                 slope.mul_(temperature)
-            gradient[chunk, :classes] = slope.to(gradient.dtype)
-        gradient[:, classes:] = 0
+            if places is None:
+                total += divergences.masked_fill_(~counts[rows], 0).sum()
+                gradient[rows, :classes] = slope.masked_fill_(~counts[rows, None], 0).to(gradient.dtype)
+            else:
+                total += divergences.sum()
+                gradient[:, :classes].index_copy_(0, places[rows], slope.to(gradient.dtype))
+        if places is not None:
+            gradient.index_fill_(0, (~counts).nonzero()[:, 0], 0)
+        if classes < gradient.shape[-1]:
+            gradient[:, classes:] = 0
         ctx.gradient = gradient
         return total * temperature**2
 
@@ -83,6 +90,15 @@ class _KlSum(torch.autograd.Function):
         if gradient is None:
             raise RuntimeError("kl_sum keeps its gradient for one backward pass.")
         return gradient.mul_(upstream), None, None, None
+
+
+def _weighed_sum(values: Tensor, weights: Tensor, here: bool) -> Tensor:
+    """Sum the values of each row by their weights; what has no weight, as at a logit of -inf, adds nothing."""
+    products = values.mul_(weights)
+    sums = products.sum(-1)
+    if here and sums.isfinite().all():  # the mask takes longer than all else, on a CPU
+        return sums
+    return products.masked_fill_(weights == 0, 0).sum(-1)
 
 
 def _log_sum(logits: Tensor, softmax: Tensor) -> Tensor:
