@@ -60,12 +60,13 @@ class Stopwatch(TrainerCallback):
 def step_seconds(options: argparse.Namespace, settings: dict[str, Any]) -> float:
     """Return the time of the shortest step of a short run."""
     set_seed(0)
+    heads = max(1, options.width // 64)
     config = LlamaConfig(
         hidden_size=options.width,
         intermediate_size=options.width * 8 // 3,
         num_hidden_layers=options.layers,
-        num_attention_heads=max(1, options.width // 64),
-        num_key_value_heads=max(1, options.width // 128),
+        num_attention_heads=heads,
+        num_key_value_heads=heads // next(size for size in (2, 3, 1) if heads % size == 0),
         vocab_size=options.vocabulary,
     )
     rows = torch.randint(0, options.vocabulary, (STEPS * options.batch, options.length))

@@ -19,7 +19,7 @@ from .distillation_loss import error_sum, kept_kl_sum, kl_sum
 from .fused_head import FUSED, with_fused_fields, without_fused_head
 from .settings import DecaySettings
 from .teacher import accepts, make_teacher, plain, same_hidden
-from .teacher_cache import TeacherCache, keys_of
+from .teacher_cache import TeacherCache, documents_of, keys_of
 
 
 if TYPE_CHECKING:
@@ -124,16 +124,13 @@ class Lesson:
 
         @functools.cache
         def taught() -> Mapping[str, Any]:
-            options = {"output_hidden_states": True} if self.hidden else {}
-            if self.takes_use_cache:
-                options["use_cache"] = False
-            with trainer.accelerator.autocast():
-                answer: Mapping[str, Any] = self.teacher.call(**{**inputs, **options})
-            return answer
+            return self._ask(trainer, inputs)
 
         loss = torch.zeros((), device=task.device)
         if self.settings.teacher_logits:
-            loss = loss + self.settings.teacher_logits * self._logits_loss(outputs, taught, inputs, labels, items)
+            loss = loss + self.settings.teacher_logits * self._logits_loss(
+                trainer, outputs, taught, inputs, labels, items
+            )
         if self.hidden:
             loss = loss + self.hidden * self._hidden_loss(outputs, taught(), seen["inputs"], labels)
         if items is not None and trainer.args.average_tokens_across_devices:
@@ -141,8 +138,17 @@ class Lesson:
         self._note(loss, task, 1 if items is not None else trainer.current_gradient_accumulation_steps)
         return self.settings.teacher_task * task + loss
 
+    def _ask(self, trainer: Trainer, inputs: Mapping[str, Any]) -> Mapping[str, Any]:
+        options = {"output_hidden_states": True} if self.hidden else {}
+        if self.takes_use_cache:
+            options["use_cache"] = False
+        with trainer.accelerator.autocast():
+            answer: Mapping[str, Any] = self.teacher.call(**{**inputs, **options})
+        return answer
+
     def _logits_loss(
         self,
+        trainer: Trainer,
         outputs: Mapping[str, Any],
         taught: Callable[[], Mapping[str, Any]],
         inputs: Mapping[str, Any],
@@ -173,7 +179,8 @@ class Lesson:
                 total = kl_sum(ours, ask(), counts, self.settings.teacher_temperature)
             else:
                 decoded = labels.get("labels") if self.seq2seq else None
-                total = self._kept_loss(self.cache, name, ours, counts, inputs, decoded, ask)
+                documents = self._documents(trainer, self.cache, inputs)
+                total = self._kept_loss(self.cache, name, ours, counts, inputs, decoded, documents, ask)
             parts.append(total / (counts.sum().clamp(min=1) if items is None else items))
         return sum(parts[1:], parts[0]) / len(parts)
 
@@ -185,19 +192,36 @@ class Lesson:
         counts: Tensor,
         inputs: Mapping[str, Any],
         decoded: Tensor | None,
+        documents: Sequence[slice],
         ask: Callable[[], Tensor],
     ) -> Tensor:
         """The divergence from what the cache has, which waits for the device: rows are looked up on the CPU."""
         here = counts.cpu()
         places = here.reshape(-1).nonzero()[:, 0].to(ours.device)
         answers = cache.answers(
-            list(keys_of(name, ours.shape[-1], here, inputs, decoded)),
-            here.reshape(here.shape[0], -1).sum(1).tolist(),
+            list(keys_of(name, ours.shape[-1], here, inputs, decoded, documents)),
+            [int(here[0, each].sum()) for each in documents] or here.reshape(here.shape[0], -1).sum(1).tolist(),
             lambda: ask().flatten(0, -2)[places],
             ours.shape[-1],
             ours.device,
         )
         return kept_kl_sum(ours, answers, places, self.settings.teacher_temperature)
+
+    def _documents(self, trainer: Trainer, cache: TeacherCache, inputs: Mapping[str, Any]) -> list[slice]:
+        """The documents of a batch that is one long row, if the teacher reads each by itself; none otherwise."""
+        documents = documents_of(inputs)
+        if not documents:
+            return []
+        kind = str(getattr(self.teacher.config, "_attn_implementation", None))
+        if kind not in cache.apart:
+            ids: Tensor = inputs["input_ids"]
+            high, low = ids.max(), ids.min()
+            changed = ids.clone()
+            first, last = documents[0], documents[-1]
+            changed[0, first] = torch.where(ids[0, first] == high, low, high)
+            one, two = (self._ask(trainer, {**inputs, "input_ids": each})["logits"][0, last] for each in (ids, changed))
+            cache.note_apart(kind, bool(high != low) and torch.allclose(one, two, rtol=1e-3, atol=1e-4))
+        return documents if cache.apart[kind] else []
 
     def _counts(self, logits: Tensor, shifted: Tensor | None, labels: Tensor | None) -> Tensor:
         """Which distributions have a label."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -100,7 +100,19 @@ class TeacherCache:
                 f"Invalid teacher_cache: teacher_cache={str(self.folder)!r} has the answers of another teacher than "
                 f"teacher={name!r}, or in another teacher_dtype; name an empty folder."
             )
-        known = {"format": _FORMAT, "digest": digest, "files": files or self._known.get("files")}
+        self._note(format=_FORMAT, digest=digest, files=files or self._known.get("files"))
+
+    @property
+    def apart(self) -> dict[str, bool]:
+        """For kinds of attention, whether the teacher reads each document of a long row by itself."""
+        return dict(self._known.get("apart", {}))
+
+    def note_apart(self, kind: str, apart: bool) -> None:
+        """Note this for a kind of attention."""
+        self._note(apart=self.apart | {kind: apart})
+
+    def _note(self, **changes: Any) -> None:
+        known = self._known | changes
         if known != self._known:
             write_text(self.folder / CACHE_FILE, json.dumps(known))
             self._known = known
@@ -209,8 +221,25 @@ class FlushCallback(TrainerCallback):
         logger.info(f"teacher_cache: {cache.found} rows were found, and {cache.computed} computed.")
 
 
+def documents_of(inputs: Mapping[str, Any]) -> list[slice]:
+    """Return the places of the documents that a batch without padding has in one long row; none if it is no such."""
+    ids, positions = inputs.get("input_ids"), inputs.get("position_ids")
+    if not isinstance(ids, Tensor) or not isinstance(positions, Tensor) or inputs.get("attention_mask") is not None:
+        return []
+    if ids.ndim != 2 or ids.shape[0] != 1 or positions.shape != ids.shape:
+        return []
+    begins = (positions[0] == 0).nonzero()[:, 0].tolist()
+    ends = [*begins[1:], ids.shape[1]]
+    return [slice(begin, end) for begin, end in zip(begins, ends, strict=True)] if begins[:1] == [0] else []
+
+
 def keys_of(
-    name: str, classes: int, counts: Tensor, inputs: Mapping[str, Any], labels: Tensor | None
+    name: str,
+    classes: int,
+    counts: Tensor,
+    inputs: Mapping[str, Any],
+    labels: Tensor | None,
+    documents: Sequence[slice] = (),
 ) -> Iterator[bytes]:
     """Yield a checksum of each row of a batch: of what a teacher's answer depends on, without padding at the end.
 
@@ -220,6 +249,7 @@ def keys_of(
         counts: Which tokens count, booleans of (rows, ...), on the CPU.
         inputs: What the teacher is given.
         labels: Of a decoder's tokens; None for a model without a decoder.
+        documents: Those of a batch of one row, each of which counts as a row.
 
     Raises:
         ValueError: If an input is neither tensors nor plain values.
@@ -232,8 +262,11 @@ def keys_of(
     answered = target if labels is not None else tokens
     if answered is not None and answered.shape == counts.shape:  # padding may have labels, and then it is none
         answered |= counts
+    if documents:
+        shape = counts.shape
+        given = {key: [leaf for leaf in leaves if _is_of(leaf, shape)] for key, leaves in given.items()}
     of_tokens = name == "logits"  # other distributions are over the tokens themselves, with padding
-    for row in range(rows):
+    for row, document in [(0, each) for each in documents] or [(row, slice(None)) for row in range(rows)]:
         checksum = blake2b(f"{name} {classes}".encode(), digest_size=_KEY)
         for key, leaves in [*given.items(), ("counts", [counts])]:
             decodes = labels is not None and (key.startswith("decoder_") or key in ("labels", "counts"))
@@ -241,7 +274,7 @@ def keys_of(
             for leaf in leaves:
                 part = leaf
                 if isinstance(leaf, Tensor) and leaf.ndim and leaf.shape[0] == rows:
-                    part = leaf[row]
+                    part = leaf[row][document] if documents else leaf[row]
                     if real is not None and part.ndim and part.shape[0] == real.shape[1]:
                         part = part[: _end(real[row])]
                 if isinstance(part, Tensor):
@@ -250,6 +283,11 @@ def keys_of(
                 else:
                     checksum.update(f"{key} {part!r}".encode())
         yield checksum.digest()
+
+
+def _is_of(leaf: Any, shape: torch.Size) -> bool:
+    """Whether something has a value for each token; what else comes with documents says where each begins."""
+    return isinstance(leaf, Tensor) and leaf.shape[:2] == shape
 
 
 def _end(real: Tensor) -> int:

@@ -423,7 +423,7 @@ def test_a_trained_base_below_adapters_is_refused(make_args: Callable[..., Any])
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("registered")
-@pytest.mark.parametrize("kind", ["plain", "packed", "lora", "smooth"])
+@pytest.mark.parametrize("kind", ["plain", "packed", "lora", "smooth", "kept"])
 def test_trl(kind: str, tmp_path: Path) -> None:
     trl = pytest.importorskip("trl")
     from datasets import Dataset
@@ -432,12 +432,13 @@ def test_trl(kind: str, tmp_path: Path) -> None:
     options: dict[str, Any] = {}
     if kind == "packed":
         options = {"packing": True, "padding_free": True, "model_init_kwargs": {"attn_implementation": "sdpa"}}
+    taught_by = f",teacher=self,teacher_cache={tmp_path / 'cache'}" if kind == "kept" else ",teacher=self"
     if kind == "lora":
         model = _lora(tf.AutoModelForCausalLM.from_pretrained(model))
     if kind == "smooth":
         options = {"label_smoothing_factor": 0.1}
     logs = []
-    for teacher in ("", ",teacher=self"):
+    for teacher in ("", taught_by):
         args = trl.SFTConfig(
             str(tmp_path / "out"),
             use_cpu=True,
@@ -461,6 +462,7 @@ def test_trl(kind: str, tmp_path: Path) -> None:
         trainer.train()
         logs.append([line for line in trainer.state.log_history if "loss" in line])
     dense, taught = logs
+    assert kind != "kept" or trainer._lesson.cache.computed == len(set(sentences(48)))
     assert taught[0]["loss_teacher"] == pytest.approx(0, abs=1e-6) and taught[-1]["loss_teacher"] > 0
     for key in ("loss", "entropy", "mean_token_accuracy", "grad_norm"):
         assert taught[0][key] == pytest.approx(dense[0][key], rel=1e-3, abs=1e-5), key

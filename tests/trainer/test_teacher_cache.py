@@ -174,6 +174,34 @@ def test_only_tokens_with_a_label_are_kept(make_args: Callable[..., Any], folder
     assert _rows(_run(make_args, data=relabelled, **folders))[0] == 32
 
 
+class Mixing(tf.LlamaForCausalLM):
+    """Reads a long row as one text."""
+
+    def forward(self, input_ids: Any = None, position_ids: Any = None, **kwargs: Any) -> Any:
+        return super().forward(input_ids=input_ids, **kwargs)
+
+
+@pytest.mark.parametrize("kind", ["sdpa", "eager", "mixing"])
+def test_documents_of_a_long_row_are_rows(kind: str, make_args: Callable[..., Any], folders: dict[str, str]) -> None:
+    masks = [row["attention_mask"].bool() for row in masked_rows(32)]
+    data = [{"input_ids": row["input_ids"][mask].tolist()} for row, mask in zip(masked_rows(32), masks, strict=True)]
+    config = build("llama").config
+    config._attn_implementation = "sdpa" if kind == "mixing" else kind
+    runs = []
+    for seed, options in ((1, {"teacher": folders["teacher"]}), (1, folders), (21, folders)):
+        torch.manual_seed(0)
+        model = (Mixing if kind == "mixing" else tf.LlamaForCausalLM)(config)
+        args = make_args(**{**RUN, **options}, per_device_train_batch_size=8, seed=seed)
+        collator = tf.DataCollatorWithFlattening(return_flash_attn_kwargs=False)
+        runs.append(PDecayTrainer(model=model, args=args, train_dataset=data, data_collator=collator))
+        runs[-1].train()
+    if kind == "mixing":
+        assert _rows(runs[1]) == _rows(runs[2]) == (20, 0)
+    else:
+        assert _rows(runs[1]) == (32, 128) and _rows(runs[2]) == (0, 160)
+    assert _losses(runs[1]) == pytest.approx(_losses(runs[0]), rel=2e-2)
+
+
 _BERT = tf.BertConfig(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2, vocab_size=64)
 
 
