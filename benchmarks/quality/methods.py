@@ -8,11 +8,14 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
+from safetensors.torch import load_model
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -32,6 +35,8 @@ class Setting:
         begin: Fraction of the steps after which pruning begins.
         end: Fraction of the steps after which pruning has ended and healing begins.
         arguments: Arguments of the Trainer.
+        teacher: Folder of the fine-tuned dense model that methods with a teacher prune and learn from.
+        lesson: Further settings of the Trainer of such a method; empty for a run without a teacher.
     """
 
     target: float | None
@@ -39,6 +44,8 @@ class Setting:
     begin: float
     end: float
     arguments: dict[str, Any]
+    teacher: str | None = None
+    lesson: dict[str, Any] = field(default_factory=dict)
 
     @property
     def steps(self) -> int:
@@ -104,7 +111,23 @@ def cubic(setting: Setting, every: int = 10) -> Callable[[int], float]:
     return fraction
 
 
+class _WithTeacher(PDecayTrainer):
+    """A Trainer with a teacher whose optimizer may be any."""
+
+    theirs: Any = None
+
+    def create_optimizer(self, model: nn.Module | None = None) -> Any:
+        """Return the optimizer that the method made."""
+        self.optimizer = self.theirs
+        return self.optimizer
+
+
 def _trainer(task: Task, setting: Setting, optimizer: Any, callbacks: Sequence[TrainerCallback] = ()) -> Trainer:
+    if setting.lesson:
+        args = PDecayTrainingArguments(**setting.arguments, lambda_p=0.0, **setting.lesson)
+        trainer = _WithTeacher(model=task.model, args=args, train_dataset=task.train, callbacks=list(callbacks))
+        trainer.theirs = optimizer
+        return trainer
     return Trainer(
         model=task.model,
         args=TrainingArguments(**setting.arguments),
@@ -138,6 +161,7 @@ def pdecay(task: Task, setting: Setting) -> Trainer:
         sparsity_decay=setting.knob,
         sparsity_begin=setting.begin,
         sparsity_end=setting.end,
+        **setting.lesson,
     )
     return PDecayTrainer(model=task.model, args=args, train_dataset=task.train)
 
@@ -233,6 +257,17 @@ def factored(task: Task, setting: Setting) -> Trainer:
     return _trainer(task, setting, optimizer, [pruning])
 
 
+def taught(task: Task, setting: Setting, method: Callable[[Task, Setting], Trainer]) -> Trainer:
+    """A method that prunes a fine-tuned model, which is also the teacher.
+
+    The knob is a string: the method's own knob, then settings of the Trainer, as in ``0.3, teacher_hidden=10``.
+    """
+    load_model(task.model, Path(str(setting.teacher)) / "model.safetensors")
+    knob, *pairs = str(setting.knob).split(", ")
+    lesson = {name: yaml.safe_load(value) for name, value in (pair.split("=") for pair in pairs)}
+    return method(task, replace(setting, knob=float(knob), lesson={"teacher": "self", **lesson}))
+
+
 METHODS: dict[str, Callable[[Task, Setting], Trainer]] = {
     "dense": dense,
     "pdecay": pdecay,
@@ -244,4 +279,7 @@ METHODS: dict[str, Callable[[Task, Setting], Trainer]] = {
     "factored": factored,
     "pdecay_fixed": pdecay_fixed,
     "torchao_lasso": torchao_lasso,
+    "pdecay_taught": partial(taught, method=pdecay),
+    "gmp_uniform_taught": partial(taught, method=partial(gmp, uniform=True)),
+    "torchao_min_sparsity_taught": partial(taught, method=torchao_min_sparsity),
 }

@@ -60,7 +60,7 @@ def planned(config: dict[str, Any], results: list[dict[str, Any]], name: str) ->
         name: Name of the task.
     """
     task = config["tasks"][name]
-    common = {"task": name, "steps": task["steps"], "begin": config["begin"], "end": config["end"]}
+    common = {"task": name, "steps": task["steps"], "begin": config["begin"], "end": task.get("end", config["end"])}
     tune = task["tune"]
     choosing = [
         Run(**common, method="dense", target=None, learning_rate=rate, knob=None, seed=tune["seed"])
@@ -77,7 +77,7 @@ def planned(config: dict[str, Any], results: list[dict[str, Any]], name: str) ->
         if method == "dense":
             continue
         how = config["methods"][method]
-        values = task.get("values", {}).get(method, how["values"])
+        values = task.get("values", {}).get(method) or how["values"]
         if how.get("free"):
             reported += [
                 Run(**common, method=method, target=None, knob=value, seed=seed)

@@ -22,7 +22,12 @@ NAMES = {
     "factored": "w = θ|θ|, L2 on θ, pruned, healed",
     "pdecay_fixed": "adamw_lp, fixed λ_p",
     "torchao_lasso": "torchao ProxLasso",
+    "pdecay_taught": "adamw_lp --target_sparsity --teacher self",
+    "gmp_uniform_taught": "gradual magnitude pruning, each tensor alike, same teacher",
+    "torchao_min_sparsity_taught": "torchao MinSparsityConstraint, same teacher",
 }
+
+OURS = ("pdecay", "pdecay_taught")
 
 Line = dict[str, Any]
 
@@ -114,7 +119,7 @@ def _task(results: Sequence[Line], runs: Sequence[Run], task: str) -> list[str]:
 
 def _setting(run: Run, first: Run) -> str:
     """The knob of a run, and its learning rate if that differs from the dense model's."""
-    parts = [] if run.knob is None else [f"{run.knob:g}"]
+    parts = [] if run.knob is None else [run.knob if isinstance(run.knob, str) else f"{run.knob:g}"]
     if run.learning_rate != first.learning_rate:
         parts.append(f"learning rate {run.learning_rate:g}")
     return ", ".join(parts)
@@ -175,7 +180,7 @@ def draw(results: Sequence[Line], runs: Sequence[Run], path: Path) -> None:
             if not points:
                 continue
             zeros_, mean, low, high = (list(values) for values in zip(*points, strict=True))
-            color = (*(f"C{place}" for place in range(10)), "black")[number]
+            color = f"C{number % 10}"
             if method == "dense":
                 axis.axhline(mean[0], color="gray", linestyle=":", label=NAMES[method])
                 continue
@@ -186,8 +191,8 @@ def draw(results: Sequence[Line], runs: Sequence[Run], path: Path) -> None:
                 yerr=spread,
                 color=color,
                 label=NAMES[method],
-                marker="o" if method == "pdecay" else ".",
-                linewidth=2.4 if method == "pdecay" else 1.2,
+                marker="o" if method in OURS else ".",
+                linewidth=2.4 if method in OURS else 1.2,
                 linestyle="--" if method in ("pdecay_fixed", "torchao_lasso") else "-",
                 capsize=2,
             )

@@ -11,7 +11,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -22,11 +22,45 @@ from transformers.utils import logging as hf_logging
 from .methods import METHODS, Setting
 from .runs import Run, find, read
 from .tasks import TASKS
-from .zeros import fraction, spread
+from .zeros import dead, fraction, spread
 
 
-def execute(run: Run, data: str) -> dict[str, Any]:
-    """Train and evaluate the model of a run; return the line of the results file."""
+TEACHER: dict[str, Any] = {
+    "method": "dense",
+    "target": None,
+    "knob": None,
+    "learning_rate": 0.0001,
+    "seed": 100,
+    "end": 0.75,
+}
+"""The run that makes a teacher: dense, at the dense model's best learning rate, with the seed of tuning."""
+
+TEACHERS = Path(__file__).parent / "teachers"
+"""Teachers by task and steps. They are kept, so delete the folder if the task or its data change."""
+
+
+def teacher_of(run: Run, data: str) -> str:
+    """Return the folder of the teacher of a run: the dense model of its task, trained if it is not there.
+
+    The teacher of a task ``..._teacher`` is that of the task without this ending.
+    """
+    task = run.task.removesuffix("_teacher")
+    folder = TEACHERS / f"{task}_{run.steps}"
+    if not folder.is_dir():
+        line = execute(replace(run, task=task, **TEACHER), data, folder)
+        print(f"{run.task} teacher: dev {line.get('dev_accuracy', line['dev_loss']):.4f}", flush=True)
+    return str(folder)
+
+
+def execute(run: Run, data: str, keep: Path | None = None) -> dict[str, Any]:
+    """Train and evaluate the model of a run; return the line of the results file.
+
+    Args:
+        run: The run.
+        data: Folder of the data sets.
+        keep: Folder to write the model to; None for none.
+    """
+    teacher = teacher_of(run, data) if run.method.endswith("_taught") else None
     torch.set_num_threads(1)
     hf_logging.set_verbosity_error()
     task = TASKS[run.task](Path(data), run.seed, run.steps)
@@ -45,8 +79,10 @@ def execute(run: Run, data: str) -> dict[str, Any]:
                 "disable_tqdm": True,
                 "dataloader_pin_memory": False,
             }
-            setting = Setting(run.target, run.knob, run.begin, run.end, arguments)
+            setting = Setting(run.target, run.knob, run.begin, run.end, arguments, teacher)
             trainer = METHODS[run.method](task, setting)
+            if task.collate is not None:
+                trainer.data_collator = task.collate
             if task.accuracy:
                 trainer.compute_metrics = _accuracy
             begin = time.perf_counter()
@@ -55,6 +91,8 @@ def execute(run: Run, data: str) -> dict[str, Any]:
             zeros = fraction(task.model)
             picture = spread(task.model) if isinstance(run.knob, (list, tuple)) else {}
             splits = {name: trainer.evaluate(getattr(task, name)) for name in ("dev", "test")}
+            if keep is not None:
+                trainer.save_model(str(keep))
         finally:
             sys.stdout = stdout
     scores = {
@@ -67,6 +105,7 @@ def execute(run: Run, data: str) -> dict[str, Any]:
         **asdict(run),
         **scores,
         "sparsity": zeros,
+        "dead": dead(task.model),
         **picture,
         "seconds": round(seconds, 1),
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU",

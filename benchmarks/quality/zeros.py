@@ -21,6 +21,12 @@ def fraction(model: nn.Module) -> float:
     return sum(int((weight == 0).sum()) for weight in weights) / sum(weight.numel() for weight in weights)
 
 
+def dead(model: nn.Module) -> list[str]:
+    """Return the names of the pruned weights that are wholly zero: what they multiply is lost."""
+    chosen = set(decayable_parameter_names(model))
+    return [name for name, param in model.named_parameters() if name in chosen and not param.any()]
+
+
 def spread(model: nn.Module) -> dict[str, Any]:
     """Return the distribution of the pruned weights and of the zeros.
 

@@ -256,3 +256,60 @@ def test_the_grid_of_p_and_lambda_is_run_written_and_drawn(
     figures.draw([*results, {**results[3], "knob": [1.5, 3.0]}], {"shakespeare": runs}, tmp_path / "images")
     names = {file.name for file in (tmp_path / "images").iterdir()}
     assert names == {"choosing_shakespeare.png", "choosing_weights.png", "choosing_layers.png"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("method", "knob"),
+    [("pdecay_taught", "0.3"), ("gmp_uniform_taught", "0.6"), ("torchao_min_sparsity_taught", "1")],
+)
+def test_a_fine_tuned_model_is_pruned_and_teaches(
+    method: str,
+    knob: str,
+    quality: dict[str, ModuleType],
+    data: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    training, methods = quality["quality.training"], quality["quality.methods"]
+    monkeypatch.setattr(training, "TEACHERS", tmp_path_factory.getbasetemp() / "teachers")
+    monkeypatch.setattr(training, "TEACHER", {**training.TEACHER, "learning_rate": 0.004})
+    trainers = []
+
+    def kept(*args: Any) -> Any:
+        trainers.append(methods.METHODS[method](*args))
+        return trainers[-1]
+
+    monkeypatch.setattr(training, "METHODS", {"dense": methods.dense, method: kept})
+    line = training.execute(_run(quality, method, 0.7, f"{knob}, teacher_hidden=2", learning_rate=1e-3), str(data))
+    assert line["sparsity"] == pytest.approx(0.7, abs=2e-3) and line["dead"] == []
+    assert trainers[0].args.teacher == "self" and trainers[0].args.teacher_hidden == 2
+    taught = [entry for entry in trainers[0].state.log_history if "loss_teacher" in entry]
+    assert taught and taught[0]["loss_teacher"] > 0
+
+
+def test_batches_are_padded_to_their_longest(quality: dict[str, ModuleType]) -> None:
+    tasks = quality["quality.tasks"]
+    mask = torch.tensor([[1, 1, 0, 0], [1, 1, 1, 0]])
+    rows = tasks.Ragged(input_ids=torch.tensor([[5, 6, 0, 0], [7, 8, 9, 0]]), attention_mask=mask, labels=mask[:, 0])
+    assert [len(rows[index]["input_ids"]) for index in range(2)] == [2, 3]
+    batch = tasks.padded([rows[0], rows[1]])
+    assert batch["input_ids"].tolist() == [[5, 6, 0], [7, 8, 9]]
+    assert batch["attention_mask"].tolist() == [[1, 1, 0], [1, 1, 1]] and batch["labels"].tolist() == [1, 1]
+
+
+def test_weights_that_are_wholly_zero_are_dead(quality: dict[str, ModuleType]) -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.Linear(3, 2))
+    torch.nn.init.zeros_(model[1].weight)
+    assert quality["quality.zeros"].dead(model) == ["1.weight"]
+
+
+def test_a_task_may_end_earlier_and_a_knob_may_be_words(quality: dict[str, ModuleType], tmp_path: Path) -> None:
+    task = {**CONFIG["tasks"]["shakespeare"], "end": 0.6, "learning_rates": [0.1], "methods": ["dense", "gmp"]}
+    task |= {"values": {"gmp": ["0.6, teacher_hidden=1"]}}
+    _, reported = quality["quality.runs"].planned({**CONFIG, "tasks": {"shakespeare": task}}, [], "shakespeare")
+    assert {run.end for run in reported} == {0.6}
+    results = [_result(run, 1.0) for run in reported]
+    text = quality["quality.table"].write(results, reported, tmp_path / "table.md")
+    assert "| gradual magnitude pruning | 0.6, teacher_hidden=1 |" in text
+    quality["quality.table"].draw(results, reported, tmp_path / "picture.png")
