@@ -73,7 +73,9 @@ def planned(config: dict[str, Any], results: list[dict[str, Any]], name: str) ->
         choosing = []
     common["learning_rate"] = chosen.learning_rate
     reported = [Run(**common, method="dense", target=None, knob=None, seed=seed) for seed in task["seeds"]]
-    for method in task.get("methods", ["dense", *config["methods"]]):
+    # A method without values of its own is only for the tasks that give it some.
+    everywhere = [method for method, how in config["methods"].items() if "values" in how]
+    for method in task.get("methods", ["dense", *everywhere]):
         if method == "dense":
             continue
         how = config["methods"][method]

@@ -200,6 +200,9 @@ def draw(results: Sequence[Line], runs: Sequence[Run], path: Path) -> None:
         if key == "test_loss" and healed:
             margin = 0.05 * (max(healed) - min(healed))
             axis.set_ylim(min(healed) - margin, max(healed) + margin)  # runs without healing lie far above
+        left, right = axis.get_xlim()
+        if right - left < 1:  # one target
+            axis.set_xlim(left - 1, right + 1)
         axis.set_xlabel("exact zeros in the pruned weights, %")
         axis.set_ylabel(key.replace("_", " "))
         axis.set_title(task)

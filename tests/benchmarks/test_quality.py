@@ -305,10 +305,15 @@ def test_weights_that_are_wholly_zero_are_dead(quality: dict[str, ModuleType]) -
 
 
 def test_a_task_may_end_earlier_and_a_knob_may_be_words(quality: dict[str, ModuleType], tmp_path: Path) -> None:
-    task = {**CONFIG["tasks"]["shakespeare"], "end": 0.6, "learning_rates": [0.1], "methods": ["dense", "gmp"]}
-    task |= {"values": {"gmp": ["0.6, teacher_hidden=1"]}}
-    _, reported = quality["quality.runs"].planned({**CONFIG, "tasks": {"shakespeare": task}}, [], "shakespeare")
+    task = {**CONFIG["tasks"]["shakespeare"], "end": 0.6, "learning_rates": [0.1]}
+    task |= {"methods": ["dense", "gmp_taught"], "values": {"gmp_taught": ["0.6, teacher_hidden=1"]}}
+    tasks = {"shakespeare": task, "nanogpt": {**CONFIG["tasks"]["shakespeare"], "learning_rates": [0.1]}}
+    config = {**CONFIG, "tasks": tasks, "methods": {**CONFIG["methods"], "gmp_taught": {"knob": "end"}}}
+    choosing, _ = quality["quality.runs"].planned(config, [], "nanogpt")
+    assert {run.method for run in choosing} == {"gmp", "pdecay"}  # a method without values is not for all tasks
+    _, reported = quality["quality.runs"].planned(config, [], "shakespeare")
     assert {run.end for run in reported} == {0.6}
+    reported = [replace(run, method=run.method.removesuffix("_taught")) for run in reported]
     results = [_result(run, 1.0) for run in reported]
     text = quality["quality.table"].write(results, reported, tmp_path / "table.md")
     assert "| gradual magnitude pruning | 0.6, teacher_hidden=1 |" in text
