@@ -261,11 +261,13 @@ def taught(task: Task, setting: Setting, method: Callable[[Task, Setting], Train
     """A method that prunes a fine-tuned model, which is also the teacher.
 
     The knob is a string: the method's own knob, then settings of the Trainer, as in ``0.3, teacher_hidden=10``.
+    With its own knob alone it has the same start and no teacher.
     """
     load_model(task.model, Path(str(setting.teacher)) / "model.safetensors")
     knob, *pairs = str(setting.knob).split(", ")
     lesson = {name: yaml.safe_load(value) for name, value in (pair.split("=") for pair in pairs)}
-    return method(task, replace(setting, knob=float(knob), lesson={"teacher": "self", **lesson}))
+    teacher = {"teacher": "self"} if pairs else {}
+    return method(task, replace(setting, knob=float(knob), lesson=teacher | lesson))
 
 
 METHODS: dict[str, Callable[[Task, Setting], Trainer]] = {
