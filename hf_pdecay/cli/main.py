@@ -28,7 +28,7 @@ _COMMANDS = {
     "report": "say how sparse a saved model is, or draw the Pareto front of a hyperparameter search",
     "compress": "write a model without its zeros; from_pretrained gives it back after import hf_pdecay",
     "decompress": "restore the plain folder of a compressed model",
-    "prune": "prune a trained model in minutes without training: SparseGPT, Wanda or magnitude",
+    "prune": "prune a trained model in minutes without training: by gradients, SparseGPT, Wanda or magnitude",
     "shrink": "remove dead neurons and attention heads from a model, which then loads anywhere as a smaller one",
     "completion": "print a script by which bash, zsh, fish or tcsh completes commands and flags",
 }

@@ -22,9 +22,10 @@ def register(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--method",
-        default="sparsegpt",
-        help="sparsegpt: the other weights make up for the pruned ones (the default); wanda: they stay as they are, "
-        "and less time is needed; magnitude: the smallest weights go",
+        default="fisher",
+        help="fisher: weights go where the model's predictions move least, by gradients, and the others make up for "
+        "them (the default); sparsegpt: where each matrix's outputs move least, without gradients; wanda: the others "
+        "stay as they are; magnitude: the smallest weights go",
     )
     parser.add_argument("--rows", type=int, default=128, metavar="N", help="calibration rows (128)")
     parser.add_argument(

@@ -17,7 +17,8 @@ from ..storage.folder import CONFIG, write_json
 from ..storage.loading import class_of, load_whole, unused_note
 from ..storage.source import Source, read_source
 from .calibration import calibration_rows, read_texts
-from .model import METHODS, check_config, context_of, prune_one_shot
+from .methods import METHODS
+from .model import check_config, context_of, prune_one_shot
 from .report import OneShotReport
 from .selection import check_amount
 
@@ -32,7 +33,7 @@ def prune_folder(
     out: str | os.PathLike[str],
     data: str | os.PathLike[str],
     *,
-    method: str = "sparsegpt",
+    method: str = "fisher",
     sparsity: float | None = None,
     pattern: str | None = None,
     rows: int = 128,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +16,10 @@ from ..names import clean_name
 from ..storage.source import RAGGED, quantization_method
 from ..terminal import progress
 from .blocks import Block, Target, check_held, find_blocks, targets_of
-from .capture import Capture
+from .budgets import divide
+from .capture import Capture, Key
+from .fisher import Information, output_information
+from .methods import METHODS, WITH_HESSIAN
 from .report import BlockPruning, OneShotReport
 from .selection import Amount, check_amount, check_divides, check_zeros, spread
 from .sparsegpt import prune_by_hessian
@@ -24,14 +27,11 @@ from .streaming import Stream
 from .wanda import magnitude_mask, wanda_mask
 
 
-METHODS = ("sparsegpt", "wanda", "magnitude")
-
-
 def prune_one_shot(
     model: nn.Module,
     rows: Tensor,
     *,
-    method: str = "sparsegpt",
+    method: str = "fisher",
     sparsity: float | None = None,
     pattern: str | None = None,
 ) -> OneShotReport:
@@ -39,7 +39,8 @@ def prune_one_shot(
 
     The rows run through one block at a time: its matrices are pruned from their inputs, and the pruned block's outputs
     are the inputs of the next. Besides the model, memory holds the hidden states of all rows twice, and what one block
-    needs: for SparseGPT a float32 Hessian of (inputs, inputs) for each of its matrices.
+    needs: a float32 Hessian of (inputs, inputs) for each of its matrices. ``"fisher"`` first makes a backward pass for
+    512 tokens at a time, which keeps their activations in memory.
 
     Pruned is what a target would prune by default (:func:`~hf_pdecay.decayable_parameter_names`), in the repeated
     blocks of the model: also Hugging Face's ``Conv1D``, and fused experts, each as a matrix of its own. Embeddings,
@@ -48,9 +49,11 @@ def prune_one_shot(
     Args:
         model: A model that takes token ids first, such as one of transformers.
         rows: Token ids of shape (rows, tokens), without padding.
-        method: ``"sparsegpt"`` (:func:`~hf_pdecay.sparsegpt`), ``"wanda"`` (:func:`~hf_pdecay.wanda`), or
-            ``"magnitude"``: the smallest weights of each matrix.
-        sparsity: Fraction of zeros in all pruned matrices, exactly, and in each.
+        method: ``"fisher"``, ``"sparsegpt"`` (:func:`~hf_pdecay.sparsegpt`), ``"wanda"`` (:func:`~hf_pdecay.wanda`), or
+            ``"magnitude"``: the smallest weights of each matrix. ``"fisher"`` is SparseGPT with a score that is also
+            multiplied by the mean square of the gradient of the weight's output, and with the zeros divided over the
+            matrices by the same gradients; see :func:`.fisher.output_information`.
+        sparsity: Fraction of zeros in all pruned matrices, exactly, and, except by ``"fisher"``, in each.
         pattern: N:M, such as ``"2:4"``, in place of a sparsity: at most N of M consecutive inputs stay.
 
     Returns:
@@ -60,28 +63,52 @@ def prune_one_shot(
         ValueError: If an argument is invalid, the model is quantized, sharded, an encoder-decoder or without repeated
             blocks, it cannot run the rows, or a matrix has more zeros already.
     """
-    check_choice("method", method, METHODS)
     fraction, blocks = check_amount(sparsity, pattern)
     check_config(getattr(model, "config", None), type(model).__name__)
     check_rows(model, rows)
+    report = prune_matrices(model, rows, [Share(blocks or fraction or 0.0, targets_of(model))], method)
+    report.asked = pattern or float(sparsity or 0)
+    return report
+
+
+@dataclass(frozen=True)
+class Share:
+    """Parameters, by their names, that share a fraction of zeros, or the N and M of a pattern."""
+
+    amount: float | tuple[int, int]
+    names: Collection[str]
+
+
+@torch.no_grad()
+def prune_matrices(model: nn.Module, rows: Tensor, shares: Sequence[Share], method: str) -> OneShotReport:
+    """:func:`prune_one_shot` of some parameters, each of which belongs to one share."""
+    check_choice("method", method, METHODS)
     stack = find_blocks(model)
-    targets = targets_of(model)
-    decayable = decayable_parameter_names(model)
-    check_held(model, set(decayable))
+    asked = {name: share for share in shares for name in share.names}
+    targets = {name: target for name, target in targets_of(model).items() if name in asked}
+    check_held(model, targets)
     rows = rows.to(next(model.parameters()).device)
-    with torch.no_grad(), _calibrating(model):
+    with _calibrating(model):
         first = Capture(targets.values(), hessian=False)
         stream = Stream(model, stack, rows, first)
         seen = {name for name, _ in first.sums}
         pruned = [target for target in targets.values() if target.linear or target.name in seen]
         by_block = _divided(stream.blocks, pruned)
-        plans = _planned(by_block, fraction, blocks)
-        report = OneShotReport(method, pattern or float(sparsity or 0), (rows.shape[0], rows.shape[1]))
+        _check(by_block, asked)
+        # Within the few inputs of one output that compete for N:M, how much the output matters changes nothing.
+        by_gradient = [
+            target for targets in by_block for target in targets if isinstance(asked[target.name].amount, float)
+        ]
+        information = Information({}, {})
+        if method == "fisher" and by_gradient:
+            information = output_information(model, by_gradient, rows, stream.options)
+        plans = _planned(by_block, asked, information)
+        report = OneShotReport(method, "", (rows.shape[0], rows.shape[1]))
         for place, block in enumerate(progress(stream.blocks, "Pruning", len(stream.blocks), unit="blocks")):
-            capture = Capture([plan.target for plan in plans[place]] * (method != "magnitude"), method == "sparsegpt")
+            capture = Capture([plan.target for plan in plans[place]] * (method != "magnitude"), method in WITH_HESSIAN)
             stream.capture(capture)
             for plan in plans[place]:
-                if not plan.prune(method, capture.sums) and plan.name not in report.unseen:
+                if not plan.prune(method, capture.sums, information.outputs) and plan.name not in report.unseen:
                     report.unseen.append(plan.name)
             names = tuple(dict.fromkeys(plan.target.name for plan in plans[place]))
             weights = sum(plan.matrix.numel() for plan in plans[place])
@@ -89,7 +116,7 @@ def prune_one_shot(
             report.blocks.append(BlockPruning(block.name, names, weights, zeros, stream.passed()))
     chosen = {name for block in report.blocks for name in block.tensors}
     sizes = {clean_name(name): param.numel() for name, param in model.named_parameters()}
-    report.dense = {name: sizes[name] for name in decayable if name not in chosen}
+    report.dense = {name: sizes[name] for name in decayable_parameter_names(model) if name not in chosen}
     return report
 
 
@@ -143,13 +170,13 @@ class _Plan:
     def name(self) -> str:
         return f"{self.target.name}[{self.number}]" if self.target.param.dim() == 3 else self.target.name
 
-    def prune(self, method: str, sums: dict[tuple[str, int], Tensor]) -> bool:
+    def prune(self, method: str, sums: dict[Key, Tensor], importance: Mapping[Key, Tensor]) -> bool:
         """Prune the matrix in place; return False if no row has reached it."""
-        matrix = self.matrix
+        matrix, key = self.matrix, (self.target.name, self.number)
         if method == "magnitude":
             matrix.masked_fill_(magnitude_mask(matrix, self.amount), 0.0)
             return True
-        summed = sums.pop((self.target.name, self.number), None)
+        summed = sums.pop(key, None)
         if summed is not None and not bool(summed.isfinite().all()):
             raise ValueError(
                 f"The inputs of {self.name} are NaN or infinite; if the model is in float16, load it in float32 or "
@@ -159,7 +186,7 @@ class _Plan:
             norms = matrix.new_zeros(matrix.shape[1], dtype=torch.float32) if summed is None else summed.sqrt()
             matrix.masked_fill_(wanda_mask(matrix, norms, self.amount), 0.0)
             return summed is not None
-        matrix.copy_(prune_by_hessian(matrix, summed, self.amount))
+        matrix.copy_(prune_by_hessian(matrix, summed, self.amount, importance.get(key)))
         return True
 
 
@@ -176,25 +203,45 @@ def _divided(blocks: Sequence[Block], targets: Sequence[Target]) -> list[list[Ta
     return by_block
 
 
+def _check(by_block: Sequence[Sequence[Target]], asked: Mapping[str, Share]) -> None:
+    """Raise ValueError if a matrix cannot get what is asked for."""
+    for target in (target for targets in by_block for target in targets):
+        blocks = asked[target.name].amount
+        for matrix in target.matrices:
+            if isinstance(blocks, tuple):
+                check_divides(blocks, matrix.shape[1], target.name)
+            if not bool(matrix.isfinite().all()):
+                raise ValueError(f"{target.name} has NaN or infinite weights, which cannot be ranked.")
+
+
 def _planned(
-    by_block: Sequence[Sequence[Target]], fraction: float | None, blocks: tuple[int, int] | None
+    by_block: Sequence[Sequence[Target]], asked: Mapping[str, Share], information: Information
 ) -> list[list[_Plan]]:
-    """Say what each matrix gets, so that the total is exact; raise ValueError if one cannot get it."""
+    """Say what each matrix gets, so that the totals are exact; raise ValueError if one cannot get it."""
     flat = [
         (place, target, number, matrix)
         for place, targets in enumerate(by_block)
         for target in targets
         for number, matrix in enumerate(target.matrices)
     ]
-    sizes = [matrix.numel() for *_, matrix in flat]
-    amounts: Sequence[Amount] = [blocks] * len(flat) if blocks else spread(round((fraction or 0) * sum(sizes)), sizes)
+    amounts: list[Amount] = [
+        aim if isinstance(aim := asked[target.name].amount, tuple) else 0 for _, target, *_ in flat
+    ]
+    for share in {id(share): share for share in asked.values()}.values():
+        if isinstance(share.amount, tuple):
+            continue
+        together = [index for index, entry in enumerate(flat) if asked[entry[1].name] is share]
+        sizes = [flat[index][3].numel() for index in together]
+        even = dict(zip(together, spread(round(share.amount * sum(sizes)), sizes), strict=True))
+        costs = {index: information.costs.get((flat[index][1].name, flat[index][2])) for index in together}
+        ranked = {index: cost for index, cost in costs.items() if cost is not None}
+        total = sum(even[index] for index in ranked)
+        even |= zip(ranked, divide(total, list(ranked.values())), strict=True)
+        for index, count in even.items():
+            amounts[index] = count
     plans: list[list[_Plan]] = [[] for _ in by_block]
     for (place, target, number, matrix), amount in zip(flat, amounts, strict=True):
         plan = _Plan(target, number, matrix, amount)
-        if blocks:
-            check_divides(blocks, matrix.shape[1], plan.name)
-        if not bool(matrix.isfinite().all()):
-            raise ValueError(f"{plan.name} has NaN or infinite weights, which cannot be ranked.")
         check_zeros(int((matrix == 0).sum()), amount, matrix.numel(), plan.name)
         plans[place].append(plan)
     return plans

@@ -37,8 +37,11 @@ def sparsegpt(weight: Tensor, inputs: Tensor, *, sparsity: float | None = None, 
     return prune_by_hessian(weight, rows.T @ rows, amount)
 
 
-def prune_by_hessian(weight: Tensor, hessian: Tensor, amount: Amount) -> Tensor:
-    """:func:`sparsegpt` from a Hessian of any positive scale, which is overwritten."""
+def prune_by_hessian(weight: Tensor, hessian: Tensor, amount: Amount, outputs: Tensor | None = None) -> Tensor:
+    """:func:`sparsegpt` from a Hessian of any positive scale, which is overwritten.
+
+    ``outputs``, of shape (outputs,), says how much each output's squared error matters; all the same if None.
+    """
     values = float_of(weight).clone()
     zero, mask = weight == 0, torch.zeros_like(weight, dtype=torch.bool)
     dead = hessian.diagonal() == 0
@@ -52,7 +55,8 @@ def prune_by_hessian(weight: Tensor, hessian: Tensor, amount: Amount) -> Tensor:
         here = slice(start, min(start + width, inputs))
         piece, inner, chosen = values[:, here], factor[here, here], mask[:, here]
         if isinstance(amount, int):
-            ranked = scores(piece, importance[here], zero[:, here])
+            weighted = piece if outputs is None else piece * outputs.sqrt()[:, None]
+            ranked = scores(weighted, importance[here], zero[:, here])
             chosen.copy_(lowest(ranked.reshape(1, -1), [count]).view(piece.shape))
         columns = piece.T.contiguous()  # each in one piece of memory, for speed
         errors = torch.zeros_like(columns)

@@ -40,6 +40,7 @@ class Stream:
 
     Attributes:
         blocks: Those that the model calls, in its order.
+        options: What the model is called with beside rows.
 
     Raises:
         ValueError: If the model cannot run such rows, or its outputs are NaN or infinite.
@@ -49,7 +50,7 @@ class Stream:
         self._model = model
         self._batches = list(rows.split(max(_TOKENS // rows.shape[1], 1)))
         accepted = inspect.signature(model.forward).parameters
-        self._options = {"use_cache": False} if "use_cache" in accepted else {}
+        self.options = {"use_cache": False} if "use_cache" in accepted else {}
         self._states: list[Any] = [None] * len(self._batches)
         self._dense: list[Tensor | None] = [None] * len(self._batches)
         self._number = 0
@@ -93,7 +94,7 @@ class Stream:
 
         try:
             with _forwards([(block.module, record(block, block.module.forward)) for block in blocks]), capture:
-                self._model(row, **self._options)
+                self._model(row, **self.options)
         except _ERRORS as error:
             reason = str(error).strip().split("\n")[0]
             raise ValueError(
@@ -147,7 +148,7 @@ class Stream:
         earlier = self.blocks[:number] if self._chained else []
         try:
             with _forwards([(module, run), *((block.module, skip) for block in earlier)]):
-                self._model(batch, **self._options)
+                self._model(batch, **self.options)
         except _Reached:
             pass
         return outputs[-1]

@@ -147,7 +147,7 @@ def test_what_is_wrong_is_said_in_a_sentence(model: Path, data: Path, capsys: py
     good = {"model": str(model), "--sparsity": "0.5", "--data": str(data)}
     cases: list[tuple[dict[str, str], str]] = [
         ({"--sparsity": "90"}, "sparsity=90.0; it must be above 0 and below 1. Was 0.9 meant?"),
-        ({"--method": "obs"}, "method='obs'; it must be one of sparsegpt, wanda, magnitude"),
+        ({"--method": "obs"}, "method='obs'; it must be one of fisher, sparsegpt, wanda, magnitude"),
         ({"--dtype": "int8"}, "dtype='int8'"),
         ({"--device": "cuda:99"}, "device='cuda:99'"),
         ({"--rows": "100000"}, "--rows 56"),
