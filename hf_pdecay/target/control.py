@@ -117,6 +117,12 @@ class SparsityControl:
         self.budgets = divide_target(groups, self._target.target_sparsity, self._target.sparsity_budget, params)
         self._note_targets()
 
+    def moving_budgets(self) -> list[Budget]:
+        """Return the budgets, with the targets divided anew over what can move now."""
+        self._refresh()
+        self._look()
+        return self.budgets
+
     def _refresh(self) -> None:
         """Plan anew if the optimizer has other param groups (as after loading a state) or parameters (FSDP2)."""
         groups, params = self._adopted
@@ -187,9 +193,7 @@ class SparsityControl:
             self._tell_score()
         if not self.schedule.prunes(step):
             return
-        self._refresh()
-        self._look()
-        for budget in self.budgets:
+        for budget in self.moving_budgets():
             prune(budget, self._optimizer, self.schedule.progress(step))
         for group in self._groups if step == self.schedule.end else []:
             if kind_of(group) in UNIT_KINDS:
@@ -226,10 +230,9 @@ class SparsityControl:
 
     def _mean_excess(self, sign: int) -> float:
         """Return the mean over all budgets of the excess of one sign, weighted by their numbers of weights."""
-        self._refresh()
-        self._look()
-        parts = [max(sign * excess(budget, self._optimizer), 0.0) * budget.numel for budget in self.budgets]
-        return sum(parts) / sum(budget.numel for budget in self.budgets) if parts else 0.0
+        budgets = self.moving_budgets()
+        parts = [max(sign * excess(budget, self._optimizer), 0.0) * budget.numel for budget in budgets]
+        return sum(parts) / sum(budget.numel for budget in budgets) if parts else 0.0
 
     def _set_lambda_p(self, upcoming: float) -> None:
         """Set λ_p of all groups to what their weights can bear until the next pruning, at progress ``upcoming``."""

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
+from ..one_shot.methods import OFF
 from ..optim.param_groups import decayed_groups, is_decayed
 from ..optim.shards import full_numel, group_params
 from ..rules.assign import still_by_name
@@ -18,6 +20,9 @@ from .first_callback import FirstCallback
 from .settings import DecaySettings
 
 
+if TYPE_CHECKING:
+    from .one_shot_cut import OneShotCut
+
 logger = get_logger(__name__)
 
 # More than the error of the sample from which zeros are counted.
@@ -26,9 +31,15 @@ _NAMED = 4  # tensors that a sentence names
 
 
 class SparsityControlCallback(FirstCallback):
-    """Drives a ``SparsityControl`` through a run; does nothing without ``target_sparsity`` and ``p_norm_begin``."""
+    """Drives a ``SparsityControl`` through a run; does nothing without ``target_sparsity`` and ``p_norm_begin``.
 
-    def __init__(self) -> None:
+    Args:
+        one_shot: How the model is pruned at once, if it is: a method, ``"auto"`` or ``"off"``.
+    """
+
+    def __init__(self, one_shot: str = OFF) -> None:
+        self._one_shot = one_shot
+        self._cut: OneShotCut | None = None
         self._control: SparsityControl | None = None
         self._told: set[str] = set()  # names of what the target leaves alone
 
@@ -39,7 +50,9 @@ class SparsityControlCallback(FirstCallback):
         settings = settings_of(args)
         if settings is None:
             return
-        self._control = SparsityControl(kwargs["optimizer"], state.max_steps, settings)
+        target = settings if self._one_shot == OFF else self._plan_cut(settings, args, state, **kwargs)
+        self._control = SparsityControl(kwargs["optimizer"], state.max_steps, target)
+        self._prune_at_once(state, kwargs["model"])
         self._control.before_step(state.global_step + 1)
         if state.global_step >= self._control.schedule.end:
             missing = self._control.shortfall()  # all processes count together
@@ -75,6 +88,7 @@ class SparsityControlCallback(FirstCallback):
         """Prune if this is a pruning step, and set p, λ_p and ``keep_zeros`` for the next step."""
         if self._control is None:
             return
+        self._prune_at_once(state, kwargs["model"])
         self._control.after_step(state.global_step)
         if self._control.schedule.prunes(state.global_step) and state.is_world_process_zero:
             self._tell_still(kwargs["model"], kwargs["optimizer"])
@@ -84,6 +98,36 @@ class SparsityControlCallback(FirstCallback):
         if self._control.budgets and state.global_step <= self._control.schedule.end:
             # So far no model is as sparse as asked: load_best_model_at_end and EarlyStoppingCallback start anew.
             state.best_metric = state.best_model_checkpoint = state.best_global_step = None
+
+    def _plan_cut(
+        self, settings: DecaySettings, args: TrainingArguments, state: TrainerState, **kwargs: Any
+    ) -> DecaySettings:
+        """Choose whether the run prunes at once, as its checkpoint says if it is resumed; return the settings.
+
+        Their schedule then begins with the cut.
+        """
+        from .one_shot_cut import OneShotCut, cut_at
+
+        groups = decayed_groups(kwargs["optimizer"].param_groups)
+        method = self._one_shot
+        if state.global_step > 0:
+            method = next((group["one_shot"] for group in groups if "one_shot" in group), OFF)
+        after = replace(settings, sparsity_begin=cut_at(settings, state.max_steps))
+        self._cut = None
+        if method != OFF and state.global_step <= after.schedule(state.max_steps).begin:
+            self._cut = OneShotCut(kwargs["model"], kwargs["train_dataloader"], method, args.seed)
+            method = self._cut.method
+        for group in groups:
+            group["one_shot"] = method
+        if method == OFF:
+            self._cut = None
+        return settings if method == OFF else after
+
+    def _prune_at_once(self, state: TrainerState, model: nn.Module) -> None:
+        if self._cut is None or self._control is None or state.global_step != self._control.schedule.begin:
+            return
+        self._cut.prune(model, self._control.moving_budgets(), tell=state.is_world_process_zero)
+        self._cut = None
 
     def _tell_still(self, model: nn.Module, optimizer: Any) -> None:
         """Warn of what the target leaves alone since this pruning step."""

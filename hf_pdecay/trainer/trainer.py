@@ -18,6 +18,7 @@ from transformers.trainer_utils import has_length
 from transformers.training_args import OptimizerNames
 
 from ..files import remove_leftovers
+from ..one_shot.methods import METHODS, OFF
 from ..optim.decay_optimizer import DecayOptimizer
 from ..optim.optimizer_names import OPTIMIZERS
 from ..optim.shards import is_sharded, settle
@@ -93,8 +94,15 @@ class PDecayTrainerMixin(_Base):
         check_same(asdict(settings) | {"optim": name_of(self.args), "weight_decay": self.args.weight_decay})
         groups = param_groups_of(self.model, self.args, settings)
         check_structured(self, groups, settings.optim, settings.options.get("backend", "auto"))
-        plan_target(groups, self._expected_steps(), settings)
-        self._attach(settings)
+        budgets = plan_target(groups, self._expected_steps(), settings)
+        one_shot = OFF
+        if budgets and settings.one_shot != OFF:
+            from .one_shot_cut import planned_method
+
+            one_shot = planned_method(self, settings.one_shot, budgets)
+        elif settings.one_shot in METHODS:
+            raise ValueError(f"Invalid one_shot: one_shot={settings.one_shot!r} without a target; give one.")
+        self._attach(settings, one_shot)
         if settings.teacher is not None:
             from .distillation import distil
 
@@ -118,9 +126,9 @@ class PDecayTrainerMixin(_Base):
         steps = math.ceil(len(self.train_dataset) / self.get_total_train_batch_size(self.args))
         return max(1, math.ceil(self.args.num_train_epochs * max(1, steps)))
 
-    def _attach(self, settings: DecaySettings) -> None:
+    def _attach(self, settings: DecaySettings, one_shot: str = OFF) -> None:
         SparsityCallback(settings.sparsity_logging, settings.near_zero_threshold).attach(self)
-        SparsityControlCallback().attach(self)  # before the other, which then counts pruned weights
+        SparsityControlCallback(one_shot).attach(self)  # before the other, which then counts pruned weights
         self.add_callback(CardCallback(self._write_final_card))
 
     @property

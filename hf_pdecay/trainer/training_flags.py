@@ -15,6 +15,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Any, get_args, get_type_hints
 
 from ..checks import asked_percent, check_choice, check_lambda_p, check_p_norm, is_number
+from ..one_shot.methods import AUTO, METHODS, OFF
 from ..optim.defaults import LAMBDA_P, P_NORM
 from ..sparsity.defaults import NEAR_ZERO_THRESHOLD
 from ..target.settings import Target, check_p_norms, setting
@@ -55,6 +56,13 @@ class DecayFields(Target):
     )
     near_zero_threshold: float = setting(
         NEAR_ZERO_THRESHOLD, "Magnitude below which a non-zero weight counts as near zero in reports."
+    )
+    one_shot: str = setting(
+        AUTO,
+        "How a language model is pruned at once, to the target or half of its weights, halfway from sparsity_begin to "
+        "sparsity_end: fisher, sparsegpt, wanda or magnitude, as by hf-pdecay prune, from rows of the training data. "
+        "off prunes step by step. auto is fisher for a pretrained causal language model, and off for others.",
+        (AUTO, OFF, *METHODS),
     )
     teacher: str | None = setting(
         None,
@@ -109,6 +117,7 @@ class DecayFields(Target):
                 f"Invalid near_zero_threshold: near_zero_threshold={self.near_zero_threshold!r}; it must be a number "
                 "of at least 0."
             )
+        check_choice("one_shot", self.one_shot, (AUTO, OFF, *METHODS))
         self._check_teacher()
 
     def _check_teacher(self) -> None:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import gather_object
 from datasets import Dataset
 from torch.distributed.tensor import DTensor
 from torch.utils.data import SequentialSampler
@@ -137,9 +138,12 @@ def run(folder: Path, engine: str, case: dict[str, Any]) -> None:
     trainer.save_model()
     loss = trainer.evaluate(data().select(range(64)))["eval_loss"]
     kinds = sorted({type(param).__name__ for param in trainer.model.parameters()})
+    # Of each process, where each has the whole model.
+    whole = [param.detach() for param in trainer.model.parameters() if engine == "ddp"]
+    sums = gather_object([float(sum(param.double().abs().sum() for param in whole))])
     if trainer.is_world_process_zero():
         taught = [line["loss_teacher"] for line in trainer.state.log_history if "loss_teacher" in line]
-        found = {"eval_loss": loss, "kinds": kinds, "teacher": taught, "held": _held_of_teacher(trainer)}
+        found = {"eval_loss": loss, "kinds": kinds, "teacher": taught, "held": _held_of_teacher(trainer), "sums": sums}
         (out / "found.json").write_text(json.dumps(found))
 
 

@@ -188,6 +188,22 @@ def test_tensor_parallel(runs: Runs, tmp_path: Path) -> None:
         assert run.found["eval_loss"] == pytest.approx(alone.found["eval_loss"], abs=1e-3)
 
 
+def test_ddp_from_a_pruned_model(runs: Runs, tmp_path: Path) -> None:
+    case = {"name": "pruned", "target_sparsity": 0.5, "one_shot": "fisher", "max_steps": 60}
+    run_in(tmp_path, LAYOUTS[1], case)
+    run = Run(tmp_path / "pruned")
+    run.check()
+    assert run.counted == pytest.approx(0.5, abs=1e-4)
+    assert len(set(run.found["sums"])) == 1 < len(run.found["sums"])
+    assert run.found["eval_loss"] < runs[ALONE.name]["target"].found["eval_loss"] + 0.3
+
+
+def test_sharded_runs_do_not_begin_from_a_pruned_model(tmp_path: Path) -> None:
+    case = {"name": "pruned", "target_sparsity": 0.5, "one_shot": "fisher", "max_steps": 60}
+    with pytest.raises(AssertionError, match="under FSDP, which shards the model; prune it first"):
+        run_in(tmp_path, LAYOUTS[2], case)
+
+
 @pytest.mark.parametrize("engine", ["zero1", "zero2", "zero3"])
 def test_deepspeed_in_bfloat16(engine: str, tmp_path: Path) -> None:
     pytest.importorskip("deepspeed")
