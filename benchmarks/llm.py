@@ -7,7 +7,7 @@
 
 Each run appends a line to `results/llm.jsonl` and is skipped from then on. `--data` holds `gsm8k/{train,test}.jsonl.gz`
 and `tinyshakespeare/input.txt`. Every method trains on the same rows, in the same order for a seed, with the same
-Trainer, learning rate and schedule; a one-shot method sees the same 64 rows as calibration. The reported loss is that
+Trainer, learning rate and schedule; a one-shot method sees 64 of the rows as calibration. The reported loss is that
 of the answers to 300 problems of the test split; forgetting is the loss on the last part of Tiny Shakespeare.
 """
 
@@ -41,7 +41,11 @@ ROW, BATCH = 256, 2  # tokens of a row, rows of a step
 CALIBRATION = 64  # rows
 HELD_OUT = 300  # problems
 OTHER_ROWS = 40
-LEARNING_RATE = 1e-4
+# The better of 1e-4 and 3e-4 with seed 100 and other problems (`--try`): dense fine-tuning 1.070 and 1.097, ours with
+# `--one_shot off` 1.185 and 1.188, SparseGPT before the same steps 1.192 and 1.167. Ours, with the cut after 50 steps,
+# 1.130 at 1e-4 and 1.136 at 2e-4; the others have the rate of SparseGPT.
+LOW_RATE, HIGH_RATE = 1e-4, 3e-4
+AT_LOW_RATE = ("dense", "pdecay", "pdecay_teacher", "pdecay_dense")
 
 
 @dataclass(frozen=True)
@@ -61,7 +65,7 @@ class Run:
     target: float | str | None
     steps: int
     seed: int
-    learning_rate: float = LEARNING_RATE
+    learning_rate: float = HIGH_RATE
     settings: str = ""
 
 
@@ -69,9 +73,11 @@ METHODS = {
     "dense": "dense fine-tuning",
     "pdecay": "`adamw_lp`, default settings",
     "pdecay_teacher": "`adamw_lp --teacher self`",
+    "pdecay_dense": "`adamw_lp --one_shot off`",
     "magnitude": "magnitude in one shot",
     "wanda": "Wanda in one shot",
     "sparsegpt": "SparseGPT in one shot",
+    "fisher": "`hf-pdecay prune --method fisher` in one shot",
     "magnitude_kept": "magnitude, then `--keep_zeros`",
     "wanda_kept": "Wanda, then `--keep_zeros`",
     "sparsegpt_kept": "SparseGPT, then `--keep_zeros`",
@@ -81,24 +87,30 @@ METHODS = {
     "gmp_teacher": "gradual magnitude pruning with the same teacher",
     "pat": "torchao's PAT, MinSparsityConstraint",
 }
+ONE_SHOT = ("magnitude", "wanda", "sparsegpt", "fisher")
 TEACHES = ("pdecay_teacher", "wanda_teacher", "sparsegpt_teacher", "gmp_teacher")
 DENSE = ("dense",)
 
 
 def planned(steps: Sequence[int] = (100, 300)) -> list[Run]:
     """Return the runs of the table, the most telling first."""
-    runs = [Run("dense", None, count, seed) for count in steps for seed in (0, 1)]
+    runs = [Run("dense", None, count, seed, LOW_RATE) for count in steps for seed in (0, 1)]
     for target, seeds in ((0.5, (0, 1)), (0.7, (0, 1)), (0.6, (0,)), ("2:4", (0,))):
         for name in METHODS:
             if name in DENSE or (target == "2:4" and name in ("gmp", "gmp_teacher", "pat")):
                 continue
-            bare = name in ("magnitude", "wanda", "sparsegpt")
+            bare = name in ONE_SHOT
             counts = (0,) if bare else steps if target == 0.5 else steps[:1]
-            runs += [Run(name, target, count, seed) for count in counts for seed in ((0,) if bare else seeds)]
+            rate = LOW_RATE if name in AT_LOW_RATE else HIGH_RATE
+            runs += [Run(name, target, count, seed, rate) for count in counts for seed in ((0,) if bare else seeds)]
     return sorted(runs, key=lambda run: (run.steps > 100, run.seed))
 
 
-QUICK = [Run("dense", None, 40, 0), *(Run(name, 0.5, 40, 0) for name in ("pdecay", "sparsegpt_kept"))]
+QUICK = [
+    Run("dense", None, 40, 0, LOW_RATE),
+    Run("pdecay", 0.5, 40, 0, LOW_RATE),
+    Run("sparsegpt_kept", 0.5, 40, 0, HIGH_RATE),
+]
 
 
 def model_folder(given: str | None) -> Path:
@@ -178,7 +190,7 @@ def execute(run: Run, folder: str, data_folder: str, test: bool) -> dict[str, An
     data = Data(Path(data_folder), AutoTokenizer.from_pretrained(folder))
     line: dict[str, Any] = asdict(run)
     method = run.method.partition("_")[0]
-    if method in ("magnitude", "wanda", "sparsegpt"):
+    if method in ONE_SHOT:
         start = time.perf_counter()
         rows = torch.tensor([row["input_ids"] for row in data.train[:CALIBRATION]])
         shape = {"pattern": run.target} if isinstance(run.target, str) else {"sparsity": run.target}
@@ -242,12 +254,14 @@ def make_trainer(run: Run, model: Any, data: Data, output: str, folder: str) -> 
     callbacks = []
     if run.method in TEACHES:
         ours["teacher"] = folder if way == "teacher" and method != "pdecay" else "self"
+    if run.method == "pdecay_dense":
+        ours["one_shot"] = "off"
     if method == "pdecay":
         if isinstance(run.target, str):
             ours["lp_rules"] = {".*": {"group": run.target, "target_sparsity": 0.5}}
         else:
             ours["target_sparsity"] = run.target
-    elif method in ("magnitude", "wanda", "sparsegpt"):
+    elif method in ONE_SHOT:
         ours |= {"keep_zeros": True, "lambda_p": 0.0}
     else:
         ours["lambda_p"] = 0.0
@@ -357,7 +371,7 @@ def table(results: Sequence[dict[str, Any]], runs: Sequence[Run]) -> str:
         for method, name in METHODS.items():
             cells = []
             for target, steps in columns:
-                bare = method in ("magnitude", "wanda", "sparsegpt")
+                bare = method in ONE_SHOT
                 wanted = (None if method in DENSE else target, 0 if bare else steps)
                 same = [run for run in runs if (run.method, run.target, run.steps) == (method, *wanted)]
                 scores = [line[key] for run in same if (line := find(results, run)) is not None and key in line]
@@ -389,7 +403,7 @@ def main() -> int:
     parser.add_argument("--targets", nargs="*", help="only these, such as 0.5 and 2:4")
     parser.add_argument("--steps", type=int, nargs="*", default=[100, 300], help="optimizer steps")
     parser.add_argument("--try", dest="trials", nargs="*", help="settings of ours to try with seed 100 on the dev rows")
-    parser.add_argument("--learning_rate", type=float, default=LEARNING_RATE, help="with --try")
+    parser.add_argument("--learning_rate", type=float, default=LOW_RATE, help="with --try")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="runs at a time; each uses one thread")
     parser.add_argument("--minutes", type=float, default=math.inf, help="start no run after this many minutes")
     parser.add_argument("--table", action="store_true", help="only write the table")
