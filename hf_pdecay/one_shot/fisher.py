@@ -19,7 +19,7 @@ from .selection import float_of
 
 # An output matters at least this much, by the mean of its matrix: magnitudes rank what has no gradient.
 _LEAST = 1e-4
-_TOKENS = 512  # of a batch, unless a row has more: their activations are kept for the backward pass
+_TOKENS = 512  # of a batch: their activations are kept for the backward pass
 _MOST_TOKENS = 8192  # of which gradients are taken: a mean of squares for each output needs no more
 
 
@@ -51,7 +51,8 @@ def output_information(
     Args:
         model: A model in evaluation mode.
         targets: The parameters of interest.
-        rows: Token ids of shape (rows, tokens), on the model's device; about 8,192 tokens of them are used.
+        rows: Token ids of shape (rows, tokens), on the model's device; the first 512 tokens of some are used, about
+            8,192 in all.
         options: Other arguments of the model.
         seed: For what is drawn.
 
@@ -63,8 +64,9 @@ def output_information(
     """
     generator = torch.Generator(rows.device).manual_seed(seed)
     capture = GradientCapture(targets)
-    some = rows[:: max(rows.numel() // _MOST_TOKENS, 1)]
-    batches = some.split(max(_TOKENS // rows.shape[1], 1))
+    some = rows[:, :_TOKENS]
+    some = some[:: max(some.numel() // _MOST_TOKENS, 1)]
+    batches = some.split(max(_TOKENS // some.shape[1], 1))
     with torch.enable_grad(), _without_gradients(model):
         for batch in progress(batches, "Gradients", len(batches), unit="batches"):
             with capture:

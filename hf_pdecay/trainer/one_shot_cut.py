@@ -30,8 +30,8 @@ _ROWS, _LONGEST = 64, 2048
 # Of a target beyond this fraction the schedule makes the rest.
 _MOST = 0.5
 # A model that predicts no better than by chance has a loss of log(vocabulary). One whose loss is below this share of
-# it, on the first rows, has been trained.
-_TRAINED, _READ = 0.8, 8
+# it, on the first tokens of the first rows, has been trained.
+_TRAINED, _READ = 0.8, (4, 256)
 _STEPS_AFTER = 10  # for the schedule
 
 
@@ -192,7 +192,7 @@ def _has(share: Share, params: Mapping[str, Tensor]) -> bool:
 def _is_trained(model: Any, rows: Tensor) -> bool:
     """Whether a model predicts the next tokens of some rows better than by chance."""
     training = model.training
-    some = rows[:_READ].to(next(model.parameters()).device)
+    some = rows[: _READ[0], : _READ[1]].to(next(model.parameters()).device)
     model.eval()
     try:
         with torch.no_grad():
