@@ -60,7 +60,16 @@ def test_command_line(tmp_path: Path) -> None:
     words += ["--target_sparsity", "0.7", "--sparsity_begin", "0.2", "--sparsity_end", "0.6", "--p_norm_begin", "1.5"]
     words += ["--sparsity_schedule", "linear", "--sparsity_budget", "tensor", "--sparsity_decay", "0.02"]
     words += ["--teacher", "self", "--teacher_task", "0.5", "--teacher_logits", "2", "--teacher_temperature", "3"]
-    words += ["--teacher_hidden", "0.25", "--teacher_dtype", "bfloat16"]
+    words += [
+        "--teacher_hidden",
+        "0",
+        "--teacher_dtype",
+        "bfloat16",
+        "--teacher_cache",
+        "answers",
+        "--one_shot",
+        "wanda",
+    ]
     words += ["--lp_rules", json.dumps(OWN["lp_rules"]), "--weight_decay", "0.1"]
     (args,) = HfArgumentParser(PDecayTrainingArguments).parse_args_into_dataclasses(words)
     _same(args)
