@@ -15,6 +15,7 @@ from .blocks import Target
 from .budgets import histogram
 from .capture import GradientCapture, Key
 from .selection import float_of
+from .streaming import first_hidden
 
 
 # An output matters at least this much, by the mean of its matrix: magnitudes rank what has no gradient.
@@ -89,15 +90,21 @@ def output_information(
         mean = summed.mean()
         outputs[key] = (summed / mean).clamp_(min=_LEAST) if mean > 0 else torch.ones_like(summed)
         gradients = summed.clamp(min=_LEAST * float(mean))[:, None] / max(capture.counts[key], 1)
-        costs[key] = histogram(float_of(matrices[key]).square() * gradients * capture.inputs[key])
+        weight = float_of(matrices[key])
+        cost = (weight.square() * gradients * capture.inputs[key]).clamp_(min=torch.finfo(torch.float32).tiny)
+        costs[key] = histogram(cost.masked_fill_(weight == 0, 0))  # zeros go before what costs too little to tell
     return Information(outputs, costs)
 
 
 def _surprise(output: Any, generator: torch.Generator) -> Tensor:
     """Minus the log-likelihood of what is drawn from a model's prediction, summed over all places."""
-    logits = getattr(output, "logits", None)
+    logits = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", None)
     if logits is None:
-        hidden = output[0]
+        hidden = first_hidden(output)
+        if hidden is None:
+            raise ValueError(
+                f"Invalid method: method='fisher', and the model gives {type(output).__name__}; take wanda."
+            )
         noise = torch.randn(hidden.shape, generator=generator, device=hidden.device, dtype=hidden.dtype)
         return (hidden * noise).sum()
     flat = logits.reshape(-1, logits.shape[-1])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -21,7 +21,7 @@ from .capture import Capture, Key
 from .fisher import Information, output_information
 from .methods import METHODS, WITH_HESSIAN
 from .report import BlockPruning, OneShotReport
-from .selection import Amount, check_amount, check_divides, check_zeros, spread
+from .selection import Amount, check_amount, check_divides, check_zeros, share
 from .sparsegpt import prune_by_hessian
 from .streaming import Stream
 from .wanda import magnitude_mask, wanda_mask
@@ -73,10 +73,17 @@ def prune_one_shot(
 
 @dataclass(frozen=True)
 class Share:
-    """Parameters, by their names, that share a fraction of zeros, or the N and M of a pattern."""
+    """Parameters, by their names, that share a fraction of zeros, or the N and M of a pattern.
+
+    Args:
+        still: By a parameter's name, the numbers of its matrices that are left alone.
+        even: Whether a matrix that has more zeros than its part is refused; else the others get fewer.
+    """
 
     amount: float | tuple[int, int]
     names: Collection[str]
+    still: Mapping[str, Collection[int]] = field(default_factory=dict)
+    even: bool = True
 
 
 @torch.no_grad()
@@ -88,7 +95,7 @@ def prune_matrices(model: nn.Module, rows: Tensor, shares: Sequence[Share], meth
     targets = {name: target for name, target in targets_of(model).items() if name in asked}
     check_held(model, targets)
     rows = rows.to(next(model.parameters()).device)
-    with _calibrating(model):
+    with calibrating(model):
         first = Capture(targets.values(), hessian=False)
         stream = Stream(model, stack, rows, first)
         seen = {name for name, _ in first.sums}
@@ -118,6 +125,15 @@ def prune_matrices(model: nn.Module, rows: Tensor, shares: Sequence[Share], meth
     sizes = {clean_name(name): param.numel() for name, param in model.named_parameters()}
     report.dense = {name: sizes[name] for name in decayable_parameter_names(model) if name not in chosen}
     return report
+
+
+@torch.no_grad()
+def check_runs(model: nn.Module, rows: Tensor) -> None:
+    """Raise ValueError if the blocks of a model cannot be pruned from rows, as far as the first of them tells."""
+    stack = find_blocks(model)
+    check_held(model, targets_of(model))
+    with calibrating(model):
+        Stream(model, stack, rows[:1].to(next(model.parameters()).device), Capture([], hessian=False))
 
 
 def check_config(config: Any, name: str) -> None:
@@ -223,16 +239,25 @@ def _planned(
         for place, targets in enumerate(by_block)
         for target in targets
         for number, matrix in enumerate(target.matrices)
+        if number not in asked[target.name].still.get(target.name, ())
     ]
+    zeros = [int((matrix == 0).sum()) for *_, matrix in flat]
     amounts: list[Amount] = [
         aim if isinstance(aim := asked[target.name].amount, tuple) else 0 for _, target, *_ in flat
     ]
-    for share in {id(share): share for share in asked.values()}.values():
-        if isinstance(share.amount, tuple):
+    for division in {id(each): each for each in asked.values()}.values():
+        if isinstance(division.amount, tuple):
             continue
-        together = [index for index, entry in enumerate(flat) if asked[entry[1].name] is share]
+        together = [index for index, entry in enumerate(flat) if asked[entry[1].name] is division]
         sizes = [flat[index][3].numel() for index in together]
-        even = dict(zip(together, spread(round(share.amount * sum(sizes)), sizes), strict=True))
+        goal = round(division.amount * sum(sizes))
+        least = [0 if division.even else zeros[index] for index in together]
+        if sum(least) > goal:
+            raise ValueError(
+                f"Invalid sparsity: {sum(least):,} of {sum(sizes):,} weights are zero already, and {goal:,} were asked "
+                "for. Zeros stay zeros; ask for more."
+            )
+        even = dict(zip(together, share(goal, sizes, least), strict=True))
         costs = {index: information.costs.get((flat[index][1].name, flat[index][2])) for index in together}
         ranked = {index: cost for index, cost in costs.items() if cost is not None}
         total = sum(even[index] for index in ranked)
@@ -240,15 +265,15 @@ def _planned(
         for index, count in even.items():
             amounts[index] = count
     plans: list[list[_Plan]] = [[] for _ in by_block]
-    for (place, target, number, matrix), amount in zip(flat, amounts, strict=True):
+    for (place, target, number, matrix), amount, count in zip(flat, amounts, zeros, strict=True):
         plan = _Plan(target, number, matrix, amount)
-        check_zeros(int((matrix == 0).sum()), amount, matrix.numel(), plan.name)
+        check_zeros(count, amount, matrix.numel(), plan.name)
         plans[place].append(plan)
     return plans
 
 
 @contextmanager
-def _calibrating(model: nn.Module) -> Iterator[None]:
+def calibrating(model: nn.Module) -> Iterator[None]:
     """Put a model into evaluation mode for a while, with experts that multiply one after the other."""
     modes: Mapping[nn.Module, bool] = {module: module.training for module in model.modules()}
     own: Any = model

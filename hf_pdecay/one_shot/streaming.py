@@ -21,7 +21,7 @@ from .capture import Capture
 
 _TOKENS = 4096  # of a batch, unless a row has more
 # What a model may raise for rows, or for blocks, that it cannot run.
-_ERRORS = (RuntimeError, LookupError, TypeError, ValueError, AttributeError)
+MODEL_ERRORS = (RuntimeError, LookupError, TypeError, ValueError, AttributeError)
 _CLOSE = 1e-3  # relative difference up to which a block's outputs are the same
 
 
@@ -49,8 +49,7 @@ class Stream:
     def __init__(self, model: nn.Module, blocks: Sequence[Block], rows: Tensor, capture: Capture) -> None:
         self._model = model
         self._batches = list(rows.split(max(_TOKENS // rows.shape[1], 1)))
-        accepted = inspect.signature(model.forward).parameters
-        self.options = {"use_cache": False} if "use_cache" in accepted else {}
+        self.options = options_of(model)
         self._states: list[Any] = [None] * len(self._batches)
         self._dense: list[Tensor | None] = [None] * len(self._batches)
         self._number = 0
@@ -61,7 +60,7 @@ class Stream:
     def capture(self, capture: Capture) -> None:
         """Run all rows through the next block, whose products the capture sees."""
         for place, batch in enumerate(self._batches):
-            self._dense[place] = _hidden(self._run(self._number, batch, self._states[place], capture))
+            self._dense[place] = first_hidden(self._run(self._number, batch, self._states[place], capture))
 
     def passed(self) -> float:
         """Run all rows through the next block again, now that it is pruned, and go on to the block after it.
@@ -72,7 +71,7 @@ class Stream:
         total, count = 0.0, 0
         for place, batch in enumerate(self._batches):
             state = self._run(self._number, batch, self._states[place])
-            dense, pruned = self._dense[place], _hidden(state)
+            dense, pruned = self._dense[place], first_hidden(state)
             self._dense[place], self._states[place] = None, state if self._chained else None
             if dense is not None and pruned is not None:
                 errors = _relative(pruned, dense)
@@ -95,13 +94,13 @@ class Stream:
         try:
             with _forwards([(block.module, record(block, block.module.forward)) for block in blocks]), capture:
                 self._model(row, **self.options)
-        except _ERRORS as error:
+        except MODEL_ERRORS as error:
             reason = str(error).strip().split("\n")[0]
             raise ValueError(
                 f"{type(self._model).__name__} cannot run rows of {row.shape[1]} tokens "
                 f"({type(error).__name__}: {reason})"
             ) from error
-        for hidden in (_hidden(state) for _, state in called):
+        for hidden in (first_hidden(state) for _, state in called):
             if hidden is not None and not bool(hidden.isfinite().all()):
                 raise ValueError(
                     f"{type(self._model).__name__} has NaN or infinite hidden states on the first row, before any "
@@ -119,8 +118,8 @@ class Stream:
         before = None
         for number, state in enumerate(states):
             try:
-                mine, whole = _hidden(self._run(number, row, before)), _hidden(state)
-            except _ERRORS:  # a block needs more from earlier ones than hidden states
+                mine, whole = first_hidden(self._run(number, row, before)), first_hidden(state)
+            except MODEL_ERRORS:  # a block needs more from earlier ones than hidden states
                 return False
             if mine is None or whole is None or mine.shape != whole.shape:
                 return False
@@ -154,6 +153,11 @@ class Stream:
         return outputs[-1]
 
 
+def options_of(model: nn.Module) -> dict[str, Any]:
+    """Return what a model is called with beside rows."""
+    return {"use_cache": False} if "use_cache" in inspect.signature(model.forward).parameters else {}
+
+
 @contextmanager
 def _forwards(replaced: Sequence[tuple[nn.Module, Callable[..., Any]]]) -> Iterator[None]:
     """Give modules other forward methods for a while."""
@@ -175,8 +179,8 @@ def _copied(state: Any) -> Any:
     return tree_map_only(Tensor, torch.clone, state)
 
 
-def _hidden(state: Any) -> Tensor | None:
-    """The hidden states: the first tensor of floating-point numbers in an output."""
+def first_hidden(state: Any) -> Tensor | None:
+    """Return the hidden states: the first tensor of floating-point numbers in an output."""
     leaves = tree_leaves(dict(state) if hasattr(state, "items") else state)
     return next((leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.is_floating_point()), None)
 

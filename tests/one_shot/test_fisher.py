@@ -82,6 +82,40 @@ def test_the_whole_model_has_exactly_the_zeros(name: str) -> None:
     assert max(shares) < 0.99
 
 
+@pytest.mark.parametrize("form", [dict, tuple, "tensor"], ids=str)
+def test_models_of_ones_own_may_give_what_they_like(form: Any) -> None:
+    class Own(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embedding = nn.Embedding(64, 32)
+            self.blocks = nn.ModuleList(nn.Linear(32, 32) for _ in range(3))
+            self.head = nn.Linear(32, 64)
+
+        def forward(self, tokens: torch.Tensor) -> Any:
+            hidden = self.embedding(tokens)
+            for block in self.blocks:
+                hidden = hidden + block(hidden).relu()
+            logits = self.head(hidden)
+            return {"logits": logits} if form is dict else (logits,) if form is tuple else logits
+
+    report = prune_one_shot(Own(), rows_of(), method="fisher", sparsity=0.5)
+    assert report.zeros == round(0.5 * report.weights) > 0
+
+
+def test_zeros_stay_where_other_weights_cost_nothing() -> None:
+    """One matrix has zeros, and the inputs of another are dead: its weights must not take their place."""
+    model: Any = build("llama")
+    first, second = (layer.mlp.down_proj.weight for layer in model.model.layers)
+    with torch.no_grad():
+        first.view(-1)[:1200] = 0
+        model.model.layers[1].mlp.up_proj.weight.zero_()
+    zeros = sum(int((param == 0).sum()) for param in (first, model.model.layers[1].mlp.up_proj.weight))
+    total = prune_one_shot(build("llama"), rows_of(), sparsity=0.5).weights
+    report = prune_one_shot(model, rows_of(), method="fisher", sparsity=(zeros + 8) / total)
+    assert report.zeros == zeros + 8
+    assert int((first == 0).sum()) >= 1200 and int((second == 0).sum()) <= 8
+
+
 def test_outputs_that_nothing_reads_go_first() -> None:
     model: Any = build("llama")
     with torch.no_grad():  # half of the neurons of a block reach nothing

@@ -179,7 +179,7 @@ def test_zeros_that_are_there_stay() -> None:
     assert report.zeros == round(0.5 * report.weights)
     assert all(bool((param == 0)[zeros[name]].all()) for name, param in model.named_parameters())
     before = copy.deepcopy(model)
-    with pytest.raises(ValueError, match=r"q_proj.weight has 512 zeros in 1,024 weights \(50.00%\) already"):
+    with pytest.raises(ValueError, match=r"q_proj.weight has .* already, and .* were asked for"):
         prune_one_shot(model, rows_of(), sparsity=0.4)
     assert all(map(torch.equal, model.parameters(), before.parameters()))
 
