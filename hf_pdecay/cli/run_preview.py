@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from ..names import clean_name
+from ..one_shot.methods import AUTO, OFF
 from ..optim.param_groups import is_decayed
 from ..optim.unit_kinds import ELEMENT, n_of_m
 from ..rules.table import group_table
@@ -57,6 +58,8 @@ class Preview:
     Args:
         tensors: The trained parameters, shared ones once, in the model's order.
         budgets: The weights that share a target; empty without a target.
+        one_shot: How the model is pruned at once; with ``"auto"`` only if it is pretrained.
+        cut: The step after which it is.
         all_tensors: Whether each tensor is printed.
     """
 
@@ -67,6 +70,8 @@ class Preview:
     schedule: Schedule
     max_steps: int
     all_tensors: bool = False
+    one_shot: str = OFF
+    cut: int | None = None
 
     @property
     def parameters(self) -> int:
@@ -89,8 +94,12 @@ class Preview:
 
     @property
     def pruning_steps(self) -> list[int]:
-        """The steps after which weights are pruned; none without a target."""
-        return self.schedule.pruning_steps if self.budgets else []
+        """The steps after which weights are pruned; none without a target, with ``"auto"`` those of ``"off"``."""
+        if not self.budgets:
+            return []
+        if self.cut is None or self.one_shot == AUTO:
+            return self.schedule.pruning_steps
+        return [self.cut, *replace(self.schedule, begin=self.cut).pruning_steps]
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON types."""
@@ -101,6 +110,7 @@ class Preview:
             "zeros": {kind: {"zeros": dead, "of": units} for kind, (dead, units) in self.zeros.items()},
             "max_steps": self.max_steps,
             "pruning_steps": self.pruning_steps,
+            "one_shot": {"method": self.one_shot, "after": self.cut},
             "tensors": [{**asdict(tensor), "shape": list(tensor.shape)} for tensor in self.tensors],
         }
 
@@ -127,6 +137,10 @@ class Preview:
             by = f", by {kind}" if alone and kind != ELEMENT else ""
             yield f"Zero in the end{by}: {dead:,} of {units:,} {what} ({dead / units:.2%})."
         if self.budgets:
+            if self.cut is not None and self.one_shot == AUTO:
+                yield f"If the model is pretrained, it is pruned at once after step {self.cut:,} (one_shot). Else:"
+            elif self.cut is not None:
+                yield f"Pruned at once by {self.one_shot} after step {self.cut:,}."
             first, last = self.pruning_steps[0], self.pruning_steps[-1]
             yield f"{len(self.pruning_steps)} pruning steps, after steps {first:,} to {last:,} of {self.max_steps:,}."
         else:
@@ -147,6 +161,8 @@ def preview(
         raise ValueError(
             f"Invalid weight_decay: weight_decay={weight_decay!r}; it must be a finite number of at least 0."
         )
+    from ..trainer.one_shot_cut import cut_at, planned_method
+
     model: nn.Module = on_meta(name)
     args: Any = SimpleNamespace(weight_decay=weight_decay)
     groups = param_groups_of(model, args, settings)
@@ -162,4 +178,8 @@ def preview(
             decayed, asked = is_decayed(group), group.get("asked_sparsity")
             p_norm = group["p_norm"] if decayed else None
             tensors.append(TensorPreview(clean_name(key), tuple(param.shape), group["rule"], decayed, p_norm, asked))
-    return Preview(name, groups, tensors, budgets, settings.schedule(max_steps), max_steps, all_tensors)
+    schedule, cut = settings.schedule(max_steps), None
+    one_shot = planned_method(model, settings.one_shot, budgets) if budgets else OFF
+    if one_shot != OFF:
+        cut = replace(settings, sparsity_begin=cut_at(settings, max_steps)).schedule(max_steps).begin
+    return Preview(name, groups, tensors, budgets, schedule, max_steps, all_tensors, one_shot, cut)

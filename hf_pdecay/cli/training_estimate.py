@@ -176,11 +176,15 @@ class Estimate:
         yield self.memory_table()
         yield (
             "Not counted: activations, temporary copies (layers under FSDP2 and ZeRO-3, gradients "
-            "in float32 while ZeRO steps), and DeepSpeed's buckets."
+            "in float32 while ZeRO steps), DeepSpeed's buckets, and, where a pretrained model is pruned at once "
+            "(one_shot), 4 bytes × inputs² for each matrix of a block."
         )
         yield self.added_table()
         steps = f"{setup.max_steps:,} steps"
-        yield f"These are temporary. A run of {steps} with a target prunes {self.pruning_steps} times."
+        yield (
+            f"These are temporary. A run of {steps} with a target prunes {self.pruning_steps} times, "
+            "fewer if it prunes at once."
+        )
         yield from self.left_out.values()
 
 

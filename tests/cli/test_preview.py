@@ -73,6 +73,23 @@ def test_the_zeros_are_those_of_the_run(
     assert result["pruning_steps"][-1] == 30 and result["pruning_steps"][0] > 4
 
 
+def test_when_a_run_prunes_at_once(gpt2: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["preview", gpt2, "--target_sparsity", "0.7", "--max_steps", "400"]
+    assert main(words) == 0
+    assert "If the model is pretrained, it is pruned at once after step 170" in " ".join(
+        capsys.readouterr().out.split()
+    )
+    assert main([*words, "--one_shot", "wanda"]) == 0
+    assert "Pruned at once by wanda after step 170." in capsys.readouterr().out
+    assert main([*words, "--one_shot", "wanda", "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result["one_shot"] == {"method": "wanda", "after": 170}
+    assert result["pruning_steps"][0] == 170 and result["pruning_steps"][-1] == 300
+    assert main([*words, "--one_shot", "off", "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result["one_shot"] == {"method": "off", "after": None} and result["pruning_steps"][0] < 60
+
+
 def test_what_decays_by_default(gpt2: str) -> None:
     model = tiny_gpt2()
     matrices = {
