@@ -74,16 +74,30 @@ class SparsityControl:
         optimizer: An :class:`~hf_pdecay.AdamWLp`. A group may name a ``target_sparsity`` of its own.
         total_steps: Number of optimizer steps of the whole run.
         target: The settings, a :class:`~hf_pdecay.target.settings.Target`; its defaults if None.
+        prunes_after: Fraction of the run after which zeros begin, if that is later than ``sparsity_begin``, from which
+            p goes to its last value.
         **fields: Fields of ``Target`` that win over those of ``target``.
 
     Raises:
         ValueError: If an argument is out of range, a target cannot be reached, or p is 2 or more where there is one.
     """
 
-    def __init__(self, optimizer: Optimizer, total_steps: int, target: Target | None = None, **fields: Any) -> None:
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        total_steps: int,
+        target: Target | None = None,
+        *,
+        prunes_after: float | None = None,
+        **fields: Any,
+    ) -> None:
         self._optimizer = optimizer
         self._total_steps = total_steps
         self._target = replace(target or Target(), **fields)
+        # The schedules of p and of the zeros.
+        self._annealing = self._target.schedule(total_steps)
+        begin = self._target.sparsity_begin if prunes_after is None else prunes_after
+        self.schedule = replace(self._target, sparsity_begin=begin).schedule(total_steps)
         self._told = False  # by which score weights are ranked
         self.lets_go = False  # whether zeros that were there at the start are made anew, as they are too many
         self._adopt()
@@ -92,7 +106,6 @@ class SparsityControl:
         """Plan for the optimizer's present param groups."""
         groups, params = self._optimizer.param_groups, group_params(self._optimizer)
         self._adopted = groups, params
-        self.schedule = self._target.schedule(self._total_steps)
         self.budgets = plan_target(groups, self._total_steps, self._target, params)
         self._groups = [group for group in groups if has_target(group, self._target.target_sparsity)]
         for group in decayed_groups(groups):
@@ -141,7 +154,7 @@ class SparsityControl:
         if self._target.p_norm_begin is not None:
             for group in decayed_groups(self._optimizer.param_groups):
                 begin, end = self._target.p_norm_begin, group["p_norm_end"]
-                group["p_norm"] = begin + schedule.progress(step) * (end - begin)
+                group["p_norm"] = begin + self._annealing.progress(step) * (end - begin)
         upcoming = schedule.progress(schedule.next_pruning(step))
         decaying = self._target.sparsity_decay > 0 and schedule.begin < step and upcoming < _LAST_DECAY
         fresh = decaying and (schedule.prunes(step - 1) or step == schedule.begin + 1 or self._unset)

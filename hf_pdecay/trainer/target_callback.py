@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
-from ..one_shot.methods import OFF
+from ..one_shot.methods import AUTO, OFF
 from ..optim.param_groups import decayed_groups, is_decayed
 from ..optim.shards import full_numel, group_params
 from ..rules.assign import still_by_name
@@ -38,7 +38,7 @@ class SparsityControlCallback(FirstCallback):
     """
 
     def __init__(self, one_shot: str = OFF) -> None:
-        self._one_shot = one_shot
+        self.one_shot = one_shot
         self._cut: OneShotCut | None = None
         self._control: SparsityControl | None = None
         self._told: set[str] = set()  # names of what the target leaves alone
@@ -50,8 +50,8 @@ class SparsityControlCallback(FirstCallback):
         settings = settings_of(args)
         if settings is None:
             return
-        target = settings if self._one_shot == OFF else self._plan_cut(settings, args, state, **kwargs)
-        self._control = SparsityControl(kwargs["optimizer"], state.max_steps, target)
+        begin = None if self.one_shot == OFF else self._plan_cut(settings, args, state, **kwargs)
+        self._control = SparsityControl(kwargs["optimizer"], state.max_steps, settings, prunes_after=begin)
         self._prune_at_once(state, kwargs["model"])
         self._control.before_step(state.global_step + 1)
         if state.global_step >= self._control.schedule.end:
@@ -101,27 +101,27 @@ class SparsityControlCallback(FirstCallback):
 
     def _plan_cut(
         self, settings: DecaySettings, args: TrainingArguments, state: TrainerState, **kwargs: Any
-    ) -> DecaySettings:
-        """Choose whether the run prunes at once, as its checkpoint says if it is resumed; return the settings.
-
-        Their schedule then begins with the cut.
-        """
+    ) -> float | None:
+        """Choose whether the run prunes at once, as its checkpoint says if it is resumed; return when, None if not."""
         from .one_shot_cut import OneShotCut, cut_at
 
         groups = decayed_groups(kwargs["optimizer"].param_groups)
-        method = self._one_shot
+        method = self.one_shot
         if state.global_step > 0:
             method = next((group["one_shot"] for group in groups if "one_shot" in group), OFF)
-        after = replace(settings, sparsity_begin=cut_at(settings, state.max_steps))
+        begin = cut_at(settings, state.max_steps)
+        step = replace(settings, sparsity_begin=begin).schedule(state.max_steps).begin
         self._cut = None
-        if method != OFF and state.global_step <= after.schedule(state.max_steps).begin:
-            self._cut = OneShotCut(kwargs["model"], kwargs["train_dataloader"], method, args.seed)
+        if method != OFF and state.global_step <= step:
+            self._cut = OneShotCut(
+                kwargs["model"], kwargs["train_dataloader"], method, must=self.one_shot != AUTO, seed=args.seed
+            )
             method = self._cut.method
         for group in groups:
             group["one_shot"] = method
         if method == OFF:
             self._cut = None
-        return settings if method == OFF else after
+        return None if method == OFF else begin
 
     def _prune_at_once(self, state: TrainerState, model: nn.Module) -> None:
         if self._cut is None or self._control is None or state.global_step != self._control.schedule.begin:

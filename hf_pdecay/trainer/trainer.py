@@ -44,6 +44,8 @@ from .training_flags import DecayFields
 if TYPE_CHECKING:
     from torch import nn
 
+    from ..target.budgets import Budget
+
     _Base = Trainer
 else:
     _Base = object
@@ -95,18 +97,21 @@ class PDecayTrainerMixin(_Base):
         groups = param_groups_of(self.model, self.args, settings)
         check_structured(self, groups, settings.optim, settings.options.get("backend", "auto"))
         budgets = plan_target(groups, self._expected_steps(), settings)
-        one_shot = OFF
-        if budgets and settings.one_shot != OFF:
-            from .one_shot_cut import planned_method
-
-            one_shot = planned_method(self, settings.one_shot, budgets)
-        elif settings.one_shot in METHODS:
-            raise ValueError(f"Invalid one_shot: one_shot={settings.one_shot!r} without a target; give one.")
-        self._attach(settings, one_shot)
+        self._attach(settings, self._planned_one_shot(budgets))
         if settings.teacher is not None:
             from .distillation import distil
 
             distil(self, settings)
+
+    def _planned_one_shot(self, budgets: Sequence[Budget]) -> str:
+        asked = self._settings.one_shot
+        if budgets and asked != OFF:
+            from .one_shot_cut import planned_method
+
+            return planned_method(self.model, asked, budgets, engine_of(self))
+        if asked in METHODS:
+            raise ValueError(f"Invalid one_shot: one_shot={asked!r} without a target; give one.")
+        return OFF
 
     def _check_given(self) -> None:
         """Refuse settings of the decay beside an optimizer of the user's own that does not read them."""
@@ -128,7 +133,8 @@ class PDecayTrainerMixin(_Base):
 
     def _attach(self, settings: DecaySettings, one_shot: str = OFF) -> None:
         SparsityCallback(settings.sparsity_logging, settings.near_zero_threshold).attach(self)
-        SparsityControlCallback(one_shot).attach(self)  # before the other, which then counts pruned weights
+        # Before the other, which then counts pruned weights.
+        self._control_callback = SparsityControlCallback(one_shot).attach(self)
         self.add_callback(CardCallback(self._write_final_card))
 
     @property
@@ -147,6 +153,7 @@ class PDecayTrainerMixin(_Base):
 
     _settings_read: tuple[Any, DecaySettings] | None = None
     _search: Search | None = None  # the one that runs
+    _control_callback: SparsityControlCallback | None = None
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Train as ``Trainer.train`` does; resume only from a whole checkpoint of this model, else raise ValueError."""
@@ -270,6 +277,10 @@ class PDecayTrainerMixin(_Base):
             check_settings(self.args)  # a space may have set what this optimizer does not read
         if self._search is not None and trial is not None:
             self._search.enter(super()._get_output_dir, trial)
+        if self._decays and self._control_callback is not None:
+            groups = param_groups_of(self.model, self.args, self._settings)
+            budgets = plan_target(groups, None, self._settings)
+            self._control_callback.one_shot = self._planned_one_shot(budgets)
 
     def _get_output_dir(self, trial: Any) -> str:
         return super()._get_output_dir(trial if self._search is None else None)
