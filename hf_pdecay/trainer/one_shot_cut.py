@@ -94,10 +94,17 @@ def _predicts_tokens(model: Any) -> bool:
 
 
 def cut_at(target: Target, total_steps: int) -> float:
-    """Return after which fraction of a run it prunes at once: halfway from ``sparsity_begin`` to ``sparsity_end``."""
+    """Return after which fraction of a run it prunes at once.
+
+    That is halfway from ``sparsity_begin`` to ``sparsity_end``, or before that where the schedule would have made as
+    many zeros as are made at once.
+    """
     begin, end = target.sparsity_begin, target.sparsity_end
+    schedule, asked = target.schedule(total_steps), target.target_sparsity or 0.0
+    halfway = (schedule.begin + schedule.end) // 2
+    first = next((step for step in range(schedule.begin, halfway) if asked * schedule.progress(step) >= _MOST), halfway)
     latest = end - (_STEPS_AFTER + 1) / max(total_steps, 1)
-    return max(begin, min((begin + end) / 2, latest))
+    return max(begin, min(first / max(total_steps, 1), latest))
 
 
 class OneShotCut:
