@@ -10,6 +10,7 @@ from torch import nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ..files import write_text
+from ..one_shot.methods import OFF
 from ..optim.param_groups import is_decayed
 from ..optim.shards import group_params, settle
 from ..rules.assign import decayed_parameter_names, still_by_name
@@ -81,6 +82,8 @@ def write_card(
         "weight_decay": trainer.args.weight_decay,
         **settings.effective,
     }
+    if trained and "one_shot" in summary.hyperparameters:  # what auto has meant
+        summary.hyperparameters["one_shot"] = next((group["one_shot"] for group in groups if "one_shot" in group), OFF)
     loads_best = trainer.args.load_best_model_at_end and state.best_model_checkpoint
     card = SparsityCard(
         summary,

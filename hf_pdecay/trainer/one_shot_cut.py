@@ -231,6 +231,9 @@ def _reading(batches: Any, seed: int) -> Iterator[None]:
     finally:
         random.setstate(states[0])
         np.random.set_state(states[1])
+        loader = getattr(batches, "base_dataloader", batches)
+        if getattr(loader, "_iterator", None) is not None:
+            loader._iterator = None  # persistent workers, which have drawn numbers: the run starts its own
         if epoch is not None:  # one of Accelerate's, which counts its passes and waits for the end of each
             batches.iteration = epoch
             batches.end()

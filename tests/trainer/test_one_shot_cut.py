@@ -198,7 +198,13 @@ def test_the_card_and_the_log_say_it(tmp_path: Path, caplog: pytest.LogCaptureFi
         trainer, _ = _trainer(tmp_path)
         trainer.train()
     assert "Pruned to 50.00% zeros by fisher, from 64 rows of 16 tokens" in caplog.text
-    assert "one_shot" in (tmp_path / "README.md").read_text(encoding="utf-8")
+    assert "one_shot: fisher" in (tmp_path / "README.md").read_text(encoding="utf-8")
+    for name in ("llama", "bert-classifier"):  # auto, of an untrained model, and of one that is no language model
+        trainer, _ = _trainer(
+            tmp_path / name, build(name), one_shot="auto", data=_labelled() if "bert" in name else None
+        )
+        trainer.train()
+        assert "one_shot: off" in (tmp_path / name / "README.md").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize(
@@ -270,7 +276,12 @@ class _Noisy(torch.utils.data.Dataset[Any]):
         return {"input_ids": row, "labels": row}
 
 
-@pytest.mark.parametrize("length", [{}, {"max_steps": 24, "data": _COUNTING[:11]}], ids=str)
+_WORKERS = {"dataloader_num_workers": 1, "dataloader_persistent_workers": True}
+
+
+@pytest.mark.parametrize(
+    "length", [{}, {"max_steps": 24, "data": _COUNTING[:11]}, _WORKERS], ids=["long", "short", "workers"]
+)
 def test_a_run_that_does_not_prune_at_once_is_bit_identical_to_one_without(
     tmp_path: Path, length: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
