@@ -118,7 +118,7 @@ def _labelled() -> list[dict[str, torch.Tensor]]:
 @pytest.mark.parametrize("step", [8, 16, 24])
 def test_a_resumed_run_is_bit_identical(tmp_path: Path, step: int) -> None:
     """Also from the step at whose end the model is pruned, 17, and from before it."""
-    saving = {"save_strategy": "steps", "save_steps": 8, "one_shot": "auto", "data": _COUNTING}
+    saving = {"save_strategy": "steps", "save_steps": 8, "one_shot": "auto", "data": _COUNTING * 4}
     trainer, _ = _trainer(tmp_path, _trained(build("llama")), **saving)
     trainer.train()
     assert sum(int((param == 0).sum()) for param in trainer.model.parameters()) > 0
@@ -400,6 +400,9 @@ def test_a_matrix_with_more_zeros_than_its_part_keeps_them(tmp_path: Path, metho
     assert int((weight.view(-1)[:900] == 0).sum()) == 900
 
 
+@pytest.mark.skipif(
+    int(transformers.__version__.partition(".")[0]) < 5, reason="experts are one stack from version 5 on"
+)
 def test_experts_without_tokens_are_left_alone_and_the_others_pruned_at_once(tmp_path: Path) -> None:
     config: Any = build("mixtral").config
     config.num_experts_per_tok = 1
