@@ -53,12 +53,14 @@ SETTINGS: dict[str, Any] = {
     "skip_nonfinite": False,
     "sparsity_logging": "layer",
     "near_zero_threshold": 1e-9,
+    "one_shot": "wanda",
     "teacher": "self",
     "teacher_task": 0.5,
     "teacher_logits": 2.0,
     "teacher_temperature": 3.0,
-    "teacher_hidden": 0.25,
+    "teacher_hidden": 0.0,
     "teacher_dtype": "bfloat16",
+    "teacher_cache": "answers",
 }
 RULES = {"h.0.attn": {"p_norm": 0.9}, "wte": "off"}
 
