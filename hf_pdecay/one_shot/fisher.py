@@ -21,7 +21,7 @@ from .streaming import first_hidden
 # An output matters at least this much, by the mean of its matrix: magnitudes rank what has no gradient.
 _LEAST = 1e-4
 _TOKENS = 512  # of a batch: their activations are kept for the backward pass
-_MOST_TOKENS = 8192  # of which gradients are taken: a mean of squares for each output needs no more
+_MOST_TOKENS = 8192  # that gradients are taken for: a mean of squares for each output needs no more
 
 
 @dataclass(frozen=True)

@@ -88,7 +88,7 @@ class Share:
 
 @torch.no_grad()
 def prune_matrices(model: nn.Module, rows: Tensor, shares: Sequence[Share], method: str) -> OneShotReport:
-    """:func:`prune_one_shot` of some parameters, each of which belongs to one share."""
+    """:func:`prune_one_shot` of some parameters; each belongs to one share."""
     check_choice("method", method, METHODS)
     stack = find_blocks(model)
     asked = {name: share for share in shares for name in share.names}

@@ -48,7 +48,18 @@ def kl_sum(student: Tensor, teacher: Tensor, counts: Tensor, temperature: float)
     return result
 
 
-class _KlSum(torch.autograd.Function):
+class _Kept(torch.autograd.Function):
+    """A sum whose forward pass leaves the gradient for its first argument as ``ctx.gradient``; the others have none."""
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> Any:
+        gradient, ctx.gradient = ctx.gradient, None
+        if gradient is None:
+            raise RuntimeError("The loss of a teacher keeps its gradient for one backward pass.")
+        return gradient.mul_(upstream), *[None] * (len(ctx.needs_input_grad) - 1)
+
+
+class _KlSum(_Kept):
     @staticmethod
     def forward(ctx: Any, student: Tensor, teacher: Tensor, counts: Tensor, temperature: float) -> Tensor:
         same = student.shape == teacher.shape and student.dtype == teacher.dtype
@@ -83,13 +94,6 @@ class _KlSum(torch.autograd.Function):
             gradient[:, classes:] = 0
         ctx.gradient = gradient
         return total * temperature**2
-
-    @staticmethod
-    def backward(ctx: Any, upstream: Tensor) -> Any:
-        gradient, ctx.gradient = ctx.gradient, None
-        if gradient is None:
-            raise RuntimeError("kl_sum keeps its gradient for one backward pass.")
-        return gradient.mul_(upstream), None, None, None
 
 
 def _weighed_sum(values: Tensor, weights: Tensor, here: bool) -> Tensor:
@@ -195,7 +199,7 @@ def kept_kl_sum(student: Tensor, answers: Answers, places: Tensor, temperature: 
     return result
 
 
-class _KeptKlSum(torch.autograd.Function):
+class _KeptKlSum(_Kept):
     @staticmethod
     def forward(ctx: Any, student: Tensor, answers: Answers, places: Tensor, temperature: float) -> Tensor:
         gradient = torch.zeros_like(student)
@@ -220,13 +224,6 @@ class _KeptKlSum(torch.autograd.Function):
             gradient[places[rows], :classes] = p.to(gradient.dtype)
         ctx.gradient = gradient
         return total * temperature**2
-
-    @staticmethod
-    def backward(ctx: Any, upstream: Tensor) -> Any:
-        gradient, ctx.gradient = ctx.gradient, None
-        if gradient is None:
-            raise RuntimeError("kept_kl_sum keeps its gradient for one backward pass.")
-        return gradient.mul_(upstream), None, None, None
 
 
 def _chunks(rows: int, classes: int, device: torch.device) -> Iterator[slice]:

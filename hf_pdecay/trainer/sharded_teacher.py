@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def sharded(trainer: Trainer, teacher: nn.Module) -> Callable[..., Any]:
-    """Divide a frozen teacher among the processes of a Trainer, all of which must call, and return how it is called.
+    """Divide a frozen teacher among the processes of a Trainer, which must all call; return how it is called.
 
     Accelerate divides it as it will the model: by the same layers, or those of the teacher's own class.
     """

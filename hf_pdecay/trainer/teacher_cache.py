@@ -1,6 +1,6 @@
 """A folder of what a teacher said, so that no row is computed twice: in a later epoch, or in a later run.
 
-A row is found by a checksum of what the teacher is given and of which tokens have a label, not by its place in the
+A row is found by a checksum of what the teacher is given and where tokens have labels, not by its place in the
 data. Of each of these tokens the largest probabilities are kept, and what the rest of them add up to.
 """
 
@@ -249,7 +249,7 @@ def keys_of(
         counts: Which tokens count, booleans of (rows, ...), on the CPU.
         inputs: What the teacher is given.
         labels: Of a decoder's tokens; None for a model without a decoder.
-        documents: Those of a batch of one row, each of which counts as a row.
+        documents: Those of a batch of one row; each counts as a row.
 
     Raises:
         ValueError: If an input is neither tensors nor plain values.
