@@ -161,6 +161,9 @@ def draw(results: Sequence[Line], runs: Sequence[Run], path: Path) -> None:
     tasks = _begun(results, runs)
     if not tasks:
         return
+    # A task with one target has no line to show beside others that have several.
+    several = {task: made for task, made in tasks.items() if len({run.target for run in made if run.target}) > 1}
+    tasks = several or tasks
     figure, axes = pyplot.subplots(1, len(tasks), figsize=(6.5 * len(tasks), 4.6), squeeze=False)
     for axis, (task, reported) in zip(axes[0], tasks.items(), strict=True):
         key = (
