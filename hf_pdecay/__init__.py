@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from .cli.folder_report import report_folder as report_folder
     from .cli.report import report as report
     from .cli.search_report import SearchReport as SearchReport
+    from .inference.bitmask_linear import BitmaskLinear as BitmaskLinear
     from .inference.choice import to_dense_inference as to_dense_inference
     from .inference.choice import to_sparse_inference as to_sparse_inference
     from .inference.result import Choice as Choice
@@ -100,6 +101,7 @@ _NAMES = {
     "cli.folder_report": ("FolderReport", "report_folder"),
     "cli.report": ("report",),
     "cli.search_report": ("SearchReport",),
+    "inference.bitmask_linear": ("BitmaskLinear",),
     "inference.choice": ("to_dense_inference", "to_sparse_inference"),
     "inference.result": ("Choice", "Choices"),
     "inference.semi_structured": ("SemiStructuredLinear",),

@@ -7,6 +7,10 @@ from collections.abc import Collection
 from numbers import Real
 
 
+MODEL_ERRORS = (RuntimeError, LookupError, TypeError, ValueError, AttributeError)
+"""What a model may raise for an input, or as a whole, that it cannot run."""
+
+
 def is_number(value: object) -> bool:
     """Whether a value is a real number other than a bool."""
     return isinstance(value, Real) and not isinstance(value, bool)

@@ -11,28 +11,45 @@ from torch import Tensor, nn
 class InferenceLinear(nn.Module):
     """y = x Wᵀ + b with W in a compressed form; in a state dict, W is dense. ValueError if the layer cannot hold W."""
 
+    # What the result calls it.
+    form = "dense"
     # Whether weight and bias of the dense layer are trained.
     trained: tuple[bool, bool] = True, True
+    # The parameter that other modules share with the dense layer, in a tuple that hides it from nn.Module, or nothing.
+    tied: tuple[nn.Parameter, ...] = ()
 
-    def __init__(self, weight: Tensor, bias: Tensor | None = None, *, transposed: bool = False) -> None:
+    def __init__(
+        self,
+        weight: Tensor,
+        bias: Tensor | None = None,
+        *,
+        transposed: bool = False,
+        values: torch.dtype | None = None,
+    ) -> None:
         super().__init__()
         self.transposed = transposed
+        self._held_as = values or weight.dtype
         self._hold(weight)
         self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
 
     @classmethod
-    def refusal(cls, weight: Tensor) -> str | None:
-        """Return why the layer cannot hold a weight, or None."""
+    def refusal(cls, weight: Tensor, values: torch.dtype | None = None) -> str | None:
+        """Return why the layer cannot hold a weight, with values of a dtype, or None."""
         if weight.dim() != 2:
             return f"it has {weight.dim()} dimensions, not 2"
         if type(weight) not in (Tensor, nn.Parameter):
             return f"it is a {type(weight).__name__}"
-        return cls._refusal(weight)
+        return cls._refusal(weight, values)
 
-    @staticmethod
-    def _refusal(weight: Tensor) -> str | None:
+    @classmethod
+    def _refusal(cls, weight: Tensor, values: torch.dtype | None) -> str | None:
         """Why the layer cannot hold a matrix, or None."""
         raise NotImplementedError
+
+    @staticmethod
+    def values_of(held_as: torch.dtype | None) -> torch.dtype | None:
+        """Return the dtype for values where one is asked for; None for the weight's."""
+        return held_as
 
     def _compress(self, weight: Tensor) -> None:
         raise NotImplementedError
@@ -47,7 +64,7 @@ class InferenceLinear(nn.Module):
         raise NotImplementedError
 
     def _hold(self, weight: Tensor) -> None:
-        reason = self.refusal(weight)
+        reason = self.refusal(weight, self._held_as)
         if reason is not None:
             raise ValueError(f"Invalid weight: {reason}.")
         self.out_features, self.in_features = weight.shape
@@ -55,6 +72,8 @@ class InferenceLinear(nn.Module):
 
     def dense_weight(self) -> Tensor:
         """Return the weight as an ordinary tensor of the dense layer's shape."""
+        if self.tied:
+            return self.tied[0].detach()
         weight = self._dense()
         return weight.t().contiguous() if self.transposed else weight
 

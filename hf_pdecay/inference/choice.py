@@ -6,45 +6,57 @@ On a CPU a sparse layer multiplies its non-zero weights, on a GPU those of a 2:4
 from __future__ import annotations
 
 import logging
-import time
-from bisect import bisect_left
 from collections import Counter
 from collections.abc import Iterator
+from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from ..checks import asked_percent, is_number
+from ..checks import asked_percent, check_choice, is_number
 from ..layers.matrices import Linear, is_plain_linear, is_transposed, make_linear
 from ..terminal import get_logger
 from .base import InferenceLinear
-from .result import MOST_SPARSITY, Choice, Choices
+from .bitmask_linear import BitmaskLinear
+from .kernels import VALUES
+from .result import Choice, Choices
 from .semi_structured import SemiStructuredLinear
-from .sparse_linear import SparseLinear
+from .timing import Timer, least_sparsity, likely_form, model_seconds
 
 
 logger = get_logger(__name__)
 
-# With fewer zeros, values and indices take more bytes than the dense float32 weight.
-LEAST_SPARSITY = 0.5
-_TRIED = (LEAST_SPARSITY, 0.6, 0.7, 0.8, 0.9, 0.95, MOST_SPARSITY)  # for layers of a model that stays dense
-_SECONDS, _ROUNDS = 0.03, 3  # the least time and number of rounds to measure a layer
-_CACHE = 64 << 20  # bytes that push a layer's weights out of the processor's caches
+# Other layers' weights, if there are more, push a layer's out of the processor's caches.
+_CACHE = 64 << 20  # bytes
 
 
 @torch.no_grad()
-def to_sparse_inference(model: nn.Module, *, rows: int = 16, min_sparsity: float | None = None) -> Choices:
+def to_sparse_inference(
+    model: nn.Module,
+    *,
+    rows: int = 16,
+    min_sparsity: float | None = None,
+    values: str | None = None,
+    head: str | None = None,
+) -> Choices:
     """Swap the linear layers of a model, in place, for sparse ones if these are faster on this machine.
 
-    On a CPU any zeros count. On an NVIDIA GPU only 2:4 weights in float16 or bfloat16 do (see ``group`` in
-    ``lp_rules``). ``nn.Linear`` and HF's ``Conv1D`` are swapped; layers with shared weights or hooks stay dense.
-    ``generate``, ``pipeline`` and ``save_pretrained`` keep working, and the last saves an ordinary dense model; call
+    On a CPU any zeros count: a layer becomes a :class:`~hf_pdecay.BitmaskLinear` or a :class:`~hf_pdecay.SparseLinear`,
+    whichever is faster. On an NVIDIA GPU only 2:4 weights in float16 or bfloat16 do (see ``group`` in ``lp_rules``).
+    ``nn.Linear`` and HF's ``Conv1D`` are swapped; layers with shared weights or hooks stay dense. ``generate``,
+    ``pipeline`` and ``save_pretrained`` keep working, and the last saves an ordinary dense model; call
     :func:`to_dense_inference` before training.
 
     Args:
         model: A model on a CPU or on one GPU.
-        rows: Typical number of rows that a layer gets at a time, for the measurement: batch size × tokens.
+        rows: Typical number of rows that a layer gets at a time, for the measurement: batch size × tokens; 1 for
+            decoding one sequence.
         min_sparsity: Swap every layer with at least this fraction of zeros without measuring; None measures.
+        values: The dtype in which weights that are not zero are held on a CPU: ``"float32"``, ``"bfloat16"``,
+            ``"float16"`` or ``"int8"`` (with a scale for each 256 columns of a row); None for the layer's own, which
+            changes no weight. Zeros stay zeros.
+        head: The same for the output layer, which is dense, and swapped even if its weight is tied to the embeddings:
+            these, and what is saved, keep theirs. None leaves a tied one as it is.
 
     Returns:
         A list with an entry for each linear layer; it prints as a table. If nothing was swapped, it says from which
@@ -52,52 +64,73 @@ def to_sparse_inference(model: nn.Module, *, rows: int = 16, min_sparsity: float
 
     Raises:
         ValueError: If an argument is out of its range, the model is itself a linear layer, or it is on several devices
-            or on another one.
+            or on another one, or ``values`` or ``head`` is for a GPU or cannot hold the head's weights.
 
     Example:
         >>> model = AutoModelForCausalLM.from_pretrained("out").eval()
-        >>> print(to_sparse_inference(model))
+        >>> print(to_sparse_inference(model, rows=1, values="int8", head="int8"))
         >>> model.generate(**inputs)
     """
+    device = _check(model, rows, min_sparsity, {"values": values, "head": head})
+    held_as, head_as = (None if name is None else VALUES[name] for name in (values, head))
+    linear = sum(module.weight.nbytes for *_, module in _linears(model))
+    others = torch.zeros(_CACHE // 4) if linear > _CACHE and device == "cpu" else None
+    timer = Timer(rows, others)
+    before = model_seconds(model, rows)
+    owners = Counter(id(param) for _, param in model.named_parameters(remove_duplicate=False))
+    output = _output_layer(model) if head_as is not None else None
+    choices = Choices(rows=rows, min_sparsity=min_sparsity)
+    dense: dict[tuple[int, int], tuple[Linear, float]] = {}  # of each shape a layer that more zeros might swap
+    for parent, key, name, module in list(_linears(model)):
+        shared = owners[id(module.weight)] > 1
+        if module is output:
+            choice, sparse = _head(name, module, shared, head_as)
+        else:
+            kept = _kept(parent, module, shared)
+            choice, sparse = _choose(name, module, min_sparsity, held_as, kept, timer)
+            if sparse is None and kept is None and device == "cpu" and BitmaskLinear.refusal(module.weight) is None:
+                dense[choice.shape] = module, max(choice.sparsity, dense.get(choice.shape, (module, 0.0))[1])
+        choices.append(choice)
+        if sparse is not None:
+            setattr(parent, key, sparse.train(module.training))
+    if not choices.swapped:
+        for shape, (module, sparsity) in dense.items():
+            choices.swapped_from[shape] = (
+                timer.break_even(module, sparsity, held_as) if min_sparsity is None else min_sparsity
+            )
+    elif before is not None and (after := model_seconds(model, rows)) is not None:
+        choices.seconds = before, after
+    logger.log(logging.INFO if choices.swapped else logging.WARNING, "%s", " ".join(choices.sentences()))
+    return choices
+
+
+def _check(model: nn.Module, rows: int, min_sparsity: float | None, values: dict[str, str | None]) -> str:
+    """Return the type of the model's device; ValueError if an argument is invalid."""
     if not isinstance(rows, int) or rows < 1:
         raise ValueError(f"Invalid rows: rows={rows!r}; it must be a whole number of at least 1.")
     if min_sparsity is not None and not (is_number(min_sparsity) and 0 <= min_sparsity <= 1):
         raise ValueError(
             f"Invalid min_sparsity: min_sparsity={min_sparsity!r}; it must be in [0, 1]." + asked_percent(min_sparsity)
         )
+    for name, value in values.items():
+        if value is not None:
+            check_choice(name, value, tuple(VALUES))
     if is_plain_linear(model):
         raise ValueError(
             f"Invalid model: it is a {type(model).__name__}, and layers are swapped in the module around them; give "
             "that module, such as nn.Sequential(layer)."
         )
-    devices = sorted({str(param.device) for param in model.parameters()})
-    if len(devices) > 1 or not (devices or ["cpu"])[0].startswith(("cpu", "cuda")):
+    devices = sorted({str(param.device) for param in model.parameters()}) or ["cpu"]
+    if len(devices) > 1 or not devices[0].startswith(("cpu", "cuda")):
         raise ValueError(
             f"Invalid model: it is on {' and '.join(devices)}; sparse inference works on a CPU or on one GPU. Call "
             "model.cpu() or model.cuda() first."
         )
-    # In a large model, the other layers push a layer's weights out of the caches between two calls.
-    linear = sum(module.weight.nbytes for *_, module in _linears(model))
-    others = torch.zeros(_CACHE // 4) if linear > _CACHE and devices[:1] == ["cpu"] else None
-    owners = Counter(id(param) for _, param in model.named_parameters(remove_duplicate=False))
-    measured: dict[tuple[object, ...], float] = {}
-    choices = Choices(rows=rows, min_sparsity=min_sparsity)
-    dense: dict[tuple[int, int], tuple[Linear, float]] = {}  # of each shape a layer that more zeros might swap
-    for parent, key, name, module in list(_linears(model)):
-        kept = _kept(parent, module, owners[id(module.weight)] > 1)
-        choice, sparse = _choose(name, module, rows, min_sparsity, measured, kept, others)
-        choices.append(choice)
-        if sparse is not None:
-            setattr(parent, key, sparse.train(module.training))
-        elif kept is None and not module.weight.is_cuda and SparseLinear.refusal(module.weight) is None:
-            dense[choice.shape] = module, max(choice.sparsity, dense.get(choice.shape, (module, 0.0))[1])
-    if not choices.swapped:
-        for shape, (module, sparsity) in dense.items():
-            choices.swapped_from[shape] = (
-                _break_even(module, rows, sparsity, others) if min_sparsity is None else min_sparsity
-            )
-    logger.log(logging.INFO if choices.swapped else logging.WARNING, "%s", " ".join(choices.sentences()))
-    return choices
+    device = devices[0].split(":")[0]
+    for name, value in values.items():
+        if value is not None and device == "cuda":
+            raise ValueError(f"Invalid {name}: {name}={value!r} is for a CPU, and the model is on {devices[0]}.")
+    return device
 
 
 @torch.no_grad()
@@ -118,11 +151,43 @@ def _linears(model: nn.Module) -> Iterator[tuple[nn.Module, str, str, Linear]]:
                 yield parent, key, f"{path}.{key}" if path else key, module
 
 
+def _output_layer(model: nn.Module) -> Linear:
+    """The linear layer whose results are the model's; ValueError if there is none."""
+    own: Any = model
+    layer = own.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    if layer is None:
+        embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+        layer = next((module for *_, module in _linears(model) if id(module.weight) in embeddings), None)
+    if not isinstance(layer, nn.Module) or not is_plain_linear(layer):
+        raise ValueError(
+            f"Invalid head: {type(model).__name__} has no linear output layer that is its own; leave it out."
+        )
+    return layer
+
+
+def _head(
+    name: str, module: Linear, shared: bool, held_as: torch.dtype | None
+) -> tuple[Choice, InferenceLinear | None]:
+    weight = module.weight.t() if is_transposed(module) else module.weight
+    reason = "it carries hooks" if _has_hooks(module) else BitmaskLinear.refusal(weight, held_as)
+    if reason is not None:
+        raise ValueError(f"Invalid head: {name} cannot be swapped: {reason}; leave it out.")
+    layer = _made(BitmaskLinear, module, held_as)
+    if shared:
+        layer.tied = (cast("nn.Parameter", module.weight),)
+    sparsity = 1 - int(weight.count_nonzero()) / max(weight.numel(), 1)
+    return Choice(name, (weight.shape[0], weight.shape[1]), sparsity, None, True, form=layer.form), layer
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    return bool(module._forward_hooks or module._forward_pre_hooks)
+
+
 def _kept(parent: nn.Module, module: Linear, shared: bool) -> str | None:
     """Why a layer stays dense whatever its weights are, or None."""
     if shared:
         return "its weight is shared with another module"
-    if module._forward_hooks or module._forward_pre_hooks:
+    if _has_hooks(module):
         return "it carries hooks"
     if isinstance(parent, nn.TransformerEncoderLayer):
         return "nn.TransformerEncoderLayer reads its weight itself"  # and hands it to one operation for the whole layer
@@ -132,88 +197,48 @@ def _kept(parent: nn.Module, module: Linear, shared: bool) -> str | None:
 def _choose(
     name: str,
     module: Linear,
-    rows: int,
     min_sparsity: float | None,
-    measured: dict[tuple[object, ...], float],
+    held_as: torch.dtype | None,
     kept: str | None,
-    others: Tensor | None,
+    timer: Timer,
 ) -> tuple[Choice, InferenceLinear | None]:
-    made: type[InferenceLinear] = SemiStructuredLinear if module.weight.is_cuda else SparseLinear
-    transposed = is_transposed(module)
-    weight = module.weight.t() if transposed else module.weight
-    reason = kept or made.refusal(weight)
+    weight = module.weight.t() if is_transposed(module) else module.weight
+    reason = kept
+    if reason is None:
+        reason = (SemiStructuredLinear if weight.is_cuda else BitmaskLinear).refusal(weight, held_as)
     out, size = weight.shape[0], weight.shape[-1]
     if reason is not None:
         return Choice(name, (out, size), 0.0, None, False, reason), None
     sparsity = 1 - int(weight.count_nonzero()) / max(weight.numel(), 1)
-    least = LEAST_SPARSITY if min_sparsity is None else min_sparsity
+    least = least_sparsity(weight, held_as) if min_sparsity is None else min_sparsity
     if sparsity < least:
         return Choice(name, (out, size), sparsity, None, False, f"fewer than {least:.0%} of its weights are zero"), None
-    sparse = made(weight, module.bias, transposed=transposed)
-    sparse.trained = module.weight.requires_grad, module.bias is not None and module.bias.requires_grad
     if min_sparsity is not None:
-        return Choice(name, (out, size), sparsity, None, True), sparse
-    kind = out, size, weight.dtype, module.bias is None, transposed, round(sparsity, 2)
-    if kind not in measured:
-        x = torch.randn(rows, size, device=weight.device).to(weight.dtype)
-        measured[kind] = _speedup(module, sparse, x, others)
-    speedup = measured[kind]
+        sparse = _made(likely_form(weight, sparsity, held_as, timer.rows), module, held_as)
+        return Choice(name, (out, size), sparsity, None, True, form=sparse.form), sparse
+    form, speedup = timer.fastest(module, weight, sparsity, held_as)
     if speedup <= 1:
         return Choice(name, (out, size), sparsity, speedup, False, "the dense layer is faster"), None
-    return Choice(name, (out, size), sparsity, speedup, True), sparse
+    return Choice(name, (out, size), sparsity, speedup, True, form=form.form), _made(form, module, held_as)
 
 
-def _break_even(dense: Linear, rows: int, sparsity: float, others: Tensor | None) -> float | None:
-    """The lowest sparsity tried, above the layer's own, at which random zeros make it faster; None if there is none."""
-    weight = dense.weight.t() if is_transposed(dense) else dense.weight
-    generator = torch.Generator().manual_seed(0)
-    drawn = torch.rand(weight.shape, generator=generator)
-    x = torch.randn(rows, weight.shape[1], generator=generator).to(weight.dtype)
-
-    def faster(tried: float) -> bool:
-        return _speedup(dense, SparseLinear((drawn * (drawn >= tried)).to(weight.dtype), dense.bias), x, others) > 1
-
-    higher = [tried for tried in _TRIED if tried > round(sparsity, 2)]
-    first = bisect_left(higher, True, key=faster)
-    return higher[first] if first < len(higher) else None
-
-
-def _speedup(dense: nn.Module, sparse: nn.Module, x: Tensor, others: Tensor | None) -> float:
-    """The least time of the dense layer over that of the sparse one, called in turn for ``x``.
-
-    ``others`` is read before each call, like other layers' weights; None for a model that fits into the caches.
-    """
-    least = [float("inf"), float("inf")]
-    calls = 1 if x.is_cpu else 10  # on a GPU enough to hide the host's cost of a launch
-    for layer in (dense, sparse):
-        layer(x)
-    end, rounds = time.perf_counter() + _SECONDS, 0
-    while time.perf_counter() < end or rounds < _ROUNDS:
-        rounds += 1
-        for side, layer in enumerate((dense, sparse)):
-            if others is not None:
-                others.sum()
-            _wait(x)
-            began = time.perf_counter()
-            for _ in range(calls):
-                layer(x)
-            _wait(x)
-            least[side] = min(least[side], time.perf_counter() - began)
-    return least[0] / least[1]
-
-
-def _wait(x: Tensor) -> None:
-    if x.is_cuda:
-        torch.cuda.synchronize(x.device)
+def _made(form: type[InferenceLinear], module: Linear, held_as: torch.dtype | None) -> InferenceLinear:
+    transposed = is_transposed(module)
+    weight = module.weight.t() if transposed else module.weight
+    layer = form(weight, module.bias, transposed=transposed, values=form.values_of(held_as))
+    layer.trained = module.weight.requires_grad, module.bias is not None and module.bias.requires_grad
+    return layer
 
 
 def _dense(sparse: InferenceLinear) -> nn.Module:
-    weight = sparse.dense_weight()
     module = make_linear(
         sparse.in_features, sparse.out_features, bias=sparse.bias is not None, transposed=sparse.transposed
     )
     of_weight, of_bias = sparse.trained
-    module.weight = nn.Parameter(weight, requires_grad=of_weight)
+    if sparse.tied:
+        module.weight = sparse.tied[0]
+    else:
+        module.weight = nn.Parameter(sparse.dense_weight(), requires_grad=of_weight)
     if sparse.bias is not None:
         module.bias = nn.Parameter(sparse.bias.detach(), requires_grad=of_bias)
     return module.train(sparse.training)

@@ -28,6 +28,7 @@ class Choice:
         speedup: Time of the dense layer over that of the sparse one, or None if it was not measured.
         swapped: Whether it is sparse now.
         reason: Why not, or an empty string.
+        form: ``"bitmask"``, ``"csr"`` or ``"2:4"``; ``"dense"`` for dense int8 values, and where it was not swapped.
     """
 
     name: str
@@ -36,6 +37,7 @@ class Choice:
     speedup: float | None
     swapped: bool
     reason: str = ""
+    form: str = "dense"
 
 
 class Choices(list[Choice]):
@@ -46,6 +48,8 @@ class Choices(list[Choice]):
         min_sparsity: Sparsity from which layers were swapped without measuring; None if they were measured.
         swapped_from: If nothing was swapped, the sparsity from which layers of a shape would be; None for a shape at
             whose every sparsity up to 99% the dense layer is faster. Shapes that no sparsity can swap are left out.
+        seconds: Of a call of the whole model for one sequence of ``rows`` tokens, before and after; None if nothing was
+            swapped, or the model does not take such a sequence.
     """
 
     def __init__(
@@ -55,11 +59,13 @@ class Choices(list[Choice]):
         rows: int = 16,
         min_sparsity: float | None = None,
         swapped_from: Mapping[tuple[int, int], float | None] | None = None,
+        seconds: tuple[float, float] | None = None,
     ) -> None:
         super().__init__(choices)
         self.rows = rows
         self.min_sparsity = min_sparsity
         self.swapped_from = dict(swapped_from or {})
+        self.seconds = seconds
 
     @property
     def swapped(self) -> int:
@@ -76,12 +82,17 @@ class Choices(list[Choice]):
             "swapped": self.swapped,
             "layers": layers,
             "swapped_from": shapes,
+            "seconds": None if self.seconds is None else dict(zip(("before", "after"), self.seconds, strict=True)),
         }
 
     def sentences(self) -> list[str]:
         """Return what was swapped, or from which sparsity it would be, then why layers stay dense."""
         reasons = Counter(choice.reason for choice in self if not choice.swapped)
-        return [self._first(), *(f"Dense, {_counted(count)}: {reason}." for reason, count in reasons.items())]
+        return [
+            self._first(),
+            *self._time(),
+            *(f"Dense, {_counted(count)}: {reason}." for reason, count in reasons.items()),
+        ]
 
     def _first(self) -> str:
         if self.swapped:
@@ -98,6 +109,13 @@ class Choices(list[Choice]):
             for shape, sparsity in self.swapped_from.items()
         )
         return f"Nothing was swapped. With rows={self.rows}, layers would be faster sparse from: {shapes}."
+
+    def _time(self) -> list[str]:
+        if self.seconds is None:
+            return []
+        before, after = (1e3 * seconds for seconds in self.seconds)
+        tokens = "1 token" if self.rows == 1 else f"{self.rows} tokens"
+        return [f"The model takes {after:.3g} ms for {tokens}, {before:.3g} ms before: {before / after:.2f} times."]
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         """Render as a table and sentences."""
@@ -122,7 +140,7 @@ class Choices(list[Choice]):
             table.add_column(heading, justify="right", no_wrap=True)
         for choice in self:
             speedup = "-" if choice.speedup is None else f"{choice.speedup:.2f}"
-            figures = _sizes(choice.shape), f"{choice.sparsity:.1%}", speedup, "sparse" if choice.swapped else "dense"
+            figures = _sizes(choice.shape), f"{choice.sparsity:.1%}", speedup, choice.form
             if own_line:
                 table.add_row(Text("\n".join([choice.name, "  ".join(figures)])))
             else:

@@ -30,8 +30,10 @@ class SemiStructuredLinear(InferenceLinear):
         ValueError: If the layer cannot hold the weight.
     """
 
-    @staticmethod
-    def _refusal(weight: Tensor) -> str | None:
+    form = "2:4"
+
+    @classmethod
+    def _refusal(cls, weight: Tensor, values: torch.dtype | None) -> str | None:
         if weight.dtype not in _DTYPES:
             return f"it has {weight.dtype}; 2:4 needs float16 or bfloat16"
         if not weight.is_cuda:

@@ -5,18 +5,11 @@
 //     which lie side by side. Several values are in flight at once: a single sum would wait for its own last addition.
 //   - Threads take blocks of rows of x, which stay in their caches, where there are many; else they share ranges of rows
 //     of W that hold about as many values each.
-#include <algorithm>
-#include <cstdint>
-#include <cstring>
-#include <vector>
-
-#ifdef _OPENMP
-#include <omp.h>
-#else
-inline int omp_get_thread_num() { return 0; }
-#endif
+//
+// It follows values.cpp.
 
 namespace {
+namespace csr {
 
 #ifdef __AVX512F__
 constexpr int kLane = 16;
@@ -27,7 +20,7 @@ constexpr int kMost = 4 * kLane;  // rows of x in a block
 constexpr int kTile = 16;         // rows of W whose results are written together
 
 typedef float Vector __attribute__((vector_size(4 * kLane), aligned(4), may_alias));
-typedef int32_t Lanes __attribute__((vector_size(4 * kLane)));
+typedef int32_t Places __attribute__((vector_size(4 * kLane)));
 
 // The transpose of a square block of a matrix with `rows` rows; the others are zero. It works line by line, because the
 // first cache holds only a few lines of a matrix whose lines lie a multiple of 4 KiB apart, as they often do.
@@ -40,7 +33,7 @@ inline void transpose_square(const float* from, int64_t from_stride, int64_t row
   // Swap the parts beside the diagonal: single numbers, then pairs, and so on.
 #pragma GCC unroll 4
   for (int size = 1; size < kLane; size *= 2) {
-    Lanes low, high;
+    Places low, high;
 #pragma GCC unroll 16
     for (int k = 0; k < kLane; k++) {
       low[k] = k & size ? k - size + kLane : k;
@@ -67,39 +60,44 @@ inline void transpose_square(const float* from, int64_t from_stride, int64_t row
 }
 
 struct Weight {
-  const int32_t* starts;   // [out + 1]
-  const int32_t* columns;  // [values]
-  const float* values;
+  const int32_t* starts;  // [out + 1]
+  const void* columns;    // [values], of 16 or 32 bits
+  const void* values;
   const float* bias;  // [out], or null
   int64_t out, in;
+
+  float shift(int64_t row) const { return bias ? bias[row] : 0.0f; }
 };
 
 // Results of rows first to last of W for `count` rows of x, which lie in `block` as [in][kVectors * kLane].
-template <int kVectors, int kFlight>
+template <Kind kind, typename Column, int kVectors, int kFlight>
 void many_rows(const Weight& w, const float* block, int64_t first, int64_t last, float* y, int64_t count) {
   constexpr int kWidth = kVectors * kLane;
+  const Column* columns = static_cast<const Column*>(w.columns);
   float tile[kTile][kWidth];
   for (int64_t row = first; row < last; row += kTile) {
     const int64_t rows = std::min<int64_t>(kTile, last - row);
     for (int64_t i = 0; i < rows; i++) {
       Vector sum[kFlight][kVectors];
       for (int f = 0; f < kFlight; f++)
-        for (int v = 0; v < kVectors; v++) sum[f][v] = Vector{} + (f == 0 && w.bias ? w.bias[row + i] : 0.0f);
+        for (int v = 0; v < kVectors; v++) sum[f][v] = Vector{};
       int64_t k = w.starts[row + i];
       const int64_t end = w.starts[row + i + 1];
       for (; k + kFlight <= end; k += kFlight)
 #pragma GCC unroll 8
         for (int f = 0; f < kFlight; f++) {
-          const Vector* x = reinterpret_cast<const Vector*>(block + int64_t{w.columns[k + f]} * kWidth);
+          const Vector* x = reinterpret_cast<const Vector*>(block + int64_t{columns[k + f]} * kWidth);
+          const float value = value_at<kind>(w.values, k + f);
 #pragma GCC unroll 8
-          for (int v = 0; v < kVectors; v++) sum[f][v] += w.values[k + f] * x[v];
+          for (int v = 0; v < kVectors; v++) sum[f][v] += value * x[v];
         }
       for (; k < end; k++) {
-        const Vector* x = reinterpret_cast<const Vector*>(block + int64_t{w.columns[k]} * kWidth);
-        for (int v = 0; v < kVectors; v++) sum[0][v] += w.values[k] * x[v];
+        const Vector* x = reinterpret_cast<const Vector*>(block + int64_t{columns[k]} * kWidth);
+        for (int v = 0; v < kVectors; v++) sum[0][v] += value_at<kind>(w.values, k) * x[v];
       }
       for (int f = 1; f < kFlight; f++)
         for (int v = 0; v < kVectors; v++) sum[0][v] += sum[f][v];
+      for (int v = 0; v < kVectors; v++) sum[0][v] += w.shift(row + i);
       std::memcpy(tile[i], sum[0], sizeof(float) * kWidth);
     }
     int64_t j = 0;
@@ -113,19 +111,22 @@ void many_rows(const Weight& w, const float* block, int64_t first, int64_t last,
 }
 
 // The same for one row of x. Left to itself GCC would gather into vectors, which is slower.
+template <Kind kind, typename Column>
 #if defined(__GNUC__) && !defined(__clang__)
 __attribute__((optimize("no-tree-vectorize", "no-tree-slp-vectorize"), noinline))
 #endif
 void one_row(const Weight& w, const float* x, int64_t first, int64_t last, float* y) {
+  const Column* columns = static_cast<const Column*>(w.columns);
   for (int64_t row = first; row < last; row++) {
-    float sum[8] = {w.bias ? w.bias[row] : 0.0f};
+    float sum[8] = {};
     int64_t k = w.starts[row];
     const int64_t end = w.starts[row + 1];
     for (; k + 8 <= end; k += 8)
 #pragma GCC unroll 8
-      for (int f = 0; f < 8; f++) sum[f] += w.values[k + f] * x[w.columns[k + f]];
-    for (; k < end; k++) sum[0] += w.values[k] * x[w.columns[k]];
-    y[row] = ((sum[0] + sum[1]) + (sum[2] + sum[3])) + ((sum[4] + sum[5]) + (sum[6] + sum[7]));
+      for (int f = 0; f < 8; f++) sum[f] += value_at<kind>(w.values, k + f) * x[columns[k + f]];
+    for (; k < end; k++) sum[0] += value_at<kind>(w.values, k) * x[columns[k]];
+    const float all = ((sum[0] + sum[1]) + (sum[2] + sum[3])) + ((sum[4] + sum[5]) + (sum[6] + sum[7]));
+    y[row] = all + w.shift(row);
   }
 }
 
@@ -142,49 +143,41 @@ void transpose(const float* x, int64_t count, int64_t in, int64_t width, float* 
   }
 }
 
-}  // namespace
-
-extern "C" {
-
-// The most rows of x that are taken together: scratch has room for threads * in * so many floats.
-int hf_pdecay_block_rows() { return kMost; }
-
-void hf_pdecay_sparse_product(const int32_t* starts, const int32_t* columns, const float* values, const float* bias,
-                              int64_t out, int64_t in, const float* x, int64_t count, float* y, float* scratch,
-                              int threads) {
-  const Weight w{starts, columns, values, bias, out, in};
-  const int64_t held = starts[out];
+template <Kind kind, typename Column>
+void product(const Weight& w, const float* x, int64_t count, float* y, float* scratch, int threads) {
+  const int64_t held = w.starts[w.out];
   const int parts = threads * 4;
-  std::vector<int64_t> ends(parts + 1, out);  // ranges of rows of W
-  for (int part = 0; part < parts; part++)
-    ends[part] = part ? std::lower_bound(starts, starts + out, static_cast<int32_t>(held * part / parts)) - starts : 0;
+  std::vector<int64_t> ends(parts + 1, w.out);  // ranges of rows of W
+  ends[0] = 0;
+  for (int part = 1; part < parts; part++)
+    ends[part] = std::lower_bound(w.starts, w.starts + w.out, static_cast<int32_t>(held * part / parts)) - w.starts;
   const bool alone = threads == 1 || held * count < (1 << 15);
   if (count == 1) {
 #pragma omp parallel for num_threads(threads) schedule(dynamic) if (!alone)
-    for (int part = 0; part < parts; part++) one_row(w, x, ends[part], ends[part + 1], y);
+    for (int part = 0; part < parts; part++) one_row<kind, Column>(w, x, ends[part], ends[part + 1], y);
     return;
   }
   const int64_t width = count > 2 * kLane ? 4 * kLane : count > kLane ? 2 * kLane : kLane;
   const int64_t blocks = (count + width - 1) / width;
   const auto transposed = [&](int64_t b, float* block) {
-    transpose(x + b * width * in, std::min(width, count - b * width), in, width, block);
+    transpose(x + b * width * w.in, std::min(width, count - b * width), w.in, width, block);
   };
   const auto multiply = [&](int64_t b, const float* block, int64_t first, int64_t last) {
     const int64_t rows = std::min(width, count - b * width);
-    float* results = y + b * width * out;
+    float* results = y + b * width * w.out;
     if (width == 4 * kLane)
-      many_rows<4, 2>(w, block, first, last, results, rows);
+      many_rows<kind, Column, 4, 2>(w, block, first, last, results, rows);
     else if (width == 2 * kLane)
-      many_rows<2, 4>(w, block, first, last, results, rows);
+      many_rows<kind, Column, 2, 4>(w, block, first, last, results, rows);
     else
-      many_rows<1, 8>(w, block, first, last, results, rows);
+      many_rows<kind, Column, 1, 8>(w, block, first, last, results, rows);
   };
   if (blocks >= 4 * threads) {  // enough for each thread to have blocks of its own, which stay in its cache
 #pragma omp parallel for num_threads(threads) schedule(dynamic) if (!alone)
     for (int64_t b = 0; b < blocks; b++) {
-      float* block = scratch + (alone ? 0 : omp_get_thread_num()) * in * width;
+      float* block = scratch + (alone ? 0 : omp_get_thread_num()) * w.in * width;
       transposed(b, block);
-      multiply(b, block, 0, out);
+      multiply(b, block, 0, w.out);
     }
     return;
   }
@@ -192,12 +185,35 @@ void hf_pdecay_sparse_product(const int32_t* starts, const int32_t* columns, con
   for (int64_t group = 0; group < blocks; group += threads) {  // as many blocks as scratch has room for
     const int64_t here = std::min<int64_t>(threads, blocks - group);
 #pragma omp for schedule(static)
-    for (int64_t b = 0; b < here; b++) transposed(group + b, scratch + b * in * width);
+    for (int64_t b = 0; b < here; b++) transposed(group + b, scratch + b * w.in * width);
 #pragma omp for schedule(dynamic) collapse(2)
     for (int64_t b = 0; b < here; b++)
       for (int part = 0; part < parts; part++)
-        multiply(group + b, scratch + b * in * width, ends[part], ends[part + 1]);
+        multiply(group + b, scratch + b * w.in * width, ends[part], ends[part + 1]);
   }
+}
+
+}  // namespace csr
+}  // namespace
+
+extern "C" {
+
+// The most rows of x that are taken together: scratch has room for threads * in * so many floats.
+int hf_pdecay_block_rows() { return csr::kMost; }
+
+void hf_pdecay_sparse_product(int kind, int narrow, const int32_t* starts, const void* columns, const void* values,
+                              const float* bias, int64_t out, int64_t in, const float* x, int64_t count, float* y,
+                              float* scratch, int threads) {
+  using namespace csr;
+  const Weight w{starts, columns, values, bias, out, in};
+  for_kind(kind, [&](auto of) {
+    if constexpr (of.value == kInt8)
+      return;  // int8 values have scales, which the columns of CSR do not follow
+    else if (narrow)
+      product<of.value, uint16_t>(w, x, count, y, scratch, threads);
+    else
+      product<of.value, int32_t>(w, x, count, y, scratch, threads);
+  });
 }
 
 }  // extern "C"

@@ -15,13 +15,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from ..checks import MODEL_ERRORS
 from .blocks import Block
 from .capture import Capture
 
 
 _TOKENS = 4096  # of a batch, unless a row has more
-# What a model may raise for rows, or for blocks, that it cannot run.
-MODEL_ERRORS = (RuntimeError, LookupError, TypeError, ValueError, AttributeError)
 _CLOSE = 1e-3  # relative difference up to which a block's outputs are the same
 
 

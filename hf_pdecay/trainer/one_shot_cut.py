@@ -15,6 +15,7 @@ from accelerate.data_loader import DataLoaderDispatcher, IterableDatasetShard
 from torch import Tensor, nn
 from torch.utils.data import IterableDataset
 
+from ..checks import MODEL_ERRORS
 from ..layers.matrices import decayable_parameter_names
 from ..names import clean_name
 from ..one_shot.blocks import find_blocks
@@ -28,7 +29,7 @@ from ..one_shot.model import (
     context_of,
     prune_matrices,
 )
-from ..one_shot.streaming import MODEL_ERRORS, options_of
+from ..one_shot.streaming import options_of
 from ..optim.unit_kinds import ELEMENT, n_of_m
 from ..target.budgets import Budget
 from ..target.settings import Target

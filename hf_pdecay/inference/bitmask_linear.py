@@ -1,0 +1,155 @@
+"""A linear layer for CPUs that stores a bit for each weight, and packs the non-zero ones."""
+
+from __future__ import annotations
+
+import ctypes
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from .cpu_linear import CpuLinear
+from .kernels import address, kind_of, library
+
+
+_WORD = 64  # weights of a word of the mask
+_BLOCK = 256  # columns that share a scale of int8 values
+_FEW = 64  # more rows are multiplied by dense blocks
+_BEYOND = 64  # bytes that may be read after the last value
+_DENSE_BYTES = 1 << 24  # of a block of dense weights
+_PACKED_AT_A_TIME = 1 << 24  # weights
+
+
+class BitmaskLinear(CpuLinear):
+    """y = x Wᵀ + b with the zeros of W marked in a bitmask, for inference on a CPU: for weights from 40% zeros on.
+
+    A weight takes a bit, and a non-zero one the bytes of its value. Up to 64 rows of x are multiplied by the packed
+    values; for more, blocks of W become dense in the processor's caches and meet x in torch's own product. Sums are in
+    float32; x and y have the layer's dtype. In a state dict the weight is dense.
+
+    int8 values have a scale for each 256 columns of a row: the greatest magnitude over 127. Up to 64 rows of x meet
+    them in 16 bits, with one scale for each row, in sums of 32 bits, if the processor has AVX-512 VNNI; else in
+    float32.
+
+    Args:
+        weight: Weights of shape (out_features, in_features), of float32, bfloat16 or float16, on a CPU.
+        bias: Of shape (out_features,), or None.
+        transposed: Whether a state dict has the weight as (in_features, out_features), as HF's ``Conv1D`` does.
+        values: The dtype in which non-zero weights are held: float32, bfloat16, float16 or int8; None for the weight's.
+            int8 values without many zeros are held without the bits.
+
+    Raises:
+        ValueError: If the layer cannot hold the weight.
+    """
+
+    masks: Tensor | None
+    starts: Tensor
+    values: Tensor
+    scales: Tensor | None
+    shifts: Tensor | None
+    _parts = ("masks", "starts", "values", "scales", "shifts")
+
+    def _compress(self, weight: Tensor) -> None:
+        out, size = weight.shape
+        words = -(-size // _WORD)
+        step = max(_PACKED_AT_A_TIME // max(size, 1), 1)
+        # Without bits a value takes 1 byte; with them 1/8, and 1 if it is not zero.
+        masked = self._held_as != torch.int8 or int(weight.count_nonzero()) < weight.numel() * 7 / 8
+        parts = [_pack(part, self._held_as, masked) for part in (weight.split(step) if out else [weight])]
+        masks, counts, values, scales, sums = (torch.cat(column) for column in zip(*parts, strict=True))
+        starts = torch.zeros(out, dtype=torch.int64)
+        starts[1:] = counts[:-1].cumsum(0)
+        self._count = int(weight.count_nonzero())
+        beyond = torch.zeros(_BEYOND // values.element_size(), dtype=values.dtype)
+        self.register_buffer("masks", masks.view(out, 8 * words) if masked else None, persistent=False)
+        self.register_buffer("starts", starts, persistent=False)
+        self.register_buffer("values", torch.cat([values, beyond]), persistent=False)
+        whole = self._held_as == torch.int8
+        self.register_buffer("scales", scales if whole else None, persistent=False)
+        self.register_buffer("shifts", (scales.double() * sums).sum(1).mul(32768).float() if whole else None, False)
+
+    @classmethod
+    def _refusal(cls, weight: Tensor, values: torch.dtype | None) -> str | None:
+        if (reason := super()._refusal(weight, values)) is None and values == torch.int8:
+            return None if bool(weight.isfinite().all()) else "it has NaN or infinite weights, which int8 cannot hold"
+        return reason
+
+    def _dense(self) -> Tensor:
+        columns = -(-self.in_features // _WORD) * _WORD
+        values = self.values[: len(self.values) - _BEYOND // self.values.element_size()]
+        if self.masks is None:
+            weight = values.float().view(self.out_features, columns)
+        else:
+            kept = torch.from_numpy(np.unpackbits(self.masks.cpu().numpy(), axis=1, bitorder="little")).bool()
+            weight = torch.zeros(kept.shape, dtype=torch.float32, device=values.device)
+            weight[kept.to(values.device)] = values.float()
+        if self.scales is not None:
+            weight *= self.scales.repeat_interleave(_BLOCK, 1)[:, :columns]
+        return weight[:, : self.in_features].to(self.dtype)
+
+    @property
+    def form(self) -> str:  # type: ignore[override]
+        """What the result calls it."""
+        return "dense" if self.masks is None else "bitmask"
+
+    @property
+    def sparsity(self) -> float:
+        """The fraction of the weights that are zero."""
+        return 1 - self._count / max(self.out_features * self.in_features, 1)
+
+    def _product(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        compiled = library() if x.is_cpu and self.values.is_cpu else None
+        if compiled is None or not x.numel() or not self.out_features:
+            bias = None if self.bias is None else self.bias.to(dtype)
+            with torch.autocast(x.device.type, enabled=False):
+                return functional.linear(x.to(dtype), self._dense().to(dtype), bias)
+        if len(x) <= _FEW:
+            return self._few(compiled, x)
+        return self._many(compiled, x.to(torch.bfloat16 if dtype == torch.bfloat16 else torch.float32))
+
+    def _few(self, compiled: ctypes.CDLL, x: Tensor) -> Tensor:
+        n, size = x.shape
+        rows, bias = x.float().contiguous(), self._float_bias()
+        y = torch.empty(n, self.out_features)
+        together = compiled.hf_pdecay_bitmask_rows()
+        scratch = torch.empty(-(-n // together) * together, -(-size // _WORD) * _WORD)
+        packed = (kind_of(self.values), *map(address, (self.masks, self.starts, self.values, self.scales)))
+        compiled.hf_pdecay_bitmask_product(
+            *(*packed, address(self.shifts), address(bias), self.out_features, size, address(rows)),
+            *(x.dtype == torch.bfloat16, n, address(y), address(scratch), torch.get_num_threads()),
+        )
+        return y
+
+    def _many(self, compiled: ctypes.CDLL, x: Tensor) -> Tensor:
+        n, size = x.shape
+        out, threads = self.out_features, torch.get_num_threads()
+        step = max(min(_DENSE_BYTES // (size * x.element_size()), out), 1)
+        block = torch.empty(step, size, dtype=x.dtype)
+        scratch = torch.empty(threads, -(-size // _WORD) * _WORD)
+        y = torch.empty(n, out, dtype=x.dtype)
+        packed = map(address, (self.masks, self.starts, self.values, self.scales))
+        weight = kind_of(self.values), kind_of(x), *packed, size
+        for first in range(0, out, step):
+            last = min(first + step, out)
+            compiled.hf_pdecay_bitmask_dense(*weight, first, last, address(block), address(scratch), threads)
+            torch.mm(x, block[: last - first].t(), out=y[:, first:last])
+        return y if self.bias is None else y.add_(self.bias)
+
+
+def _pack(weight: Tensor, held_as: torch.dtype, masked: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Masks, numbers of values, values, scales and sums of int8 values, of some rows of a weight."""
+    rows, size = weight.shape
+    weight = functional.pad(weight, (0, -size % _WORD))
+    kept = weight != 0
+    scales = sums = torch.empty(rows, 0)
+    if held_as == torch.int8:
+        blocks = functional.pad(weight.float(), (0, -weight.shape[1] % _BLOCK)).unflatten(1, (-1, _BLOCK))
+        scales = blocks.abs().amax(2) / 127
+        whole = torch.where(scales[:, :, None] > 0, blocks / scales[:, :, None], 0).round_().clamp_(-127, 127)
+        sums = whole.sum(2)
+        weight = whole.flatten(1)[:, : weight.shape[1]]
+    stored = weight.to(held_as)
+    masks = torch.from_numpy(np.packbits(kept.numpy(), axis=1, bitorder="little"))
+    counts = kept.sum(1) if masked else torch.full((rows,), weight.shape[1])
+    return masks, counts, stored[kept] if masked else stored.flatten(), scales, sums
