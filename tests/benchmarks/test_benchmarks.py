@@ -32,6 +32,7 @@ MODULES = (
     "step_speed",
     "tables",
     "timing",
+    "training_step",
 )
 
 
@@ -253,6 +254,7 @@ def test_overhead_of_a_very_small_model(bench: dict[str, ModuleType]) -> None:
         ("step_speed", ["--rounds", "0"], "--rounds 0"),
         ("overhead", ["--steps", "5"], "--steps 5"),
         ("overhead", ["--model", "huge"], "--model"),
+        ("training_step", ["--tokens", "0"], "--tokens"),
     ],
 )
 def test_bad_options_are_refused(
@@ -273,6 +275,17 @@ def test_scaling_measures_every_part(bench: dict[str, ModuleType]) -> None:
     record = {"command": "python", "sizes": {"tiny": size}, "interval": size["interval"]}
     text = scaling.text(record | bench["tables"].conditions("cpu", ("torch",)))
     assert "| tiny in 2 tensors" in text
+
+
+def test_a_training_step_is_measured_whole_and_in_parts(bench: dict[str, ModuleType]) -> None:
+    training_step = bench["training_step"]
+    batch = training_step.measure(4, rounds=3, layers=2, width=64, flush=1 << 12)
+    assert batch["weights"] == 2 * 64 * 64 and min(batch["least_ratio"].values()) > 1
+    assert all(math.isfinite(value) and value > 0 for value in numbers(batch))
+    assert all(row["ms"]["backward"] < row["ms"]["together"] for row in batch["rows"].values())
+    assert {entry["median"] for entry in batch["rows"][training_step.BASELINE]["ratio"].values()} == {1}
+    text = training_step.text({"command": "c", "batches": [batch]} | bench["tables"].conditions("cpu", ("torch",)))
+    assert "| AdamWLp, gradients checked by hooks in backward |" in text
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="would run for minutes")
