@@ -14,6 +14,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
+from ..inference.result import LIKELY_FROM
 from ..layers.matrices import decayable_parameter_names
 from ..layers.saved_names import NamesInModel
 from ..names import lora_factor, natural_key, saved_names
@@ -39,9 +40,6 @@ if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderResult
 
 logger = get_logger(__name__)
-
-# From about this sparsity on a sparse layer is faster, see docs/inference.md.
-_WORTHWHILE = 0.8
 
 
 @dataclass(frozen=True)
@@ -115,12 +113,33 @@ class FolderReport:
             yield "{:,} zeros are -0.0, whose signs cost about {:,} bytes when compressed.".format(*self.negative_zeros)
         if self.shrunk is not None and self.shrunk.sentence(_word(self.folder)):
             yield self.shrunk.sentence(_word(self.folder))
-        layers = [tensor for tensor in self.sparsity.tensors if tensor.decayed and tensor.sparsity >= _WORTHWHILE]
-        if layers:
-            yield (
-                f"{len(layers)} tensors have at least {_WORTHWHILE:.0%} zeros: hf_pdecay.to_sparse_inference(model) "
-                "measures which of their layers are faster sparse on a CPU, and swaps those."
-            )
+        yield from self._inference()
+
+    def _inference(self) -> Iterator[str]:
+        """What sparse inference would make of the tensors, for some numbers of rows."""
+        decayed = [tensor for tensor in self.sparsity.tensors if tensor.decayed and len(tensor.shape) == 2]
+        counts = {rows: sum(tensor.sparsity >= least for tensor in decayed) for rows, least in LIKELY_FROM.items()}
+        if not any(counts.values()):
+            return
+        numbers = ", ".join(
+            f"{counts[rows]} for {_rows(rows)} (from {least:.0%} zeros)" for rows, least in LIKELY_FROM.items()
+        )
+        yield (
+            "hf_pdecay.to_sparse_inference(model) measures which layers are faster sparse on a CPU, and swaps those: "
+            f"likely {numbers}, of {len(decayed)} tensors."
+        )
+        swapped = [tensor for tensor in decayed if tensor.sparsity >= LIKELY_FROM[1]]
+        dense = sum(4 * tensor.parameters for tensor in swapped)
+        shares = {
+            name: sum(tensor.parameters / 8 + size * (tensor.parameters - tensor.zeros) for tensor in swapped) / dense
+            for name, size in (("float32", 4), ("bfloat16", 2), ("int8", 1))
+        }
+        said = ", ".join(f"{share:.0%} in {name}" for name, share in shares.items())
+        yield f"For 1 row these read so much of what dense float32 layers read: {said} (values)."
+
+
+def _rows(count: int) -> str:
+    return "1 row" if count == 1 else f"{count} rows"
 
 
 @torch.no_grad()

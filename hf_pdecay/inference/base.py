@@ -15,6 +15,8 @@ class InferenceLinear(nn.Module):
     form = "dense"
     # Whether weight and bias of the dense layer are trained.
     trained: tuple[bool, bool] = True, True
+    # What swapping changed on other modules: the module, an attribute and its value before.
+    changed: tuple[tuple[nn.Module, str, Any], ...] = ()
     # The parameter that other modules share with the dense layer, in a tuple that hides it from nn.Module, or nothing.
     tied: tuple[nn.Parameter, ...] = ()
 

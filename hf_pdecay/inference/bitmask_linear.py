@@ -113,7 +113,7 @@ class BitmaskLinear(CpuLinear):
         rows, bias = x.float().contiguous(), self._float_bias()
         y = torch.empty(n, self.out_features)
         together = compiled.hf_pdecay_bitmask_rows()
-        scratch = torch.empty(-(-n // together) * together, -(-size // _WORD) * _WORD)
+        scratch = torch.empty(-(-n // together) * together * -(-size // _WORD) * _WORD)
         packed = (kind_of(self.values), *map(address, (self.masks, self.starts, self.values, self.scales)))
         compiled.hf_pdecay_bitmask_product(
             *(*packed, address(self.shifts), address(bias), self.out_features, size, address(rows)),

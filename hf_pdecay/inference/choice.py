@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, cast
 
 import torch
@@ -79,6 +79,7 @@ def to_sparse_inference(
     before = model_seconds(model, rows)
     owners = Counter(id(param) for _, param in model.named_parameters(remove_duplicate=False))
     output = _output_layer(model) if head_as is not None else None
+    containers = [module for module in model.modules() if isinstance(module, nn.TransformerEncoder)]
     choices = Choices(rows=rows, min_sparsity=min_sparsity)
     dense: dict[tuple[int, int], tuple[Linear, float]] = {}  # of each shape a layer that more zeros might swap
     for parent, key, name, module in list(_linears(model)):
@@ -86,13 +87,14 @@ def to_sparse_inference(
         if module is output:
             choice, sparse = _head(name, module, shared, head_as)
         else:
-            kept = _kept(parent, module, shared)
+            kept = _kept(module, shared)
             choice, sparse = _choose(name, module, min_sparsity, held_as, kept, timer)
             if sparse is None and kept is None and device == "cpu" and BitmaskLinear.refusal(module.weight) is None:
                 dense[choice.shape] = module, max(choice.sparsity, dense.get(choice.shape, (module, 0.0))[1])
         choices.append(choice)
         if sparse is not None:
             setattr(parent, key, sparse.train(module.training))
+            sparse.changed = _without_fast_path(parent, containers)
     if not choices.swapped:
         for shape, (module, sparsity) in dense.items():
             choices.swapped_from[shape] = (
@@ -140,6 +142,8 @@ def to_dense_inference(model: nn.Module) -> nn.Module:
         for key, module in list(parent.named_children()):
             if isinstance(module, InferenceLinear):
                 setattr(parent, key, _dense(module))
+                for other, name, value in module.changed:
+                    setattr(other, name, value)
     return model
 
 
@@ -179,18 +183,35 @@ def _head(
     return Choice(name, (weight.shape[0], weight.shape[1]), sparsity, None, True, form=layer.form), layer
 
 
+def _without_fast_path(
+    parent: nn.Module, containers: Sequence[nn.TransformerEncoder]
+) -> tuple[tuple[nn.Module, str, Any], ...]:
+    """Have torch's encoder layers call their linear layers, and return what that changed.
+
+    In evaluation they hand all their weights to one operation, and ``nn.TransformerEncoder`` hands them nested tensors,
+    which only that operation takes.
+    """
+    if not isinstance(parent, nn.TransformerEncoderLayer) or not parent.activation_relu_or_gelu:
+        return ()
+    changes: list[tuple[nn.Module, str, Any]] = [(parent, "activation_relu_or_gelu", parent.activation_relu_or_gelu)]
+    parent.activation_relu_or_gelu = 0  # as of an activation that the operation does not know
+    for encoder in containers:
+        if any(layer is parent for layer in encoder.layers) and encoder.use_nested_tensor:
+            changes.append((encoder, "use_nested_tensor", True))
+            encoder.use_nested_tensor = False
+    return tuple(changes)
+
+
 def _has_hooks(module: nn.Module) -> bool:
     return bool(module._forward_hooks or module._forward_pre_hooks)
 
 
-def _kept(parent: nn.Module, module: Linear, shared: bool) -> str | None:
+def _kept(module: Linear, shared: bool) -> str | None:
     """Why a layer stays dense whatever its weights are, or None."""
     if shared:
         return "its weight is shared with another module"
     if _has_hooks(module):
         return "it carries hooks"
-    if isinstance(parent, nn.TransformerEncoderLayer):
-        return "nn.TransformerEncoderLayer reads its weight itself"  # and hands it to one operation for the whole layer
     return None
 
 

@@ -150,7 +150,13 @@ def test_it_says_what_the_zeros_are_good_for(
     said = " ".join(capsys.readouterr().out.split())
     share = result["compressed_bytes"] / result["bytes"]
     assert f"hf-pdecay compress {tmp_path / 'model'} OUT stores it in about {share:.1%}" in said
-    assert "6 tensors have at least 80% zeros: hf_pdecay.to_sparse_inference" in said
+    assert "hf_pdecay.to_sparse_inference(model) measures which layers are faster sparse on a CPU" in said
+    assert "likely 6 for 1 row (from 40% zeros)" in said and "of 14 tensors." in said
+    weights = [param for name, param in model.named_parameters() if ".mlp." in name]
+    left = sum(int(param.count_nonzero()) for param in weights) / sum(param.numel() for param in weights)
+    assert (
+        f"{1 / 32 + left:.0%} in float32, {1 / 32 + left / 2:.0%} in bfloat16, {1 / 32 + left / 4:.0%} in int8" in said
+    )
 
 
 @pytest.mark.usefixtures("lora_beside_torchao")

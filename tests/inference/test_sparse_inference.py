@@ -19,6 +19,7 @@ from transformers.pytorch_utils import Conv1D
 from hf_pdecay import Choice, Choices
 from hf_pdecay.inference import choice, timing
 from hf_pdecay.inference.base import InferenceLinear
+from hf_pdecay.inference.bitmask_linear import BitmaskLinear
 from hf_pdecay.inference.choice import to_dense_inference, to_sparse_inference
 
 from ..helpers.models import ARCHITECTURES, build
@@ -158,6 +159,8 @@ def test_training_is_refused_and_inference_with_gradients_enabled_is_not() -> No
         ({"rows": 2.5}, "rows=2.5; it must be a whole number of at least 1"),
         ({"min_sparsity": "90%"}, "min_sparsity='90%'; it must be in"),
         ({"min_sparsity": 1.5}, r"min_sparsity=1.5; it must be in \[0, 1\]"),
+        ({"values": "int4"}, "values='int4'; it must be one of float32, bfloat16, float16, int8"),
+        ({"head": "float64"}, "head='float64'; it must be one of"),
     ],
 )
 def test_bad_input_is_named(options: dict[str, Any], words: str) -> None:
@@ -206,17 +209,29 @@ def test_what_was_frozen_is_frozen_when_it_is_dense_again(kind: type[nn.Module])
     assert [param.requires_grad for param in to_dense_inference(model).parameters()] == trained
 
 
-def test_encoder_layers_of_torch_go_on_working() -> None:
+@pytest.mark.parametrize("activation", ["relu", "gelu", nn.functional.silu])
+@pytest.mark.parametrize("norm_first", [False, True])
+@pytest.mark.filterwarnings("ignore:enable_nested_tensor is True")
+def test_encoder_layers_of_torch_are_swapped_too(activation: Any, norm_first: bool) -> None:
     """In evaluation one operation of torch does all of such a layer, with its weights as they are."""
-    model = prune(nn.Sequential(nn.TransformerEncoderLayer(16, 2, 32, batch_first=True), nn.Linear(16, 4)))
-    x = torch.randn(2, 3, 16)
-    with torch.no_grad():
-        before = model(x)
-        found = to_sparse_inference(model, min_sparsity=0.5)
-        torch.testing.assert_close(model(x), before)
-    reasons = {each.name: each.reason for each in found}
-    assert set(reasons) == {"0.linear1", "0.linear2", "1"} and reasons["1"] == ""
-    assert "nn.TransformerEncoderLayer" in reasons["0.linear1"] and isinstance(model[1], InferenceLinear)
+    one = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True, activation=activation, norm_first=norm_first)
+    model: Any = prune(nn.ModuleDict({"stack": nn.TransformerEncoder(one, 2), "layer": copy.deepcopy(one)}))
+    x, padding = torch.randn(2, 5, 16), torch.tensor([[False] * 5, [False] * 3 + [True] * 2])
+
+    def run() -> list[Tensor]:
+        with torch.no_grad():
+            stacked = model["stack"](x, src_key_padding_mask=padding).masked_fill(padding[:, :, None], 0)
+            return [stacked, model["layer"](x), model["stack"](x)]
+
+    before, flags = run(), [vars(module).get("use_nested_tensor") for module in model.modules()]
+    found = to_sparse_inference(model, min_sparsity=0.5)
+    assert len(found) == 6 and all(each.swapped for each in found)
+    for after, expected in zip(run(), before, strict=True):
+        torch.testing.assert_close(after, expected, rtol=1e-4, atol=1e-5)
+    to_dense_inference(model)
+    assert flags == [vars(module).get("use_nested_tensor") for module in model.modules()]
+    assert model["layer"].activation_relu_or_gelu == one.activation_relu_or_gelu
+    assert all(torch.equal(after, expected) for after, expected in zip(run(), before, strict=True))
 
 
 class ReadsWeight(nn.Module):
@@ -343,3 +358,69 @@ def test_figures_stand_beside_the_names_of_bert() -> None:
     name = "bert.encoder.layer.11.attention.output.dense"
     lines = str(Choices([Choice(name, (3072, 768), 0.9, 12.5, True, form="csr")])).splitlines()
     assert any(line.split() == [name, "3072", "×", "768", "90.0%", "12.50", "csr"] for line in lines)
+
+
+@pytest.mark.parametrize("values", ["float32", "bfloat16", "float16", "int8"])
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+def test_values_and_head_in_fewer_bytes(name: str, values: str, tmp_path: Path) -> None:
+    """A tied head is swapped alone: the embeddings, and what is saved, keep their weights."""
+    model: Any = prune(build(name), 0.5)
+    dense = copy.deepcopy(model)
+    head, embeddings = model.get_output_embeddings(), model.get_input_embeddings()
+    tied = head.weight is embeddings.weight
+    ids = torch.randint(1, 64, (3, 12))
+    found = to_sparse_inference(model, min_sparsity=0.4, values=values, head="int8")
+    layers = sparse_layers(model)
+    assert len(layers) == len(found) and all(each.swapped for each in found)
+    own = model.get_output_embeddings()
+    assert isinstance(own, BitmaskLinear) and own.values.dtype == torch.int8
+    assert {each.values.dtype for each in layers if each is not own} == {getattr(torch, values)}
+    with torch.no_grad():
+        expected, got = dense(ids).logits, model(ids).logits
+    assert float((got - expected).norm() / expected.norm()) < 0.02
+    assert model.get_input_embeddings() is embeddings
+    model.save_pretrained(tmp_path)
+    loaded = type(model).from_pretrained(tmp_path)
+    assert torch.equal(loaded.get_input_embeddings().weight, embeddings.weight)
+    assert (loaded.get_output_embeddings().weight is loaded.get_input_embeddings().weight) == tied
+    copied = to_dense_inference(copy.deepcopy(model))
+    assert (copied.get_output_embeddings().weight is copied.get_input_embeddings().weight) == tied
+    to_dense_inference(model)
+    if tied:
+        assert model.get_output_embeddings().weight is embeddings.weight
+    for (key, param), (_, before) in zip(model.named_parameters(), dense.named_parameters(), strict=True):
+        assert bool(((param != 0) <= (before != 0)).all()), key
+        torch.testing.assert_close(param, before, rtol=2**-7, atol=float(before.abs().max()) / 200)
+
+
+def test_a_model_without_a_head_of_its_own_is_refused() -> None:
+    with pytest.raises(ValueError, match="Invalid head: Sequential has no linear output layer"):
+        to_sparse_inference(half_zeros(4), head="int8")
+    tied = nn.ModuleDict({"table": nn.Embedding(9, 64), "head": nn.Linear(64, 9, bias=False)})
+    tied["head"].weight = tied["table"].weight
+    assert to_sparse_inference(tied, head="int8").swapped == 1
+    bad = nn.ModuleDict({"table": nn.Embedding(9, 64), "head": nn.Linear(64, 9, bias=False)})
+    bad["head"].weight = bad["table"].weight
+    bad["head"].weight.data[0, 0] = float("nan")
+    with pytest.raises(ValueError, match="head cannot be swapped: it has NaN or infinite weights"):
+        to_sparse_inference(bad, head="int8")
+
+
+def test_the_time_of_the_whole_model_is_said() -> None:
+    model = prune(build("llama"), 0.5)
+    found = to_sparse_inference(model, min_sparsity=0.4, rows=2)
+    assert found.seconds is not None and min(found.seconds) > 0
+    before, after = found.seconds
+    assert f"before: {before / after:.2f} times" in str(found)
+    assert found.to_dict()["seconds"] == {"before": before, "after": after}
+    assert to_sparse_inference(prune(build("vit"), 0.5), min_sparsity=0.4).seconds is None
+    longer = model.config.max_position_embeddings + 1
+    assert to_sparse_inference(to_dense_inference(model), min_sparsity=0.4, rows=longer).swapped
+
+
+def test_layers_that_int8_cannot_hold_stay_dense() -> None:
+    model = half_zeros(64, 64)
+    model[0].weight.data[3, 3] = float("inf")  # type: ignore[operator, union-attr]
+    found = to_sparse_inference(model, min_sparsity=0.4, values="int8")
+    assert [each.swapped for each in found] == [False, True]
+    assert found[0].reason == "it has NaN or infinite weights, which int8 cannot hold"
