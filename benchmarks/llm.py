@@ -302,14 +302,14 @@ def low_precision() -> bool:
     return torch.cpu._is_avx512_bf16_supported()
 
 
-def loss(model: Any, rows: Sequence[dict[str, list[int]]], batch: int = 8) -> float:
-    """Return the mean loss of the tokens that have a label."""
+def loss(model: Any, rows: Sequence[dict[str, list[int]]], batch: int = 8, low: bool = True) -> float:
+    """Return the mean loss of the tokens that have a label; ``low``: in bfloat16, where the processor supports it."""
     import torch
 
     model.eval()
     total, count = 0.0, 0
     device = next(model.parameters()).device
-    with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, enabled=low_precision()):
+    with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, enabled=low and low_precision()):
         for start in range(0, len(rows), batch):
             part = rows[start : start + batch]
             ids, labels = (torch.tensor([row[key] for row in part], device=device) for key in ("input_ids", "labels"))

@@ -48,6 +48,7 @@ class BitmaskLinear(CpuLinear):
     values: Tensor
     scales: Tensor | None
     shifts: Tensor | None
+    form = "bitmask"
     _parts = ("masks", "starts", "values", "scales", "shifts")
 
     def _compress(self, weight: Tensor) -> None:
@@ -61,6 +62,7 @@ class BitmaskLinear(CpuLinear):
         starts = torch.zeros(out, dtype=torch.int64)
         starts[1:] = counts[:-1].cumsum(0)
         self._count = int(weight.count_nonzero())
+        self.form = "bitmask" if masked else "dense"
         beyond = torch.zeros(_BEYOND // values.element_size(), dtype=values.dtype)
         self.register_buffer("masks", masks.view(out, 8 * words) if masked else None, persistent=False)
         self.register_buffer("starts", starts, persistent=False)
@@ -87,11 +89,6 @@ class BitmaskLinear(CpuLinear):
         if self.scales is not None:
             weight *= self.scales.repeat_interleave(_BLOCK, 1)[:, :columns]
         return weight[:, : self.in_features].to(self.dtype)
-
-    @property
-    def form(self) -> str:  # type: ignore[override]
-        """What the result calls it."""
-        return "dense" if self.masks is None else "bitmask"
 
     @property
     def sparsity(self) -> float:

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
@@ -18,6 +19,8 @@ from ..layers.matrices import Linear, is_plain_linear, is_transposed, make_linea
 from ..terminal import get_logger
 from .base import InferenceLinear
 from .bitmask_linear import BitmaskLinear
+from .cpu_linear import CpuLinear
+from .experts import ExpertStack, expert_stacks, put_stack, set_experts
 from .kernels import VALUES
 from .result import Choice, Choices
 from .semi_structured import SemiStructuredLinear
@@ -95,6 +98,8 @@ def to_sparse_inference(
         if sparse is not None:
             setattr(parent, key, sparse.train(module.training))
             sparse.changed = _without_fast_path(parent, containers)
+    if device == "cpu":
+        choices += _swap_experts(model, min_sparsity, held_as, owners, timer)
     if not choices.swapped:
         for shape, (module, sparsity) in dense.items():
             choices.swapped_from[shape] = (
@@ -138,12 +143,18 @@ def _check(model: nn.Module, rows: int, min_sparsity: float | None, values: dict
 @torch.no_grad()
 def to_dense_inference(model: nn.Module) -> nn.Module:
     """Swap the sparse layers of a model back, in place, and return it; it can be trained again."""
-    for parent in model.modules():
+    implementation = None
+    for parent in list(model.modules()):
         for key, module in list(parent.named_children()):
             if isinstance(module, InferenceLinear):
                 setattr(parent, key, _dense(module))
                 for other, name, value in module.changed:
                     setattr(other, name, value)
+            elif isinstance(module, ExpertStack):
+                setattr(parent, key, nn.Parameter(module.dense(), requires_grad=module.trained))
+                implementation = module.implementation or implementation
+    if implementation is not None:
+        set_experts(model, implementation)
     return model
 
 
@@ -153,6 +164,38 @@ def _linears(model: nn.Module) -> Iterator[tuple[nn.Module, str, str, Linear]]:
         for key, module in parent.named_children():
             if is_plain_linear(module):
                 yield parent, key, f"{path}.{key}" if path else key, module
+
+
+def _swap_experts(
+    model: nn.Module,
+    min_sparsity: float | None,
+    held_as: torch.dtype | None,
+    owners: Mapping[int, int],
+    timer: Timer,
+) -> list[Choice]:
+    """Swap the matrices of fused experts, all of a parameter in one form."""
+    choices = []
+    implementation = None
+    for module, key, name, stack in list(expert_stacks(model)):
+        matrices = [matrix.t() if stack.transposed else matrix for matrix in stack.weight.detach()]
+        kept = "its weight is shared with another module" if owners[id(stack.weight)] > 1 else None
+        kept = kept or next(filter(None, (BitmaskLinear.refusal(matrix, held_as) for matrix in matrices)), None)
+        out, size = matrices[0].shape
+        first = nn.Linear(size, out, bias=False, device="meta")
+        first.weight = nn.Parameter(matrices[0], requires_grad=stack.weight.requires_grad)
+        sparsity = 1 - int(stack.weight.count_nonzero()) / max(stack.weight.numel(), 1)
+        choice, form = _form(f"{name} ({len(matrices)} experts)", first, sparsity, min_sparsity, held_as, kept, timer)
+        choices.append(choice)
+        if form is not None:
+            if not any(isinstance(each, ExpertStack) for each in model.modules()):
+                implementation = set_experts(model, "eager")
+            values = form.values_of(held_as)
+            layers = [
+                cast("CpuLinear", form(matrix, transposed=bool(stack.transposed), values=values)) for matrix in matrices
+            ]
+            trained = stack.weight.requires_grad
+            put_stack(module, key, ExpertStack(layers, trained=trained, implementation=implementation))
+    return choices
 
 
 def _output_layer(model: nn.Module) -> Linear:
@@ -224,23 +267,40 @@ def _choose(
     timer: Timer,
 ) -> tuple[Choice, InferenceLinear | None]:
     weight = module.weight.t() if is_transposed(module) else module.weight
-    reason = kept
-    if reason is None:
-        reason = (SemiStructuredLinear if weight.is_cuda else BitmaskLinear).refusal(weight, held_as)
+    if kept is None:
+        kept = (SemiStructuredLinear if weight.is_cuda else BitmaskLinear).refusal(weight, held_as)
+    sparsity = 0.0 if kept else 1 - int(weight.count_nonzero()) / max(weight.numel(), 1)
+    choice, form = _form(name, module, sparsity, min_sparsity, held_as, kept, timer)
+    if form is None:
+        return choice, None
+    layer = _made(form, module, held_as)
+    return replace(choice, form=layer.form), layer
+
+
+def _form(
+    name: str,
+    module: Linear,
+    sparsity: float,
+    min_sparsity: float | None,
+    held_as: torch.dtype | None,
+    kept: str | None,
+    timer: Timer,
+) -> tuple[Choice, type[InferenceLinear] | None]:
+    """What becomes of a layer: None for the form if it stays dense."""
+    weight = module.weight.t() if is_transposed(module) else module.weight
     out, size = weight.shape[0], weight.shape[-1]
-    if reason is not None:
-        return Choice(name, (out, size), 0.0, None, False, reason), None
-    sparsity = 1 - int(weight.count_nonzero()) / max(weight.numel(), 1)
+    if kept is not None:
+        return Choice(name, (out, size), sparsity, None, False, kept), None
     least = least_sparsity(weight, held_as) if min_sparsity is None else min_sparsity
     if sparsity < least:
         return Choice(name, (out, size), sparsity, None, False, f"fewer than {least:.0%} of its weights are zero"), None
     if min_sparsity is not None:
-        sparse = _made(likely_form(weight, sparsity, held_as, timer.rows), module, held_as)
-        return Choice(name, (out, size), sparsity, None, True, form=sparse.form), sparse
+        form = likely_form(weight, sparsity, held_as, timer.rows)
+        return Choice(name, (out, size), sparsity, None, True, form=form.form), form
     form, speedup = timer.fastest(module, weight, sparsity, held_as)
     if speedup <= 1:
         return Choice(name, (out, size), sparsity, speedup, False, "the dense layer is faster"), None
-    return Choice(name, (out, size), sparsity, speedup, True, form=form.form), _made(form, module, held_as)
+    return Choice(name, (out, size), sparsity, speedup, True, form=form.form), form
 
 
 def _made(form: type[InferenceLinear], module: Linear, held_as: torch.dtype | None) -> InferenceLinear:

@@ -60,7 +60,7 @@ class CpuLinear(InferenceLinear):
     @property
     def weight(self) -> Tensor:
         """The weight in the dense layer's shape; it becomes dense in operations that use it."""
-        return _DenseWhenUsed(self)
+        return DenseWhenUsed(self)
 
     @property
     def stored_bytes(self) -> int:
@@ -111,20 +111,18 @@ class CpuLinear(InferenceLinear):
         return f"{super().extra_repr()}, values={str(self._held_as).removeprefix('torch.')}"
 
 
-class _DenseWhenUsed(Tensor):
+class DenseWhenUsed(Tensor):
     """A weight without memory that becomes dense in each operation that uses it.
 
     Some modules, such as Mamba's, compute with their layers' weights directly.
     """
 
     @staticmethod
-    def __new__(cls, layer: CpuLinear) -> _DenseWhenUsed:
+    def __new__(cls, layer: CpuLinear) -> DenseWhenUsed:
         """Make a tensor without memory."""
         sizes = (layer.out_features, layer.in_features)
         shape = sizes[::-1] if layer.transposed else sizes
-        weight: _DenseWhenUsed = Tensor._make_wrapper_subclass(
-            cls, shape, dtype=layer.dtype, device=layer._empty.device
-        )
+        weight: DenseWhenUsed = Tensor._make_wrapper_subclass(cls, shape, dtype=layer.dtype, device=layer._empty.device)
         return weight
 
     def __init__(self, layer: CpuLinear) -> None:

@@ -21,8 +21,16 @@ from hf_pdecay.inference import choice, timing
 from hf_pdecay.inference.base import InferenceLinear
 from hf_pdecay.inference.bitmask_linear import BitmaskLinear
 from hf_pdecay.inference.choice import to_dense_inference, to_sparse_inference
+from hf_pdecay.inference.experts import ExpertStack
 
 from ..helpers.models import ARCHITECTURES, build
+
+
+MOE_CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
+    "mixtral": ("MixtralConfig", {"num_local_experts": 4}),
+    "gpt_oss": ("GptOssConfig", {"num_local_experts": 4, "head_dim": 16}),
+    "qwen3_moe": ("Qwen3MoeConfig", {"num_experts": 4, "moe_intermediate_size": 40, "head_dim": 16}),
+}
 
 
 def prune(model: nn.Module, zeros: float = 0.9) -> nn.Module:
@@ -424,3 +432,55 @@ def test_layers_that_int8_cannot_hold_stay_dense() -> None:
     found = to_sparse_inference(model, min_sparsity=0.4, values="int8")
     assert [each.swapped for each in found] == [False, True]
     assert found[0].reason == "it has NaN or infinite weights, which int8 cannot hold"
+
+
+@pytest.mark.parametrize("name", ["mixtral", "gpt_oss", "qwen3_moe"])
+def test_fused_experts_are_swapped(name: str, tmp_path: Path) -> None:
+    """One tensor holds the matrices of all experts, GPT-OSS's transposed and with biases; so has a state dict."""
+    if not hasattr(tf, MOE_CONFIGS[name][0]) or int(tf.__version__.split(".")[0]) < 5:
+        pytest.skip("experts are not fused in this version of transformers")
+    cls, options = MOE_CONFIGS[name]
+    shape = {"num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2, "vocab_size": 64}
+    config = getattr(tf, cls)(hidden_size=32, intermediate_size=48, num_experts_per_tok=2, **shape, **options)
+    model: Any = tf.AutoModelForCausalLM.from_config(config).eval()
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for param in model.parameters():
+            if param.dim() == 3:
+                param.normal_(generator=generator).mul_(torch.rand(param.shape, generator=generator) >= 0.6)
+    dense, ids = copy.deepcopy(model), torch.randint(1, 64, (3, 12))
+    before = model.config._experts_implementation
+    found = to_sparse_inference(model, min_sparsity=0.4)
+    swapped = [each.name for each in found if each.swapped]
+    assert len(swapped) == 4 and all("experts)" in each for each in swapped)
+    stacks = [each for each in model.modules() if isinstance(each, ExpertStack)]
+    calls = []
+    for stack in stacks:
+        for layer in stack.layers:
+            layer.register_forward_hook(lambda *_: calls.append(1))
+    with torch.no_grad():
+        torch.testing.assert_close(model(ids).logits, dense(ids).logits, rtol=1e-4, atol=1e-5)
+    assert len(stacks) == 4 and len(calls) >= 8
+    model.save_pretrained(tmp_path)
+    loaded = type(model).from_pretrained(tmp_path)
+    state = dense.state_dict()
+    assert set(model.state_dict()) == set(state)
+    assert all(torch.equal(value, state[key]) for key, value in loaded.state_dict().items())
+    model.load_state_dict(state)
+    half = copy.deepcopy(model).bfloat16()
+    assert half(ids).logits.dtype == torch.bfloat16
+    to_dense_inference(model)
+    assert model.config._experts_implementation == before
+    assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
+    assert torch.equal(model(ids).logits, dense(ids).logits)
+
+
+def test_a_stack_that_is_used_otherwise_is_dense_there() -> None:
+    whole = torch.randn(3, 4, 6) * (torch.rand(3, 4, 6) > 0.5)
+    stack = ExpertStack([BitmaskLinear(matrix) for matrix in whole], trained=True, implementation=None)
+    assert stack.shape == whole.shape and stack.dtype == whole.dtype and torch.equal(stack[1:], whole[1:])
+    assert torch.equal(stack[torch.tensor([2, 0])], whole[[2, 0]])
+    x = torch.randn(5, 6)
+    torch.testing.assert_close(x @ stack[1].t(), x @ whole[1].t())
+    torch.testing.assert_close(nn.functional.linear(x, stack[0], torch.ones(4)), x @ whole[0].t() + 1)
+    torch.testing.assert_close(torch.einsum("ni,oi->no", torch.ones(1, 6), stack[2]), torch.ones(1, 6) @ whole[2].t())
