@@ -15,20 +15,21 @@ from .kernels import address, kind_of, library
 
 _WORD = 64  # weights of a word of the mask
 _BLOCK = 256  # columns that share a scale of int8 values
-_FEW = 64  # more rows are multiplied by dense blocks
+# More rows, in the dtype of the result, are multiplied by dense blocks: torch's own product of bfloat16 is fast.
+_FEW, _FEW_BFLOAT16 = 64, 24
 _BEYOND = 64  # bytes that may be read after the last value
-_DENSE_BYTES = 1 << 24  # of a block of dense weights
+_DENSE = 1 << 22  # weights of a dense block: with rows of x they fit into a last cache of 32 MiB
 _PACKED_AT_A_TIME = 1 << 24  # weights
 
 
 class BitmaskLinear(CpuLinear):
     """y = x Wᵀ + b with the zeros of W marked in a bitmask, for inference on a CPU: for weights from 40% zeros on.
 
-    A weight takes a bit, and a non-zero one the bytes of its value. Up to 64 rows of x are multiplied by the packed
-    values; for more, blocks of W become dense in the processor's caches and meet x in torch's own product. Sums are in
-    float32; x and y have the layer's dtype. In a state dict the weight is dense.
+    A weight takes a bit, and a non-zero one the bytes of its value. Up to 64 rows of x (24 in bfloat16) are multiplied
+    by the packed values; for more, blocks of W become dense in the processor's caches and meet x in torch's own
+    product. Sums are in float32; x and y have the layer's dtype. In a state dict the weight is dense.
 
-    int8 values have a scale for each 256 columns of a row: the greatest magnitude over 127. Up to 64 rows of x meet
+    int8 values have a scale for each 256 columns of a row: the greatest magnitude over 127. So few rows of x meet
     them in 16 bits, with one scale for each row, in sums of 32 bits, if the processor has AVX-512 VNNI; else in
     float32.
 
@@ -101,7 +102,7 @@ class BitmaskLinear(CpuLinear):
             bias = None if self.bias is None else self.bias.to(dtype)
             with torch.autocast(x.device.type, enabled=False):
                 return functional.linear(x.to(dtype), self._dense().to(dtype), bias)
-        if len(x) <= _FEW:
+        if len(x) <= (_FEW_BFLOAT16 if dtype == torch.bfloat16 else _FEW):
             return self._few(compiled, x)
         return self._many(compiled, x.to(torch.bfloat16 if dtype == torch.bfloat16 else torch.float32))
 
@@ -121,7 +122,7 @@ class BitmaskLinear(CpuLinear):
     def _many(self, compiled: ctypes.CDLL, x: Tensor) -> Tensor:
         n, size = x.shape
         out, threads = self.out_features, torch.get_num_threads()
-        step = max(min(_DENSE_BYTES // (size * x.element_size()), out), 1)
+        step = max(min(_DENSE // size, out), 1)
         block = torch.empty(step, size, dtype=x.dtype)
         scratch = torch.empty(threads, -(-size // _WORD) * _WORD)
         y = torch.empty(n, out, dtype=x.dtype)
