@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from .inference.bitmask_linear import BitmaskLinear as BitmaskLinear
     from .inference.choice import to_dense_inference as to_dense_inference
     from .inference.choice import to_sparse_inference as to_sparse_inference
+    from .inference.loading import load_sparse_inference as load_sparse_inference
     from .inference.result import Choice as Choice
     from .inference.result import Choices as Choices
     from .inference.semi_structured import SemiStructuredLinear as SemiStructuredLinear
@@ -103,6 +104,7 @@ _NAMES = {
     "cli.search_report": ("SearchReport",),
     "inference.bitmask_linear": ("BitmaskLinear",),
     "inference.choice": ("to_dense_inference", "to_sparse_inference"),
+    "inference.loading": ("load_sparse_inference",),
     "inference.result": ("Choice", "Choices"),
     "inference.semi_structured": ("SemiStructuredLinear",),
     "inference.sparse_linear": ("SparseLinear",),

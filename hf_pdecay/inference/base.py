@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .packed_weight import PackedWeight
+
 
 class InferenceLinear(nn.Module):
     """y = x Wᵀ + b with W in a compressed form; in a state dict, W is dense. ValueError if the layer cannot hold W."""
@@ -22,7 +24,7 @@ class InferenceLinear(nn.Module):
 
     def __init__(
         self,
-        weight: Tensor,
+        weight: Tensor | PackedWeight,
         bias: Tensor | None = None,
         *,
         transposed: bool = False,
@@ -35,8 +37,10 @@ class InferenceLinear(nn.Module):
         self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
 
     @classmethod
-    def refusal(cls, weight: Tensor, values: torch.dtype | None = None) -> str | None:
+    def refusal(cls, weight: Tensor | PackedWeight, values: torch.dtype | None = None) -> str | None:
         """Return why the layer cannot hold a weight, with values of a dtype, or None."""
+        if isinstance(weight, PackedWeight):
+            weight = weight.as_row()
         if weight.dim() != 2:
             return f"it has {weight.dim()} dimensions, not 2"
         if type(weight) not in (Tensor, nn.Parameter):
@@ -53,7 +57,8 @@ class InferenceLinear(nn.Module):
         """Return the dtype for values where one is asked for; None for the weight's."""
         return held_as
 
-    def _compress(self, weight: Tensor) -> None:
+    def _compress(self, weight: Any) -> None:
+        """Hold a weight, a tensor or what a layer on a CPU may get, a :class:`PackedWeight`."""
         raise NotImplementedError
 
     def _dense(self) -> Tensor:
@@ -65,7 +70,7 @@ class InferenceLinear(nn.Module):
         """The dtype of the layer's activations."""
         raise NotImplementedError
 
-    def _hold(self, weight: Tensor) -> None:
+    def _hold(self, weight: Tensor | PackedWeight) -> None:
         reason = self.refusal(weight, self._held_as)
         if reason is not None:
             raise ValueError(f"Invalid weight: {reason}.")

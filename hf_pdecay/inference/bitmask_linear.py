@@ -11,13 +11,16 @@ from torch.nn import functional
 
 from .cpu_linear import CpuLinear
 from .kernels import address, kind_of, library
+from .packed_weight import PackedWeight
 
+
+BEYOND = 64
+"""Bytes that may be read after the last value."""
 
 _WORD = 64  # weights of a word of the mask
 _BLOCK = 256  # columns that share a scale of int8 values
 # More rows, in the dtype of the result, are multiplied by dense blocks: torch's own product of bfloat16 is fast.
 _FEW, _FEW_BFLOAT16 = 64, 24
-_BEYOND = 64  # bytes that may be read after the last value
 _DENSE = 1 << 22  # weights of a dense block: with rows of x they fit into a last cache of 32 MiB
 _PACKED_AT_A_TIME = 1 << 24  # weights
 
@@ -52,19 +55,25 @@ class BitmaskLinear(CpuLinear):
     form = "bitmask"
     _parts = ("masks", "starts", "values", "scales", "shifts")
 
-    def _compress(self, weight: Tensor) -> None:
+    def _compress(self, weight: Tensor | PackedWeight) -> None:
         out, size = weight.shape
         words = -(-size // _WORD)
+        if isinstance(weight, PackedWeight) and self._held_as != torch.int8:
+            self._count, self.form = weight.count_nonzero(), "bitmask"
+            held = weight.masks, weight.starts, weight.padded_values(self._held_as, BEYOND), None, None
+            for part, tensor in zip(self._parts, held, strict=True):
+                self.register_buffer(part, tensor, persistent=False)
+            return
         step = max(_PACKED_AT_A_TIME // max(size, 1), 1)
         # Without bits a value takes 1 byte; with them 1/8, and 1 if it is not zero.
         masked = self._held_as != torch.int8 or int(weight.count_nonzero()) < weight.numel() * 7 / 8
-        parts = [_pack(part, self._held_as, masked) for part in (weight.split(step) if out else [weight])]
+        parts = [_pack(part, self._held_as, masked) for part in (weight.split(step) if out else [weight])]  # type: ignore[arg-type]
         masks, counts, values, scales, sums = (torch.cat(column) for column in zip(*parts, strict=True))
         starts = torch.zeros(out, dtype=torch.int64)
         starts[1:] = counts[:-1].cumsum(0)
         self._count = int(weight.count_nonzero())
         self.form = "bitmask" if masked else "dense"
-        beyond = torch.zeros(_BEYOND // values.element_size(), dtype=values.dtype)
+        beyond = torch.zeros(BEYOND // values.element_size(), dtype=values.dtype)
         self.register_buffer("masks", masks.view(out, 8 * words) if masked else None, persistent=False)
         self.register_buffer("starts", starts, persistent=False)
         self.register_buffer("values", torch.cat([values, beyond]), persistent=False)
@@ -80,7 +89,7 @@ class BitmaskLinear(CpuLinear):
 
     def _dense(self) -> Tensor:
         columns = -(-self.in_features // _WORD) * _WORD
-        values = self.values[: len(self.values) - _BEYOND // self.values.element_size()]
+        values = self.values[: len(self.values) - BEYOND // self.values.element_size()]
         if self.masks is None:
             weight = values.float().view(self.out_features, columns)
         else:

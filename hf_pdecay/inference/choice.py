@@ -76,30 +76,12 @@ def to_sparse_inference(
     """
     device = _check(model, rows, min_sparsity, {"values": values, "head": head})
     held_as, head_as = (None if name is None else VALUES[name] for name in (values, head))
-    linear = sum(module.weight.nbytes for *_, module in _linears(model))
+    linear = sum(module.weight.nbytes for *_, module in linear_layers(model))
     others = torch.zeros(_CACHE // 4) if linear > _CACHE and device == "cpu" else None
     timer = Timer(rows, others)
     before = model_seconds(model, rows)
-    owners = Counter(id(param) for _, param in model.named_parameters(remove_duplicate=False))
-    output = _output_layer(model) if head_as is not None else None
-    containers = [module for module in model.modules() if isinstance(module, nn.TransformerEncoder)]
     choices = Choices(rows=rows, min_sparsity=min_sparsity)
-    dense: dict[tuple[int, int], tuple[Linear, float]] = {}  # of each shape a layer that more zeros might swap
-    for parent, key, name, module in list(_linears(model)):
-        shared = owners[id(module.weight)] > 1
-        if module is output:
-            choice, sparse = _head(name, module, shared, head_as)
-        else:
-            kept = _kept(module, shared)
-            choice, sparse = _choose(name, module, min_sparsity, held_as, kept, timer)
-            if sparse is None and kept is None and device == "cpu" and BitmaskLinear.refusal(module.weight) is None:
-                dense[choice.shape] = module, max(choice.sparsity, dense.get(choice.shape, (module, 0.0))[1])
-        choices.append(choice)
-        if sparse is not None:
-            setattr(parent, key, sparse.train(module.training))
-            sparse.changed = _without_fast_path(parent, containers)
-    if device == "cpu":
-        choices += _swap_experts(model, min_sparsity, held_as, owners, timer)
+    dense = swap_layers(model, choices, timer, held_as, head_as)
     if not choices.swapped:
         for shape, (module, sparsity) in dense.items():
             choices.swapped_from[shape] = (
@@ -111,8 +93,48 @@ def to_sparse_inference(
     return choices
 
 
-def _check(model: nn.Module, rows: int, min_sparsity: float | None, values: dict[str, str | None]) -> str:
-    """Return the type of the model's device; ValueError if an argument is invalid."""
+def swap_layers(
+    model: nn.Module, choices: Choices, timer: Timer, held_as: torch.dtype | None, head_as: torch.dtype | None
+) -> dict[tuple[int, int], tuple[Linear, float]]:
+    """Swap layers as :func:`to_sparse_inference` does, and add a choice for each to ``choices``.
+
+    Returns:
+        Of each shape a layer that stays dense and that more zeros might swap, and its sparsity.
+    """
+    owners = Counter(id(param) for _, param in model.named_parameters(remove_duplicate=False))
+    output = output_layer(model) if head_as is not None else None
+    dense: dict[tuple[int, int], tuple[Linear, float]] = {}
+    for parent, key, name, module in list(linear_layers(model)):
+        shared = owners[id(module.weight)] > 1
+        if module is output:
+            choice, sparse = _head(name, module, shared, head_as)
+        else:
+            kept = kept_dense(module, shared)
+            choice, sparse = _choose(name, module, choices.min_sparsity, held_as, kept, timer)
+            if (
+                sparse is None
+                and kept is None
+                and module.weight.is_cpu
+                and BitmaskLinear.refusal(module.weight) is None
+            ):
+                dense[choice.shape] = module, max(choice.sparsity, dense.get(choice.shape, (module, 0.0))[1])
+        choices.append(choice)
+        if sparse is not None:
+            put_layer(model, parent, key, sparse.train(module.training))
+    if not any(param.is_cuda for param in model.parameters()):
+        choices += _swap_experts(model, choices.min_sparsity, held_as, owners, timer)
+    return dense
+
+
+def put_layer(model: nn.Module, parent: nn.Module, key: str, layer: InferenceLinear) -> None:
+    """Put a layer in the place of a dense one."""
+    setattr(parent, key, layer)
+    containers = [module for module in model.modules() if isinstance(module, nn.TransformerEncoder)]
+    layer.changed = _without_fast_path(parent, containers)
+
+
+def check_settings(rows: int, min_sparsity: float | None, values: dict[str, str | None]) -> None:
+    """Raise ValueError if a setting of :func:`to_sparse_inference` is out of its range."""
     if not isinstance(rows, int) or rows < 1:
         raise ValueError(f"Invalid rows: rows={rows!r}; it must be a whole number of at least 1.")
     if min_sparsity is not None and not (is_number(min_sparsity) and 0 <= min_sparsity <= 1):
@@ -122,6 +144,11 @@ def _check(model: nn.Module, rows: int, min_sparsity: float | None, values: dict
     for name, value in values.items():
         if value is not None:
             check_choice(name, value, tuple(VALUES))
+
+
+def _check(model: nn.Module, rows: int, min_sparsity: float | None, values: dict[str, str | None]) -> str:
+    """Return the type of the model's device; ValueError if an argument is invalid."""
+    check_settings(rows, min_sparsity, values)
     if is_plain_linear(model):
         raise ValueError(
             f"Invalid model: it is a {type(model).__name__}, and layers are swapped in the module around them; give "
@@ -158,7 +185,7 @@ def to_dense_inference(model: nn.Module) -> nn.Module:
     return model
 
 
-def _linears(model: nn.Module) -> Iterator[tuple[nn.Module, str, str, Linear]]:
+def linear_layers(model: nn.Module) -> Iterator[tuple[nn.Module, str, str, Linear]]:
     """The layers that are linear and nothing more: parent module, key in the parent, name and layer."""
     for path, parent in model.named_modules():
         for key, module in parent.named_children():
@@ -198,13 +225,13 @@ def _swap_experts(
     return choices
 
 
-def _output_layer(model: nn.Module) -> Linear:
+def output_layer(model: nn.Module) -> Linear:
     """The linear layer whose results are the model's; ValueError if there is none."""
     own: Any = model
     layer = own.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     if layer is None:
         embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
-        layer = next((module for *_, module in _linears(model) if id(module.weight) in embeddings), None)
+        layer = next((module for *_, module in linear_layers(model) if id(module.weight) in embeddings), None)
     if not isinstance(layer, nn.Module) or not is_plain_linear(layer):
         raise ValueError(
             f"Invalid head: {type(model).__name__} has no linear output layer that is its own; leave it out."
@@ -249,7 +276,7 @@ def _has_hooks(module: nn.Module) -> bool:
     return bool(module._forward_hooks or module._forward_pre_hooks)
 
 
-def _kept(module: Linear, shared: bool) -> str | None:
+def kept_dense(module: Linear, shared: bool) -> str | None:
     """Why a layer stays dense whatever its weights are, or None."""
     if shared:
         return "its weight is shared with another module"

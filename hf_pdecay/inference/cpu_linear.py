@@ -11,6 +11,7 @@ from torch.utils._pytree import tree_map_only
 
 from .base import InferenceLinear
 from .kernels import FLOATS
+from .packed_weight import PackedWeight
 
 
 _HALF = torch.finfo(torch.float16).max
@@ -44,7 +45,7 @@ class CpuLinear(InferenceLinear):
             return f"it has weights beyond {_HALF:.0f}, which float16 cannot hold"
         return None
 
-    def _hold(self, weight: Tensor) -> None:
+    def _hold(self, weight: Tensor | PackedWeight) -> None:
         super()._hold(weight)
         self.register_buffer("_empty", torch.empty(0, dtype=weight.dtype), persistent=False)  # `.to(dtype)` converts it
 

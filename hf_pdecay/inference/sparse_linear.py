@@ -7,6 +7,7 @@ from torch import Tensor
 
 from .cpu_linear import CpuLinear
 from .kernels import address, kind_of, library
+from .packed_weight import PackedWeight
 
 
 _NARROW = 1 << 16  # columns that 16 bits address
@@ -45,16 +46,21 @@ class SparseLinear(CpuLinear):
         """Return the dtype for values where one is asked for: bfloat16 for int8, whose scales no column follows."""
         return torch.bfloat16 if held_as == torch.int8 else held_as
 
-    def _compress(self, weight: Tensor) -> None:
-        kept = weight != 0
-        ends = torch.zeros(self.out_features + 1, dtype=torch.int32)
-        ends[1:] = kept.sum(1).cumsum(0)
-        columns = torch.arange(self.in_features, dtype=torch.int32).expand_as(weight)[kept]
+    def _compress(self, weight: Tensor | PackedWeight) -> None:
+        numbers = torch.arange(self.in_features, dtype=torch.int32)
         if self.in_features <= _NARROW:
-            columns = columns.to(torch.int16)  # whose bits C++ reads without a sign; torch cannot pickle uint16
+            numbers = numbers.to(torch.int16)  # whose bits C++ reads without a sign; torch cannot pickle uint16
+        if isinstance(weight, PackedWeight):
+            counts, values = weight.counts, weight.values
+            columns = weight.columns(numbers)
+        else:
+            kept = weight != 0
+            counts, values, columns = kept.sum(1), weight[kept], numbers.expand_as(weight)[kept]
+        ends = torch.zeros(self.out_features + 1, dtype=torch.int32)
+        ends[1:] = counts.cumsum(0)
         self.register_buffer("starts", ends, persistent=False)
         self.register_buffer("columns", columns, persistent=False)
-        self.register_buffer("values", weight[kept].to(self._held_as), persistent=False)
+        self.register_buffer("values", values.to(self._held_as), persistent=False)
 
     def _dense(self) -> Tensor:
         weight = torch.zeros(self.out_features, self.in_features, dtype=self.dtype, device=self.values.device)

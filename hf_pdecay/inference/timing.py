@@ -15,6 +15,7 @@ from ..layers.matrices import Linear, is_transposed
 from .base import InferenceLinear
 from .bitmask_linear import BitmaskLinear
 from .kernels import library
+from .packed_weight import PackedWeight
 from .result import MOST_SPARSITY
 from .semi_structured import SemiStructuredLinear
 from .sparse_linear import SparseLinear
@@ -36,7 +37,9 @@ def least_sparsity(weight: Tensor, held_as: torch.dtype | None) -> float:
     return 0.0 if held_as is not None and held_as.itemsize < weight.element_size() else _LEAST_SPARSITY
 
 
-def likely_form(weight: Tensor, sparsity: float, held_as: torch.dtype | None, rows: int) -> type[InferenceLinear]:
+def likely_form(
+    weight: Tensor | PackedWeight, sparsity: float, held_as: torch.dtype | None, rows: int
+) -> type[InferenceLinear]:
     """Return the form that is likely the fastest, without a measurement."""
     if weight.is_cuda:
         return SemiStructuredLinear
@@ -44,7 +47,7 @@ def likely_form(weight: Tensor, sparsity: float, held_as: torch.dtype | None, ro
     return SparseLinear if (sparsity >= least or library() is None) and _fits(weight) else BitmaskLinear
 
 
-def _fits(weight: Tensor) -> bool:
+def _fits(weight: Tensor | PackedWeight) -> bool:
     return SparseLinear.refusal(weight) is None
 
 

@@ -13,6 +13,7 @@ import numpy as np
 from .container import BLOCK, Entry, FormatError, Header, header_of, read_header
 from .encoding import HEAD_LIMIT, Blob, Bytes, check, decode, parse
 from .manifest import MANIFEST, header_checksum, is_compressed, read_manifest, sha256
+from .packed import Packed, read_packed
 
 
 # 0 switches the comparison of checksums off; everything else is still checked.
@@ -124,6 +125,11 @@ class CompressedFile:
     def get_slice(self, name: str) -> CompressedTensor:
         """Return a tensor that is decoded when it is indexed."""
         return CompressedTensor(self, name)
+
+    def get_packed(self, name: str, *, transposed: bool, beyond: int) -> Packed:
+        """Return a matrix in bits and values, or its transpose; it must be in a block that is not dense."""
+        stored = self._stored(self.header.entries[name])
+        return read_packed(stored, memory_limit(), f"{name!r} in {self._file.name}", transposed, beyond)
 
     def head(self, name: str) -> Blob | None:
         """Return the head of a tensor's block; None if it is stored plainly."""

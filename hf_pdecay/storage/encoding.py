@@ -168,25 +168,31 @@ def decode(blob: Bytes, limit: int, what: str) -> tuple[Bytes, Blob]:
     Raises FormatError if the block is damaged or forged, or, before memory is taken, if the tensor has more than
     ``limit`` bytes; ValueError if zstandard is needed and not installed.
     """
-    head = check(blob, what)
-    if head.dense > limit:
-        raise FormatError(f"{what} is a tensor of {head.dense} bytes; at most {limit} bytes are possible.")
-    payload = blob[head.begin : head.begin + head.stored]
-    if head.zstd:
-        payload = unpack(payload, head.sections, what)
-        _check_places(payload, head, what)
+    head, payload = opened(blob, what, limit)
     unsigned = _UNSIGNED[head.itemsize]
     if head.encoding == DENSE:
         return payload.copy(), head
     values = payload[head.places : head.places + head.values * head.itemsize].view(unsigned)
     result = np.zeros(head.numel, dtype=unsigned)
     taken = 0
-    for begin, indices in _indices(payload[: head.places], head):
+    for begin, indices in value_indices(payload[: head.places], head):
         result[begin:][indices] = values[taken : taken + indices.size]
         taken += indices.size
     if head.signs:
         _sign_zeros(result, payload, head)
     return result.view(np.uint8), head
+
+
+def opened(blob: Bytes, what: str, limit: int | None = None) -> tuple[Blob, Bytes]:
+    """Return the head of a block, checked, and its payload without zstd; errors as of :func:`decode`."""
+    head = check(blob, what)
+    if limit is not None and head.dense > limit:
+        raise FormatError(f"{what} is a tensor of {head.dense} bytes; at most {limit} bytes are possible.")
+    payload = blob[head.begin : head.begin + head.stored]
+    if head.zstd:
+        payload = unpack(payload, head.sections, what)
+        _check_places(payload, head, what)
+    return head, payload
 
 
 class _Way(NamedTuple):
@@ -314,8 +320,8 @@ def _check_places(payload: Bytes, head: Blob, what: str) -> None:
             )
 
 
-def _indices(places: Bytes, head: Blob) -> Iterator[tuple[int, Any]]:
-    """The places of the values, chunk by chunk: the chunk's first element, and indices from there."""
+def value_indices(places: Bytes, head: Blob) -> Iterator[tuple[int, Any]]:
+    """Yield the places of the values, chunk by chunk: the chunk's first element, and indices from there."""
     if head.encoding == BITMASK:
         for begin in range(0, head.numel, _CHUNK):
             marks = np.unpackbits(places[begin // 8 : (begin + _CHUNK) // 8], bitorder="little")

@@ -8,11 +8,11 @@ from typing import Any
 from .container import FormatError
 from .folder import CONFIG
 from .manifest import is_compressed
-from .source import RAGGED, Source, quantization_method
+from .source import RAGGED, ModelFolder, quantization_method
 from .untrusted import explained, model_class, on_meta
 
 
-def class_of(source: Source) -> Any:
+def class_of(source: ModelFolder) -> Any:
     """Return the class of transformers that a model's config names; raise ValueError if there is none."""
     import transformers
 
@@ -26,7 +26,7 @@ def class_of(source: Source) -> Any:
     return cls
 
 
-def load_whole(source: Source, dtype: str = "auto") -> tuple[Any, list[str]]:
+def load_whole(source: ModelFolder, dtype: str = "auto") -> tuple[Any, list[str]]:
     """Load a model, in evaluation mode.
 
     Returns:
@@ -59,7 +59,7 @@ def unused_note(unused: list[str], model: Any) -> str:
     )
 
 
-def _check_whole(source: Source, cls: Any) -> None:
+def _check_whole(source: ModelFolder, cls: Any) -> None:
     """Raise FormatError if the config describes more weights than there are: transformers would make any number."""
     folder = str(source.folder)
     model = on_meta(cls, cls.config_class.from_pretrained(folder), folder)

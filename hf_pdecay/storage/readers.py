@@ -8,6 +8,9 @@ folder by the same code as from the plain one.
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import lru_cache
 from types import ModuleType
 from typing import Any
@@ -19,13 +22,27 @@ from .compressed_file import CompressedFile, checksums_wanted, is_compressed_fil
 
 
 _TORCH = ("pt", "torch", "pytorch")
+# What is made of each compressed file that is opened.
+_view: ContextVar[Callable[[CompressedFile], Any] | None] = ContextVar("_view", default=None)
+
+
+@contextmanager
+def opened_as(view: Callable[[CompressedFile], Any]) -> Iterator[None]:
+    """Let ``safe_open`` return ``view(file)`` for each compressed file, in this thread."""
+    token = _view.set(view)
+    try:
+        yield
+    finally:
+        _view.reset(token)
 
 
 def safe_open(filename: str | os.PathLike[str], framework: str = "pt", device: Any = "cpu", **kwargs: Any) -> Any:
     """Open a file as ``safetensors.safe_open`` does, compressed or plain."""
     if framework in _TORCH and is_compressed_file(filename):
         found = os.stat(filename)
-        return _opened(os.fspath(filename), device, checksums_wanted(), found.st_ino, found.st_size, found.st_mtime_ns)
+        version = found.st_ino, found.st_size, found.st_mtime_ns
+        file, view = _opened(os.fspath(filename), device, checksums_wanted(), *version), _view.get()
+        return file if view is None else view(file)
     return safetensors.safe_open(filename, framework=framework, device=device, **kwargs)
 
 

@@ -20,15 +20,21 @@ RAGGED = "hf_pdecay_shrunk"
 
 
 @dataclass(frozen=True)
-class Source:
-    """The folder of a model or an adapter, and the folder ``out`` that is written from it.
-
-    Raises ValueError if ``out`` cannot be written, or one of the folders lies in the other.
-    """
+class ModelFolder:
+    """The folder of a model or an adapter, its config, and the headers of its files of weights."""
 
     folder: Path
     config: dict[str, Any]
     headers: dict[str, Header]
+
+
+@dataclass(frozen=True)
+class Source(ModelFolder):
+    """A :class:`ModelFolder`, and the folder ``out`` that is written from it.
+
+    Raises ValueError if ``out`` cannot be written, or one of the folders lies in the other.
+    """
+
     out: str | os.PathLike[str]
     overwrite: bool
 
@@ -83,5 +89,14 @@ def read_source(model: str | os.PathLike[str], out: str | os.PathLike[str], over
     Raises ValueError if the model does not exist in safetensors, or ``out`` cannot be written.
     """
     check_out(out, overwrite)
+    found = read_model(model)
+    return Source(found.folder, found.config, found.headers, out, overwrite)
+
+
+def read_model(model: str | os.PathLike[str]) -> ModelFolder:
+    """Return the folder of a whole model, downloaded if ``model`` is a name on the Hub.
+
+    Raises ValueError if the model does not exist in safetensors.
+    """
     folder = local_folder(model)
-    return Source(folder, read_config(folder), read_weights(folder), out, overwrite)
+    return ModelFolder(folder, read_config(folder), read_weights(folder))
