@@ -109,7 +109,8 @@ def _make_dense(model: nn.Module) -> None:
     """Read the weights that are still in their file, such as those of embeddings."""
     dense: dict[int, nn.Parameter] = {}
     for module in model.modules():
-        for name, param in list(module._parameters.items()):
+        params: dict[str, Any] = module._parameters
+        for name, param in list(params.items()):
             if isinstance(param, StoredWeight):
                 if id(param) not in dense:
                     dense[id(param)] = nn.Parameter(param.dense(), requires_grad=param.requires_grad)
