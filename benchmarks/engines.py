@@ -85,6 +85,7 @@ def _onnx(path: str, ids: Tensor) -> Call:
 
     options = ort.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
+    options.add_session_config_entry("session.force_spinning_stop", "1")  # so that it does not disturb the others
     session = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     name = session.get_inputs()[0].name
     return lambda: session.run(None, {name: ids.numpy()})[0]

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from .cpu_linear import CpuLinear
-from .kernels import address, kind_of, library
+from .kernels import address, kept_of, kind_of, library
 from .packed_weight import PackedWeight
 
 
@@ -159,4 +159,4 @@ def _pack(weight: Tensor, held_as: torch.dtype, masked: bool) -> tuple[Tensor, T
     stored = weight.to(held_as)
     masks = torch.from_numpy(np.packbits(kept.numpy(), axis=1, bitorder="little"))
     counts = kept.sum(1) if masked else torch.full((rows,), weight.shape[1])
-    return masks, counts, stored[kept] if masked else stored.flatten(), scales, sums
+    return masks, counts, kept_of(stored, kept) if masked else stored.flatten(), scales, sums

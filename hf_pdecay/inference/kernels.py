@@ -6,6 +6,7 @@ import ctypes
 import functools
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -25,6 +26,13 @@ VALUES = {str(dtype).removeprefix("torch."): dtype for dtype in _KINDS}
 def kind_of(values: Tensor) -> int:
     """Return the number by which C++ knows a dtype."""
     return _KINDS[values.dtype]
+
+
+def kept_of(numbers: Tensor, kept: Tensor) -> Tensor:
+    """Return the numbers of a CPU tensor that a mask keeps, in order: ``numbers[kept]``, by numpy's faster loop."""
+    words = {1: torch.int8, 2: torch.int16, 4: torch.int32}[numbers.element_size()]
+    found = np.compress(kept.reshape(-1).numpy(), numbers.contiguous().view(words).view(-1).numpy())
+    return torch.from_numpy(found).view(numbers.dtype)
 
 
 def address(tensor: Tensor | None) -> int | None:

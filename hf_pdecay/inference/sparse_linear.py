@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .cpu_linear import CpuLinear
-from .kernels import address, kind_of, library
+from .kernels import address, kept_of, kind_of, library
 from .packed_weight import PackedWeight
 
 
@@ -55,7 +55,8 @@ class SparseLinear(CpuLinear):
             columns = weight.columns(numbers)
         else:
             kept = weight != 0
-            counts, values, columns = kept.sum(1), weight[kept], numbers.expand_as(weight)[kept]
+            counts = kept.sum(1)
+            values, columns = kept_of(weight, kept), kept_of(numbers.expand_as(weight), kept)
         ends = torch.zeros(self.out_features + 1, dtype=torch.int32)
         ends[1:] = counts.cumsum(0)
         self.register_buffer("starts", ends, persistent=False)
