@@ -29,6 +29,7 @@ from ..one_shot.model import (
     context_of,
     prune_matrices,
 )
+from ..one_shot.own_text import own_rows
 from ..one_shot.streaming import options_of
 from ..optim.unit_kinds import ELEMENT, n_of_m
 from ..target.budgets import Budget
@@ -39,8 +40,8 @@ from .teacher_cache import documents_of
 
 logger = get_logger(__name__)
 
-# Calibration rows, and the most tokens of each.
-_ROWS, _LONGEST = 64, 2048
+# Calibration rows, how many of them the model writes itself, and the most tokens of each.
+_ROWS, _OWN, _LONGEST = 64, 32, 2048
 # Of a target beyond this fraction the schedule makes the rest.
 _MOST = 0.5
 # A model that predicts no better than by chance has a loss of log(vocabulary). One whose loss is below this share of
@@ -177,8 +178,9 @@ class OneShotCut:
         if not lacking:
             return
         report, failure = None, None
+        rows, own = _with_own(model, self._rows)
         try:
-            report = prune_matrices(model, self._rows, lacking, self.method)
+            report = prune_matrices(model, rows, lacking, self.method)
         except MODEL_ERRORS as error:
             if self._must:
                 raise
@@ -190,9 +192,22 @@ class OneShotCut:
             logger.warning("The run prunes step by step from here, as with one_shot=off: %s", failure)
         if report is not None and tell:
             logger.warning(
-                "Pruned to %.2f%% zeros by %s, from %d rows of %d tokens, in %.0f s (one_shot).",
-                *(100 * report.sparsity, self.method, *self._rows.shape, time.perf_counter() - start),
+                "Pruned to %.2f%% zeros by %s, from %d rows of %d tokens, %d of them its own, in %.0f s (one_shot).",
+                *(100 * report.sparsity, self.method, *rows.shape, own, time.perf_counter() - start),
             )
+
+
+def _with_own(model: nn.Module, rows: Tensor) -> tuple[Tensor, int]:
+    """Replace half of the calibration rows by text that the model writes, and return how many these are.
+
+    What is pruned by the rows of a task alone costs the model much of what else it knows.
+    """
+    try:
+        own = own_rows(model, min(_OWN, len(rows)), rows.shape[1])
+    except MODEL_ERRORS as error:  # as for a model that does not write
+        logger.info("The model writes no rows for its calibration: %s", str(error).strip().split("\n")[0])
+        return rows, 0
+    return torch.cat([rows[: _ROWS - _OWN], own.to(rows.dtype)]), len(own)
 
 
 def _several() -> bool:

@@ -6,10 +6,12 @@ import copy
 import ctypes
 import pickle
 import shutil
+import struct
 import subprocess
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -285,3 +287,42 @@ def test_columns_take_two_bytes_where_they_fit() -> None:
         assert layer.columns.dtype == dtype and torch.equal(layer.dense_weight(), weight)
         x = torch.randn(3, size)
         torch.testing.assert_close(layer(x), x @ weight.t(), rtol=1e-4, atol=1e-4)
+
+
+@pytest.fixture(scope="module")
+def on_arm(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """The command of a program for 64-bit ARM that multiplies what a file holds."""
+    compiler, emulator = shutil.which("aarch64-linux-gnu-g++"), shutil.which("qemu-aarch64-static")
+    if compiler is None or emulator is None:
+        pytest.skip("no compiler or no emulator for 64-bit ARM (apt install g++-aarch64-linux-gnu qemu-user-static)")
+    folder = tmp_path_factory.mktemp("arm")
+    source, program = folder / "harness.cpp", folder / "harness"
+    parts = [*kernels.SOURCES, Path(__file__).with_name("harness.cpp")]
+    source.write_text("\n".join(path.read_text() for path in parts))
+    command = [compiler, "-std=c++17", "-O2", "-static", "-fopenmp", "-Wall", str(source), "-o", str(program)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0 and "warning: unused" not in done.stderr, done.stderr
+    return [emulator, str(program)]
+
+
+@pytest.mark.parametrize("values", VALUES, ids=str)
+def test_arm_gives_the_product(on_arm: list[str], values: torch.dtype | None, tmp_path: Path) -> None:
+    for zeros in (0.05, 0.6):
+        for rows in (1, 3, 7):
+            weight, bias, x = sparse_weight(37, 130, zeros), torch.randn(37), torch.randn(rows, 130)
+            layer = BitmaskLinear(weight, bias, values=values)
+            head = torch.tensor([kernels.kind_of(layer.values), 37, 130, rows])
+            none = torch.empty(0)
+            masks = none if layer.masks is None else layer.masks
+            arrays = [
+                *((head, 8), (masks, 8), (layer.starts, 8), (layer.values, 1)),
+                *((layer.scales, 4), (layer.shifts, 4), (bias, 4), (x, 4)),
+            ]
+            with open(tmp_path / "in", "wb") as file:
+                for array, size in arrays:
+                    content = (none if array is None else array).contiguous().view(torch.uint8).numpy().tobytes()
+                    file.write(struct.pack("<q", len(content) // size) + content)
+            subprocess.run([*on_arm, str(tmp_path / "in"), str(tmp_path / "out")], check=True)
+            found = torch.from_numpy(np.fromfile(tmp_path / "out", dtype=np.float32))
+            check(layer, x, bias, found[: rows * 37].view(rows, 37))
+            torch.testing.assert_close(found[rows * 37 :].view(37, 130), layer.dense_weight(), rtol=1e-6, atol=0)

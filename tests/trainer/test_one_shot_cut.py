@@ -16,6 +16,8 @@ from torch.utils.data import IterableDataset
 from transformers import TrainerCallback
 
 from hf_pdecay import PDecayTrainer, PDecayTrainingArguments, decayable_parameter_names
+from hf_pdecay.one_shot.own_text import own_rows
+from hf_pdecay.trainer.one_shot_cut import _with_own
 
 from ..helpers.models import build, tiny_gpt2
 
@@ -197,7 +199,7 @@ def test_the_card_and_the_log_say_it(tmp_path: Path, caplog: pytest.LogCaptureFi
     with caplog.at_level(logging.WARNING, "hf_pdecay"):
         trainer, _ = _trainer(tmp_path)
         trainer.train()
-    assert "Pruned to 50.00% zeros by fisher, from 64 rows of 16 tokens" in caplog.text
+    assert "Pruned to 50.00% zeros by fisher, from 64 rows of 16 tokens, 32 of them its own" in caplog.text
     assert "one_shot: fisher" in (tmp_path / "README.md").read_text(encoding="utf-8")
     for name in ("llama", "bert-classifier"):  # auto, of an untrained model, and of one that is no language model
         trainer, _ = _trainer(
@@ -464,3 +466,31 @@ def test_batches_without_tokens_and_too_few_are_refused(tmp_path: Path) -> None:
     trainer, _ = _trainer(tmp_path, build("vit"), data=images)
     with pytest.raises(ValueError, match="no input_ids of shape"):
         trainer.train()
+
+
+def test_a_model_writes_rows_of_its_own(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    """They follow what it predicts, are the same again, and leave random numbers and the mode as they were."""
+    model: Any = build("llama").train()
+    with torch.no_grad():  # after any token it predicts one of 5 and 6
+        model.model.embed_tokens.weight.fill_(0.1)
+        model.model.norm.weight.fill_(1.0)
+        model.lm_head.weight.fill_(-10.0)
+        model.lm_head.weight[5:7] = 10.0
+    torch.manual_seed(3)
+    expected = torch.rand(1)
+    torch.manual_seed(3)
+    rows = own_rows(model, 5, 12, seed=1)
+    assert torch.equal(torch.rand(1), expected) and model.training
+    assert rows.shape == (5, 12) and torch.equal(rows, own_rows(model, 5, 12, seed=1))
+    assert not torch.equal(rows, own_rows(model, 5, 12, seed=2))
+    assert set(rows[:, 1:].flatten().tolist()) == {5, 6} and len(set(rows[:, 0].tolist())) > 2
+    data = torch.randint(1, 64, (64, 12))
+    both, own = _with_own(model, data)
+    assert own == 32 and both.shape == (64, 12) and torch.equal(both[:32], data[:32])
+    assert torch.equal(both[32:], own_rows(model, 32, 12))
+    few, own = _with_own(model, data[:3])
+    assert own == 3 and torch.equal(few[:3], data[:3])
+    monkeypatch.setattr(type(model), "generate", lambda *_, **__: {}["cache"])
+    with caplog.at_level(logging.INFO, "hf_pdecay"):
+        both, own = _with_own(model, data)
+    assert own == 0 and both is data and "writes no rows" in caplog.text
