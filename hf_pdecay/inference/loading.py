@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 from collections import Counter
+from threading import Thread
 from typing import Any
 
 import torch
 from torch import nn
 
 from ..layers.matrices import is_transposed
+from ..storage.bits import compile_functions
 from ..storage.loading import load_whole, unused_note
-from ..storage.readers import opened_as
-from ..storage.source import read_model
+from ..storage.readers import opened_as, safe_open
+from ..storage.source import ModelFolder, read_model
 from ..terminal import get_logger
 from .bitmask_linear import BEYOND, BitmaskLinear
 from .choice import check_settings, kept_dense, linear_layers, output_layer, put_layer, swap_layers
@@ -68,6 +71,10 @@ def load_sparse_inference(
     check_settings(rows, min_sparsity, {"values": values, "head": head})
     held_as, head_as = (None if name is None else VALUES[name] for name in (values, head))
     folder = read_model(model)
+    compile_functions()
+    # While transformers builds the model, another thread compares the files' checksums.
+    checking = Thread(target=_check, args=[folder], daemon=True)
+    checking.start()
     with opened_as(lambda file: SparseFile(file, min_sparsity)):
         loaded, unused = load_whole(folder, dtype)
     if unused:
@@ -78,6 +85,13 @@ def load_sparse_inference(
     swap_layers(loaded, choices, Timer(rows, None), held_as, head_as)
     logger.log(logging.INFO if choices.swapped else logging.WARNING, "%s", " ".join(choices.sentences()))
     return loaded
+
+
+def _check(folder: ModelFolder) -> None:
+    """Open and check the files of a folder; errors come again when the model is loaded."""
+    with contextlib.suppress(ValueError, OSError):
+        for name in folder.headers:
+            safe_open(folder.folder / name)
 
 
 def _swap_stored(

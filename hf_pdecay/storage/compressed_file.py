@@ -114,7 +114,12 @@ class CompressedFile:
             raise FormatError(f"{what} has the dtype {dtype}, which torch {torch.__version__} does not have.")
         entry = self.header.entries[name]
         stored = self._stored(entry)
-        data = decode(stored, memory_limit(), what)[0] if entry.dtype == BLOCK else np.array(stored)
+        if entry.dtype == BLOCK:
+            data = decode(stored, memory_limit(), what)[0]
+        elif self._data is None:  # without pages of the file in this process's memory
+            data = np.fromfile(self._file, dtype=np.uint8, count=entry.size, offset=entry.begin)
+        else:
+            data = np.array(stored)
         tensor = torch.from_numpy(data).view(kind).reshape(shape) if data.size else torch.empty(shape, dtype=kind)
         return tensor.to(self._device)
 

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
 
+from .bits import expand
 from .container import DIMENSIONS_LIMIT, ITEMSIZES, FormatError, tensor_bytes
 from .zstd_planes import Bytes, Sections, check_frame, pack, unpack
 
@@ -174,10 +175,13 @@ def decode(blob: Bytes, limit: int, what: str) -> tuple[Bytes, Blob]:
         return payload.copy(), head
     values = payload[head.places : head.places + head.values * head.itemsize].view(unsigned)
     result = np.zeros(head.numel, dtype=unsigned)
-    taken = 0
-    for begin, indices in value_indices(payload[: head.places], head):
-        result[begin:][indices] = values[taken : taken + indices.size]
-        taken += indices.size
+    if head.encoding == BITMASK:
+        expand(payload[: head.places], values, result)
+    else:
+        taken = 0
+        for begin, indices in gap_indices(payload[: head.places], head):
+            result[begin:][indices] = values[taken : taken + indices.size]
+            taken += indices.size
     if head.signs:
         _sign_zeros(result, payload, head)
     return result.view(np.uint8), head
@@ -320,13 +324,8 @@ def _check_places(payload: Bytes, head: Blob, what: str) -> None:
             )
 
 
-def value_indices(places: Bytes, head: Blob) -> Iterator[tuple[int, Any]]:
-    """Yield the places of the values, chunk by chunk: the chunk's first element, and indices from there."""
-    if head.encoding == BITMASK:
-        for begin in range(0, head.numel, _CHUNK):
-            marks = np.unpackbits(places[begin // 8 : (begin + _CHUNK) // 8], bitorder="little")
-            yield begin, np.flatnonzero(marks.view(np.bool_))  # numpy is faster for booleans
-        return
+def gap_indices(places: Bytes, head: Blob) -> Iterator[tuple[int, Any]]:
+    """Yield the places of values with gaps, chunk by chunk: the chunk's first element, and indices from there."""
     begin = 0
     for first in range(0, places.size, _CHUNK * head.width):
         gaps = places[first : first + _CHUNK * head.width].view(_UNSIGNED[head.width])

@@ -6,8 +6,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from .bits import transpose
 from .container import FormatError
-from .encoding import BITMASK, Blob, Bytes, opened, value_indices
+from .encoding import BITMASK, Blob, Bytes, gap_indices, opened
 
 
 WORD = 64
@@ -68,7 +69,7 @@ def read_packed(stored: Bytes, limit: int, what: str, transposed: bool = False, 
 def _bits(gaps: Bytes, head: Blob) -> Bytes:
     """The bitmask of a block of gaps."""
     bits = np.zeros(-(-head.numel // _BYTE), dtype=np.uint8)
-    for begin, indices in value_indices(gaps, head):
+    for begin, indices in gap_indices(gaps, head):
         if not indices.size:
             continue
         places = indices + begin
@@ -100,6 +101,8 @@ def _transpose(masks: Bytes, values: Any, held: Any, shape: tuple[int, int]) -> 
     """Write the values of the transpose into ``held``, and return its masks."""
     rows, columns = shape
     result = np.zeros((columns, -(-rows // WORD) * _BYTE), dtype=np.uint8)
+    if transpose(masks, values, shape, result, held):
+        return result
     counts = np.bitwise_count(masks).sum(1, dtype=np.int64)
     following = np.cumsum(counts) - counts  # of each row, the index of its first value that is not taken yet
     step = max(_ELEMENTS // max(rows, 1) // _BYTE, 1) * _BYTE

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import lru_cache
+from threading import Lock
 from types import ModuleType
 from typing import Any
 
@@ -24,6 +25,9 @@ from .compressed_file import CompressedFile, checksums_wanted, is_compressed_fil
 _TORCH = ("pt", "torch", "pytorch")
 # What is made of each compressed file that is opened.
 _view: ContextVar[Callable[[CompressedFile], Any] | None] = ContextVar("_view", default=None)
+
+# Two threads must not check the same file.
+_opening = Lock()
 
 
 @contextmanager
@@ -41,7 +45,9 @@ def safe_open(filename: str | os.PathLike[str], framework: str = "pt", device: A
     if framework in _TORCH and is_compressed_file(filename):
         found = os.stat(filename)
         version = found.st_ino, found.st_size, found.st_mtime_ns
-        file, view = _opened(os.fspath(filename), device, checksums_wanted(), *version), _view.get()
+        with _opening:
+            file = _opened(os.fspath(filename), device, checksums_wanted(), *version)
+        view = _view.get()
         return file if view is None else view(file)
     return safetensors.safe_open(filename, framework=framework, device=device, **kwargs)
 

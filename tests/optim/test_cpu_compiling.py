@@ -109,6 +109,17 @@ def test_without_a_compiler_auto_falls_back_and_says_why(kind: str, tmp_path: Pa
     assert "'foreach'" in warning and ("/nonexistent/c++" if kind == "no compiler" else "locks") in warning
 
 
+def test_a_new_process_finds_what_was_compiled_without_inductor() -> None:
+    assert compiled.unavailable() is None
+    done = python("""
+import sys
+from hf_pdecay.optim.cpu import step
+assert step.library() is not None
+assert "torch._inductor.cpp_builder" not in sys.modules
+""")
+    assert done.returncode == 0, done.stderr[-5000:]
+
+
 # Inductor names the instruction sets of the processor, so that a flag of ours alone does not take one away.
 OTHER_PROCESSOR = """
 import sys
