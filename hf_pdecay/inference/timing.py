@@ -133,11 +133,15 @@ def speedups_of(dense: nn.Module, layers: Sequence[nn.Module], x: Tensor, others
 
 
 def model_seconds(model: Any, rows: int) -> float | None:
-    """Return the least time that a model of text takes for one sequence of ``rows`` tokens; None for other models."""
+    """Return the least time that a model of text takes for one sequence of ``rows`` tokens, or None.
+
+    That is for other models, and for one that trains: a call would draw random numbers and move running means.
+    """
     config = getattr(model, "config", None)
     embeddings = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
     if (
-        getattr(model, "main_input_name", None) != "input_ids"
+        model.training
+        or getattr(model, "main_input_name", None) != "input_ids"
         or getattr(config, "is_encoder_decoder", False)
         or not isinstance(embeddings, nn.Embedding)
     ):

@@ -422,6 +422,7 @@ def test_the_time_of_the_whole_model_is_said() -> None:
     assert f"before: {before / after:.2f} times" in str(found)
     assert found.to_dict()["seconds"] == {"before": before, "after": after}
     assert to_sparse_inference(prune(build("vit"), 0.5), min_sparsity=0.4).seconds is None
+    assert to_sparse_inference(prune(build("llama"), 0.5).train(), min_sparsity=0.4).seconds is None
     longer = model.config.max_position_embeddings + 1
     assert to_sparse_inference(to_dense_inference(model), min_sparsity=0.4, rows=longer).swapped
 
