@@ -20,7 +20,7 @@ _MOST = 0.98  # of a matrix, or of it what is asked for: one without weights wou
 def histogram(costs: Tensor) -> Tensor:
     """Return how many of some non-negative numbers lie in each bin, from the least to the greatest."""
     bits = costs.float().reshape(-1).view(torch.int32) >> _BITS
-    return torch.bincount(bits, minlength=_BINS).cpu()
+    return torch.bincount(bits, minlength=_BINS).int().cpu()  # 128 kB for each of what may be thousands of experts
 
 
 def divide(total: int, histograms: Sequence[Tensor]) -> list[int]:
@@ -52,10 +52,12 @@ def divide(total: int, histograms: Sequence[Tensor]) -> list[int]:
 
 def _cheapest(total: int, histograms: Sequence[Tensor]) -> list[int]:
     """How many of the cheapest weights of all lie in each matrix; those in the last bin go in proportion."""
-    below = torch.stack([counts.cumsum(0) for counts in histograms])
-    last = int(torch.searchsorted(below.sum(0), total))
+    every = torch.zeros(_BINS, dtype=torch.int64)
+    for counts in histograms:
+        every += counts
+    last = int(torch.searchsorted(every.cumsum(0), total))
     if last >= _BINS:
-        return [int(counts[-1]) for counts in below]
+        return [int(counts.sum()) for counts in histograms]
     inside = [int(counts[last]) for counts in histograms]
-    before = [int(counts[last]) - here for counts, here in zip(below, inside, strict=True)]
+    before = [int(counts[:last].sum()) for counts in histograms]
     return [one + more for one, more in zip(before, spread(total - sum(before), inside), strict=True)]
