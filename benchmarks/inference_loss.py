@@ -62,7 +62,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         prune_one_shot(dense, rows, sparsity=0.5)
     parts = short(data.test, args.rows)
     record = conditions("cpu", ("torch", "transformers"))
-    record["command"] = command("inference_loss.py", sys.argv[1:] if argv is None else argv)
+    given = ["FOLDER" if part in (args.data, args.model) else part for part in (sys.argv[1:] if argv is None else argv)]
+    record["command"] = command("inference_loss.py", given)
     record |= {"zeros": zeros(dense), "rows": len(parts), "losses": {"dense float32": loss(dense, parts, 1, low=False)}}
     for name, options in FORMS.items():
         model = copy.deepcopy(dense)
