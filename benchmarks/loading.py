@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import resource
 import shutil
 import subprocess
@@ -86,8 +87,13 @@ def load_once(way: str, folder: Path) -> dict[str, float]:
     return {
         "seconds": time.perf_counter() - begin,
         "cpu_seconds": time.process_time() - cpu,
-        "peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - began_with,
+        "peak": _most_memory() - began_with,
     }
+
+
+def _most_memory() -> int:
+    """The peak of this process's resident bytes. That of getrusage is not lower than the peak of its parent."""
+    return 1024 * int(re.findall(r"VmHWM:\s*(\d+)", Path("/proc/self/status").read_text())[0])
 
 
 def _quiet() -> None:
