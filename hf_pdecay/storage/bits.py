@@ -27,11 +27,11 @@ def compile_functions() -> None:
 
 
 def library() -> ctypes.CDLL | None:
-    """Return the compiled functions, or None if there are none yet."""
-    from ..optim.cpu.native import load  # which imports torch
-
-    if sys.byteorder != "little":
+    """Return the compiled functions, or None if there are none yet, or if the process has not imported torch."""
+    if sys.byteorder != "little" or "torch" not in sys.modules:  # compressing needs no torch, nor its memory
         return None
+    from ..optim.cpu.native import load  # which imports it
+
     return load(SOURCES, "Loading compressed models", "functions", compiling=_compiling)[0]
 
 
