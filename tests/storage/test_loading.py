@@ -365,7 +365,8 @@ for name, load in ways.items():
             load(ignore_mismatched_sizes=ignored)
             print("loaded", name, ignored)
         except Exception as error:
-            if "unknown variant `hf_pdecay`" not in str(error):
+            # Older releases of safetensors do not say which part of the header they do not know.
+            if "Error while deserializing header" not in str(error):
                 print("other", name, ignored, repr(error))
 try:
     safetensors.torch.load_file(folder + "/model.safetensors")
@@ -377,7 +378,7 @@ except Exception as error:
     compress(tmp_path / "plain", tmp_path / "small")
     done = python("-c", code, tmp_path / "small")
     assert done.stdout.startswith("Error while deserializing header"), done.stdout + done.stderr
-    assert "unknown variant `hf_pdecay`" in done.stdout
+    assert "unknown variant `hf_pdecay`" in done.stdout or "InvalidHeaderDeserialization" in done.stdout
     hf_pdecay.decompress(tmp_path / "small", tmp_path / "back")
     words = [line.split()[0] for line in python("-c", code, tmp_path / "back").stdout.splitlines()]
     assert words.count("loaded") >= 8 and words[-1] == "read"
