@@ -22,7 +22,7 @@ _T = TypeVar("_T")
 @contextlib.contextmanager
 def above_bars() -> Any:
     """Clear tqdm's progress bars while something is printed, and draw them again below it."""
-    tqdm = sys.modules.get("tqdm")  # where it is not imported, there are no bars
+    tqdm = sys.modules.get("tqdm")  # without an import there are no bars
     if tqdm is None or not hasattr(tqdm, "tqdm"):
         yield
         return

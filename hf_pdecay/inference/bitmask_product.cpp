@@ -465,8 +465,8 @@ bool multiply_all(const Packed& w, const float* x, int64_t count, float* y, void
     const int64_t begin = w.out * part / parts, end = w.out * (part + 1) / parts;
     const int64_t lines = (end - begin + Tile::kHeight - 1) / Tile::kHeight;
     for (int64_t line = 0; line < lines; line++) {
-      // Rows of W far apart, so that each goes on where the one before it ends: the processor reads ahead of them. Where
-      // there are no more, the last one comes again.
+      // Rows of W that lie far apart. Each continues where the one before it ended, so the processor reads ahead of all.
+      // If a part has no more rows, the last row is computed again.
       int64_t rows[Tile::kHeight];
       for (int o = 0; o < Tile::kHeight; o++) rows[o] = std::min(begin + o * lines + line, end - 1);
       for (int64_t first = 0; first < count; first += kMost) {

@@ -116,9 +116,9 @@ def resize_as_noted(model: Any) -> None:
 def removals_to(model: Any, sizes: Mapping[str, Mapping[str, int]]) -> list[Any]:
     """Return the removals that bring a model's layers to given numbers of units, by module name and kind.
 
-    A name may be that in a model of which this one is a part, or in a part of this one. Layers that a part lacks do not
-    count. Raises ValueError if the model has none of the layers, if the class that the config names lacks one, or if
-    one has fewer units.
+    A name may be the one in a larger model that contains this one, or in a part of this one. Layers that a part lacks
+    do not count. Raises ValueError if the model has none of the layers, if the class that the config names lacks one,
+    or if one has fewer units.
     """
     from .model import layers_of
     from .resize import Removal
