@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from .cli.folder_report import report_folder as report_folder
     from .cli.report import report as report
     from .cli.search_report import SearchReport as SearchReport
+    from .cli.zero_check import check_zeros as check_zeros
     from .inference.bitmask_linear import BitmaskLinear as BitmaskLinear
     from .inference.choice import to_dense_inference as to_dense_inference
     from .inference.choice import to_sparse_inference as to_sparse_inference
@@ -62,6 +63,8 @@ if TYPE_CHECKING:
     from .shrinking.model import shrink as shrink
     from .shrinking.report import LayerCount as LayerCount
     from .shrinking.report import ShrinkReport as ShrinkReport
+    from .sparsity.comparison import TensorComparison as TensorComparison
+    from .sparsity.comparison import ZeroComparison as ZeroComparison
     from .sparsity.counting import measure_sparsity as measure_sparsity
     from .sparsity.history import read_history as read_history
     from .sparsity.picture import plot_sparsity as plot_sparsity
@@ -102,6 +105,7 @@ _NAMES = {
     "cli.folder_report": ("FolderReport", "report_folder"),
     "cli.report": ("report",),
     "cli.search_report": ("SearchReport",),
+    "cli.zero_check": ("check_zeros",),
     "inference.bitmask_linear": ("BitmaskLinear",),
     "inference.choice": ("to_dense_inference", "to_sparse_inference"),
     "inference.loading": ("load_sparse_inference",),
@@ -129,6 +133,7 @@ _NAMES = {
     "shrinking.folder": ("shrink_folder",),
     "shrinking.model": ("shrink",),
     "shrinking.report": ("LayerCount", "ShrinkReport"),
+    "sparsity.comparison": ("TensorComparison", "ZeroComparison"),
     "sparsity.counting": ("measure_sparsity",),
     "sparsity.history": ("read_history",),
     "sparsity.picture": ("plot_sparsity",),

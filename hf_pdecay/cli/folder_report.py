@@ -11,13 +11,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 
 from ..inference.result import LIKELY_FROM
 from ..layers.matrices import decayable_parameter_names
 from ..layers.saved_names import NamesInModel
-from ..names import lora_factor, natural_key, saved_names
+from ..names import lora_factor, saved_names
 from ..optim.unit_operations import alive_here
 from ..optim.units import Member
 from ..shrinking.estimate import Estimator, ShrinkEstimate
@@ -27,13 +26,10 @@ from ..sparsity.file_names import REPORT_FILE
 from ..sparsity.report import SparsityReport, TensorSparsity
 from ..storage.compressed_file import is_compressed_file
 from ..storage.encoding import smallest_payload
-from ..storage.folder import CONFIG, INDEX, WEIGHTS, read_config, read_weight_map, shard_names
-from ..storage.readers import safe_open
+from ..storage.folder import CONFIG, read_config
 from ..storage.source import RAGGED, quantization_method
-from ..storage.untrusted import auto_config, model_class, on_meta
-from ..terminal import get_logger, progress
-from ..trainer.checkpoints import newest_whole
-from ..trainer.pareto import SEARCH_FILE
+from ..terminal import get_logger
+from .folder_tensors import countable, meta_model, model_folder, read_tensors, weight_files
 
 
 if TYPE_CHECKING:
@@ -153,10 +149,10 @@ def report_folder(folder: str | os.PathLike[str], near_zero_threshold: float = N
     Raises:
         ValueError: If the folder holds no model, or a file of it is cut short.
     """
-    path = _model_folder(Path(folder))
-    packed = any(map(is_compressed_file, _files(path)))
+    path = model_folder(Path(folder))
+    packed = any(map(is_compressed_file, weight_files(path)))
     method = quantization_method(read_config(path)) if (path / CONFIG).is_file() else None
-    model = _on_meta(path)
+    model = meta_model(path)
     run_report = _report_of_run(path)
     decayed = _decayed(run_report, model)
     names_in_model = NamesInModel(model)
@@ -168,8 +164,8 @@ def report_folder(folder: str | os.PathLike[str], near_zero_threshold: float = N
     stored = compressed = 0
     options = dict.fromkeys(("float32", "bfloat16", "compressed_float32", "compressed_bfloat16"), 0)
     negative, signs = 0, 0
-    for name, raw in _tensors(path):
-        tensor = _countable(raw)
+    for name, raw in read_tensors(weight_files(path)):
+        tensor = countable(raw)
         own = of_adapter.get(name) or names_in_model(name)
         stored += raw.nbytes
         numel, values = tensor.numel(), int(tensor.count_nonzero())
@@ -198,7 +194,7 @@ def report_folder(folder: str | os.PathLike[str], near_zero_threshold: float = N
         options,
         (negative, signs),
         None if estimator is None else estimator.estimate(),
-        sum(file.stat().st_size for file in _files(path)) if packed else None,
+        sum(file.stat().st_size for file in weight_files(path)) if packed else None,
     )
 
 
@@ -223,23 +219,6 @@ class _RankCounter:
         }
 
 
-def _model_folder(folder: Path) -> Path:
-    """The folder itself, or its newest whole checkpoint if it holds no model."""
-    if not folder.exists():
-        raise ValueError(f"Invalid folder: {str(folder)!r} does not exist.")
-    if not folder.is_dir():
-        raise ValueError(f"Invalid folder: {str(folder)!r} is a file; name the folder that it lies in.")
-    if any(folder.glob("*.safetensors")):
-        return folder
-    newest = newest_whole(folder)
-    if newest is None or not any(Path(newest).glob("*.safetensors")):
-        raise ValueError(
-            f"Invalid folder: {str(folder)!r} holds no model in safetensors, no checkpoint and no {SEARCH_FILE}; "
-            "name a folder that save_model() or a search has written."
-        )
-    return Path(newest)
-
-
 def _word(folder: Path) -> str:
     return shlex.quote(str(folder))
 
@@ -253,49 +232,6 @@ def _report_of_run(folder: Path) -> SparsityReport | None:
     except ValueError as error:
         logger.warning("%s Weights that decay by default count as decayed, and units are not reported.", error)
         return None
-
-
-def _countable(tensor: Tensor) -> Tensor:
-    """The values in a dtype in which torch can count zeros: not float8, nor unsigned integers of 16 bits and more."""
-    if tensor.is_floating_point():
-        return tensor.float() if tensor.element_size() == 1 else tensor
-    return tensor.long() if tensor.dtype in (torch.uint16, torch.uint32, torch.uint64) else tensor
-
-
-def _files(folder: Path) -> list[Path]:
-    """The files that ``from_pretrained`` would load, not shards of an earlier saving; else all safetensors files."""
-    if (folder / WEIGHTS).is_file():
-        return [folder / WEIGHTS]
-    if not (folder / INDEX).is_file():
-        return sorted(folder.glob("*.safetensors"))
-    files = [folder / name for name in shard_names(read_weight_map(folder))]
-    for file in files:
-        if not file.is_file():
-            raise ValueError(f"{str(folder)!r} is incomplete: {file.name} of its {INDEX} is missing.")
-    return files
-
-
-def _tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
-    for path in _files(folder):
-        try:
-            with safe_open(path, framework="pt") as file:
-                names = sorted(file.keys(), key=natural_key)
-                for name in progress(names, f"Counting {path.name}", len(names)):
-                    yield name, file.get_tensor(name)
-        except SafetensorError as error:
-            raise ValueError(f"{str(path)!r} cannot be read ({error}); it may be cut short.") from error
-
-
-def _on_meta(folder: Path) -> Any:
-    """The model of a folder without weights; None if its config names no class of transformers."""
-    if not (folder / "config.json").is_file():
-        return None
-    try:
-        config = auto_config(folder)
-        known = model_class(config.architectures)
-        return None if known is None else on_meta(known, config, folder)
-    except ValueError:
-        return None  # a config of another release, or an invalid one
 
 
 def _estimator(model: Any) -> Estimator | None:

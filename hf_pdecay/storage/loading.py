@@ -8,6 +8,7 @@ from typing import Any
 from .container import FormatError
 from .folder import CONFIG
 from .manifest import is_compressed
+from .quantized import dense_config, nested_method
 from .source import RAGGED, ModelFolder, quantization_method
 from .untrusted import explained, model_class, on_meta
 
@@ -27,7 +28,7 @@ def class_of(source: ModelFolder) -> Any:
 
 
 def load_whole(source: ModelFolder, dtype: str = "auto") -> tuple[Any, list[str]]:
-    """Load a model, in evaluation mode.
+    """Load a model, in evaluation mode; a quantized one with plain weights where transformers can.
 
     Returns:
         The model, and the sorted names of the tensors in the files that it does not use.
@@ -40,10 +41,12 @@ def load_whole(source: ModelFolder, dtype: str = "auto") -> tuple[Any, list[str]
     with explained(f"{folder!r} cannot be loaded as a {name}"):
         # Compressed files and a config of ragged layers have other sizes than the model.
         plain = not any(map(is_compressed, source.headers.values()))
-        if plain and quantization_method(source.config) != RAGGED:
+        quantized = nested_method(source.config) is not None
+        if plain and not quantized and quantization_method(source.config) != RAGGED:
             _check_whole(source, cls)
+        options = {"config": dense_config(cls, folder)} if quantized else {}
         model, info = cls.from_pretrained(
-            folder, dtype=dtype, use_safetensors=True, local_files_only=True, output_loading_info=True
+            folder, dtype=dtype, use_safetensors=True, local_files_only=True, output_loading_info=True, **options
         )
     if info["missing_keys"]:
         raise FormatError(f"{folder!r} is not a whole {name}: {min(info['missing_keys'])} is missing from its weights.")
