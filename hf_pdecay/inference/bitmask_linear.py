@@ -21,6 +21,7 @@ _WORD = 64  # weights of a word of the mask
 _BLOCK = 256  # columns that share a scale of int8 values
 # More rows, in the dtype of the result, are multiplied by dense blocks: torch's own product of bfloat16 is fast.
 _FEW, _FEW_BFLOAT16 = 64, 24
+_FEW_INT8 = 16  # more rows meet lists of the values
 _DENSE = 1 << 22  # weights of a dense block: with rows of x they fit into a last cache of 32 MiB
 _PACKED_AT_A_TIME = 1 << 24  # weights
 
@@ -32,9 +33,10 @@ class BitmaskLinear(CpuLinear):
     by the packed values; for more, blocks of W become dense in the processor's caches and meet x in torch's own
     product. Sums are in float32; x and y have the layer's dtype. In a state dict the weight is dense.
 
-    int8 values have a scale for each 256 columns of a row: the greatest magnitude over 127. So few rows of x meet
-    them in 16 bits, with one scale for each row, in sums of 32 bits, if the processor has AVX-512 VNNI; else in
-    float32.
+    int8 values have a scale for each 256 columns of a row: the greatest magnitude over 127. Rows of x meet them in 16
+    bits, with one scale for each row, in sums of 32 bits: up to 16 rows if the processor has AVX-512 VNNI, more if it
+    has AVX2. They meet the values alone, wherever these stand, so zeros save time for any number of rows. Other
+    processors multiply in float32.
 
     Args:
         weight: Weights of shape (out_features, in_features), of float32, bfloat16 or float16, on a CPU.
@@ -111,7 +113,13 @@ class BitmaskLinear(CpuLinear):
             bias = None if self.bias is None else self.bias.to(dtype)
             with torch.autocast(x.device.type, enabled=False):
                 return functional.linear(x.to(dtype), self._dense().to(dtype), bias)
-        if len(x) <= (_FEW_BFLOAT16 if dtype == torch.bfloat16 else _FEW):
+        if self._held_as == torch.int8:
+            if len(x) > _FEW_INT8 and (y := self._whole(compiled, x)) is not None:
+                return y
+            few = _FEW
+        else:
+            few = _FEW_BFLOAT16 if dtype == torch.bfloat16 else _FEW
+        if len(x) <= few:
             return self._few(compiled, x)
         return self._many(compiled, x.to(torch.bfloat16 if dtype == torch.bfloat16 else torch.float32))
 
@@ -121,12 +129,31 @@ class BitmaskLinear(CpuLinear):
         y = torch.empty(n, self.out_features)
         together = compiled.hf_pdecay_bitmask_rows()
         scratch = torch.empty(-(-n // together) * together * -(-size // _WORD) * _WORD)
-        packed = (kind_of(self.values), *map(address, (self.masks, self.starts, self.values, self.scales)))
         compiled.hf_pdecay_bitmask_product(
-            *(*packed, address(self.shifts), address(bias), self.out_features, size, address(rows)),
-            *(x.dtype == torch.bfloat16, n, address(y), address(scratch), torch.get_num_threads()),
+            *(kind_of(self.values), *self._addresses(), address(bias), self.out_features, size),
+            *(rows.data_ptr(), x.dtype == torch.bfloat16, n, y.data_ptr(), scratch.data_ptr(), torch.get_num_threads()),
         )
         return y
+
+    def _whole(self, compiled: ctypes.CDLL, x: Tensor) -> Tensor | None:
+        """The product of many rows with int8 values; None if 16 bits cannot hold them, or on another processor."""
+        together = compiled.hf_pdecay_whole_rows()
+        if not together:
+            return None
+        n, size = x.shape
+        rows, bias = x.float().contiguous(), self._float_bias()
+        y = torch.empty(n, self.out_features)
+        scratch = torch.empty(-(-n // together) * together * size, dtype=torch.int16)
+        *packed, _ = self._addresses()
+        done = compiled.hf_pdecay_whole_product(
+            *(*packed, address(bias), self.out_features, size),
+            *(rows.data_ptr(), n, y.data_ptr(), scratch.data_ptr(), torch.get_num_threads()),
+        )
+        return y if done else None
+
+    def _addresses(self) -> list[int | None]:
+        """Where masks, starts, values, scales and shifts begin."""
+        return [address(self._buffers[part]) for part in self._parts]
 
     def _many(self, compiled: ctypes.CDLL, x: Tensor) -> Tensor:
         n, size = x.shape
@@ -135,7 +162,7 @@ class BitmaskLinear(CpuLinear):
         block = torch.empty(step, size, dtype=x.dtype)
         scratch = torch.empty(threads, -(-size // _WORD) * _WORD)
         y = torch.empty(n, out, dtype=x.dtype)
-        packed = map(address, (self.masks, self.starts, self.values, self.scales))
+        *packed, _ = self._addresses()
         weight = kind_of(self.values), kind_of(x), *packed, size
         for first in range(0, out, step):
             last = min(first + step, out)

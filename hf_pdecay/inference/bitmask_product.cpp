@@ -209,11 +209,11 @@ constexpr int kOut = 2, kMost = 4;
 constexpr int kOut = 4, kMost = 6;
 #endif
 
-// Each tile says in which form it takes x, and multiplies kRows rows of it by kHeight rows of W.
+// Each tile says in which form it takes x, and multiplies kRows rows of it, up to kWidth, by kHeight rows of W.
 template <Kind kind>
 struct Floats {
   typedef float Number;
-  static constexpr int kHeight = kOut;
+  static constexpr int kHeight = kOut, kWidth = kMost;
   static int64_t stride(const Packed& w) { return w.words * kWord; }
 
   static bool lay_out(const Packed& w, const float* x, float* to, float*) {
@@ -258,7 +258,7 @@ struct Floats {
 template <>
 struct Floats<kBfloat16> {
   typedef float Number;
-  static constexpr int kHeight = kOut;
+  static constexpr int kHeight = kOut, kWidth = kMost;
   static int64_t stride(const Packed& w) { return w.words * kWord; }
 
   static bool lay_out(const Packed& w, const float* x, float* to, float*) {
@@ -318,7 +318,7 @@ struct Floats<kBfloat16> {
 // bfloat16 values for an x that bfloat16 holds: pairs of products go into sums of float32.
 struct Pairs {
   typedef uint16_t Number;
-  static constexpr int kHeight = kOut;
+  static constexpr int kHeight = kOut, kWidth = kMost;
   static int64_t stride(const Packed& w) { return w.words * kWord; }
 
   static bool lay_out(const Packed& w, const float* x, uint16_t* to, float*) {
@@ -365,9 +365,10 @@ struct Pairs {
 #define HF_PDECAY_BYTES
 
 // int8: x in 16 bits is 256 * (high - 128) + low; of each 64 columns the high bytes come first.
+template <int kTall, int kWide, bool kMasked>
 struct Bytes {
   typedef uint8_t Number;
-  static constexpr int kHeight = 2;
+  static constexpr int kHeight = kTall, kWidth = kWide;
   static int64_t stride(const Packed& w) { return 2 * w.words * kWord; }
 
   // Returns false if a value of x is NaN or infinite, or all are tiny: 16 bits cannot say so.
@@ -393,10 +394,12 @@ struct Bytes {
   static void multiply(const Packed& w, const int64_t* rows, const uint8_t* x, const float* x_scales,
                        float results[][kMost]) {
     __m512 sums[kHeight][kRows];
-    Row<kInt8> of[kHeight];
+    const uint64_t* masks[kHeight];
+    const char* values[kHeight];
     const float* scales[kHeight];
     for (int o = 0; o < kHeight; o++) {
-      of[o] = Row<kInt8>(w, rows[o]);
+      masks[o] = kMasked ? w.masks + rows[o] * w.words : nullptr;
+      values[o] = static_cast<const char*>(w.values) + w.starts[rows[o]];
       scales[o] = w.scales_of(rows[o]);
       for (int i = 0; i < kRows; i++) sums[o][i] = _mm512_setzero_ps();
     }
@@ -407,24 +410,29 @@ struct Bytes {
         for (int i = 0; i < kRows; i++) high[o][i] = low[o][i] = _mm512_setzero_si512();
       for (int64_t word = first; word < last; word++) {
         __m512i v[kHeight];
-#pragma GCC unroll 2
+#pragma GCC unroll 4
         for (int o = 0; o < kHeight; o++) {
-          of[o].begin(word);
-          v[o] = _mm512_maskz_expand_epi8(of[o].mask(), _mm512_loadu_si512(of[o].values()));
-          of[o].end();
+          v[o] = _mm512_loadu_si512(values[o]);
+          if constexpr (kMasked) {
+            const uint64_t mask = masks[o][word];
+            v[o] = _mm512_maskz_expand_epi8(mask, v[o]);
+            values[o] += count_bits(mask);
+          } else {
+            values[o] += kWord;
+          }
         }
 #pragma GCC unroll 8
         for (int i = 0; i < kRows; i++) {
           const uint8_t* columns = x + i * stride(w) + 2 * word * kWord;
           const __m512i of_high = _mm512_loadu_si512(columns), of_low = _mm512_loadu_si512(columns + kWord);
-#pragma GCC unroll 2
+#pragma GCC unroll 4
           for (int o = 0; o < kHeight; o++) {
             high[o][i] = _mm512_dpbusd_epi32(high[o][i], of_high, v[o]);
             low[o][i] = _mm512_dpbusd_epi32(low[o][i], of_low, v[o]);
           }
         }
       }
-#pragma GCC unroll 2
+#pragma GCC unroll 4
       for (int o = 0; o < kHeight; o++) {
         const __m512 scale = _mm512_set1_ps(*scales[o]++);
 #pragma GCC unroll 8
@@ -473,14 +481,15 @@ bool multiply_all(const Packed& w, const float* x, int64_t count, float* y, void
         const int64_t here = std::min<int64_t>(kMost, count - first);
         const Number* block = laid_out + first * stride;
         float results[Tile::kHeight][kMost];
+        const float* scales = &x_scales[first];
         if (here == 1)
-          Tile::template multiply<1>(w, rows, block, &x_scales[first], results);
+          Tile::template multiply<1>(w, rows, block, scales, results);
         else if (here == 2)
-          Tile::template multiply<2>(w, rows, block, &x_scales[first], results);
+          Tile::template multiply<std::min(2, Tile::kWidth)>(w, rows, block, scales, results);
         else if (here <= 4)
-          Tile::template multiply<4>(w, rows, block, &x_scales[first], results);
+          Tile::template multiply<std::min(4, Tile::kWidth)>(w, rows, block, scales, results);
         else
-          Tile::template multiply<kMost>(w, rows, block, &x_scales[first], results);
+          Tile::template multiply<Tile::kWidth>(w, rows, block, scales, results);
         for (int o = 0; o < Tile::kHeight; o++)
           for (int64_t i = 0; i < here; i++)
             y[(first + i) * w.out + rows[o]] = results[o][i] + (w.bias ? w.bias[rows[o]] : 0.0f);
@@ -489,6 +498,16 @@ bool multiply_all(const Packed& w, const float* x, int64_t count, float* y, void
   }
   return true;
 }
+
+#ifdef HF_PDECAY_BYTES
+// More rows of W are in flight the fewer rows of x leave room for them in registers.
+template <bool kMasked>
+bool multiply_bytes(const Packed& w, const float* x, int64_t count, float* y, void* scratch, int threads) {
+  if (count == 1) return multiply_all<Bytes<4, 1, kMasked>>(w, x, count, y, scratch, threads);
+  if (count <= 4) return multiply_all<Bytes<2, 4, kMasked>>(w, x, count, y, scratch, threads);
+  return multiply_all<Bytes<1, kMost, kMasked>>(w, x, count, y, scratch, threads);
+}
+#endif
 
 inline uint16_t to_bfloat16(float value) {
   const uint32_t bits = to_bits(value);
@@ -550,7 +569,9 @@ void hf_pdecay_bitmask_product(int kind, const uint64_t* masks, const int64_t* s
   }
 #endif
 #ifdef HF_PDECAY_BYTES
-  if (kind == kInt8 && multiply_all<Bytes>(w, x, count, y, scratch, threads)) return;
+  if (kind == kInt8 && (masks ? multiply_bytes<true>(w, x, count, y, scratch, threads)
+                              : multiply_bytes<false>(w, x, count, y, scratch, threads)))
+    return;
 #endif
   for_kind(kind, [&](auto of) { multiply_all<Floats<of.value>>(w, x, count, y, scratch, threads); });
 }

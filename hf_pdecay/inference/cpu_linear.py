@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NoReturn
+from typing import Any, NoReturn, cast
 
 import torch
 from torch import Tensor
@@ -56,7 +56,7 @@ class CpuLinear(InferenceLinear):
     @property
     def dtype(self) -> torch.dtype:
         """The dtype of the layer's activations."""
-        return self._empty.dtype
+        return cast("Tensor", self._buffers["_empty"]).dtype
 
     @property
     def weight(self) -> Tensor:
@@ -78,24 +78,32 @@ class CpuLinear(InferenceLinear):
             raise RuntimeError(
                 f"{type(self).__name__} cannot be traced or exported: call to_dense_inference(model) first."
             )
+        multiply = self._untraced if torch.compiler.is_compiling() else self._multiply
         if torch.is_grad_enabled() and x.requires_grad:
-            result: Tensor = _NoBackward.apply(x, self._multiply)
+            result: Tensor = _NoBackward.apply(x, multiply)
             return result
-        return self._multiply(x)
+        return multiply(x)
 
     @torch.compiler.disable
+    def _untraced(self, x: Tensor) -> Tensor:
+        return self._multiply(x)
+
     def _multiply(self, x: Tensor) -> Tensor:
-        if x.shape[-1:] != (self.in_features,):
+        *shape, size = x.shape or (None,)
+        if size != self.in_features:
             raise RuntimeError(f"x of shape {tuple(x.shape)} for a layer of in_features={self.in_features}.")
-        autocast = torch.is_autocast_enabled(x.device.type)
-        if x.dtype != self.dtype and not autocast:
-            raise RuntimeError(f"x of {x.dtype} for a layer of {self.dtype}.")
-        dtype = torch.get_autocast_dtype(x.device.type) if autocast else self.dtype
-        y = self._product(x.detach().reshape(-1 if self.in_features else x.shape[:-1].numel(), self.in_features), dtype)
-        return (y if y.dtype == dtype else y.to(dtype)).view(*x.shape[:-1], self.out_features)
+        dtype, kind = self.dtype, x.device.type
+        if torch.is_autocast_enabled(kind):
+            dtype = torch.get_autocast_dtype(kind)
+        elif x.dtype != dtype:
+            raise RuntimeError(f"x of {x.dtype} for a layer of {dtype}.")
+        rows = x.detach().reshape(-1 if size else x.shape[:-1].numel(), size)
+        y = self._product(rows, dtype)
+        return (y if y.dtype == dtype else y.to(dtype)).view(*shape, self.out_features)
 
     def _float_bias(self) -> Tensor | None:
-        return None if self.bias is None else self.bias.detach().float().contiguous()
+        bias = self.bias
+        return None if bias is None else bias.detach().float().contiguous()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> CpuLinear:
         before = {part: getattr(self, part) for part in self._parts}

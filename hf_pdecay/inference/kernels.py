@@ -13,7 +13,9 @@ from torch import Tensor
 from ..optim.cpu.native import load
 
 
-SOURCES = tuple(Path(__file__).with_name(f"{name}.cpp") for name in ("values", "sparse_product", "bitmask_product"))
+SOURCES = tuple(
+    Path(__file__).with_name(f"{name}.cpp") for name in ("values", "sparse_product", "bitmask_product", "whole_product")
+)
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 """Dtypes of layers, and of values that are stored as they are."""
@@ -67,5 +69,11 @@ def declared(compiled: ctypes.CDLL) -> ctypes.CDLL:
     compiled.hf_pdecay_bitmask_dense.argtypes = (
         *(*(whole, *weight), number, number, number),
         *(pointer, pointer, whole),
+    )
+    compiled.hf_pdecay_whole_rows.restype = whole
+    compiled.hf_pdecay_whole_product.restype = whole
+    compiled.hf_pdecay_whole_product.argtypes = (
+        *(pointer, pointer, pointer, pointer, pointer, number, number),
+        *(pointer, number, pointer, pointer, whole),
     )
     return compiled

@@ -28,6 +28,7 @@ _LEAST_FOR_COLUMNS = 0.5  # with fewer zeros, values and columns take as many by
 # a mask are multiplied too.
 _LIKELY_COLUMNS, _LIKELY_COLUMNS_MANY, _MANY = 0.85, 0.6, 64
 _TRIED = (_LEAST_SPARSITY, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, MOST_SPARSITY)  # for layers of a model that stays dense
+_CLEARLY = 1.1  # so many times as fast as the form with fewer bytes: less may be chance
 _SECONDS, _ROUNDS = 0.03, 3  # the least time and number of rounds to measure a layer
 _MODEL_ROUNDS = 2
 
@@ -43,7 +44,7 @@ def likely_form(
     """Return the form that is likely the fastest, without a measurement."""
     if weight.is_cuda:
         return SemiStructuredLinear
-    least = _LIKELY_COLUMNS_MANY if rows > _MANY else 2 if held_as == torch.int8 else _LIKELY_COLUMNS
+    least = 2 if held_as == torch.int8 else _LIKELY_COLUMNS_MANY if rows > _MANY else _LIKELY_COLUMNS
     return SparseLinear if (sparsity >= least or library() is None) and _fits(weight) else BitmaskLinear
 
 
@@ -80,7 +81,9 @@ class Timer:
             forms = _forms(weight, sparsity)
             layers = [form(weight, dense.bias, values=form.values_of(held_as)) for form in forms]
             speedups = speedups_of(dense, layers, x, self._others)
-            self._known[kind] = max(zip(forms, speedups, strict=True), key=lambda known: known[1])
+            found = list(zip(forms, speedups, strict=True))
+            best = max(found, key=lambda known: known[1])
+            self._known[kind] = best if best[1] > _CLEARLY * found[0][1] else found[0]
         return self._known[kind]
 
     def break_even(self, dense: Linear, sparsity: float, held_as: torch.dtype | None) -> float | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import ctypes
+import itertools
 import pickle
 import shutil
 import struct
@@ -272,11 +273,35 @@ def test_tiny_and_huge_activations(path: str) -> None:
     """The scale of 16-bit activations neither overflows nor vanishes."""
     weight = sparse_weight(8, 100, 0.5)
     layer = BitmaskLinear(weight, values=torch.int8)
-    for size in (1e-44, 1e-38, 1e-30, 1e30):
-        x = torch.full((2, 100), size)
+    for size, rows in itertools.product((1e-44, 1e-38, 1e-30, 1e30), (2, 40)):
+        x = torch.full((rows, 100), size)
         expected = x.double() @ layer.dense_weight().double().t()
         assert bool(((layer(x).double() - expected).abs() <= 1e-3 * expected.abs().max() + 1e-44).all())
     assert not layer(torch.zeros(2, 100)).abs().max() > 0
+
+
+@pytest.mark.parametrize("zeros", [0.0, 0.4, 0.9, 0.999])
+def test_many_rows_meet_int8_values_in_16_bits(zeros: float, path: str) -> None:
+    """Rows, columns and rows of W that fill no block, beside those that do; 16 bits can hold each of the rows."""
+    for out, size, rows in ((1, 1, 17), (40, 256, 32), (33, 515, 95), (150, 770, 64), (17, 64, 100)):
+        weight, bias, x = sparse_weight(out, size, zeros), torch.randn(out), torch.randn(rows, size)
+        layer = BitmaskLinear(weight, bias, values=torch.int8)
+        compiled = bitmask_linear.library()
+        if compiled is not None and compiled.hf_pdecay_whole_rows():
+            y = layer._whole(compiled, x)
+            assert y is not None and torch.equal(y, layer(x))
+        check(layer, x, bias, with_threads(2, layer, x))
+        check(layer, x, bias, with_threads(1, layer, x))
+    assert path != "AVX2" or compiled.hf_pdecay_whole_rows() == 16
+
+
+def test_the_greatest_sums_of_16_bits_do_not_overflow(path: str) -> None:
+    """256 products of the greatest numbers, of either sign."""
+    layer = BitmaskLinear(torch.tensor([[1.0], [-1.0]]).expand(2, 512), values=torch.int8)
+    for rows in (1, 4, 6, 40):
+        for size in (3.0, -3.0):
+            y = layer(torch.full((rows, 512), size))
+            torch.testing.assert_close(y, torch.tensor([512.0, -512.0]).mul(size).expand(rows, 2), rtol=1e-4, atol=0)
 
 
 def test_columns_take_two_bytes_where_they_fit() -> None:
