@@ -62,7 +62,7 @@ class BitmaskLinear(CpuLinear):
         words = -(-size // _WORD)
         if isinstance(weight, PackedWeight) and self._held_as != torch.int8:
             self._count, self.form = weight.count_nonzero(), "bitmask"
-            held = weight.masks, weight.starts, weight.padded_values(self._held_as, BEYOND), None, None
+            held = *weight.masks(self._held_as, BEYOND), None, None
             for part, tensor in zip(self._parts, held, strict=True):
                 self.register_buffer(part, tensor, persistent=False)
             return

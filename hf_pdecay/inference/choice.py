@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any, cast
 
@@ -129,8 +129,7 @@ def swap_layers(
 def put_layer(model: nn.Module, parent: nn.Module, key: str, layer: InferenceLinear) -> None:
     """Put a layer in the place of a dense one."""
     setattr(parent, key, layer)
-    containers = [module for module in model.modules() if isinstance(module, nn.TransformerEncoder)]
-    layer.changed = _without_fast_path(parent, containers)
+    layer.changed = _without_fast_path(parent, model)
 
 
 def check_settings(rows: int, min_sparsity: float | None, values: dict[str, str | None]) -> None:
@@ -253,9 +252,7 @@ def _head(
     return Choice(name, (weight.shape[0], weight.shape[1]), sparsity, None, True, form=layer.form), layer
 
 
-def _without_fast_path(
-    parent: nn.Module, containers: Sequence[nn.TransformerEncoder]
-) -> tuple[tuple[nn.Module, str, Any], ...]:
+def _without_fast_path(parent: nn.Module, model: nn.Module) -> tuple[tuple[nn.Module, str, Any], ...]:
     """Have torch's encoder layers call their linear layers, and return what that changed.
 
     In evaluation they hand all their weights to one operation, and ``nn.TransformerEncoder`` hands them nested tensors,
@@ -265,7 +262,9 @@ def _without_fast_path(
         return ()
     changes: list[tuple[nn.Module, str, Any]] = [(parent, "activation_relu_or_gelu", parent.activation_relu_or_gelu)]
     parent.activation_relu_or_gelu = 0  # as of an activation that the operation does not know
-    for encoder in containers:
+    for encoder in model.modules():
+        if not isinstance(encoder, nn.TransformerEncoder):
+            continue
         if any(layer is parent for layer in encoder.layers) and encoder.use_nested_tensor:
             changes.append((encoder, "use_nested_tensor", True))
             encoder.use_nested_tensor = False

@@ -6,19 +6,23 @@ import contextlib
 import logging
 import os
 from collections import Counter
-from threading import Thread
-from typing import Any
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from threading import Event, Thread
+from typing import Any, cast
 
 import torch
 from torch import nn
 
-from ..layers.matrices import is_transposed
+from ..layers.matrices import Linear, is_transposed
 from ..storage.bits import compile_functions
+from ..storage.compressed_file import CompressedFile
 from ..storage.loading import load_whole, unused_note
 from ..storage.readers import opened_as, safe_open
 from ..storage.source import ModelFolder, read_model
 from ..terminal import get_logger
-from .bitmask_linear import BEYOND, BitmaskLinear
+from .base import InferenceLinear
+from .bitmask_linear import BitmaskLinear
 from .choice import check_settings, kept_dense, linear_layers, output_layer, put_layer, swap_layers
 from .kernels import VALUES
 from .result import Choice, Choices
@@ -27,6 +31,9 @@ from .timing import Timer, likely_form
 
 
 logger = get_logger(__name__)
+
+_LARGE = 1 << 16  # bytes of a tensor whose checksum another thread compares
+_MOST_THREADS = 4
 
 
 @torch.no_grad()
@@ -72,10 +79,7 @@ def load_sparse_inference(
     held_as, head_as = (None if name is None else VALUES[name] for name in (values, head))
     folder = read_model(model)
     compile_functions()
-    # While transformers builds the model, another thread compares the files' checksums.
-    checking = Thread(target=_check, args=[folder], daemon=True)
-    checking.start()
-    with opened_as(lambda file: SparseFile(file, min_sparsity)):
+    with _checksums_compared(folder), opened_as(lambda file: SparseFile(file, min_sparsity)):
         loaded, unused = load_whole(folder, dtype)
     if unused:
         logger.warning("%s", unused_note(unused, loaded))
@@ -87,11 +91,29 @@ def load_sparse_inference(
     return loaded
 
 
-def _check(folder: ModelFolder) -> None:
-    """Open and check the files of a folder; errors come again when the model is loaded."""
-    with contextlib.suppress(ValueError, OSError):
+@contextlib.contextmanager
+def _checksums_compared(folder: ModelFolder) -> Iterator[None]:
+    """Compare checksums in another thread, while transformers builds the model; errors come when tensors are used."""
+    done = Event()
+
+    def compare() -> None:
         for name in folder.headers:
-            safe_open(folder.folder / name)
+            with contextlib.suppress(ValueError, OSError):
+                file = safe_open(folder.folder / name)
+                if not isinstance(file, CompressedFile):
+                    continue
+                for key, entry in sorted(file.header.entries.items(), key=lambda item: -item[1].size):
+                    if done.is_set():
+                        return
+                    if entry.size >= _LARGE:
+                        file.compare(key)
+                        file.release(key)  # from this thread's own pages
+
+    Thread(target=compare, daemon=True).start()
+    try:
+        yield
+    finally:
+        done.set()
 
 
 def _swap_stored(
@@ -100,22 +122,36 @@ def _swap_stored(
     """Swap the layers whose weight is still in its file; returns ``head_as`` if the output layer is not one of them."""
     owners = Counter(id(param) for _, param in model.named_parameters(remove_duplicate=False))
     output = output_layer(model) if head_as is not None else None
-    for parent, key, name, module in list(linear_layers(model)):
-        stored: Any = module.weight
-        if not isinstance(stored, StoredWeight) or stored.used or kept_dense(module, owners[id(stored)] > 1):
-            continue
-        transposed, is_output = is_transposed(module), module is output
+
+    @torch.no_grad()
+    def made(module: Linear) -> tuple[InferenceLinear, float] | None:
+        stored, transposed, is_output = cast("StoredWeight", module.weight), is_transposed(module), module is output
         wanted = head_as if is_output else held_as
-        weight = stored.packed(transposed, BEYOND)
+        weight = stored.packed(transposed)
         form = BitmaskLinear if is_output else likely_form(weight, weight.sparsity, held_as, choices.rows)
         if form.refusal(weight, wanted) is not None:
-            continue
+            return None
         layer = form(weight, module.bias, transposed=transposed, values=form.values_of(wanted))
         layer.trained = stored.requires_grad, module.bias is not None and module.bias.requires_grad
-        choices.append(Choice(name, weight.shape, weight.sparsity, None, True, form=layer.form))
-        put_layer(model, parent, key, layer.train(module.training))
-        if is_output:
-            head_as = None
+        stored.release()
+        return layer, weight.sparsity
+
+    found = [
+        each
+        for each in linear_layers(model)
+        if isinstance(each[3].weight, StoredWeight)
+        and not each[3].weight.used
+        and not kept_dense(each[3], owners[id(each[3].weight)] > 1)
+    ]
+    with ThreadPoolExecutor(min(_MOST_THREADS, os.cpu_count() or 1)) as pool:
+        for (parent, key, name, module), done in zip(found, pool.map(made, [each[3] for each in found]), strict=True):
+            if done is None:
+                continue
+            layer, sparsity = done
+            choices.append(Choice(name, (layer.out_features, layer.in_features), sparsity, None, True, form=layer.form))
+            put_layer(model, parent, key, layer.train(module.training))
+            if module is output:
+                head_as = None
     return head_as
 
 

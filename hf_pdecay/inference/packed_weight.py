@@ -1,51 +1,36 @@
-"""A weight of a linear layer as bits and packed values, as a compressed file has it."""
+"""A weight of a linear layer as places and packed values, as a compressed file has it."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ..storage.packed import Packed
-
-
-_ELEMENTS = 1 << 20  # of a block of weights
+from ..storage.packed import PackedBlock
 
 
 class PackedWeight:
     """What a sparse layer can hold instead of a dense weight of shape (out_features, in_features).
 
     Args:
-        packed: Bits and values, with zeros after the values.
+        block: Places and values.
         stored_as: The dtype of the values.
         dtype: The dtype of the layer, to which they are converted.
     """
 
     is_cpu, is_cuda = True, False
 
-    def __init__(self, packed: Packed, stored_as: torch.dtype, dtype: torch.dtype) -> None:
-        self.shape, self.dtype = packed.shape, dtype
-        self.masks = torch.from_numpy(packed.masks)
-        self.counts = torch.from_numpy(np.bitwise_count(packed.masks).sum(1, dtype=np.int64))
-        self._count = packed.number
-        self._values = torch.from_numpy(packed.values).view(stored_as).to(dtype)
-
-    @property
-    def values(self) -> Tensor:
-        """The values, row by row."""
-        return self._values[: self._count]
+    def __init__(self, block: PackedBlock, stored_as: torch.dtype, dtype: torch.dtype) -> None:
+        self.shape, self.dtype = block.shape, dtype
+        self._block, self._stored_as = block, stored_as
 
     @property
     def sparsity(self) -> float:
         """The fraction of the weights that are zero."""
-        return 1 - self._count / max(self.numel(), 1)
-
-    @property
-    def starts(self) -> Tensor:
-        """The index of the first value of each row, of shape (out_features,)."""
-        return self.counts.cumsum(0) - self.counts
+        return 1 - self._block.number / max(self.numel(), 1)
 
     def numel(self) -> int:
         """Return the number of weights."""
@@ -53,7 +38,7 @@ class PackedWeight:
 
     def count_nonzero(self) -> int:
         """Return the number of values."""
-        return self._count
+        return self._block.number
 
     def detach(self) -> PackedWeight:
         """Return the weight, which has no gradient."""
@@ -61,38 +46,40 @@ class PackedWeight:
 
     def as_row(self) -> Tensor:
         """Return the values as a matrix of one row, which shows what the weight holds but not where."""
-        return self.values[None]
+        return self._tensor(self._block.values)[None]
 
-    def padded_values(self, dtype: torch.dtype, beyond: int) -> Tensor:
-        """Return the values in a dtype, with at least some zero bytes beyond them."""
-        zeros = beyond // dtype.itemsize
-        if dtype == self.dtype and len(self._values) == self._count + zeros:
-            return self._values
-        values = torch.zeros(self._count + zeros, dtype=dtype)
-        values[: self._count] = self.values
-        return values
+    def masks(self, dtype: torch.dtype, beyond: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Return bits of shape (out_features, 8 * words), the index of each row's first value, and the values.
 
-    def columns(self, numbers: Tensor) -> Tensor:
-        """Return the column of each value, given the numbers of all columns in the dtype that is wanted."""
-        columns, taken = torch.empty(self._count, dtype=numbers.dtype), 0
-        for kept in self._kept(max(_ELEMENTS // max(self.shape[1], 1), 1)):
-            some = numbers.expand_as(kept)[kept]
-            columns[taken : taken + len(some)] = some
-            taken += len(some)
-        return columns
+        After the values, in a dtype, come some more bytes of any content.
+        """
+        masks, values, count = self._block.packed(beyond)
+        counts = np.bitwise_count(masks.view(np.uint64)).sum(1, dtype=np.int64)
+        held = self._tensor(values)
+        if held.dtype != self._stored_as or dtype != held.dtype:
+            held = torch.cat([held[:count].to(dtype), torch.zeros(beyond // dtype.itemsize, dtype=dtype)])
+        return torch.from_numpy(masks), torch.from_numpy(np.cumsum(counts) - counts), held
+
+    def rows(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the index of each row's first value, with their number at the end, the values' columns, and them.
+
+        Columns have 16 bits, or 32 if there are more than 65,536 of them, and no sign.
+        """
+        starts, columns, values = self._block.rows()
+        signed = columns.view(np.int16 if columns.itemsize == 2 else np.int32)
+        return torch.from_numpy(starts), torch.from_numpy(signed), self._tensor(values)
 
     def split(self, step: int) -> Iterator[Tensor]:
         """Yield some rows at a time, dense."""
-        taken = 0
-        for kept in self._kept(step):
+        every, starts, values = self.masks(self.dtype, 0)
+        for first in range(0, len(every), step):
+            masks = every[first : first + step].numpy()
+            marks = np.unpackbits(masks, axis=1, count=self.shape[1], bitorder="little")
+            kept = torch.from_numpy(marks.view(np.bool_))
             rows = torch.zeros(kept.shape, dtype=self.dtype)
-            count = int(kept.sum())
-            rows[kept] = self._values[taken : taken + count]
-            taken += count
+            begin = int(starts[first])
+            rows[kept] = values[begin : begin + int(kept.sum())]
             yield rows
 
-    def _kept(self, step: int) -> Iterator[Tensor]:
-        """Which weights have a value, some rows at a time."""
-        for masks in self.masks.split(step):
-            marks = np.unpackbits(masks.numpy(), axis=1, count=self.shape[1], bitorder="little")
-            yield torch.from_numpy(marks.view(np.bool_))
+    def _tensor(self, values: Any) -> Tensor:
+        return torch.from_numpy(values).view(self._stored_as).to(self.dtype)

@@ -47,18 +47,17 @@ class SparseLinear(CpuLinear):
         return torch.bfloat16 if held_as == torch.int8 else held_as
 
     def _compress(self, weight: Tensor | PackedWeight) -> None:
-        numbers = torch.arange(self.in_features, dtype=torch.int32)
-        if self.in_features <= _NARROW:
-            numbers = numbers.to(torch.int16)  # whose bits C++ reads without a sign; torch cannot pickle uint16
-        if isinstance(weight, PackedWeight):
-            counts, values = weight.counts, weight.values
-            columns = weight.columns(numbers)
-        else:
-            kept = weight != 0
-            counts = kept.sum(1)
-            values, columns = kept_of(weight, kept), kept_of(numbers.expand_as(weight), kept)
         ends = torch.zeros(self.out_features + 1, dtype=torch.int32)
-        ends[1:] = counts.cumsum(0)
+        if isinstance(weight, PackedWeight):
+            starts, columns, values = weight.rows()
+            ends.copy_(starts)
+        else:
+            numbers = torch.arange(self.in_features, dtype=torch.int32)
+            if self.in_features <= _NARROW:
+                numbers = numbers.to(torch.int16)  # whose bits C++ reads without a sign; torch cannot pickle uint16
+            kept = weight != 0
+            values, columns = kept_of(weight, kept), kept_of(numbers.expand_as(weight), kept)
+            ends[1:] = kept.sum(1).cumsum(0)
         self.register_buffer("starts", ends, persistent=False)
         self.register_buffer("columns", columns, persistent=False)
         self.register_buffer("values", values.to(self._held_as), persistent=False)

@@ -40,11 +40,14 @@ class StoredWeight(Tensor):
 
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
-    def packed(self, transposed: bool, beyond: int) -> PackedWeight:
-        """Return bits and values, with some zero bytes after these, or those of the transpose."""
+    def packed(self, transposed: bool) -> PackedWeight:
+        """Return places and values, or those of the transpose."""
         stored_as = getattr(torch, DTYPES[self.file.form(self.key)[0]][1])
-        packed = self.file.get_packed(self.key, transposed=transposed, beyond=beyond)
-        return PackedWeight(packed, stored_as, self.dtype)
+        return PackedWeight(self.file.get_packed(self.key, transposed=transposed), stored_as, self.dtype)
+
+    def release(self) -> None:
+        """Give up the memory of what was read; it is read again when it is used."""
+        self.file.release(self.key)
 
     def dense(self) -> Tensor:
         """Return the weight as an ordinary tensor, always the same one."""

@@ -1,11 +1,12 @@
-"""Places values where a bitmask has ones: by compiled C++ if there is some already, else by numpy."""
+"""Places of values, as a bitmask or as gaps: by compiled C++ if there is some already, else by numpy."""
 
 from __future__ import annotations
 
 import ctypes
 import sys
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -17,6 +18,20 @@ SOURCES = (Path(__file__).with_name("bits.cpp"),)
 _CHUNK = 1 << 18  # elements
 # Loading a model must not compile anything, unless it was asked for.
 _compiling = False
+
+
+class Rows(NamedTuple):
+    """The values of a matrix, row by row.
+
+    Attributes:
+        starts: The index of the first value of each row, and then the number of values: int64.
+        columns: The column of each value: uint16, or uint32 if there are more than 65,536 columns.
+        values: The values.
+    """
+
+    starts: Any
+    columns: Any
+    values: Any
 
 
 def compile_functions() -> None:
@@ -35,35 +50,147 @@ def library() -> ctypes.CDLL | None:
     return load(SOURCES, "Loading compressed models", "functions", compiling=_compiling)[0]
 
 
-def expand(bits: Bytes, values: Any, result: Any) -> None:
-    """Write values to those elements of ``result``, of one dimension and zero before, whose bit is 1, in order.
+def ones(bits: Bytes) -> int:
+    """Return the number of ones; fastest for a multiple of 8 bytes."""
+    words = bits.view(np.uint64) if bits.size % 8 == 0 else bits
+    return int(np.bitwise_count(words).sum(dtype=np.int64))
 
-    There must be as many values as ones.
+
+def expand(width: int, places: Bytes, values: Any, result: Any) -> None:
+    """Write values to their places in ``result``, of one dimension and zero before, in order.
+
+    There must be as many values as places, which are gaps of ``width`` bytes, or ones of a bitmask if that is 0.
     """
     compiled = library()
     if compiled is not None:
-        count = ctypes.c_int64(result.size)
-        compiled.hf_pdecay_expand(result.itemsize, _address(bits), _address(values), count, _address(result))
+        compiled.hf_pdecay_expand(
+            *(width, _address(places), values.itemsize, _address(values)),
+            *(_whole(values.size), _whole(result.size), _address(result)),
+        )
         return
     taken = 0
-    for begin in range(0, result.size, _CHUNK):
-        marks = np.unpackbits(bits[begin // 8 : (begin + _CHUNK) // 8], bitorder="little")
-        indices = np.flatnonzero(marks.view(np.bool_))  # numpy is faster for booleans
+    for begin, indices in _chunks(width, places, result.size):
         result[begin:][indices] = values[taken : taken + indices.size]
         taken += indices.size
 
 
-def transpose(masks: Bytes, values: Any, shape: tuple[int, int], masks_out: Bytes, values_out: Any) -> bool:
-    """Write the bits and values of a matrix's transpose, see :class:`.packed.Packed`; False if nothing is compiled.
-
-    ``shape`` is (rows, columns) of the matrix. ``masks_out`` must be zero before.
-    """
+def rows_of(width: int, places: Bytes, values: Any, shape: tuple[int, int]) -> Rows:
+    """Return the rows of a matrix of (rows, columns); the values are the ones given."""
+    rows, columns = shape
+    starts = np.zeros(rows + 1, dtype=np.int64)
+    found = np.empty(values.size, dtype=_index(columns))
     compiled = library()
     if compiled is not None:
-        rows, columns = map(ctypes.c_int64, shape)
-        given = values.itemsize, _address(masks), _address(values), rows, columns
-        compiled.hf_pdecay_transpose_bits(*given, _address(masks_out), _address(values_out))
-    return compiled is not None
+        compiled.hf_pdecay_rows(
+            *(width, _address(places), _whole(values.size), _whole(rows), _whole(columns)),
+            *(_address(starts), found.itemsize, _address(found)),
+        )
+        return Rows(starts, found, values)
+    taken = 0
+    for begin, indices in _chunks(width, places, rows * columns):
+        row, column = np.divmod(indices + begin, columns)
+        found[taken : taken + indices.size] = column
+        _count(starts[1:], row)
+        taken += indices.size
+    np.cumsum(starts, out=starts)
+    return Rows(starts, found, values)
+
+
+def columns_of(width: int, places: Bytes, values: Any, shape: tuple[int, int]) -> Rows:
+    """Return the rows of the transpose of a matrix of (rows, columns)."""
+    rows, columns = shape
+    starts = np.zeros(columns + 1, dtype=np.int64)
+    found, held = np.empty(values.size, dtype=_index(rows)), np.empty(values.size, dtype=values.dtype)
+    compiled = library()
+    if compiled is not None:
+        compiled.hf_pdecay_columns(
+            *(width, _address(places), values.itemsize, _address(values), _whole(values.size)),
+            *(_whole(rows), _whole(columns), _address(starts), found.itemsize, _address(found), _address(held)),
+        )
+        return Rows(starts, found, held)
+    for begin, indices in _chunks(width, places, rows * columns):
+        _count(starts[1:], (indices + begin) % columns)
+    np.cumsum(starts, out=starts)
+    following, taken = starts[:-1].copy(), 0  # of each column, where its next value goes
+    for begin, indices in _chunks(width, places, rows * columns):
+        row, column = np.divmod(indices + begin, columns)
+        order = np.argsort(column, kind="stable")
+        column = column[order]
+        there = following[column] + np.arange(order.size) - np.searchsorted(column, column)
+        found[there], held[there] = row[order], values[taken : taken + order.size][order]
+        _count(following, column)
+        taken += order.size
+    return Rows(starts, found, held)
+
+
+def turned(places: Bytes, values: Any, shape: tuple[int, int], beyond: int) -> tuple[Bytes, Any] | None:
+    """Return the transpose of a matrix of (rows, columns) in a bitmask; None if nothing is compiled.
+
+    That is its bits, of shape (columns, 8 * words), and its values, with some bytes of zeros beyond them.
+    """
+    compiled = library()
+    if compiled is None:
+        return None
+    rows, columns = shape
+    masks = np.empty((columns, -(-rows // 64) * 8), dtype=np.uint8)
+    held = np.zeros(values.size + beyond // values.itemsize, dtype=values.dtype)
+    compiled.hf_pdecay_turn(
+        *(_address(places), values.itemsize, _address(values), _whole(values.size)),
+        *(_whole(rows), _whole(columns), _address(masks), _address(held)),
+    )
+    return masks, held
+
+
+def masks_of(rows: Rows, width: int) -> Bytes:
+    """Return the bits of the values of each row, of shape (rows, ``width``)."""
+    count = len(rows.starts) - 1
+    masks = np.zeros((count, width), dtype=np.uint8)
+    compiled = library()
+    if compiled is not None:
+        compiled.hf_pdecay_mark(
+            *(_address(rows.starts), rows.columns.itemsize, _address(rows.columns)),
+            *(_whole(count), _whole(width), _address(masks)),
+        )
+        return masks
+    step = max(_CHUNK // max(8 * width, 1), 1)
+    for first in range(0, count, step):
+        starts = rows.starts[first : first + step + 1]
+        marks = np.zeros((len(starts) - 1, 8 * width), dtype=np.bool_)
+        row = np.repeat(np.arange(len(marks)), np.diff(starts))
+        marks[row, rows.columns[starts[0] : starts[-1]]] = True
+        masks[first : first + step] = np.packbits(marks, axis=1, bitorder="little")
+    return masks
+
+
+def _chunks(width: int, places: Bytes, size: int) -> Iterator[tuple[int, Any]]:
+    """Yield the places of values among ``size`` elements, some at a time: an element, and the places from there."""
+    if width == 0:
+        for begin in range(0, size, _CHUNK):
+            marks = np.unpackbits(places[begin // 8 : (begin + _CHUNK) // 8], bitorder="little")
+            yield begin, np.flatnonzero(marks.view(np.bool_))  # numpy is faster for booleans
+        return
+    begin = 0
+    for first in range(0, places.size, _CHUNK * width):
+        gaps = places[first : first + _CHUNK * width].view(f"<u{width}")
+        indices = np.cumsum(gaps.astype(np.int64) + 1) - 1
+        yield begin, indices
+        begin += int(indices[-1]) + 1
+
+
+def _count(counts: Any, numbers: Any) -> None:
+    """Add to each count how often its index is among some numbers."""
+    if numbers.size:
+        first = int(numbers.min())
+        found = np.bincount(numbers - first)
+        counts[first : first + found.size] += found
+
+
+def _index(columns: int) -> Any:
+    return np.uint16 if columns <= 1 << 16 else np.uint32
+
+
+def _whole(number: int) -> ctypes.c_int64:
+    return ctypes.c_int64(number)
 
 
 def _address(array: Any) -> ctypes.c_void_p:

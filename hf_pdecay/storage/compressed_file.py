@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
+import copy
 import io
+import mmap
 import os
-from collections.abc import Callable, Iterator
+import sys
+from collections.abc import Iterator
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import numpy as np
 
-from .container import BLOCK, Entry, FormatError, Header, header_of, read_header
-from .encoding import HEAD_LIMIT, Blob, Bytes, check, decode, parse
+from .container import BLOCK, FormatError, header_of, read_header
+from .encoding import HEAD_LIMIT, Blob, Bytes, decode, parse
 from .manifest import MANIFEST, header_checksum, is_compressed, read_manifest, sha256
-from .packed import Packed, read_packed
+from .packed import PackedBlock, packed_bytes
 
 
 # 0 switches the comparison of checksums off; everything else is still checked.
 CHECKSUMS_VARIABLE = "HF_PDECAY_VERIFY_CHECKSUMS"
+
+_SMALL = 1 << 26  # bytes
 
 
 def checksums_wanted() -> bool:
@@ -28,56 +34,65 @@ def checksums_wanted() -> bool:
     return value == "1"
 
 
-def memory_limit() -> int:
-    """Free bytes of this machine's memory; larger tensors are refused."""
+def memory_limit(size: int) -> int:
+    """Free bytes of this machine's memory, for a tensor of some bytes; larger tensors are refused.
+
+    A small one always fits; looking takes half a millisecond.
+    """
+    if size <= _SMALL:
+        return _SMALL
     import psutil  # which comes with accelerate
 
     return int(psutil.virtual_memory().available)
 
 
-def _check(header: Header, file: str, stored: Callable[[Entry], Bytes]) -> None:
-    """Check a compressed file of weights: manifest, each tensor's block and, if wanted, checksums.
-
-    Takes a few chunks of memory, whatever the file says about its tensors. Raises FormatError if it is damaged or
-    forged.
-    """
-    checksums = checksums_wanted()
-    stated, manifest = read_manifest(header, file)
-    if checksums and header_checksum(header.raw, stated) != stated:
-        raise FormatError(f"{file} is damaged: the checksum of its header differs. Download the model again.")
-    for name, entry in header.entries.items():
-        data = stored(entry)
-        what = f"{name!r} in {file}"
-        if checksums and sha256(data) != manifest[name]:
-            raise FormatError(f"{what} is damaged: its checksum differs from the manifest's. Download the model again.")
-        if entry.dtype == BLOCK:
-            check(data, what)
-            if len(entry.shape) != 1:
-                raise FormatError(f"{what} is damaged or forged: its block is stored in a wrong shape.")
-
-
-def mapped(file: Path, entry: Entry) -> Bytes:
-    """Return the stored bytes of an entry, which are read when they are used."""
-    if not entry.size:
-        return np.zeros(0, dtype=np.uint8)
-    return np.memmap(file, dtype=np.uint8, mode="r", offset=entry.begin, shape=(entry.size,))
-
-
 class CompressedFile:
     """The tensors of a compressed file, with the methods of ``safetensors.safe_open``.
 
-    Raises FormatError if it is damaged or forged.
+    The header, the manifest and the heads of blocks are checked at once; a tensor, and its checksum, when it is first
+    used. Tensors that are stored plainly share the pages of the file, as those of safetensors do: copy-on-write.
+
+    Args:
+        file: The file, or its bytes.
+        device: The device for tensors.
+        in_place: Whether plain tensors may share the file's pages. They are copied on Windows, which would reserve
+            memory for the whole file.
+
+    Raises:
+        FormatError: If the file is damaged or forged.
     """
 
-    def __init__(self, file: str | os.PathLike[str] | bytes, device: Any = "cpu") -> None:
-        self._device = device
+    def __init__(
+        self, file: str | os.PathLike[str] | bytes, device: Any = "cpu", *, in_place: bool = sys.platform != "win32"
+    ) -> None:
+        self._device, self._in_place = device, in_place and not isinstance(file, bytes)
         self._data = file if isinstance(file, bytes) else None
         self._file = Path("the file" if isinstance(file, bytes) else file)
+        self._mapping: mmap.mmap | None = None
+        self._mapped = Lock()
         if isinstance(file, bytes):
             self.header = header_of(io.BytesIO(file), len(file), self._file.name)
         else:
             self.header = read_header(self._file)
-        _check(self.header, self._file.name, self._stored)
+        self._length = max((entry.begin + entry.size for entry in self.header.entries.values()), default=0)
+        checksum, stated = read_manifest(self.header, self._file.name)
+        # The checksums that were not compared yet, each with a lock for the one who does.
+        self._stated: dict[str, str] = {}
+        if checksums_wanted():
+            if header_checksum(self.header.raw, checksum) != checksum:
+                raise FormatError(
+                    f"{self._file.name} is damaged: the checksum of its header differs. Download the model again."
+                )
+            self._stated = stated
+        self._locks = {name: Lock() for name in self._stated}
+        self._heads = {name: self._head(name) for name, entry in self.header.entries.items() if entry.dtype == BLOCK}
+        self._mapping = None
+
+    def again(self) -> CompressedFile:
+        """Return the file with pages of its own, which knows what has been checked already."""
+        other = copy.copy(self)
+        other._mapping, other._mapped = None, Lock()
+        return other
 
     def __enter__(self) -> CompressedFile:
         """Return the file."""
@@ -112,14 +127,14 @@ class CompressedFile:
         what, kind = f"{name!r} in {self._file.name}", getattr(torch, DTYPES[dtype][1], None)
         if kind is None:  # float8_e8m0fnu came in torch 2.7
             raise FormatError(f"{what} has the dtype {dtype}, which torch {torch.__version__} does not have.")
-        entry = self.header.entries[name]
-        stored = self._stored(entry)
-        if entry.dtype == BLOCK:
-            data = decode(stored, memory_limit(), what)[0]
-        elif self._data is None:  # without pages of the file in this process's memory
-            data = np.fromfile(self._file, dtype=np.uint8, count=entry.size, offset=entry.begin)
-        else:
-            data = np.array(stored)
+        data = self.stored(name)
+        head = self.head(name)
+        if head is not None:
+            data = decode(data, memory_limit(head.dense), what)[0]
+            self.release(name)
+        elif not self._in_place or data.size and data.ctypes.data % kind.itemsize:
+            data = data.copy()
+            self.release(name)
         tensor = torch.from_numpy(data).view(kind).reshape(shape) if data.size else torch.empty(shape, dtype=kind)
         return tensor.to(self._device)
 
@@ -131,28 +146,73 @@ class CompressedFile:
         """Return a tensor that is decoded when it is indexed."""
         return CompressedTensor(self, name)
 
-    def get_packed(self, name: str, *, transposed: bool, beyond: int) -> Packed:
-        """Return a matrix in bits and values, or its transpose; it must be in a block that is not dense."""
-        stored = self._stored(self.header.entries[name])
-        return read_packed(stored, memory_limit(), f"{name!r} in {self._file.name}", transposed, beyond)
+    def get_packed(self, name: str, *, transposed: bool) -> PackedBlock:
+        """Return a matrix as bits or columns and values, or its transpose; it must be in a block that is not dense."""
+        self.compare(name)
+        entry = self.header.entries[name]
+        what = f"{name!r} in {self._file.name}"
+        size = packed_bytes(self._heads[name], transposed)
+        if size > (limit := memory_limit(size)):
+            raise FormatError(f"{what} needs {size} bytes; at most {limit} bytes are possible.")
+        return PackedBlock(self._bytes()[entry.begin :], entry.size, what, transposed)
 
     def head(self, name: str) -> Blob | None:
         """Return the head of a tensor's block; None if it is stored plainly."""
-        entry = self.header.entries[name]
-        if entry.dtype != BLOCK:
-            return None
-        stored = self._stored(entry)
-        return parse(stored[:HEAD_LIMIT].tobytes(), entry.size, f"{name!r} in {self._file.name}")
+        return self._heads.get(name)
 
     def form(self, name: str) -> tuple[str, tuple[int, ...]]:
         """Return a tensor's dtype, by safetensors' name, and its shape."""
         entry, head = self.header.entries[name], self.head(name)
         return (entry.dtype, entry.shape) if head is None else (head.dtype, head.shape)
 
-    def _stored(self, entry: Entry) -> Bytes:
-        if self._data is None:
-            return mapped(self._file, entry)
-        return np.frombuffer(self._data, dtype=np.uint8, count=entry.size, offset=entry.begin if entry.size else 0)
+    def stored(self, name: str) -> Bytes:
+        """Return the stored bytes of a tensor, whose checksum is right; they are read when they are used."""
+        self.compare(name)
+        return self._stored(name)
+
+    def compare(self, name: str) -> None:
+        """Compare the checksum of a tensor's stored bytes, once; raise FormatError if it differs."""
+        lock = self._locks.get(name)
+        if lock is None:
+            return
+        with lock:
+            if name in self._stated:
+                if sha256(self._stored(name)) != self._stated[name]:
+                    raise FormatError(
+                        f"{name!r} in {self._file.name} is damaged: its checksum differs from the manifest's. Download "
+                        "the model again."
+                    )
+                del self._stated[name]
+
+    def release(self, name: str) -> None:
+        """Give up the memory of a tensor's stored bytes; from the file they are read again when they are used."""
+        mapping, entry = self._mapping, self.header.entries[name]
+        first = -(-entry.begin // mmap.PAGESIZE) * mmap.PAGESIZE
+        length = (entry.begin + entry.size) // mmap.PAGESIZE * mmap.PAGESIZE - first
+        if mapping is not None and length > 0 and hasattr(mmap, "MADV_DONTNEED"):
+            mapping.madvise(mmap.MADV_DONTNEED, first, length)
+
+    def _head(self, name: str) -> Blob:
+        entry, what = self.header.entries[name], f"{name!r} in {self._file.name}"
+        head = parse(self._stored(name)[:HEAD_LIMIT].tobytes(), entry.size, what)
+        if len(entry.shape) != 1:
+            raise FormatError(f"{what} is damaged or forged: its block is stored in a wrong shape.")
+        return head
+
+    def _stored(self, name: str) -> Bytes:
+        entry = self.header.entries[name]
+        return self._bytes()[entry.begin : entry.begin + entry.size]
+
+    def _bytes(self) -> Bytes:
+        """The bytes of the file, mapped once for all tensors that use it: a mapping takes a file handle."""
+        if self._data is not None:
+            return np.frombuffer(self._data, dtype=np.uint8)
+        with self._mapped:
+            if self._mapping is None:
+                access = mmap.ACCESS_COPY if self._in_place else mmap.ACCESS_READ
+                with open(self._file, "rb") as file:
+                    self._mapping = mmap.mmap(file.fileno(), self._length, access=access)
+        return np.frombuffer(self._mapping, dtype=np.uint8)
 
 
 class CompressedTensor:

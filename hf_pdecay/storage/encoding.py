@@ -6,12 +6,11 @@
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterator
 from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
 
-from .bits import expand
+from .bits import expand, ones
 from .container import DIMENSIONS_LIMIT, ITEMSIZES, FormatError, tensor_bytes
 from .zstd_planes import Bytes, Sections, check_frame, pack, unpack
 
@@ -172,31 +171,32 @@ def decode(blob: Bytes, limit: int, what: str) -> tuple[Bytes, Blob]:
     head, payload = opened(blob, what, limit)
     unsigned = _UNSIGNED[head.itemsize]
     if head.encoding == DENSE:
-        return payload.copy(), head
-    values = payload[head.places : head.places + head.values * head.itemsize].view(unsigned)
+        return payload[: head.raw].copy(), head
     result = np.zeros(head.numel, dtype=unsigned)
-    if head.encoding == BITMASK:
-        expand(payload[: head.places], values, result)
-    else:
-        taken = 0
-        for begin, indices in gap_indices(payload[: head.places], head):
-            result[begin:][indices] = values[taken : taken + indices.size]
-            taken += indices.size
+    expand(head.width, payload[: head.places], values_of(head, payload), result)
     if head.signs:
         _sign_zeros(result, payload, head)
     return result.view(np.uint8), head
 
 
-def opened(blob: Bytes, what: str, limit: int | None = None) -> tuple[Blob, Bytes]:
-    """Return the head of a block, checked, and its payload without zstd; errors as of :func:`decode`."""
-    head = check(blob, what)
+def opened(blob: Bytes, what: str, limit: int | None = None, size: int | None = None) -> tuple[Blob, Bytes]:
+    """Return the head of a block, checked, and its payload without zstd, which may be longer than its sections.
+
+    Errors as of :func:`decode`. ``size`` is the block's, if ``blob`` is longer: then so is the payload.
+    """
+    head = check(blob[:size], what)
     if limit is not None and head.dense > limit:
         raise FormatError(f"{what} is a tensor of {head.dense} bytes; at most {limit} bytes are possible.")
-    payload = blob[head.begin : head.begin + head.stored]
+    payload = blob[head.begin :]
     if head.zstd:
-        payload = unpack(payload, head.sections, what)
+        payload = unpack(payload[: head.stored], head.sections, what)
         _check_places(payload, head, what)
     return head, payload
+
+
+def values_of(head: Blob, payload: Bytes) -> Any:
+    """Return the values in a payload as unsigned integers."""
+    return payload[head.places : head.places + head.values * head.itemsize].view(_UNSIGNED[head.itemsize])
 
 
 class _Way(NamedTuple):
@@ -236,7 +236,7 @@ def _is_value(chunk: Any, sign: int) -> Any:
 
 def _sign_zeros(result: Any, payload: Bytes, head: Blob) -> None:
     """Give the zeros of a tensor, in place, the signs in its block."""
-    signs = np.unpackbits(payload[payload.size - head.sections[2][0] :], bitorder="little")
+    signs = np.unpackbits(payload[head.raw - head.sections[2][0] : head.raw], bitorder="little")
     taken = 0
     for begin in range(0, result.size, _CHUNK):
         chunk = result[begin : begin + _CHUNK]
@@ -296,17 +296,14 @@ def _check_places(payload: Bytes, head: Blob, what: str) -> None:
     places = payload[: head.places]
     zeros = head.numel - head.values
     if head.signs:
-        if zeros % 8 and payload[-1] >> zeros % 8:
+        if zeros % 8 and payload[head.raw - 1] >> zeros % 8:
             raise FormatError(f"{what} is damaged or forged: it has signs of more zeros than there are.")
-        values = payload[head.places : head.places + head.values * head.itemsize].view(_UNSIGNED[head.itemsize])
+        values = values_of(head, payload)
         for begin in range(0, values.size, _CHUNK):
             if not _is_value(values[begin : begin + _CHUNK], _sign_bit(head.itemsize)).all():
                 raise FormatError(f"{what} is damaged or forged: zeros are among its values.")
     if head.encoding == BITMASK:
-        bits = sum(
-            int(np.bitwise_count(places[begin : begin + _CHUNK]).sum(dtype=np.int64))
-            for begin in range(0, places.size, _CHUNK)
-        )
+        bits = sum(ones(places[begin : begin + _CHUNK]) for begin in range(0, places.size, _CHUNK))
         if bits != head.values:
             raise FormatError(
                 f"{what} is damaged or forged: its bitmask marks {bits} elements and {head.values} values are stored."
@@ -322,16 +319,6 @@ def _check_places(payload: Bytes, head: Blob, what: str) -> None:
             raise FormatError(
                 f"{what} is damaged or forged: its last index is {end - 1} and it has {head.numel} elements."
             )
-
-
-def gap_indices(places: Bytes, head: Blob) -> Iterator[tuple[int, Any]]:
-    """Yield the places of values with gaps, chunk by chunk: the chunk's first element, and indices from there."""
-    begin = 0
-    for first in range(0, places.size, _CHUNK * head.width):
-        gaps = places[first : first + _CHUNK * head.width].view(_UNSIGNED[head.width])
-        indices = np.cumsum(gaps.astype(np.int64) + 1) - 1
-        yield begin, indices
-        begin += int(indices[-1]) + 1
 
 
 def _padded(size: int) -> int:

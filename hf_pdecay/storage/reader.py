@@ -8,8 +8,8 @@ from pathlib import Path
 
 from ..terminal import progress
 from .card import remove_note
-from .compressed_file import CompressedFile, mapped, memory_limit
-from .container import BLOCK, FormatError, header_bytes, layout, write_header
+from .compressed_file import CompressedFile, memory_limit
+from .container import FormatError, header_bytes, layout, write_header
 from .encoding import decode
 from .folder import CONFIG, INDEX, WEIGHTS, read_json, write_json
 from .manifest import is_compressed
@@ -61,8 +61,9 @@ def _write_plain(file: Path, compressed: CompressedFile, out: Path) -> None:
     with open(out, "wb") as handle:
         write_header(handle, header_bytes(plain, compressed.metadata()))
         for name in progress(plain, f"Decompressing {file.name}", len(plain)):
-            entry = compressed.header.entries[name]
-            data = mapped(file, entry)
-            if entry.dtype == BLOCK:
-                data, _ = decode(data, memory_limit(), f"{name!r} in {file.name}")
+            data = compressed.stored(name)
+            head = compressed.head(name)
+            if head is not None:
+                data, _ = decode(data, memory_limit(head.dense), f"{name!r} in {file.name}")
             handle.write(data.data)
+            compressed.release(name)

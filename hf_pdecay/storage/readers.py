@@ -46,16 +46,18 @@ def safe_open(filename: str | os.PathLike[str], framework: str = "pt", device: A
         found = os.stat(filename)
         version = found.st_ino, found.st_size, found.st_mtime_ns
         with _opening:
-            file = _opened(os.fspath(filename), device, checksums_wanted(), *version)
+            file = _opened(os.fspath(filename), device, kwargs.get("backend"), checksums_wanted(), *version).again()
         view = _view.get()
         return file if view is None else view(file)
     return safetensors.safe_open(filename, framework=framework, device=device, **kwargs)
 
 
 @lru_cache(maxsize=256)
-def _opened(file: str, device: Any, *version: int) -> CompressedFile:
+def _opened(file: str, device: Any, backend: str | None, *version: int) -> CompressedFile:
     """Open a file and check it, once: from the disk, offloaded tensors are read in every forward pass."""
-    return CompressedFile(file, device)
+    if backend in (None, "mmap"):
+        return CompressedFile(file, device)
+    return CompressedFile(file, device, in_place=False)
 
 
 def load_file(filename: str | os.PathLike[str], device: Any = "cpu", **kwargs: Any) -> dict[str, Any]:

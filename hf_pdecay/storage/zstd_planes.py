@@ -42,7 +42,7 @@ def unpack(packed: Bytes, sections: Sections, what: str) -> Bytes:
     library = zstandard()
     raw = sum(size for size, _ in sections)
     try:
-        planes = library.ZstdDecompressor().decompress(packed.tobytes(), max_output_size=raw, allow_extra_data=False)
+        planes = library.ZstdDecompressor().decompress(packed.data, max_output_size=raw, allow_extra_data=False)
     except library.ZstdError as error:
         raise FormatError(f"{what} is damaged or forged: zstd cannot unpack it ({error}).") from None
     if len(planes) != raw:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -17,6 +19,7 @@ import hf_pdecay
 from hf_pdecay import FormatError, compress, load_sparse_inference, to_sparse_inference
 from hf_pdecay.inference import stored_weight
 from hf_pdecay.inference.base import InferenceLinear
+from hf_pdecay.inference.kernels import library
 from hf_pdecay.inference.stored_weight import StoredWeight
 from hf_pdecay.storage.compressed_file import CompressedFile
 
@@ -246,3 +249,81 @@ def test_a_model_that_is_not_whole_is_refused(tmp_path: Path) -> None:
     compress(tmp_path / "part", tmp_path / "small")
     with pytest.raises(FormatError, match=r"layer\.1\.output\.dense\.weight is missing from its weights"):
         load_sparse_inference(tmp_path / "small")
+
+
+# What is imported is so before memory is looked at; the peak then starts anew (Linux).
+MEMORY = """
+import sys
+from pathlib import Path
+import torch
+import transformers as tf
+import hf_pdecay.inference.loading
+from hf_pdecay import load_sparse_inference
+
+def kilobytes(key):
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return int(next(line for line in lines if line.startswith(key)).split()[1])
+
+torch.set_num_threads(1)
+small, *folders = sys.argv[1:]
+load_sparse_inference(small)  # what every first load takes, of whatever size
+for folder in folders:
+    Path("/proc/self/clear_refs").write_text("5")
+    before = kilobytes("VmRSS")
+    model = load_sparse_inference(folder)
+    total = sum(tensor.float().sum() for tensor in (*model.parameters(), *model.buffers()))
+    print(kilobytes("VmHWM") - before)
+    del model
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's /proc")
+def test_memory_is_that_of_the_file(tmp_path: Path) -> None:
+    """At most 1.2 times the file: where its bytes are used in place, transposed, and unpacked first."""
+    if library() is None:
+        pytest.skip("needs a C++ compiler")
+    torch.manual_seed(0)
+    tiny = {"num_hidden_layers": 1, "hidden_size": 64, "intermediate_size": 64, "num_attention_heads": 1}
+    models: dict[str, Any] = {
+        "tiny": tf.LlamaForCausalLM(tf.LlamaConfig(vocab_size=64, **tiny)),
+        "llama": tf.LlamaForCausalLM(
+            tf.LlamaConfig(num_hidden_layers=6, hidden_size=1024, intermediate_size=4096, vocab_size=64)
+        ),
+        "gpt2": tf.GPT2LMHeadModel(tf.GPT2Config(n_layer=8, n_embd=1024, n_head=8, vocab_size=64, n_positions=16)),
+    }
+    for name, model in models.items():
+        hf_pdecay.save_compressed(sparsified(model, 0.6), tmp_path / name)
+    hf_pdecay.save_compressed(models["llama"], tmp_path / "zstd", zstd=True)
+    names = ["llama", "gpt2", "zstd"]
+    words = [sys.executable, "-c", MEMORY, *(str(tmp_path / each) for each in ("tiny", *names))]
+    done = subprocess.run(words, capture_output=True, text=True, check=True)
+    for name, size in zip(names, map(int, done.stdout.split()), strict=True):
+        file = tmp_path / ("llama" if name == "zstd" else name) / "model.safetensors"
+        assert 0.7 < size * 1024 / file.stat().st_size < 1.2, name
+
+
+def test_models_loaded_twice_do_not_share_weights(tmp_path: Path) -> None:
+    """Both use the pages of one file, copy-on-write."""
+    wide: dict[str, Any] = {"hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 4, "vocab_size": 2048}
+    model = tf.LlamaForCausalLM(tf.LlamaConfig(num_hidden_layers=1, **wide))
+    sparsified(model.model.layers, 0.6)
+    hf_pdecay.save_compressed(model, tmp_path / "small")
+    before = files_of(tmp_path / "small")
+    for load in (load_sparse_inference, type(model).from_pretrained):
+        one, other = load(tmp_path / "small"), load(tmp_path / "small")
+        for tensor in (*one.parameters(), *one.buffers()):
+            tensor.data.zero_()
+        assert_same(other, load(tmp_path / "small"))
+        assert torch.equal(other.lm_head.weight, model.lm_head.weight)
+    assert files_of(tmp_path / "small") == before
+
+
+def test_a_model_is_saved_into_its_own_folder(tmp_path: Path) -> None:
+    """Whose file it uses in place."""
+    saved("llama", tmp_path / "plain")
+    hf_pdecay.compress(tmp_path / "plain", tmp_path / "small")
+    expected = weights(tmp_path / "plain")
+    load_sparse_inference(tmp_path / "small").save_pretrained(tmp_path / "small")
+    found = weights(tmp_path / "small")
+    assert found.keys() == expected.keys() and all(bits(found[name]) == bits(expected[name]) for name in found)
