@@ -24,6 +24,7 @@ _FEW, _FEW_BFLOAT16 = 64, 24
 _FEW_INT8 = 16  # more rows meet lists of the values
 _DENSE = 1 << 22  # weights of a dense block: with rows of x they fit into a last cache of 32 MiB
 _PACKED_AT_A_TIME = 1 << 24  # weights
+_STORED_AT_A_TIME = 1 << 20  # those of a file become dense only for this, in several threads
 
 
 class BitmaskLinear(CpuLinear):
@@ -66,7 +67,8 @@ class BitmaskLinear(CpuLinear):
             for part, tensor in zip(self._parts, held, strict=True):
                 self.register_buffer(part, tensor, persistent=False)
             return
-        step = max(_PACKED_AT_A_TIME // max(size, 1), 1)
+        together = _STORED_AT_A_TIME if isinstance(weight, PackedWeight) else _PACKED_AT_A_TIME
+        step = max(together // max(size, 1), 1)
         # Without bits a value takes 1 byte; with them 1/8, and 1 if it is not zero.
         masked = self._held_as != torch.int8 or int(weight.count_nonzero()) < weight.numel() * 7 / 8
         parts = [_pack(part, self._held_as, masked) for part in (weight.split(step) if out else [weight])]  # type: ignore[arg-type]

@@ -20,6 +20,9 @@ Sections = Sequence[tuple[int, int]]
 
 # On random float32 values, levels 3 and 9 were slower and gave no smaller files.
 _LEVEL = 1
+SPARE = 64
+"""Bytes of zeros after what was unpacked, which may be read in vectors."""
+
 # Bytes of the longest header of a frame.
 _FRAME_HEADER = 18
 
@@ -38,7 +41,7 @@ def pack(payload: Bytes, sections: Sections) -> Bytes:
 
 
 def unpack(packed: Bytes, sections: Sections, what: str) -> Bytes:
-    """Return the payload of a frame that has passed :func:`check_frame`; raise FormatError if it is damaged."""
+    """Return the payload of a frame that has passed :func:`check_frame`, and some zeros; FormatError if damaged."""
     library = zstandard()
     raw = sum(size for size, _ in sections)
     try:
@@ -47,7 +50,8 @@ def unpack(packed: Bytes, sections: Sections, what: str) -> Bytes:
         raise FormatError(f"{what} is damaged or forged: zstd cannot unpack it ({error}).") from None
     if len(planes) != raw:
         raise FormatError(f"{what} is damaged or forged: it unpacks to {len(planes)} bytes, not {raw}.")
-    payload = np.empty(raw, dtype=np.uint8)
+    payload = np.empty(raw + SPARE, dtype=np.uint8)
+    payload[raw:] = 0
     begin = 0
     for size, width in sections:
         section = np.frombuffer(planes, dtype=np.uint8, count=size, offset=begin).reshape(width, -1)
