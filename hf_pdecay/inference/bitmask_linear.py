@@ -19,9 +19,9 @@ BEYOND = 64
 
 _WORD = 64  # weights of a word of the mask
 _BLOCK = 256  # columns that share a scale of int8 values
-# More rows, in the dtype of the result, are multiplied by dense blocks: torch's own product of bfloat16 is fast.
-_FEW, _FEW_BFLOAT16 = 64, 24
-_FEW_INT8 = 16  # more rows meet lists of the values
+# More rows, in the dtype of the result, are multiplied by lists of the values or by dense blocks: torch's own product of
+# bfloat16 is fast.
+_FEW, _FEW_BFLOAT16, _FEW_INT8 = 64, 24, 16
 _DENSE = 1 << 22  # weights of a dense block: with rows of x they fit into a last cache of 32 MiB
 _PACKED_AT_A_TIME = 1 << 24  # weights
 _STORED_AT_A_TIME = 1 << 20  # those of a file become dense only for this, in several threads
@@ -30,14 +30,15 @@ _STORED_AT_A_TIME = 1 << 20  # those of a file become dense only for this, in se
 class BitmaskLinear(CpuLinear):
     """y = x Wᵀ + b with the zeros of W marked in a bitmask, for inference on a CPU: for weights from 40% zeros on.
 
-    A weight takes a bit, and a non-zero one the bytes of its value. Up to 64 rows of x (24 in bfloat16) are multiplied
-    by the packed values; for more, blocks of W become dense in the processor's caches and meet x in torch's own
-    product. Sums are in float32; x and y have the layer's dtype. In a state dict the weight is dense.
+    A weight takes a bit, and a non-zero one the bytes of its value. Up to 64 rows of x (24 in bfloat16, 16 by int8
+    values) are multiplied by the packed values. More rows of bfloat16, or by int8 values, meet lists of the values
+    alone, so zeros save time for any number of rows; in float32, or on a processor without AVX-512 BF16 (for int8:
+    AVX2), blocks of W become dense in the processor's caches and meet x in torch's own product. Sums are in float32; x
+    and y have the layer's dtype. In a state dict the weight is dense.
 
-    int8 values have a scale for each 256 columns of a row: the greatest magnitude over 127. Rows of x meet them in 16
-    bits, with one scale for each row, in sums of 32 bits: up to 16 rows if the processor has AVX-512 VNNI, more if it
-    has AVX2. They meet the values alone, wherever these stand, so zeros save time for any number of rows. Other
-    processors multiply in float32.
+    int8 values have a scale for each 256 columns of a row: the greatest magnitude over 127. x meets them in 16 bits,
+    with one scale for each row, in sums of 32 bits: few rows if the processor has AVX-512 VNNI, many if it has AVX2,
+    and else in float32.
 
     Args:
         weight: Weights of shape (out_features, in_features), of float32, bfloat16 or float16, on a CPU.
@@ -115,13 +116,10 @@ class BitmaskLinear(CpuLinear):
             bias = None if self.bias is None else self.bias.to(dtype)
             with torch.autocast(x.device.type, enabled=False):
                 return functional.linear(x.to(dtype), self._dense().to(dtype), bias)
-        if self._held_as == torch.int8:
-            if len(x) > _FEW_INT8 and (y := self._whole(compiled, x)) is not None:
-                return y
-            few = _FEW
-        else:
-            few = _FEW_BFLOAT16 if dtype == torch.bfloat16 else _FEW
-        if len(x) <= few:
+        whole = self._held_as == torch.int8
+        if len(x) > (_FEW_INT8 if whole else _FEW_BFLOAT16) and (y := self._by_lists(compiled, x, dtype)) is not None:
+            return y
+        if len(x) <= (_FEW_BFLOAT16 if dtype == torch.bfloat16 else _FEW):
             return self._few(compiled, x)
         return self._many(compiled, x.to(torch.bfloat16 if dtype == torch.bfloat16 else torch.float32))
 
@@ -137,18 +135,19 @@ class BitmaskLinear(CpuLinear):
         )
         return y
 
-    def _whole(self, compiled: ctypes.CDLL, x: Tensor) -> Tensor | None:
-        """The product of many rows with int8 values; None if 16 bits cannot hold them, or on another processor."""
-        together = compiled.hf_pdecay_whole_rows()
-        if not together:
+    def _by_lists(self, compiled: ctypes.CDLL, x: Tensor, dtype: torch.dtype) -> Tensor | None:
+        """The product of many rows with lists of the values, or None if there is none for these."""
+        kind, whole = kind_of(self.values), self._held_as == torch.int8
+        together = compiled.hf_pdecay_list_rows(kind)
+        if not together or not (whole or x.dtype == dtype == self._held_as):
             return None
         n, size = x.shape
-        rows, bias = x.float().contiguous(), self._float_bias()
-        y = torch.empty(n, self.out_features)
+        rows, bias = (x.float() if whole else x).contiguous(), self._float_bias()
+        y = torch.empty(n, self.out_features, dtype=rows.dtype)
         scratch = torch.empty(-(-n // together) * together * size, dtype=torch.int16)
         *packed, _ = self._addresses()
-        done = compiled.hf_pdecay_whole_product(
-            *(*packed, address(bias), self.out_features, size),
+        done = compiled.hf_pdecay_list_product(
+            *(kind, *packed, address(bias), self.out_features, size),
             *(rows.data_ptr(), n, y.data_ptr(), scratch.data_ptr(), torch.get_num_threads()),
         )
         return y if done else None

@@ -14,7 +14,7 @@ from ..optim.cpu.native import load
 
 
 SOURCES = tuple(
-    Path(__file__).with_name(f"{name}.cpp") for name in ("values", "sparse_product", "bitmask_product", "whole_product")
+    Path(__file__).with_name(f"{name}.cpp") for name in ("values", "sparse_product", "bitmask_product", "list_product")
 )
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
@@ -70,10 +70,11 @@ def declared(compiled: ctypes.CDLL) -> ctypes.CDLL:
         *(*(whole, *weight), number, number, number),
         *(pointer, pointer, whole),
     )
-    compiled.hf_pdecay_whole_rows.restype = whole
-    compiled.hf_pdecay_whole_product.restype = whole
-    compiled.hf_pdecay_whole_product.argtypes = (
-        *(pointer, pointer, pointer, pointer, pointer, number, number),
+    compiled.hf_pdecay_list_rows.restype = whole
+    compiled.hf_pdecay_list_rows.argtypes = (whole,)
+    compiled.hf_pdecay_list_product.restype = whole
+    compiled.hf_pdecay_list_product.argtypes = (
+        *(*weight, pointer, number, number),
         *(pointer, number, pointer, pointer, whole),
     )
     return compiled

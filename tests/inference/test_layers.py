@@ -280,19 +280,23 @@ def test_tiny_and_huge_activations(path: str) -> None:
     assert not layer(torch.zeros(2, 100)).abs().max() > 0
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("zeros", [0.0, 0.4, 0.9, 0.999])
-def test_many_rows_meet_int8_values_in_16_bits(zeros: float, path: str) -> None:
-    """Rows, columns and rows of W that fill no block, beside those that do; 16 bits can hold each of the rows."""
-    for out, size, rows in ((1, 1, 17), (40, 256, 32), (33, 515, 95), (150, 770, 64), (17, 64, 100)):
-        weight, bias, x = sparse_weight(out, size, zeros), torch.randn(out), torch.randn(rows, size)
-        layer = BitmaskLinear(weight, bias, values=torch.int8)
-        compiled = bitmask_linear.library()
-        if compiled is not None and compiled.hf_pdecay_whole_rows():
-            y = layer._whole(compiled, x)
-            assert y is not None and torch.equal(y, layer(x))
-        check(layer, x, bias, with_threads(2, layer, x))
-        check(layer, x, bias, with_threads(1, layer, x))
-    assert path != "AVX2" or compiled.hf_pdecay_whole_rows() == 16
+def test_many_rows_meet_lists_of_the_values(zeros: float, dtype: torch.dtype, path: str) -> None:
+    """Rows, columns and rows of W that fill no block, beside those that do; int8 values and those of bfloat16."""
+    values = torch.int8 if dtype == torch.float32 else dtype
+    compiled = bitmask_linear.library()
+    together = compiled.hf_pdecay_list_rows({torch.int8: 3, torch.bfloat16: 1}[values]) if compiled else 0
+    assert together or values != torch.int8 or path in ("torch", "plain")
+    for out, size, rows in ((1, 1, 25), (40, 256, 32), (33, 515, 95), (150, 770, 64), (17, 64, 100)):
+        weight, bias = sparse_weight(out, size, zeros).to(dtype), torch.randn(out).to(dtype)
+        layer, x = BitmaskLinear(weight, bias, values=values), torch.randn(rows, size).to(dtype)
+        by_lists = layer._by_lists(compiled, x, dtype) if compiled else None
+        assert (by_lists is not None) == (together > 0)
+        for threads in (1, 2):
+            y = with_threads(threads, layer, x)
+            check(layer, x, bias, y)
+            assert by_lists is None or torch.equal(y, by_lists)
 
 
 def test_the_greatest_sums_of_16_bits_do_not_overflow(path: str) -> None:

@@ -1,17 +1,18 @@
-// Product of many rows of activations with int8 values under a bitmask: y = x Wᵀ + b, for bitmask_linear.py.
+// Product of many rows of activations with int8 or bfloat16 values under a bitmask: y = x Wᵀ + b, for bitmask_linear.py.
 //
-//   - x is taken in 16 bits, with one scale for each row, kRows rows at a time and transposed: a vector is a column.
+//   - x has 16 bits: of whole numbers, with one scale for each row, or bfloat16. kRows rows are taken at a time and
+//     transposed, so that a vector is a column.
 //   - Of a block of W, a list says which columns have a value. Two columns are interleaved, and meet their two values in
 //     one instruction, in sums of 32 bits: so the work is that of the values alone, wherever they stand.
 //   - Each block of x is small enough for the first cache, and meets many rows of W there.
 //
 // It follows bitmask_product.cpp.
 
-#if defined(__AVX2__)
-#define HF_PDECAY_WHOLE
+#if defined(__AVX2__)  // which has instructions for pairs of whole numbers
+#define HF_PDECAY_LISTS
 
 namespace {
-namespace whole {
+namespace lists {
 
 using bitmask::count_bits;
 using bitmask::kBlock;
@@ -43,7 +44,8 @@ struct Vector {
     return add(sum, _mm512_madd_epi16(a, b));
 #endif
   }
-  static Floats scaled(Type sum, float scale) { return _mm512_mul_ps(_mm512_cvtepi32_ps(sum), _mm512_set1_ps(scale)); }
+  static Floats floats(Type a) { return _mm512_cvtepi32_ps(a); }
+  static Floats times(Floats a, Floats b) { return _mm512_mul_ps(a, b); }
   static Floats load(const float* p) { return _mm512_loadu_ps(p); }
   static Floats fma(Floats a, Floats b, Floats c) { return _mm512_fmadd_ps(a, b, c); }
   static Floats add(Floats a, Floats b) { return _mm512_add_ps(a, b); }
@@ -65,7 +67,8 @@ struct Vector {
   static Type high(Type a, Type b) { return _mm256_unpackhi_epi16(a, b); }
   static Type add(Type a, Type b) { return _mm256_add_epi32(a, b); }
   static Type multiply(Type sum, Type a, Type b) { return add(sum, _mm256_madd_epi16(a, b)); }
-  static Floats scaled(Type sum, float scale) { return _mm256_mul_ps(_mm256_cvtepi32_ps(sum), _mm256_set1_ps(scale)); }
+  static Floats floats(Type a) { return _mm256_cvtepi32_ps(a); }
+  static Floats times(Floats a, Floats b) { return _mm256_mul_ps(a, b); }
   static Floats load(const float* p) { return _mm256_loadu_ps(p); }
   static Floats fma(Floats a, Floats b, Floats c) { return _mm256_add_ps(_mm256_mul_ps(a, b), c); }
   static Floats add(Floats a, Floats b) { return _mm256_add_ps(a, b); }
@@ -77,16 +80,67 @@ struct Vector {
 constexpr int kHalf = sizeof(Vector::Type) / sizeof(float);  // sums in a vector
 constexpr int kRows = 2 * kHalf;                             // rows of x in a block: numbers of 16 bits in a vector
 
-// Rows of x in 16 bits, and their scales; false if a value is NaN or infinite, or all are tiny.
-bool to_whole(const float* x, int64_t in, int16_t* to, float* scale) {
-  uint32_t greatest = 0;  // the bits of magnitudes have their order, and those of infinity and NaN are the greatest
-  for (int64_t j = 0; j < in; j++) greatest = std::max(greatest, to_bits(x[j]) & 0x7fffffffu);
-  const float most = from_bits(greatest), inverse = most > 0 ? 32767 / most : 0.0f;
-  if (greatest >= 0x7f800000u || !std::isfinite(inverse)) return false;
-  *scale = most / 32767;
-  for (int64_t j = 0; j < in; j++) to[j] = static_cast<int16_t>(static_cast<int32_t>(std::nearbyint(x[j] * inverse)));
-  return true;
-}
+// int8 values, and x in whole numbers.
+struct Whole {
+  static constexpr Kind kKind = kInt8;
+  typedef float Number;  // of x and y
+  typedef Vector::Type Sum;
+  static Sum zero() { return Vector::zero(); }
+  static Sum add(Sum a, Sum b) { return Vector::add(a, b); }
+  static Sum multiply(Sum sum, Vector::Type a, Vector::Type b) { return Vector::multiply(sum, a, b); }
+  static Vector::Floats floats(Sum sum, const float* scale) {
+    return Vector::times(Vector::floats(sum), Vector::all(*scale));
+  }
+
+  // A row of x, and its scale; false if a value is NaN or infinite, or all are tiny.
+  static bool take(const float* x, int64_t in, int16_t* to, float* scale) {
+    uint32_t greatest = 0;  // the bits of magnitudes have their order, and those of infinity and NaN are the greatest
+    for (int64_t j = 0; j < in; j++) greatest = std::max(greatest, to_bits(x[j]) & 0x7fffffffu);
+    const float most = from_bits(greatest), inverse = most > 0 ? 32767 / most : 0.0f;
+    if (greatest >= 0x7f800000u || !std::isfinite(inverse)) return false;
+    *scale = most / 32767;
+    for (int64_t j = 0; j < in; j++) to[j] = static_cast<int16_t>(static_cast<int32_t>(std::nearbyint(x[j] * inverse)));
+    return true;
+  }
+
+#ifdef __AVX512VBMI2__
+  // 64 values in 16 bits.
+  static void widen(const void* from, int16_t* to) {
+    const __m512i whole = _mm512_loadu_si512(from);
+    _mm512_storeu_si512(to, _mm512_cvtepi8_epi16(_mm512_castsi512_si256(whole)));
+    _mm512_storeu_si512(to + 32, _mm512_cvtepi8_epi16(_mm512_extracti64x4_epi64(whole, 1)));
+  }
+#endif
+
+  static void put(float* y, const float* results, int64_t number) { std::memcpy(y, results, sizeof(float) * number); }
+};
+
+#ifdef HF_PDECAY_PAIRS
+// bfloat16 values, and x and y of bfloat16.
+struct Brain {
+  static constexpr Kind kKind = kBfloat16;
+  typedef uint16_t Number;
+  typedef __m512 Sum;
+  static Sum zero() { return _mm512_setzero_ps(); }
+  static Sum add(Sum a, Sum b) { return _mm512_add_ps(a, b); }
+  static Sum multiply(Sum sum, Vector::Type a, Vector::Type b) {
+    return _mm512_dpbf16_ps(sum, (__m512bh)a, (__m512bh)b);
+  }
+  static Vector::Floats floats(Sum sum, const float*) { return sum; }
+
+  static bool take(const uint16_t* x, int64_t in, int16_t* to, float* scale) {
+    *scale = 1;
+    std::memcpy(to, x, sizeof(uint16_t) * in);
+    return true;
+  }
+
+  static void widen(const void* from, int16_t* to) { std::memcpy(to, from, sizeof(int16_t) * kWord); }
+
+  static void put(uint16_t* y, const float* results, int64_t number) {
+    for (int64_t j = 0; j < number; j++) y[j] = bitmask::to_bfloat16(results[j]);
+  }
+};
+#endif
 
 // Eight columns of 8 rows, side by side: column after column, kRows numbers apart.
 inline void transpose_eight(const int16_t* const* rows, int64_t j, int16_t* to) {
@@ -108,11 +162,13 @@ inline void transpose_eight(const int16_t* const* rows, int64_t j, int16_t* to) 
 }
 
 // A block of kRows rows of x as [in][kRows], in the order in which interleaving leaves them; rows beyond `count` are 0.
-bool lay_out(const float* x, int64_t count, int64_t in, int16_t* block, int16_t* scratch, float* scales) {
+template <typename Form>
+bool lay_out(const typename Form::Number* x, int64_t count, int64_t in, int16_t* block, int16_t* scratch,
+             float* scales) {
   for (int64_t i = 0; i < kRows; i++) {
     if (i >= count)
       std::memset(scratch + i * in, 0, sizeof(int16_t) * in);
-    else if (!to_whole(x + i * in, in, scratch + i * in, scales + i))
+    else if (!Form::take(x + i * in, in, scratch + i * in, scales + i))
       return false;
   }
   const int16_t* rows[kRows];
@@ -127,6 +183,7 @@ bool lay_out(const float* x, int64_t count, int64_t in, int16_t* block, int16_t*
 }
 
 // The values of some rows of W, block by block: where their columns of x begin in its block, in bytes, and themselves.
+template <typename Form>
 struct Lists {
   std::vector<uint16_t> places;
   std::vector<int16_t> values;
@@ -141,7 +198,7 @@ struct Lists {
     starts.clear();
     int32_t held = 0;
     for (int64_t row = first; row < last; row++) {
-      const int8_t* from = static_cast<const int8_t*>(w.values) + w.starts[row];
+      const char* from = static_cast<const char*>(w.values) + w.starts[row] * kSize;
       for (int64_t word = 0; word < w.words; word++) {
         if (word % kBlock == 0) {
           held = even(held);
@@ -150,7 +207,7 @@ struct Lists {
         const uint64_t mask = w.masks ? w.masks[row * w.words + word] : in_word(w, word);
         const int column = static_cast<int>(word % kBlock) * kWord, number = count_bits(mask);
         add(mask, from, column, held);
-        from += w.masks ? number : kWord;
+        from += (w.masks ? number : kWord) * kSize;
         held += number;
       }
       held = even(held);
@@ -160,6 +217,7 @@ struct Lists {
 
  private:
   static constexpr int kBytes = kRows * sizeof(int16_t);  // of a column in a block of x
+  static constexpr int kSize = bytes_of<Form::kKind>;
 
   static uint64_t in_word(const Packed& w, int64_t word) {
     const int64_t left = w.in - word * kWord;
@@ -171,7 +229,7 @@ struct Lists {
     return held + held % 2;
   }
 
-  void add(uint64_t mask, const int8_t* from, int column, int32_t held) {
+  void add(uint64_t mask, const char* from, int column, int32_t held) {
 #ifdef __AVX512VBMI2__
     alignas(64) static constexpr struct Numbers {
       uint8_t each[kWord];
@@ -181,34 +239,33 @@ struct Lists {
     } kNumbers;
     const __m512i columns = _mm512_maskz_compress_epi8(mask, _mm512_load_si512(kNumbers.each));
     const __m512i start = _mm512_set1_epi16(static_cast<int16_t>(column));
-    const __m512i whole = _mm512_loadu_si512(from);
-#pragma GCC unroll 2
-    for (int half = 0; half < 2; half++) {
-      const __m256i narrow = half ? _mm512_extracti64x4_epi64(columns, 1) : _mm512_castsi512_si256(columns);
-      const __m256i short_ones = half ? _mm512_extracti64x4_epi64(whole, 1) : _mm512_castsi512_si256(whole);
-      const __m512i wide = _mm512_add_epi16(_mm512_cvtepu8_epi16(narrow), start);
-      _mm512_storeu_si512(&places[held + 32 * half], _mm512_slli_epi16(wide, 6));
-      _mm512_storeu_si512(&values[held + 32 * half], _mm512_cvtepi8_epi16(short_ones));
-    }
+    const __m512i low = _mm512_cvtepu8_epi16(_mm512_castsi512_si256(columns));
+    const __m512i high = _mm512_cvtepu8_epi16(_mm512_extracti64x4_epi64(columns, 1));
+    _mm512_storeu_si512(&places[held], _mm512_slli_epi16(_mm512_add_epi16(low, start), 6));
+    _mm512_storeu_si512(&places[held + 32], _mm512_slli_epi16(_mm512_add_epi16(high, start), 6));
+    Form::widen(from, &values[held]);
     static_assert(kBytes == 64, "a column is shifted by 6");
 #else
+    static_assert(kSize == 1, "other values have instructions that this processor lacks");
     for (; mask; mask &= mask - 1, held++) {
       places[held] = static_cast<uint16_t>((column + __builtin_ctzll(mask)) * kBytes);
-      values[held] = *from++;
+      values[held] = *reinterpret_cast<const int8_t*>(from++);
     }
 #endif
   }
 };
 
 // Adds the products of a block's values, an even number of them, with a block of x.
-inline void add_products(const uint16_t* places, const int16_t* values, int count, const char* x, float scale,
+template <typename Form>
+inline void add_products(const uint16_t* places, const int16_t* values, int count, const char* x, const float* scale,
                          bool is_first, float* y) {
-  Vector::Type sums[2] = {Vector::zero(), Vector::zero()}, more[2] = {Vector::zero(), Vector::zero()};
-  const auto meet = [&](int k, Vector::Type& low, Vector::Type& high) __attribute__((always_inline)) {
+  typedef typename Form::Sum Sum;
+  Sum sums[2] = {Form::zero(), Form::zero()}, more[2] = {Form::zero(), Form::zero()};
+  const auto meet = [&](int k, Sum& low, Sum& high) __attribute__((always_inline)) {
     const Vector::Type two = Vector::pair(values + k);
     const Vector::Type a = Vector::load(x + places[k]), b = Vector::load(x + places[k + 1]);
-    low = Vector::multiply(low, Vector::low(a, b), two);
-    high = Vector::multiply(high, Vector::high(a, b), two);
+    low = Form::multiply(low, Vector::low(a, b), two);
+    high = Form::multiply(high, Vector::high(a, b), two);
   };
   int k = 0;
   for (; k + 4 <= count; k += 4) {
@@ -218,34 +275,37 @@ inline void add_products(const uint16_t* places, const int16_t* values, int coun
   if (k < count) meet(k, sums[0], sums[1]);
 #pragma GCC unroll 2
   for (int half = 0; half < 2; half++) {
-    const Vector::Floats sum = Vector::scaled(Vector::add(sums[half], more[half]), scale);
+    const Vector::Floats sum = Form::floats(Form::add(sums[half], more[half]), scale);
     float* to = y + half * kHalf;
     Vector::store(to, is_first ? sum : Vector::add(sum, Vector::load(to)));
   }
 }
 
 // Writes results [rows of W][kRows] to y: those of the `count` rows of x that are there.
-void finish(const Packed& w, int64_t first, int64_t last, float* results, const float* scales, int64_t count, float* y) {
+template <typename Form>
+void finish(const Packed& w, int64_t first, int64_t last, float* results, const float* scales, int64_t count,
+            typename Form::Number* y) {
+  constexpr int kLane = csr::kLane;
   for (int64_t row = first; row < last; row++)
     for (int half = 0; half < 2; half++) {
       float* here = results + (row - first) * kRows + half * kHalf;
       const Vector::Floats shift = Vector::all(w.bias ? w.bias[row] : 0.0f);
       Vector::store(here, Vector::fma(Vector::load(here), Vector::load(scales + half * kHalf), shift));
     }
-  int64_t row = first;
-  for (; row + csr::kLane <= last; row += csr::kLane) {
-    int64_t i = 0;
-    const float* from = results + (row - first) * kRows;
-    for (; i + csr::kLane <= count; i += csr::kLane)
-      csr::transpose_square(from + i, kRows, csr::kLane, y + i * w.out + row, w.out);
-    for (; i < count; i++)
-      for (int k = 0; k < csr::kLane; k++) y[i * w.out + row + k] = from[k * kRows + i];
+  float tile[kLane][kLane];
+  for (int64_t row = first; row < last; row += kLane) {
+    const int64_t rows = std::min<int64_t>(kLane, last - row);
+    for (int64_t i = 0; i < count; i += kLane) {
+      csr::transpose_square(results + (row - first) * kRows + i, kRows, rows, tile[0], kLane);
+      for (int64_t k = 0; k < std::min<int64_t>(kLane, count - i); k++)
+        Form::put(y + (i + k) * w.out + row, tile[k], rows);
+    }
   }
-  for (; row < last; row++)
-    for (int64_t i = 0; i < count; i++) y[i * w.out + row] = results[(row - first) * kRows + i];
 }
 
-bool product(const Packed& w, const float* x, int64_t count, float* y, int16_t* laid_out, int threads) {
+template <typename Form>
+bool product(const Packed& w, const typename Form::Number* x, int64_t count, typename Form::Number* y,
+             int16_t* laid_out, int threads) {
   const int64_t groups = (count + kRows - 1) / kRows, blocks = (w.words + kBlock - 1) / kBlock;
   const bool alone = threads == 1 || w.out * w.in * count < (1 << 16);
   std::vector<float> scales(groups * kRows, 0.0f);
@@ -257,7 +317,8 @@ bool product(const Packed& w, const float* x, int64_t count, float* y, int16_t* 
     for (int64_t group = 0; group < groups; group++) {
       const int64_t first = group * kRows;
       int16_t* block = laid_out + first * w.in;
-      if (!lay_out(x + first * w.in, std::min<int64_t>(kRows, count - first), w.in, block, scratch.data(), &scales[first])) {
+      const int64_t here = std::min<int64_t>(kRows, count - first);
+      if (!lay_out<Form>(x + first * w.in, here, w.in, block, scratch.data(), &scales[first])) {
 #pragma omp atomic write
         taken = false;
       }
@@ -270,7 +331,7 @@ bool product(const Packed& w, const float* x, int64_t count, float* y, int16_t* 
   const int64_t parts = (w.out + lines - 1) / lines;
 #pragma omp parallel num_threads(threads) if (!alone)
   {
-    Lists lists;
+    Lists<Form> lists;
     std::vector<float> results(kLines * kRows);
 #pragma omp for schedule(dynamic)
     for (int64_t part = 0; part < parts; part++) {
@@ -283,12 +344,14 @@ bool product(const Packed& w, const float* x, int64_t count, float* y, int16_t* 
           for (int64_t block = 0; block < blocks; block++) {
             const int16_t* columns = laid_out + begin * w.in + block * kColumns * kRows;
             const int32_t* start = &lists.starts[(top - first) * blocks + block];
-            const float* scale = w.scales_of(top) + block;
-            for (int64_t row = top; row < bottom; row++, start += blocks, scale += blocks)
-              add_products(&lists.places[*start], &lists.values[*start], start[1] - start[0],
-                           reinterpret_cast<const char*>(columns), *scale, block == 0, &results[(row - top) * kRows]);
+            for (int64_t row = top; row < bottom; row++, start += blocks) {
+              const float* scale = w.scales ? w.scales_of(row) + block : nullptr;
+              add_products<Form>(&lists.places[*start], &lists.values[*start], start[1] - start[0],
+                                 reinterpret_cast<const char*>(columns), scale, block == 0,
+                                 &results[(row - top) * kRows]);
+            }
           }
-          finish(w, top, bottom, results.data(), &scales[begin], here, y + begin * w.out);
+          finish<Form>(w, top, bottom, results.data(), &scales[begin], here, y + begin * w.out);
         }
       }
     }
@@ -296,36 +359,43 @@ bool product(const Packed& w, const float* x, int64_t count, float* y, int16_t* 
   return true;
 }
 
-}  // namespace whole
+}  // namespace lists
 }  // namespace
 #endif
 
 extern "C" {
 
 // The rows of x that are taken together: scratch has room for a multiple of them, `in` numbers of 16 bits each; 0 if
-// there is no such product for this processor.
-int hf_pdecay_whole_rows() {
-#ifdef HF_PDECAY_WHOLE
-  return whole::kRows;
-#else
-  return 0;
+// there is no such product for these values on this processor.
+int hf_pdecay_list_rows([[maybe_unused]] int kind) {
+#ifdef HF_PDECAY_PAIRS
+  if (kind == kBfloat16) return lists::kRows;
 #endif
+#ifdef HF_PDECAY_LISTS
+  if (kind == kInt8) return lists::kRows;
+#endif
+  return 0;
 }
 
-// Results of rows of x with int8 values; 0, and nothing written, if 16 bits cannot hold a row of x.
-int hf_pdecay_whole_product([[maybe_unused]] const uint64_t* masks, [[maybe_unused]] const int64_t* starts,
-                            [[maybe_unused]] const void* values, [[maybe_unused]] const float* scales,
-                            [[maybe_unused]] const float* bias, [[maybe_unused]] int64_t out,
-                            [[maybe_unused]] int64_t in, [[maybe_unused]] const float* x,
-                            [[maybe_unused]] int64_t count, [[maybe_unused]] float* y,
-                            [[maybe_unused]] void* scratch, [[maybe_unused]] int threads) {
-#ifdef HF_PDECAY_WHOLE
+// Results of rows of x, in float32 for int8 values, else x and y in bfloat16; returns 0, having written nothing, if 16
+// bits cannot hold a row of x.
+int hf_pdecay_list_product([[maybe_unused]] int kind, const uint64_t* masks, const int64_t* starts, const void* values,
+                           const float* scales, const float* bias, int64_t out, int64_t in,
+                           [[maybe_unused]] const void* x, [[maybe_unused]] int64_t count, [[maybe_unused]] void* y,
+                           [[maybe_unused]] void* scratch, [[maybe_unused]] int threads) {
   using namespace bitmask;
-  const Packed w{masks, starts, values, scales, nullptr, bias, out, in, (in + kWord - 1) / kWord};
-  return whole::product(w, x, count, y, static_cast<int16_t*>(scratch), threads);
-#else
-  return 0;
+  [[maybe_unused]] const Packed w{masks, starts, values, scales, nullptr, bias, out, in, (in + kWord - 1) / kWord};
+#ifdef HF_PDECAY_PAIRS
+  if (kind == kBfloat16)
+    return lists::product<lists::Brain>(w, static_cast<const uint16_t*>(x), count, static_cast<uint16_t*>(y),
+                                        static_cast<int16_t*>(scratch), threads);
 #endif
+#ifdef HF_PDECAY_LISTS
+  if (kind == kInt8)
+    return lists::product<lists::Whole>(w, static_cast<const float*>(x), count, static_cast<float*>(y),
+                                        static_cast<int16_t*>(scratch), threads);
+#endif
+  return 0;
 }
 
 }  // extern "C"
