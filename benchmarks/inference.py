@@ -36,12 +36,14 @@ from engines import others
 from hf_pdecay import build_param_groups, to_sparse_inference
 from hf_pdecay.inference import sparse_linear
 from hf_pdecay.inference.base import InferenceLinear
+from hf_pdecay.inference.memory import in_large_pages
 from tables import command, conditions, describe, table, write
 
 
 ROOT = Path(__file__).resolve().parent
 PACKAGES = ("torch", "transformers", "torchao", "openvino", "nncf", "onnxruntime")
 DENSE, DENSE16, CSR = "torch, float32", "torch, bfloat16", "torch's CSR"
+LARGE = "torch, float32, large pages"
 OURS, OURS16, IN16, OURS8 = "ours", "ours, bfloat16 values", "ours in a bfloat16 model", "ours, int8 values"
 Call = Callable[[], Any]
 
@@ -126,7 +128,7 @@ def engines(dense: nn.Module, work: Workload, left_out: dict[str, str], every: b
     """
     ids = torch.randint(0, 1000, (work.batch, work.tokens), generator=torch.Generator().manual_seed(0))
     rows = work.batch * work.tokens
-    head = "int8" if work.model == "GPT-2 small" else None
+    head = "int8" if hasattr(dense, "lm_head") else None
     models: dict[str, nn.Module] = {DENSE: dense}
     for name, dtype, options in (
         (OURS, None, {}),
@@ -139,6 +141,10 @@ def engines(dense: nn.Module, work: Workload, left_out: dict[str, str], every: b
     calls: dict[str, tuple[Call, int]] = {
         name: (partial(WithPast(model, work), ids), weight_bytes(model)) for name, model in models.items()
     }
+    large = copy.deepcopy(dense)
+    for param in large.parameters():
+        param.data = in_large_pages(param.data)
+    calls[LARGE] = partial(WithPast(large, work), ids), weight_bytes(large)
     half = copy.deepcopy(dense).to(torch.bfloat16)
     calls[DENSE16] = partial(WithPast(half, work), ids), weight_bytes(half)
     if "Llama" not in work.model:
@@ -225,7 +231,8 @@ def text(record: dict[str, Any]) -> str:
         "Times float32 and bfloat16 are medians over the rounds of the dense model's time, in that dtype, over the "
         f"engine's. MB are the weights that a call reads, and their share is of {record['bandwidth'] / 1e9:.1f} GB/s, "
         "which a sum over 1 GB read in this run; it means little where a call has many rows. GPT-2's head of 50,257 "
-        "tokens is tied to the embeddings and does not decay: it is dense, and with int8 values it has int8 too."
+        "tokens is tied to the embeddings and does not decay, nor does the Llama's of 2,000: they are dense, and with "
+        "int8 values they have int8 too, as in the other int8 engines."
     )
     return "\n\n".join(parts) + "\n"
 

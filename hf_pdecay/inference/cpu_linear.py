@@ -11,6 +11,7 @@ from torch.utils._pytree import tree_map_only
 
 from .base import InferenceLinear
 from .kernels import FLOATS
+from .memory import in_large_pages
 from .packed_weight import PackedWeight
 
 
@@ -47,7 +48,12 @@ class CpuLinear(InferenceLinear):
 
     def _hold(self, weight: Tensor | PackedWeight) -> None:
         super()._hold(weight)
+        for part in self._parts:
+            self._put(part, getattr(self, part))
         self.register_buffer("_empty", torch.empty(0, dtype=weight.dtype), persistent=False)  # `.to(dtype)` converts it
+
+    def _put(self, part: str, held: Tensor | None) -> None:
+        setattr(self, part, None if held is None else in_large_pages(held))
 
     def _product(self, x: Tensor, dtype: torch.dtype) -> Tensor:
         """X Wᵀ + b, with x of shape (n, in_features); ``dtype`` is what the result will be rounded to."""
@@ -112,7 +118,7 @@ class CpuLinear(InferenceLinear):
             new = getattr(self, part)
             if old is not None and new.dtype != old.dtype:
                 # Values round with the layer; their scales, and integers, do not.
-                setattr(self, part, new.to(old.dtype) if part == "values" else old.to(new.device))
+                self._put(part, new.to(old.dtype) if part == "values" else old.to(new.device))
         return self
 
     def extra_repr(self) -> str:

@@ -6,6 +6,7 @@ import copy
 import ctypes
 import itertools
 import pickle
+import re
 import shutil
 import struct
 import subprocess
@@ -306,6 +307,23 @@ def test_the_greatest_sums_of_16_bits_do_not_overflow(path: str) -> None:
         for size in (3.0, -3.0):
             y = layer(torch.full((rows, 512), size))
             torch.testing.assert_close(y, torch.tensor([512.0, -512.0]).mul(size).expand(rows, 2), rtol=1e-4, atol=0)
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps").is_file(), reason="large pages are asked for on Linux only")
+@pytest.mark.parametrize("form", FORMS)
+def test_large_weights_lie_in_large_pages(form: type[CpuLinear]) -> None:
+    """Linux says for which memory it was asked for them: whole pages of the values, and nothing around them."""
+    layer = form(sparse_weight(2048, 2048, 0.4))
+    values = layer.values
+    assert values.is_contiguous() and values.data_ptr() % (2 << 20) == 0
+    maps = re.findall(r"^([0-9a-f]+)-([0-9a-f]+) (?:.*\n)*?VmFlags:(.*)$", Path("/proc/self/smaps").read_text(), re.M)
+    flags = {int(first, 16): (int(last, 16), text.split()) for first, last, text in maps}
+    last, given = flags[values.data_ptr()]
+    assert "hg" in given and last - values.data_ptr() == values.nbytes // (2 << 20) * (2 << 20)
+    small = form(sparse_weight(64, 64, 0.4))
+    assert len(pickle.dumps(layer)) < layer.stored_bytes + 20000 and small.values.nbytes < 1 << 20
+    again = pickle.loads(pickle.dumps(layer))
+    assert torch.equal(again.values, values) and torch.equal(layer.dense_weight(), sparse_weight(2048, 2048, 0.4))
 
 
 def test_columns_take_two_bytes_where_they_fit() -> None:
