@@ -19,8 +19,7 @@ BEYOND = 64
 
 _WORD = 64  # weights of a word of the mask
 _BLOCK = 256  # columns that share a scale of int8 values
-# More rows, in the dtype of the result, are multiplied by lists of the values or by dense blocks: torch's own product of
-# bfloat16 is fast.
+# More rows are multiplied by lists of the values or by dense blocks; in bfloat16 earlier, as these products are fast.
 _FEW, _FEW_BFLOAT16, _FEW_INT8 = 64, 24, 16
 _DENSE = 1 << 22  # weights of a dense block: with rows of x they fit into a last cache of 32 MiB
 _PACKED_AT_A_TIME = 1 << 24  # weights
