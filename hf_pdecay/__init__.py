@@ -44,7 +44,13 @@ if TYPE_CHECKING:
     from .measurements.hooks import classification_hooks as classification_hooks
     from .one_shot.calibration import calibration_rows as calibration_rows
     from .one_shot.folder import prune_folder as prune_folder
+    from .one_shot.folder import quantize_folder as quantize_folder
+    from .one_shot.gptq import gptq as gptq
+    from .one_shot.gptq import round_to_nearest as round_to_nearest
     from .one_shot.model import prune_one_shot as prune_one_shot
+    from .one_shot.quantization_report import BlockQuantization as BlockQuantization
+    from .one_shot.quantization_report import QuantizationReport as QuantizationReport
+    from .one_shot.quantizing import quantize_one_shot as quantize_one_shot
     from .one_shot.report import BlockPruning as BlockPruning
     from .one_shot.report import OneShotReport as OneShotReport
     from .one_shot.sparsegpt import sparsegpt as sparsegpt
@@ -118,8 +124,11 @@ _NAMES = {
     "measurements": ("load_measurement",),
     "measurements.hooks": ("causal_lm_hooks", "classification_hooks"),
     "one_shot.calibration": ("calibration_rows",),
-    "one_shot.folder": ("prune_folder",),
+    "one_shot.folder": ("prune_folder", "quantize_folder"),
+    "one_shot.gptq": ("gptq", "round_to_nearest"),
     "one_shot.model": ("prune_one_shot",),
+    "one_shot.quantization_report": ("BlockQuantization", "QuantizationReport"),
+    "one_shot.quantizing": ("quantize_one_shot",),
     "one_shot.report": ("BlockPruning", "OneShotReport"),
     "one_shot.sparsegpt": ("sparsegpt",),
     "one_shot.wanda": ("wanda",),
@@ -176,11 +185,13 @@ def __dir__() -> list[str]:
 # From here on transformers, whenever it is imported, loads what `compress` and `shrink_folder` write.
 _READERS = (
     *("transformers.modeling_utils", "transformers.integrations.accelerate"),
+    "transformers.quantizers.quantizer_torchao",
     *("accelerate.utils.modeling", "accelerate.utils.offload"),
 )
 install(
     {
         **dict.fromkeys(_READERS, "hf_pdecay.storage.readers"),
         "transformers.quantizers.auto": "hf_pdecay.shrinking.quantizer:ShrunkQuantizer",
+        "transformers.quantizers.base": "hf_pdecay.storage.lossy_quantizers",
     }
 )

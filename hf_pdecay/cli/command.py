@@ -23,6 +23,19 @@ def add_folders(parser: argparse.ArgumentParser) -> None:
     add_json(parser)
 
 
+def add_calibration(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of a command that runs calibration rows through a model, beside those for its data."""
+    parser.add_argument("--rows", type=int, default=128, metavar="N", help="calibration rows (128)")
+    parser.add_argument(
+        "--row_length", type=int, metavar="TOKENS", help="tokens of a row (what the model takes, at most 2048)"
+    )
+    parser.add_argument(
+        "--dtype", default="auto", help="float32, bfloat16 or float16, to run and save the model in (that of its files)"
+    )
+    parser.add_argument("--device", help="where the model runs, such as cuda or cpu (a GPU if there is one)")
+    parser.add_argument("--seed", type=int, default=0, help="chooses the rows (0)")
+
+
 def add_max_steps(parser: argparse.ArgumentParser) -> None:
     """Add ``--max_steps``."""
     parser.add_argument(

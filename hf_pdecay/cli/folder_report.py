@@ -27,6 +27,7 @@ from ..sparsity.report import SparsityReport, TensorSparsity
 from ..storage.compressed_file import is_compressed_file
 from ..storage.encoding import smallest_payload
 from ..storage.folder import CONFIG, read_config
+from ..storage.lossy_quantizers import WORTH_KEEPING, what_is_lost
 from ..storage.source import RAGGED, quantization_method
 from ..terminal import get_logger
 from .folder_tensors import countable, meta_model, model_folder, read_tensors, weight_files
@@ -55,6 +56,7 @@ class FolderReport:
         shrunk: What ``hf-pdecay shrink`` would leave. None if the architecture is not known, the tensors have other
             names than the model's parameters, or they are compressed, quantized or shrunk layer by layer.
         packed: Bytes of the files of weights, for a compressed folder.
+        quantized: What the ``quantization_config`` of the folder says, if it has one.
     """
 
     folder: Path
@@ -66,6 +68,7 @@ class FolderReport:
     negative_zeros: tuple[int, int] = (0, 0)
     shrunk: ShrinkEstimate | None = None
     packed: int | None = None
+    quantized: Any = None
 
     def to_dict(self) -> dict[str, Any]:
         """Return the report as plain JSON types."""
@@ -109,7 +112,20 @@ class FolderReport:
             yield "{:,} zeros are -0.0, whose signs cost about {:,} bytes when compressed.".format(*self.negative_zeros)
         if self.shrunk is not None and self.shrunk.sentence(_word(self.folder)):
             yield self.shrunk.sentence(_word(self.folder))
+        if self.sparsity.sparsity >= WORTH_KEEPING:
+            yield self._quantisers()
         yield from self._inference()
+
+    def _quantisers(self) -> str:
+        """What a quantiser has made of zeros, or may."""
+        lost = what_is_lost(self.quantized) if self.quantized else None
+        if lost is not None:
+            return f"The model is quantised: {lost}. hf-pdecay check BEFORE {_word(self.folder)} says which are kept."
+        return (
+            "Many quantisers fill zeros in, such as HQQ, quanto's int4, Q4_K and the other GGUF types with a minimum. "
+            f"hf-pdecay quantize {_word(self.folder)} OUT keeps them, and hf-pdecay check {_word(self.folder)} AFTER "
+            "says what another tool kept."
+        )
 
     def _inference(self) -> Iterator[str]:
         """What sparse inference would make of the tensors, for some numbers of rows."""
@@ -151,7 +167,8 @@ def report_folder(folder: str | os.PathLike[str], near_zero_threshold: float = N
     """
     path = model_folder(Path(folder))
     packed = any(map(is_compressed_file, weight_files(path)))
-    method = quantization_method(read_config(path)) if (path / CONFIG).is_file() else None
+    config = read_config(path) if (path / CONFIG).is_file() else {}
+    method = quantization_method(config)
     model = meta_model(path)
     run_report = _report_of_run(path)
     decayed = _decayed(run_report, model)
@@ -195,6 +212,7 @@ def report_folder(folder: str | os.PathLike[str], near_zero_threshold: float = N
         (negative, signs),
         None if estimator is None else estimator.estimate(),
         sum(file.stat().st_size for file in weight_files(path)) if packed else None,
+        None if method in (None, RAGGED) else config.get("quantization_config"),
     )
 
 

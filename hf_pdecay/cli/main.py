@@ -30,6 +30,7 @@ _COMMANDS = {
     "compress": "write a model without its zeros; from_pretrained gives it back after import hf_pdecay",
     "decompress": "restore the plain folder of a compressed model",
     "prune": "prune a trained model in minutes without training: by gradients, SparseGPT, Wanda or magnitude",
+    "quantize": "round the weights of a trained model to 8, 4 or 2 bits, by GPTQ or to nearest, and keep every zero",
     "shrink": "remove dead neurons and attention heads from a model, which then loads anywhere as a smaller one",
     "completion": "print a script by which bash, zsh, fish or tcsh completes commands and flags",
 }
@@ -44,6 +45,7 @@ _EXAMPLES = {
     "compress": "hf-pdecay compress output compressed --dtype bfloat16",
     "decompress": "hf-pdecay decompress compressed plain",
     "prune": "hf-pdecay prune gpt2 pruned --sparsity 0.5 --data text.jsonl",
+    "quantize": "hf-pdecay quantize pruned quantized --bits 4 --data text.jsonl",
     "shrink": "hf-pdecay shrink output smaller --multiple-of 64",
     "completion": "hf-pdecay completion bash",
 }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from .command import add_folders, show
+from .command import add_calibration, add_folders, show
 
 
 def register(parser: argparse.ArgumentParser) -> None:
@@ -27,15 +27,7 @@ def register(parser: argparse.ArgumentParser) -> None:
         "them (the default); sparsegpt: where each matrix's outputs move least, without gradients; wanda: the others "
         "stay as they are; magnitude: the smallest weights go",
     )
-    parser.add_argument("--rows", type=int, default=128, metavar="N", help="calibration rows (128)")
-    parser.add_argument(
-        "--row_length", type=int, metavar="TOKENS", help="tokens of a row (what the model takes, at most 2048)"
-    )
-    parser.add_argument(
-        "--dtype", default="auto", help="float32, bfloat16 or float16, to run and save the model in (that of its files)"
-    )
-    parser.add_argument("--device", help="where the model runs, such as cuda or cpu (a GPU if there is one)")
-    parser.add_argument("--seed", type=int, default=0, help="chooses the rows (0)")
+    add_calibration(parser)
 
 
 def run(options: argparse.Namespace) -> int:

@@ -14,7 +14,6 @@ from ..checks import check_choice
 from ..layers.matrices import decayable_parameter_names
 from ..names import clean_name
 from ..storage.source import RAGGED, quantization_method
-from ..terminal import progress
 from .blocks import Block, Target, check_held, find_blocks, targets_of
 from .budgets import divide
 from .capture import Capture, Key
@@ -100,7 +99,7 @@ def prune_matrices(model: nn.Module, rows: Tensor, shares: Sequence[Share], meth
         stream = Stream(model, stack, rows, first)
         seen = {name for name, _ in first.sums}
         pruned = [target for target in targets.values() if target.linear or target.name in seen]
-        by_block = _divided(stream.blocks, pruned)
+        by_block = divided(stream.blocks, pruned)
         _check(by_block, asked)
         # Within the few inputs of one output that compete for N:M, how much the output matters changes nothing.
         by_gradient = [
@@ -111,7 +110,7 @@ def prune_matrices(model: nn.Module, rows: Tensor, shares: Sequence[Share], meth
             information = output_information(model, by_gradient, rows, stream.options)
         plans = _planned(by_block, asked, information)
         report = OneShotReport(method, "", (rows.shape[0], rows.shape[1]))
-        for place, block in enumerate(progress(stream.blocks, "Pruning", len(stream.blocks), unit="blocks")):
+        for place, block in enumerate(stream.progress("Pruning")):
             capture = Capture([plan.target for plan in plans[place]] * (method != "magnitude"), method in WITH_HESSIAN)
             stream.capture(capture)
             for plan in plans[place]:
@@ -136,14 +135,14 @@ def check_runs(model: nn.Module, rows: Tensor) -> None:
         Stream(model, stack, rows[:1].to(next(model.parameters()).device), Capture([], hessian=False))
 
 
-def check_config(config: Any, name: str) -> None:
-    """Raise ValueError if a model of this config and class cannot be pruned."""
-    if getattr(config, "is_encoder_decoder", False):
+def check_config(config: Any, name: str, runs: bool = True) -> None:
+    """Raise ValueError if a model of this config and class is quantized, or if it ``runs`` and text does not run it."""
+    if runs and getattr(config, "is_encoder_decoder", False):
         raise ValueError(f"{name} is an encoder-decoder, which text alone does not run; name a model of one stack.")
     method = quantization_method(config.to_dict()) if hasattr(config, "to_dict") else None
     if method not in (None, RAGGED):
         raise ValueError(
-            f"{name} is quantized (quant_method {method!r}); prune the plain model, from which it was made."
+            f"{name} is quantized (quant_method {method!r}); take the plain model, from which it was made."
         )
 
 
@@ -163,6 +162,15 @@ def check_rows(model: nn.Module, rows: Tensor) -> None:
         raise ValueError(
             f"Invalid rows: they have token {int(rows.max())} (lowest {int(rows.min())}), and the model knows {most}: "
             "0 and up. Is the tokenizer another model's?"
+        )
+
+
+def check_summed(summed: Tensor, name: str) -> None:
+    """Raise ValueError if what a matrix was multiplied by is not finite."""
+    if not bool(summed.isfinite().all()):
+        raise ValueError(
+            f"The inputs of {name} are NaN or infinite; if the model is in float16, load it in float32 or bfloat16 "
+            "(--dtype)."
         )
 
 
@@ -193,11 +201,8 @@ class _Plan:
             matrix.masked_fill_(magnitude_mask(matrix, self.amount), 0.0)
             return True
         summed = sums.pop(key, None)
-        if summed is not None and not bool(summed.isfinite().all()):
-            raise ValueError(
-                f"The inputs of {self.name} are NaN or infinite; if the model is in float16, load it in float32 or "
-                "bfloat16 (--dtype)."
-            )
+        if summed is not None:
+            check_summed(summed, self.name)
         if summed is None or method == "wanda":
             norms = matrix.new_zeros(matrix.shape[1], dtype=torch.float32) if summed is None else summed.sqrt()
             matrix.masked_fill_(wanda_mask(matrix, norms, self.amount), 0.0)
@@ -206,8 +211,8 @@ class _Plan:
         return True
 
 
-def _divided(blocks: Sequence[Block], targets: Sequence[Target]) -> list[list[Target]]:
-    """The targets of each block; what several blocks share belongs to the first of them."""
+def divided(blocks: Sequence[Block], targets: Sequence[Target]) -> list[list[Target]]:
+    """Return the targets of each block; what several blocks share belongs to the first of them."""
     places: dict[int, int] = {}
     for place, block in enumerate(blocks):
         for param in block.module.parameters():

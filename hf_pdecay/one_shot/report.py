@@ -90,11 +90,11 @@ class OneShotReport:
         )
         if self.dense:
             yield (
-                f"Left dense: {_some(list(self.dense))} ({sum(self.dense.values()):,} weights), which lie outside the "
+                f"Left dense: {some(list(self.dense))} ({sum(self.dense.values()):,} weights), which lie outside the "
                 "blocks or are no matrices that calibration can see."
             )
         if self.unseen:
-            yield f"No row has reached {_some(self.unseen)}: pruned by magnitude. More rows may reach them."
+            yield f"No row has reached {some(self.unseen)}: pruned by magnitude. More rows may reach them."
         yield from self.notes
         if self.left_out:
             yield f"Left out, weights in other formats: {', '.join(self.left_out)}"
@@ -104,5 +104,6 @@ def _cells(weights: int, zeros: int) -> tuple[str, str, str]:
     return f"{weights:,}", f"{zeros:,}", f"{zeros / weights:.2%}" if weights else ""
 
 
-def _some(names: list[str]) -> str:
+def some(names: list[str]) -> str:
+    """Return the first names of several, and how many more there are."""
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from .selection import Amount, amount_of, check_zeros, float_of, lowest, outside_blocks, scores, share, spread, zeroed
 
 
-_COLUMNS = 128  # whose mask is chosen at once
+COLUMNS = 128  # whose mask is chosen at once
 _DAMPING = 0.01  # as a fraction of the Hessian's mean diagonal
 
 
@@ -45,36 +47,58 @@ def prune_by_hessian(weight: Tensor, hessian: Tensor, amount: Amount, outputs: T
     values = float_of(weight).clone()
     zero, mask = weight == 0, torch.zeros_like(weight, dtype=torch.bool)
     dead = hessian.diagonal() == 0
-    factor = _inverse_factor(hessian, dead)
+    factor = inverse_factor(hessian, dead)
     importance = factor.diagonal().reciprocal().masked_fill(dead, 0)
-    inputs = weight.shape[1]
-    width = _COLUMNS if isinstance(amount, int) else max(_COLUMNS // amount[1], 1) * amount[1]
-    starts = range(0, inputs, width)
-    counts = _counts(amount, zero, dead, width) if isinstance(amount, int) else [0] * len(starts)
-    for start, count in zip(starts, counts, strict=True):
-        here = slice(start, min(start + width, inputs))
-        piece, inner, chosen = values[:, here], factor[here, here], mask[:, here]
-        if isinstance(amount, int):
+    width = COLUMNS if isinstance(amount, int) else max(COLUMNS // amount[1], 1) * amount[1]
+    counts = _counts(amount, zero, dead, width) if isinstance(amount, int) else []
+
+    def pruned(start: int, columns: Tensor, column: int) -> Tensor:
+        here = slice(start, start + len(columns))
+        chosen = mask[:, here]
+        if isinstance(amount, int) and column == 0:
+            piece = columns.T
             weighted = piece if outputs is None else piece * outputs.sqrt()[:, None]
             ranked = scores(weighted, importance[here], zero[:, here])
-            chosen.copy_(lowest(ranked.reshape(1, -1), [count]).view(piece.shape))
-        columns = piece.T.contiguous()  # each in one piece of memory, for speed
-        errors = torch.zeros_like(columns)
-        for column in range(len(columns)):
-            if not isinstance(amount, int) and column % amount[1] == 0:
-                part = slice(column, column + amount[1])
-                none = zero[:, here][:, part]
-                ranked = scores(columns[part].T, importance[here][part], none)
-                chosen[:, part] = outside_blocks(ranked, amount) | none
-            errors[column] = torch.where(chosen[:, column], columns[column], 0) / inner[column, column]
-            columns[column:].addr_(inner[column, column:], errors[column], alpha=-1)
-        piece.copy_(columns.T)
-        values[:, here.stop :] -= errors.T @ factor[here, here.stop :]
+            chosen.copy_(lowest(ranked.reshape(1, -1), [counts[start // width]]).view(piece.shape))
+        elif not isinstance(amount, int) and column % amount[1] == 0:
+            part = slice(column, column + amount[1])
+            none = zero[:, here][:, part]
+            ranked = scores(columns[part].T, importance[here][part], none)
+            chosen[:, part] = outside_blocks(ranked, amount) | none
+        return columns[column].masked_fill(chosen[:, column], 0)
+
+    spread_errors(values, factor, width, pruned)
     return zeroed(values, mask, weight.dtype)
 
 
-def _inverse_factor(hessian: Tensor, dead: Tensor) -> Tensor:
-    """The upper Cholesky factor of the inverse of the damped Hessian, in which dead inputs stand alone."""
+def spread_errors(values: Tensor, factor: Tensor, width: int, settle: Callable[[int, Tensor, int], Tensor]) -> None:
+    """Change the columns of a matrix one by one, and have the later ones make up for what that changes in the output.
+
+    Args:
+        values: Of shape (outputs, inputs); changed in place.
+        factor: What :func:`inverse_factor` returned.
+        width: Number of columns whose later ones are updated at once.
+        settle: Returns what a column becomes, given the index of the first column of its piece, the piece as it is now,
+            of shape (columns, outputs), and the column's place in it.
+    """
+    inputs = values.shape[1]
+    for start in range(0, inputs, width):
+        here = slice(start, min(start + width, inputs))
+        piece, inner = values[:, here], factor[here, here]
+        columns = piece.T.contiguous()  # each in one piece of memory, for speed
+        errors = torch.zeros_like(columns)
+        for column in range(len(columns)):
+            errors[column] = (columns[column] - settle(start, columns, column)) / inner[column, column]
+            columns[column:].addr_(inner[column, column:], errors[column], alpha=-1)
+        piece.copy_(columns.T)
+        values[:, here.stop :] -= errors.T @ factor[here, here.stop :]
+
+
+def inverse_factor(hessian: Tensor, dead: Tensor) -> Tensor:
+    """Return the upper Cholesky factor of the inverse of the damped Hessian, in which dead inputs stand alone.
+
+    The Hessian is overwritten by the damped one. Raises ValueError if it is not positive definite.
+    """
     diagonal = hessian.diagonal()
     living = diagonal[~dead]
     mean = living.mean() if living.numel() else torch.ones((), dtype=hessian.dtype, device=hessian.device)

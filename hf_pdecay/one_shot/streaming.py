@@ -7,7 +7,7 @@ hidden states between two blocks are kept, and masks, positions and what lies be
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from ..checks import MODEL_ERRORS
+from ..terminal import progress
 from .blocks import Block
 from .capture import Capture
 
@@ -55,6 +56,10 @@ class Stream:
         self.blocks: list[Block] = []
         self._chained = False
         self._try(blocks, rows[:1], capture)
+
+    def progress(self, doing: str) -> Iterable[Block]:
+        """Iterate over the blocks with a progress bar."""
+        return progress(self.blocks, doing, len(self.blocks), unit="blocks")
 
     def capture(self, capture: Capture) -> None:
         """Run all rows through the next block, whose products the capture sees."""

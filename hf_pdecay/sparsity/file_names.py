@@ -9,6 +9,7 @@ REPORT_FILE = "sparsity.json"
 HISTORY_FILE = "sparsity.jsonl"
 PICTURE_FILE = "sparsity.png"
 CARD_FILE = "README.md"
+CODES_FILE = "codes.json"
 
 # The Trainer's own: a checkpoint folder, and the file in it that is written last.
 CHECKPOINT = re.compile(r"checkpoint-(\d+)")

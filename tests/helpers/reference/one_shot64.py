@@ -64,3 +64,23 @@ def sparsegpt64(
                 pruned[row, column:] -= pruned[row, column] / inverse[0, 0] * inverse[0]
                 pruned[row, column] = 0.0
     return pruned
+
+
+def gptq64(weight: Array, inputs: Array, scales: Array, codes: tuple[int, int]) -> Array:
+    """Return a matrix rounded by GPTQ, https://huggingface.co/papers/2210.17323, with a scale for each row.
+
+    The update is that of SparseGPT, where w_j changes by w_j - q_j in place of w_j. What it adds to a zero is a part of
+    that weight's own change: q_j is 0 there.
+    """
+    hessian = inputs.T @ inputs
+    hessian += 0.01 * np.mean(np.diag(hessian)) * np.eye(len(hessian))
+    changed, result = weight.copy(), np.zeros_like(weight)
+    for column in range(weight.shape[1]):
+        inverse = np.linalg.inv(hessian[column:, column:])
+        for row in range(len(weight)):
+            if weight[row, column]:
+                code = np.clip(np.rint(changed[row, column] / scales[row]), *codes)
+                result[row, column] = code * scales[row]
+            error = changed[row, column] - result[row, column]
+            changed[row, column:] -= error / inverse[0, 0] * inverse[0]
+    return result

@@ -1,0 +1,120 @@
+"""Quantising one matrix so that every zero is kept: by rounding to nearest, and by GPTQ."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..storage.codes import code_range, in_blocks
+from .grid import BLOCK, check_bits, check_block, find_scales
+from .selection import float_of
+from .sparsegpt import COLUMNS, inverse_factor, spread_errors
+
+
+_SWEEPS = 3
+
+
+def round_to_nearest(weight: Tensor, *, bits: float = 4, block: int = BLOCK) -> Tensor:
+    """Round a matrix to whole codes times the scale of a block; every zero stays zero.
+
+    The scale of a block is that with the least squared error of those tried.
+
+    Args:
+        weight: Of shape (outputs, inputs).
+        bits: Width of the codes: 8 to 2, or 1.58 for -1, 0 and 1.
+        block: Consecutive inputs that share a scale; the last block of a row may be shorter.
+
+    Returns:
+        The quantised matrix, in the dtype of ``weight``, in which each number is exactly a code times its scale.
+
+    Raises:
+        ValueError: If an argument is invalid.
+    """
+    low, high = code_range(check_bits(bits))
+    blocks = in_blocks(float_of(weight), check_block(block))
+    scales = find_scales(blocks, bits, weight.dtype)[..., None]
+    codes = (blocks / scales).round_().clamp_(low, high)
+    return _plain(codes.mul_(scales).flatten(1)[:, : weight.shape[1]], weight)
+
+
+def gptq(weight: Tensor, inputs: Tensor, *, bits: float = 4, block: int = BLOCK) -> Tensor:
+    """Quantise a matrix by GPTQ, https://huggingface.co/papers/2210.17323, so that every zero stays zero.
+
+    Columns are rounded one after the other, and the later ones make up for the error.
+
+    Args:
+        weight: Of shape (outputs, inputs).
+        inputs: Of shape (..., inputs): what the matrix is multiplied by.
+        bits: As for :func:`round_to_nearest`.
+        block: As for :func:`round_to_nearest`.
+
+    Returns:
+        The quantised matrix, in the dtype of ``weight``, in which each number is exactly a code times its scale.
+
+    Raises:
+        ValueError: If an argument is invalid, or the inputs are not finite.
+    """
+    check_bits(bits)
+    check_block(block)
+    rows = inputs.reshape(-1, weight.shape[1]).to(float_of(weight).dtype)
+    return quantize_by_hessian(weight, rows.T @ rows, bits, block)
+
+
+def quantize_by_hessian(weight: Tensor, hessian: Tensor, bits: float, block: int) -> Tensor:
+    """:func:`gptq` from a Hessian of any positive scale, which is overwritten."""
+    low, high = code_range(bits)
+    dense, kept = float_of(weight), weight != 0
+    dead = hessian.diagonal() == 0
+    factor = inverse_factor(hessian, dead)
+    matter = factor.diagonal().reciprocal().square()
+    found = torch.zeros_like(dense)
+    scales = dense.new_ones(-(-dense.shape[1] // block), len(dense))
+
+    def rounded(start: int, columns: Tensor, column: int) -> Tensor:
+        place = start + column
+        scale, stays = scales[place // block], kept[:, place]
+        if place % block == 0:
+            here = slice(place, min(place + block, dense.shape[1]))
+            piece = columns[column : column + block].T * kept[:, here]
+            scale.copy_(find_scales(piece, bits, weight.dtype, matter[here]))
+        values = (columns[column] / scale).round_().clamp_(low, high).mul_(scale).mul_(stays)
+        found[:, place] = values
+        return values
+
+    spread_errors(dense.clone(), factor, max(COLUMNS // block, 1) * block, rounded)
+    for _ in range(_SWEEPS):
+        _descend(dense, found, scales, hessian, (low, high), block)
+    return _plain(found, weight)
+
+
+def _descend(dense: Tensor, found: Tensor, scales: Tensor, hessian: Tensor, codes: tuple[int, int], block: int) -> None:
+    """Give each weight, column by column, the code that is best for the output while the others stay.
+
+    What zeros cannot make up for stands in the error of the others, so this spreads it over those alone. This is the
+    coordinate descent of https://huggingface.co/papers/2309.01885.
+
+    Args:
+        dense: The matrix before.
+        found: The quantised matrix, changed in place.
+        scales: Of shape (blocks, outputs).
+        hessian: The damped one.
+        codes: The lowest and the highest.
+        block: Inputs that share a scale.
+    """
+    for start in range(0, dense.shape[1], block):
+        here = slice(start, min(start + block, dense.shape[1]))
+        inner, scale = hessian[here, here], scales[start // block]
+        slopes = ((found - dense) @ hessian[:, here]).T.contiguous()
+        columns = found[:, here].T.contiguous()
+        kept = dense[:, here].T != 0
+        for column, old in enumerate(columns):
+            best = old - slopes[column] / inner[column, column]
+            new = (best / scale).round_().clamp_(*codes).mul_(scale).mul_(kept[column])
+            slopes.addr_(inner[column], new - old)
+            old.copy_(new)
+        found[:, here] = columns.T
+
+
+def _plain(values: Tensor, weight: Tensor) -> Tensor:
+    """The values in the dtype of a weight, with no zero negative."""
+    return values.to(weight.dtype).masked_fill_(values == 0, 0)

@@ -1,0 +1,122 @@
+"""Quantises a model in memory, block by block, and keeps its zeros."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from ..layers.matrices import decayable_parameter_names
+from ..names import clean_name
+from .blocks import Target, check_held, find_blocks, targets_of
+from .capture import Capture, Key
+from .gptq import quantize_by_hessian, round_to_nearest
+from .grid import BLOCK, check_bits, check_block
+from .model import calibrating, check_config, check_rows, check_summed, divided
+from .quantization_report import BlockQuantization, QuantizationReport
+from .selection import float_of
+from .streaming import Stream
+
+
+@torch.no_grad()
+def quantize_one_shot(
+    model: nn.Module, rows: Tensor | None = None, *, bits: float = 4, block: int = BLOCK
+) -> QuantizationReport:
+    """Quantise a trained model in place, without training, so that every zero stays exactly zero.
+
+    Each weight becomes a whole code times the scale of its block of consecutive inputs, in the dtype that it has: the
+    model stays an ordinary one. Without ``rows`` weights are rounded to nearest (:func:`~hf_pdecay.round_to_nearest`).
+    With them the rows run through one block of the model at a time, as for :func:`~hf_pdecay.prune_one_shot`, and its
+    matrices are quantised by :func:`~hf_pdecay.gptq` from the inputs that the quantised blocks before it give.
+
+    Quantised are the matrices that a target would prune by default: embeddings, heads and tied tensors are left alone.
+    Those that no row reaches, and those outside the repeated blocks, are rounded to nearest.
+
+    Args:
+        model: Any model; with ``rows`` one that takes token ids first, such as one of transformers.
+        rows: Token ids of shape (rows, tokens), without padding.
+        bits: Width of the codes: 8 to 2, or 1.58 for -1, 0 and 1.
+        block: Consecutive inputs that share a scale.
+
+    Returns:
+        What was quantised, and the error of each block.
+
+    Raises:
+        ValueError: If an argument is invalid, or the model is quantized already, sharded or without matrices that
+            decay; with ``rows`` also if it is an encoder-decoder, has no repeated blocks or cannot run the rows.
+    """
+    check_bits(bits)
+    check_block(block)
+    targets = targets_of(model)
+    check_config(getattr(model, "config", None), type(model).__name__, runs=rows is not None)
+    check_held(model, targets)
+    if not targets:
+        raise ValueError(f"{type(model).__name__} has no matrices that decay by default, so there is nothing to do.")
+    for target in targets.values():
+        if not bool(target.param.isfinite().all()):
+            raise ValueError(f"{target.name} has NaN or infinite weights, which have no scale.")
+    report = QuantizationReport(bits, block)
+    if rows is not None:
+        check_rows(model, rows)
+        report.rows = (rows.shape[0], rows.shape[1])
+        _by_rows(model, rows, targets, report)
+    done = {name for entry in report.blocks for name in entry.tensors}
+    rest: dict[str, list[Target]] = {}
+    for target in targets.values():
+        if target.name not in done:
+            rest.setdefault(_block_of(target.name), []).append(target)
+    for name, held in rest.items():
+        report.blocks.append(_quantized(name, held, {}, report))
+    if rows is not None:
+        report.unseen += [target.name for held in rest.values() for target in held]
+    sizes = {clean_name(name): param.numel() for name, param in model.named_parameters()}
+    report.left = {name: sizes[name] for name in decayable_parameter_names(model) if name not in targets}
+    return report
+
+
+def _by_rows(model: nn.Module, rows: Tensor, targets: Mapping[str, Target], report: QuantizationReport) -> None:
+    """Quantise the matrices in the blocks of a model from the inputs that rows give them."""
+    rows = rows.to(next(model.parameters()).device)
+    with calibrating(model):
+        stream = Stream(model, find_blocks(model), rows, Capture([], hessian=False))
+        held = divided(stream.blocks, list(targets.values()))
+        for place, block in enumerate(stream.progress("Quantising")):
+            capture = Capture(held[place], hessian=True)
+            stream.capture(capture)
+            entry = _quantized(block.name, held[place], capture.sums, report)
+            entry.output_error = stream.passed()
+            report.blocks.append(entry)
+
+
+def _quantized(
+    name: str, targets: Iterable[Target], sums: dict[Key, Tensor], report: QuantizationReport
+) -> BlockQuantization:
+    """Quantise matrices, by their Hessians where there are such."""
+    entry = BlockQuantization(name, tuple(target.name for target in targets))
+    change = whole = 0.0
+    for target in targets:
+        for number, matrix in enumerate(target.matrices):
+            hessian = sums.pop((target.name, number), None)
+            if hessian is None:
+                new = round_to_nearest(matrix, bits=report.bits, block=report.block)
+            else:
+                check_summed(hessian, target.name)
+                new = quantize_by_hessian(matrix, hessian, report.bits, report.block)
+            if hessian is None and sums:
+                report.unseen.append(f"{target.name}[{number}]" if target.param.dim() == 3 else target.name)
+            entry.weights += matrix.numel()
+            entry.zeros += int((matrix == 0).sum())
+            entry.new_zeros += int(((matrix != 0) & (new == 0)).sum())
+            change += float((float_of(new) - float_of(matrix)).square().sum())
+            whole += float(float_of(matrix).square().sum())
+            matrix.copy_(new)
+    entry.weight_error = (change / whole) ** 0.5 if whole else 0.0
+    return entry
+
+
+def _block_of(name: str) -> str:
+    """The layer of a stack, such as ``transformer.h.0``, or the module in which a parameter lies."""
+    match = re.match(r"(.*?\.\d+)\.", name)
+    return match[1] if match else name.rpartition(".")[0] or name
