@@ -6,8 +6,8 @@
 
 Two layers of the size of Llama 7B's (405 M weights), and models of the sizes of GPT-2 small and BERT base, with random
 weights; some of each linear layer in the blocks, drawn at random, are zero. (The speed does not depend on what a model
-has learned.) All engines do each workload in turn, in every round, twice, and the second call counts; ratios are to the dense
-float32 model in the same round. Engines whose time does not depend on zeros run at the first sparsity alone.
+has learned.) All engines do each workload in turn, in every round, twice, and the second call counts; ratios are to the
+dense float32 model in the same round. Engines whose time does not depend on zeros run at the first sparsity alone.
 """
 
 from __future__ import annotations

@@ -48,8 +48,9 @@ class CpuLinear(InferenceLinear):
 
     def _hold(self, weight: Tensor | PackedWeight) -> None:
         super()._hold(weight)
-        for part in self._parts:
-            self._put(part, getattr(self, part))
+        if not isinstance(weight, PackedWeight) or self._held_as == torch.int8:  # else they lie in the pages of a file
+            for part in self._parts:
+                self._put(part, getattr(self, part))
         self.register_buffer("_empty", torch.empty(0, dtype=weight.dtype), persistent=False)  # `.to(dtype)` converts it
 
     def _put(self, part: str, held: Tensor | None) -> None:
