@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
@@ -61,6 +61,7 @@ class Preview:
         one_shot: How the model is pruned at once; with ``"auto"`` only if it is pretrained.
         cut: The step after which it is.
         all_tensors: Whether each tensor is printed.
+        widths: Bits of the weights that are rounded, by the name of the tensor.
     """
 
     name: str
@@ -72,6 +73,7 @@ class Preview:
     all_tensors: bool = False
     one_shot: str = OFF
     cut: int | None = None
+    widths: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def parameters(self) -> int:
@@ -111,6 +113,7 @@ class Preview:
             "max_steps": self.max_steps,
             "pruning_steps": self.pruning_steps,
             "one_shot": {"method": self.one_shot, "after": self.cut},
+            "weight_bits": dict(self.widths),
             "tensors": [{**asdict(tensor), "shape": list(tensor.shape)} for tensor in self.tensors],
         }
 
@@ -136,6 +139,10 @@ class Preview:
             what = "weights" if alone else f"{kind}s"
             by = f", by {kind}" if alone and kind != ELEMENT else ""
             yield f"Zero in the end{by}: {dead:,} of {units:,} {what} ({dead / units:.2%})."
+        sizes = {tensor.name: tensor.numel for tensor in self.tensors}
+        for width in sorted(set(self.widths.values())):
+            count = sum(sizes[name] for name, bits in self.widths.items() if bits == width)
+            yield f"Rounded to {width:g} bits: {count:,} weights."
         if self.budgets:
             if self.cut is not None and self.one_shot == AUTO:
                 yield f"If the model is pretrained, it is pruned at once after step {self.cut:,} (one_shot). Else:"
@@ -161,6 +168,7 @@ def preview(
         raise ValueError(
             f"Invalid weight_decay: weight_decay={weight_decay!r}; it must be a finite number of at least 0."
         )
+    from ..trainer.few_bits import rounds, widths_of
     from ..trainer.one_shot_cut import cut_at, planned_method
 
     model: nn.Module = on_meta(name)
@@ -182,4 +190,5 @@ def preview(
     one_shot = planned_method(model, settings.one_shot, budgets) if budgets else OFF
     if one_shot != OFF:
         cut = replace(settings, sparsity_begin=cut_at(settings, max_steps)).schedule(max_steps).begin
-    return Preview(name, groups, tensors, budgets, schedule, max_steps, all_tensors, one_shot, cut)
+    widths = widths_of(model, settings) if rounds(settings) else {}
+    return Preview(name, groups, tensors, budgets, schedule, max_steps, all_tensors, one_shot, cut, widths)

@@ -60,22 +60,12 @@ def assign(
         ValueError: If a pattern matches no trainable parameter, or a rule cannot have the units that it asks for.
     """
     default = set(decayable_parameter_names(model))
-    parsed = parse_rules(rules or {})
-    saved = names_in_files(model) if parsed else {}
-    names: dict[int, list[str]] = {}
-    for name, param in model.named_parameters(remove_duplicate=False):
-        if param.requires_grad:
-            name = clean_name(name)
-            # Several names in files are those of its parts.
-            more = saved[name] if len(saved.get(name, ())) == 1 else ()
-            names.setdefault(id(param), []).extend(dict.fromkeys((name, *more)))
-    trainable = {names[id(param)][0]: param for param in model.parameters() if param.requires_grad}
-    aliases = {known[0]: known for known in names.values()}
+    parsed = [rule for rule in parse_rules(rules or {}) if rule.sets_decay]
+    trainable = {clean_name(name): param for name, param in model.named_parameters() if param.requires_grad}
     left_out = _left_out(model, default)
     computed = {name for name, param in trainable.items() if id(param) in left_out.computing}
     biases = bias_names(model)
-    parts = {name: saved[name] for name in trainable if len(saved.get(name, ())) > 1}
-    find = Finder(aliases, parts, [name for name in trainable if name in default])
+    find = finder(model, names_in_files(model) if parsed else {}, [name for name in trainable if name in default])
     matches = {rule: _narrowed(rule, find(rule), trainable, biases, computed) for rule in parsed}
     unasked = lambda_p is None and any(rule.targeted for rule in matches)
     strength = LAMBDA_P if lambda_p is None else lambda_p
@@ -103,6 +93,25 @@ def assign(
             units=claims[name].units,
         )
     return result
+
+
+def finder(model: nn.Module, saved: Mapping[str, Sequence[str]], default: Sequence[str]) -> Finder:
+    """Return what finds the trainable parameters that a rule matches.
+
+    Args:
+        model: The model, wrapped or not.
+        saved: The names in files of parameters, if these differ; see :func:`.layers.saved_names.names_in_files`.
+        default: Names of the trainable parameters that decay by default.
+    """
+    names: dict[int, list[str]] = {}
+    for name, param in model.named_parameters(remove_duplicate=False):
+        if param.requires_grad:
+            name = clean_name(name)
+            # Several names in files are those of its parts.
+            more = saved[name] if len(saved.get(name, ())) == 1 else ()
+            names.setdefault(id(param), []).extend(dict.fromkeys((name, *more)))
+    aliases = {known[0]: known for known in names.values()}
+    return Finder(aliases, {name: saved[name] for name in aliases if len(saved.get(name, ())) > 1}, default)
 
 
 def _narrowed(

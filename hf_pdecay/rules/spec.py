@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ..checks import check_lambda_p, check_p_norm
+from ..low_bit.grid import check_width
 from ..optim.unit_kinds import ELEMENT
 from ..target.budgets import implied_target
 from ..target.settings import check_target
@@ -21,7 +22,8 @@ RuleSpec = Mapping[str, Any]
 # What is escaped, a set of characters, or a dot that is not repeated.
 _ESCAPE_SET_OR_DOT = re.compile(r"\\.|\[\^?\]?(?:\\.|[^\]\\])*\]|\.(?![*+?{])", re.DOTALL)
 
-_RULE_KEYS = ("p_norm", "lambda_p", "target_sparsity", "group")
+_DECAY_KEYS = ("p_norm", "lambda_p", "target_sparsity", "group")
+_RULE_KEYS = (*_DECAY_KEYS, "weight_bits")
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,9 @@ class Rule:
         target_sparsity: Fraction of zeros in the parameters that it matches; None for a share in the target of the run;
             0 to leave them to their λ_p.
         off: Whether they do not decay.
+        sets_decay: Whether it says how they decay, or that they do not. If not, a later rule or the run does.
+        sets_width: Whether it says how many bits they have.
+        weight_bits: How many; None for those of their dtype.
     """
 
     text: str
@@ -41,6 +46,9 @@ class Rule:
     target_sparsity: float | None = None
     group: str = ELEMENT
     off: bool = False
+    sets_decay: bool = True
+    sets_width: bool = False
+    weight_bits: float | None = None
 
     def matches(self, name: str) -> bool:
         """Whether the pattern is found in a name; a dot without a quantifier stands for itself, as names have dots."""
@@ -62,7 +70,7 @@ def load_rules(spec: str | RuleSpec | None) -> dict[str, Any]:
     Args:
         spec: A JSON string that starts with ``{``, the path of a JSON file, a mapping, or None for no rules. Keys are
             regular expressions over parameter names; values are ``"off"`` or objects with ``p_norm``, ``lambda_p``,
-            ``target_sparsity`` and ``group``.
+            ``target_sparsity``, ``group`` and ``weight_bits``.
 
     Raises:
         ValueError: If the file is missing or not JSON, a pattern does not compile, a key appears twice, or a key or
@@ -129,12 +137,16 @@ def _parse_rule(pattern: str, settings: Any) -> Rule:
     try:
         group, target = settings.get("group", ELEMENT), settings.get("target_sparsity")
         implied_target(group, target)
+        width = settings.get("weight_bits")
         return Rule(
             pattern,
             group=group,
             p_norm=check_p_norm(settings["p_norm"]) if "p_norm" in settings else None,
             lambda_p=check_lambda_p(settings["lambda_p"]) if "lambda_p" in settings else None,
             target_sparsity=None if target is None else check_target(target) or 0.0,
+            sets_decay=not settings or any(key in settings for key in _DECAY_KEYS),
+            sets_width="weight_bits" in settings,
+            weight_bits=None if width is None else check_width(width, "weight_bits"),
         )
     except ValueError as error:
         raise ValueError(f"Invalid lp_rules: {pattern!r}: {error}") from error

@@ -26,6 +26,7 @@ _TORCH_FILES = (
     "scheduler*.pt",
     "scaler.pt",
     "rng_state*.pth",
+    "latent_weights.pt",
     "training_args.bin",
     "pytorch_model*.bin",
     "adapter_model.bin",

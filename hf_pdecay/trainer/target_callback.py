@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -35,10 +37,14 @@ class SparsityControlCallback(FirstCallback):
 
     Args:
         one_shot: How the model is pruned at once, if it is: a method, ``"auto"`` or ``"off"``.
+
+    Attributes:
+        around_cut: Makes the context in which it is.
     """
 
     def __init__(self, one_shot: str = OFF) -> None:
         self.one_shot = one_shot
+        self.around_cut: Callable[[], AbstractContextManager[None]] = nullcontext
         self._cut: OneShotCut | None = None
         self._control: SparsityControl | None = None
         self._told: set[str] = set()  # names of what the target leaves alone
@@ -126,7 +132,8 @@ class SparsityControlCallback(FirstCallback):
     def _prune_at_once(self, state: TrainerState, model: nn.Module) -> None:
         if self._cut is None or self._control is None or state.global_step != self._control.schedule.begin:
             return
-        self._cut.prune(model, self._control.moving_budgets(), tell=state.is_world_process_zero)
+        with self.around_cut():
+            self._cut.prune(model, self._control.moving_budgets(), tell=state.is_world_process_zero)
         self._cut = None
 
     def _tell_still(self, model: nn.Module, optimizer: Any) -> None:

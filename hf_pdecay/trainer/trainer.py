@@ -30,6 +30,7 @@ from .arguments import PDecayTrainingArguments, check_settings, check_unused, se
 from .card import CardCallback, measure, write_card
 from .checkpoints import agreed_newest_whole, check_whole
 from .engines import check_engine, check_same, check_structured, check_world_size, engine_of, whole_model
+from .few_bits import check_widths, round_weights_of, rounds
 from .gradient_norm import share_grad_norm
 from .optimizer import build_optimizer, name_of, param_groups_of
 from .resume_checks import check_checkpoint, check_engine_of, check_optimizer_state, other_settings
@@ -102,6 +103,8 @@ class PDecayTrainerMixin(_Base):
             from .distillation import distil
 
             distil(self, settings)
+        if rounds(settings):
+            round_weights_of(self, settings)
 
     def _planned_one_shot(self, budgets: Sequence[Budget]) -> str:
         asked = self._settings.one_shot
@@ -175,6 +178,8 @@ class PDecayTrainerMixin(_Base):
         check_checkpoint(self.model, folder)
         check_whole(folder)
         check_engine_of(folder, engine_of(self), self.args.world_size)
+        if not rounds(self._settings):
+            check_widths(Path(folder), {})
         if self._given_optimizer:
             if self.optimizer is not None:
                 check_optimizer_state(self.optimizer.param_groups, folder)
@@ -281,6 +286,8 @@ class PDecayTrainerMixin(_Base):
             groups = param_groups_of(self.model, self.args, self._settings)
             budgets = plan_target(groups, None, self._settings)
             self._control_callback.one_shot = self._planned_one_shot(budgets)
+        if self._decays and rounds(self._settings):
+            round_weights_of(self, self._settings)
 
     def _get_output_dir(self, trial: Any) -> str:
         return super()._get_output_dir(trial if self._search is None else None)

@@ -15,6 +15,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Any, get_args, get_type_hints
 
 from ..checks import asked_percent, check_choice, check_lambda_p, check_p_norm, is_number
+from ..low_bit.grid import check_width
 from ..one_shot.methods import AUTO, METHODS, OFF
 from ..optim.defaults import LAMBDA_P, P_NORM
 from ..sparsity.defaults import NEAR_ZERO_THRESHOLD
@@ -63,6 +64,12 @@ class DecayFields(Target):
         "sparsity_end: fisher, sparsegpt, wanda or magnitude, as by hf-pdecay prune, from rows of the training data. "
         "off prunes step by step. auto is fisher for a pretrained causal language model, and off for others.",
         (AUTO, OFF, *METHODS),
+    )
+    weight_bits: float | None = setting(
+        None,
+        "Bits of the weights: 8, 4, 2, 1.58 (the codes -1, 0 and 1) or 1. They are rounded in each forward pass, in "
+        "blocks of 128 along the inputs (arXiv 2409.09245), and the model that is saved is rounded. Embeddings and "
+        "heads are left alone unless lp_rules names them. Unset for no rounding.",
     )
     teacher: str | None = setting(
         None,
@@ -118,6 +125,7 @@ class DecayFields(Target):
                 "of at least 0."
             )
         check_choice("one_shot", self.one_shot, (AUTO, OFF, *METHODS))
+        self.weight_bits = None if self.weight_bits is None else check_width(self.weight_bits, "weight_bits")
         self._check_teacher()
 
     def _check_teacher(self) -> None:

@@ -115,6 +115,17 @@ def test_groups_of_weights(llama: str, capsys: pytest.CaptureFixture[str], monke
     assert "pruning steps, after steps" in out and " to 750 of 1,000." in out
 
 
+def test_what_is_rounded(gpt2: str, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["preview", gpt2, "--weight_bits", "4", "--lp_rules", '{"attn": {"weight_bits": 2}}']
+    assert main(words) == 0
+    out = capsys.readouterr().out
+    assert "Rounded to 2 bits: 8,192 weights." in out and "Rounded to 4 bits: 16,384 weights." in out
+    assert main([*words, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["weight_bits"]["transformer.h.0.attn.c_attn.weight"] == 2
+    assert main(["preview", gpt2, "--lp_rules", '{"ln_1": {"weight_bits": 2}}']) == 2
+    assert "no matrix of floats that a layer multiplies by" in capsys.readouterr().err
+
+
 def test_settings_by_flags_and_in_optim_args_are_the_same(gpt2: str, capsys: pytest.CaptureFixture[str]) -> None:
     given = {"target_sparsity": "0.5", "p_norm": "0.6", "sparsity_end": "0.9", "sparsity_budget": "tensor"}
     flags = [word for name, value in given.items() for word in (f"--{name}", value)]

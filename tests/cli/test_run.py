@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import transformers as tf
+from safetensors.torch import load_file
 
 from hf_pdecay import SparsityReport
 from hf_pdecay.cli.main import main
@@ -118,6 +119,17 @@ def test_a_script_like_run_clm_and_on_two_processes(run: Run, training: list[str
         done = run(*launch, *flags, *words, CUDA_VISIBLE_DEVICES="")
         _check(done, tmp_path / str(number))
         assert done.stderr.count(ONE) == 1 and "--multi_gpu --num_processes 2` starts two" in done.stderr
+
+
+@pytest.mark.slow
+def test_few_bits_by_flag(run: Run, training: list[str], texts: Path, tmp_path: Path) -> None:
+    flags = ["--weight_bits", "4"]
+    done = run("-m", "hf_pdecay", "run", *flags, SCRIPTS / "clm_style.py", *training, "--train_file", texts)
+    _check(done, tmp_path / "out")
+    assert "- weight_bits: 4" in (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
+    for name, weight in load_file(tmp_path / "out" / "model.safetensors").items():
+        values = max(len(block.unique()) for row in weight.view(-1, weight.shape[-1]) for block in row.split(128))
+        assert (values <= 15) == ("proj" in name), name
 
 
 @pytest.mark.slow

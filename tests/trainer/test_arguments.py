@@ -32,6 +32,7 @@ OWN = {
     "sparsity_logging": "layer",
     "near_zero_threshold": 1e-9,
     "one_shot": "wanda",
+    "weight_bits": 1.58,
     "teacher": "self",
     "teacher_task": 0.5,
     "teacher_logits": 2.0,
@@ -69,6 +70,8 @@ def test_command_line(tmp_path: Path) -> None:
         "answers",
         "--one_shot",
         "wanda",
+        "--weight_bits",
+        "1.58",
     ]
     words += ["--lp_rules", json.dumps(OWN["lp_rules"]), "--weight_decay", "0.1"]
     (args,) = HfArgumentParser(PDecayTrainingArguments).parse_args_into_dataclasses(words)

@@ -54,6 +54,7 @@ SETTINGS: dict[str, Any] = {
     "sparsity_logging": "layer",
     "near_zero_threshold": 1e-9,
     "one_shot": "wanda",
+    "weight_bits": 1.58,
     "teacher": "self",
     "teacher_task": 0.5,
     "teacher_logits": 2.0,

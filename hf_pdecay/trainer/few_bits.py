@@ -1,0 +1,233 @@
+"""A Trainer that rounds weights to few bits as it trains, as ``weight_bits`` says."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from transformers import TrainerControl, TrainerState, TrainingArguments
+
+from ..low_bit.grid import Grid, grid_of
+from ..low_bit.model import RoundedModel
+from ..names import clean_name
+from ..optim.distributed import is_dtensor
+from ..optim.param_groups import is_decayed
+from ..rules.spec import parse_rules
+from ..rules.widths import widths_by_name
+from ..sparsity.report import SparsityReport
+from ..target.budgets import has_target
+from .engines import engine_of
+from .first_callback import FirstCallback
+from .optimizer import param_groups_of
+from .settings import DecaySettings
+
+
+if TYPE_CHECKING:
+    from .trainer import PDecayTrainerMixin
+
+    _Base = PDecayTrainerMixin
+else:
+    _Base = object
+
+LATENT_FILE = "latent_weights.pt"
+"""The file in a checkpoint with the weights that the optimizer steps; beside it the model is rounded."""
+
+
+def rounds(settings: DecaySettings) -> bool:
+    """Whether a run rounds weights."""
+    rules = settings.lp_rules if isinstance(settings.lp_rules, dict) else {}
+    return settings.weight_bits is not None or any(rule.weight_bits is not None for rule in parse_rules(rules))
+
+
+def round_weights_of(trainer: Any, settings: DecaySettings) -> None:
+    """Have a complete Trainer round the weights that its settings name.
+
+    Raises:
+        ValueError: If none can be rounded, or the run is set up in a way that cannot work.
+    """
+    _check_run(trainer, settings)
+    widths_of(trainer.model, settings)
+    if isinstance(trainer, RoundingMixin):  # in a search, whose trials may differ in their bits
+        return
+    same = {name: getattr(type(trainer), name) for name in ("__module__", "__qualname__", "__doc__")}
+    trainer.__class__ = type(type(trainer).__name__, (RoundingMixin, type(trainer)), same)
+    RoundingCallback(trainer).attach(trainer)
+    trainer._control_callback.around_cut = trainer.without_rounding
+
+
+def widths_of(model: nn.Module, settings: DecaySettings) -> dict[str, float]:
+    """Return how many bits a run gives to each weight that it rounds, by clean name."""
+    rules = settings.lp_rules if isinstance(settings.lp_rules, dict) else {}
+    return widths_by_name(model, settings.weight_bits, parse_rules(rules))
+
+
+def grids_of(model: nn.Module, args: TrainingArguments, settings: DecaySettings) -> dict[str, Grid]:
+    """Return the codes of each weight that a run rounds; those of weights that become zero have no offset."""
+    sparse = {
+        id(param)
+        for group in param_groups_of(model, args, settings)
+        if is_decayed(group)
+        and (group["lambda_p"] > 0 or group["keep_zeros"] or has_target(group, settings.target_sparsity))
+        for param in group["params"]
+    }
+    names = {clean_name(name) for name, param in model.named_parameters() if id(param) in sparse}
+    return {name: grid_of(width, sparse=name in names) for name, width in widths_of(model, settings).items()}
+
+
+class RoundingMixin(_Base):
+    """What a Trainer that rounds does otherwise; :func:`round_weights_of` puts it before the Trainer's class."""
+
+    if TYPE_CHECKING:
+        model: nn.Module
+
+    _rounded: RoundedModel | None = None  # while it trains
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """Train; however that ends, the model is rounded then."""
+        try:
+            return super().train(*args, **kwargs)
+        finally:
+            self.end_rounding()
+
+    def begin_rounding(self) -> None:
+        """Round the weights in every forward pass from here on."""
+        if self._rounded is None and rounds(self._settings):
+            self._rounded = RoundedModel(self.model, grids_of(self.model, self.args, self._settings))
+
+    def end_rounding(self) -> None:
+        """Make the rounded weights those of the model."""
+        if self._rounded is not None:
+            self._rounded.end()
+            self._rounded = None
+
+    def without_rounding(self) -> AbstractContextManager[None]:
+        """Have the model compute with the weights that the optimizer steps."""
+        return nullcontext() if self._rounded is None else self._rounded.latent_alone()
+
+    def call_model_init(self, trial: Any = None) -> nn.Module:
+        """Make a model, which is not rounded yet."""
+        self.end_rounding()
+        model: nn.Module = super().call_model_init(trial)
+        return model
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        """Evaluate the model that would be saved now."""
+        if self._rounded is None:
+            return super().evaluation_loop(*args, **kwargs)
+        with self._rounded.rounded():
+            return super().evaluation_loop(*args, **kwargs)
+
+    def measure_sparsity(self) -> SparsityReport:
+        """Count the zeros of the model that would be saved now."""
+        if self._rounded is None:
+            return super().measure_sparsity()
+        with self._rounded.rounded():
+            return super().measure_sparsity()
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save the rounded model, and in a checkpoint the weights from which a resumed run goes on."""
+        if self._rounded is None:
+            super().save_model(output_dir, _internal_call)
+            return
+        with self._rounded.rounded():
+            super().save_model(output_dir, _internal_call)
+        if _internal_call and output_dir and not self.args.save_only_model and self.args.should_save:
+            # Under FSDP the shards that are saved beside the optimizer's are the latent weights.
+            latent = {} if engine_of(self) else self._rounded.parameters()
+            weights = {name: param.detach() for name, param in latent.items()}
+            widths = widths_of(self.model, self._settings)
+            torch.save({"widths": widths, "weights": weights}, Path(output_dir) / LATENT_FILE)
+
+    def _check_checkpoint(self, folder: str | bool | None, *, warn: bool = False) -> None:
+        super()._check_checkpoint(folder, warn=warn)
+        if isinstance(folder, str) and Path(folder).is_dir():
+            check_widths(Path(folder), widths_of(self.model, self._settings) if rounds(self._settings) else {})
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, *args, **kwargs)
+        saved = _latent_in(Path(resume_from_checkpoint))
+        with torch.no_grad():
+            for name, param in self.model.named_parameters():
+                if saved is not None and clean_name(name) in saved["weights"]:
+                    param.copy_(saved["weights"][clean_name(name)])
+
+    def _load_best_model(self) -> None:
+        if self._rounded is not None:  # what is loaded is rounded
+            self._rounded.let_go()
+            self._rounded = None
+        super()._load_best_model()
+
+
+class RoundingCallback(FirstCallback):
+    """Begins and ends the rounding of a Trainer's model, before the other callbacks look at it."""
+
+    def __init__(self, trainer: RoundingMixin) -> None:
+        self._trainer = trainer
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Begin."""
+        self._trainer.begin_rounding()
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Check that what is rounded is used through its layer."""
+        rounded = self._trainer._rounded
+        name = None if rounded is None else rounded.find_bypassed()
+        if name is not None:
+            raise ValueError(
+                f"Invalid weight_bits: the model uses {name} without calling its layer, so it cannot be rounded. Leave "
+                f'it out, by {{"{name}": {{"weight_bits": null}}}} in lp_rules.'
+            )
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """End."""
+        self._trainer.end_rounding()
+
+
+def check_widths(folder: Path, widths: Mapping[str, float]) -> None:
+    """Raise ValueError if a checkpoint to resume from was trained with other widths."""
+    saved = _latent_in(folder)
+    if saved is None:
+        if not (folder / "scheduler.pt").is_file():
+            return  # the model alone
+        theirs: Mapping[str, float] = {}
+    else:
+        theirs = saved["widths"]
+    name = next((name for name in {**widths, **theirs} if widths.get(name) != theirs.get(name)), None)
+    if name is not None:
+        before, now = (f"{each[name]:g} bits" if name in each else "not rounded" for each in (theirs, widths))
+        raise ValueError(
+            f"Invalid weight_bits: in the run of {str(folder)!r} {name} is {before}, and in this one {now}. Give the "
+            "same weight_bits and rules, or start another run from the weights in there."
+        )
+
+
+def _latent_in(folder: Path) -> dict[str, Any] | None:
+    file = folder / LATENT_FILE
+    if not file.is_file():
+        return None
+    saved: dict[str, Any] = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
+    return saved
+
+
+def _check_run(trainer: Any, settings: DecaySettings) -> None:
+    """Raise ValueError for what rounding cannot be part of."""
+    what = "Invalid weight_bits: weights are rounded"
+    if engine_of(trainer):
+        raise ValueError(f"{what} under {engine_of(trainer)}, which divides their blocks; take one process, or DDP.")
+    if hasattr(trainer.model, "peft_config"):
+        raise ValueError(
+            f"{what} beside adapters, which are trained in their place. Train the model itself with weight_bits, and "
+            "an adapter on the rounded model after that, without."
+        )
+    if any(is_dtensor(param) for param in trainer.model.parameters()):
+        raise ValueError(f"{what} with tensor parallelism, which divides their blocks; take DDP.")
