@@ -179,16 +179,15 @@ class Files:
 
     def read(self) -> dict[str, tuple[str, tuple[int, ...], bytes]]:
         """Check a file and decode its tensors."""
-        header = CompressedFile(self.work).header
-        data = self.work.read_bytes()
+        file = CompressedFile(self.work)
         tensors = {}
-        for name, entry in header.entries.items():
-            part = data[entry.begin : entry.begin + entry.size]
+        for name, entry in file.header.entries.items():
+            stored = file.stored(name)
             if entry.dtype == BLOCK:
-                decoded, head = decode(np.frombuffer(part, dtype=np.uint8), LIMIT, name)
+                decoded, head = decode(stored, LIMIT, name)
                 tensors[name] = (head.dtype, head.shape, decoded.tobytes())
             else:
-                tensors[name] = (entry.dtype, entry.shape, part)
+                tensors[name] = (entry.dtype, entry.shape, stored.tobytes())
         return tensors
 
     def try_one(self, chance: random.Random) -> Outcome:

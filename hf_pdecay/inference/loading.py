@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import os
 from collections import Counter
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from threading import Event, Thread
 from typing import Any, cast
 
 import torch
@@ -16,10 +13,9 @@ from torch import nn
 
 from ..layers.matrices import Linear, is_transposed
 from ..storage.bits import compile_functions
-from ..storage.compressed_file import CompressedFile
 from ..storage.loading import load_whole, unused_note
-from ..storage.readers import opened_as, safe_open
-from ..storage.source import ModelFolder, read_model
+from ..storage.readers import opened_as
+from ..storage.source import read_model
 from ..terminal import get_logger
 from .base import InferenceLinear
 from .bitmask_linear import BitmaskLinear
@@ -32,7 +28,6 @@ from .timing import Timer, likely_form
 
 logger = get_logger(__name__)
 
-_LARGE = 1 << 16  # bytes of a tensor whose checksum another thread compares
 _MOST_THREADS = 4
 
 
@@ -79,7 +74,7 @@ def load_sparse_inference(
     held_as, head_as = (None if name is None else VALUES[name] for name in (values, head))
     folder = read_model(model)
     compile_functions()
-    with _checksums_compared(folder), opened_as(lambda file: SparseFile(file, min_sparsity)):
+    with opened_as(lambda file: SparseFile(file, min_sparsity)):
         loaded, unused = load_whole(folder, dtype)
     if unused:
         logger.warning("%s", unused_note(unused, loaded))
@@ -89,31 +84,6 @@ def load_sparse_inference(
     swap_layers(loaded, choices, Timer(rows, None), held_as, head_as)
     logger.log(logging.INFO if choices.swapped else logging.WARNING, "%s", " ".join(choices.sentences()))
     return loaded
-
-
-@contextlib.contextmanager
-def _checksums_compared(folder: ModelFolder) -> Iterator[None]:
-    """Compare checksums in another thread, while transformers builds the model; errors come when tensors are used."""
-    done = Event()
-
-    def compare() -> None:
-        for name in folder.headers:
-            with contextlib.suppress(ValueError, OSError):
-                file = safe_open(folder.folder / name)
-                if not isinstance(file, CompressedFile):
-                    continue
-                for key, entry in sorted(file.header.entries.items(), key=lambda item: -item[1].size):
-                    if done.is_set():
-                        return
-                    if entry.size >= _LARGE:
-                        file.compare(key)
-                        file.release(key)  # from this thread's own pages
-
-    Thread(target=compare, daemon=True).start()
-    try:
-        yield
-    finally:
-        done.set()
 
 
 def _swap_stored(
