@@ -280,7 +280,7 @@ for folder in folders:
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's /proc")
 def test_memory_is_that_of_the_file(tmp_path: Path) -> None:
-    """At most 1.2 times the file: where its bytes are used in place, transposed, and unpacked first."""
+    """At most 1.2 times the file, where its bytes are used in place, and transposed; 1.3 times unpacked by zstd."""
     if library() is None:
         pytest.skip("needs a C++ compiler")
     torch.manual_seed(0)
@@ -300,7 +300,8 @@ def test_memory_is_that_of_the_file(tmp_path: Path) -> None:
     done = subprocess.run(words, capture_output=True, text=True, check=True)
     for name, size in zip(names, map(int, done.stdout.split()), strict=True):
         file = tmp_path / ("llama" if name == "zstd" else name) / "model.safetensors"
-        assert 0.7 < size * 1024 / file.stat().st_size < 1.2, name
+        # Of zstd, each thread has a matrix twice.
+        assert 0.7 < size * 1024 / file.stat().st_size < (1.3 if name == "zstd" else 1.2), name
 
 
 def test_models_loaded_twice_do_not_share_weights(tmp_path: Path) -> None:
