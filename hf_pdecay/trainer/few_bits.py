@@ -222,12 +222,12 @@ def _latent_in(folder: Path) -> dict[str, Any] | None:
 def _check_run(trainer: Any, settings: DecaySettings) -> None:
     """Raise ValueError for what rounding cannot be part of."""
     what = "Invalid weight_bits: weights are rounded"
-    if engine_of(trainer):
-        raise ValueError(f"{what} under {engine_of(trainer)}, which divides their blocks; take one process, or DDP.")
+    if engine_of(trainer) == "DeepSpeed":
+        raise ValueError(f"{what} under DeepSpeed, which steps other tensors than the model's; take DDP or FSDP2.")
     if hasattr(trainer.model, "peft_config"):
         raise ValueError(
             f"{what} beside adapters, which are trained in their place. Train the model itself with weight_bits, and "
             "an adapter on the rounded model after that, without."
         )
     if any(is_dtensor(param) for param in trainer.model.parameters()):
-        raise ValueError(f"{what} with tensor parallelism, which divides their blocks; take DDP.")
+        raise ValueError(f"{what} with tensor parallelism, which divides their blocks; take DDP or FSDP2.")
