@@ -205,8 +205,8 @@ def report_text(record: dict[str, Any]) -> str:
     parts = ["# Loading compressed models into sparse layers", describe(record), table(headings, rows)]
     parts.append(
         "*zeros*: of the blocks' matrices; embeddings and head are dense. *peak*: the most resident memory of the "
-        "process beyond that before the load, all weights read; plain `from_pretrained` "
-        "takes 14 MB before it reads a weight. *returned*: median until the call returns. *first output*: until the "
+        "process beyond that before the load, all weights read; some 25 MB are code and "
+        "modules, with the plain folder too. *returned*: median until the call returns. *first output*: until the "
         f"model has computed {TOKENS} tokens. *cold*: the same, the files not in the system's cache. *ratio*: to the "
         "plain folder in the same round. *CPU*: of all threads of the process, until the first output."
     )
