@@ -107,7 +107,7 @@ class QuantizationReport:
                 f"{self.rows[1]:,} tokens, for the inputs that the quantised blocks before it give."
             )
         if self.left:
-            yield f"Left alone: {some(list(self.left))} ({sum(self.left.values()):,} weights), which are no matrices."
+            yield f"Left alone: {some(list(self.left))} ({sum(self.left.values()):,} weights): not matrices."
         if self.unseen:
             yield f"No row has reached {some(self.unseen)}: rounded to nearest."
         yield from self.notes

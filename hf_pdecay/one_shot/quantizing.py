@@ -68,7 +68,7 @@ def quantize_one_shot(
         if target.name not in done:
             rest.setdefault(_block_of(target.name), []).append(target)
     for name, held in rest.items():
-        report.blocks.append(_quantized(name, held, {}, report))
+        report.blocks.append(_quantized(name, held, None, report))
     if rows is not None:
         report.unseen += [target.name for held in rest.values() for target in held]
     sizes = {clean_name(name): param.numel() for name, param in model.named_parameters()}
@@ -91,20 +91,20 @@ def _by_rows(model: nn.Module, rows: Tensor, targets: Mapping[str, Target], repo
 
 
 def _quantized(
-    name: str, targets: Iterable[Target], sums: dict[Key, Tensor], report: QuantizationReport
+    name: str, targets: Iterable[Target], sums: dict[Key, Tensor] | None, report: QuantizationReport
 ) -> BlockQuantization:
     """Quantise matrices, by their Hessians where there are such."""
     entry = BlockQuantization(name, tuple(target.name for target in targets))
     change = whole = 0.0
     for target in targets:
         for number, matrix in enumerate(target.matrices):
-            hessian = sums.pop((target.name, number), None)
+            hessian = None if sums is None else sums.pop((target.name, number), None)
             if hessian is None:
                 new = round_to_nearest(matrix, bits=report.bits, block=report.block)
             else:
                 check_summed(hessian, target.name)
                 new = quantize_by_hessian(matrix, hessian, report.bits, report.block)
-            if hessian is None and sums:
+            if hessian is None and sums is not None:
                 report.unseen.append(f"{target.name}[{number}]" if target.param.dim() == 3 else target.name)
             entry.weights += matrix.numel()
             entry.zeros += int((matrix == 0).sum())

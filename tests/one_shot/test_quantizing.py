@@ -86,6 +86,8 @@ def test_what_no_row_reaches_is_rounded() -> None:
     model = sparse("mixtral")
     report = quantize_one_shot(model, rows_of(1, 4))  # 4 tokens, 2 of 4 experts each: some get none
     assert report.unseen and all("experts" in name for name in report.unseen)
+    every = sum(target.param.shape[0] for name, target in targets_of(model).items() if "experts" in name)
+    assert len(set(report.unseen)) == len(report.unseen) < every
     model = sparse("bert-classifier")
     report = quantize_one_shot(model, rows_of())
     assert "bert.pooler.dense.weight" in report.unseen
