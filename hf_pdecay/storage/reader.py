@@ -44,6 +44,9 @@ def decompress(model: str | os.PathLike[str], out: str | os.PathLike[str], *, ov
     with source.rewritten() as aside:
         free = shutil.disk_usage(aside).free
         if report.before > free:
+            for file in files.values():
+                for name in file.keys():  # a damaged size is told as damage
+                    file.compare(name)
             raise ValueError(f"The plain model has {report.before} bytes, and only {free} are free on the disk of out.")
         report.left_out = source.copy_along(aside)
         remove_note(aside)

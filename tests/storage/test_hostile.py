@@ -358,3 +358,14 @@ def test_a_config_cannot_ask_for_a_model_without_end(
     there = "the 28 that its files have" if counted else "any model has"
     with pytest.raises(FormatError, match=f"many more tensors than {there}"):
         on_meta(type(model), model.config, tmp_path / "model")
+
+
+def test_damage_is_told_before_a_lack_of_space(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A flipped bit in a head may declare any size."""
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=1))
+    with pytest.raises(ValueError, match="only 1 are free"):
+        decompress(small, small.parent / "out")
+    data = bytearray(first(small).read_bytes())
+    data[-16] ^= 1
+    first(small).write_bytes(data)
+    refused(small, "its checksum differs")
