@@ -19,8 +19,9 @@ BEYOND = 64
 
 _WORD = 64  # weights of a word of the mask
 _BLOCK = 256  # columns that share a scale of int8 values
-# More rows are multiplied by lists of the values or by dense blocks; in bfloat16 earlier, as these products are fast.
-_FEW, _FEW_BFLOAT16, _FEW_INT8 = 64, 24, 16
+# More rows are multiplied by lists of the values or by dense blocks: torch's own product of bfloat16 is fast.
+_FEW_LISTS, _FEW_INT8 = 24, 16  # where there are lists
+_FEW, _FEW_BFLOAT16 = 64, 24  # where there are none
 _DENSE = 1 << 22  # weights of a dense block: with rows of x they fit into a last cache of 32 MiB
 _PACKED_AT_A_TIME = 1 << 24  # weights
 _STORED_AT_A_TIME = 1 << 20  # those of a file become dense only for this, in several threads
@@ -115,8 +116,8 @@ class BitmaskLinear(CpuLinear):
             bias = None if self.bias is None else self.bias.to(dtype)
             with torch.autocast(x.device.type, enabled=False):
                 return functional.linear(x.to(dtype), self._dense().to(dtype), bias)
-        whole = self._held_as == torch.int8
-        if len(x) > (_FEW_INT8 if whole else _FEW_BFLOAT16) and (y := self._by_lists(compiled, x, dtype)) is not None:
+        few = _FEW_INT8 if self._held_as == torch.int8 else _FEW_LISTS
+        if len(x) > few and (y := self._by_lists(compiled, x, dtype)) is not None:
             return y
         if len(x) <= (_FEW_BFLOAT16 if dtype == torch.bfloat16 else _FEW):
             return self._few(compiled, x)
@@ -136,17 +137,18 @@ class BitmaskLinear(CpuLinear):
 
     def _by_lists(self, compiled: ctypes.CDLL, x: Tensor, dtype: torch.dtype) -> Tensor | None:
         """The product of many rows with lists of the values, or None if there is none for these."""
-        kind, whole = kind_of(self.values), self._held_as == torch.int8
-        together = compiled.hf_pdecay_list_rows(kind)
-        if not together or not (whole or x.dtype == dtype == self._held_as):
+        kind = kind_of(self.values)
+        brain = x.dtype == dtype == self._held_as == torch.bfloat16 and compiled.hf_pdecay_list_rows(kind, True) > 0
+        together = compiled.hf_pdecay_list_rows(kind, brain)
+        if not together:
             return None
         n, size = x.shape
-        rows, bias = (x.float() if whole else x).contiguous(), self._float_bias()
+        rows, bias = (x if brain else x.float()).contiguous(), self._float_bias()
         y = torch.empty(n, self.out_features, dtype=rows.dtype)
-        scratch = torch.empty(-(-n // together) * together * size, dtype=torch.int16)
+        scratch = torch.empty(-(-n // together) * together * size)
         *packed, _ = self._addresses()
         done = compiled.hf_pdecay_list_product(
-            *(kind, *packed, address(bias), self.out_features, size),
+            *(kind, brain, *packed, address(bias), self.out_features, size),
             *(rows.data_ptr(), n, y.data_ptr(), scratch.data_ptr(), torch.get_num_threads()),
         )
         return y if done else None

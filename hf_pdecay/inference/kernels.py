@@ -71,10 +71,10 @@ def declared(compiled: ctypes.CDLL) -> ctypes.CDLL:
         *(pointer, pointer, whole),
     )
     compiled.hf_pdecay_list_rows.restype = whole
-    compiled.hf_pdecay_list_rows.argtypes = (whole,)
+    compiled.hf_pdecay_list_rows.argtypes = whole, whole
     compiled.hf_pdecay_list_product.restype = whole
     compiled.hf_pdecay_list_product.argtypes = (
-        *(*weight, pointer, number, number),
+        *(whole, *weight, pointer, number, number),
         *(pointer, number, pointer, pointer, whole),
     )
     return compiled

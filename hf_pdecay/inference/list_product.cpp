@@ -1,9 +1,9 @@
-// Product of many rows of activations with int8 or bfloat16 values under a bitmask: y = x Wᵀ + b, for bitmask_linear.py.
+// Product of many rows of activations with values under a bitmask: y = x Wᵀ + b, for bitmask_linear.py.
 //
-//   - x has 16 bits: of whole numbers, with one scale for each row, or bfloat16. kRows rows are taken at a time and
-//     transposed, so that a vector is a column.
-//   - Of a block of W, a list says which columns have a value. Two columns are interleaved, and meet their two values in
-//     one instruction, in sums of 32 bits: so the work is that of the values alone, wherever they stand.
+//   - Rows of x are taken kRows at a time and transposed, so that two vectors, or one of 16 bits, are a column.
+//   - Of a block of W, a list says which columns have a value. So the work is that of the values alone, wherever they
+//     stand. In 16 bits (whole numbers with one scale for each row of x, or bfloat16), two columns are interleaved, and
+//     meet their two values in one instruction, in sums of 32 bits.
 //   - Each block of x is small enough for the first cache, and meets many rows of W there.
 //
 // It follows bitmask_product.cpp.
@@ -19,7 +19,6 @@ using bitmask::kBlock;
 using bitmask::kWord;
 using bitmask::Packed;
 
-constexpr int kColumns = kBlock * kWord;  // of a block; sums of so many products cannot overflow
 constexpr int kLines = 64;                // rows of W that a block of x meets while it is in the first cache
 constexpr int64_t kMostValues = 1 << 17;  // in the lists of a part of W: they stay in the second cache
 
@@ -80,67 +79,14 @@ struct Vector {
 constexpr int kHalf = sizeof(Vector::Type) / sizeof(float);  // sums in a vector
 constexpr int kRows = 2 * kHalf;                             // rows of x in a block: numbers of 16 bits in a vector
 
-// int8 values, and x in whole numbers.
-struct Whole {
-  static constexpr Kind kKind = kInt8;
-  typedef float Number;  // of x and y
-  typedef Vector::Type Sum;
-  static Sum zero() { return Vector::zero(); }
-  static Sum add(Sum a, Sum b) { return Vector::add(a, b); }
-  static Sum multiply(Sum sum, Vector::Type a, Vector::Type b) { return Vector::multiply(sum, a, b); }
-  static Vector::Floats floats(Sum sum, const float* scale) {
-    return Vector::times(Vector::floats(sum), Vector::all(*scale));
-  }
+// The bits of the greatest magnitude: magnitudes have the order of their bits, and infinity and NaN are the greatest.
+inline uint32_t greatest_of(const float* x, int64_t in) {
+  uint32_t greatest = 0;
+  for (int64_t j = 0; j < in; j++) greatest = std::max(greatest, to_bits(x[j]) & 0x7fffffffu);
+  return greatest;
+}
 
-  // A row of x, and its scale; false if a value is NaN or infinite, or all are tiny.
-  static bool take(const float* x, int64_t in, int16_t* to, float* scale) {
-    uint32_t greatest = 0;  // the bits of magnitudes have their order, and those of infinity and NaN are the greatest
-    for (int64_t j = 0; j < in; j++) greatest = std::max(greatest, to_bits(x[j]) & 0x7fffffffu);
-    const float most = from_bits(greatest), inverse = most > 0 ? 32767 / most : 0.0f;
-    if (greatest >= 0x7f800000u || !std::isfinite(inverse)) return false;
-    *scale = most / 32767;
-    for (int64_t j = 0; j < in; j++) to[j] = static_cast<int16_t>(static_cast<int32_t>(std::nearbyint(x[j] * inverse)));
-    return true;
-  }
-
-#ifdef __AVX512VBMI2__
-  // 64 values in 16 bits.
-  static void widen(const void* from, int16_t* to) {
-    const __m512i whole = _mm512_loadu_si512(from);
-    _mm512_storeu_si512(to, _mm512_cvtepi8_epi16(_mm512_castsi512_si256(whole)));
-    _mm512_storeu_si512(to + 32, _mm512_cvtepi8_epi16(_mm512_extracti64x4_epi64(whole, 1)));
-  }
-#endif
-
-  static void put(float* y, const float* results, int64_t number) { std::memcpy(y, results, sizeof(float) * number); }
-};
-
-#ifdef HF_PDECAY_PAIRS
-// bfloat16 values, and x and y of bfloat16.
-struct Brain {
-  static constexpr Kind kKind = kBfloat16;
-  typedef uint16_t Number;
-  typedef __m512 Sum;
-  static Sum zero() { return _mm512_setzero_ps(); }
-  static Sum add(Sum a, Sum b) { return _mm512_add_ps(a, b); }
-  static Sum multiply(Sum sum, Vector::Type a, Vector::Type b) {
-    return _mm512_dpbf16_ps(sum, (__m512bh)a, (__m512bh)b);
-  }
-  static Vector::Floats floats(Sum sum, const float*) { return sum; }
-
-  static bool take(const uint16_t* x, int64_t in, int16_t* to, float* scale) {
-    *scale = 1;
-    std::memcpy(to, x, sizeof(uint16_t) * in);
-    return true;
-  }
-
-  static void widen(const void* from, int16_t* to) { std::memcpy(to, from, sizeof(int16_t) * kWord); }
-
-  static void put(uint16_t* y, const float* results, int64_t number) {
-    for (int64_t j = 0; j < number; j++) y[j] = bitmask::to_bfloat16(results[j]);
-  }
-};
-#endif
+constexpr uint32_t kInfinity = 0x7f800000u;
 
 // Eight columns of 8 rows, side by side: column after column, kRows numbers apart.
 inline void transpose_eight(const int16_t* const* rows, int64_t j, int16_t* to) {
@@ -161,36 +107,159 @@ inline void transpose_eight(const int16_t* const* rows, int64_t j, int16_t* to) 
   for (int i = 0; i < 8; i++) _mm_storeu_si128(reinterpret_cast<__m128i*>(to + i * kRows), a[i]);
 }
 
-// A block of kRows rows of x as [in][kRows], in the order in which interleaving leaves them; rows beyond `count` are 0.
+// Columns of 16 bits.
 template <typename Form>
-bool lay_out(const typename Form::Number* x, int64_t count, int64_t in, int16_t* block, int16_t* scratch,
-             float* scales) {
-  for (int64_t i = 0; i < kRows; i++) {
-    if (i >= count)
-      std::memset(scratch + i * in, 0, sizeof(int16_t) * in);
-    else if (!Form::take(x + i * in, in, scratch + i * in, scales + i))
-      return false;
+struct Interleaved {
+  typedef int16_t Cell;  // of a block of x and of a list
+  static constexpr int kColumns = kBlock * kWord;
+
+  template <typename Sum>
+  __attribute__((always_inline)) static void meet_two(const char* x, const uint16_t* places, const Cell* values,
+                                                      Sum* sums) {
+    const Vector::Type two = Vector::pair(values);
+    const Vector::Type a = Vector::load(x + places[0]), b = Vector::load(x + places[1]);
+    sums[0] = Form::multiply(sums[0], Vector::low(a, b), two);
+    sums[1] = Form::multiply(sums[1], Vector::high(a, b), two);
   }
-  const int16_t* rows[kRows];
-  for (int place = 0; place < kRows; place++)
-    rows[place] = scratch + (place % 8 / 4 * kHalf + place / 8 * 4 + place % 4) * in;
-  int64_t j = 0;
-  for (; j + 8 <= in; j += 8)
-    for (int place = 0; place < kRows; place += 8) transpose_eight(rows + place, j, block + j * kRows + place);
-  for (; j < in; j++)
-    for (int place = 0; place < kRows; place++) block[j * kRows + place] = rows[place][j];
-  return true;
-}
+
+  // A block of kRows rows of x as [in][kRows], in the order in which interleaving leaves them; rows beyond `count` are
+  // 0. Returns false if the form cannot take a row.
+  template <typename Number>
+  static bool lay_out(const Number* x, int64_t count, int64_t in, Cell* block, Cell* scratch, float* scales) {
+    for (int64_t i = 0; i < kRows; i++) {
+      if (i >= count)
+        std::memset(scratch + i * in, 0, sizeof(Cell) * in);
+      else if (!Form::take(x + i * in, in, scratch + i * in, scales + i))
+        return false;
+    }
+    const Cell* rows[kRows];
+    for (int place = 0; place < kRows; place++)
+      rows[place] = scratch + (place % 8 / 4 * kHalf + place / 8 * 4 + place % 4) * in;
+    int64_t j = 0;
+    for (; j + 8 <= in; j += 8)
+      for (int place = 0; place < kRows; place += 8) transpose_eight(rows + place, j, block + j * kRows + place);
+    for (; j < in; j++)
+      for (int place = 0; place < kRows; place++) block[j * kRows + place] = rows[place][j];
+    return true;
+  }
+};
+
+// int8 values, and x in whole numbers: sums of 256 products cannot overflow.
+struct Whole : Interleaved<Whole> {
+  static constexpr Kind kKind = kInt8;
+  typedef float Number;  // of x and y
+  typedef Vector::Type Sum;
+  static Sum zero() { return Vector::zero(); }
+  static Sum add(Sum a, Sum b) { return Vector::add(a, b); }
+  static Sum multiply(Sum sum, Vector::Type a, Vector::Type b) { return Vector::multiply(sum, a, b); }
+  static Vector::Floats floats(Sum sum, const float* scale) {
+    return Vector::times(Vector::floats(sum), Vector::all(*scale));
+  }
+
+  // A row of x, and its scale; false if a value is not finite, or all are tiny.
+  static bool take(const float* x, int64_t in, int16_t* to, float* scale) {
+    const uint32_t greatest = greatest_of(x, in);
+    const float most = from_bits(greatest), inverse = most > 0 ? 32767 / most : 0.0f;
+    if (greatest >= kInfinity || !std::isfinite(inverse)) return false;
+    *scale = most / 32767;
+    for (int64_t j = 0; j < in; j++) to[j] = static_cast<int16_t>(static_cast<int32_t>(std::nearbyint(x[j] * inverse)));
+    return true;
+  }
+
+#ifdef __AVX512VBMI2__
+  // 64 values in 16 bits.
+  static void widen(const void* from, int16_t* to) {
+    const __m512i whole = _mm512_loadu_si512(from);
+    _mm512_storeu_si512(to, _mm512_cvtepi8_epi16(_mm512_castsi512_si256(whole)));
+    _mm512_storeu_si512(to + 32, _mm512_cvtepi8_epi16(_mm512_extracti64x4_epi64(whole, 1)));
+  }
+#endif
+
+  static void put(float* y, const float* results, int64_t number) { std::memcpy(y, results, sizeof(float) * number); }
+};
+
+#ifdef HF_PDECAY_PAIRS
+// bfloat16 values, and x and y of bfloat16.
+struct Brain : Interleaved<Brain> {
+  static constexpr Kind kKind = kBfloat16;
+  typedef uint16_t Number;
+  typedef __m512 Sum;
+  static Sum zero() { return _mm512_setzero_ps(); }
+  static Sum add(Sum a, Sum b) { return _mm512_add_ps(a, b); }
+  static Sum multiply(Sum sum, Vector::Type a, Vector::Type b) {
+    return _mm512_dpbf16_ps(sum, (__m512bh)a, (__m512bh)b);
+  }
+  static Vector::Floats floats(Sum sum, const float*) { return sum; }
+
+  static bool take(const uint16_t* x, int64_t in, int16_t* to, float* scale) {
+    uint16_t greatest = 0;
+    for (int64_t j = 0; j < in; j++) greatest = std::max<uint16_t>(greatest, x[j] & 0x7fff);
+    *scale = 1;
+    std::memcpy(to, x, sizeof(uint16_t) * in);
+    return greatest < kInfinity >> 16;
+  }
+
+  static void widen(const void* from, int16_t* to) { std::memcpy(to, from, sizeof(int16_t) * kWord); }
+
+  static void put(uint16_t* y, const float* results, int64_t number) {
+    for (int64_t j = 0; j < number; j++) y[j] = bitmask::to_bfloat16(results[j]);
+  }
+};
+#endif
+
+// Values of 32 or 16 bits, and x in float32.
+template <Kind kind>
+struct Single {
+  static constexpr Kind kKind = kind;
+  typedef float Number;
+  typedef float Cell;
+  typedef Vector::Floats Sum;
+  static constexpr int kColumns = kBlock * kWord / 2;
+  static Sum zero() { return Vector::all(0); }
+  static Sum add(Sum a, Sum b) { return Vector::add(a, b); }
+  static Vector::Floats floats(Sum sum, const float*) { return sum; }
+
+  __attribute__((always_inline)) static void meet_two(const char* x, const uint16_t* places, const Cell* values,
+                                                      Sum* sums) {
+#pragma GCC unroll 2
+    for (int k = 0; k < 2; k++) {
+      const float* column = reinterpret_cast<const float*>(x + places[k]);
+      const Vector::Floats value = Vector::all(values[k]);
+      sums[0] = Vector::fma(Vector::load(column), value, sums[0]);
+      sums[1] = Vector::fma(Vector::load(column + kHalf), value, sums[1]);
+    }
+  }
+
+  static bool lay_out(const Number* x, int64_t count, int64_t in, Cell* block, Cell*, float* scales) {
+    for (int64_t i = 0; i < count; i++)
+      if (greatest_of(x + i * in, in) >= kInfinity) return false;
+    std::fill(scales, scales + kRows, 1.0f);
+    csr::transpose(x, count, in, kRows, block);
+    return true;
+  }
+
+#ifdef __AVX512VBMI2__
+  static void widen(const void* from, Cell* to) {
+#pragma GCC unroll 4
+    for (int place = 0; place < kWord; place += 16) {
+      const char* here = static_cast<const char*>(from) + place * bytes_of<kind>;
+      _mm512_storeu_ps(to + place, bitmask::Lanes::expand<kind>(here, 0xffff));
+    }
+  }
+#endif
+
+  static void put(float* y, const float* results, int64_t number) { std::memcpy(y, results, sizeof(float) * number); }
+};
 
 // The values of some rows of W, block by block: where their columns of x begin in its block, in bytes, and themselves.
 template <typename Form>
 struct Lists {
   std::vector<uint16_t> places;
-  std::vector<int16_t> values;
+  std::vector<typename Form::Cell> values;
   std::vector<int32_t> starts;  // [rows][blocks], and the end
 
   void fill(const Packed& w, int64_t first, int64_t last) {
-    const int64_t most = (last - first) * (w.words * kWord + 2 * w.words) + kWord;
+    const int64_t most = (last - first) * (w.words * kWord + 2 * w.words) + kWord;  // with padding
     if (static_cast<int64_t>(places.size()) < most) {
       places.resize(most);
       values.resize(most);
@@ -200,12 +269,12 @@ struct Lists {
     for (int64_t row = first; row < last; row++) {
       const char* from = static_cast<const char*>(w.values) + w.starts[row] * kSize;
       for (int64_t word = 0; word < w.words; word++) {
-        if (word % kBlock == 0) {
+        if (word % kWords == 0) {
           held = even(held);
           starts.push_back(held);
         }
         const uint64_t mask = w.masks ? w.masks[row * w.words + word] : in_word(w, word);
-        const int column = static_cast<int>(word % kBlock) * kWord, number = count_bits(mask);
+        const int column = static_cast<int>(word % kWords) * kWord, number = count_bits(mask);
         add(mask, from, column, held);
         from += (w.masks ? number : kWord) * kSize;
         held += number;
@@ -216,7 +285,9 @@ struct Lists {
   }
 
  private:
-  static constexpr int kBytes = kRows * sizeof(int16_t);  // of a column in a block of x
+  static constexpr int kBytes = kRows * sizeof(typename Form::Cell);  // of a column in a block of x
+  static constexpr int kWords = Form::kColumns / kWord;
+  static_assert(kBytes * (Form::kColumns - 1) < 1 << 16, "16 bits hold where a column begins");
   static constexpr int kSize = bytes_of<Form::kKind>;
 
   static uint64_t in_word(const Packed& w, int64_t word) {
@@ -237,19 +308,19 @@ struct Lists {
         for (int i = 0; i < kWord; i++) each[i] = static_cast<uint8_t>(i);
       }
     } kNumbers;
+    constexpr int kShift = kBytes == 64 ? 6 : 7;
+    static_assert(kBytes == 1 << kShift);
     const __m512i columns = _mm512_maskz_compress_epi8(mask, _mm512_load_si512(kNumbers.each));
     const __m512i start = _mm512_set1_epi16(static_cast<int16_t>(column));
     const __m512i low = _mm512_cvtepu8_epi16(_mm512_castsi512_si256(columns));
     const __m512i high = _mm512_cvtepu8_epi16(_mm512_extracti64x4_epi64(columns, 1));
-    _mm512_storeu_si512(&places[held], _mm512_slli_epi16(_mm512_add_epi16(low, start), 6));
-    _mm512_storeu_si512(&places[held + 32], _mm512_slli_epi16(_mm512_add_epi16(high, start), 6));
+    _mm512_storeu_si512(&places[held], _mm512_slli_epi16(_mm512_add_epi16(low, start), kShift));
+    _mm512_storeu_si512(&places[held + 32], _mm512_slli_epi16(_mm512_add_epi16(high, start), kShift));
     Form::widen(from, &values[held]);
-    static_assert(kBytes == 64, "a column is shifted by 6");
 #else
-    static_assert(kSize == 1, "other values have instructions that this processor lacks");
-    for (; mask; mask &= mask - 1, held++) {
+    for (int64_t k = 0; mask; mask &= mask - 1, held++, k++) {
       places[held] = static_cast<uint16_t>((column + __builtin_ctzll(mask)) * kBytes);
-      values[held] = *reinterpret_cast<const int8_t*>(from++);
+      values[held] = static_cast<typename Form::Cell>(value_at<Form::kKind>(from, k));
     }
 #endif
   }
@@ -257,22 +328,16 @@ struct Lists {
 
 // Adds the products of a block's values, an even number of them, with a block of x.
 template <typename Form>
-inline void add_products(const uint16_t* places, const int16_t* values, int count, const char* x, const float* scale,
-                         bool is_first, float* y) {
+inline void add_products(const uint16_t* places, const typename Form::Cell* values, int count, const char* x,
+                         const float* scale, bool is_first, float* y) {
   typedef typename Form::Sum Sum;
   Sum sums[2] = {Form::zero(), Form::zero()}, more[2] = {Form::zero(), Form::zero()};
-  const auto meet = [&](int k, Sum& low, Sum& high) __attribute__((always_inline)) {
-    const Vector::Type two = Vector::pair(values + k);
-    const Vector::Type a = Vector::load(x + places[k]), b = Vector::load(x + places[k + 1]);
-    low = Form::multiply(low, Vector::low(a, b), two);
-    high = Form::multiply(high, Vector::high(a, b), two);
-  };
   int k = 0;
   for (; k + 4 <= count; k += 4) {
-    meet(k, sums[0], sums[1]);
-    meet(k + 2, more[0], more[1]);
+    Form::meet_two(x, places + k, values + k, sums);
+    Form::meet_two(x, places + k + 2, values + k + 2, more);
   }
-  if (k < count) meet(k, sums[0], sums[1]);
+  if (k < count) Form::meet_two(x, places + k, values + k, sums);
 #pragma GCC unroll 2
   for (int half = 0; half < 2; half++) {
     const Vector::Floats sum = Form::floats(Form::add(sums[half], more[half]), scale);
@@ -305,20 +370,23 @@ void finish(const Packed& w, int64_t first, int64_t last, float* results, const 
 
 template <typename Form>
 bool product(const Packed& w, const typename Form::Number* x, int64_t count, typename Form::Number* y,
-             int16_t* laid_out, int threads) {
-  const int64_t groups = (count + kRows - 1) / kRows, blocks = (w.words + kBlock - 1) / kBlock;
+             void* scratch, int threads) {
+  typedef typename Form::Cell Cell;
+  constexpr int kWords = Form::kColumns / kWord;
+  Cell* laid_out = static_cast<Cell*>(scratch);
+  const int64_t groups = (count + kRows - 1) / kRows, blocks = (w.words + kWords - 1) / kWords;
   const bool alone = threads == 1 || w.out * w.in * count < (1 << 16);
   std::vector<float> scales(groups * kRows, 0.0f);
   bool taken = true;
 #pragma omp parallel num_threads(threads) if (!alone)
   {
-    std::vector<int16_t> scratch(kRows * w.in);
+    std::vector<Cell> rows(sizeof(Cell) == 2 ? kRows * w.in : 0);
 #pragma omp for schedule(static)
     for (int64_t group = 0; group < groups; group++) {
       const int64_t first = group * kRows;
-      int16_t* block = laid_out + first * w.in;
+      Cell* block = laid_out + first * w.in;
       const int64_t here = std::min<int64_t>(kRows, count - first);
-      if (!lay_out<Form>(x + first * w.in, here, w.in, block, scratch.data(), &scales[first])) {
+      if (!Form::lay_out(x + first * w.in, here, w.in, block, rows.data(), &scales[first])) {
 #pragma omp atomic write
         taken = false;
       }
@@ -342,7 +410,7 @@ bool product(const Packed& w, const typename Form::Number* x, int64_t count, typ
         for (int64_t top = first; top < end; top += kLines) {
           const int64_t bottom = std::min<int64_t>(top + kLines, end);
           for (int64_t block = 0; block < blocks; block++) {
-            const int16_t* columns = laid_out + begin * w.in + block * kColumns * kRows;
+            const Cell* columns = laid_out + begin * w.in + block * Form::kColumns * kRows;
             const int32_t* start = &lists.starts[(top - first) * blocks + block];
             for (int64_t row = top; row < bottom; row++, start += blocks) {
               const float* scale = w.scales ? w.scales_of(row) + block : nullptr;
@@ -365,37 +433,39 @@ bool product(const Packed& w, const typename Form::Number* x, int64_t count, typ
 
 extern "C" {
 
-// The rows of x that are taken together: scratch has room for a multiple of them, `in` numbers of 16 bits each; 0 if
-// there is no such product for these values on this processor.
-int hf_pdecay_list_rows([[maybe_unused]] int kind) {
+// The rows of x that are taken together: scratch has room for a multiple of them, `in` floats each; 0 if there is no
+// such product on this processor. `brain`: x and y are bfloat16.
+int hf_pdecay_list_rows([[maybe_unused]] int kind, [[maybe_unused]] int brain) {
 #ifdef HF_PDECAY_PAIRS
-  if (kind == kBfloat16) return lists::kRows;
+  if (brain) return kind == kBfloat16 ? lists::kRows : 0;
 #endif
 #ifdef HF_PDECAY_LISTS
-  if (kind == kInt8) return lists::kRows;
+  if (!brain) return lists::kRows;
 #endif
   return 0;
 }
 
-// Results of rows of x, in float32 for int8 values, else x and y in bfloat16; returns 0, having written nothing, if 16
-// bits cannot hold a row of x.
-int hf_pdecay_list_product([[maybe_unused]] int kind, const uint64_t* masks, const int64_t* starts, const void* values,
-                           const float* scales, const float* bias, int64_t out, int64_t in,
-                           [[maybe_unused]] const void* x, [[maybe_unused]] int64_t count, [[maybe_unused]] void* y,
-                           [[maybe_unused]] void* scratch, [[maybe_unused]] int threads) {
+// Results of rows of x. Returns 0, having written nothing, if a row is not finite, as a NaN times a zero is NaN, or 16
+// bits cannot hold it for int8 values.
+int hf_pdecay_list_product([[maybe_unused]] int kind, [[maybe_unused]] int brain, const uint64_t* masks,
+                           const int64_t* starts, const void* values, const float* scales, const float* bias,
+                           int64_t out, int64_t in, [[maybe_unused]] const void* x, [[maybe_unused]] int64_t count,
+                           [[maybe_unused]] void* y, [[maybe_unused]] void* scratch, [[maybe_unused]] int threads) {
   using namespace bitmask;
   [[maybe_unused]] const Packed w{masks, starts, values, scales, nullptr, bias, out, in, (in + kWord - 1) / kWord};
 #ifdef HF_PDECAY_PAIRS
-  if (kind == kBfloat16)
-    return lists::product<lists::Brain>(w, static_cast<const uint16_t*>(x), count, static_cast<uint16_t*>(y),
-                                        static_cast<int16_t*>(scratch), threads);
+  if (brain)
+    return lists::product<lists::Brain>(w, static_cast<const uint16_t*>(x), count, static_cast<uint16_t*>(y), scratch,
+                                        threads);
 #endif
+  bool done = false;
 #ifdef HF_PDECAY_LISTS
-  if (kind == kInt8)
-    return lists::product<lists::Whole>(w, static_cast<const float*>(x), count, static_cast<float*>(y),
-                                        static_cast<int16_t*>(scratch), threads);
+  for_kind(kind, [&](auto of) {
+    typedef std::conditional_t<of.value == kInt8, lists::Whole, lists::Single<of.value>> Form;
+    done = lists::product<Form>(w, static_cast<const float*>(x), count, static_cast<float*>(y), scratch, threads);
+  });
 #endif
-  return 0;
+  return done;
 }
 
 }  // extern "C"

@@ -24,9 +24,9 @@ from .sparse_linear import SparseLinear
 # With fewer zeros, values of the layer's own dtype and a bitmask save too little.
 _LEAST_SPARSITY = 0.4
 _LEAST_FOR_COLUMNS = 0.5  # with fewer zeros, values and columns take as many bytes as the dense weight
-# From here on values and columns are likely faster than a bitmask: for a few rows, and for many, for which zeros under
-# a mask are multiplied too.
-_LIKELY_COLUMNS, _LIKELY_COLUMNS_MANY, _MANY = 0.85, 0.6, 64
+# From here on values and columns are likely faster than a bitmask, for a few rows and for many; not for int8 values,
+# nor for many rows of bfloat16.
+_LIKELY_COLUMNS, _LIKELY_COLUMNS_MANY, _MANY = 0.85, 0.8, 64
 _TRIED = (_LEAST_SPARSITY, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, MOST_SPARSITY)  # for layers of a model that stays dense
 _CLEARLY = 1.1  # so many times as fast as the form with fewer bytes: less may be chance
 _SECONDS, _ROUNDS = 0.03, 3  # the least time and number of rounds to measure a layer
@@ -44,7 +44,9 @@ def likely_form(
     """Return the form that is likely the fastest, without a measurement."""
     if weight.is_cuda:
         return SemiStructuredLinear
-    least = 2 if held_as == torch.int8 else _LIKELY_COLUMNS_MANY if rows > _MANY else _LIKELY_COLUMNS
+    least = _LIKELY_COLUMNS_MANY if rows > _MANY else _LIKELY_COLUMNS
+    if held_as == torch.int8 or (rows > _MANY and weight.dtype == (held_as or weight.dtype) == torch.bfloat16):
+        least = 2
     return SparseLinear if (sparsity >= least or library() is None) and _fits(weight) else BitmaskLinear
 
 

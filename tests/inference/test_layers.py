@@ -241,17 +241,19 @@ def test_layers_without_weights(
 @pytest.mark.parametrize("rows", [1, 7, 100])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("values", [None, torch.bfloat16, torch.int8])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_what_is_not_finite_comes_out_as_from_a_dense_layer(
-    values: torch.dtype | None, bad: float, rows: int, path: str
+    dtype: torch.dtype, values: torch.dtype | None, bad: float, rows: int, path: str
 ) -> None:
     """A NaN or infinity of one row of x stays in that row."""
-    weight = sparse_weight(20, 70, 0.5).abs() + 0.1 * torch.eye(20, 70)
-    layer, x = BitmaskLinear(weight, values=values), torch.randn(rows, 70)
+    weight = (sparse_weight(20, 70, 0.5).abs() + 0.1 * torch.eye(20, 70)).to(dtype)
+    layer, x = BitmaskLinear(weight, values=values), torch.randn(rows, 70).to(dtype)
     clean = layer(x)
     x[-1, 3] = bad
     y = layer(x)
     assert not bool(y[-1].isfinite().any())
-    torch.testing.assert_close(y[:-1], clean[:-1], rtol=1e-2, atol=1e-2)
+    tolerance = 1e-2 if dtype == torch.float32 else 1e-1  # the sums may be those of another product
+    torch.testing.assert_close(y[:-1], clean[:-1], rtol=1e-2, atol=tolerance)
 
 
 def test_int8_has_a_scale_for_each_block_and_its_rows_of_zeros_stay(path: str) -> None:
@@ -281,23 +283,21 @@ def test_tiny_and_huge_activations(path: str) -> None:
     assert not layer(torch.zeros(2, 100)).abs().max() > 0
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("zeros", [0.0, 0.4, 0.9, 0.999])
-def test_many_rows_meet_lists_of_the_values(zeros: float, dtype: torch.dtype, path: str) -> None:
-    """Rows, columns and rows of W that fill no block, beside those that do; int8 values and those of bfloat16."""
-    values = torch.int8 if dtype == torch.float32 else dtype
+@pytest.mark.parametrize("values", VALUES, ids=str)
+@pytest.mark.parametrize("dtype", list(BOUNDS), ids=str)
+def test_many_rows_meet_lists_of_the_values(dtype: torch.dtype, values: torch.dtype | None, path: str) -> None:
+    """Rows, columns and rows of W that fill no block, beside those that do, of any values for any activations."""
     compiled = bitmask_linear.library()
-    together = compiled.hf_pdecay_list_rows({torch.int8: 3, torch.bfloat16: 1}[values]) if compiled else 0
-    assert together or values != torch.int8 or path in ("torch", "plain")
-    for out, size, rows in ((1, 1, 25), (40, 256, 32), (33, 515, 95), (150, 770, 64), (17, 64, 100)):
-        weight, bias = sparse_weight(out, size, zeros).to(dtype), torch.randn(out).to(dtype)
-        layer, x = BitmaskLinear(weight, bias, values=values), torch.randn(rows, size).to(dtype)
-        by_lists = layer._by_lists(compiled, x, dtype) if compiled else None
-        assert (by_lists is not None) == (together > 0)
-        for threads in (1, 2):
-            y = with_threads(threads, layer, x)
-            check(layer, x, bias, y)
-            assert by_lists is None or torch.equal(y, by_lists)
+    for zeros in (0.0, 0.4, 0.9, 0.999):
+        for out, size, rows in ((1, 1, 25), (40, 256, 32), (33, 515, 95), (150, 770, 64), (17, 64, 100)):
+            weight, bias = sparse_weight(out, size, zeros).to(dtype), torch.randn(out).to(dtype)
+            layer, x = BitmaskLinear(weight, bias, values=values), torch.randn(rows, size).to(dtype)
+            by_lists = layer._by_lists(compiled, x, dtype) if compiled else None
+            assert (by_lists is None) == (path in ("torch", "plain"))
+            for threads in (1, 2):
+                y = with_threads(threads, layer, x)
+                check(layer, x, bias, y)
+                assert by_lists is None or torch.equal(y, by_lists.to(dtype))
 
 
 def test_the_greatest_sums_of_16_bits_do_not_overflow(path: str) -> None:
