@@ -253,6 +253,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--sparsity", type=float, nargs="+", help="fractions of zeros")
     parser.add_argument("--only", default="", help="a regular expression for the workloads and their models")
     parser.add_argument("--rounds", type=int, default=15, help="rounds of each workload")
+    parser.add_argument("--name", default="inference", help="name of the results")
     parser.add_argument("--output", type=Path, default=ROOT / "results", help="folder of the results")
     args = parser.parse_args(argv)
     warnings.filterwarnings("ignore")
@@ -281,7 +282,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 print(f"{work.model}, {work.name}, {sparsity:.0%}: {said}", file=sys.stderr, flush=True)
     report = text(record)
     print(report)
-    write(record, report, args.output, "inference_quick" if args.quick else "inference")
+    write(record, report, args.output, "inference_quick" if args.quick else args.name)
     return 0
 
 
