@@ -21,6 +21,7 @@ _WORD = 64  # weights of a word of the mask
 _BLOCK = 256  # columns that share a scale of int8 values
 # More rows are multiplied by lists of the values or by dense blocks: torch's own product of bfloat16 is fast.
 _FEW_LISTS, _FEW_INT8 = 24, 16  # where there are lists
+_LEAST_FOR_LISTS = 0.48  # with fewer zeros, dense blocks are faster for more than 64 rows, but not of int8 values
 _FEW, _FEW_BFLOAT16 = 64, 24  # where there are none
 _DENSE = 1 << 22  # weights of a dense block: with rows of x they fit into a last cache of 32 MiB
 _PACKED_AT_A_TIME = 1 << 24  # weights
@@ -116,8 +117,10 @@ class BitmaskLinear(CpuLinear):
             bias = None if self.bias is None else self.bias.to(dtype)
             with torch.autocast(x.device.type, enabled=False):
                 return functional.linear(x.to(dtype), self._dense().to(dtype), bias)
-        few = _FEW_INT8 if self._held_as == torch.int8 else _FEW_LISTS
-        if len(x) > few and (y := self._by_lists(compiled, x, dtype)) is not None:
+        whole = self._held_as == torch.int8
+        by_lists = whole or len(x) <= _FEW or self.sparsity >= _LEAST_FOR_LISTS
+        few = _FEW_INT8 if whole else _FEW_LISTS
+        if len(x) > few and by_lists and (y := self._by_lists(compiled, x, dtype)) is not None:
             return y
         if len(x) <= (_FEW_BFLOAT16 if dtype == torch.bfloat16 else _FEW):
             return self._few(compiled, x)
