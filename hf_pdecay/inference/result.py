@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 MOST_SPARSITY = 0.99  # the highest at which a layer that stayed dense is tried
 # For some numbers of rows, the fraction of zeros from which layers in float32 are faster sparse on a processor with
 # AVX-512: docs/inference.md.
-LIKELY_FROM = {1: 0.4, 16: 0.4, 256: 0.6}
+LIKELY_FROM = {1: 0.4, 16: 0.4, 256: 0.5}
 
 _WIDTH = 80
 
