@@ -66,6 +66,7 @@ class NamesInModel:
         except ImportError:  # transformers 4
             for pattern, name in (getattr(model, "_checkpoint_conversion_mapping", None) or {}).items():
                 self._patterns.append((re.compile(pattern), name))
+            self._prefix = f"{getattr(model, 'base_model_prefix', '')}."
             self._renamed = self._substituted
             return
         if isinstance(model, PreTrainedModel):
@@ -79,7 +80,11 @@ class NamesInModel:
             self._renamed = lambda name: rename_source_key(name, renamings, converters, prefix, state)[0]
 
     def _substituted(self, name: str) -> str:
-        return next((pattern.sub(new, name) for pattern, new in self._patterns if pattern.search(name)), name)
+        own = next((pattern.sub(new, name) for pattern, new in self._patterns if pattern.search(name)), name)
+        if own in self._own:
+            return own
+        # The file is of a base model, or the model is.
+        return own.removeprefix(self._prefix) if own.startswith(self._prefix) else self._prefix + own
 
     def __call__(self, name: str) -> str:
         """Return the model's name; the given one if no other is known."""

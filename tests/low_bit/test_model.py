@@ -182,7 +182,8 @@ def test_gradient_checkpoints(use_reentrant: bool) -> None:
     model.zero_grad()
     model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
     model(**inputs).loss.backward()
-    assert all(torch.equal(grad, param.grad) for grad, param in zip(gradients, model.parameters(), strict=True))
+    for grad, param in zip(gradients, model.parameters(), strict=True):  # transformers 4 computes in another order
+        assert float((grad - param.grad).abs().max()) <= 1e-5 * float(grad.abs().max())
 
 
 def test_compiled_as_one_graph() -> None:

@@ -33,7 +33,7 @@ def saved(folder: Path, sparse: bool) -> Path:
         ({"quant_method": "quanto", "weights": "float8"}, "into NaN"),
         ({"quant_method": "quanto", "weights": "int8"}, None),
         (tf.QuantoConfig(weights="int2"), "quanto's int2"),
-        (tf.BitsAndBytesConfig(load_in_4bit=True), None),
+        ({"quant_method": "bitsandbytes", "load_in_4bit": True}, None),
         ({"quant_method": "torchao", "quant_type": {"default": {"_type": "Float8WeightOnlyConfig"}}}, "into NaN"),
         ({"quant_method": "torchao", "quant_type": {"default": {"_type": "Int8WeightOnlyConfig"}}}, None),
         ({"quant_method": "something new"}, None),

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers as tf
 from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModelForCausalLM, TrainerCallback
@@ -177,7 +178,10 @@ def test_a_second_training_goes_on_from_the_rounded_model(data: Any, tmp_path: P
         {"gradient_accumulation_steps": 2, "gradient_checkpointing": True},
         {"bf16": True, "torch_compile": True, "torch_compile_backend": "aot_eager"},
         {"optim": "sgd_lp", "learning_rate": 0.1},
-        {"teacher": "self"},
+        pytest.param(
+            {"teacher": "self"},
+            marks=pytest.mark.skipif(tf.__version__.startswith("4"), reason="a teacher takes transformers 5"),
+        ),
     ],
 )
 def test_with_other_settings(options: dict[str, Any], data: Any, tmp_path: Path) -> None:
@@ -196,6 +200,7 @@ def test_a_run_that_prunes_at_once(data: Any, tmp_path: Path) -> None:
     assert trainer.measure_sparsity().sparsity == pytest.approx(0.5, abs=1e-3)
 
 
+@pytest.mark.skipif(tf.__version__.startswith("4"), reason="this release of transformers has lists of experts")
 def test_experts(data: Any, tmp_path: Path) -> None:
     trainer = _trainer(tmp_path, data, build("mixtral"), weight_bits=1, target_sparsity=0.5)
     trainer.train()
