@@ -53,15 +53,26 @@ Case = Callable[[Array], Array]
 
 def torch_cases() -> Iterator[tuple[str, str, Case]]:
     """Tools that quantise torch tensors and modules."""
+    yield from _bitsandbytes()
+    yield from _torchao()
+    yield from _quanto()
+    yield from _hqq()
+    yield from _compressed_tensors()
+
+
+def _in_layer(weight: Array) -> Any:
+    """A model of one linear layer with a weight."""
     import torch
     from torch import nn
 
-    def layer(weight: Array) -> Any:
-        module = nn.Linear(SHAPE[1], SHAPE[0], bias=False)
-        module.weight = nn.Parameter(torch.from_numpy(weight.copy()), requires_grad=False)
-        return module
+    module = nn.Linear(SHAPE[1], SHAPE[0], bias=False)
+    module.weight = nn.Parameter(torch.from_numpy(weight.copy()), requires_grad=False)
+    return nn.Sequential(module)
 
+
+def _bitsandbytes() -> Iterator[tuple[str, str, Case]]:
     import bitsandbytes.functional as bnb
+    import torch
 
     def four(kind: str, compressed: bool) -> Case:
         def case(weight: Array) -> Array:
@@ -86,6 +97,9 @@ def torch_cases() -> Iterator[tuple[str, str, Case]]:
 
     yield "bitsandbytes", "quantize_blockwise, 8 bits, on a CPU", blocks8
 
+
+def _torchao() -> Iterator[tuple[str, str, Case]]:
+    import torch
     from torchao.quantization import (
         Float8WeightOnlyConfig,
         Int8WeightOnlyConfig,
@@ -97,7 +111,7 @@ def torch_cases() -> Iterator[tuple[str, str, Case]]:
 
     def ao(config: Any) -> Case:
         def case(weight: Array) -> Array:
-            module: Any = nn.Sequential(layer(weight))
+            module = _in_layer(weight)
             quantize_(module, config)
             return np.array(module[0].weight.detach().dequantize().float().numpy())
 
@@ -110,11 +124,13 @@ def torch_cases() -> Iterator[tuple[str, str, Case]]:
     yield "torchao", "Float8WeightOnlyConfig", ao(Float8WeightOnlyConfig())
     yield "torchao", "NF4", lambda weight: to_nf4(torch.from_numpy(weight), 64, 256).get_original_weight().numpy()
 
+
+def _quanto() -> Iterator[tuple[str, str, Case]]:
     from optimum import quanto
 
     def quantised(kind: Any) -> Case:
         def case(weight: Array) -> Array:
-            module: Any = nn.Sequential(layer(weight))
+            module = _in_layer(weight)
             quanto.quantize(module, weights=kind)
             quanto.freeze(module)
             return np.array(module[0].weight.detach().dequantize().float().numpy())
@@ -124,6 +140,9 @@ def torch_cases() -> Iterator[tuple[str, str, Case]]:
     for name in ("qint8", "qint4", "qint2", "qfloat8"):
         yield "optimum-quanto", name, quantised(getattr(quanto, name))
 
+
+def _hqq() -> Iterator[tuple[str, str, Case]]:
+    import torch
     from hqq.core.quantize import Quantizer
 
     def half_quadratic(bits: int, axis: int) -> Case:
@@ -138,6 +157,9 @@ def torch_cases() -> Iterator[tuple[str, str, Case]]:
         yield "hqq", f"{bits} bits, axis 1", half_quadratic(bits, 1)
     yield "hqq", "4 bits, axis 0", half_quadratic(4, 0)
 
+
+def _compressed_tensors() -> Iterator[tuple[str, str, Case]]:
+    import torch
     from compressed_tensors.quantization import QuantizationArgs
     from compressed_tensors.quantization.lifecycle.forward import fake_quantize
     from compressed_tensors.quantization.utils import calculate_qparams

@@ -21,7 +21,7 @@ class BlockQuantization:
         name: The block's module.
         tensors: Names of the quantised parameters.
         weights: Number of weights in them.
-        zeros: Number of zeros among these before, all of which are kept.
+        zeros: Number of these that were zero before; all stay zero.
         new_zeros: Number of other weights that were rounded to zero.
         weight_error: Norm of the change of the weights by the norm of the weights.
         output_error: Mean over all tokens of the relative error of the block's outputs, for the same inputs; None

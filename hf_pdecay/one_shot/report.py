@@ -91,7 +91,7 @@ class OneShotReport:
         if self.dense:
             yield (
                 f"Left dense: {some(list(self.dense))} ({sum(self.dense.values()):,} weights), which lie outside the "
-                "blocks or are no matrices that calibration can see."
+                "blocks, or calibration cannot see them as matrices."
             )
         if self.unseen:
             yield f"No row has reached {some(self.unseen)}: pruned by magnitude. More rows may reach them."

@@ -26,7 +26,7 @@ def widths_by_name(model: nn.Module, width: float | None, rules: Sequence[Rule])
     Args:
         model: The model, wrapped or not.
         width: The run's width; None for none.
-        rules: The rules, of which those that set a width count.
+        rules: The rules; those without a width are passed over.
 
     Raises:
         ValueError: If a rule takes a weight that cannot be rounded, or no weight can be.

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers as tf
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -182,8 +183,10 @@ def test_gradient_checkpoints(use_reentrant: bool) -> None:
     model.zero_grad()
     model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
     model(**inputs).loss.backward()
-    for grad, param in zip(gradients, model.parameters(), strict=True):  # transformers 4 computes in another order
-        assert float((grad - param.grad).abs().max()) <= 1e-5 * float(grad.abs().max())
+    # transformers 4 computes in another order with checkpoints, also without rounding.
+    bound = 0.0 if int(tf.__version__.partition(".")[0]) >= 5 else 1e-5
+    for grad, param in zip(gradients, model.parameters(), strict=True):
+        assert float((grad - param.grad).abs().max()) <= bound * float(grad.abs().max())
 
 
 def test_compiled_as_one_graph() -> None:
