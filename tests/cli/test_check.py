@@ -164,6 +164,7 @@ def test_bitsandbytes(bits: int, before: Path, tmp_path: Path, capsys: pytest.Ca
     assert result["method"] == "bitsandbytes" and result["zeros"] == zeros_of(before) and result["added"]
 
 
+@pytest.mark.skipif(tf.__version__.startswith("4"), reason="transformers 4 cannot load what torchao 0.18 saves")
 def test_torchao(before: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     ao = pytest.importorskip("torchao.quantization")
     result = as_json(

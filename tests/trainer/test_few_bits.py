@@ -223,6 +223,7 @@ class _Bypassing(nn.Module):
         return {"loss": nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten()), "logits": logits}
 
 
+@pytest.mark.usefixtures("lora_beside_torchao")
 def test_refusals(data: Any, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"the model uses inner.weight without calling its layer"):
         _trainer(tmp_path, data, _Bypassing(), weight_bits=4).train()
@@ -241,6 +242,7 @@ def test_refusals(data: Any, tmp_path: Path) -> None:
         _trainer(tmp_path, data, optim="adamw_torch", weight_bits=4)
 
 
+@pytest.mark.usefixtures("lora_beside_torchao")
 def test_an_adapter_on_a_rounded_model(data: Any, tmp_path: Path) -> None:
     from peft import LoraConfig, get_peft_model
 
