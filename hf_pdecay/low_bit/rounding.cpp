@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <cstring>
 
 // The compiler would unroll such a loop, and then vectorise nothing.
 #define LANES(L)      \
@@ -47,6 +48,15 @@ inline void largest_of(Lane<L>& a) {
   for (int half = L / 2; half > 0; half /= 2)
     for (int l = 0; l < half; ++l) a[l] = std::max(a[l], a[l + half]);
   for (int l = 1; l < L; ++l) a[l] = a[0];
+}
+
+// Rounds to bfloat16.
+inline float narrow(float value) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, sizeof(bits));
+  bits = (bits + 0x7fff + (bits >> 16 & 1)) & 0xffff0000u;
+  std::memcpy(&value, &bits, sizeof(bits));
+  return value;
 }
 
 // `rows` rows of L lanes. What is worked out once is read by all that follows.
@@ -143,10 +153,22 @@ struct Block {
   }
 
   void decode(const Grid& grid, float* to, int64_t stride) const {
+    Lane<L> rough, above, base;  // the scale in bfloat16, minus the least code, and what that stands for
+    for (int l = 0; l < L; ++l) rough[l] = narrow(scale[l]);
+    if (!grid.affine) {
+      for (int64_t r = 0; r < rows; ++r)
+        LANES(L) to[r * stride + l] = rough[l] * q[r][l] + 0.0f;
+      return;
+    }
+    LANES(L) above[l] = -q[0][l];
+    for (int64_t r = 0; r < rows; ++r)
+      LANES(L) above[l] = std::max(above[l], -q[r][l]);
+    largest_of<L, kTogether>(above);
+    for (int l = 0; l < L; ++l) base[l] = narrow(mean[l] - rough[l] * above[l]);
     for (int64_t r = 0; r < rows; ++r)
       LANES(L) {
-        const float fitted = scale[l] * q[r][l] + mean[l];
-        to[r * stride + l] = grid.affine && alike[l] != 0 ? x[r][l] + mean[l] : fitted;
+        const float fitted = rough[l] * std::nearbyint(q[r][l] + above[l]) + base[l];
+        to[r * stride + l] = alike[l] != 0 ? x[r][l] + mean[l] : fitted;
       }
   }
 

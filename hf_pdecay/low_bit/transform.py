@@ -13,6 +13,10 @@ gradient of w, d = Σ g (q - c), e = n (mean(q²) + λ) or n (Var(q) + λ), and 
     ḡ + (s / t) (g - ḡ) + (d / e) ((x - m) / t + (1 - 2 s / t) (q - c)).
 
 A block whose weights are all alike has no scale: it stays as it is, and so does its gradient.
+
+What is written into the model is s q, or s (q - a) + o with a the least code of the block and o = m + s (a - c), where
+s and o are rounded to bfloat16. So a product of a code and a scale is exact in float32, every device computes the same
+weights, and a file can have them as codes, scales and offsets. The gradient does not see this rounding.
 """
 
 from __future__ import annotations
@@ -172,10 +176,17 @@ def _fit(x: Tensor, codes: Tensor, step: Tensor, offset: Tensor | None, alike: T
 
 
 def _decode(codes: Tensor, fit: Fit, x: Tensor, out: Tensor) -> None:
+    scale = _narrow(fit.scale)
     if fit.code is None or fit.mean is None:
-        out.copy_(codes * fit.scale)
-    else:
-        out.copy_(torch.where(fit.alike, x, (codes - fit.code) * fit.scale + fit.mean))
+        out.copy_((codes * scale).add_(0.0))  # no zero is negative
+        return
+    least = codes.amin(2, keepdim=True)
+    base = _narrow(fit.mean + scale * (least - fit.code)).to(out.dtype).to(x.dtype)
+    out.copy_(torch.where(fit.alike, x, (codes - least) * scale + base))
+
+
+def _narrow(values: Tensor) -> Tensor:
+    return values.to(torch.bfloat16).to(values.dtype)
 
 
 def _pull_back(x: Tensor, codes: Tensor, above: Tensor, fit: Fit, out: Tensor) -> None:

@@ -95,7 +95,7 @@ def test_inputs_may_lie_in_any_dimension(width: float, sparse: bool) -> None:
 def test_zeros_stay_and_nothing_overflows(
     width: float, sparsity: float, scale: float, dtype: torch.dtype, inputs: int, seed: int
 ) -> None:
-    limit = torch.finfo(dtype).max / 2
+    limit = torch.finfo(dtype).max / 3  # the gradient below is twice a weight
     x = (_matrix(4, inputs, seed=seed, sparsity=sparsity) * scale).clamp(-limit, limit).to(dtype).requires_grad_()
     grid = grid_of(width, sparse=True)
     rounded = round_weights(x, Layout(4, inputs, 1), grid)
@@ -124,6 +124,15 @@ def test_a_block_of_equal_weights_keeps_them_and_their_gradient(width: float, sp
     above = torch.randn(2, 256)
     rounded.backward(above)
     assert torch.equal(x.grad[0], above[0]) and x.grad[1].isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("width", "sparse"), GRIDS)
+def test_no_zero_is_negative(width: float, sparse: bool, dtype: torch.dtype) -> None:
+    x = _matrix(100, 300, sparsity=0.6).to(dtype)
+    x.masked_fill_(x.signbit() & (x.abs() < 0.01), -0.0)
+    rounded = round_weights(x, Layout(100, 300, 1), grid_of(width, sparse=sparse))
+    assert not (rounded.signbit() & (rounded == 0)).any()
 
 
 @pytest.mark.parametrize("width", WIDTHS)

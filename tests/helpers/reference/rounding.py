@@ -30,7 +30,19 @@ def round_block(
     """What the codes of a block stand for."""
     q = codes_of(x, low, high, step, offset, odd, nonzero)
     if not affine:
-        return (q * x).mean() / ((q * q).mean() + RIDGE) * q
+        scale = (q * x).mean() / ((q * q).mean() + RIDGE)
+        return _with_value(scale * q, brain(scale) * q)
     covariance = ((x - x.mean()) * (q - q.mean())).mean()
-    variance = ((q - q.mean()) ** 2).mean()
-    return covariance / (variance + RIDGE) * (q - q.mean()) + x.mean()
+    scale = covariance / (((q - q.mean()) ** 2).mean() + RIDGE)
+    base = brain(x.mean() + brain(scale) * (q.min() - q.mean()))
+    return _with_value(scale * (q - q.mean()) + x.mean(), brain(scale) * (q - q.min()) + base)
+
+
+def brain(value: Tensor) -> Tensor:
+    """A number in bfloat16."""
+    return value.to(torch.bfloat16).to(value.dtype)
+
+
+def _with_value(formula: Tensor, value: Tensor) -> Tensor:
+    """A value with the gradient of a formula."""
+    return formula + (value - formula).detach()
