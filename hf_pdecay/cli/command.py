@@ -36,6 +36,12 @@ def add_calibration(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=0, help="chooses the rows (0)")
 
 
+def given_calibration(options: argparse.Namespace) -> dict[str, Any]:
+    """Return the arguments of :func:`add_calibration`, and ``overwrite``, by their names in Python."""
+    names = ("rows", "row_length", "dtype", "device", "seed", "overwrite")
+    return {name: getattr(options, name) for name in names}
+
+
 def add_max_steps(parser: argparse.ArgumentParser) -> None:
     """Add ``--max_steps``."""
     parser.add_argument(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from .command import add_calibration, add_folders, show
+from .command import add_calibration, add_folders, given_calibration, show
 
 
 def register(parser: argparse.ArgumentParser) -> None:
@@ -39,11 +39,6 @@ def run(options: argparse.Namespace) -> int:
         method=options.method,
         sparsity=options.sparsity,
         pattern=options.pattern,
-        rows=options.rows,
-        row_length=options.row_length,
-        dtype=options.dtype,
-        device=options.device,
-        seed=options.seed,
-        overwrite=options.overwrite,
+        **given_calibration(options),
     )
     return show(report, options)

@@ -4,19 +4,27 @@ from __future__ import annotations
 
 import argparse
 
-from .command import add_calibration, add_folders, show
+from .command import add_calibration, add_folders, given_calibration, show
 
 
 def register(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of the command."""
     parser.description = (
         "Rounds the matrices of a trained model to codes of few bits times the scale of a block, without training. "
-        "Every zero stays exactly zero. OUT is an ordinary model in the dtype of MODEL, which loads anywhere."
+        "Every zero stays exactly zero. OUT is an ordinary model in the dtype of MODEL, which loads anywhere; or it "
+        "holds the codes as another runtime reads them."
     )
     add_folders(parser)
     parser.add_argument("--bits", type=float, default=4, help="width of the codes: 8 to 2, or 1.58 for -1, 0 and 1 (4)")
     parser.add_argument(
-        "--block", type=int, default=128, metavar="INPUTS", help="consecutive inputs that share a scale (128)"
+        "--block", type=int, metavar="INPUTS", help="consecutive inputs that share a scale (128, and 32 in gguf)"
+    )
+    parser.add_argument(
+        "--format",
+        default="plain",
+        help="plain: an ordinary model, in the dtype of MODEL (the default); with 8 or 4 bits also pack-quantized: for "
+        "compressed-tensors in transformers, and vLLM; torchao: for torchao in transformers; gguf: Q8_0 or Q4_0, for "
+        "llama.cpp",
     )
     parser.add_argument(
         "--data",
@@ -35,11 +43,7 @@ def run(options: argparse.Namespace) -> int:
         *(options.model, options.out, options.data),
         bits=options.bits,
         block=options.block,
-        rows=options.rows,
-        row_length=options.row_length,
-        dtype=options.dtype,
-        device=options.device,
-        seed=options.seed,
-        overwrite=options.overwrite,
+        format=options.format,
+        **given_calibration(options),
     )
     return show(report, options)

@@ -114,8 +114,13 @@ def _loaded(after: Path, before: Path) -> tuple[nn.Module | None, str | None]:
     if len(found) > 1:
         raise ValueError(f"Invalid after: {str(after)!r} has {len(found)} files of {_GGUF}; name one of them.")
     if found and found[0].suffix == _GGUF and found[0].is_file():
-        cls = class_of(read_model(before)) if (before / CONFIG).is_file() else transformers.AutoModelForCausalLM
-        return load_gguf(found[0], cls), "gguf"
+        if not (before / CONFIG).is_file():
+            return load_gguf(found[0], transformers.AutoModelForCausalLM), "gguf"
+        cls = class_of(read_model(before))
+        try:
+            return load_gguf(found[0], cls), "gguf"
+        except ValueError:  # of some kinds of models transformers does not read all sizes
+            return load_gguf(found[0], cls, cls.config_class.from_pretrained(before)), "gguf"
     if not (after / CONFIG).is_file():
         return None, None
     method = nested_method(read_config(after))

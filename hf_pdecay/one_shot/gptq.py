@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..storage.codes import code_range, in_blocks
-from .grid import BLOCK, check_bits, check_block, find_scales
+from ..storage.codes import in_blocks
+from .grid import BLOCK, Grid, find_scales
 from .selection import float_of
 from .sparsegpt import COLUMNS, inverse_factor, spread_errors
 
@@ -30,10 +30,14 @@ def round_to_nearest(weight: Tensor, *, bits: float = 4, block: int = BLOCK) -> 
     Raises:
         ValueError: If an argument is invalid.
     """
-    low, high = code_range(check_bits(bits))
-    blocks = in_blocks(float_of(weight), check_block(block))
-    scales = find_scales(blocks, bits, weight.dtype)[..., None]
-    codes = (blocks / scales).round_().clamp_(low, high)
+    return nearest(weight, Grid(bits, block))
+
+
+def nearest(weight: Tensor, grid: Grid) -> Tensor:
+    """:func:`round_to_nearest` on a grid."""
+    blocks = in_blocks(float_of(weight), grid.block)
+    scales = find_scales(blocks, grid, weight.dtype)[..., None]
+    codes = (blocks / scales).round_().clamp_(*grid.codes)
     return _plain(codes.mul_(scales).flatten(1)[:, : weight.shape[1]], weight)
 
 
@@ -54,15 +58,14 @@ def gptq(weight: Tensor, inputs: Tensor, *, bits: float = 4, block: int = BLOCK)
     Raises:
         ValueError: If an argument is invalid, or the inputs are not finite.
     """
-    check_bits(bits)
-    check_block(block)
+    grid = Grid(bits, block)
     rows = inputs.reshape(-1, weight.shape[1]).to(float_of(weight).dtype)
-    return quantize_by_hessian(weight, rows.T @ rows, bits, block)
+    return quantize_by_hessian(weight, rows.T @ rows, grid)
 
 
-def quantize_by_hessian(weight: Tensor, hessian: Tensor, bits: float, block: int) -> Tensor:
-    """:func:`gptq` from a Hessian of any positive scale, which is overwritten."""
-    low, high = code_range(bits)
+def quantize_by_hessian(weight: Tensor, hessian: Tensor, grid: Grid) -> Tensor:
+    """:func:`gptq` on a grid, from a Hessian of any positive scale, which is overwritten."""
+    block = grid.block
     dense, kept = float_of(weight), weight != 0
     dead = hessian.diagonal() == 0
     factor = inverse_factor(hessian, dead)
@@ -76,18 +79,18 @@ def quantize_by_hessian(weight: Tensor, hessian: Tensor, bits: float, block: int
         if place % block == 0:
             here = slice(place, min(place + block, dense.shape[1]))
             piece = columns[column : column + block].T * kept[:, here]
-            scale.copy_(find_scales(piece, bits, weight.dtype, matter[here]))
-        values = (columns[column] / scale).round_().clamp_(low, high).mul_(scale).mul_(stays)
+            scale.copy_(find_scales(piece, grid, weight.dtype, matter[here]))
+        values = (columns[column] / scale).round_().clamp_(*grid.codes).mul_(scale).mul_(stays)
         found[:, place] = values
         return values
 
     spread_errors(dense.clone(), factor, max(COLUMNS // block, 1) * block, rounded)
     for _ in range(_SWEEPS):
-        _descend(dense, found, scales, hessian, (low, high), block)
+        _descend(dense, found, scales, hessian, grid)
     return _plain(found, weight)
 
 
-def _descend(dense: Tensor, found: Tensor, scales: Tensor, hessian: Tensor, codes: tuple[int, int], block: int) -> None:
+def _descend(dense: Tensor, found: Tensor, scales: Tensor, hessian: Tensor, grid: Grid) -> None:
     """Give each weight, column by column, the code that is best for the output while the others stay.
 
     What zeros cannot make up for stands in the error of the others, so this spreads it over those alone. This is the
@@ -98,9 +101,9 @@ def _descend(dense: Tensor, found: Tensor, scales: Tensor, hessian: Tensor, code
         found: The quantised matrix, changed in place.
         scales: Of shape (blocks, outputs).
         hessian: The damped one.
-        codes: The lowest and the highest.
-        block: Inputs that share a scale.
+        grid: The codes.
     """
+    block = grid.block
     for start in range(0, dense.shape[1], block):
         here = slice(start, min(start + block, dense.shape[1]))
         inner, scale = hessian[here, here], scales[start // block]
@@ -109,7 +112,7 @@ def _descend(dense: Tensor, found: Tensor, scales: Tensor, hessian: Tensor, code
         kept = dense[:, here].T != 0
         for column, old in enumerate(columns):
             best = old - slopes[column] / inner[column, column]
-            new = (best / scale).round_().clamp_(*codes).mul_(scale).mul_(kept[column])
+            new = (best / scale).round_().clamp_(*grid.codes).mul_(scale).mul_(kept[column])
             slopes.addr_(inner[column], new - old)
             old.copy_(new)
         found[:, here] = columns.T

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from ..tables import NameTable
-from .report import some
+from .report import BlockReport, some
 
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ class BlockQuantization:
 
 
 @dataclass
-class QuantizationReport:
+class QuantizationReport(BlockReport[BlockQuantization]):
     """What was quantised, and what was left alone; prints as a table.
 
     Attributes:
@@ -46,6 +46,7 @@ class QuantizationReport:
         block: Consecutive inputs that share a scale.
         rows: Number of calibration rows, and of tokens in each; None for rounding to nearest.
         blocks: One entry for each block.
+        coded: Names of the matrices that had codes of these widths and blocks already, and stay as they were.
         left: Names of parameters that a target would prune, and that were left alone, with their weights.
         unseen: Names of the matrices that no row has reached, which were rounded to nearest.
         notes: Other sentences.
@@ -55,26 +56,13 @@ class QuantizationReport:
     bits: float
     block: int
     rows: tuple[int, int] | None = None
-    blocks: list[BlockQuantization] = field(default_factory=list)
+    coded: list[str] = field(default_factory=list)
     left: dict[str, int] = field(default_factory=dict)
-    unseen: list[str] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
-    left_out: list[str] = field(default_factory=list)
 
     @property
     def method(self) -> str:
         """``"gptq"``, or ``"rtn"`` for rounding to nearest."""
         return "rtn" if self.rows is None else "gptq"
-
-    @property
-    def weights(self) -> int:
-        """Number of weights in what was quantised."""
-        return sum(block.weights for block in self.blocks)
-
-    @property
-    def zeros(self) -> int:
-        """Number of zeros before in what was quantised."""
-        return sum(block.zeros for block in self.blocks)
 
     @property
     def new_zeros(self) -> int:
@@ -101,18 +89,11 @@ class QuantizationReport:
             f"Each weight is a code times the scale of {self.block} consecutive inputs, exactly, in the dtype of the "
             f"model: {self.bits + 16 / self.block:.3g} bits a weight with scales of 16 bits, before zeros are left out."
         )
-        if self.rows is not None:
-            yield (
-                f"Output error: the mean relative error of a block's outputs over {self.rows[0]:,} rows of "
-                f"{self.rows[1]:,} tokens, for the inputs that the quantised blocks before it give."
-            )
+        if self.coded:
+            yield f"Had such codes already, and kept them: {some(self.coded)}."
         if self.left:
             yield f"Left alone: {some(list(self.left))} ({sum(self.left.values()):,} weights): not matrices."
-        if self.unseen:
-            yield f"No row has reached {some(self.unseen)}: rounded to nearest."
-        yield from self.notes
-        if self.left_out:
-            yield f"Left out, weights in other formats: {', '.join(self.left_out)}"
+        yield from self._ends(self.rows, "quantised", "rounded to nearest")
 
 
 def _cells(counts: BlockQuantization | QuantizationReport) -> tuple[str, str, str]:

@@ -2,14 +2,68 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
 from ..tables import NameTable
 
 
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderResult
+
+
+class _Counted(Protocol):
+    """What is counted in a block."""
+
+    @property
+    def weights(self) -> int: ...
+
+    @property
+    def zeros(self) -> int: ...
+
+
+_Block = TypeVar("_Block", bound=_Counted)
+
+
+@dataclass(kw_only=True)
+class BlockReport(Generic[_Block]):
+    """What reports on a model, block by block, have in common.
+
+    Attributes:
+        blocks: One entry for each block.
+        unseen: Names of the matrices that no row has reached.
+        notes: Other sentences.
+        left_out: Files of weights in other formats, which were not copied.
+    """
+
+    blocks: list[_Block] = field(default_factory=list)
+    unseen: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    left_out: list[str] = field(default_factory=list)
+
+    @property
+    def weights(self) -> int:
+        """Number of weights in all blocks."""
+        return sum(block.weights for block in self.blocks)
+
+    @property
+    def zeros(self) -> int:
+        """Number of zeros in all blocks, as each of them counts."""
+        return sum(block.zeros for block in self.blocks)
+
+    def _ends(self, rows: tuple[int, int] | None, changed: str, instead: str) -> Iterator[str]:
+        """The last sentences; the blocks were ``changed``, and what no row has reached was done ``instead``."""
+        if rows is not None:
+            yield (
+                f"Output error: the mean relative error of a block's outputs over {rows[0]:,} rows of {rows[1]:,} "
+                f"tokens, for the inputs that the {changed} blocks before it give."
+            )
+        if self.unseen:
+            yield f"No row has reached {some(self.unseen)}: {instead}. More rows may reach them."
+        yield from self.notes
+        if self.left_out:
+            yield f"Left out, weights in other formats: {', '.join(self.left_out)}"
 
 
 @dataclass(frozen=True)
@@ -32,7 +86,7 @@ class BlockPruning:
 
 
 @dataclass
-class OneShotReport:
+class OneShotReport(BlockReport[BlockPruning]):
     """What was pruned, and what stayed dense; prints as a table.
 
     Attributes:
@@ -49,21 +103,7 @@ class OneShotReport:
     method: str
     asked: float | str
     rows: tuple[int, int]
-    blocks: list[BlockPruning] = field(default_factory=list)
     dense: dict[str, int] = field(default_factory=dict)
-    unseen: list[str] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
-    left_out: list[str] = field(default_factory=list)
-
-    @property
-    def weights(self) -> int:
-        """Number of weights in what was pruned."""
-        return sum(block.weights for block in self.blocks)
-
-    @property
-    def zeros(self) -> int:
-        """Number of zeros in what was pruned."""
-        return sum(block.zeros for block in self.blocks)
 
     @property
     def sparsity(self) -> float:
@@ -76,7 +116,6 @@ class OneShotReport:
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         """Render as a table and sentences."""
-        count, length = self.rows
         table = NameTable(
             f"Pruned to {self.asked} by {self.method}", ("block", "weights", "zeros", "sparsity", "output error")
         )
@@ -84,20 +123,12 @@ class OneShotReport:
             table.add_row(block.name, *_cells(block.weights, block.zeros), f"{block.error:.2%}")
         table.add_total("in all", *_cells(self.weights, self.zeros), "")
         yield table
-        yield (
-            f"Output error: the mean relative error of a block's outputs over {count:,} rows of {length:,} tokens, for "
-            "the inputs that the pruned blocks before it give."
-        )
         if self.dense:
             yield (
                 f"Left dense: {some(list(self.dense))} ({sum(self.dense.values()):,} weights), which lie outside the "
                 "blocks, or calibration cannot see them as matrices."
             )
-        if self.unseen:
-            yield f"No row has reached {some(self.unseen)}: pruned by magnitude. More rows may reach them."
-        yield from self.notes
-        if self.left_out:
-            yield f"Left out, weights in other formats: {', '.join(self.left_out)}"
+        yield from self._ends(self.rows, "pruned", "pruned by magnitude")
 
 
 def _cells(weights: int, zeros: int) -> tuple[str, str, str]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -28,6 +29,20 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 _LONGEST = 2048  # tokens in a row, unless asked for
 _HEADING = "## Sparsity\n\n"
 
+Write = Callable[[Path, Any], tuple[list[str], Mapping[str, Any]]]
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """How a model is run and saved, and which rows it sees; the fields are arguments of ``prune_folder``."""
+
+    rows: int = 128
+    row_length: int | None = None
+    dtype: str = "auto"
+    device: str | None = None
+    seed: int = 0
+    overwrite: bool = False
+
 
 class Rewriting:
     """Loads a model and saves what was made of it; as a context it explains a lack of memory.
@@ -38,19 +53,12 @@ class Rewriting:
         ValueError: If an argument is invalid, or the model is quantized.
     """
 
-    def __init__(
-        self,
-        model: str | os.PathLike[str],
-        out: str | os.PathLike[str],
-        dtype: str,
-        device: str | None,
-        overwrite: bool,
-    ) -> None:
-        check_choice("dtype", dtype, DTYPES)
-        self._device = _device(device)
-        self._dtype = dtype
-        self._source = read_source(model, out, overwrite)
-        self._source.check_unquantized(ragged=True)
+    def __init__(self, model: str | os.PathLike[str], out: str | os.PathLike[str], calibration: Calibration) -> None:
+        check_choice("dtype", calibration.dtype, DTYPES)
+        self._device = _device(calibration.device)
+        self._asked = calibration
+        self.source = read_source(model, out, calibration.overwrite)
+        self.source.check_unquantized(ragged=True)
         self._model: Any = None
         self._unused: list[str] = []
 
@@ -69,12 +77,13 @@ class Rewriting:
                 "dtype='bfloat16', or device='cpu' (--rows, --dtype, --device)."
             ) from error
 
-    def rows(self, texts: Sequence[str], rows: int, row_length: int | None, seed: int) -> torch.Tensor:
+    def rows(self, texts: Sequence[str]) -> torch.Tensor:
         """Return calibration rows, as the model and its tokenizer take them; raise ValueError if they cannot."""
-        cls = class_of(self._source)
-        config = cls.config_class.from_pretrained(self._source.folder)
+        asked, row_length = self._asked, self._asked.row_length
+        cls = class_of(self.source)
+        config = cls.config_class.from_pretrained(self.source.folder)
         check_config(config, cls.__name__)
-        tokenizer = _tokenizer(self._source.folder)
+        tokenizer = _tokenizer(self.source.folder)
         limits = [limit for limit in (context_of(config), tokenizer.model_max_length) if limit is not None]
         longest = min(limits)
         if row_length is not None and row_length > longest:
@@ -83,11 +92,11 @@ class Rewriting:
                 "tokens."
             )
         length = min(longest, _LONGEST) if row_length is None else row_length
-        return calibration_rows(texts, tokenizer, rows=rows, row_length=length, seed=seed)
+        return calibration_rows(texts, tokenizer, rows=asked.rows, row_length=length, seed=asked.seed)
 
     def load(self) -> Any:
         """Return the model, on its device."""
-        loaded, self._unused = load_whole(self._source, self._dtype)
+        loaded, self._unused = load_whole(self.source, self._asked.dtype)
         self._model = loaded.to(self._device)
         return self._model
 
@@ -97,6 +106,7 @@ class Rewriting:
         names: Sequence[str],
         note: str,
         codes: Mapping[str, Any] | None = None,
+        write: Write | None = None,
     ) -> None:
         """Write the folder.
 
@@ -105,17 +115,22 @@ class Rewriting:
             names: The parameters that were changed, whose zeros count as those of the model.
             note: What the model's card says of it, if there is one.
             codes: What the file of codes says; None removes what the model had.
+            write: Writes the weights, if not as plain ones, and returns what is left to say and what the config gets.
         """
-        source = self._source
+        source, dtype = self.source, self._asked.dtype
         if self._unused:
             report.notes.append(unused_note(self._unused, self._model))
         with source.rewritten() as aside:
-            self._model.save_pretrained(str(aside))
+            more: Mapping[str, Any] = {}
+            if write is None:
+                self._model.save_pretrained(str(aside))
+            else:
+                notes, more = write(aside, self._model)
+                report.notes += notes
             report.left_out = source.copy_along(aside)
             # Keys of the config that the class does not know stay as they are in the file.
-            write_json(
-                aside / CONFIG, source.config if self._dtype == "auto" else cast_config(source.config, self._dtype)
-            )
+            config = source.config if dtype == "auto" else cast_config(source.config, dtype)
+            write_json(aside / CONFIG, {**config, **more})
             sparsity = measure_sparsity(self._model, decayed=names)
             sparsity.save(aside / REPORT_FILE)
             (aside / CODES_FILE).unlink(missing_ok=True)

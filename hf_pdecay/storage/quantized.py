@@ -44,12 +44,13 @@ def dense_config(cls: Any, folder: str) -> Any:
     return config
 
 
-def load_gguf(file: Path, cls: Any) -> Any:
+def load_gguf(file: Path, cls: Any, config: Any = None) -> Any:
     """Load a model from a GGUF file, dequantized to float32.
 
     Args:
         file: The file.
         cls: A class or an auto class of transformers.
+        config: That of the model; None for what transformers reads in the file, which may lack sizes.
 
     Raises:
         ValueError: If the file cannot be loaded so, or is not a whole model.
@@ -57,7 +58,9 @@ def load_gguf(file: Path, cls: Any) -> Any:
     import transformers
 
     kind = getattr(transformers, "GgufConfig", None)  # in transformers 4 a file is always dequantized
-    options = {} if kind is None else {"quantization_config": kind(dequantize=True)}
+    options: dict[str, Any] = {} if kind is None else {"quantization_config": kind(dequantize=True)}
+    if config is not None:
+        options["config"] = config
     what = f"{str(file)!r} cannot be loaded as a {cls.__name__}"
     try:
         with explained(what):
