@@ -15,8 +15,7 @@ from .storage.hook import install
 
 if TYPE_CHECKING:
     # isort: off (the names of a module share a line; `as` exports them for type checkers)
-    from .adapters.merging import mask_adapters as mask_adapters
-    from .adapters.merging import merge_keep_zeros as merge_keep_zeros
+    from .adapters.masking import mask_adapters as mask_adapters
     from .adapters.ranks import LayerRanks as LayerRanks
     from .adapters.ranks import RankSparsity as RankSparsity
     from .adapters.ranks import rank_sparsity as rank_sparsity
@@ -42,6 +41,7 @@ if TYPE_CHECKING:
     from .measurements import load_measurement as load_measurement
     from .measurements.hooks import causal_lm_hooks as causal_lm_hooks
     from .measurements.hooks import classification_hooks as classification_hooks
+    from .merging.keep_zeros import merge_keep_zeros as merge_keep_zeros
     from .one_shot.calibration import calibration_rows as calibration_rows
     from .one_shot.folder import prune_folder as prune_folder
     from .one_shot.folder import quantize_folder as quantize_folder
@@ -106,7 +106,7 @@ if TYPE_CHECKING:
 
 # The public names that each module defines.
 _NAMES = {
-    "adapters.merging": ("mask_adapters", "merge_keep_zeros"),
+    "adapters.masking": ("mask_adapters",),
     "adapters.ranks": ("LayerRanks", "RankSparsity", "rank_sparsity", "shrink_ranks"),
     "cli.folder_report": ("FolderReport", "report_folder"),
     "cli.report": ("report",),
@@ -123,6 +123,7 @@ _NAMES = {
     "layers.matrices": ("decayable_parameter_names",),
     "measurements": ("load_measurement",),
     "measurements.hooks": ("causal_lm_hooks", "classification_hooks"),
+    "merging.keep_zeros": ("merge_keep_zeros",),
     "one_shot.calibration": ("calibration_rows",),
     "one_shot.folder": ("prune_folder", "quantize_folder"),
     "one_shot.gptq": ("gptq", "round_to_nearest"),
@@ -167,7 +168,10 @@ _NAMES = {
 _MODULES = {name: module for module, names in _NAMES.items() for name in names}
 
 # Without the adapters, so that `from hf_pdecay import *` does not import PEFT.
-__all__ = ["__version__", *(name for name, module in _MODULES.items() if not module.startswith("adapters."))]  # noqa: PLE0604
+__all__ = [
+    "__version__",
+    *(name for name, module in _MODULES.items() if not module.startswith(("adapters.", "merging."))),
+]  # noqa: PLE0604
 
 
 def __getattr__(name: str) -> Any:

@@ -124,3 +124,8 @@ def check_model(peft_model: Any, function: str) -> None:
     for name, module in peft_model.named_modules():
         if isinstance(module, BaseTunerLayer) and module.merged:
             raise ValueError(f"{function}: the adapter on {name!r} is merged already; call unmerge_adapter() first.")
+
+
+def is_plain(weight: Any) -> bool:
+    """Whether a weight is in floating point and not quantised."""
+    return weight.is_floating_point() and weight.element_size() > 1 and type(weight.data) is Tensor

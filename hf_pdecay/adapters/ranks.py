@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ..tables import NameTable
 from .factors import alive_ranks, check_model, lora_layers, named_factors, takes_from_base
-from .merging import MaskedLora
+from .masking import MaskedLora
 
 
 if TYPE_CHECKING:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import struct
 from collections.abc import Iterator, Mapping
@@ -15,6 +16,8 @@ from .container import FormatError
 from .source import RAGGED, quantization_method
 from .untrusted import explained
 
+
+_REPACKED = "packing_format_for_cpu"  # of a state of bitsandbytes
 
 # Options of quantization configs of transformers by which it loads plain weights, by their names in 5 and 4.
 _DENSE = {"dequantize": True, "run_compressed": False}
@@ -93,15 +96,20 @@ def dense_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
         if callable(whole) and "weight" not in own and own:
             yield f"{begin}weight", whole()
         for name, tensor in own.items():
-            dense = None if id(tensor) in seen else _dense(module, tensor)
+            dense = None if id(tensor) in seen else dense_weight(module, tensor)
             seen.add(id(tensor))
             if dense is not None:
                 yield begin + name, dense
 
 
-def _dense(module: Any, tensor: Any) -> Tensor | None:
-    """A tensor in floating-point numbers; None if it is none, or packed in a way that is not known."""
+def dense_weight(module: Any, tensor: Any) -> Tensor | None:
+    """Return a tensor of a module in floating-point numbers; None if it is none, or packed in an unknown way."""
     dense: Tensor
+    if type(tensor).__name__ == "Params4bit" and tensor.quant_state.absmax.dim() == 2:  # it was repacked
+        from bitsandbytes.functional import dequantize_4bit
+
+        dense = dequantize_4bit(*four_bits(tensor))
+        return dense
     if type(tensor).__name__ in ("Params4bit", "Int8Params"):
         from transformers.integrations.bitsandbytes import dequantize_bnb_weight
 
@@ -111,3 +119,26 @@ def _dense(module: Any, tensor: Any) -> Tensor | None:
         dense = tensor.dequantize()
         return dense
     return tensor if tensor.is_floating_point() and tensor.element_size() > 1 else None
+
+
+def four_bits(weight: Any) -> tuple[Tensor, Any]:
+    """Return a weight of bitsandbytes in 4 bits, with two consecutive codes in a byte, and its state.
+
+    On a CPU with AVX512-BF16 a forward pass repacks a weight: rows in blocks of 32, a byte for two rows, and the scales
+    transposed, in bfloat16. What dequantises a weight elsewhere does not know that order. A ``state_dict()`` puts the
+    codes back into their order, but in 0.50 not the scales.
+    """
+    state = weight.quant_state
+    if state.absmax.dim() == 1:
+        return weight.data, state
+    plain = copy.copy(state)
+    plain.absmax, plain.dtype = state.absmax.T.reshape(-1).float(), state.original_dtype
+    if not getattr(state, _REPACKED, False):
+        return weight.data, plain
+    rows, columns = state.shape
+    packed = weight.data.reshape(-1, 32)
+    codes = torch.cat([packed & 15, packed >> 4], -1).view(rows // 32, columns // 2, 32, 2)
+    codes = codes.transpose(1, 2).reshape(-1)
+    stored = (codes[::2] << 4 | codes[1::2]).reshape(state.original_qshape)
+    setattr(plain, _REPACKED, False)
+    return stored.view(getattr(state, "original_storage_type", torch.uint8)), plain

@@ -1,4 +1,4 @@
-"""Merging that keeps the zeros of a sparse base, and training for such a merge."""
+"""Merging that keeps the zeros of a sparse base."""
 
 from __future__ import annotations
 
@@ -10,14 +10,15 @@ from typing import Any
 import torch
 from peft import PeftModel
 from peft.tuners.ln_tuning.layer import LNTuningLayer
-from peft.tuners.lora import Linear as LoraLinear
-from peft.tuners.lora.layer import LoraVariant, MultiheadAttention
+from peft.tuners.lora import LoraLayer
+from peft.tuners.lora.layer import MultiheadAttention
 from peft.tuners.trainable_tokens.layer import TrainableTokensLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
+from ..adapters.factors import check_model, is_plain, warn_of_changed_base
 from ..terminal import get_logger
-from .factors import check_model, lora_layers, named_factors, warn_of_changed_base
+from .requantising import Quantised, codes_of_base, on_codes, quantised_layer
 
 
 logger = get_logger(__name__)
@@ -37,6 +38,10 @@ def merge_keep_zeros(
     Everything else is merged as it was trained, zeros of the base or not: biases, vectors, and what was trained whole
     (``modules_to_save``, ``trainable_token_indices``, LN tuning). The loss is logged; :func:`mask_adapters` avoids it.
 
+    LoRA is also merged into weights of bitsandbytes (nf4, fp4, int8) and torchao (Int8, Intx): they are dequantised,
+    merged, and quantised again with the scales of the base, which stays quantised. So are the weights of a folder that
+    ``hf-pdecay quantize`` has written: each becomes a code times its scale again.
+
     Args:
         peft_model: A PEFT model whose adapters are not merged. It must not be used afterwards.
         adapter_names: The adapters to merge; the active ones if None.
@@ -46,7 +51,8 @@ def merge_keep_zeros(
         The plain base model.
 
     Raises:
-        ValueError: If an adapter is unknown or merged already, there is nothing to merge, or the base is quantised.
+        ValueError: If an adapter is unknown or merged already, there is nothing to merge, or the base is quantised in
+            another way.
     """
     check_model(peft_model, "merge_keep_zeros")
     unknown = sorted(set(adapter_names or ()) - set(peft_model.peft_config))
@@ -55,14 +61,22 @@ def merge_keep_zeros(
         raise ValueError(f"Invalid adapter_names: the model has no adapter {unknown[0]!r}; it has {known}.")
     modules = peft_model.get_base_model().named_modules()
     layers = {name: module for name, module in modules if isinstance(module, BaseTunerLayer)}
-    weights = {name: _weights(name, layer) for name, layer in layers.items()}
+    quantised = {name: found for name, layer in layers.items() if (found := _quantised(name, layer)) is not None}
+    weights = {name: _weights(name, layer) for name, layer in layers.items() if name not in quantised}
     names = None if adapter_names is None else list(adapter_names)
+    grids = codes_of_base(peft_model.get_base_model())
     warn_of_changed_base(peft_model)
     lost: dict[str, tuple[float, float]] = {}
     for name, layer in layers.items():
+        if name in quantised:
+            lost[f"{name}.weight"] = _merge_quantised(layer, quantised[name], names)
+            continue
         before = {key: weight.detach().clone() for key, weight in weights[name].items()}
         layer.merge(safe_merge=True, adapter_names=names)
         lost |= {f"{name}.{key}": _keep_zeros(weight, before[key]) for key, weight in weights[name].items()}
+        for key, weight in weights[name].items():
+            if (grid := grids.get(f"{name}.{key}")) is not None:
+                weight.data.copy_(on_codes(weight, before[key], grid, f"{name}.{key}", layer.get_base_layer()))
     fractions = {name: math.sqrt(out / whole) for name, (out, whole) in lost.items() if whole}
     if dropped is not None:
         dropped.update(fractions)
@@ -92,17 +106,52 @@ def _weights(name: str, layer: BaseTunerLayer) -> dict[str, Tensor]:
     base = layer.get_base_layer()
     # Some quantised layers hold their weights in buffers.
     stored = [*base.parameters(recurse=False), *base.buffers(recurse=False)]
-    if not all(_is_plain(tensor) for tensor in stored if tensor.ndim > 1):
+    if not all(is_plain(tensor) for tensor in stored if tensor.ndim > 1):
         raise ValueError(
-            f"merge_keep_zeros takes weights in floating point, and those of {name!r} are quantised: load the base "
-            "model without quantization_config, then the adapter onto it, and merge."
+            f"merge_keep_zeros cannot merge into {name!r}, whose weights are quantised as {_kind(base)}. It takes "
+            "bitsandbytes' nf4, fp4 and int8, torchao's Int8 and Intx, and weights in floating point: load the base "
+            "model without quantization_config, or with one that dequantises, then the adapter onto it, and merge."
         )
     return {key: param for key, param in base.named_parameters(recurse=False) if param.ndim > 1}
 
 
-def _is_plain(weight: Any) -> bool:
-    """Whether a weight is in floating point and not quantised."""
-    return weight.is_floating_point() and weight.element_size() > 1 and type(weight.data) is Tensor
+def _kind(base: nn.Module) -> str:
+    weight = getattr(base, "weight", None)
+    return type(base).__name__ if weight is None else f"{type(base).__name__} of {type(weight.data).__name__}"
+
+
+def _quantised(name: str, layer: BaseTunerLayer) -> Quantised | None:
+    """The weights of a layer with LoRA, if they are packed in a way that is known; else None."""
+    base = layer.get_base_layer()
+    found = quantised_layer(base) if isinstance(layer, LoraLayer) else None
+    if found is not None and any(getattr(layer, "lora_bias", {}).values()):
+        raise ValueError(f"merge_keep_zeros cannot merge lora_bias into {name!r}, whose weights are quantised.")
+    if found is not None and not found.knows_itself():
+        raise ValueError(
+            f"merge_keep_zeros cannot merge into {name!r}: the weights of a {_kind(base)} do not come back when they "
+            "are quantised again with their own scales. Load the base model without quantization_config."
+        )
+    return found
+
+
+def _merge_quantised(layer: Any, base: Quantised, names: Sequence[str] | None) -> tuple[float, float]:
+    """Merge LoRA into packed weights; return the squared norms of what zeros lose and of the whole change."""
+    before = base.dense().float()
+    merged = before.clone()
+    for adapter in layer.active_adapters if names is None else names:
+        if adapter not in layer.lora_A:
+            continue
+        variant = getattr(layer, "lora_variant", {}).get(adapter)
+        if variant is None:
+            merged += layer.get_delta_weight(adapter).to(merged.dtype)
+        else:
+            merged = variant.merge_safe(layer, adapter, merged).to(merged.dtype)
+        layer.merged_adapters.append(adapter)
+    if not bool(merged.isfinite().all()):
+        raise ValueError("An adapter has NaN or infinite weights, so it cannot be merged.")
+    counts = _keep_zeros(merged, before)
+    base.store(merged)
+    return counts
 
 
 def _keep_zeros(weight: Tensor, before: Tensor) -> tuple[float, float]:
@@ -113,72 +162,3 @@ def _keep_zeros(weight: Tensor, before: Tensor) -> tuple[float, float]:
     out = change.masked_select(zero)
     weight.data.masked_fill_(zero, 0)
     return float(out.square().sum()), float(change.square().sum())
-
-
-class MaskedLora(LoraVariant):
-    """A variant of LoRA for PEFT's layers: ΔW is zero where the weight of the base is."""
-
-    @staticmethod
-    def init(module: Any, adapter_name: str = "default", **kwargs: Any) -> None:
-        """Do nothing: this variant has no state."""
-
-    @staticmethod
-    def merge_safe(module: Any, active_adapter: str, orig_weight: Tensor) -> Tensor:
-        """Return the merged weight."""
-        return orig_weight + _masked_delta(module, active_adapter).to(orig_weight.dtype)
-
-    @staticmethod
-    def merge_unsafe(module: Any, active_adapter: str, orig_weight: Tensor) -> None:
-        """Merge in place."""
-        orig_weight.data += _masked_delta(module, active_adapter).to(orig_weight.dtype)
-
-    @staticmethod
-    def unmerge(module: Any, active_adapter: str, orig_weight: Tensor) -> Tensor:
-        """Return the weight without the adapter."""
-        return orig_weight - _masked_delta(module, active_adapter).to(orig_weight.dtype)
-
-    @staticmethod
-    def forward(module: Any, active_adapter: str, x: Tensor, result: Tensor, **kwargs: Any) -> Tensor:
-        """Add the adapter's output to that of the base layer."""
-        delta = _masked_delta(module, active_adapter)
-        delta = delta.T if module.fan_in_fan_out else delta
-        bias = module.lora_B[active_adapter].bias
-        bias = None if bias is None else bias * module.scaling[active_adapter]
-        x = module.lora_dropout[active_adapter](x.to(delta.dtype))
-        return result + nn.functional.linear(x, delta, bias)
-
-
-def _masked_delta(module: Any, adapter_name: str) -> Tensor:
-    delta: Tensor = module.get_delta_weight(adapter_name)
-    return delta.masked_fill(module.get_base_layer().weight == 0, 0)
-
-
-def mask_adapters(peft_model: PeftModel, adapter_name: str = "default") -> PeftModel:
-    """Make a LoRA adapter compute and train with (W ≠ 0) · ΔW, so that :func:`merge_keep_zeros` loses nothing.
-
-    Every step then forms ΔW of each layer, which costs the memory and time of a dense matrix of its size. The saved
-    adapter is an ordinary one: loaded without this function it computes with all of ΔW.
-
-    Args:
-        peft_model: A PEFT model with plain LoRA on linear layers or HF's ``Conv1D``.
-        adapter_name: Which adapter.
-
-    Returns:
-        The same model.
-
-    Raises:
-        ValueError: If the adapter is not plain LoRA, is on other layers, or the base is quantised.
-    """
-    check_model(peft_model, "mask_adapters")
-    named_factors(peft_model, adapter_name)
-    layers = [(name, layer) for name, layer in lora_layers(peft_model) if adapter_name in layer.r]
-    for name, layer in layers:
-        if not isinstance(layer, LoraLinear) or adapter_name in layer.lora_variant:
-            kind = "a variant of LoRA" if adapter_name in layer.lora_variant else type(layer.get_base_layer()).__name__
-            raise ValueError(f"mask_adapters takes plain LoRA on linear layers; {name!r} is {kind}.")
-        if not _is_plain(layer.get_base_layer().weight):
-            raise ValueError(f"mask_adapters takes weights in floating point, and those of {name!r} are quantised.")
-    warn_of_changed_base(peft_model)
-    for _, layer in layers:
-        layer.lora_variant[adapter_name] = MaskedLora()
-    return peft_model

@@ -1,0 +1,1 @@
+"""Adapters are merged into sparse models, quantised ones too, whose zeros stay."""
