@@ -3,11 +3,13 @@
     python benchmarks/few_bits.py --data FOLDER                 # all runs without a result, then the table
     python benchmarks/few_bits.py --data FOLDER --minutes 30    # as many of them as begin in that time
     python benchmarks/few_bits.py --data FOLDER --table         # only the table
+    python benchmarks/few_bits.py --data FOLDER --rates         # other learning rates at 1 bit, on a dev split
     python benchmarks/few_bits.py --time                        # how long a step takes, 1 minute
 
 A Llama of 0.5 M weights learns Tiny Shakespeare by character (`FOLDER/tinyshakespeare/input.txt`). Each run appends a
 line to `results/few_bits.jsonl` and is skipped from then on. For a seed all methods begin with the same model and see
-the same rows, with the same Trainer, learning rate and schedule. The loss is that of the last tenth of the text.
+the same rows, with the same Trainer, learning rate and schedule. The loss is that of the last tenth of the text. For
+`--rates` it is that of the tenth before it, which is then left out of the training.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -34,6 +36,7 @@ METHODS = {
     "none": "no rounding",
     "ours": "`--weight_bits`",
     "qat": "torchao's QAT, `IntxFakeQuantizeConfig`, symmetric",
+    "qat_affine": "the same, asymmetric",
     "bitnet": "straight-through as in BitNet, blocks of 128",
 }
 INTEGERS = {4: "int4", 2: "int2", 1: "int1"}
@@ -49,6 +52,9 @@ class Run:
         target: Fraction of zeros, ``"2:4"``, or None for a dense model.
         seed: Seed of the model and of the order of the rows.
         steps: Optimizer steps.
+        rate: The learning rate.
+        dev: Whether the loss is that of the dev split.
+        activation_bits: Width of the inputs of the rounded layers; None for no rounding.
     """
 
     method: str
@@ -56,6 +62,9 @@ class Run:
     target: float | str | None
     seed: int
     steps: int
+    rate: float = RATE
+    dev: bool = False
+    activation_bits: float | None = None
 
 
 def planned(steps: int) -> list[Run]:
@@ -67,7 +76,14 @@ def planned(steps: int) -> list[Run]:
     for seed in range(3):
         runs += [Run(*each, None, seed, steps) for each in dense]
         runs += [Run(*each, target, seed, steps) for target in (0.9, "2:4", 0.5, 0.8) for each in sparse]
+        runs += [Run("ours", 1, target, seed, steps, activation_bits=4) for target in (None, "2:4")]
     return sorted(runs, key=lambda run: (run.seed > 0 and run.target not in (None, 0.9), run.seed))
+
+
+def rates(steps: int) -> list[Run]:
+    """Return runs of 1 bit at several learning rates, with the loss of the dev split."""
+    methods = ("ours", "qat", "qat_affine", "bitnet")
+    return [Run(method, 1, None, 0, steps, rate, dev=True) for rate in (RATE, 1e-3, 1e-2) for method in methods]
 
 
 def execute(run: Run, folder: Path) -> dict[str, Any]:
@@ -81,6 +97,8 @@ def execute(run: Run, folder: Path) -> dict[str, Any]:
     places = {char: place for place, char in enumerate(sorted(set(text)))}
     ids = torch.tensor([places[char] for char in text])
     train, held_out = ids[: len(ids) * 9 // 10], ids[len(ids) * 9 // 10 :]
+    if run.dev:
+        train, held_out = train[: len(ids) * 8 // 10], train[len(ids) * 8 // 10 :]
     starts = torch.randint(
         len(train) - CONTEXT, (run.steps * BATCH,), generator=torch.Generator().manual_seed(run.seed)
     )
@@ -102,15 +120,16 @@ def execute(run: Run, folder: Path) -> dict[str, Any]:
         ours = {"lp_rules": {".": {"group": run.target}}}
     if run.method == "ours":
         ours["weight_bits"] = run.bits
-    elif run.method == "qat":
-        _torchao(model, run.bits)
+        ours["activation_bits"] = run.activation_bits
+    elif run.method.startswith("qat"):
+        _torchao(model, run.bits, symmetric=run.method == "qat")
     elif run.method == "bitnet":
         _bitnet(model, one=run.bits == 1)
     with tempfile.TemporaryDirectory() as out, open(os.devnull, "w") as nothing:
         args = PDecayTrainingArguments(
             out,
             max_steps=run.steps,
-            learning_rate=RATE,
+            learning_rate=run.rate,
             lr_scheduler_type="cosine",
             warmup_steps=run.steps // 10,
             per_device_train_batch_size=BATCH,
@@ -151,13 +170,15 @@ def execute(run: Run, folder: Path) -> dict[str, Any]:
     }
 
 
-def _torchao(model: Any, bits: float | None) -> None:
+def _torchao(model: Any, bits: float | None, *, symmetric: bool = True, activations: bool = False) -> None:
     import torch
     from torchao.quantization import quantize_
     from torchao.quantization.qat import IntxFakeQuantizeConfig, QATConfig
 
-    config = IntxFakeQuantizeConfig(getattr(torch, INTEGERS[int(bits or 0)]), group_size=128, is_symmetric=True)
-    quantize_(model, QATConfig(weight_config=config, step="prepare"), filter_fn=lambda _, name: "proj" in name)
+    config = IntxFakeQuantizeConfig(getattr(torch, INTEGERS[int(bits or 0)]), group_size=128, is_symmetric=symmetric)
+    inputs = IntxFakeQuantizeConfig(torch.int8, "per_token", is_symmetric=False) if activations else None
+    prepare = QATConfig(activation_config=inputs, weight_config=config, step="prepare")
+    quantize_(model, prepare, filter_fn=lambda _, name: "proj" in name)
 
 
 def _bitnet(model: Any, *, one: bool) -> None:
@@ -186,6 +207,7 @@ def time_steps(rounds: int = 25) -> str:
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
+    from hf_pdecay import round_activations
     from hf_pdecay.low_bit.grid import grid_of
     from hf_pdecay.low_bit.model import RoundedModel
 
@@ -194,17 +216,27 @@ def time_steps(rounds: int = 25) -> str:
         vocab_size=96, hidden_size=512, intermediate_size=1024, num_hidden_layers=2, num_attention_heads=8
     )
     ids = torch.randint(96, (4, 64))
-    contenders = {"no rounding": ("none", 4, False), "torchao's QAT, 4 bits": ("qat", 4, False)}
-    contenders |= {f"`--weight_bits {bits}`": ("ours", bits, False) for bits in (4, 1)}
-    contenders["`--weight_bits 4`, sparse"] = ("ours", 4, True)
+    contenders: dict[str, tuple[str, float, bool, bool]] = {"no rounding": ("none", 4, False, False)}
+    contenders["torchao's QAT, 4 bits"] = ("qat", 4, False, False)
+    for bits in (4, 2, 1.58, 1):
+        contenders[f"`--weight_bits {bits}`"] = ("ours", bits, False, False)
+        contenders[f"`--weight_bits {bits}`, sparse"] = ("ours", bits, True, False)
+    contenders["torchao's QAT, 4 bits, inputs of 8"] = ("qat", 4, False, True)
+    contenders["`--weight_bits 4 --activation_bits 8`"] = ("ours", 4, False, True)
     steps = {}
-    for name, (method, bits, sparse) in contenders.items():
+    for name, (method, bits, sparse, inputs) in contenders.items():
         model = LlamaForCausalLM(config)
         if method == "qat":
-            _torchao(model, bits)
+            _torchao(model, bits, activations=inputs)
         if method == "ours":
             names = [each for each, _ in model.named_parameters() if "proj" in each]
+            if sparse:
+                for each, param in model.named_parameters():
+                    if "proj" in each:
+                        param.data.masked_fill_(torch.rand_like(param) < 0.9, 0)
             RoundedModel(model, dict.fromkeys(names, grid_of(bits, sparse=sparse)))
+            if inputs:
+                round_activations(model, {each.removesuffix(".weight"): 8 for each in names})
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
         steps[name] = model, optimizer
     seconds: dict[str, list[float]] = {name: [] for name in steps}
@@ -225,23 +257,40 @@ def time_steps(rounds: int = 25) -> str:
     )
 
 
+def matches(line: Mapping[str, Any], run: Run) -> bool:
+    """Whether a line of the results file is that of a run."""
+    values = asdict(Run("", None, None, 0, 0)) | dict(line)
+    return all(values[key] == value for key, value in asdict(run).items())
+
+
+def rate_table(results: Sequence[dict[str, Any]], runs: Sequence[Run]) -> str:
+    """Return the losses of the runs at several learning rates as Markdown."""
+    columns = sorted({run.rate for run in runs})
+    rows = ["| method, 1 bit | " + " | ".join(f"{rate:g}" for rate in columns) + " |", "|---|" + "---:|" * len(columns)]
+    for method in dict.fromkeys(run.method for run in runs):
+        cells = []
+        for rate in columns:
+            run = next(run for run in runs if (run.method, run.rate) == (method, rate))
+            cells.append(next((f"{line['loss']:.3f}" for line in results if matches(line, run)), ""))
+        rows.append(f"| {METHODS[method]} | " + " | ".join(cells) + " |")
+    return "\n".join(rows) + "\n\nLoss of the dev split by learning rate, one seed.\n"
+
+
 def table(results: Sequence[dict[str, Any]], runs: Sequence[Run]) -> str:
     """Return the table as Markdown: mean loss of the seeds, half of their range, and their number."""
     targets = [None, 0.5, 0.8, 0.9, "2:4"]
     names = ["no zeros", "50% zeros", "80%", "90%", "2:4"]
-    rows = ["| method | bits | " + " | ".join(names) + " |", "|---|---:|" + "---:|" * len(names)]
-    for method, bits in dict.fromkeys((run.method, run.bits) for run in runs):
+    rows = ["| method | bits | of inputs | " + " | ".join(names) + " |", "|---|---:|---:|" + "---:|" * len(names)]
+    done = [line for line in results if any(matches(line, run) for run in runs)]
+    for method, bits, inputs in dict.fromkeys((run.method, run.bits, run.activation_bits) for run in runs):
         cells = []
         for target in targets:
-            same = [
-                line for line in results if (line["method"], line["bits"], line["target"]) == (method, bits, target)
-            ]
-            same = [line for line in same if line["steps"] == runs[0].steps]
-            losses = [line["loss"] for line in same]
+            same = [run for run in runs if (run.method, run.bits, run.activation_bits) == (method, bits, inputs)]
+            losses = [line["loss"] for line in done for run in same if run.target == target and matches(line, run)]
             spread = f" ± {(max(losses) - min(losses)) / 2:.3f}" if len(losses) > 1 else ""
             cells.append(f"{statistics.mean(losses):.3f}{spread} ({len(losses)})" if losses else "")
-        rows.append(f"| {METHODS[method]} | {'' if bits is None else f'{bits:g}'} | " + " | ".join(cells) + " |")
-    done = [line for line in results if line["steps"] == runs[0].steps]
+        widths = " | ".join("" if each is None else f"{each:g}" for each in (bits, inputs))
+        rows.append(f"| {METHODS[method]} | {widths} | " + " | ".join(cells) + " |")
     if done:
         versions = sorted({", ".join(f"{name} {value}" for name, value in line["versions"].items()) for line in done})
         hours = sum(line["seconds"] for line in done) / 3600
@@ -259,6 +308,7 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=500, help="optimizer steps of each run")
     parser.add_argument("--minutes", type=float, default=math.inf, help="start no run after this many minutes")
     parser.add_argument("--table", action="store_true", help="only write the table")
+    parser.add_argument("--rates", action="store_true", help="runs at other learning rates, on a dev split")
     parser.add_argument("--time", action="store_true", help="only time steps")
     options = parser.parse_args()
     if options.time:
@@ -267,7 +317,8 @@ def main() -> int:
         return 0
     if options.data is None:
         parser.error("--data names the folder with tinyshakespeare/input.txt")
-    path, runs = RESULTS / "few_bits.jsonl", planned(options.steps)
+    path = RESULTS / "few_bits.jsonl"
+    runs = rates(options.steps) if options.rates else planned(options.steps)
 
     def read() -> list[dict[str, Any]]:
         return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
@@ -275,15 +326,15 @@ def main() -> int:
     start = time.monotonic()
     logging.disable(logging.WARNING)
     for run in [] if options.table else runs:
-        done = any(all(line[key] == value for key, value in asdict(run).items()) for line in read())
-        if done or time.monotonic() - start > 60 * options.minutes:
+        if any(matches(line, run) for line in read()) or time.monotonic() - start > 60 * options.minutes:
             continue
         line = execute(run, options.data)
         with open(path, "a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
         print(f"{run}: loss {line['loss']:.4f}, {line['zeros']:.2%} zeros, {line['seconds']} s", flush=True)
-    (RESULTS / "few_bits.md").write_text(table(read(), runs), encoding="utf-8")
-    print(table(read(), runs))
+    text = (rate_table if options.rates else table)(read(), runs)
+    (RESULTS / ("few_bits_rates.md" if options.rates else "few_bits.md")).write_text(text, encoding="utf-8")
+    print(text)
     return 0
 
 

@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from .layers.architectures import add_architecture as add_architecture
     from .layers.finding import find_units as find_units
     from .layers.matrices import decayable_parameter_names as decayable_parameter_names
+    from .low_bit.inputs import round_activations as round_activations
     from .measurements import load_measurement as load_measurement
     from .measurements.hooks import causal_lm_hooks as causal_lm_hooks
     from .measurements.hooks import classification_hooks as classification_hooks
@@ -121,6 +122,7 @@ _NAMES = {
     "layers.architectures": ("Heads", "Neurons", "add_architecture"),
     "layers.finding": ("find_units",),
     "layers.matrices": ("decayable_parameter_names",),
+    "low_bit.inputs": ("round_activations",),
     "measurements": ("load_measurement",),
     "measurements.hooks": ("causal_lm_hooks", "classification_hooks"),
     "merging.keep_zeros": ("merge_keep_zeros",),

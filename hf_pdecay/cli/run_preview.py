@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from types import SimpleNamespace
@@ -62,6 +63,7 @@ class Preview:
         cut: The step after which it is.
         all_tensors: Whether each tensor is printed.
         widths: Bits of the weights that are rounded, by the name of the tensor.
+        input_widths: Bits of the inputs that are rounded, by the name of the layer.
     """
 
     name: str
@@ -74,6 +76,7 @@ class Preview:
     one_shot: str = OFF
     cut: int | None = None
     widths: Mapping[str, float] = field(default_factory=dict)
+    input_widths: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def parameters(self) -> int:
@@ -114,6 +117,7 @@ class Preview:
             "pruning_steps": self.pruning_steps,
             "one_shot": {"method": self.one_shot, "after": self.cut},
             "weight_bits": dict(self.widths),
+            "activation_bits": dict(self.input_widths),
             "tensors": [{**asdict(tensor), "shape": list(tensor.shape)} for tensor in self.tensors],
         }
 
@@ -143,6 +147,8 @@ class Preview:
         for width in sorted(set(self.widths.values())):
             count = sum(sizes[name] for name, bits in self.widths.items() if bits == width)
             yield f"Rounded to {width:g} bits: {count:,} weights."
+        for width, count in sorted(Counter(self.input_widths.values()).items()):
+            yield f"Rounded to {width:g} bits: the inputs of {count:,} layers."
         if self.budgets:
             if self.cut is not None and self.one_shot == AUTO:
                 yield f"If the model is pretrained, it is pruned at once after step {self.cut:,} (one_shot). Else:"
@@ -168,7 +174,7 @@ def preview(
         raise ValueError(
             f"Invalid weight_decay: weight_decay={weight_decay!r}; it must be a finite number of at least 0."
         )
-    from ..trainer.few_bits import rounds, widths_of
+    from ..trainer.few_bits import input_widths_of, widths_of
     from ..trainer.one_shot_cut import cut_at, planned_method
 
     model: nn.Module = on_meta(name)
@@ -190,5 +196,5 @@ def preview(
     one_shot = planned_method(model, settings.one_shot, budgets) if budgets else OFF
     if one_shot != OFF:
         cut = replace(settings, sparsity_begin=cut_at(settings, max_steps)).schedule(max_steps).begin
-    widths = widths_of(model, settings) if rounds(settings) else {}
-    return Preview(name, groups, tensors, budgets, schedule, max_steps, all_tensors, one_shot, cut, widths)
+    widths, inputs = widths_of(model, settings), input_widths_of(model, settings)
+    return Preview(name, groups, tensors, budgets, schedule, max_steps, all_tensors, one_shot, cut, widths, inputs)

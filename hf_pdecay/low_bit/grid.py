@@ -51,7 +51,7 @@ def grid_of(width: float, *, sparse: bool = False) -> Grid:
         sparse: Whether weights are made zero and must stay so. Without that, 4, 2 and 1 bits have an offset.
     """
     if width == 1.58:
-        return Grid(-1, 1, step=1.224)
+        return Grid(-1, 1, step=0.8)
     levels = 2 ** int(width)
     if sparse and width in (1, 2):
         return Grid(1 - levels, levels - 1, step={1: 1.0, 2: 0.498}[int(width)], odd=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NamedTuple, cast
 
@@ -14,7 +14,7 @@ from ..optim.distributed import is_dtensor, local, span_of
 from ..optim.shards import settle
 from .grid import Grid
 from .layers import roundable
-from .transform import Layout, round_weights
+from .transform import Layout, round_blocks
 
 
 class RoundedModel:
@@ -26,9 +26,10 @@ class RoundedModel:
     Args:
         model: A model, which may be sharded by FSDP2.
         grids: The codes of each weight, by the clean name of its parameter; see :func:`.layers.roundable`.
+        watched: Names of further parameters whose layers must be called, for :meth:`find_bypassed`.
     """
 
-    def __init__(self, model: nn.Module, grids: Mapping[str, Grid]) -> None:
+    def __init__(self, model: nn.Module, grids: Mapping[str, Grid], watched: Iterable[str] = ()) -> None:
         self._model = model
         self._places: dict[str, _Place] = {}
         self._handles: list[Any] = []
@@ -36,21 +37,20 @@ class RoundedModel:
         hooks: dict[int, tuple[nn.Module, _Hook]] = {}
         self._unused: dict[str, list[_Hook]] = {}
         able = roundable(model)
-        for name, grid in grids.items():
-            place = self._places[name] = _Place(able[name].layout, grid)
-            for use in able[name].uses:
+        for name in dict.fromkeys((*grids, *watched)):
+            for use in able[name].uses if name in able else ():
                 _, hook = hooks.setdefault(id(use.module), (use.module, _Hook(self._switch)))
-                hook.places.append((use.holder, use.attribute, place))
                 self._unused.setdefault(name, []).append(hook)
+                if name in grids:
+                    place = self._places[name] = _Place(able[name].layout, grids[name])
+                    hook.places.append((use.holder, use.attribute, place))
         for module, hook in hooks.values():
             self._handles.append(module.register_forward_pre_hook(hook.before))
             self._handles.append(module.register_forward_hook(hook.after, always_call=True))
 
     def parameters(self) -> dict[str, Tensor]:
         """Return the model's parameters that are rounded, by clean name; they are latent outside :meth:`rounded`."""
-        settle(self._model)
-        params = {clean_name(name): param for name, param in self._model.named_parameters()}
-        return {name: params[name] for name in self._places}
+        return self._named(self._places)
 
     @torch.no_grad()
     def end(self) -> None:
@@ -96,15 +96,21 @@ class RoundedModel:
                     if name in kept:
                         local(param.detach()).copy_(kept[name])
 
+    def rounded_weights(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield by clean name what the parameters would hold if they were rounded: what this process has of them."""
+        if self._handles and self._switch.on:
+            for name, _, rounded in self._pairs():
+                yield name, rounded
+
     def _pairs(self) -> Iterator[tuple[str, Tensor, Tensor]]:
         """The weights that this process holds of each parameter, which share its memory, and the same rounded."""
         for name, param in self.parameters().items():
             place = self._places[name]
             if not is_dtensor(param):
-                yield name, param.detach(), round_weights(param.detach(), *place)
+                yield name, param.detach(), round_blocks(param.detach(), *place)
                 continue
             here = local(param.detach())
-            whole = round_weights(cast(Any, param).full_tensor().detach(), *place)
+            whole = round_blocks(cast(Any, param).full_tensor().detach(), *place)
             span = span_of(param)
             yield name, here, whole if span is None else whole.narrow(span.dim, span.start, here.shape[span.dim])
 
@@ -116,11 +122,16 @@ class RoundedModel:
         if not self._unused:
             return None
         self._unused = {name: hooks for name, hooks in self._unused.items() if not all(hook.called for hook in hooks)}
-        for name, param in self.parameters().items() if self._unused else ():
-            hooks = self._unused.get(name, ())
-            if hooks and not any(hook.called for hook in hooks) and param.grad is not None and local(param.grad).any():
+        for name, param in self._named(self._unused).items() if self._unused else ():
+            called = any(hook.called for hook in self._unused[name])
+            if not called and param.grad is not None and local(param.grad).any():
                 return name
         return None
+
+    def _named(self, names: Iterable[str]) -> dict[str, Tensor]:
+        settle(self._model)
+        params = {clean_name(name): param for name, param in self._model.named_parameters()}
+        return {name: params[name] for name in names}
 
 
 class _Place(NamedTuple):
@@ -150,7 +161,7 @@ class _Hook:
         self.called = True
         for holder, attribute, place in self.places:
             part = getattr(module, holder) if holder else module
-            part.__dict__[attribute] = round_weights(getattr(part, attribute), place.layout, place.grid)
+            part.__dict__[attribute] = round_blocks(getattr(part, attribute), place.layout, place.grid)
 
     def after(self, module: nn.Module, args: Any, output: Any) -> None:
         """Take them out again."""

@@ -1,4 +1,4 @@
-"""Rounding weights to codes in training: the forward value is what codes stand for, and the gradient passes through.
+"""Rounding to codes in training: the forward value is what codes stand for, and the gradient passes through.
 
 The transform is that of "Robust Training of Neural Networks at Arbitrary Precision and Sparsity"
 (https://huggingface.co/papers/2409.09245). A block x of n weights has the codes q = round((x - b) / t), with a step t
@@ -12,7 +12,8 @@ gradient of w, d = Σ g (q - c), e = n (mean(q²) + λ) or n (Var(q) + λ), and 
 
     ḡ + (s / t) (g - ḡ) + (d / e) ((x - m) / t + (1 - 2 s / t) (q - c)).
 
-A block whose weights are all alike has no scale: it stays as it is, and so does its gradient.
+A block whose weights are all alike has no scale: it stays as it is, and so does its gradient. The inputs of layers are
+rounded in the same way.
 
 What is written into the model is s q, or s (q - a) + o with a the least code of the block and o = m + s (a - c), where
 s and o are rounded to bfloat16. So a product of a code and a scale is exact in float32, every device computes the same
@@ -34,6 +35,7 @@ from .grid import BLOCK, Grid
 RIDGE = 0.01
 """λ of the regression, in units of squared codes."""
 
+_MOST = torch.finfo(torch.float16).max
 _LEAST = 1e-15  # of a range of weights: squares of smaller ones would underflow in float32
 
 
@@ -66,11 +68,11 @@ class Fit(NamedTuple):
     alike: Tensor
 
 
-def round_weights(weight: Tensor, layout: Layout, grid: Grid) -> Tensor:
-    """Return what the codes of a weight stand for, in its shape and dtype; the gradient passes through the rounding.
+def round_blocks(weight: Tensor, layout: Layout, grid: Grid) -> Tensor:
+    """Return what the codes of a tensor stand for, in its shape and dtype; the gradient passes through the rounding.
 
     Args:
-        weight: A float tensor. It is computed with in float32, or float64 if it is.
+        weight: A float tensor, of weights or of a layer's inputs. It is computed with in float32, or float64 if it is.
         layout: Where its inputs are; the last block of a row may be shorter than the others.
         grid: The codes.
     """
@@ -178,15 +180,21 @@ def _fit(x: Tensor, codes: Tensor, step: Tensor, offset: Tensor | None, alike: T
 def _decode(codes: Tensor, fit: Fit, x: Tensor, out: Tensor) -> None:
     scale = _narrow(fit.scale)
     if fit.code is None or fit.mean is None:
-        out.copy_((codes * scale).add_(0.0))  # no zero is negative
-        return
-    least = codes.amin(2, keepdim=True)
-    base = _narrow(fit.mean + scale * (least - fit.code)).to(out.dtype).to(x.dtype)
-    out.copy_(torch.where(fit.alike, x, (codes - least) * scale + base))
+        fitted = (codes * scale).add_(0.0)  # no zero is negative
+    else:
+        least = codes.amin(2, keepdim=True)
+        base = _clamped(_narrow(fit.mean + scale * (least - fit.code)), out.dtype).to(out.dtype).to(x.dtype)
+        fitted = torch.where(fit.alike, x, (codes - least) * scale + base)
+    out.copy_(_clamped(fitted, out.dtype))
 
 
 def _narrow(values: Tensor) -> Tensor:
     return values.to(torch.bfloat16).to(values.dtype)
+
+
+def _clamped(values: Tensor, dtype: torch.dtype) -> Tensor:
+    """Values that the dtype has: the last code may stand for a little more than the largest number of float16."""
+    return values.clamp(-_MOST, _MOST) if dtype == torch.float16 else values
 
 
 def _pull_back(x: Tensor, codes: Tensor, above: Tensor, fit: Fit, out: Tensor) -> None:

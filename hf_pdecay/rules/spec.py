@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,8 @@ RuleSpec = Mapping[str, Any]
 _ESCAPE_SET_OR_DOT = re.compile(r"\\.|\[\^?\]?(?:\\.|[^\]\\])*\]|\.(?![*+?{])", re.DOTALL)
 
 _DECAY_KEYS = ("p_norm", "lambda_p", "target_sparsity", "group")
-_RULE_KEYS = (*_DECAY_KEYS, "weight_bits")
+_BITS_KEYS = ("weight_bits", "activation_bits")
+_RULE_KEYS = (*_DECAY_KEYS, *_BITS_KEYS)
 
 
 @dataclass(frozen=True)
@@ -36,8 +37,7 @@ class Rule:
             0 to leave them to their λ_p.
         off: Whether they do not decay.
         sets_decay: Whether it says how they decay, or that they do not. If not, a later rule or the run does.
-        sets_width: Whether it says how many bits they have.
-        weight_bits: How many; None for those of their dtype.
+        bits: What it says of ``weight_bits`` and ``activation_bits``; None for those of the dtype.
     """
 
     text: str
@@ -47,8 +47,7 @@ class Rule:
     group: str = ELEMENT
     off: bool = False
     sets_decay: bool = True
-    sets_width: bool = False
-    weight_bits: float | None = None
+    bits: Mapping[str, float | None] = field(default_factory=dict, hash=False)
 
     def matches(self, name: str) -> bool:
         """Whether the pattern is found in a name; a dot without a quantifier stands for itself, as names have dots."""
@@ -70,7 +69,7 @@ def load_rules(spec: str | RuleSpec | None) -> dict[str, Any]:
     Args:
         spec: A JSON string that starts with ``{``, the path of a JSON file, a mapping, or None for no rules. Keys are
             regular expressions over parameter names; values are ``"off"`` or objects with ``p_norm``, ``lambda_p``,
-            ``target_sparsity``, ``group`` and ``weight_bits``.
+            ``target_sparsity``, ``group``, ``weight_bits`` and ``activation_bits``.
 
     Raises:
         ValueError: If the file is missing or not JSON, a pattern does not compile, a key appears twice, or a key or
@@ -137,7 +136,7 @@ def _parse_rule(pattern: str, settings: Any) -> Rule:
     try:
         group, target = settings.get("group", ELEMENT), settings.get("target_sparsity")
         implied_target(group, target)
-        width = settings.get("weight_bits")
+        widths = {key: settings[key] for key in _BITS_KEYS if key in settings}
         return Rule(
             pattern,
             group=group,
@@ -145,8 +144,7 @@ def _parse_rule(pattern: str, settings: Any) -> Rule:
             lambda_p=check_lambda_p(settings["lambda_p"]) if "lambda_p" in settings else None,
             target_sparsity=None if target is None else check_target(target) or 0.0,
             sets_decay=not settings or any(key in settings for key in _DECAY_KEYS),
-            sets_width="weight_bits" in settings,
-            weight_bits=None if width is None else check_width(width, "weight_bits"),
+            bits={key: None if width is None else check_width(width, key) for key, width in widths.items()},
         )
     except ValueError as error:
         raise ValueError(f"Invalid lp_rules: {pattern!r}: {error}") from error

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import struct
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +29,7 @@ def measure_sparsity(
     near_zero_threshold: float = NEAR_ZERO_THRESHOLD,
     units: Mapping[str, tuple[int, Tensor]] | None = None,
     still: Mapping[str, int] | None = None,
+    saved: Iterable[tuple[str, Tensor]] = (),
 ) -> SparsityReport:
     """Count the zeros of a model; counting waits for each device once.
 
@@ -40,9 +41,11 @@ def measure_sparsity(
         near_zero_threshold: Magnitude below which a non-zero weight counts as near zero.
         units: What :func:`.dead_units.count_units` returned, if weights decay as units.
         still: How many weights of a parameter, by its name, a target left alone.
+        saved: Names of parameters with the weights that are counted in their place, one after the other: those of
+            this process.
     """
     return measure_with_extra(
-        model, decayed=decayed, near_zero_threshold=near_zero_threshold, units=units, still=still
+        model, decayed=decayed, near_zero_threshold=near_zero_threshold, units=units, still=still, saved=saved
     )[0]
 
 
@@ -54,6 +57,7 @@ def measure_with_extra(
     extra: Sequence[int | Tensor] = (),
     units: Mapping[str, tuple[int, Tensor]] | None = None,
     still: Mapping[str, int] | None = None,
+    saved: Iterable[tuple[str, Tensor]] = (),
 ) -> tuple[SparsityReport, list[int]]:
     """Count zeros like :func:`measure_sparsity`, and return the values of ``extra`` from the same transfer.
 
@@ -63,6 +67,10 @@ def measure_with_extra(
     named = list(_distinct_parameters(model))
     with torch.no_grad():
         counts = _counts([held(param).weight for _, param in named], near_zero_threshold)
+        places = {name: place for place, (name, _) in enumerate(named)}
+        for name, weights in saved:
+            if name in places:
+                counts[places[name]] = _count(weights, near_zero_threshold)
         _add_shards([param for _, param in named], counts)
     totals = {kind: total for kind, (total, _) in (units or {}).items()}
     extra = [*(dead for _, dead in (units or {}).values()), *extra]

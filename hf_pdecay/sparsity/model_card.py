@@ -6,6 +6,7 @@ import copy
 import os
 import platform
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import resources
@@ -42,6 +43,8 @@ class SparsitySection:
         trained: Whether this run trained the model.
         adapter: Whether the model is an adapter, whose base model is not beside the card.
         asked: Target fraction of zeros in all decayed weights.
+        weight_bits: Bits of the weights that were rounded, by the name of the tensor.
+        activation_bits: Bits of the inputs that are rounded, by the name of the layer.
     """
 
     report: SparsityReport
@@ -52,6 +55,8 @@ class SparsitySection:
     trained: bool = True
     adapter: bool = False
     asked: float | None = None
+    weight_bits: Mapping[str, float] = field(default_factory=dict)
+    activation_bits: Mapping[str, float] = field(default_factory=dict)
 
     def render(self) -> str:
         """Return the section as Markdown."""
@@ -60,6 +65,8 @@ class SparsitySection:
         environment = Environment(keep_trailing_newline=True, autoescape=False)
         return environment.from_string(_template("model_card.md.jinja")).render(
             **vars(self),
+            of_weights=_by_width(self.weight_bits, "tensors"),
+            of_inputs=_by_width(self.activation_bits, "layers"),
             missed=self.asked is not None and self.report.sparsity < self.asked - _UNSEEN,
             groups=[
                 {
@@ -191,6 +198,14 @@ def settings_in_words(param_groups: Sequence[Mapping[str, Any]]) -> str:
 def add_sparsity(card: str, section: SparsitySection) -> str:
     """Return a card that another library wrote with our tags, our section and the citation."""
     return add_section(add_tags(card, TAGS), section.render() + _template("citation.md"))
+
+
+def _by_width(bits: Mapping[str, float], what: str) -> str:
+    """``4 bits in 14 tensors and 8 bits in 2``, the most common width first; empty without any."""
+    counts = [
+        f"{width:g} bit{'s' * (width != 1)} in {count:,}" for width, count in Counter(bits.values()).most_common()
+    ]
+    return " and ".join([f"{count} {what}" if not place else count for place, count in enumerate(counts)])
 
 
 def _evaluations(log_history: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

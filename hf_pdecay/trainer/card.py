@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ..files import write_text
+from ..low_bit.inputs import rounded_inputs
 from ..one_shot.methods import OFF
 from ..optim.param_groups import is_decayed
 from ..optim.shards import group_params, settle
@@ -29,12 +30,18 @@ from ..sparsity.model_card import (
 )
 from ..sparsity.report import SparsityReport
 from ..target.budgets import overall_target
+from .few_bits import widths_of
 from .optimizer import name_of
 from .settings import DecaySettings
 
 
-def measure(model: nn.Module, optimizer: Any, near_zero_threshold: float) -> SparsityReport:
-    """Count the zeros of a model; the decayed weights are those of the optimizer if it is one of ours."""
+def measure(
+    model: nn.Module, optimizer: Any, near_zero_threshold: float, saved: Iterable[tuple[str, Tensor]] = ()
+) -> SparsityReport:
+    """Count the zeros of a model; the decayed weights are those of the optimizer if it is one of ours.
+
+    ``saved`` is that of :func:`.counting.measure_sparsity`.
+    """
     settle(model)
     decayed = units = still = None
     groups = [] if optimizer is None else optimizer.param_groups
@@ -42,7 +49,9 @@ def measure(model: nn.Module, optimizer: Any, near_zero_threshold: float) -> Spa
         params = group_params(optimizer)
         decayed, units = decayed_parameter_names(model, groups, params), count_units(groups, params)
         still = still_by_name(model, groups, params)
-    return measure_sparsity(model, decayed=decayed, near_zero_threshold=near_zero_threshold, units=units, still=still)
+    return measure_sparsity(
+        model, decayed=decayed, near_zero_threshold=near_zero_threshold, units=units, still=still, saved=saved
+    )
 
 
 def write_card(
@@ -71,6 +80,8 @@ def write_card(
         trained=trained,
         adapter=adapter,
         asked=target_of_run(trainer.optimizer, settings) if trained else None,
+        weight_bits=widths_of(model, settings) if trained else {},
+        activation_bits=rounded_inputs(model),
     )
     if extend and file.is_file():
         write_text(file, add_sparsity(file.read_text(encoding="utf-8"), section))

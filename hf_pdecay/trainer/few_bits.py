@@ -1,25 +1,26 @@
-"""A Trainer that rounds weights to few bits as it trains, as ``weight_bits`` says."""
+"""A Trainer that rounds weights and inputs to few bits as it trains: ``weight_bits`` and ``activation_bits``."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from ..low_bit.grid import Grid, grid_of
+from ..low_bit.inputs import exact_inputs, round_activations, rounded_inputs, stated_widths, weights_of_rounded_inputs
 from ..low_bit.model import RoundedModel
 from ..names import clean_name
 from ..optim.distributed import is_dtensor
 from ..optim.param_groups import is_decayed
-from ..rules.spec import parse_rules
-from ..rules.widths import widths_by_name
-from ..sparsity.report import SparsityReport
+from ..rules.spec import Rule, parse_rules
+from ..rules.widths import input_widths, widths_by_name
 from ..target.budgets import has_target
+from ..terminal import get_logger
 from .engines import engine_of
 from .first_callback import FirstCallback
 from .optimizer import param_groups_of
@@ -33,24 +34,26 @@ if TYPE_CHECKING:
 else:
     _Base = object
 
+logger = get_logger(__name__)
+
 LATENT_FILE = "latent_weights.pt"
 """The file in a checkpoint with the weights that the optimizer steps; beside it the model is rounded."""
 
 
 def rounds(settings: DecaySettings) -> bool:
-    """Whether a run rounds weights."""
-    rules = settings.lp_rules if isinstance(settings.lp_rules, dict) else {}
-    return settings.weight_bits is not None or any(rule.weight_bits is not None for rule in parse_rules(rules))
+    """Whether a run rounds weights or inputs."""
+    return any(_asks_for(settings, key) for key in ("weight_bits", "activation_bits"))
 
 
-def round_weights_of(trainer: Any, settings: DecaySettings) -> None:
-    """Have a complete Trainer round the weights that its settings name.
+def round_model_of(trainer: Any, settings: DecaySettings) -> None:
+    """Have a complete Trainer round what its settings name: inputs from now on, and weights as it trains.
 
     Raises:
-        ValueError: If none can be rounded, or the run is set up in a way that cannot work.
+        ValueError: If nothing can be rounded, or the run is set up in a way that cannot work.
     """
     _check_run(trainer, settings)
     widths_of(trainer.model, settings)
+    round_inputs(trainer.model, settings)
     if isinstance(trainer, RoundingMixin):  # in a search, whose trials may differ in their bits
         return
     same = {name: getattr(type(trainer), name) for name in ("__module__", "__qualname__", "__doc__")}
@@ -61,8 +64,43 @@ def round_weights_of(trainer: Any, settings: DecaySettings) -> None:
 
 def widths_of(model: nn.Module, settings: DecaySettings) -> dict[str, float]:
     """Return how many bits a run gives to each weight that it rounds, by clean name."""
-    rules = settings.lp_rules if isinstance(settings.lp_rules, dict) else {}
-    return widths_by_name(model, settings.weight_bits, parse_rules(rules))
+    asked = _asks_for(settings, "weight_bits")
+    return widths_by_name(model, settings.weight_bits, _rules(settings)) if asked else {}
+
+
+def input_widths_of(model: nn.Module, settings: DecaySettings) -> dict[str, float]:
+    """Return how many bits a run gives to the inputs of layers, by the layer's name."""
+    asked = _asks_for(settings, "activation_bits")
+    return input_widths(model, settings.activation_bits, _rules(settings)) if asked else {}
+
+
+def round_inputs(model: nn.Module, settings: DecaySettings) -> None:
+    """Have a model round the inputs that the settings name; without any, those that its config states."""
+    widths = input_widths_of(model, settings)
+    if widths:
+        round_activations(model, widths)
+    else:
+        round_stated_inputs(model)
+
+
+def round_stated_inputs(model: nn.Module) -> None:
+    """Have a model round the inputs that its config states, and say so."""
+    widths = stated_widths(model)
+    if widths and widths != rounded_inputs(model):
+        round_activations(model, widths)
+        logger.warning(
+            "The model was trained with activation_bits: %d layers round their inputs here too. "
+            "hf_pdecay.round_activations(model, {}) would end that.",
+            len(widths),
+        )
+
+
+def _asks_for(settings: DecaySettings, key: str) -> bool:
+    return getattr(settings, key) is not None or any(rule.bits.get(key) is not None for rule in _rules(settings))
+
+
+def _rules(settings: DecaySettings) -> list[Rule]:
+    return parse_rules(settings.lp_rules if isinstance(settings.lp_rules, dict) else {})
 
 
 def grids_of(model: nn.Module, args: TrainingArguments, settings: DecaySettings) -> dict[str, Grid]:
@@ -94,9 +132,11 @@ class RoundingMixin(_Base):
             self.end_rounding()
 
     def begin_rounding(self) -> None:
-        """Round the weights in every forward pass from here on."""
+        """Round weights and inputs in every forward pass from here on."""
         if self._rounded is None and rounds(self._settings):
-            self._rounded = RoundedModel(self.model, grids_of(self.model, self.args, self._settings))
+            round_inputs(self.model, self._settings)
+            grids = grids_of(self.model, self.args, self._settings)
+            self._rounded = RoundedModel(self.model, grids, weights_of_rounded_inputs(self.model))
 
     def end_rounding(self) -> None:
         """Make the rounded weights those of the model."""
@@ -104,9 +144,14 @@ class RoundingMixin(_Base):
             self._rounded.end()
             self._rounded = None
 
-    def without_rounding(self) -> AbstractContextManager[None]:
-        """Have the model compute with the weights that the optimizer steps."""
-        return nullcontext() if self._rounded is None else self._rounded.latent_alone()
+    @contextmanager
+    def without_rounding(self) -> Iterator[None]:
+        """Have the model compute with the weights that the optimizer steps, and their inputs as they are."""
+        with ExitStack() as stack:
+            if self._rounded is not None:
+                stack.enter_context(self._rounded.latent_alone())
+            stack.enter_context(exact_inputs(self.model))
+            yield
 
     def call_model_init(self, trial: Any = None) -> nn.Module:
         """Make a model, which is not rounded yet."""
@@ -121,12 +166,8 @@ class RoundingMixin(_Base):
         with self._rounded.rounded():
             return super().evaluation_loop(*args, **kwargs)
 
-    def measure_sparsity(self) -> SparsityReport:
-        """Count the zeros of the model that would be saved now."""
-        if self._rounded is None:
-            return super().measure_sparsity()
-        with self._rounded.rounded():
-            return super().measure_sparsity()
+    def _saved_weights(self) -> Iterable[tuple[str, Tensor]]:
+        return () if self._rounded is None else self._rounded.rounded_weights()
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save the rounded model, and in a checkpoint the weights from which a resumed run goes on."""
@@ -140,12 +181,13 @@ class RoundingMixin(_Base):
             latent = {} if engine_of(self) else self._rounded.parameters()
             weights = {name: param.detach() for name, param in latent.items()}
             widths = widths_of(self.model, self._settings)
-            torch.save({"widths": widths, "weights": weights}, Path(output_dir) / LATENT_FILE)
+            inputs = rounded_inputs(self.model)
+            torch.save({"widths": widths, "inputs": inputs, "weights": weights}, Path(output_dir) / LATENT_FILE)
 
     def _check_checkpoint(self, folder: str | bool | None, *, warn: bool = False) -> None:
         super()._check_checkpoint(folder, warn=warn)
         if isinstance(folder, str) and Path(folder).is_dir():
-            check_widths(Path(folder), widths_of(self.model, self._settings) if rounds(self._settings) else {})
+            check_widths(Path(folder), widths_of(self.model, self._settings), rounded_inputs(self.model))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, *args: Any, **kwargs: Any) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, *args, **kwargs)
@@ -182,8 +224,9 @@ class RoundingCallback(FirstCallback):
         name = None if rounded is None else rounded.find_bypassed()
         if name is not None:
             raise ValueError(
-                f"Invalid weight_bits: the model uses {name} without calling its layer, so it cannot be rounded. Leave "
-                f'it out, by {{"{name}": {{"weight_bits": null}}}} in lp_rules.'
+                f"Invalid weight_bits: the model uses {name} without calling its layer, so neither it nor its input "
+                f'can be rounded. Leave it out, by {{"{name}": {{"weight_bits": null, "activation_bits": null}}}} in '
+                "lp_rules."
             )
 
     def on_train_end(
@@ -193,21 +236,21 @@ class RoundingCallback(FirstCallback):
         self._trainer.end_rounding()
 
 
-def check_widths(folder: Path, widths: Mapping[str, float]) -> None:
-    """Raise ValueError if a checkpoint to resume from was trained with other widths."""
-    saved = _latent_in(folder)
-    if saved is None:
-        if not (folder / "scheduler.pt").is_file():
-            return  # the model alone
-        theirs: Mapping[str, float] = {}
-    else:
-        theirs = saved["widths"]
-    name = next((name for name in {**widths, **theirs} if widths.get(name) != theirs.get(name)), None)
-    if name is not None:
-        before, now = (f"{each[name]:g} bits" if name in each else "not rounded" for each in (theirs, widths))
+def check_widths(folder: Path, weights: Mapping[str, float], inputs: Mapping[str, float]) -> None:
+    """Raise ValueError if a checkpoint to resume from was trained with other widths of weights or of inputs."""
+    saved: Mapping[str, Any] = _latent_in(folder) or {}
+    if not saved and not (folder / "scheduler.pt").is_file():
+        return  # the model alone
+    parts = [("weight_bits", "", "widths", weights), ("activation_bits", "the input of ", "inputs", inputs)]
+    for setting, what, key, ours in parts:
+        theirs: Mapping[str, float] = saved.get(key, {})
+        name = next((name for name in {**ours, **theirs} if ours.get(name) != theirs.get(name)), None)
+        if name is None:
+            continue
+        before, now = (f"{each[name]:g} bits" if name in each else "not rounded" for each in (theirs, ours))
         raise ValueError(
-            f"Invalid weight_bits: in the run of {str(folder)!r} {name} is {before}, and in this one {now}. Give the "
-            "same weight_bits and rules, or start another run from the weights in there."
+            f"Invalid {setting}: in the run of {str(folder)!r} {what}{name} is {before}, and in this one {now}. Give "
+            f"the same {setting} and rules, or start another run from the weights in there."
         )
 
 
@@ -221,13 +264,14 @@ def _latent_in(folder: Path) -> dict[str, Any] | None:
 
 def _check_run(trainer: Any, settings: DecaySettings) -> None:
     """Raise ValueError for what rounding cannot be part of."""
-    what = "Invalid weight_bits: weights are rounded"
+    key = next(key for key in ("weight_bits", "activation_bits") if _asks_for(settings, key))
+    what = f"Invalid {key}: {'weights' if key == 'weight_bits' else 'inputs'} are rounded"
     if engine_of(trainer) == "DeepSpeed":
         raise ValueError(f"{what} under DeepSpeed, which steps other tensors than the model's; take DDP or FSDP2.")
     if hasattr(trainer.model, "peft_config"):
         raise ValueError(
-            f"{what} beside adapters, which are trained in their place. Train the model itself with weight_bits, and "
-            "an adapter on the rounded model after that, without."
+            f"{what} beside adapters, which are trained in their place. Train the model itself with {key}, and an "
+            "adapter on the rounded model after that, without."
         )
     if any(is_dtensor(param) for param in trainer.model.parameters()):
         raise ValueError(f"{what} with tensor parallelism, which divides their blocks; take DDP or FSDP2.")

@@ -107,8 +107,7 @@ class DecaySettings(DecayFields):
             between = {"sparsity_begin", "sparsity_end"} if self.p_norm_begin is not None else set()
             idle |= {field.name for field in fields(Target)} - {"keep_zeros", "p_norm_begin", *between}
             idle.add("one_shot")
-        if self.weight_bits is None:
-            idle.add("weight_bits")
+        idle |= {name for name in ("weight_bits", "activation_bits") if getattr(self, name) is None}
         if self.teacher is None:
             idle |= {name for name in SETTINGS if name.startswith("teacher")}
         values = {name: getattr(self, name) for name in SETTINGS} | {"lambda_p": self.strength}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +63,7 @@ class SparsityCallback(FirstCallback):
         check_choice("sparsity_logging", sparsity_logging, SPARSITY_LOGGING)
         self.sparsity_logging = sparsity_logging
         self.near_zero_threshold = near_zero_threshold
+        self.saved_weights: Callable[[], Iterable[tuple[str, Tensor]]] = tuple  # where they are not the model's
         self._skipped_steps = 0
         self._said_that_all_are_skipped = False
 
@@ -189,6 +190,7 @@ class SparsityCallback(FirstCallback):
             extra=[group.settings.get("skipped_steps", 0) for group in groups],
             units=count_units([group.settings for group in groups], [group.params for group in groups]),
             still=still_by_name(model, [group.settings for group in groups], [group.params for group in groups]),
+            saved=self.saved_weights(),
         )
         self._skipped_steps = max(skipped, default=0)
         return report if state.is_world_process_zero else None

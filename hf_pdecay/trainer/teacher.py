@@ -21,6 +21,7 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers.utils import cached_file
 
+from ..low_bit.inputs import round_activations
 from ..storage.folder import CONFIG
 from ..storage.hub import local_folder
 from ..storage.untrusted import auto_config, on_meta
@@ -151,7 +152,8 @@ def _frozen_copy(trainer: Trainer, model: nn.Module, dtype: str | None) -> nn.Mo
     _check_memory(trainer, SELF, sum(param.numel() * (to or param.dtype).itemsize for param in copied))
     frozen |= {id(param): _cast(param, to) for param in copied}
     # Copies that the memo holds are taken as they are, so no second one in the model's own type is ever made.
-    return copy.deepcopy(model, {key: nn.Parameter(each, requires_grad=False) for key, each in frozen.items()})
+    memo = {key: nn.Parameter(each, requires_grad=False) for key, each in frozen.items()}
+    return round_activations(copy.deepcopy(model, memo), {})
 
 
 def _stored(trainer: Trainer, model: nn.Module) -> dict[str, torch.Tensor]:

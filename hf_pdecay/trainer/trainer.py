@@ -6,7 +6,7 @@ import copy
 import math
 import os
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
@@ -18,6 +18,7 @@ from transformers.trainer_utils import has_length
 from transformers.training_args import OptimizerNames
 
 from ..files import remove_leftovers
+from ..low_bit.inputs import rounded_inputs
 from ..one_shot.methods import METHODS, OFF
 from ..optim.decay_optimizer import DecayOptimizer
 from ..optim.optimizer_names import OPTIMIZERS
@@ -30,7 +31,7 @@ from .arguments import PDecayTrainingArguments, check_settings, check_unused, se
 from .card import CardCallback, measure, write_card
 from .checkpoints import agreed_newest_whole, check_whole
 from .engines import check_engine, check_same, check_structured, check_world_size, engine_of, whole_model
-from .few_bits import check_widths, round_weights_of, rounds
+from .few_bits import check_widths, round_model_of, round_stated_inputs, rounds
 from .gradient_norm import share_grad_norm
 from .optimizer import build_optimizer, name_of, param_groups_of
 from .resume_checks import check_checkpoint, check_engine_of, check_optimizer_state, other_settings
@@ -43,7 +44,7 @@ from .training_flags import DecayFields
 
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
 
     from ..target.budgets import Budget
 
@@ -92,6 +93,7 @@ class PDecayTrainerMixin(_Base):
         settings = self._settings
         if self.train_dataset is None and not any(param.requires_grad for param in self.model.parameters()):
             self._attach(settings)  # evaluation only; training is checked when it starts
+            round_stated_inputs(self.model)
             return
         check_engine(self, settings.optim, settings.options.get("moments"))
         check_same(asdict(settings) | {"optim": name_of(self.args), "weight_decay": self.args.weight_decay})
@@ -104,7 +106,9 @@ class PDecayTrainerMixin(_Base):
 
             distil(self, settings)
         if rounds(settings):
-            round_weights_of(self, settings)
+            round_model_of(self, settings)
+        else:
+            round_stated_inputs(self.model)
 
     def _planned_one_shot(self, budgets: Sequence[Budget]) -> str:
         asked = self._settings.one_shot
@@ -135,7 +139,8 @@ class PDecayTrainerMixin(_Base):
         return max(1, math.ceil(self.args.num_train_epochs * max(1, steps)))
 
     def _attach(self, settings: DecaySettings, one_shot: str = OFF) -> None:
-        SparsityCallback(settings.sparsity_logging, settings.near_zero_threshold).attach(self)
+        counter = SparsityCallback(settings.sparsity_logging, settings.near_zero_threshold).attach(self)
+        counter.saved_weights = lambda: self._saved_weights()  # of the class that the Trainer has then
         # Before the other, which then counts pruned weights.
         self._control_callback = SparsityControlCallback(one_shot).attach(self)
         self.add_callback(CardCallback(self._write_final_card))
@@ -179,7 +184,7 @@ class PDecayTrainerMixin(_Base):
         check_whole(folder)
         check_engine_of(folder, engine_of(self), self.args.world_size)
         if not rounds(self._settings):
-            check_widths(Path(folder), {})
+            check_widths(Path(folder), {}, rounded_inputs(self.model))
         if self._given_optimizer:
             if self.optimizer is not None:
                 check_optimizer_state(self.optimizer.param_groups, folder)
@@ -287,7 +292,7 @@ class PDecayTrainerMixin(_Base):
             budgets = plan_target(groups, None, self._settings)
             self._control_callback.one_shot = self._planned_one_shot(budgets)
         if self._decays and rounds(self._settings):
-            round_weights_of(self, self._settings)
+            round_model_of(self, self._settings)
 
     def _get_output_dir(self, trial: Any) -> str:
         return super()._get_output_dir(trial if self._search is None else None)
@@ -321,7 +326,11 @@ class PDecayTrainerMixin(_Base):
         Under FSDP2 and ZeRO-3, where processes hold shards of the model, all of them must call.
         """
         settings = self._settings if self._decays else settings_of(self.args)
-        return measure(self.model, self.optimizer, (settings or DecayFields).near_zero_threshold)
+        return measure(self.model, self.optimizer, (settings or DecayFields).near_zero_threshold, self._saved_weights())
+
+    def _saved_weights(self) -> Iterable[tuple[str, Tensor]]:
+        """The weights that would be saved now, by name, where they are not those of the model."""
+        return ()
 
     def _measured(self) -> SparsityReport | None:
         """Count the zeros if this process writes, or holds shards that others need to count."""

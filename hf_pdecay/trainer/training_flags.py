@@ -71,6 +71,12 @@ class DecayFields(Target):
         "blocks of 128 along the inputs (arXiv 2409.09245), and the model that is saved is rounded. Embeddings and "
         "heads are left alone unless lp_rules names them. Unset for no rounding.",
     )
+    activation_bits: float | None = setting(
+        None,
+        "Bits of the inputs of the layers whose weights weight_bits would round: 8, 4, 2, 1.58 or 1. They are rounded "
+        "in each forward pass, in blocks of 128 features, with or without weight_bits. A saved model computes so after "
+        "hf_pdecay.round_activations(model). Unset for no rounding.",
+    )
     teacher: str | None = setting(
         None,
         "A model to learn from beside the data: a folder, a name on the Hub, or self for the weights before training. "
@@ -125,7 +131,9 @@ class DecayFields(Target):
                 "of at least 0."
             )
         check_choice("one_shot", self.one_shot, (AUTO, OFF, *METHODS))
-        self.weight_bits = None if self.weight_bits is None else check_width(self.weight_bits, "weight_bits")
+        for name in ("weight_bits", "activation_bits"):
+            width = getattr(self, name)
+            setattr(self, name, None if width is None else check_width(width, name))
         self._check_teacher()
 
     def _check_teacher(self) -> None:

@@ -10,17 +10,19 @@ import torch
 from safetensors.torch import load_file
 from transformers import LlamaForCausalLM
 
+from hf_pdecay import round_activations
+
 from .layout_run import data
 from .test_layouts import LAYOUTS, Run, run_in
 
 
 pytestmark = pytest.mark.distributed
 
-BITS = {"weight_bits": 4, "target_sparsity": 0.6, "max_steps": 60}
+BITS = {"weight_bits": 4, "activation_bits": 8, "target_sparsity": 0.6, "max_steps": 60}
 
 
 def _loss_of(folder: Path) -> float:
-    model = LlamaForCausalLM.from_pretrained(folder).eval()
+    model = round_activations(LlamaForCausalLM.from_pretrained(folder).eval())
     rows = torch.tensor(data().select(range(64))["input_ids"])
     with torch.no_grad():
         losses = [float(model(input_ids=part, labels=part).loss) for part in rows.split(8)]

@@ -5,7 +5,7 @@ import torch
 
 from hf_pdecay.low_bit.compiled import is_able
 from hf_pdecay.low_bit.grid import WIDTHS, grid_of
-from hf_pdecay.low_bit.transform import Layout, round_weights
+from hf_pdecay.low_bit.transform import Layout, round_blocks
 
 
 SHAPES = [(64, 512, 1), (64, 300, 1), (90, 100, 1), (1, 300, 70), (3, 256, 33)]
@@ -29,7 +29,7 @@ def test_as_plain_torch_operations_in_float64(shape: tuple[int, int, int], width
     results = []
     for each in (x.clone().requires_grad_(), x.double().requires_grad_()):
         assert is_able(each) == (each.dtype == torch.float32)
-        rounded = round_weights(each, Layout(*shape), grid)
+        rounded = round_blocks(each, Layout(*shape), grid)
         rounded.backward(above.to(each.dtype))
         results.append((rounded.detach().double(), each.grad.double()))
     (rounded, grad), (expected, expected_grad) = results
@@ -47,7 +47,7 @@ def test_the_number_of_threads_changes_nothing() -> None:
     results = []
     for threads in (1, 2):
         torch.set_num_threads(threads)
-        results.append(round_weights(x, Layout(256, 512, 1), grid_of(4)))
+        results.append(round_blocks(x, Layout(256, 512, 1), grid_of(4)))
     torch.set_num_threads(before)
     assert torch.equal(*results)
 

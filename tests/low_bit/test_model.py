@@ -12,7 +12,7 @@ from transformers.pytorch_utils import Conv1D
 from hf_pdecay.low_bit.grid import grid_of
 from hf_pdecay.low_bit.layers import roundable
 from hf_pdecay.low_bit.model import RoundedModel
-from hf_pdecay.low_bit.transform import Layout, round_weights
+from hf_pdecay.low_bit.transform import Layout, round_blocks
 from hf_pdecay.rules.spec import parse_rules
 from hf_pdecay.rules.widths import widths_by_name
 
@@ -40,7 +40,7 @@ def test_loss_and_gradient_are_those_of_the_rounded_weights(name: str) -> None:
     model(**inputs).loss.backward()
 
     params, able, grid = dict(reference.named_parameters()), roundable(reference), grid_of(4)
-    weights = {each: round_weights(params[each], able[each].layout, grid) for each in rounded.parameters()}
+    weights = {each: round_blocks(params[each], able[each].layout, grid) for each in rounded.parameters()}
     torch.func.functional_call(reference, weights, kwargs=inputs).loss.backward()
     for each, param in model.named_parameters():
         other = params[each].grad

@@ -33,6 +33,7 @@ OWN = {
     "near_zero_threshold": 1e-9,
     "one_shot": "wanda",
     "weight_bits": 1.58,
+    "activation_bits": 8,
     "teacher": "self",
     "teacher_task": 0.5,
     "teacher_logits": 2.0,
@@ -72,6 +73,8 @@ def test_command_line(tmp_path: Path) -> None:
         "wanda",
         "--weight_bits",
         "1.58",
+        "--activation_bits",
+        "8",
     ]
     words += ["--lp_rules", json.dumps(OWN["lp_rules"]), "--weight_decay", "0.1"]
     (args,) = HfArgumentParser(PDecayTrainingArguments).parse_args_into_dataclasses(words)

@@ -89,6 +89,10 @@ def test_what_is_saved_is_what_was_evaluated(bits: float, sparse: bool, data: An
         assert tensor.zeros == int((saved[tensor.name] == 0).sum())
     if sparse and bits != 1.58:
         assert report.sparsity == pytest.approx(0.6, abs=1e-3)
+    # The log counts what would be saved, not the latent weights.
+    logged = [line["sparsity/overall"] for line in trainer.state.log_history if "sparsity/overall" in line]
+    assert logged[-1] == report.sparsity == SparsityReport.load(tmp_path / "checkpoint-24" / "sparsity.json").sparsity
+    assert (bits == 1.58) == (logged[0] > 0.1)
     trainer.model.save_pretrained(tmp_path / "by_itself")
     assert (tmp_path / "by_itself" / "model.safetensors").read_bytes() == (tmp_path / "model.safetensors").read_bytes()
 

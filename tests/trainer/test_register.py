@@ -55,6 +55,7 @@ SETTINGS: dict[str, Any] = {
     "near_zero_threshold": 1e-9,
     "one_shot": "wanda",
     "weight_bits": 1.58,
+    "activation_bits": 8,
     "teacher": "self",
     "teacher_task": 0.5,
     "teacher_logits": 2.0,
