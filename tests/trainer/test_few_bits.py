@@ -197,6 +197,28 @@ def test_with_other_settings(options: dict[str, Any], data: Any, tmp_path: Path)
     assert SparsityReport.load(tmp_path / "sparsity.json").sparsity == pytest.approx(0.5, abs=1e-3)
 
 
+@pytest.mark.slow
+def test_compiled_by_inductor(data: Any, tmp_path: Path) -> None:
+    losses = {}
+    for name, compiled in {"plain": {}, "compiled": {"torch_compile": True}}.items():
+        options = {"weight_bits": 4, "activation_bits": 8, "target_sparsity": 0.5, "learning_rate": 1e-3}
+        trainer = _trainer(tmp_path / name, data, build("llama"), **options, **compiled, save_strategy="no")
+        trainer.train()
+        trainer.save_model()
+        losses[name] = float(trainer.evaluate()["eval_loss"])
+        assert SparsityReport.load(tmp_path / name / "sparsity.json").sparsity == pytest.approx(0.5, abs=1e-3)
+        # Compiled operations differ in the last bits, and with them an input between two codes.
+        assert _loss_of(tmp_path / name, data) == pytest.approx(losses[name], abs=1e-3)
+    assert losses["compiled"] == pytest.approx(losses["plain"], abs=5e-3)
+
+
+def test_evaluation_without_training_takes_the_model_as_it_is(data: Any, tmp_path: Path) -> None:
+    exact = _trainer(tmp_path, data, **DENSE).evaluate()["eval_loss"]
+    trainer = _trainer(tmp_path, data, weight_bits=1, **DENSE)
+    assert trainer.evaluate()["eval_loss"] == exact
+    assert torch.equal(trainer.model.transformer.h[0].mlp.c_fc.weight, tiny_gpt2().transformer.h[0].mlp.c_fc.weight)
+
+
 def test_a_run_that_prunes_at_once(data: Any, tmp_path: Path) -> None:
     options = {"target_sparsity": 0.5, "one_shot": "fisher", "max_steps": 60}
     trainer = _trainer(tmp_path, data, build("llama"), weight_bits=4, **options)
