@@ -27,7 +27,6 @@ RESULTS = HERE / "results"
 DOCS = HERE.parent / "docs" / "quantisation.md"
 BEGIN, END = "<!-- zeros_survive -->\n", "<!-- /zeros_survive -->\n"
 
-# pip on Linux takes torch with CUDA unless PIP_EXTRA_INDEX_URL says where builds for CPUs are.
 GROUPS: dict[str, tuple[str, ...]] = {
     "torch": (
         *("torch==2.13.0", "bitsandbytes==0.50.2", "torchao==0.18.0", "optimum-quanto==0.2.7"),
