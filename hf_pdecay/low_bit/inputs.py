@@ -59,7 +59,10 @@ def round_activations(model: _Model, bits: Mapping[str, float] | None = None) ->
                 "Invalid bits: bits=None, and the config of the model states no activation_bits, as that of a model "
                 'which was trained with them does; give the widths, as {"model.layers.0.mlp.down_proj": 8}.'
             )
-    layers = {clean_name(name): module for name, module in model.named_modules()}
+    layers: dict[str, nn.Module] = {}
+    for name, module in _named_layers(model):
+        if name not in layers or inputs_dim(module) is not None:
+            layers[name] = module
     chosen: dict[str, tuple[nn.Module, int, float]] = {}
     for name, width in bits.items():
         known = next((each for each in _aliases(model, name) if each in layers), None)
@@ -68,7 +71,7 @@ def round_activations(model: _Model, bits: Mapping[str, float] | None = None) ->
             what = "is no layer of the model" if known is None else "is neither a linear layer nor a convolution"
             raise ValueError(f"Invalid bits: {name} {what}; name layers as model.named_modules() does.")
         chosen[known] = layers[known], dim, check_width(width, SETTING)
-    for module in layers.values():
+    for module in model.modules():
         for key in [key for key, hook in module._forward_pre_hooks.items() if isinstance(hook, _Rounding)]:
             del module._forward_pre_hooks[key]
             module._forward_pre_hooks_with_kwargs.pop(key, None)
@@ -81,8 +84,8 @@ def round_activations(model: _Model, bits: Mapping[str, float] | None = None) ->
 def rounded_inputs(model: nn.Module) -> dict[str, float]:
     """Return the width of the inputs of each layer that rounds them, by its name."""
     return {
-        clean_name(name): hook.width
-        for name, module in model.named_modules()
+        name: hook.width
+        for name, module in _named_layers(model)
         for hook in module._forward_pre_hooks.values()
         if isinstance(hook, _Rounding)
     }
@@ -124,11 +127,11 @@ def input_layers(model: nn.Module) -> dict[str, list[str]]:
     inside = {id(module.out_proj) for module in model.modules() if isinstance(module, nn.MultiheadAttention)}
     names = {id(param): clean_name(name) for name, param in model.named_parameters()}
     found: dict[str, list[str]] = {}
-    for layer, module in model.named_modules():
+    for layer, module in _named_layers(model):
         if inputs_dim(module) is not None and id(module) not in inside:
             weight = held_parameters(module).get("weight")
             if weight is not None:
-                found.setdefault(names[id(weight)], []).append(clean_name(layer))
+                found.setdefault(names[id(weight)], []).append(layer)
     return found
 
 
@@ -161,6 +164,13 @@ class _Rounding:
         features = x.shape[self.dim]
         inner = math.prod(x.shape[x.dim() + self.dim + 1 :])
         return round_blocks(x, Layout(math.prod(x.shape[: self.dim]), features, inner), self.grid)
+
+
+def _named_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Modules with their names in the model that is saved: without those of PEFT around it and its layers."""
+    base = model.get_base_model() if hasattr(model, "peft_config") and hasattr(model, "get_base_model") else model
+    for name, module in base.named_modules():
+        yield clean_name(name).removesuffix(".base_layer"), module
 
 
 def _aliases(model: nn.Module, name: str) -> Iterator[str]:

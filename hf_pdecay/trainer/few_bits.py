@@ -87,7 +87,11 @@ def round_stated_inputs(model: nn.Module) -> None:
     """Have a model round the inputs that its config states, and say so."""
     widths = stated_widths(model)
     if widths and widths != rounded_inputs(model):
-        round_activations(model, widths)
+        try:
+            round_activations(model, widths)
+        except ValueError as error:
+            logger.warning("The model was trained with activation_bits, and its inputs are not rounded here: %s", error)
+            return
         logger.warning(
             "The model was trained with activation_bits: %d layers round their inputs here too. "
             "hf_pdecay.round_activations(model, {}) would end that.",

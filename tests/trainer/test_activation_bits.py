@@ -177,6 +177,32 @@ def test_refusals(data: Any, tmp_path: Path) -> None:
         _trainer(tmp_path, data, optim="adamw_torch", activation_bits=4)
 
 
+@pytest.mark.usefixtures("lora_beside_torchao")
+def test_an_adapter_on_a_model_with_rounded_inputs(data: Any, tmp_path: Path) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    trainer = _trainer(tmp_path, data, **INPUTS)
+    trainer.train()
+    trainer.save_model()
+    loss, widths = trainer.evaluate()["eval_loss"], rounded_inputs(trainer.model)
+    config = (tmp_path / "config.json").read_text(encoding="utf-8")
+    for model in (trainer.model, AutoModelForCausalLM.from_pretrained(tmp_path)):
+        adapted = get_peft_model(model, LoraConfig(target_modules=["c_attn"], fan_in_fan_out=True))
+        second = _trainer(tmp_path / "adapter", data, adapted, **DENSE)
+        assert second.evaluate()["eval_loss"] == loss and rounded_inputs(adapted) == widths
+        second.train()
+        merged = adapted.merge_and_unload()
+        merged.save_pretrained(tmp_path / "merged")
+        assert (tmp_path / "merged" / "config.json").read_text(encoding="utf-8") == config
+
+
+def test_a_config_of_another_model(data: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    model = tiny_gpt2()
+    model.config.hf_pdecay = {"activation_bits": {"model.layers.0.mlp.up_proj": 8}}
+    _trainer(tmp_path, data, model, **DENSE)
+    assert "its inputs are not rounded here: Invalid bits: model.layers.0.mlp.up_proj is no layer" in caplog.text
+
+
 def test_a_model_without_a_config(data: Any, tmp_path: Path) -> None:
     class Plain(nn.Module):
         def __init__(self) -> None:
