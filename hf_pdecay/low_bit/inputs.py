@@ -168,7 +168,8 @@ class _Rounding:
 
 def _named_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Modules with their names in the model that is saved: without those of PEFT around it and its layers."""
-    base = model.get_base_model() if hasattr(model, "peft_config") and hasattr(model, "get_base_model") else model
+    inner: Any = getattr(model, "get_base_model", None) if hasattr(model, "peft_config") else None
+    base = model if inner is None else inner()
     for name, module in base.named_modules():
         yield clean_name(name).removesuffix(".base_layer"), module
 
