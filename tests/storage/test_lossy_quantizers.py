@@ -29,6 +29,9 @@ def saved(folder: Path, sparse: bool) -> Path:
     ("settings", "said"),
     [
         ({"quant_method": "hqq"}, "HQQ fills zeros in"),
+        ({"quant_method": "gptq", "bits": 4}, "GPTQ fills zeros in"),
+        (tf.GPTQConfig(bits=4), "`hf-pdecay quantize --data` is GPTQ that keeps them"),
+        ({"quant_method": "awq", "bits": 4, "zero_point": True}, None),
         ({"quant_method": "quanto", "weights": "int4"}, "quanto's int4 fills zeros in"),
         ({"quant_method": "quanto", "weights": "float8"}, "into NaN"),
         ({"quant_method": "quanto", "weights": "int8"}, None),
