@@ -53,7 +53,7 @@ def round_activations(model: _Model, bits: Mapping[str, float] | None = None) ->
         >>> model = hf_pdecay.round_activations(model)
     """
     if bits is None:
-        bits = stated_widths(model)
+        bits = stated_widths(getattr(getattr(model, "config", None), CONFIG_KEY, None))
         if not bits:
             raise ValueError(
                 "Invalid bits: bits=None, and the config of the model states no activation_bits, as that of a model "
@@ -97,9 +97,8 @@ def weights_of_rounded_inputs(model: nn.Module) -> list[str]:
     return [name for name, layers in input_layers(model).items() if not rounded.isdisjoint(layers)]
 
 
-def stated_widths(model: nn.Module) -> dict[str, float]:
-    """Return the widths of inputs that a model's config states, by the name of the layer."""
-    ours = getattr(getattr(model, "config", None), CONFIG_KEY, None)
+def stated_widths(ours: Any) -> dict[str, float]:
+    """Return the widths of inputs, by the name of the layer, that our entry in a config states."""
     stated = ours.get(SETTING) if isinstance(ours, dict) else None
     return dict(stated) if isinstance(stated, dict) else {}
 

@@ -12,13 +12,21 @@ from torch import Tensor, nn
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from ..low_bit.grid import Grid, grid_of
-from ..low_bit.inputs import exact_inputs, round_activations, rounded_inputs, stated_widths, weights_of_rounded_inputs
+from ..low_bit.inputs import (
+    CONFIG_KEY,
+    exact_inputs,
+    round_activations,
+    rounded_inputs,
+    stated_widths,
+    weights_of_rounded_inputs,
+)
 from ..low_bit.model import RoundedModel
 from ..names import clean_name
 from ..optim.distributed import is_dtensor
 from ..optim.param_groups import is_decayed
 from ..rules.spec import Rule, parse_rules
 from ..rules.widths import input_widths, widths_by_name
+from ..storage.folder import ADAPTER_CONFIG, CONFIG, read_json
 from ..target.budgets import has_target
 from ..terminal import get_logger
 from .engines import engine_of
@@ -85,7 +93,7 @@ def round_inputs(model: nn.Module, settings: DecaySettings) -> None:
 
 def round_stated_inputs(model: nn.Module) -> None:
     """Have a model round the inputs that its config states, and say so."""
-    widths = stated_widths(model)
+    widths = stated_widths(getattr(getattr(model, "config", None), CONFIG_KEY, None))
     if widths and widths != rounded_inputs(model):
         try:
             round_activations(model, widths)
@@ -245,9 +253,12 @@ def check_widths(folder: Path, weights: Mapping[str, float], inputs: Mapping[str
     saved: Mapping[str, Any] = _latent_in(folder) or {}
     if not saved and not (folder / "scheduler.pt").is_file():
         return  # the model alone
-    parts = [("weight_bits", "", "widths", weights), ("activation_bits", "the input of ", "inputs", inputs)]
-    for setting, what, key, ours in parts:
-        theirs: Mapping[str, float] = saved.get(key, {})
+    saved_inputs = saved["inputs"] if "inputs" in saved else _stated_in(folder)
+    parts: list[tuple[str, str, Mapping[str, float], Mapping[str, float]]] = [
+        ("weight_bits", "", saved.get("widths", {}), weights),
+        ("activation_bits", "the input of ", inputs if saved_inputs is None else saved_inputs, inputs),
+    ]
+    for setting, what, theirs, ours in parts:
         name = next((name for name in {**ours, **theirs} if ours.get(name) != theirs.get(name)), None)
         if name is None:
             continue
@@ -256,6 +267,14 @@ def check_widths(folder: Path, weights: Mapping[str, float], inputs: Mapping[str
             f"Invalid {setting}: in the run of {str(folder)!r} {what}{name} is {before}, and in this one {now}. Give "
             f"the same {setting} and rules, or start another run from the weights in there."
         )
+
+
+def _stated_in(folder: Path) -> Mapping[str, float] | None:
+    """The widths of inputs that the config in a checkpoint states; None for one of adapters, which has no config."""
+    if (folder / ADAPTER_CONFIG).is_file():
+        return None
+    config = read_json(folder / CONFIG) if (folder / CONFIG).is_file() else {}
+    return stated_widths(config.get(CONFIG_KEY))
 
 
 def _latent_in(folder: Path) -> dict[str, Any] | None:

@@ -97,7 +97,7 @@ def test_no_token_at_all() -> None:
 def test_the_config_says_what_is_rounded(name: str, tmp_path: Path) -> None:
     model = _rounded(name)
     widths = rounded_inputs(model)
-    assert widths and set(widths.values()) == {4} and widths == stated_widths(model)
+    assert widths and set(widths.values()) == {4} and widths == stated_widths(getattr(model.config, "hf_pdecay", None))
     with torch.no_grad():
         loss = model(**_inputs()).loss
         model.save_pretrained(tmp_path)
@@ -105,8 +105,8 @@ def test_the_config_says_what_is_rounded(name: str, tmp_path: Path) -> None:
         assert loaded(**_inputs()).loss != loss and not rounded_inputs(loaded)
         assert round_activations(loaded)(**_inputs()).loss == loss
         with exact_inputs(model):
-            assert model(**_inputs()).loss != loss and not stated_widths(model)
-        assert model(**_inputs()).loss == loss and stated_widths(model) == widths
+            assert model(**_inputs()).loss != loss and not stated_widths(getattr(model.config, "hf_pdecay", None))
+        assert model(**_inputs()).loss == loss and stated_widths(getattr(model.config, "hf_pdecay", None)) == widths
 
 
 def test_the_model_without_its_head_and_with_it(tmp_path: Path) -> None:
@@ -152,7 +152,7 @@ def test_bad_values_change_nothing(bits: dict[str, float], message: str) -> None
     before = rounded_inputs(model)
     with pytest.raises(ValueError, match=message):
         round_activations(model, bits)
-    assert rounded_inputs(model) == before == stated_widths(model)
+    assert rounded_inputs(model) == before == stated_widths(getattr(model.config, "hf_pdecay", None))
 
 
 def test_copies_round_too() -> None:
