@@ -15,7 +15,11 @@ def register(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dtype", help="round the weights to bfloat16 or float16 first (they keep their dtype); zeros stay zeros"
     )
-    parser.add_argument("--zstd", action="store_true", help="compress by zstd too; needs zstandard")
+    parser.add_argument(
+        "--zstd",
+        action=argparse.BooleanOptionalAction,
+        help="compress by zstd too; needs zstandard, here and where the model is loaded (if it is installed)",
+    )
     parser.add_argument("--max-shard-size", metavar="SIZE", help="of a file, such as 5GB (as the model has it)")
     parser.add_argument("--push-to-hub", metavar="REPO", help="upload OUT to this repository of the Hub")
 

@@ -14,6 +14,7 @@ from ..storage.codes import code_range
 BLOCK = 128
 WIDTHS = (8, 7, 6, 5, 4, 3, 2, 1.58)
 _RATIOS = 24  # scales that are tried, for each sign
+_MOST_DIGITS = 8  # of a scale, at most: those of bfloat16, by which a compressed file stores it
 _FEWEST = 0.2  # of the scale at which nothing is clipped, the least that is tried
 
 
@@ -81,7 +82,7 @@ def _representable(scales: Tensor, grid: Grid, dtype: torch.dtype) -> Tensor:
     """Round positive scales so that their products with all codes are numbers of a dtype, and none is infinite."""
     own = dtype if grid.scales is None else grid.scales
     info, (low, high) = torch.finfo(own), grid.codes
-    digits = min(min(_digits(dtype), 16) - high.bit_length(), _digits(own))
+    digits = min(_digits(dtype) - high.bit_length(), _digits(own), _MOST_DIGITS)
     mantissa, exponent = torch.frexp(scales)
     rounded = torch.ldexp((mantissa * 2**digits).round_() / 2**digits, exponent)
     rounded = rounded.clamp_(max=2.0 ** (torch.tensor(info.max).log2().floor().item() - (-low).bit_length()))

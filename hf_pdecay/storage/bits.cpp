@@ -1,4 +1,4 @@
-// Places of values: a bitmask or gaps, for bits.py. Numbers are little-endian, and values are copied bit by bit.
+// Places of values, a bitmask or gaps, and codes of values, for bits.py. Numbers are little-endian, and values are copied bit by bit.
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
@@ -30,12 +30,16 @@ inline void for_gaps(const uint8_t* gaps, int64_t values, int64_t count, const F
 }
 
 // Calls `take` with the place of each of the first `values` values among `count` elements, in order. Gaps have `width`
-// bytes; 0 stands for a bitmask.
+// bytes; 0 stands for a bitmask, and -1 for all elements.
 template <typename Function>
 inline void for_places(int width, const uint8_t* places, int64_t values, int64_t count, const Function& take) {
   if (width == 1) return for_gaps<uint8_t>(places, values, count, take);
   if (width == 2) return for_gaps<uint16_t>(places, values, count, take);
   if (width == 4) return for_gaps<uint32_t>(places, values, count, take);
+  if (width < 0) {
+    for (int64_t place = 0; place < std::min(values, count); place++) take(place);
+    return;
+  }
   for (int64_t begin = 0; begin < count; begin += kWord)
     for (uint64_t word = word_at(places, begin, count); word; word &= word - 1) {
       const int64_t place = begin + __builtin_ctzll(word);
@@ -217,6 +221,113 @@ void mark(const int64_t* starts, const Column* column_of, int64_t rows, int64_t 
       masks[row * width + column_of[value] / 8] |= static_cast<uint8_t>(1 << column_of[value] % 8);
 }
 
+inline uint32_t bits_of(float value) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, sizeof(bits));
+  return bits;
+}
+
+// Rounded to nearest, ties to even, as floats.py does it.
+struct Float32 {
+  typedef uint32_t Value;
+  static Value of(float value) { return bits_of(value); }
+};
+
+struct Bfloat16 {
+  typedef uint16_t Value;
+  static Value of(float value) {
+    const uint32_t bits = bits_of(value);
+    return static_cast<Value>((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+  }
+};
+
+struct Float16 {
+  typedef uint16_t Value;
+  static Value of(float value) {
+    const uint32_t bits = bits_of(value), sign = bits >> 16 & 0x8000u;
+    uint32_t size = bits & 0x7fffffffu;
+    if (size > 0x7f800000u) return static_cast<Value>(sign | 0x7e00u);
+    if (size >= 0x47800000u) return static_cast<Value>(sign | 0x7c00u);  // 65536
+    if (size < 0x38800000u) {  // below the normal numbers: the sum has its last digit where that of float16 is
+      const uint32_t half = 0x3f000000u;
+      float magnitude, one_half;
+      std::memcpy(&magnitude, &size, sizeof(magnitude));
+      std::memcpy(&one_half, &half, sizeof(one_half));
+      return static_cast<Value>(sign | (bits_of(magnitude + one_half) - half));
+    }
+    size += 0xfff + (size >> 13 & 1);
+    return static_cast<Value>(sign | ((size - 0x38000000u) >> 13));
+  }
+};
+
+// The scale and the offset of each element, in order. Lines are elements whose scales are one, or neighbours.
+class Lines {
+ public:
+  Lines(int64_t inputs, int64_t inner, int64_t block, const float* scales, const float* offsets)
+      : inputs_(inputs), inner_(inner), block_(block), scales_(scales), offsets_(offsets) {
+    end_ = inner == 1 ? std::min(block, inputs) : inner;
+  }
+  int64_t end() const { return end_; }
+  bool is_alone() const { return inner_ == 1; }
+  float value(float level, int64_t place) const {
+    const int64_t lane = is_alone() ? 0 : place - begin_;
+    const float product = level * scales_[first_ + lane];
+    return product + (offsets_ ? offsets_[first_ + lane] : 0.0f);
+  }
+  void next() {
+    begin_ = end_;
+    input_ += is_alone() ? std::min(block_, inputs_ - input_) : 1;
+    if (input_ == inputs_) {
+      input_ = 0;
+      first_ += inner_;
+    } else if (is_alone() || input_ % block_ == 0) {
+      first_ += inner_;
+    }
+    end_ += is_alone() ? std::min(block_, inputs_ - input_) : inner_;
+  }
+
+ private:
+  const int64_t inputs_, inner_, block_;
+  const float *scales_, *offsets_;
+  int64_t begin_ = 0, end_, input_ = 0, first_ = 0;
+};
+
+constexpr int kFew = 16;  // symbols whose values are worked out once for a line
+
+template <typename To>
+void decode(int width, const uint8_t* places, const uint8_t* symbols, int bits, int64_t number, int64_t count, Lines lines,
+            const float* levels, bool at_places, typename To::Value* out) {
+  typename To::Value known[kFew] = {};
+  const bool few = bits < 8 && lines.is_alone();
+  const unsigned mask = (1u << bits) - 1;
+  const int shift = bits == 1 ? 3 : bits == 2 ? 2 : bits == 4 ? 1 : 0;
+  const auto learn = [&] {
+    if (few)
+      for (unsigned symbol = 0; symbol <= mask; symbol++) known[symbol] = To::of(lines.value(levels[symbol], 0));
+  };
+  learn();
+  int64_t taken = 0;
+  for_places(width, places, number, count, [&](int64_t place) {
+    if (place >= lines.end()) {
+      while (place >= lines.end()) lines.next();
+      learn();
+    }
+    const unsigned symbol = symbols[taken >> shift] >> (taken & ((1 << shift) - 1)) * bits & mask;
+    out[at_places ? place : taken] = few ? known[symbol] : To::of(lines.value(levels[symbol], place));
+    taken++;
+  });
+}
+
+template <typename Value>
+void unplane(const uint8_t* planes, int64_t count, uint8_t* out) {
+  for (int64_t i = 0; i < count; i++) {
+    Value value = 0;
+    for (size_t plane = 0; plane < sizeof(Value); plane++)
+      value |= static_cast<Value>(static_cast<Value>(planes[plane * count + i]) << 8 * plane);
+    std::memcpy(out + i * sizeof(Value), &value, sizeof(Value));
+  }
+}
+
 // Calls a function with a null pointer to integers of some bytes.
 template <typename Function>
 inline void for_size(int size, const Function& function) {
@@ -236,6 +347,28 @@ void hf_pdecay_expand(int width, const uint8_t* places, int size, const char* va
   for_size(size, [&](auto* none) {
     expand(width, places, values, number, count, static_cast<decltype(none)>(dense));
   });
+}
+
+// Writes the elements for which there are `number` symbols of some bits, to their places among `count` elements or one
+// after the other. The tensor is of shape (outer, inputs, inner), with a scale for each block of inputs.
+void hf_pdecay_decode(int width, const uint8_t* places, const uint8_t* symbols, int bits, int64_t number, int64_t count,
+                      int64_t inputs, int64_t inner, int64_t block, const float* levels, const float* scales,
+                      const float* offsets, int kind, int at_places, void* out) {
+  const Lines lines(inputs, inner, block, scales, offsets);
+  const auto run = [&](auto to) {
+    typedef decltype(to) To;
+    decode<To>(width, places, symbols, bits, number, count, lines, levels, at_places, static_cast<typename To::Value*>(out));
+  };
+  if (kind == 0) run(Float32{});
+  if (kind == 1) run(Bfloat16{});
+  if (kind == 2) run(Float16{});
+}
+
+// Puts the bytes of elements side by side that lie in planes.
+void hf_pdecay_unplane(int width, const uint8_t* planes, int64_t count, uint8_t* out) {
+  if (width == 2) unplane<uint16_t>(planes, count, out);
+  if (width == 4) unplane<uint32_t>(planes, count, out);
+  if (width == 8) unplane<uint64_t>(planes, count, out);
 }
 
 // Writes where each row of a matrix begins among its values, and their columns, as 2 or 4 bytes.

@@ -10,12 +10,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from .coded import CodeForm, symbols_at, values_at
 from .zstd_planes import Bytes
 
 
 SOURCES = (Path(__file__).with_name("bits.cpp"),)
 
 _CHUNK = 1 << 18  # elements
+_KINDS = {"F32": 0, "BF16": 1, "F16": 2}
 # Loading a model must not compile anything, unless it was asked for.
 _compiling = False
 
@@ -72,6 +74,65 @@ def expand(width: int, places: Bytes, values: Any, result: Any) -> None:
     for begin, indices in _chunks(width, places, result.size):
         result[begin:][indices] = values[taken : taken + indices.size]
         taken += indices.size
+
+
+def decode_values(
+    width: int,
+    places: Bytes,
+    symbols: Bytes,
+    form: CodeForm,
+    numel: int,
+    number: int,
+    dtype: str,
+    scales: Any,
+    offsets: Any,
+    result: Any,
+    *,
+    at_places: bool,
+) -> None:
+    """Write the elements of a tensor of ``numel`` elements for which there are symbols.
+
+    Args:
+        width: As for :func:`expand`, or -1 if all elements have one.
+        places: Where they are.
+        symbols: One for each.
+        form: How they are stored.
+        numel: Of the tensor.
+        number: Of the symbols.
+        dtype: Of the elements.
+        scales: Of all blocks, in float32.
+        offsets: The same, or None.
+        result: Gets the elements' bits.
+        at_places: Whether they go to their places, or one after the other.
+    """
+    compiled = library()
+    if compiled is not None:
+        levels = np.zeros(256, dtype=np.float32)
+        levels[: len(form.levels)] = form.levels
+        compiled.hf_pdecay_decode(
+            *(width, _address(places), _address(symbols), form.bits, _whole(number), _whole(numel)),
+            *(_whole(form.inputs), _whole(form.inner), _whole(form.block), _address(levels)),
+            *(_address(scales), None if offsets is None else _address(offsets)),
+            *(_KINDS[dtype], int(at_places), _address(result)),
+        )
+        return
+    taken = 0
+    for begin, indices in _chunks(width, places, numel):
+        found = symbols_at(symbols, form.bits, taken, indices.size)
+        where = result[begin:] if at_places else result[taken:]
+        where[indices if at_places else slice(indices.size)] = values_at(
+            indices + begin, found, form, scales, offsets, dtype
+        )
+        taken += indices.size
+
+
+def unplane(planes: Bytes, width: int, result: Bytes) -> None:
+    """Write elements of some bytes, of which all first bytes are given, then all second ones, and so on."""
+    compiled = library() if width > 1 else None
+    if compiled is not None and width in (2, 4, 8):
+        compiled.hf_pdecay_unplane(width, _address(planes), _whole(planes.size // width), _address(result))
+        return
+    result.reshape(-1, width)[:] = planes.reshape(width, -1).T
 
 
 def rows_of(width: int, places: Bytes, values: Any, shape: tuple[int, int]) -> Rows:
@@ -164,6 +225,10 @@ def masks_of(rows: Rows, width: int) -> Bytes:
 
 def _chunks(width: int, places: Bytes, size: int) -> Iterator[tuple[int, Any]]:
     """Yield the places of values among ``size`` elements, some at a time: an element, and the places from there."""
+    if width < 0:
+        for begin in range(0, size, _CHUNK):
+            yield begin, np.arange(min(_CHUNK, size - begin))
+        return
     if width == 0:
         for begin in range(0, size, _CHUNK):
             marks = np.unpackbits(places[begin // 8 : (begin + _CHUNK) // 8], bitorder="little")

@@ -1,4 +1,4 @@
-"""One tensor as a self-describing block of bytes: a bitmask or gaps, and the non-zero values.
+"""One tensor as a self-describing block of bytes: a bitmask or gaps, and the non-zero values or their codes.
 
 `docs/compressed.md` is the specification. Decoding is bit-identical, signs of zeros and payloads of NaNs included.
 """
@@ -10,9 +10,11 @@ from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
 
-from .bits import expand, ones
+from .bits import decode_values, expand, ones, unplane
+from .code_search import find_codes
+from .coded import CODED, MOST_BYTES, CodeForm, Codes, parse_form, stored_numbers
 from .container import DIMENSIONS_LIMIT, ITEMSIZES, FormatError, tensor_bytes
-from .zstd_planes import Bytes, Sections, check_frame, pack, unpack
+from .zstd_planes import SPARE, Bytes, Sections, check_frame, pack, unpack
 
 
 MAGIC = b"hfpdblob"
@@ -20,7 +22,7 @@ VERSION = 1
 DENSE, BITMASK, GAPS = 0, 1, 2
 ENCODINGS = {DENSE: "dense", BITMASK: "bitmask", GAPS: "index"}
 
-_ZSTD, _SIGNS = 1, 2
+_ZSTD, _SIGNS, _CODES = 1, 2, 4
 _SIGNED = ("F16", "BF16", "F32", "F64")
 _FIXED = struct.Struct("<8sBBBBB3x16sQQ")
 _UNSIGNED: dict[int, Any] = {1: np.dtype("<u1"), 2: np.dtype("<u2"), 4: np.dtype("<u4"), 8: np.dtype("<u8")}
@@ -43,6 +45,12 @@ class Blob(NamedTuple):
     stored: int  # size of the stored payload
     raw: int  # size of the payload before zstd
     dense: int  # size of the tensor
+    codes: CodeForm | None = None  # how codes are stored in place of values
+
+    @property
+    def kind(self) -> str:
+        """What reports call it."""
+        return ENCODINGS[self.encoding] if self.codes is None else "codes"
 
     @property
     def itemsize(self) -> int:
@@ -56,8 +64,9 @@ class Blob(NamedTuple):
 
     @property
     def sections(self) -> Sections:
-        """Bytes of the payload's sections (places of the values, values, signs), and bytes of their elements."""
-        return _sections(self.encoding, self.numel, self.values, self.width, self.itemsize, self.signs)
+        """Bytes of the payload's sections (places, values or codes, signs), and bytes of their elements."""
+        numbers = self.encoding, self.numel, self.values, self.width, self.itemsize, self.signs
+        return _sections(*numbers, self.codes)
 
     @property
     def places(self) -> int:
@@ -65,8 +74,13 @@ class Blob(NamedTuple):
         return self.sections[0][0]
 
 
-def encode(data: Bytes, dtype: str, shape: tuple[int, ...], zstd: bool = False) -> tuple[int, Bytes | None]:
+def encode(
+    data: Bytes, dtype: str, shape: tuple[int, ...], zstd: bool = False, block: int | None = None
+) -> tuple[int, Bytes | None]:
     """Encode a tensor, given as little-endian bytes, in the fewest bytes; ``zstd`` also tries each encoding with it.
+
+    If its weights are codes times scales, the codes are stored; ``block`` says how many inputs share a scale, if that
+    is known.
 
     Returns the encoding, and the block, whose length is a multiple of 8; None if the plain tensor is smallest. Raises
     FormatError if dtype, shape and data do not match, and ValueError if zstandard is needed and not installed.
@@ -76,25 +90,29 @@ def encode(data: Bytes, dtype: str, shape: tuple[int, ...], zstd: bool = False) 
         raise FormatError(f"The tensor has {data.nbytes} bytes where its dtype and shape need {dense}.")
     itemsize = ITEMSIZES[dtype]
     elements = data.view(_UNSIGNED[itemsize])
-    ways = _ways(elements, dtype)
-    sections = {way: _sections(way.encoding, elements.size, *way[1:3], itemsize, way.signs) for way in ways}
-    choices = [(_total(lengths), number, False) for number, lengths in enumerate(sections.values())]
+    codes = find_codes(elements, dtype, shape, block)
+    ways = _ways(elements, dtype, codes)
+    sections = [
+        _sections(way.encoding, elements.size, way.values, way.width, itemsize, way.signs, way.codes) for way in ways
+    ]
+    heads = [_FIXED.size + 8 * len(shape) + (0 if way.codes is None else len(way.codes.packed())) for way in ways]
+    choices = [(_total(lengths) + heads[number], number, False) for number, lengths in enumerate(sections)]
     packed: list[Bytes] = []
     if zstd:
-        packed = [pack(_payload(elements, way), lengths) for way, lengths in sections.items()]
-        choices += [(payload.nbytes, number, True) for number, payload in enumerate(packed)]
+        packed = [pack(_payload(elements, way, codes), lengths) for way, lengths in zip(ways, sections, strict=True)]
+        choices += [(payload.nbytes + heads[number], number, True) for number, payload in enumerate(packed)]
     size, number, is_packed = min(choices)
-    best = ways[number]
-    head = _FIXED.size + 8 * len(shape)
+    best, head = ways[number], heads[number]
     # Readers recognise a block by its dtype, and a plain tensor must keep the alignment of those after it.
-    if dtype != "U8" and dense % 8 == 0 and dense <= _padded(head + size):
+    if dtype != "U8" and dense % 8 == 0 and dense <= _padded(size):
         return DENSE, None
-    payload = packed[number] if is_packed else _payload(elements, best)
+    payload = packed[number] if is_packed else _payload(elements, best, codes)
     blob = np.zeros(_padded(head + payload.nbytes), dtype=np.uint8)
-    flags = (_ZSTD if is_packed else 0) | (_SIGNS if best.signs else 0)
+    flags = (_ZSTD if is_packed else 0) | (_SIGNS if best.signs else 0) | (0 if best.codes is None else _CODES)
     sizes = best.width, len(shape), dtype.encode(), best.values, payload.nbytes
     fixed = _FIXED.pack(MAGIC, VERSION, best.encoding, flags, *sizes)
-    blob[:head] = np.frombuffer(fixed + struct.pack(f"<{len(shape)}Q", *shape), dtype=np.uint8)
+    form = b"" if best.codes is None else best.codes.packed()
+    blob[:head] = np.frombuffer(fixed + struct.pack(f"<{len(shape)}Q", *shape) + form, dtype=np.uint8)
     blob[head : head + payload.nbytes] = payload
     return best.encoding, blob
 
@@ -120,7 +138,7 @@ def parse(head: bytes | Bytes, size: int, what: str) -> Blob:
     _, version, encoding, flags, width, dimensions, name, count, stored = _FIXED.unpack_from(head)
     if version != VERSION:
         raise FormatError(f"{what} has format version {version}; this hf_pdecay reads version {VERSION}.")
-    if encoding not in ENCODINGS or flags & ~(_ZSTD | _SIGNS) or head[13:16] != b"\0\0\0":
+    if encoding not in ENCODINGS or flags & ~(_ZSTD | _SIGNS | _CODES) or head[13:16] != b"\0\0\0":
         refuse(f"unknown encoding {encoding}, flags {flags} or non-zero reserved bytes")
     if dimensions > DIMENSIONS_LIMIT or len(head) < _FIXED.size + 8 * dimensions:
         refuse(f"its head has {dimensions} dimensions and is cut short")
@@ -136,17 +154,23 @@ def parse(head: bytes | Bytes, size: int, what: str) -> Blob:
         refuse(f"signs of zeros do not match its encoding {ENCODINGS[encoding]} and dtype {dtype}")
     if count > numel or (encoding == DENSE and count != numel):
         refuse(f"it would hold {count} values of {numel} elements")
-    raw = _total(_sections(encoding, numel, count, width, itemsize, signs))
-    begin = _FIXED.size + 8 * dimensions
+    begin, codes = _FIXED.size + 8 * dimensions, None
+    if flags & _CODES:
+        if signs or dtype not in CODED:
+            refuse(f"codes do not match its dtype {dtype}, or signs of zeros")
+        codes, begin = parse_form(head, begin, numel, what)
+        if codes.offset_bytes and encoding != DENSE:
+            refuse(f"offsets do not match its encoding {ENCODINGS[encoding]}")
+    raw = _total(_sections(encoding, numel, count, width, itemsize, signs, codes))
     if not flags & _ZSTD and stored != raw:
         refuse(f"its payload has {stored} bytes where {count} values of {numel} elements need {raw}")
     if size != _padded(begin + stored):
         refuse(f"it has {size} bytes where its head needs {_padded(begin + stored)}")
-    return Blob(encoding, bool(flags & _ZSTD), signs, width, dtype, shape, count, begin, stored, raw, dense)
+    return Blob(encoding, bool(flags & _ZSTD), signs, width, dtype, shape, count, begin, stored, raw, dense, codes)
 
 
 # Bytes of the longest head.
-HEAD_LIMIT = _FIXED.size + 8 * DIMENSIONS_LIMIT
+HEAD_LIMIT = _FIXED.size + 8 * DIMENSIONS_LIMIT + MOST_BYTES
 
 
 def check(blob: Bytes, what: str) -> Blob:
@@ -170,6 +194,10 @@ def decode(blob: Bytes, limit: int, what: str) -> tuple[Bytes, Blob]:
     """
     head, payload = opened(blob, what, limit)
     unsigned = _UNSIGNED[head.itemsize]
+    if head.codes is not None:
+        whole = np.zeros(head.numel, dtype=unsigned)
+        _decode_values(head, payload, whole, at_places=True)
+        return whole.view(np.uint8), head
     if head.encoding == DENSE:
         return payload[: head.raw].copy(), head
     result = np.zeros(head.numel, dtype=unsigned)
@@ -189,9 +217,39 @@ def opened(blob: Bytes, what: str, limit: int | None = None, size: int | None = 
         raise FormatError(f"{what} is a tensor of {head.dense} bytes; at most {limit} bytes are possible.")
     payload = blob[head.begin :]
     if head.zstd:
-        payload = unpack(payload[: head.stored], head.sections, what)
+        payload = unpack(payload[: head.stored], head.sections, what, unplane)
         _check_places(payload, head, what)
     return head, payload
+
+
+def with_plain_values(head: Blob, payload: Bytes) -> tuple[Blob, Bytes]:
+    """Return a block's head and its payload with values in place of codes; they may be longer than their sections."""
+    if head.codes is None:
+        return head, payload
+    plain = head._replace(codes=None)
+    values = np.zeros(head.values, dtype=_UNSIGNED[head.itemsize])
+    _decode_values(head, payload, values, at_places=False)
+    return plain, np.concatenate([payload[: head.places], values.view(np.uint8), np.zeros(SPARE, np.uint8)])
+
+
+def _decode_values(head: Blob, payload: Bytes, result: Any, *, at_places: bool) -> None:
+    """Write what codes stand for to its places in a tensor, or one after the other."""
+    if head.codes is None:
+        raise TypeError("the block has no codes")
+    places, scales, offsets, symbols = _parts(payload, head.sections[:4])
+    width = -1 if head.encoding == DENSE else head.width
+    decode_values(
+        *(width, places, symbols, head.codes, head.numel, head.values, head.dtype),
+        stored_numbers(scales, head.codes.scale_bytes),
+        stored_numbers(offsets, head.codes.offset_bytes),
+        result,
+        at_places=at_places,
+    )
+
+
+def _parts(payload: Bytes, sections: Sections) -> list[Bytes]:
+    ends = np.cumsum([0, *(size for size, _ in sections)]).tolist()
+    return [payload[begin:end] for begin, end in zip(ends, ends[1:], strict=False)]
 
 
 def values_of(head: Blob, payload: Bytes) -> Any:
@@ -200,15 +258,16 @@ def values_of(head: Blob, payload: Bytes) -> Any:
 
 
 class _Way(NamedTuple):
-    """A way to store a tensor: its encoding, the number of values, bytes of a gap, and whether zeros have signs."""
+    """A way to store a tensor: its encoding, the number of values, bytes of a gap, whether zeros have signs, codes."""
 
     encoding: int
     values: int
     width: int
     signs: bool
+    codes: CodeForm | None = None
 
 
-def _ways(elements: Any, dtype: str) -> list[_Way]:
+def _ways(elements: Any, dtype: str, codes: Codes | None) -> list[_Way]:
     """All ways to store these elements."""
     ways = [_Way(DENSE, elements.size, 0, False)]
     plain = _look(elements, 0)
@@ -222,6 +281,11 @@ def _ways(elements: Any, dtype: str) -> list[_Way]:
         ways.append(_Way(BITMASK, count, 0, signs))
         if width:
             ways.append(_Way(GAPS, count, width, signs))
+    if codes is not None:
+        ways.append(ways[0]._replace(codes=codes.form(None)))
+        if codes.offsets is None:
+            some = codes.form(elements != 0)
+            ways += [way._replace(codes=some) for way in ways if way.encoding != DENSE and not way.signs]
     return ways
 
 
@@ -259,9 +323,12 @@ def _look(elements: Any, sign: int) -> tuple[int, int]:
     return count, largest
 
 
-def _sections(encoding: int, numel: int, values: int, width: int, itemsize: int, signs: bool) -> Sections:
+def _sections(
+    encoding: int, numel: int, values: int, width: int, itemsize: int, signs: bool, codes: CodeForm | None = None
+) -> Sections:
     places = {DENSE: 0, BITMASK: -(-numel // 8), GAPS: values * width}[encoding]
-    sections = [(places, width or 1), (values * itemsize, itemsize)]
+    sections = [(places, width or 1)]
+    sections += [(values * itemsize, itemsize)] if codes is None else codes.sections(numel, values)
     return [*sections, (-(-(numel - values) // 8), 1)] if signs else sections
 
 
@@ -269,7 +336,12 @@ def _total(sections: Sections) -> int:
     return sum(size for size, _ in sections)
 
 
-def _payload(elements: Any, way: _Way) -> Bytes:
+def _payload(elements: Any, way: _Way, codes: Codes | None) -> Bytes:
+    if way.codes is not None and codes is not None:
+        if way.encoding == DENSE:
+            return np.concatenate(codes.payload(way.codes, None))
+        plain = _payload(elements, way._replace(codes=None), None)
+        return np.concatenate([plain[: -way.values * elements.itemsize], *codes.payload(way.codes, elements != 0)])
     if way.encoding == DENSE:
         return elements.view(np.uint8)
     sign = _sign_bit(elements.itemsize) if way.signs else 0

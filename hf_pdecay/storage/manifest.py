@@ -13,7 +13,8 @@ from .container import BLOCK, FormatError, Header, header_bytes
 
 # The key of the manifest in a file's `__metadata__`.
 MANIFEST = BLOCK
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
+_READ = (2, 3)  # version 2 has no codes
 
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _KEYS = ("format_version", "header", "sha256")
@@ -55,8 +56,9 @@ def read_manifest(header: Header, name: str) -> tuple[str, dict[str, str]]:
         raise FormatError(f"{where} cannot be read as JSON ({error}).") from None
     if not isinstance(manifest, dict) or (version := manifest.get("format_version")) is None:
         raise FormatError(f"{where} does not have a format_version.")
-    if version != FORMAT_VERSION:
-        raise FormatError(f"{where} has version {version!r}; this hf_pdecay reads {FORMAT_VERSION}.")
+    if version not in _READ:
+        known = " and ".join(map(str, _READ))
+        raise FormatError(f"{where} has version {version!r}; this hf_pdecay reads {known}.")
     if manifest.keys() != set(_KEYS):
         raise FormatError(f"{where} does not have exactly {', '.join(_KEYS)}.")
     checksums = manifest["sha256"]

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from .bits import Rows, columns_of, masks_of, rows_of, turned
-from .encoding import BITMASK, Blob, Bytes, opened, values_of
+from .encoding import BITMASK, Blob, Bytes, opened, values_of, with_plain_values
 
 
 WORD = 64
@@ -54,7 +54,7 @@ class PackedBlock:
     """
 
     def __init__(self, stored: Bytes, size: int, what: str, transposed: bool = False) -> None:
-        self._head, self._payload = opened(stored, what, size=size)
+        self._head, self._payload = with_plain_values(*opened(stored, what, size=size))
         rows, columns = self._head.shape
         self._stored_shape, self._transposed = (rows, columns), transposed
         self.shape = (columns, rows) if transposed else (rows, columns)

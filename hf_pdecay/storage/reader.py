@@ -40,7 +40,7 @@ def decompress(model: str | os.PathLike[str], out: str | os.PathLike[str], *, ov
     for file in files.values():
         for name, entry in file.header.entries.items():
             head = file.head(name)
-            report.add(0 if head is None else head.encoding, entry.size if head is None else head.dense, entry.size)
+            report.add("dense" if head is None else head.kind, entry.size if head is None else head.dense, entry.size)
     with source.rewritten() as aside:
         free = shutil.disk_usage(aside).free
         if report.before > free:

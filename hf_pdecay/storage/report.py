@@ -6,7 +6,6 @@ from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from ..tables import NameTable
-from .encoding import ENCODINGS
 
 
 if TYPE_CHECKING:
@@ -27,20 +26,22 @@ class StorageReport:
     """Bytes of a model's weights before and after, by encoding.
 
     Attributes:
-        encodings: Totals for ``"dense"``, ``"bitmask"`` and ``"index"``, if there are any.
+        encodings: Totals for ``"dense"``, ``"bitmask"``, ``"index"`` and ``"codes"``, if there are any.
         headers: Bytes of the headers of the compressed files, with manifests.
         left_out: Files of weights in other formats, which were not copied.
         vanished: Values that were not zero, and are after rounding to a narrower dtype.
+        zstd_saves: About how many bytes zstd would save, if it was not used because it is not installed.
     """
 
     encodings: dict[str, EncodingTotal] = field(default_factory=dict)
     headers: int = 0
     left_out: list[str] = field(default_factory=list)
     vanished: int = 0
+    zstd_saves: int = 0
 
-    def add(self, encoding: int, before: int, after: int) -> None:
+    def add(self, encoding: str, before: int, after: int) -> None:
         """Count a tensor."""
-        total = self.encodings.setdefault(ENCODINGS[encoding], EncodingTotal())
+        total = self.encodings.setdefault(encoding, EncodingTotal())
         total.tensors += 1
         total.before += before
         total.after += after
@@ -71,6 +72,9 @@ class StorageReport:
         yield table
         if self.vanished:
             yield f"{self.vanished:,} values were too small for the dtype and have become zero."
+        if self.zstd_saves:
+            share = _share(self.after - self.zstd_saves, self.before)
+            yield f"With zstandard installed it would be about {share}: pip install 'hf-pdecay[zstd]'."
         if self.left_out:
             yield f"Left out, weights in other formats: {', '.join(self.left_out)}"
 

@@ -8,20 +8,22 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from tempfile import TemporaryFile
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 
 import numpy as np
 
 from ..checks import check_choice
+from ..sparsity.file_names import CODES_FILE
 from ..terminal import progress
 from .card import add_note
 from .casting import CASTS, cast, cast_config
-from .container import BLOCK, Entry, FormatError, Header, write_header
-from .encoding import DENSE, Bytes, decode, encode
-from .folder import CONFIG, INDEX, WEIGHTS, check_out, read_json, scratch_folder, write_json
+from .container import BLOCK, ITEMSIZES, Entry, FormatError, Header, write_header
+from .encoding import Blob, Bytes, decode, encode, parse
+from .folder import CONFIG, INDEX, WEIGHTS, check_out, inside, read_json, scratch_folder, write_json
 from .manifest import compressed_header, sha256
 from .report import StorageReport
 from .source import Source, read_source
+from .zstd_planes import is_installed, likely_bytes
 
 
 if TYPE_CHECKING:
@@ -36,7 +38,7 @@ def compress(
     out: str | os.PathLike[str],
     *,
     dtype: str | None = None,
-    zstd: bool = False,
+    zstd: bool | None = None,
     max_shard_size: int | str | None = None,
     overwrite: bool = False,
 ) -> StorageReport:
@@ -52,7 +54,8 @@ def compress(
         model: A folder with ``config.json`` and safetensors, or a name on the Hub, which is downloaded.
         out: The folder to write. It appears when it is whole.
         dtype: ``"bfloat16"`` or ``"float16"``, to which floating tensors are rounded; None keeps their dtypes.
-        zstd: Also compress by zstd; needs zstandard here and where the model is loaded.
+        zstd: Whether to compress by zstd too, which needs zstandard here and where the model is loaded; None does so
+            if it is installed here.
         max_shard_size: Bytes of a file of weights, or a string such as ``"5GB"``; None keeps the model's own files.
         overwrite: Replace ``out`` if it is a model's folder.
 
@@ -67,11 +70,13 @@ def compress(
         check_choice("dtype", dtype, tuple(CASTS))
     source = read_source(model, out, overwrite)
     source.check_plain(ragged=True)
+    wanted = is_installed() if zstd is None else zstd
+    settings = _Settings(dtype, wanted, zstd is None and not wanted, _known_block(source.folder))
     report = StorageReport()
     with source.rewritten() as aside:
         report.left_out = source.copy_along(aside)
         add_note(aside)
-        files, size = _write_shards(source, aside, limit, dtype, zstd, report)
+        files, size = _write_shards(source, aside, limit, settings, report)
         if files.keys() != {WEIGHTS}:
             metadata = None if WEIGHTS in source.headers else read_json(source.folder / INDEX).get("metadata")
             metadata = metadata if isinstance(metadata, dict) and dtype is None else {"total_size": size}
@@ -89,7 +94,7 @@ def save_compressed(
     folder: str | os.PathLike[str],
     *,
     processing_class: Any = None,
-    zstd: bool = False,
+    zstd: bool | None = None,
     max_shard_size: int | str | None = None,
     overwrite: bool = False,
     **kwargs: Any,
@@ -103,7 +108,7 @@ def save_compressed(
         model: A model of transformers, or anything with its ``save_pretrained``.
         folder: The folder to write. It appears when it is whole.
         processing_class: A tokenizer or processor to save with it.
-        zstd: Also compress by zstd.
+        zstd: Whether to compress by zstd too; None does so if zstandard is installed.
         max_shard_size: Bytes of a file of weights, or a string such as ``"5GB"``.
         overwrite: Replace ``folder`` if it is a model's folder.
         **kwargs: Arguments of ``save_pretrained``.
@@ -148,7 +153,7 @@ def _tensors(file: Path, header: Header) -> Iterator[tuple[str, Entry, Bytes]]:
 
 
 def _write_shards(
-    source: Source, aside: Path, limit: int | None, dtype: str | None, zstd: bool, report: StorageReport
+    source: Source, aside: Path, limit: int | None, settings: _Settings, report: StorageReport
 ) -> tuple[dict[str, list[str]], int]:
     """Write the files of weights; returns the tensors of each file, and the bytes of all tensors when decoded."""
     size = 0
@@ -158,13 +163,16 @@ def _write_shards(
             tensors = _tensors(source.folder / name, header)
             for tensor, entry, raw in progress(tensors, f"Compressing {name}", len(header.entries)):
                 data, vanished = raw, 0
-                if dtype is not None:
-                    data, entry, vanished = cast(raw, tensor, entry, dtype)  # noqa: PLW2901
-                encoding, blob = _encoded(tensor, entry, data, zstd)
+                if settings.dtype is not None:
+                    data, entry, vanished = cast(raw, tensor, entry, settings.dtype)  # noqa: PLW2901
+                blob = _encoded(tensor, entry, data, settings)
+                head = None if blob is None else parse(blob, blob.nbytes, tensor)
                 stored = data if blob is None else blob
                 size += data.nbytes
                 report.vanished += vanished
-                report.add(encoding, raw.nbytes, stored.nbytes)
+                report.add("dense" if head is None else head.kind, raw.nbytes, stored.nbytes)
+                if settings.missed:
+                    report.zstd_saves += _saving(data, entry) if blob is None or head is None else _saving(blob, head)
                 if limit is not None and waiting.tell() and waiting.tell() + stored.nbytes > limit:
                     shards.close(f".shard-{len(shards.files)}")
                 if blob is None:
@@ -184,14 +192,49 @@ def _write_shards(
     return files, size
 
 
-def _encoded(name: str, entry: Entry, data: Bytes, zstd: bool) -> tuple[int, Bytes | None]:
-    """Encode a tensor, and check that it decodes to the same bits; None in place of a block: it is stored plainly."""
-    encoding, blob = encode(data, entry.dtype, entry.shape, zstd)
+class _Settings(NamedTuple):
+    """How tensors are encoded.
+
+    Attributes:
+        dtype: To which they are rounded, or None.
+        zstd: Whether by zstd too.
+        missed: Whether zstd would be used if it were installed.
+        block: Weights that share a scale, if the folder says so.
+    """
+
+    dtype: str | None
+    zstd: bool
+    missed: bool
+    block: int | None
+
+
+def _known_block(folder: Path) -> int | None:
+    """Return how many weights share a scale in a model that ``hf-pdecay quantize`` wrote; None if nothing says so."""
+    file = folder / CODES_FILE
+    if not file.is_file():
+        return None
+    try:
+        block = read_json(inside(file, folder)).get("block")
+    except FormatError:  # of another program
+        return None
+    return block if type(block) is int and block > 0 else None
+
+
+def _saving(stored: Bytes, form: Blob | Entry) -> int:
+    """Return about how many bytes zstd would save."""
+    if isinstance(form, Blob):
+        return max(form.raw - likely_bytes(stored[form.begin :], form.sections), 0)
+    return max(stored.nbytes - likely_bytes(stored, [(stored.nbytes, ITEMSIZES[form.dtype])]), 0)
+
+
+def _encoded(name: str, entry: Entry, data: Bytes, settings: _Settings) -> Bytes | None:
+    """Encode a tensor, and check that it decodes to the same bits; None: it is stored plainly."""
+    _, blob = encode(data, entry.dtype, entry.shape, settings.zstd, settings.block)
     if blob is None:
-        return DENSE, None
+        return None
     if not np.array_equal(decode(blob, data.nbytes, repr(name))[0], data):
         raise RuntimeError(f"{name!r} is not bit-identical after encoding and decoding; please report it.")
-    return encoding, blob
+    return blob
 
 
 class _Shards:

@@ -141,7 +141,7 @@ def test_it_says_what_the_zeros_are_good_for(
     assert result["bytes"] == sum(
         array.nbytes for array in load_file(tmp_path / "model" / "model.safetensors").values()
     )
-    compress(tmp_path / "model", tmp_path / "small")
+    compress(tmp_path / "model", tmp_path / "small", zstd=False)
     # Heads, names and checksums come on top, which weigh in a model of 25,000 weights.
     written = sum(entry.size for entry in read_header(tmp_path / "small" / "model.safetensors").entries.values())
     assert result["compressed_bytes"] < written < result["compressed_bytes"] + 100 * len(result["tensors"])

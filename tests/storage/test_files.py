@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import rich
 import safetensors
 import torch
 from packaging.version import Version
@@ -96,7 +97,7 @@ def test_checksums_are_those_of_what_is_stored(tmp_path: Path) -> None:
     compress(tmp_path / "plain", tmp_path / "small")
     file = tmp_path / "small" / "model.safetensors"
     manifest = json.loads(read_header(file).metadata["hf_pdecay"])
-    assert manifest.keys() == {"format_version", "header", "sha256"} and manifest["format_version"] == 2
+    assert manifest.keys() == {"format_version", "header", "sha256"} and manifest["format_version"] == 3
     found = {name: hashlib.sha256(data).hexdigest() for name, (_, data) in stored_bytes(file).items()}
     assert manifest["sha256"] == found
     data = file.read_bytes()
@@ -198,11 +199,33 @@ def test_a_config_stays_as_it_is(tmp_path: Path) -> None:
     assert (tmp_path / "back" / "config.json").read_bytes() == file.read_bytes()
 
 
+@pytest.mark.parametrize("installed", [True, False])
+def test_zstd_is_used_where_it_is_installed(
+    installed: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_folder(tmp_path / "plain", {"a": torch.nn.functional.dropout(torch.randn(256, 512), 0.9)})
+    by_default, without = (
+        compress(tmp_path / "plain", tmp_path / name, **options)
+        for name, options in (("default", {}), ("without", {"zstd": False}))
+    )
+    assert by_default.after < without.after and by_default.zstd_saves == without.zstd_saves == 0
+    if installed:
+        return
+    monkeypatch.setattr("hf_pdecay.storage.writer.is_installed", lambda: False)
+    missing = compress(tmp_path / "plain", tmp_path / "missing")
+    assert missing.after == without.after
+    assert missing.zstd_saves == pytest.approx(without.after - by_default.after, rel=0.05)
+    rich.print(missing)
+    share = (missing.after - missing.zstd_saves) / missing.before
+    said = " ".join(capsys.readouterr().out.split())
+    assert f"With zstandard installed it would be about {share:.1%}: pip install 'hf-pdecay[zstd]'." in said
+
+
 class TestWhereItIsWritten:
     def test_a_folder_that_is_there_is_left_alone(self, tmp_path: Path) -> None:
         saved("gpt2", tmp_path / "plain")
         (tmp_path / "out").mkdir()
-        compress(tmp_path / "plain", tmp_path / "out")  # an empty one is taken
+        compress(tmp_path / "plain", tmp_path / "out", zstd=False)  # an empty one is taken
         before = files_of(tmp_path / "out")
         with pytest.raises(ValueError, match="is there and not empty"):
             compress(tmp_path / "plain", tmp_path / "out", zstd=True)

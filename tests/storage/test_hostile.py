@@ -179,8 +179,8 @@ HEADERS: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
         "does not have exactly format_version, header, sha256",
     ),
     "a later manifest": (
-        lambda h: h["__metadata__"].update(hf_pdecay='{"format_version": 3, "sha256": {}}'),
-        "has version 3; this hf_pdecay reads 2",
+        lambda h: h["__metadata__"].update(hf_pdecay='{"format_version": 4, "sha256": {}}'),
+        "has version 4; this hf_pdecay reads 2 and 3",
     ),
     "a manifest of no tensors": (
         lambda h: h["__metadata__"].update(hf_pdecay='{"format_version": 2, "header": "", "sha256": {}}'),
