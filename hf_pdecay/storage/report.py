@@ -62,6 +62,8 @@ class StorageReport:
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         """Render as a table, and the files that were left out."""
+        from rich.text import Text
+
         table = NameTable("Bytes of the weights", ("encoding", "tensors", "before", "after", "share"))
         for name, total in sorted(self.encodings.items()):
             counts = (total.tensors, total.before, total.after)
@@ -74,7 +76,7 @@ class StorageReport:
             yield f"{self.vanished:,} values were too small for the dtype and have become zero."
         if self.zstd_saves:
             share = _share(self.after - self.zstd_saves, self.before)
-            yield f"With zstandard installed it would be about {share}: pip install 'hf-pdecay[zstd]'."
+            yield Text(f"With zstandard installed it would be about {share}: pip install 'hf-pdecay[zstd]'.")
         if self.left_out:
             yield f"Left out, weights in other formats: {', '.join(self.left_out)}"
 
