@@ -13,7 +13,7 @@ from torch import Tensor
 
 from hf_pdecay import gptq, round_to_nearest
 from hf_pdecay.low_bit.grid import WIDTHS, grid_of
-from hf_pdecay.low_bit.transform import Layout, round_weights
+from hf_pdecay.low_bit.transform import Layout, round_blocks
 from hf_pdecay.storage import bits
 from hf_pdecay.storage import encoding as blocks
 from hf_pdecay.storage.encoding import decode, encode, parse
@@ -68,7 +68,7 @@ def test_rounded_weights_of_a_run(width: float, zeros: float, dtype: torch.dtype
     if dtype == torch.bfloat16 and width == 8:
         pytest.skip("numbers of 8 digits do not always tell their codes of 8 bits")
     latent = weights(24, 300, zeros=zeros).to(dtype)
-    weight = round_weights(latent, Layout(24, 300, 1), grid_of(width, sparse=zeros > 0))
+    weight = round_blocks(latent, Layout(24, 300, 1), grid_of(width, sparse=zeros > 0))
     head, size = there_and_back(weight, zstd)
     assert head is not None and head.codes is not None
     assert (head.codes.inputs, head.codes.inner, head.codes.block, head.codes.scale_bytes) == (300, 1, 128, 2)
@@ -107,7 +107,7 @@ def test_gptq() -> None:
 )
 @pytest.mark.parametrize("zeros", [0.0, 0.8])
 def test_other_layouts(shape: tuple[int, ...], layout: tuple[int, int, int], zeros: float) -> None:
-    weight = round_weights(weights(*shape, zeros=zeros), Layout(*layout), grid_of(4, sparse=zeros > 0))
+    weight = round_blocks(weights(*shape, zeros=zeros), Layout(*layout), grid_of(4, sparse=zeros > 0))
     head, _ = there_and_back(weight)
     assert head is not None and head.codes is not None
     assert (head.codes.inputs, head.codes.inner) == layout[1:]
@@ -117,7 +117,7 @@ def test_two_of_four() -> None:
     latent = weights(32, 256)
     small = latent.abs().unflatten(1, (-1, 4)).topk(2, dim=2, largest=False).indices
     latent = latent.unflatten(1, (-1, 4)).scatter(2, small, 0).flatten(1)
-    head, size = there_and_back(round_weights(latent, Layout(32, 256, 1), grid_of(4, sparse=True)), zstd=True)
+    head, size = there_and_back(round_blocks(latent, Layout(32, 256, 1), grid_of(4, sparse=True)), zstd=True)
     assert head is not None and head.codes is not None and size < 3.0
 
 
@@ -136,14 +136,14 @@ def test_blocks_of_zeros_outliers_and_tiny_numbers() -> None:
     latent[4, 128:256] = 0
     latent[5, 7] = 1e4
     latent[6] *= 1e-30
-    weight = round_weights(latent, Layout(16, 512, 1), grid_of(4, sparse=True))
+    weight = round_blocks(latent, Layout(16, 512, 1), grid_of(4, sparse=True))
     head, _ = there_and_back(weight)
     assert head is not None and head.codes is not None
 
 
 @pytest.mark.parametrize("change", ["a weight", "-0.0", "nan", "not quantised"])
 def test_what_has_no_codes_is_stored_as_ever(change: str) -> None:
-    weight = round_weights(weights(16, 512, zeros=0.5), Layout(16, 512, 1), grid_of(4, sparse=True))
+    weight = round_blocks(weights(16, 512, zeros=0.5), Layout(16, 512, 1), grid_of(4, sparse=True))
     if change == "a weight":
         weight[9, 300] *= 1.01
     elif change == "not quantised":
@@ -189,7 +189,7 @@ def test_whatever_is_stored_comes_back(
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("zeros", [0.5, 0.95])
 def test_packed_values(zeros: float, transposed: bool) -> None:
-    weight = round_weights(weights(64, 256, zeros=zeros), Layout(64, 256, 1), grid_of(4, sparse=True))
+    weight = round_blocks(weights(64, 256, zeros=zeros), Layout(64, 256, 1), grid_of(4, sparse=True))
     _, blob = encode(bytes_of(weight), "F32", (64, 256))
     assert blob is not None and parse(blob, blob.nbytes, "it").codes is not None
     packed = PackedBlock(blob, blob.nbytes, "it", transposed)
@@ -202,7 +202,7 @@ def test_packed_values(zeros: float, transposed: bool) -> None:
 
 
 def forged(change: dict[int, int], zeros: float = 0.5) -> Any:
-    weight = round_weights(weights(16, 256, zeros=zeros), Layout(16, 256, 1), grid_of(4, sparse=zeros > 0))
+    weight = round_blocks(weights(16, 256, zeros=zeros), Layout(16, 256, 1), grid_of(4, sparse=zeros > 0))
     _, blob = encode(bytes_of(weight), "F32", (16, 256))
     assert blob is not None
     result = blob.copy()
