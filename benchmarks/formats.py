@@ -59,6 +59,7 @@ def by_llama_cpp(out: Path, ids: Any) -> Any:
 def measure(form: str, bits: int, folder: Path, ids: Any) -> list[dict[str, Any]]:
     """Write a format; return one line for each runtime that reads it."""
     import torch
+    from torch.nn.functional import cross_entropy
     from transformers import AutoModelForCausalLM
 
     from hf_pdecay import check_zeros, quantize_folder
@@ -90,6 +91,8 @@ def measure(form: str, bits: int, folder: Path, ids: Any) -> list[dict[str, Any]
                     "filled": kept.filled,
                     "difference": float((got - wanted).norm() / spread),
                     "same_token": float((got.argmax(-1) == wanted.argmax(-1)).float().mean()),
+                    "loss": float(cross_entropy(got[:-1], ids[0, 1:])),
+                    "plain_loss": float(cross_entropy(wanted[:-1], ids[0, 1:])),
                 }
             )
             print(lines[-1], flush=True)
@@ -98,13 +101,14 @@ def measure(form: str, bits: int, folder: Path, ids: Any) -> list[dict[str, Any]
 
 def table(lines: list[dict[str, Any]]) -> str:
     """Return the results as Markdown."""
-    rows = ["| `--format` | bits | MB | read by | zeros filled in | difference of the logits | same likeliest token |"]
-    rows.append("|---|---:|---:|---|---:|---:|---:|")
+    rows = ["| `--format` | bits | MB | read by | zeros filled in | difference of the logits | loss there | plain |"]
+    rows.append("|---|---:|---:|---|---:|---:|---:|---:|")
     for line in lines:
         filled = f"{line['filled']:,} of {line['zeros']:,}"
-        differs = "none" if line["difference"] == 0 else f"{line['difference']:.1%}"
+        differs = "none" if line["difference"] == 0 else f"{line['difference']:.2g}"
         cells = (line["format"], line["bits"], line["megabytes"], line["reader"], filled, differs)
-        rows.append("| `{}` | {} | {} | {} | {} | {} | {:.1%} |".format(*cells, line["same_token"]))
+        losses = f"{line['loss']:.4f} | {line['plain_loss']:.4f}"
+        rows.append("| `{}` | {} | {} | {} | {} | {} | {} |".format(*cells, losses))
     return "\n".join(rows) + "\n"
 
 

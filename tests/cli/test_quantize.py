@@ -71,6 +71,22 @@ def test_the_folder(model: Path, data: Path, tmp_path: Path, calibrated: bool, d
     assert not (tmp_path / "more" / "codes.json").exists()
 
 
+def test_a_format_from_calibration_rows_has_the_same_codes(model: Path, data: Path, tmp_path: Path) -> None:
+    for form in ("plain", "pack-quantized"):
+        report = quantize_folder(model, tmp_path / form, data, block=16, rows=16, format=form)
+        assert report.method == "gptq" and not report.coded
+    packed = weights(tmp_path / "pack-quantized")
+    for name, weight in weights(tmp_path / "plain").items():
+        if f"{name}_scale" in packed:
+            codes, scales = find_codes(weight, 4, 16)
+            words = packed[f"{name}_packed"]
+            fields = torch.stack([words >> 4 * place & 15 for place in range(8)], -1).flatten(1) - 8
+            assert torch.equal(packed[f"{name}_scale"], scales) and torch.equal(fields, codes.int())
+    assert quantize_folder(model, tmp_path / "plain", data, block=16, rows=16, overwrite=True).coded == []
+    again = quantize_folder(tmp_path / "plain", tmp_path / "again", data, block=16, rows=16)
+    assert len(again.coded) == 14 and again.new_zeros == 0
+
+
 def test_without_a_tokenizer_and_from_a_compressed_folder(model: Path, tmp_path: Path, capsys: Any) -> None:
     compress(model, tmp_path / "packed")
     for file in (tmp_path / "packed").glob("tokenizer*"):
