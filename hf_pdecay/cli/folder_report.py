@@ -112,15 +112,19 @@ class FolderReport:
             yield "{:,} zeros are -0.0, whose signs cost about {:,} bytes when compressed.".format(*self.negative_zeros)
         if self.shrunk is not None and self.shrunk.sentence(_word(self.folder)):
             yield self.shrunk.sentence(_word(self.folder))
-        if self.sparsity.sparsity >= WORTH_KEEPING:
+        if self.quantized or self.sparsity.sparsity >= WORTH_KEEPING:
             yield self._quantisers()
         yield from self._inference()
 
     def _quantisers(self) -> str:
         """What a quantiser has made of zeros, or may."""
-        lost = what_is_lost(self.quantized) if self.quantized else None
-        if lost is not None:
-            return f"The model is quantised: {lost}. hf-pdecay check BEFORE {_word(self.folder)} says which are kept."
+        if self.quantized:
+            method = quantization_method({"quantization_config": self.quantized})
+            lost = what_is_lost(self.quantized)
+            return (
+                f"The model is quantised by {method}{'' if lost is None else f': {lost}'}. Packed weights are not "
+                f"counted above; hf-pdecay check BEFORE {_word(self.folder)} says which zeros are kept."
+            )
         return (
             "Many quantisers fill zeros in, such as HQQ, quanto's int4, Q4_K and the other GGUF types with a minimum. "
             f"hf-pdecay quantize {_word(self.folder)} OUT keeps them, and hf-pdecay check {_word(self.folder)} AFTER "

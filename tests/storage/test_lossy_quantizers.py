@@ -11,7 +11,7 @@ import pytest
 import transformers as tf
 
 import hf_pdecay  # noqa: F401, which completes transformers
-from hf_pdecay import compress, measure_sparsity
+from hf_pdecay import compress, measure_sparsity, quantize_folder
 from hf_pdecay.cli.main import main
 from hf_pdecay.storage.lossy_quantizers import register, share_of_zeros, unregister, what_is_lost
 
@@ -96,3 +96,7 @@ def test_report_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     (sparse / "config.json").write_text(json.dumps(config))
     assert main(["report", str(sparse)]) == 0
     assert "HQQ fills zeros in" in " ".join(capsys.readouterr().out.split())
+    quantize_folder(dense, tmp_path / "packed", block=16, format="pack-quantized")
+    assert main(["report", str(tmp_path / "packed")]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "quantised by compressed-tensors. Packed weights are not counted above" in said
