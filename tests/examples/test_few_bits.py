@@ -1,4 +1,4 @@
-"""One run by flag to 90% zeros and 4 bits, its compressed file, and the loss of what plain transformers loads from it."""
+"""One run by flag to 90% zeros and 4 bits, its compressed file, and the loss of what plain transformers loads of it."""
 
 from __future__ import annotations
 
@@ -49,4 +49,4 @@ def test_the_file_of_a_run_to_90_percent_zeros_and_4_bits(tmp_path: Path) -> Non
             [sys.executable, "-c", EVALUATE, str(script.parent), *again], check=True, capture_output=True, text=True
         )
         assert f"loss {printed!r}" in found.stdout.splitlines()
-        print(f"{option}: {8 * stored / weights:.3f} bits for each weight")
+        print(f"{option}: {8 * stored / weights:.3f} bits for each weight")  # noqa: T201
