@@ -144,6 +144,15 @@ class Blocks:
                     _, block = encode(data, dtype, shape, zstd)
                     if block is not None:
                         self.seeds.append((block.tobytes(), data.tobytes()))
+        for zeros in (0.0, 0.5, 0.95):
+            numbers = np.random.default_rng(1).integers(-7, 8, 1000).astype("<f4")
+            numbers *= np.repeat([0.5, 0.75, 3, 5], 250).astype("<f4")
+            numbers *= np.random.default_rng(2).random(1000) >= zeros
+            coded = (numbers + np.float32(0)).view(np.uint8)
+            for zstd in (False, True):
+                _, block = encode(coded, "F32", (4, 250), zstd)
+                if block is not None:
+                    self.seeds.append((block.tobytes(), coded.tobytes()))
         self.blocks = [block for block, _ in self.seeds]
 
     def try_one(self, chance: random.Random) -> Outcome:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from .codes import WORD, WORDS, KernelCodes, codes_of
 from .cpu_linear import CpuLinear
 from .kernels import address, kept_of, kind_of, library
 from .packed_weight import PackedWeight
@@ -17,8 +18,7 @@ from .packed_weight import PackedWeight
 BEYOND = 64
 """Bytes that may be read after the last value."""
 
-_WORD = 64  # weights of a word of the mask
-_BLOCK = 256  # columns that share a scale of int8 values
+_WORD = WORD  # weights of a word of the mask
 # More rows are multiplied by lists of the values or by dense blocks: torch's own product of bfloat16 is fast.
 _FEW_LISTS, _FEW_INT8 = 24, 16  # where there are lists
 _LEAST_FOR_LISTS = 0.48  # with fewer zeros, dense blocks are faster for more than 64 rows, but not of int8 values
@@ -37,9 +37,11 @@ class BitmaskLinear(CpuLinear):
     AVX2), blocks of W become dense in the processor's caches and meet x in torch's own product. Sums are in float32; x
     and y have the layer's dtype. In a state dict the weight is dense.
 
-    int8 values have a scale for each 256 columns of a row: the greatest magnitude over 127. x meets them in 16 bits,
-    with one scale for each row, in sums of 32 bits: few rows if the processor has AVX-512 VNNI, many if it has AVX2,
-    and else in float32.
+    int8 values have a scale for each 256 columns of a row: the greatest magnitude over 127. If the weights are codes of
+    at most 8 bits times the scales of blocks of a multiple of 64 columns, as those of ``hf-pdecay quantize`` and of a
+    run with ``weight_bits`` are, these codes and scales are held, and no weight is rounded again. x meets them in 16
+    bits, with one scale for each row, in sums of 32 bits: few rows if the processor has AVX-512 VNNI, many if it has
+    AVX2, and else in float32.
 
     Args:
         weight: Weights of shape (out_features, in_features), of float32, bfloat16 or float16, on a CPU.
@@ -58,6 +60,7 @@ class BitmaskLinear(CpuLinear):
     scales: Tensor | None
     shifts: Tensor | None
     form = "bitmask"
+    _block = WORDS  # words that share a scale
     _parts = ("masks", "starts", "values", "scales", "shifts")
 
     def _compress(self, weight: Tensor | PackedWeight) -> None:
@@ -73,7 +76,13 @@ class BitmaskLinear(CpuLinear):
         step = max(together // max(size, 1), 1)
         # Without bits a value takes 1 byte; with them 1/8, and 1 if it is not zero.
         masked = self._held_as != torch.int8 or int(weight.count_nonzero()) < weight.numel() * 7 / 8
-        parts = [_pack(part, self._held_as, masked) for part in (weight.split(step) if out else [weight])]  # type: ignore[arg-type]
+        codes = codes_of(weight) if self._held_as == torch.int8 else None
+        if codes is not None:
+            self._block = codes.words
+            parts = [_pack_codes(part, masked) for part in codes.split(step)]
+        else:
+            self._block = WORDS
+            parts = [_pack(part, self._held_as, masked) for part in (weight.split(step) if out else [weight])]  # type: ignore[arg-type]
         masks, counts, values, scales, sums = (torch.cat(column) for column in zip(*parts, strict=True))
         starts = torch.zeros(out, dtype=torch.int64)
         starts[1:] = counts[:-1].cumsum(0)
@@ -103,7 +112,8 @@ class BitmaskLinear(CpuLinear):
             weight = torch.zeros(kept.shape, dtype=torch.float32, device=values.device)
             weight[kept.to(values.device)] = values.float()
         if self.scales is not None:
-            weight *= self.scales.repeat_interleave(_BLOCK, 1)[:, :columns]
+            weight *= self.scales.repeat_interleave(self._block * _WORD, 1)[:, :columns]
+            weight += 0.0  # 0 times a negative scale is a negative zero
         return weight[:, : self.in_features].to(self.dtype)
 
     @property
@@ -133,7 +143,7 @@ class BitmaskLinear(CpuLinear):
         together = compiled.hf_pdecay_bitmask_rows()
         scratch = torch.empty(-(-n // together) * together * -(-size // _WORD) * _WORD)
         compiled.hf_pdecay_bitmask_product(
-            *(kind_of(self.values), *self._addresses(), address(bias), self.out_features, size),
+            *(kind_of(self.values), *self._addresses(), address(bias), self.out_features, size, self._block),
             *(rows.data_ptr(), x.dtype == torch.bfloat16, n, y.data_ptr(), scratch.data_ptr(), torch.get_num_threads()),
         )
         return y
@@ -151,7 +161,7 @@ class BitmaskLinear(CpuLinear):
         scratch = torch.empty(-(-n // together) * together * size)
         *packed, _ = self._addresses()
         done = compiled.hf_pdecay_list_product(
-            *(kind, brain, *packed, address(bias), self.out_features, size),
+            *(kind, brain, *packed, address(bias), self.out_features, size, self._block),
             *(rows.data_ptr(), n, y.data_ptr(), scratch.data_ptr(), torch.get_num_threads()),
         )
         return y if done else None
@@ -168,7 +178,7 @@ class BitmaskLinear(CpuLinear):
         scratch = torch.empty(threads, -(-size // _WORD) * _WORD)
         y = torch.empty(n, out, dtype=x.dtype)
         *packed, _ = self._addresses()
-        weight = kind_of(self.values), kind_of(x), *packed, size
+        weight = kind_of(self.values), kind_of(x), *packed, size, self._block
         for first in range(0, out, step):
             last = min(first + step, out)
             compiled.hf_pdecay_bitmask_dense(*weight, first, last, address(block), address(scratch), threads)
@@ -183,7 +193,8 @@ def _pack(weight: Tensor, held_as: torch.dtype, masked: bool) -> tuple[Tensor, T
     kept = weight != 0
     scales = sums = torch.empty(rows, 0)
     if held_as == torch.int8:
-        blocks = functional.pad(weight.float(), (0, -weight.shape[1] % _BLOCK)).unflatten(1, (-1, _BLOCK))
+        block = WORDS * _WORD
+        blocks = functional.pad(weight.float(), (0, -weight.shape[1] % block)).unflatten(1, (-1, block))
         scales = blocks.abs().amax(2) / 127
         whole = torch.where(scales[:, :, None] > 0, blocks / scales[:, :, None], 0).round_().clamp_(-127, 127)
         sums = whole.sum(2)
@@ -192,3 +203,15 @@ def _pack(weight: Tensor, held_as: torch.dtype, masked: bool) -> tuple[Tensor, T
     masks = torch.from_numpy(np.packbits(kept.numpy(), axis=1, bitorder="little"))
     counts = kept.sum(1) if masked else torch.full((rows,), weight.shape[1])
     return masks, counts, kept_of(stored, kept) if masked else stored.flatten(), scales, sums
+
+
+def _pack_codes(part: KernelCodes, masked: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The same of some rows that have codes."""
+    rows, size = part.codes.shape
+    whole = functional.pad(part.codes, (0, -size % _WORD))
+    kept = whole != 0
+    block = part.words * _WORD
+    sums = functional.pad(whole.float(), (0, -whole.shape[1] % block)).unflatten(1, (-1, block)).sum(2)
+    masks = torch.from_numpy(np.packbits(kept.numpy(), axis=1, bitorder="little"))
+    counts = kept.sum(1) if masked else torch.full((rows,), whole.shape[1])
+    return masks, counts, kept_of(whole, kept) if masked else whole.flatten(), part.scales, sums

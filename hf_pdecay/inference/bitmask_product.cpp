@@ -4,7 +4,7 @@
 //     is that of reading both from memory.
 //   - A vector of packed values is spread over the places of its bits by one instruction (vpexpand), or by a table of
 //     shuffles where there is none, and then meets the rows of x.
-//   - int8 values have a scale for each block of kBlock columns. They meet x in 16 bits, as two unsigned bytes, in sums of
+//   - int8 values have a scale for each block of 64, 128 or 256 columns. They meet x in 16 bits, as two unsigned bytes, in sums of
 //     32 bits (vpdpbusd): the error is that of the weights alone. Processors without that instruction multiply them by x
 //     in float32.
 //   - For many rows of x, blocks of rows of W are made dense, small enough for the caches, for torch's own product.
@@ -15,7 +15,7 @@ namespace {
 namespace bitmask {
 
 constexpr int kWord = 64;  // weights of a word of the mask
-constexpr int kBlock = 4;  // words of a block of int8 values; for up to 16 the sums of 32 bits cannot overflow
+constexpr int kBlock = 4;  // words of the largest block of int8 values: sums of 32 bits cannot overflow
 
 struct Packed {
   const uint64_t* masks;  // [out][words]; null if no value is zero: then each row has 64 * words values
@@ -25,8 +25,9 @@ struct Packed {
   const float* shifts;    // [out]: 32768 times the sum of a row, of int8 values
   const float* bias;      // [out], or null
   int64_t out, in, words;
+  int64_t block;  // words that share a scale
 
-  const float* scales_of(int64_t row) const { return scales + row * ((words + kBlock - 1) / kBlock); }
+  const float* scales_of(int64_t row) const { return scales + row * ((words + block - 1) / block); }
 };
 
 inline int count_bits(uint64_t bits) { return __builtin_popcountll(bits); }
@@ -175,11 +176,12 @@ class Row {
   Row(const Packed& w, int64_t row)
       : masks_(w.masks ? w.masks + row * w.words : nullptr),
         values_(static_cast<const char*>(w.values) + w.starts[row] * bytes_of<kind>),
-        scales_(kind == kInt8 ? w.scales_of(row) : nullptr) {}
+        scales_(kind == kInt8 ? w.scales_of(row) : nullptr),
+        block_(w.block) {}
 
   void begin(int64_t word) {
     mask_ = masks_ ? masks_[word] : ~uint64_t{0};
-    if constexpr (kind == kInt8) scale_ = scales_[word / kBlock];
+    if constexpr (kind == kInt8) scale_ = scales_[word / block_];
   }
   typename Lanes::Vector vector(int place) const {
     constexpr uint32_t kBits = (1u << Lanes::kWidth) - 1;
@@ -198,6 +200,7 @@ class Row {
   const uint64_t* masks_;
   const char* values_;
   const float* scales_;
+  int64_t block_ = 1;
   uint64_t mask_ = 0;
   float scale_ = 1;
 };
@@ -403,8 +406,8 @@ struct Bytes {
       scales[o] = w.scales_of(rows[o]);
       for (int i = 0; i < kRows; i++) sums[o][i] = _mm512_setzero_ps();
     }
-    for (int64_t first = 0; first < w.words; first += kBlock) {
-      const int64_t last = std::min<int64_t>(first + kBlock, w.words);
+    for (int64_t first = 0; first < w.words; first += w.block) {
+      const int64_t last = std::min<int64_t>(first + w.block, w.words);
       __m512i high[kHeight][kRows], low[kHeight][kRows];
       for (int o = 0; o < kHeight; o++)
         for (int i = 0; i < kRows; i++) high[o][i] = low[o][i] = _mm512_setzero_si512();
@@ -559,9 +562,9 @@ int hf_pdecay_bitmask_rows() { return bitmask::kMost; }
 // Results of some rows of x; `pairs`: bfloat16 holds x. Scratch has room for 64 * words floats for each row.
 void hf_pdecay_bitmask_product(int kind, const uint64_t* masks, const int64_t* starts, const void* values,
                                const float* scales, const float* shifts, const float* bias, int64_t out, int64_t in,
-                               const float* x, [[maybe_unused]] int pairs, int64_t count, float* y, float* scratch, int threads) {
+                               int64_t block, const float* x, [[maybe_unused]] int pairs, int64_t count, float* y, float* scratch, int threads) {
   using namespace bitmask;
-  const Packed w{masks, starts, values, scales, shifts, bias, out, in, (in + kWord - 1) / kWord};
+  const Packed w{masks, starts, values, scales, shifts, bias, out, in, (in + kWord - 1) / kWord, block};
 #ifdef HF_PDECAY_PAIRS
   if (kind == kBfloat16 && pairs) {
     multiply_all<Pairs>(w, x, count, y, scratch, threads);
@@ -579,10 +582,10 @@ void hf_pdecay_bitmask_product(int kind, const uint64_t* masks, const int64_t* s
 // Rows first to last of W, dense, in float32 or bfloat16, of int8 values multiplied by their scales; scratch has room for
 // threads * words * 64 floats.
 void hf_pdecay_bitmask_dense(int kind, int to, const uint64_t* masks, const int64_t* starts, const void* values,
-                             const float* scales, int64_t in, int64_t first, int64_t last, void* y, float* scratch,
+                             const float* scales, int64_t in, int64_t block, int64_t first, int64_t last, void* y, float* scratch,
                              int threads) {
   using namespace bitmask;
-  const Packed w{masks, starts, values, scales, nullptr, nullptr, last, in, (in + kWord - 1) / kWord};
+  const Packed w{masks, starts, values, scales, nullptr, nullptr, last, in, (in + kWord - 1) / kWord, block};
   for_kind(kind, [&](auto of) {
 #pragma omp parallel for num_threads(threads) if (threads > 1 && (last - first) * in > (1 << 15))
     for (int64_t row = first; row < last; row++) {

@@ -62,19 +62,19 @@ def declared(compiled: ctypes.CDLL) -> ctypes.CDLL:
     compiled.hf_pdecay_bitmask_rows.restype = whole
     compiled.hf_pdecay_bitmask_product.restype = None
     compiled.hf_pdecay_bitmask_product.argtypes = (
-        *(*weight, pointer, pointer, number, number),
+        *(*weight, pointer, pointer, number, number, number),
         *(pointer, whole, number, pointer, pointer, whole),
     )
     compiled.hf_pdecay_bitmask_dense.restype = None
     compiled.hf_pdecay_bitmask_dense.argtypes = (
-        *(*(whole, *weight), number, number, number),
+        *(*(whole, *weight), number, number, number, number),
         *(pointer, pointer, whole),
     )
     compiled.hf_pdecay_list_rows.restype = whole
     compiled.hf_pdecay_list_rows.argtypes = whole, whole
     compiled.hf_pdecay_list_product.restype = whole
     compiled.hf_pdecay_list_product.argtypes = (
-        *(whole, *weight, pointer, number, number),
+        *(whole, *weight, pointer, number, number, number),
         *(pointer, number, pointer, pointer, whole),
     )
     return compiled

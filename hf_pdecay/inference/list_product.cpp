@@ -251,6 +251,12 @@ struct Single {
   static void put(float* y, const float* results, int64_t number) { std::memcpy(y, results, sizeof(float) * number); }
 };
 
+// Words of a block of columns.
+template <typename Form>
+inline int64_t words_of(const Packed& w) {
+  return Form::kKind == kInt8 ? w.block : Form::kColumns / kWord;
+}
+
 // The values of some rows of W, block by block: where their columns of x begin in its block, in bytes, and themselves.
 template <typename Form>
 struct Lists {
@@ -265,16 +271,17 @@ struct Lists {
       values.resize(most);
     }
     starts.clear();
+    const int64_t words = words_of<Form>(w);
     int32_t held = 0;
     for (int64_t row = first; row < last; row++) {
       const char* from = static_cast<const char*>(w.values) + w.starts[row] * kSize;
       for (int64_t word = 0; word < w.words; word++) {
-        if (word % kWords == 0) {
+        if (word % words == 0) {
           held = even(held);
           starts.push_back(held);
         }
         const uint64_t mask = w.masks ? w.masks[row * w.words + word] : in_word(w, word);
-        const int column = static_cast<int>(word % kWords) * kWord, number = count_bits(mask);
+        const int column = static_cast<int>(word % words) * kWord, number = count_bits(mask);
         add(mask, from, column, held);
         from += (w.masks ? number : kWord) * kSize;
         held += number;
@@ -286,7 +293,6 @@ struct Lists {
 
  private:
   static constexpr int kBytes = kRows * sizeof(typename Form::Cell);  // of a column in a block of x
-  static constexpr int kWords = Form::kColumns / kWord;
   static_assert(kBytes * (Form::kColumns - 1) < 1 << 16, "16 bits hold where a column begins");
   static constexpr int kSize = bytes_of<Form::kKind>;
 
@@ -372,9 +378,9 @@ template <typename Form>
 bool product(const Packed& w, const typename Form::Number* x, int64_t count, typename Form::Number* y,
              void* scratch, int threads) {
   typedef typename Form::Cell Cell;
-  constexpr int kWords = Form::kColumns / kWord;
+  const int64_t words = words_of<Form>(w);
   Cell* laid_out = static_cast<Cell*>(scratch);
-  const int64_t groups = (count + kRows - 1) / kRows, blocks = (w.words + kWords - 1) / kWords;
+  const int64_t groups = (count + kRows - 1) / kRows, blocks = (w.words + words - 1) / words;
   const bool alone = threads == 1 || w.out * w.in * count < (1 << 16);
   std::vector<float> scales(groups * kRows, 0.0f);
   bool taken = true;
@@ -410,7 +416,7 @@ bool product(const Packed& w, const typename Form::Number* x, int64_t count, typ
         for (int64_t top = first; top < end; top += kLines) {
           const int64_t bottom = std::min<int64_t>(top + kLines, end);
           for (int64_t block = 0; block < blocks; block++) {
-            const Cell* columns = laid_out + begin * w.in + block * Form::kColumns * kRows;
+            const Cell* columns = laid_out + begin * w.in + block * words * kWord * kRows;
             const int32_t* start = &lists.starts[(top - first) * blocks + block];
             for (int64_t row = top; row < bottom; row++, start += blocks) {
               const float* scale = w.scales ? w.scales_of(row) + block : nullptr;
@@ -449,10 +455,10 @@ int hf_pdecay_list_rows([[maybe_unused]] int kind, [[maybe_unused]] int brain) {
 // bits cannot hold it for int8 values.
 int hf_pdecay_list_product([[maybe_unused]] int kind, [[maybe_unused]] int brain, const uint64_t* masks,
                            const int64_t* starts, const void* values, const float* scales, const float* bias,
-                           int64_t out, int64_t in, [[maybe_unused]] const void* x, [[maybe_unused]] int64_t count,
+                           int64_t out, int64_t in, int64_t block, [[maybe_unused]] const void* x, [[maybe_unused]] int64_t count,
                            [[maybe_unused]] void* y, [[maybe_unused]] void* scratch, [[maybe_unused]] int threads) {
   using namespace bitmask;
-  [[maybe_unused]] const Packed w{masks, starts, values, scales, nullptr, bias, out, in, (in + kWord - 1) / kWord};
+  [[maybe_unused]] const Packed w{masks, starts, values, scales, nullptr, bias, out, in, (in + kWord - 1) / kWord, block};
 #ifdef HF_PDECAY_PAIRS
   if (brain)
     return lists::product<lists::Brain>(w, static_cast<const uint16_t*>(x), count, static_cast<uint16_t*>(y), scratch,

@@ -69,6 +69,14 @@ class PackedWeight:
         signed = columns.view(np.int16 if columns.itemsize == 2 else np.int32)
         return torch.from_numpy(starts), torch.from_numpy(signed), self._tensor(values)
 
+    def codes(self) -> tuple[Tensor, Tensor, int] | None:
+        """Return the codes of shape (out_features, in_features), scales of shape (out_features, blocks), and a block.
+
+        None if the file has none, or the weight is converted to another dtype.
+        """
+        found = None if self._stored_as != self.dtype else self._block.codes()
+        return None if found is None else (torch.from_numpy(found[0]), torch.from_numpy(found[1]), found[2])
+
     def split(self, step: int) -> Iterator[Tensor]:
         """Yield some rows at a time, dense."""
         every, starts, values = self.masks(self.dtype, 0)

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ..low_bit.grid import BLOCK
-from .coded import CODED, Codes, layouts, number_of
+from .coded import CODED, Codes, layouts, number_of, symbol_bits
 from .floats import DIGITS, is_short, widened
 
 
@@ -120,9 +120,9 @@ def _promises(view: _View, block: int | None, offset: bool) -> Iterator[_Promise
         if found is None:
             return
         stored = found.codes if offset else found.codes[found.codes != 0]
-        kept = stored.size / found.codes.size
+        kept = 1.0 if offset else np.count_nonzero(view.words) / view.words.size
         places = -sum(share * np.log2(share) for share in (kept, 1 - kept) if share > 0)
-        each = float(np.log2(max(np.unique(stored).size, 1)))
+        each = symbol_bits(np.unique(stored).size)
         yield _Promise(places + kept * each + (32 if offset else 16) / size, view, size, found)
 
 
@@ -170,10 +170,13 @@ def _solve(words: Any, dtype: str, order: Sequence[int], offset: bool, limits: S
         offset: Whether blocks have offsets.
         limits: How many digits a scale may have: the first, or if it has none the next.
     """
-    numbers = widened(words, dtype).astype(np.float64)
+    with np.errstate(invalid="ignore"):  # a signalling NaN
+        numbers = widened(words, dtype).astype(np.float64)
     if not np.isfinite(numbers).all() or (np.signbit(numbers) & (numbers == 0)).any():
         return None
     problem = _Problem(words, numbers, dtype, offset)
+    if not problem.is_hopeful(order):
+        return None
     for limit in limits[:1] if offset else limits:
         if not offset and DIGITS[dtype] < DIGITS["F32"]:
             problem.try_divisors(limit)
@@ -234,6 +237,15 @@ class _Problem:
         # How far the quotient of two weights may be off.
         self._slack = 2.0 ** (2 - self._digits) * (1 + error / np.where(self._top, self._top, 1))
         self._few: Any = None
+
+    def is_hopeful(self, order: Sequence[int]) -> bool:
+        """Whether some code may be that of the largest weight in each of a few blocks."""
+        some = self.left[:_LOOKED_AT]
+        shown = min(_LOOKED_AT, self._wanted.shape[1])
+        largest = np.partition(self._wanted[some], -shown, axis=1)[:, -shown:]
+        steps = (largest / self._top[some, None])[:, :, None] * np.array(order, dtype=np.float64)
+        near = np.abs(steps - np.rint(steps)) <= np.array(order) * self._slack[some, None, None]
+        return bool(near.all(1).any(1).all())
 
     def try_code(self, code: int, limit: int, everywhere: bool) -> None:
         """Look for blocks whose largest weight has a code; first by a few weights of each, unless it is likely."""

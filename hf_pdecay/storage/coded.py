@@ -48,7 +48,7 @@ class CodeForm(NamedTuple):
     @property
     def bits(self) -> int:
         """Bits of a symbol."""
-        return next(bits for bits in _SYMBOL_BITS if len(self.levels) <= 1 << bits)
+        return symbol_bits(len(self.levels))
 
     @property
     def row_blocks(self) -> int:
@@ -107,6 +107,11 @@ class Codes(NamedTuple):
         symbols = table[(self.codes if kept is None else self.codes[kept]).view(np.uint8)]
         scales, offsets = _stored(self.scales, form.scale_bytes), _stored(self.offsets, form.offset_bytes)
         return [scales, offsets, _pack(symbols, form.bits)]
+
+
+def symbol_bits(codes: int) -> int:
+    """Return the bits of a symbol that stands for one of some codes."""
+    return next(bits for bits in _SYMBOL_BITS if codes <= 1 << bits)
 
 
 def parse_form(head: bytes, begin: int, numel: int, what: str) -> tuple[CodeForm, int]:

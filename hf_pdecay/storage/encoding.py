@@ -12,7 +12,7 @@ import numpy as np
 
 from .bits import decode_values, expand, ones, unplane
 from .code_search import find_codes
-from .coded import CODED, MOST_BYTES, CodeForm, Codes, parse_form, stored_numbers
+from .coded import CODED, MOST_BYTES, CodeForm, Codes, parse_form, stored_numbers, symbols_at
 from .container import DIMENSIONS_LIMIT, ITEMSIZES, FormatError, tensor_bytes
 from .zstd_planes import SPARE, Bytes, Sections, check_frame, pack, unpack
 
@@ -230,6 +230,19 @@ def with_plain_values(head: Blob, payload: Bytes) -> tuple[Blob, Bytes]:
     values = np.zeros(head.values, dtype=_UNSIGNED[head.itemsize])
     _decode_values(head, payload, values, at_places=False)
     return plain, np.concatenate([payload[: head.places], values.view(np.uint8), np.zeros(SPARE, np.uint8)])
+
+
+def codes_and_scales(head: Blob, payload: Bytes) -> tuple[Any, Any]:
+    """Return the code of each element, in int8, and the scales in float32, of a block that is not dense."""
+    if head.codes is None:
+        raise TypeError("the block has no codes")
+    places, scales, _, symbols = _parts(payload, head.sections[:4])
+    levels = np.zeros(1 << head.codes.bits, dtype=np.int8)
+    levels[: len(head.codes.levels)] = head.codes.levels
+    result = np.zeros(head.numel, dtype=np.uint8)
+    found = levels[symbols_at(symbols, head.codes.bits, 0, head.values)].view(np.uint8)
+    expand(head.width, places, np.concatenate([found, np.zeros(SPARE, np.uint8)])[: found.size], result)
+    return result.view(np.int8), stored_numbers(scales, head.codes.scale_bytes)
 
 
 def _decode_values(head: Blob, payload: Bytes, result: Any, *, at_places: bool) -> None:

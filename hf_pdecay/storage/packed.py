@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from .bits import Rows, columns_of, masks_of, rows_of, turned
-from .encoding import BITMASK, Blob, Bytes, opened, values_of, with_plain_values
+from .encoding import BITMASK, Blob, Bytes, codes_and_scales, opened, values_of, with_plain_values
 
 
 WORD = 64
@@ -54,7 +54,8 @@ class PackedBlock:
     """
 
     def __init__(self, stored: Bytes, size: int, what: str, transposed: bool = False) -> None:
-        self._head, self._payload = with_plain_values(*opened(stored, what, size=size))
+        self._coded = opened(stored, what, size=size)
+        self._head, self._payload = with_plain_values(*self._coded)
         rows, columns = self._head.shape
         self._stored_shape, self._transposed = (rows, columns), transposed
         self.shape = (columns, rows) if transposed else (rows, columns)
@@ -68,6 +69,19 @@ class PackedBlock:
     def values(self) -> Any:
         """The values as unsigned integers, in the order of the file."""
         return values_of(self._head, self._payload)
+
+    def codes(self) -> tuple[Any, Any, int] | None:
+        """Return the matrix of the codes, the scales of each row's blocks, and inputs of a block; None without such."""
+        head, payload = self._coded
+        form, (rows, columns) = head.codes, self._stored_shape
+        lies = (1, columns) if not self._transposed else (columns, rows)
+        if form is None or form.offset_bytes or (form.inner, form.inputs) != lies:
+            return None
+        codes, scales = codes_and_scales(head, payload)
+        codes = codes.reshape(rows, columns)
+        if not self._transposed:
+            return codes, scales.reshape(rows, -1), form.block
+        return np.ascontiguousarray(codes.T), np.ascontiguousarray(scales.reshape(-1, columns).T), form.block
 
     def rows(self) -> Rows:
         """Return the values row by row, with their columns."""

@@ -361,7 +361,7 @@ def test_arm_gives_the_product(on_arm: list[str], values: torch.dtype | None, tm
         for rows in (1, 3, 7):
             weight, bias, x = sparse_weight(37, 130, zeros), torch.randn(37), torch.randn(rows, 130)
             layer = BitmaskLinear(weight, bias, values=values)
-            head = torch.tensor([kernels.kind_of(layer.values), 37, 130, rows])
+            head = torch.tensor([kernels.kind_of(layer.values), 37, 130, rows, layer._block])
             none = torch.empty(0)
             masks = none if layer.masks is None else layer.masks
             arrays = [
