@@ -3,13 +3,11 @@
     python benchmarks/few_bits.py --data FOLDER                 # all runs without a result, then the table
     python benchmarks/few_bits.py --data FOLDER --minutes 30    # as many of them as begin in that time
     python benchmarks/few_bits.py --data FOLDER --table         # only the table
-    python benchmarks/few_bits.py --data FOLDER --rates         # other learning rates at 1 bit, on a dev split
     python benchmarks/few_bits.py --time                        # how long a step takes, 1 minute
 
 A Llama of 0.5 M weights learns Tiny Shakespeare by character (`FOLDER/tinyshakespeare/input.txt`). Each run appends a
 line to `results/few_bits.jsonl` and is skipped from then on. For a seed all methods begin with the same model and see
-the same rows, with the same Trainer, learning rate and schedule. The loss is that of the last tenth of the text. For
-`--rates` it is that of the tenth before it, which is then left out of the training.
+the same rows, with the same Trainer, learning rate and schedule. The loss is that of the last tenth of the text.
 """
 
 from __future__ import annotations
@@ -36,7 +34,6 @@ METHODS = {
     "none": "no rounding",
     "ours": "`--weight_bits`",
     "qat": "torchao's QAT, `IntxFakeQuantizeConfig`, symmetric",
-    "qat_affine": "the same, asymmetric",
     "bitnet": "straight-through as in BitNet, blocks of 128",
 }
 INTEGERS = {4: "int4", 2: "int2", 1: "int1"}
@@ -52,8 +49,6 @@ class Run:
         target: Fraction of zeros, ``"2:4"``, or None for a dense model.
         seed: Seed of the model and of the order of the rows.
         steps: Optimizer steps.
-        rate: The learning rate.
-        dev: Whether the loss is that of the dev split.
         activation_bits: Width of the inputs of the rounded layers; None for no rounding.
     """
 
@@ -62,8 +57,6 @@ class Run:
     target: float | str | None
     seed: int
     steps: int
-    rate: float = RATE
-    dev: bool = False
     activation_bits: float | None = None
 
 
@@ -80,12 +73,6 @@ def planned(steps: int) -> list[Run]:
     return sorted(runs, key=lambda run: (run.seed > 0 and run.target not in (None, 0.9), run.seed))
 
 
-def rates(steps: int) -> list[Run]:
-    """Return runs of 1 bit at several learning rates, with the loss of the dev split."""
-    methods = ("ours", "qat", "qat_affine", "bitnet")
-    return [Run(method, 1, None, 0, steps, rate, dev=True) for rate in (RATE, 1e-3, 1e-2) for method in methods]
-
-
 def execute(run: Run, folder: Path) -> dict[str, Any]:
     """Make a run; return the line of the results file."""
     import torch
@@ -97,8 +84,6 @@ def execute(run: Run, folder: Path) -> dict[str, Any]:
     places = {char: place for place, char in enumerate(sorted(set(text)))}
     ids = torch.tensor([places[char] for char in text])
     train, held_out = ids[: len(ids) * 9 // 10], ids[len(ids) * 9 // 10 :]
-    if run.dev:
-        train, held_out = train[: len(ids) * 8 // 10], train[len(ids) * 8 // 10 :]
     starts = torch.randint(
         len(train) - CONTEXT, (run.steps * BATCH,), generator=torch.Generator().manual_seed(run.seed)
     )
@@ -121,15 +106,15 @@ def execute(run: Run, folder: Path) -> dict[str, Any]:
     if run.method == "ours":
         ours["weight_bits"] = run.bits
         ours["activation_bits"] = run.activation_bits
-    elif run.method.startswith("qat"):
-        _torchao(model, run.bits, symmetric=run.method == "qat")
+    elif run.method == "qat":
+        _torchao(model, run.bits)
     elif run.method == "bitnet":
         _bitnet(model, one=run.bits == 1)
     with tempfile.TemporaryDirectory() as out, open(os.devnull, "w") as nothing:
         args = PDecayTrainingArguments(
             out,
             max_steps=run.steps,
-            learning_rate=run.rate,
+            learning_rate=RATE,
             lr_scheduler_type="cosine",
             warmup_steps=run.steps // 10,
             per_device_train_batch_size=BATCH,
@@ -170,12 +155,12 @@ def execute(run: Run, folder: Path) -> dict[str, Any]:
     }
 
 
-def _torchao(model: Any, bits: float | None, *, symmetric: bool = True, activations: bool = False) -> None:
+def _torchao(model: Any, bits: float | None, *, activations: bool = False) -> None:
     import torch
     from torchao.quantization import quantize_
     from torchao.quantization.qat import IntxFakeQuantizeConfig, QATConfig
 
-    config = IntxFakeQuantizeConfig(getattr(torch, INTEGERS[int(bits or 0)]), group_size=128, is_symmetric=symmetric)
+    config = IntxFakeQuantizeConfig(getattr(torch, INTEGERS[int(bits or 0)]), group_size=128, is_symmetric=True)
     inputs = IntxFakeQuantizeConfig(torch.int8, "per_token", is_symmetric=False) if activations else None
     prepare = QATConfig(activation_config=inputs, weight_config=config, step="prepare")
     quantize_(model, prepare, filter_fn=lambda _, name: "proj" in name)
@@ -263,19 +248,6 @@ def matches(line: Mapping[str, Any], run: Run) -> bool:
     return all(values[key] == value for key, value in asdict(run).items())
 
 
-def rate_table(results: Sequence[dict[str, Any]], runs: Sequence[Run]) -> str:
-    """Return the losses of the runs at several learning rates as Markdown."""
-    columns = sorted({run.rate for run in runs})
-    rows = ["| method, 1 bit | " + " | ".join(f"{rate:g}" for rate in columns) + " |", "|---|" + "---:|" * len(columns)]
-    for method in dict.fromkeys(run.method for run in runs):
-        cells = []
-        for rate in columns:
-            run = next(run for run in runs if (run.method, run.rate) == (method, rate))
-            cells.append(next((f"{line['loss']:.3f}" for line in results if matches(line, run)), ""))
-        rows.append(f"| {METHODS[method]} | " + " | ".join(cells) + " |")
-    return "\n".join(rows) + "\n\nLoss of the dev split by learning rate, one seed.\n"
-
-
 def table(results: Sequence[dict[str, Any]], runs: Sequence[Run]) -> str:
     """Return the table as Markdown: mean loss of the seeds, half of their range, and their number."""
     targets = [None, 0.5, 0.8, 0.9, "2:4"]
@@ -308,7 +280,6 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=500, help="optimizer steps of each run")
     parser.add_argument("--minutes", type=float, default=math.inf, help="start no run after this many minutes")
     parser.add_argument("--table", action="store_true", help="only write the table")
-    parser.add_argument("--rates", action="store_true", help="runs at other learning rates, on a dev split")
     parser.add_argument("--time", action="store_true", help="only time steps")
     options = parser.parse_args()
     if options.time:
@@ -318,7 +289,7 @@ def main() -> int:
     if options.data is None:
         parser.error("--data names the folder with tinyshakespeare/input.txt")
     path = RESULTS / "few_bits.jsonl"
-    runs = rates(options.steps) if options.rates else planned(options.steps)
+    runs = planned(options.steps)
 
     def read() -> list[dict[str, Any]]:
         return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
@@ -332,8 +303,8 @@ def main() -> int:
         with open(path, "a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
         print(f"{run}: loss {line['loss']:.4f}, {line['zeros']:.2%} zeros, {line['seconds']} s", flush=True)
-    text = (rate_table if options.rates else table)(read(), runs)
-    (RESULTS / ("few_bits_rates.md" if options.rates else "few_bits.md")).write_text(text, encoding="utf-8")
+    text = table(read(), runs)
+    (RESULTS / "few_bits.md").write_text(text, encoding="utf-8")
     print(text)
     return 0
 
