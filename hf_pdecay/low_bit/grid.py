@@ -43,12 +43,13 @@ class Grid:
         return (self.low + self.high) / 2
 
 
-def grid_of(width: float, *, sparse: bool = False) -> Grid:
+def grid_of(width: float, *, sparse: bool = False, exact: bool = False) -> Grid:
     """Return the codes of a width.
 
     Args:
         width: One of :data:`WIDTHS`.
         sparse: Whether weights are made zero and must stay so. Without that, 4, 2 and 1 bits have an offset.
+        exact: Whether at 8 and 4 bits no other weight may have the code of a zero.
     """
     if width == 1.58:
         return Grid(-1, 1, step=0.8)
@@ -56,7 +57,7 @@ def grid_of(width: float, *, sparse: bool = False) -> Grid:
     if sparse and width in (1, 2):
         return Grid(1 - levels, levels - 1, step={1: 1.0, 2: 0.498}[int(width)], odd=True)
     if sparse or width == 8:
-        return Grid(1 - levels // 2, levels // 2 - 1, nonzero=sparse)
+        return Grid(1 - levels // 2, levels // 2 - 1, nonzero=sparse and exact)
     return Grid(0, levels - 1, affine=True, step={1: 1.596, 2: 0.9957}.get(int(width)))
 
 

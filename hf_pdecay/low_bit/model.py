@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -27,6 +28,10 @@ class RoundedModel:
         model: A model, which may be sharded by FSDP2.
         grids: The codes of each weight, by the clean name of its parameter; see :func:`.layers.roundable`.
         watched: Names of further parameters whose layers must be called, for :meth:`find_bypassed`.
+
+    Attributes:
+        exact: Whether codes with ``nonzero`` are taken so. Until a run has made its zeros it must not be: in a block
+            with one large weight most others have code 0, and as many of the code next to it would drown the rest.
     """
 
     def __init__(self, model: nn.Module, grids: Mapping[str, Grid], watched: Iterable[str] = ()) -> None:
@@ -42,11 +47,33 @@ class RoundedModel:
                 _, hook = hooks.setdefault(id(use.module), (use.module, _Hook(self._switch)))
                 self._unused.setdefault(name, []).append(hook)
                 if name in grids:
-                    place = self._places[name] = _Place(able[name].layout, grids[name])
+                    loose = replace(grids[name], nonzero=False)
+                    place = self._places[name] = _Place(able[name].layout, grids[name], loose)
                     hook.places.append((use.holder, use.attribute, place))
         for module, hook in hooks.values():
             self._handles.append(module.register_forward_pre_hook(hook.before))
             self._handles.append(module.register_forward_hook(hook.after, always_call=True))
+
+    @property
+    def exact(self) -> bool:
+        """See the class."""
+        return self._switch.exact
+
+    @exact.setter
+    def exact(self, exact: bool) -> None:
+        self._switch.exact = exact
+
+    @torch.no_grad()
+    def vanishing(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Give parameters whose codes are to be exact, and which of the weights here are not 0 and have code 0."""
+        names = [name for name, place in self._places.items() if place.grid.nonzero]
+        before, self.exact = self.exact, False
+        try:
+            params = self.parameters()
+            for name, weights, rounded in self._pairs(names):
+                yield params[name], (rounded == 0) & (weights != 0)
+        finally:
+            self.exact = before
 
     def parameters(self) -> dict[str, Tensor]:
         """Return the model's parameters that are rounded, by clean name; they are latent outside :meth:`rounded`."""
@@ -102,15 +129,15 @@ class RoundedModel:
             for name, _, rounded in self._pairs():
                 yield name, rounded
 
-    def _pairs(self) -> Iterator[tuple[str, Tensor, Tensor]]:
+    def _pairs(self, names: Iterable[str] | None = None) -> Iterator[tuple[str, Tensor, Tensor]]:
         """The weights that this process holds of each parameter, which share its memory, and the same rounded."""
-        for name, param in self.parameters().items():
-            place = self._places[name]
+        for name, param in self._named(self._places if names is None else names).items():
+            under = self._places[name].under(self._switch)
             if not is_dtensor(param):
-                yield name, param.detach(), round_blocks(param.detach(), *place)
+                yield name, param.detach(), round_blocks(param.detach(), *under)
                 continue
             here = local(param.detach())
-            whole = round_blocks(cast(Any, param).full_tensor().detach(), *place)
+            whole = round_blocks(cast(Any, param).full_tensor().detach(), *under)
             span = span_of(param)
             yield name, here, whole if span is None else whole.narrow(span.dim, span.start, here.shape[span.dim])
 
@@ -137,13 +164,18 @@ class RoundedModel:
 class _Place(NamedTuple):
     layout: Layout
     grid: Grid
+    loose: Grid  # the same, in which small weights may have code 0
+
+    def under(self, switch: _Switch) -> tuple[Layout, Grid]:
+        """Return the layout and the codes."""
+        return self.layout, self.grid if switch.exact else self.loose
 
 
 class _Switch:
-    """Whether the hooks round."""
+    """Whether the hooks round, and to codes that are exact."""
 
     def __init__(self) -> None:
-        self.on = True
+        self.on = self.exact = True
 
 
 class _Hook:
@@ -161,7 +193,7 @@ class _Hook:
         self.called = True
         for holder, attribute, place in self.places:
             part = getattr(module, holder) if holder else module
-            part.__dict__[attribute] = round_blocks(getattr(part, attribute), place.layout, place.grid)
+            part.__dict__[attribute] = round_blocks(getattr(part, attribute), *place.under(self.switch))
 
     def after(self, module: nn.Module, args: Any, output: Any) -> None:
         """Take them out again."""

@@ -65,8 +65,14 @@ def gptq(weight: Tensor, inputs: Tensor, *, bits: float = 4, block: int = BLOCK)
 
 def quantize_by_hessian(weight: Tensor, hessian: Tensor, grid: Grid) -> Tensor:
     """:func:`gptq` on a grid, from a Hessian of any positive scale, which is overwritten."""
-    block = grid.block
+    return _plain(codes_by_hessian(weight, hessian, grid)[0], weight)
+
+
+def codes_by_hessian(weight: Tensor, hessian: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
+    """Return codes times their scales, in float32 or float64, and scales of shape (blocks, outputs)."""
+    block, high = grid.block, grid.codes[1]
     dense, kept = float_of(weight), weight != 0
+    moving, signs = kept.clone(), torch.zeros_like(dense, dtype=torch.int8)
     dead = hessian.diagonal() == 0
     factor = inverse_factor(hessian, dead)
     matter = factor.diagonal().reciprocal().square()
@@ -79,18 +85,26 @@ def quantize_by_hessian(weight: Tensor, hessian: Tensor, grid: Grid) -> Tensor:
         if place % block == 0:
             here = slice(place, min(place + block, dense.shape[1]))
             piece = columns[column : column + block].T * kept[:, here]
-            scale.copy_(find_scales(piece, grid, weight.dtype, matter[here]))
+            if grid.by_largest:
+                most, at = piece.abs().max(1, keepdim=True)
+                scale.copy_(torch.where(most > 0, most / high, 1)[:, 0])
+                moving[:, here].scatter_(1, at, most == 0)
+                signs[:, here].scatter_(1, at, piece.gather(1, at).sign().to(signs.dtype))
+            else:
+                scale.copy_(find_scales(piece, grid, weight.dtype, matter[here]))
         values = (columns[column] / scale).round_().clamp_(*grid.codes).mul_(scale).mul_(stays)
+        if grid.by_largest:
+            values = torch.where(signs[:, place] == 0, values, signs[:, place] * high * scale)
         found[:, place] = values
         return values
 
     spread_errors(dense.clone(), factor, max(COLUMNS // block, 1) * block, rounded)
     for _ in range(_SWEEPS):
-        _descend(dense, found, scales, hessian, grid)
-    return _plain(found, weight)
+        _descend(dense, found, scales, hessian, grid, moving)
+    return found, scales
 
 
-def _descend(dense: Tensor, found: Tensor, scales: Tensor, hessian: Tensor, grid: Grid) -> None:
+def _descend(dense: Tensor, found: Tensor, scales: Tensor, hessian: Tensor, grid: Grid, moving: Tensor) -> None:
     """Give each weight, column by column, the code that is best for the output while the others stay.
 
     What zeros cannot make up for stands in the error of the others, so this spreads it over those alone. This is the
@@ -102,6 +116,7 @@ def _descend(dense: Tensor, found: Tensor, scales: Tensor, hessian: Tensor, grid
         scales: Of shape (blocks, outputs).
         hessian: The damped one.
         grid: The codes.
+        moving: Which weights may get another code.
     """
     block = grid.block
     for start in range(0, dense.shape[1], block):
@@ -109,10 +124,10 @@ def _descend(dense: Tensor, found: Tensor, scales: Tensor, hessian: Tensor, grid
         inner, scale = hessian[here, here], scales[start // block]
         slopes = ((found - dense) @ hessian[:, here]).T.contiguous()
         columns = found[:, here].T.contiguous()
-        kept = dense[:, here].T != 0
+        moves = moving[:, here].T
         for column, old in enumerate(columns):
             best = old - slopes[column] / inner[column, column]
-            new = (best / scale).round_().clamp_(*grid.codes).mul_(scale).mul_(kept[column])
+            new = (best / scale).round_().clamp_(*grid.codes).mul_(scale).where(moves[column], old)
             slopes.addr_(inner[column], new - old)
             old.copy_(new)
         found[:, here] = columns.T

@@ -26,6 +26,8 @@ class Grid:
         bits: Width of the codes: 8 to 2, or 1.58 for -1, 0 and 1.
         block: Consecutive inputs that share a scale; the last block of a row may be shorter.
         scales: A dtype in which every scale is a number; None for that of the weights.
+        by_largest: Whether the largest weight of a block has the last code and keeps it, so that its magnitude over
+            that code is the scale. Codes are as far below zero as above it then.
 
     Raises:
         ValueError: If ``bits`` or ``block`` is invalid.
@@ -34,6 +36,7 @@ class Grid:
     bits: float = 4
     block: int = BLOCK
     scales: torch.dtype | None = None
+    by_largest: bool = False
 
     def __post_init__(self) -> None:
         if not is_number(self.bits) or self.bits not in WIDTHS:
@@ -46,7 +49,8 @@ class Grid:
     @property
     def codes(self) -> tuple[int, int]:
         """The lowest and the highest code."""
-        return code_range(self.bits)
+        low, high = code_range(self.bits)
+        return -high if self.by_largest else low, high
 
 
 def find_scales(blocks: Tensor, grid: Grid, dtype: torch.dtype, importance: Tensor | None = None) -> Tensor:

@@ -17,6 +17,7 @@ from ..storage.source import RAGGED, quantization_method
 from .blocks import Block, Target, check_held, find_blocks, targets_of
 from .budgets import divide
 from .capture import Capture, Key
+from .few_bits import WITH_CODES, prune_to_codes
 from .fisher import Information, output_information
 from .methods import METHODS, WITH_HESSIAN
 from .report import BlockPruning, OneShotReport
@@ -86,8 +87,14 @@ class Share:
 
 
 @torch.no_grad()
-def prune_matrices(model: nn.Module, rows: Tensor, shares: Sequence[Share], method: str) -> OneShotReport:
-    """:func:`prune_one_shot` of some parameters; each belongs to one share."""
+def prune_matrices(
+    model: nn.Module, rows: Tensor, shares: Sequence[Share], method: str, widths: Mapping[str, float] | None = None
+) -> OneShotReport:
+    """:func:`prune_one_shot` of some parameters; each belongs to one share.
+
+    ``widths`` are the bits by name of parameters that are rounded from here on: with a Hessian, those of 8 and 4 bits
+    get values now that this rounding will leave as they are, see :func:`.few_bits.prune_to_codes`.
+    """
     check_choice("method", method, METHODS)
     stack = find_blocks(model)
     asked = {name: share for share in shares for name in share.names}
@@ -108,7 +115,7 @@ def prune_matrices(model: nn.Module, rows: Tensor, shares: Sequence[Share], meth
         information = Information({}, {})
         if method == "fisher" and by_gradient:
             information = output_information(model, by_gradient, rows, stream.options)
-        plans = _planned(by_block, asked, information)
+        plans = _planned(by_block, asked, information, widths or {})
         report = OneShotReport(method, "", (rows.shape[0], rows.shape[1]))
         for place, block in enumerate(stream.progress("Pruning")):
             capture = Capture([plan.target for plan in plans[place]] * (method != "magnitude"), method in WITH_HESSIAN)
@@ -189,6 +196,7 @@ class _Plan:
     number: int
     matrix: Tensor
     amount: Amount
+    bits: float | None
 
     @property
     def name(self) -> str:
@@ -207,7 +215,10 @@ class _Plan:
             norms = matrix.new_zeros(matrix.shape[1], dtype=torch.float32) if summed is None else summed.sqrt()
             matrix.masked_fill_(wanda_mask(matrix, norms, self.amount), 0.0)
             return summed is not None
-        matrix.copy_(prune_by_hessian(matrix, summed, self.amount, importance.get(key)))
+        if self.bits is not None and self.bits in WITH_CODES:
+            matrix.copy_(prune_to_codes(matrix, summed, self.amount, importance.get(key), int(self.bits)))
+        else:
+            matrix.copy_(prune_by_hessian(matrix, summed, self.amount, importance.get(key)))
         return True
 
 
@@ -236,7 +247,10 @@ def _check(by_block: Sequence[Sequence[Target]], asked: Mapping[str, Share]) -> 
 
 
 def _planned(
-    by_block: Sequence[Sequence[Target]], asked: Mapping[str, Share], information: Information
+    by_block: Sequence[Sequence[Target]],
+    asked: Mapping[str, Share],
+    information: Information,
+    widths: Mapping[str, float],
 ) -> list[list[_Plan]]:
     """Say what each matrix gets, so that the totals are exact; raise ValueError if one cannot get it."""
     flat = [
@@ -271,7 +285,7 @@ def _planned(
             amounts[index] = count
     plans: list[list[_Plan]] = [[] for _ in by_block]
     for (place, target, number, matrix), amount, count in zip(flat, amounts, zeros, strict=True):
-        plan = _Plan(target, number, matrix, amount)
+        plan = _Plan(target, number, matrix, amount, widths.get(target.name))
         check_zeros(count, amount, matrix.numel(), plan.name)
         plans[place].append(plan)
     return plans

@@ -15,7 +15,7 @@ zeros stay and the other weights train on ("healing").
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -98,6 +98,8 @@ class SparsityControl:
         self._annealing = self._target.schedule(total_steps)
         begin = self._target.sparsity_begin if prunes_after is None else prunes_after
         self.schedule = replace(self._target, sparsity_begin=begin).schedule(total_steps)
+        # Gives marks of the weights that go first, by the ids of parameters, if no more are marked than are to go.
+        self.first: Callable[[], Mapping[int, Tensor]] | None = None
         self._told = False  # by which score weights are ranked
         self.lets_go = False  # whether zeros that were there at the start are made anew, as they are too many
         self._adopt()
@@ -206,8 +208,9 @@ class SparsityControl:
             self._tell_score()
         if not self.schedule.prunes(step):
             return
+        marks = {} if self.first is None else self.first()
         for budget in self.moving_budgets():
-            prune(budget, self._optimizer, self.schedule.progress(step))
+            prune(budget, self._optimizer, self.schedule.progress(step), marks)
         for group in self._groups if step == self.schedule.end else []:
             if kind_of(group) in UNIT_KINDS:
                 # Units that have not learned by now count as zeros of the target.

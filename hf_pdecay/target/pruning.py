@@ -6,7 +6,7 @@ each weight, to second order, that removing them costs if they do not interact.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -23,10 +23,20 @@ from .still import runs
 
 
 @torch.no_grad()
-def prune(budget: Budget, optimizer: Any, progress: float) -> None:
-    """Set the least salient units of a budget to 0, in place, up to a share of its target in [0, 1]."""
+def prune(budget: Budget, optimizer: Any, progress: float, first: Mapping[int, Tensor] | None = None) -> None:
+    """Set the least salient units of a budget to 0, in place, up to a share of its target in [0, 1].
+
+    Args:
+        budget: The budget.
+        optimizer: The optimizer, whose second moments rank weights.
+        progress: The share of the target.
+        first: By the ids of parameters, which of their weights here go before all others, if no more are marked in the
+            budget than are to go. It is for single weights.
+    """
     blocks = n_of_m(budget.kind)
     if budget.kind == ELEMENT:
+        if first:
+            _prune_marked(budget, optimizer, zeros_wanted(budget, progress), first)
         _prune_share(_ranked_weights(budget, optimizer), budget.target * progress)
     elif blocks is not None:
         _prune_blocks(budget, optimizer, progress, blocks)
@@ -115,6 +125,24 @@ def _prune_share(tensors: list[Ranked], share: float) -> bool:
     if count:
         prune_least(tensors, ranking.least(count))
     return count > 0
+
+
+def _prune_marked(budget: Budget, optimizer: Any, count: int, marks: Mapping[int, Tensor]) -> None:
+    """Set marked weights to 0, unless there were more than a number of zeros then."""
+    views: list[tuple[Ranked, Ranked]] = []
+    for param in budget.params:
+        if id(param) in marks:
+            tensor = ranked(param, optimizer)._replace(exp_avg_sq=None)
+            marked = _moving(tensor._replace(weight=marks[id(param)]), param, budget)
+            views += zip(_moving(tensor, param, budget), marked, strict=True)
+    counts: dict[Groups, Tensor] = {}
+    for tensor, mark in views:
+        marked_here = mark.weight.sum().cpu()
+        counts[tensor.groups] = marked_here + counts[tensor.groups] if tensor.groups in counts else marked_here
+    total = sum(int(all_sum(marked_here, groups)) for groups, marked_here in counts.items())
+    if 0 < total <= count - zeros_in(budget, optimizer):
+        for tensor, mark in views:
+            tensor.weight.detach().masked_fill_(mark.weight, 0)
 
 
 def _prune_units(budget: Budget, optimizer: Any, count: int) -> None:

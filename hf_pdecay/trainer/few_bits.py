@@ -24,6 +24,7 @@ from ..low_bit.model import RoundedModel
 from ..names import clean_name
 from ..optim.distributed import is_dtensor
 from ..optim.param_groups import is_decayed
+from ..optim.unit_kinds import ELEMENT, kind_of
 from ..rules.spec import Rule, parse_rules
 from ..rules.widths import input_widths, widths_by_name
 from ..storage.folder import ADAPTER_CONFIG, CONFIG, read_json
@@ -67,7 +68,7 @@ def round_model_of(trainer: Any, settings: DecaySettings) -> None:
     same = {name: getattr(type(trainer), name) for name in ("__module__", "__qualname__", "__doc__")}
     trainer.__class__ = type(type(trainer).__name__, (RoundingMixin, type(trainer)), same)
     RoundingCallback(trainer).attach(trainer)
-    trainer._control_callback.around_cut = trainer.without_rounding
+    trainer._control_callback.rounding = trainer
 
 
 def widths_of(model: nn.Module, settings: DecaySettings) -> dict[str, float]:
@@ -124,8 +125,18 @@ def grids_of(model: nn.Module, args: TrainingArguments, settings: DecaySettings)
         and (group["lambda_p"] > 0 or group["keep_zeros"] or has_target(group, settings.target_sparsity))
         for param in group["params"]
     }
-    names = {clean_name(name) for name, param in model.named_parameters() if id(param) in sparse}
-    return {name: grid_of(width, sparse=name in names) for name, width in widths_of(model, settings).items()}
+    # A number of zeros is asked for of single weights; a pattern and dead units are what they are with more of them.
+    exact = {
+        id(param)
+        for group in param_groups_of(model, args, settings)
+        if is_decayed(group) and kind_of(group) == ELEMENT and has_target(group, settings.target_sparsity)
+        for param in group["params"]
+    }
+    grids = {}
+    params = {clean_name(name): id(param) for name, param in model.named_parameters()}
+    for name, width in widths_of(model, settings).items():
+        grids[name] = grid_of(width, sparse=params[name] in sparse, exact=params[name] in exact)
+    return grids
 
 
 class RoundingMixin(_Base):
@@ -155,6 +166,19 @@ class RoundingMixin(_Base):
         if self._rounded is not None:
             self._rounded.end()
             self._rounded = None
+
+    def note_zeros(self, *, made: bool) -> None:
+        """Tell the rounding whether the run has made all zeros of its target, from where on no others may appear."""
+        if self._rounded is not None:
+            self._rounded.exact = made
+
+    def vanishing(self) -> dict[int, Tensor]:
+        """Return by the ids of parameters which of their weights here are rounded to 0 and are not 0."""
+        return {} if self._rounded is None else {id(param): marks for param, marks in self._rounded.vanishing()}
+
+    def widths(self) -> dict[str, float]:
+        """Return how many bits each weight is rounded to, by clean name."""
+        return {} if self._rounded is None else widths_of(self.model, self._settings)
 
     @contextmanager
     def without_rounding(self) -> Iterator[None]:

@@ -149,12 +149,15 @@ class OneShotCut:
         if reason is not None and must:
             raise ValueError(reason)
 
-    def prune(self, model: nn.Module, budgets: Sequence[Budget], *, tell: bool) -> None:
+    def prune(
+        self, model: nn.Module, budgets: Sequence[Budget], widths: Mapping[str, float] | None = None, *, tell: bool
+    ) -> None:
         """Prune the model in place towards the targets of its budgets; under DDP in all processes alike.
 
         Args:
             model: The model, not wrapped.
             budgets: What shares a target.
+            widths: How many bits weights are rounded to in training, by name: 8 and 4 bits are chosen with the zeros.
             tell: Whether to say what was done.
 
         Raises:
@@ -180,7 +183,7 @@ class OneShotCut:
         report, failure = None, None
         rows, own = _with_own(model, self._rows)
         try:
-            report = prune_matrices(model, rows, lacking, self.method)
+            report = prune_matrices(model, rows, lacking, self.method, widths)
         except MODEL_ERRORS as error:
             if self._must:
                 raise

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +21,7 @@ from .settings import DecaySettings
 
 
 if TYPE_CHECKING:
+    from .few_bits import RoundingMixin
     from .one_shot_cut import OneShotCut
 
 logger = get_logger(__name__)
@@ -39,12 +38,12 @@ class SparsityControlCallback(FirstCallback):
         one_shot: How the model is pruned at once, if it is: a method, ``"auto"`` or ``"off"``.
 
     Attributes:
-        around_cut: Makes the context in which it is.
+        rounding: The Trainer, if it rounds weights.
     """
 
     def __init__(self, one_shot: str = OFF) -> None:
         self.one_shot = one_shot
-        self.around_cut: Callable[[], AbstractContextManager[None]] = nullcontext
+        self.rounding: RoundingMixin | None = None
         self._cut: OneShotCut | None = None
         self._control: SparsityControl | None = None
         self._told: set[str] = set()  # names of what the target leaves alone
@@ -58,8 +57,11 @@ class SparsityControlCallback(FirstCallback):
             return
         begin = None if self.one_shot == OFF else self._plan_cut(settings, args, state, **kwargs)
         self._control = SparsityControl(kwargs["optimizer"], state.max_steps, settings, prunes_after=begin)
+        if self.rounding is not None:
+            self._control.first = self.rounding.vanishing
         self._prune_at_once(state, kwargs["model"])
         self._control.before_step(state.global_step + 1)
+        self._note_zeros(state)
         if state.global_step >= self._control.schedule.end:
             missing = self._control.shortfall()  # all processes count together
             if missing > _MISSED and state.is_world_process_zero:
@@ -96,6 +98,7 @@ class SparsityControlCallback(FirstCallback):
             return
         self._prune_at_once(state, kwargs["model"])
         self._control.after_step(state.global_step)
+        self._note_zeros(state)
         if self._control.schedule.prunes(state.global_step) and state.is_world_process_zero:
             self._tell_still(kwargs["model"], kwargs["optimizer"])
         if state.global_step < state.max_steps:
@@ -132,9 +135,17 @@ class SparsityControlCallback(FirstCallback):
     def _prune_at_once(self, state: TrainerState, model: nn.Module) -> None:
         if self._cut is None or self._control is None or state.global_step != self._control.schedule.begin:
             return
-        with self.around_cut():
-            self._cut.prune(model, self._control.moving_budgets(), tell=state.is_world_process_zero)
+        tell, rounding = state.is_world_process_zero, self.rounding
+        if rounding is None:
+            self._cut.prune(model, self._control.moving_budgets(), tell=tell)
+        else:
+            with rounding.without_rounding():
+                self._cut.prune(model, self._control.moving_budgets(), rounding.widths(), tell=tell)
         self._cut = None
+
+    def _note_zeros(self, state: TrainerState) -> None:
+        if self.rounding is not None and self._control is not None:
+            self.rounding.note_zeros(made=state.global_step >= self._control.schedule.end)
 
     def _tell_still(self, model: nn.Module, optimizer: Any) -> None:
         """Warn of what the target leaves alone since this pruning step."""

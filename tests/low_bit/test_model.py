@@ -203,3 +203,23 @@ def test_compiled_as_one_graph() -> None:
     outputs.sum().backward()
     for grad, param in zip(gradients, model.parameters(), strict=True):
         assert torch.allclose(grad, param.grad, atol=1e-5)
+
+
+def test_before_a_run_has_its_zeros_small_weights_are_rounded_to_0() -> None:
+    model = nn.Sequential(nn.Linear(128, 1, bias=False))
+    weight = torch.linspace(-0.3, 0.3, 128).view(1, 128)
+    weight[0, 7], weight[0, 9] = 4.0, 0.0
+    with torch.no_grad():
+        model[0].weight.copy_(weight)
+    small = (weight.abs() < 4 / 7 / 2) & (weight != 0)
+    rounded = RoundedModel(model, {"0.weight": grid_of(4, sparse=True, exact=True)})
+    x = torch.eye(128)
+    assert int((model(x) == 0).sum()) == 1  # the weight of 0 alone
+    rounded.exact = False
+    assert torch.equal(model(x).view(-1) == 0, (small | (weight == 0)).view(-1))
+    ((param, marks),) = rounded.vanishing()
+    assert param is model[0].weight and torch.equal(marks, small) and not rounded.exact
+    rounded.exact = True
+    assert torch.equal(next(rounded.vanishing())[1], small) and rounded.exact
+    loose = RoundedModel(nn.Sequential(nn.Linear(128, 1)), {"0.weight": grid_of(4, sparse=True)})
+    assert not list(loose.vanishing())

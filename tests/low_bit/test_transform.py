@@ -60,7 +60,7 @@ def _by_blocks(x: Tensor, grid: Grid) -> Tensor:
 @pytest.mark.parametrize(("width", "sparse"), GRIDS)
 @pytest.mark.parametrize("inputs", [64, 128, 300])
 def test_value_and_gradient_are_those_of_the_formula(width: float, sparse: bool, inputs: int) -> None:
-    grid = grid_of(width, sparse=sparse)
+    grid = grid_of(width, sparse=sparse, exact=sparse)
     x = _matrix(3, inputs, sparsity=0.0 if grid.affine else 0.6).requires_grad_()
     above = _matrix(3, inputs, seed=1)
     ours, theirs = round_blocks(x, Layout(3, inputs, 1), grid), _by_blocks(x, grid)
@@ -71,7 +71,7 @@ def test_value_and_gradient_are_those_of_the_formula(width: float, sparse: bool,
 
 @pytest.mark.parametrize(("width", "sparse"), GRIDS)
 def test_inputs_may_lie_in_any_dimension(width: float, sparse: bool) -> None:
-    grid, x = grid_of(width, sparse=sparse), _matrix(2, 200, 5)
+    grid, x = grid_of(width, sparse=sparse, exact=sparse), _matrix(2, 200, 5)
     turned = x.transpose(1, 2).contiguous()
     first, last = (each.clone().requires_grad_() for each in (x, turned))
     rounded = round_blocks(first, Layout(2, 200, 5), grid)
@@ -97,7 +97,7 @@ def test_zeros_stay_and_nothing_overflows(
 ) -> None:
     limit = torch.finfo(dtype).max / 3  # the gradient below is twice a weight
     x = (_matrix(4, inputs, seed=seed, sparsity=sparsity) * scale).clamp(-limit, limit).to(dtype).requires_grad_()
-    grid = grid_of(width, sparse=True)
+    grid = grid_of(width, sparse=True, exact=True)
     rounded = round_blocks(x, Layout(4, inputs, 1), grid)
     assert rounded.dtype == dtype and rounded.isfinite().all()
     assert not rounded[x == 0].any()
@@ -113,7 +113,7 @@ def test_zeros_stay_and_nothing_overflows(
 @pytest.mark.parametrize(("width", "sparse"), GRIDS)
 @pytest.mark.parametrize("value", [0.0, 0.25])
 def test_a_block_of_equal_weights_keeps_them_and_their_gradient(width: float, sparse: bool, value: float) -> None:
-    grid = grid_of(width, sparse=sparse)
+    grid = grid_of(width, sparse=sparse, exact=sparse)
     if value and not grid.affine:
         pytest.skip("without an offset equal weights have a scale")
     x = torch.full((2, 256), value)
@@ -131,7 +131,7 @@ def test_a_block_of_equal_weights_keeps_them_and_their_gradient(width: float, sp
 def test_no_zero_is_negative(width: float, sparse: bool, dtype: torch.dtype) -> None:
     x = _matrix(100, 300, sparsity=0.6).to(dtype)
     x.masked_fill_(x.signbit() & (x.abs() < 0.01), -0.0)
-    rounded = round_blocks(x, Layout(100, 300, 1), grid_of(width, sparse=sparse))
+    rounded = round_blocks(x, Layout(100, 300, 1), grid_of(width, sparse=sparse, exact=sparse))
     assert not (rounded.signbit() & (rounded == 0)).any()
 
 
@@ -139,7 +139,7 @@ def test_no_zero_is_negative(width: float, sparse: bool, dtype: torch.dtype) -> 
 @pytest.mark.parametrize("sparse", [False, True])
 def test_more_bits_are_nearer(width: float, sparse: bool) -> None:
     x = _matrix(64, 256)
-    error = (round_blocks(x, Layout(64, 256, 1), grid_of(width, sparse=sparse)) - x).square().mean()
+    error = (round_blocks(x, Layout(64, 256, 1), grid_of(width, sparse=sparse, exact=sparse)) - x).square().mean()
     # Without code 0 for small weights, 4 bits lose more on a dense matrix.
     bound = {8: 0.0001, 4: 0.03 if sparse else 0.012, 2: 0.14, 1.58: 0.23, 1: 0.38}[width]
     assert error < bound

@@ -133,7 +133,7 @@ def test_a_teacher_computes_with_exact_inputs(data: Any, tmp_path: Path) -> None
 def test_a_run_that_prunes_at_once_sees_exact_inputs(data: Any, tmp_path: Path) -> None:
     seen = []
     trainer = _trainer(tmp_path, data, build("llama"), **{**BOTH, "one_shot": "fisher", "max_steps": 60})
-    around = trainer._control_callback.around_cut
+    around = trainer.without_rounding
 
     class Look:
         def __enter__(self) -> None:
@@ -144,7 +144,7 @@ def test_a_run_that_prunes_at_once_sees_exact_inputs(data: Any, tmp_path: Path) 
         def __exit__(self, *args: Any) -> None:
             self.context.__exit__(*args)
 
-    trainer._control_callback.around_cut = Look
+    trainer.without_rounding = Look
     trainer.train()
     assert seen == [{}] and len(rounded_inputs(trainer.model)) == 14
     assert trainer.measure_sparsity().sparsity == pytest.approx(0.6, abs=1e-3)
