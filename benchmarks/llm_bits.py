@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import quantize
+from few_bits import INTEGERS
 from llm import LOW_RATE, RESULTS, Data, Run, loss, make_trainer, model_folder, read, zeros
 
 
@@ -51,7 +52,7 @@ def execute(way: str, seed: int, folder: Path, data: Data, todo: list[str]) -> l
         from torchao.quantization import quantize_
         from torchao.quantization.qat import IntxFakeQuantizeConfig, QATConfig
 
-        config = IntxFakeQuantizeConfig(torch.int4, group_size=BLOCK, is_symmetric=True)
+        config = IntxFakeQuantizeConfig(getattr(torch, INTEGERS[BITS]), group_size=BLOCK, is_symmetric=True)
         kind = QATConfig(weight_config=config, step="prepare")
         quantize_(model, kind, filter_fn=lambda module, name: type(module) is torch.nn.Linear and name != "lm_head")
     with tempfile.TemporaryDirectory() as aside, open(os.devnull, "w") as nothing:

@@ -25,6 +25,17 @@ if TYPE_CHECKING:
     from .cli.report import report as report
     from .cli.search_report import SearchReport as SearchReport
     from .cli.zero_check import check_zeros as check_zeros
+    from .deltas.merging import MergeReport as MergeReport
+    from .deltas.merging import merge_deltas as merge_deltas
+    from .deltas.report import DeltaReport as DeltaReport
+    from .deltas.report import TensorChange as TensorChange
+    from .deltas.report import plot_delta as plot_delta
+    from .deltas.report import report_delta as report_delta
+    from .deltas.swapping import Delta as Delta
+    from .deltas.swapping import load_delta as load_delta
+    from .deltas.swapping import swap as swap
+    from .deltas.swapping import unswap as unswap
+    from .deltas.writing import write_delta as write_delta
     from .inference.bitmask_linear import BitmaskLinear as BitmaskLinear
     from .inference.choice import to_dense_inference as to_dense_inference
     from .inference.choice import to_sparse_inference as to_sparse_inference
@@ -113,6 +124,10 @@ _NAMES = {
     "cli.report": ("report",),
     "cli.search_report": ("SearchReport",),
     "cli.zero_check": ("check_zeros",),
+    "deltas.merging": ("MergeReport", "merge_deltas"),
+    "deltas.report": ("DeltaReport", "TensorChange", "plot_delta", "report_delta"),
+    "deltas.swapping": ("Delta", "load_delta", "swap", "unswap"),
+    "deltas.writing": ("write_delta",),
     "inference.bitmask_linear": ("BitmaskLinear",),
     "inference.choice": ("to_dense_inference", "to_sparse_inference"),
     "inference.loading": ("load_sparse_inference",),

@@ -109,6 +109,7 @@ class _SparseSlice(CompressedTensor):
             index is Ellipsis
             and head is not None
             and head.encoding != DENSE
+            and not head.changes
             and len(head.shape) == 2
             and head.numel - head.values >= self._least * head.numel > 0
             and getattr(torch, DTYPES[head.dtype][1], None) in FLOATS

@@ -70,10 +70,21 @@ def expand(width: int, places: Bytes, values: Any, result: Any) -> None:
             *(_whole(values.size), _whole(result.size), _address(result)),
         )
         return
+    put(width, places, values, result)
+
+
+def put(width: int, places: Bytes, values: Any, result: Any) -> None:
+    """Write values to their places in ``result``, of one dimension, and leave all others; see :func:`expand`."""
     taken = 0
     for begin, indices in _chunks(width, places, result.size):
         result[begin:][indices] = values[taken : taken + indices.size]
         taken += indices.size
+
+
+def indices_of(width: int, places: Bytes, size: int) -> Any:
+    """Return the places among ``size`` elements as int64, in order."""
+    found = [indices + begin for begin, indices in _chunks(width, places, size)]
+    return np.concatenate(found) if found else np.empty(0, np.int64)
 
 
 def decode_values(

@@ -14,9 +14,11 @@ from typing import Any
 
 import numpy as np
 
+from .bits import indices_of
 from .container import BLOCK, FormatError, header_of, read_header
-from .encoding import HEAD_LIMIT, Blob, Bytes, decode, parse
+from .encoding import HEAD_LIMIT, Blob, Bytes, decode, opened, parse, values_of
 from .manifest import MANIFEST, header_checksum, is_compressed, read_manifest, sha256
+from .model_tensors import BaseTensors
 from .packed import PackedBlock, packed_bytes
 
 
@@ -52,9 +54,13 @@ class CompressedFile:
     The header, the manifest and the heads of blocks are checked at once; a tensor, and its checksum, when it is first
     used. Tensors that are stored plainly share the pages of the file, as those of safetensors do: copy-on-write.
 
+    The tensors of a delta's file are those of its base with the changes that the file holds.
+
     Args:
         file: The file, or its bytes.
         device: The device for tensors.
+        base_folder: The folder of a delta's base; by default it is looked for as the manifest says, if it is needed.
+        depth: How many deltas lead to this file.
         in_place: Whether plain tensors may share the file's pages. They are copied on Windows, which would reserve
             memory for the whole file.
 
@@ -63,7 +69,13 @@ class CompressedFile:
     """
 
     def __init__(
-        self, file: str | os.PathLike[str] | bytes, device: Any = "cpu", *, in_place: bool = sys.platform != "win32"
+        self,
+        file: str | os.PathLike[str] | bytes,
+        device: Any = "cpu",
+        *,
+        in_place: bool = sys.platform != "win32",
+        base_folder: Path | None = None,
+        depth: int = 0,
     ) -> None:
         self._device, self._in_place = device, in_place and not isinstance(file, bytes)
         self._data = file if isinstance(file, bytes) else None
@@ -75,7 +87,9 @@ class CompressedFile:
         else:
             self.header = read_header(self._file)
         self._length = max((entry.begin + entry.size for entry in self.header.entries.values()), default=0)
-        checksum, stated = read_manifest(self.header, self._file.name)
+        checksum, stated, self.base = read_manifest(self.header, self._file.name)
+        near = None if isinstance(file, bytes) else self._file.parent
+        self._base_tensors = None if self.base is None else BaseTensors(self.base, near, base_folder, depth + 1)
         # The checksums that were not compared yet, each with a lock for the one who does.
         self._stated: dict[str, str] = {}
         if checksums_wanted():
@@ -87,6 +101,9 @@ class CompressedFile:
         self._locks = {name: Lock() for name in self._stated}
         self._heads = {name: self._head(name) for name, entry in self.header.entries.items() if entry.dtype == BLOCK}
         self._mapping = None
+        changed = {name for name, head in self._heads.items() if head.changes}
+        if changed != (set() if self.base is None else self.base.sha256.keys()):
+            raise FormatError(f"{self._file.name} is damaged or forged: its manifest names a base for other tensors.")
 
     def again(self) -> CompressedFile:
         """Return the file with pages of its own, which knows what has been checked already."""
@@ -127,16 +144,33 @@ class CompressedFile:
         what, kind = f"{name!r} in {self._file.name}", getattr(torch, DTYPES[dtype][1], None)
         if kind is None:  # float8_e8m0fnu came in torch 2.7
             raise FormatError(f"{what} has the dtype {dtype}, which torch {torch.__version__} does not have.")
-        data = self.stored(name)
-        head = self.head(name)
-        if head is not None:
-            data = decode(data, memory_limit(head.dense), what)[0]
+        data = self.plain(name)
+        if name in self._heads:
             self.release(name)
         elif not self._in_place or data.size and data.ctypes.data % kind.itemsize:
             data = data.copy()
             self.release(name)
         tensor = torch.from_numpy(data).view(kind).reshape(shape) if data.size else torch.empty(shape, dtype=kind)
         return tensor.to(self._device)
+
+    def plain(self, name: str) -> Bytes:
+        """Return the bytes of a tensor, decoded; those of one that is stored plainly are read when they are used."""
+        data, head = self.stored(name), self.head(name)
+        if head is None:
+            return data
+        what, limit = f"{name!r} in {self._file.name}", memory_limit(head.dense)
+        if not head.changes or self._base_tensors is None:
+            return decode(data, limit, what)[0]
+        return decode(data, limit, what, self._base_tensors.read(name, head.dtype, head.shape, limit))[0]
+
+    def changes(self, name: str) -> tuple[Any, Any]:
+        """Return the places and the new values of a tensor of which a delta has changes.
+
+        Places are int64 in row-major order, ascending, and values unsigned integers with the bits of the tensor's.
+        """
+        what = f"{name!r} in {self._file.name}"
+        head, payload = opened(self.stored(name), what, memory_limit(self._heads[name].dense))
+        return indices_of(head.width, payload[: head.places], head.numel), values_of(head, payload)
 
     def get_tensors(self, names: Any = None) -> dict[str, Any]:
         """Return some tensors by name, or all."""

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
 
-from .bits import decode_values, expand, ones, unplane
+from .bits import decode_values, expand, ones, put, unplane
 from .code_search import find_codes
 from .coded import CODED, MOST_BYTES, CodeForm, Codes, parse_form, stored_numbers, symbols_at
 from .container import DIMENSIONS_LIMIT, ITEMSIZES, FormatError, tensor_bytes
@@ -22,7 +22,7 @@ VERSION = 1
 DENSE, BITMASK, GAPS = 0, 1, 2
 ENCODINGS = {DENSE: "dense", BITMASK: "bitmask", GAPS: "index"}
 
-_ZSTD, _SIGNS, _CODES = 1, 2, 4
+_ZSTD, _SIGNS, _CODES, _CHANGES = 1, 2, 4, 8
 _SIGNED = ("F16", "BF16", "F32", "F64")
 _FIXED = struct.Struct("<8sBBBBB3x16sQQ")
 _UNSIGNED: dict[int, Any] = {1: np.dtype("<u1"), 2: np.dtype("<u2"), 4: np.dtype("<u4"), 8: np.dtype("<u8")}
@@ -46,10 +46,13 @@ class Blob(NamedTuple):
     raw: int  # size of the payload before zstd
     dense: int  # size of the tensor
     codes: CodeForm | None = None  # how codes are stored in place of values
+    changes: bool = False  # whether the values are those that differ from a base's, which has all others
 
     @property
     def kind(self) -> str:
         """What reports call it."""
+        if self.changes:
+            return "changes"
         return ENCODINGS[self.encoding] if self.codes is None else "codes"
 
     @property
@@ -102,19 +105,45 @@ def encode(
         packed = [pack(_payload(elements, way, codes), lengths) for way, lengths in zip(ways, sections, strict=True)]
         choices += [(payload.nbytes + heads[number], number, True) for number, payload in enumerate(packed)]
     size, number, is_packed = min(choices)
-    best, head = ways[number], heads[number]
+    best = ways[number]
     # Readers recognise a block by its dtype, and a plain tensor must keep the alignment of those after it.
     if dtype != "U8" and dense % 8 == 0 and dense <= _padded(size):
         return DENSE, None
     payload = packed[number] if is_packed else _payload(elements, best, codes)
-    blob = np.zeros(_padded(head + payload.nbytes), dtype=np.uint8)
-    flags = (_ZSTD if is_packed else 0) | (_SIGNS if best.signs else 0) | (0 if best.codes is None else _CODES)
-    sizes = best.width, len(shape), dtype.encode(), best.values, payload.nbytes
-    fixed = _FIXED.pack(MAGIC, VERSION, best.encoding, flags, *sizes)
-    form = b"" if best.codes is None else best.codes.packed()
-    blob[:head] = np.frombuffer(fixed + struct.pack(f"<{len(shape)}Q", *shape) + form, dtype=np.uint8)
-    blob[head : head + payload.nbytes] = payload
-    return best.encoding, blob
+    return best.encoding, _assembled(best, payload, dtype, shape, _ZSTD if is_packed else 0)
+
+
+def encode_changes(data: Bytes, base: Bytes, dtype: str, shape: tuple[int, ...], zstd: bool = False) -> Bytes:
+    """Encode the elements of a tensor that differ from a base's, of the same dtype and shape, as :func:`encode` does.
+
+    Returns the block.
+    """
+    kind = _UNSIGNED[ITEMSIZES[dtype]]
+    elements, old = data.view(kind), base.view(kind)
+    count, largest_gap = _look(elements, 0, old)
+    widths = [0, *[width for width in _GAP_WIDTHS if largest_gap < 1 << 8 * width][:1]]
+    found = []
+    for way in [_Way(GAPS if width else BITMASK, count, width, False) for width in widths]:
+        payload = _payload(elements, way, None, old)
+        found.append((payload.nbytes, way, payload, 0))
+        if zstd:
+            packed = pack(payload, _sections(way.encoding, elements.size, count, way.width, elements.itemsize, False))
+            found.append((packed.nbytes, way, packed, _ZSTD))
+    _, best, payload, flags = min(found, key=lambda one: one[0])
+    return _assembled(best, payload, dtype, shape, flags | _CHANGES)
+
+
+def _assembled(way: _Way, payload: Bytes, dtype: str, shape: tuple[int, ...], flags: int) -> Bytes:
+    """Return a block; ``flags`` are those that its way to store the tensor does not say."""
+    flags |= (_SIGNS if way.signs else 0) | (0 if way.codes is None else _CODES)
+    sizes = way.width, len(shape), dtype.encode(), way.values, payload.nbytes
+    fixed = _FIXED.pack(MAGIC, VERSION, way.encoding, flags, *sizes)
+    form = b"" if way.codes is None else way.codes.packed()
+    head = np.frombuffer(fixed + struct.pack(f"<{len(shape)}Q", *shape) + form, dtype=np.uint8)
+    blob = np.zeros(_padded(head.size + payload.nbytes), dtype=np.uint8)
+    blob[: head.size] = head
+    blob[head.size : head.size + payload.nbytes] = payload
+    return blob
 
 
 def smallest_payload(numel: int, values: int, itemsize: int) -> int:
@@ -138,7 +167,7 @@ def parse(head: bytes | Bytes, size: int, what: str) -> Blob:
     _, version, encoding, flags, width, dimensions, name, count, stored = _FIXED.unpack_from(head)
     if version != VERSION:
         raise FormatError(f"{what} has format version {version}; this hf_pdecay reads version {VERSION}.")
-    if encoding not in ENCODINGS or flags & ~(_ZSTD | _SIGNS | _CODES) or head[13:16] != b"\0\0\0":
+    if encoding not in ENCODINGS or flags & ~(_ZSTD | _SIGNS | _CODES | _CHANGES) or head[13:16] != b"\0\0\0":
         refuse(f"unknown encoding {encoding}, flags {flags} or non-zero reserved bytes")
     if dimensions > DIMENSIONS_LIMIT or len(head) < _FIXED.size + 8 * dimensions:
         refuse(f"its head has {dimensions} dimensions and is cut short")
@@ -152,6 +181,9 @@ def parse(head: bytes | Bytes, size: int, what: str) -> Blob:
     signs = bool(flags & _SIGNS)
     if signs and (encoding == DENSE or dtype not in _SIGNED):
         refuse(f"signs of zeros do not match its encoding {ENCODINGS[encoding]} and dtype {dtype}")
+    changes = bool(flags & _CHANGES)
+    if changes and (encoding == DENSE or flags & (_SIGNS | _CODES)):
+        refuse(f"changes to a base do not match its encoding {ENCODINGS[encoding]} and flags {flags}")
     if count > numel or (encoding == DENSE and count != numel):
         refuse(f"it would hold {count} values of {numel} elements")
     begin, codes = _FIXED.size + 8 * dimensions, None
@@ -166,7 +198,8 @@ def parse(head: bytes | Bytes, size: int, what: str) -> Blob:
         refuse(f"its payload has {stored} bytes where {count} values of {numel} elements need {raw}")
     if size != _padded(begin + stored):
         refuse(f"it has {size} bytes where its head needs {_padded(begin + stored)}")
-    return Blob(encoding, bool(flags & _ZSTD), signs, width, dtype, shape, count, begin, stored, raw, dense, codes)
+    sizes = count, begin, stored, raw, dense
+    return Blob(encoding, bool(flags & _ZSTD), signs, width, dtype, shape, *sizes, codes, changes)
 
 
 # Bytes of the longest head.
@@ -186,14 +219,26 @@ def check(blob: Bytes, what: str) -> Blob:
     return head
 
 
-def decode(blob: Bytes, limit: int, what: str) -> tuple[Bytes, Blob]:
+def decode(blob: Bytes, limit: int, what: str, base: Bytes | None = None) -> tuple[Bytes, Blob]:
     """Decode a block to the tensor's bytes as one dimension, writable, and the block's head.
 
-    Raises FormatError if the block is damaged or forged, or, before memory is taken, if the tensor has more than
-    ``limit`` bytes; ValueError if zstandard is needed and not installed.
+    Args:
+        blob: The block.
+        limit: The most bytes that the tensor may have; more are refused before memory is taken.
+        what: What the block is, for errors.
+        base: The bytes of a base's tensor, into which a block of changes is written; they are the result then.
+
+    Raises:
+        FormatError: If the block is damaged or forged, or there is no base for its changes.
+        ValueError: If zstandard is needed and not installed.
     """
     head, payload = opened(blob, what, limit)
     unsigned = _UNSIGNED[head.itemsize]
+    if head.changes:
+        if base is None or base.nbytes != head.dense:
+            raise FormatError(f"{what} is damaged or forged: it holds changes, and there is no base that they fit.")
+        put(head.width, payload[: head.places], values_of(head, payload), base.view(unsigned))
+        return base, head
     if head.codes is not None:
         whole = np.zeros(head.numel, dtype=unsigned)
         _decode_values(head, payload, whole, at_places=True)
@@ -306,8 +351,10 @@ def _sign_bit(itemsize: int) -> int:
     return 1 << 8 * itemsize - 1
 
 
-def _is_value(chunk: Any, sign: int) -> Any:
-    """Which elements have bits other than the sign bit, or any bits if ``sign`` is 0."""
+def _is_value(chunk: Any, sign: int, old: Any = None) -> Any:
+    """Which elements have bits other than the sign bit, or any bits if ``sign`` is 0; or others than a base's."""
+    if old is not None:
+        return chunk != old
     return chunk & chunk.dtype.type(sign - 1) != 0 if sign else chunk != 0
 
 
@@ -322,11 +369,12 @@ def _sign_zeros(result: Any, payload: Bytes, head: Blob) -> None:
         taken += zeros.size
 
 
-def _look(elements: Any, sign: int) -> tuple[int, int]:
-    """The number of values, and the largest number of zeros before one of them."""
+def _look(elements: Any, sign: int, old: Any = None) -> tuple[int, int]:
+    """The number of values, and the largest number of other elements before one of them."""
     count, largest, last = 0, 0, -1
     for begin in range(0, elements.size, _CHUNK):
-        indices = np.flatnonzero(_is_value(elements[begin : begin + _CHUNK], sign))
+        before = None if old is None else old[begin : begin + _CHUNK]
+        indices = np.flatnonzero(_is_value(elements[begin : begin + _CHUNK], sign, before))
         if indices.size:
             largest = max(largest, int(indices[0]) + begin - last - 1)
             if indices.size > 1:
@@ -349,7 +397,7 @@ def _total(sections: Sections) -> int:
     return sum(size for size, _ in sections)
 
 
-def _payload(elements: Any, way: _Way, codes: Codes | None) -> Bytes:
+def _payload(elements: Any, way: _Way, codes: Codes | None, old: Any = None) -> Bytes:
     if way.codes is not None and codes is not None:
         if way.encoding == DENSE:
             return np.concatenate(codes.payload(way.codes, None))
@@ -361,7 +409,7 @@ def _payload(elements: Any, way: _Way, codes: Codes | None) -> Bytes:
     places, values, signs, last = [], [], [], -1
     for begin in range(0, elements.size, _CHUNK):
         chunk = elements[begin : begin + _CHUNK]
-        marks = _is_value(chunk, sign)
+        marks = _is_value(chunk, sign, None if old is None else old[begin : begin + _CHUNK])
         indices = np.flatnonzero(marks)
         values.append(chunk[indices])
         if way.signs:

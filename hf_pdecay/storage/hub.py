@@ -12,7 +12,7 @@ from .folder import CONFIG
 _NOT_FETCHED = ["*.bin", "*.h5", "*.msgpack", "*.ot", "*.onnx", "*.onnx_data", "*.pt", "*.pth", "*.ckpt", "*.gguf"]
 
 
-def local_folder(model: str | os.PathLike[str]) -> Path:
+def local_folder(model: str | os.PathLike[str], revision: str | None = None) -> Path:
     """Return a model's folder, downloaded if ``model`` is a name on the Hub; raise ValueError if neither exists."""
     path = Path(model)
     if path.is_dir():
@@ -21,7 +21,7 @@ def local_folder(model: str | os.PathLike[str]) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(str(model), ignore_patterns=_NOT_FETCHED))
+        return Path(snapshot_download(str(model), revision=revision, ignore_patterns=_NOT_FETCHED))
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError) as error:
         raise ValueError(
             f"Invalid model: {str(model)!r} is not a folder here, and cannot be downloaded from the Hub ({error})."

@@ -8,21 +8,29 @@ from pathlib import Path
 
 from ..terminal import progress
 from .card import remove_note
-from .compressed_file import CompressedFile, memory_limit
+from .compressed_file import CompressedFile
 from .container import FormatError, header_bytes, layout, write_header
-from .encoding import decode
 from .folder import CONFIG, INDEX, WEIGHTS, read_json, write_json
+from .hub import local_folder
 from .manifest import is_compressed
 from .report import StorageReport
 from .source import read_source
 
 
-def decompress(model: str | os.PathLike[str], out: str | os.PathLike[str], *, overwrite: bool = False) -> StorageReport:
-    """Write the plain folder of a compressed model, which loads anywhere.
+def decompress(
+    model: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    *,
+    base: str | os.PathLike[str] | None = None,
+    overwrite: bool = False,
+) -> StorageReport:
+    """Write the plain folder of a compressed model or of a delta, which loads anywhere.
 
     Args:
-        model: A folder that :func:`compress` or :func:`save_compressed` wrote, or its name on the Hub.
+        model: A folder that :func:`compress`, :func:`save_compressed` or :func:`write_delta` wrote, or its name on the
+            Hub.
         out: The folder to write. It appears when it is whole.
+        base: The base of a delta: a folder, or a name on the Hub; None takes the one that the delta names.
         overwrite: Replace ``out`` if it is a model's folder.
 
     Returns:
@@ -35,7 +43,10 @@ def decompress(model: str | os.PathLike[str], out: str | os.PathLike[str], *, ov
     folder = source.folder
     if not any(map(is_compressed, source.headers.values())):
         raise FormatError(f"The weights of {str(folder)!r} are not compressed.")
-    files = {name: CompressedFile(folder / name) for name in source.headers}
+    beneath = None if base is None else local_folder(base)
+    files = {name: CompressedFile(folder / name, base_folder=beneath) for name in source.headers}
+    if beneath is not None and not any(file.base for file in files.values()):
+        raise FormatError(f"Invalid base: {str(folder)!r} is not a delta, and has no base.")
     report = StorageReport(headers=sum(len(file.header.raw) + 8 for file in files.values()))
     for file in files.values():
         for name, entry in file.header.entries.items():
@@ -64,9 +75,5 @@ def _write_plain(file: Path, compressed: CompressedFile, out: Path) -> None:
     with open(out, "wb") as handle:
         write_header(handle, header_bytes(plain, compressed.metadata()))
         for name in progress(plain, f"Decompressing {file.name}", len(plain)):
-            data = compressed.stored(name)
-            head = compressed.head(name)
-            if head is not None:
-                data, _ = decode(data, memory_limit(head.dense), f"{name!r} in {file.name}")
-            handle.write(data.data)
+            handle.write(compressed.plain(name).data)
             compressed.release(name)

@@ -18,9 +18,9 @@ from ..terminal import progress
 from .card import add_note
 from .casting import CASTS, cast, cast_config
 from .container import BLOCK, ITEMSIZES, Entry, FormatError, Header, write_header
-from .encoding import Blob, Bytes, decode, encode, parse
+from .encoding import HEAD_LIMIT, Blob, Bytes, decode, encode, encode_changes, parse
 from .folder import CONFIG, INDEX, WEIGHTS, check_out, inside, read_json, scratch_folder, write_json
-from .manifest import compressed_header, sha256
+from .manifest import Base, compressed_header, sha256
 from .report import StorageReport
 from .source import Source, read_source
 from .zstd_planes import is_installed, likely_bytes
@@ -158,14 +158,15 @@ def _write_shards(
     """Write the files of weights; returns the tensors of each file, and the bytes of all tensors when decoded."""
     size = 0
     with TemporaryFile(dir=aside) as waiting:
-        shards = _Shards(aside, waiting, {"format": "pt"} | next(iter(source.headers.values())).metadata, report)
+        shards = Shards(aside, waiting, {"format": "pt"} | next(iter(source.headers.values())).metadata, report)
         for name, header in source.headers.items():
             tensors = _tensors(source.folder / name, header)
             for tensor, entry, raw in progress(tensors, f"Compressing {name}", len(header.entries)):
                 data, vanished = raw, 0
                 if settings.dtype is not None:
                     data, entry, vanished = cast(raw, tensor, entry, settings.dtype)  # noqa: PLW2901
-                blob = _encoded(tensor, entry, data, settings)
+                form = entry.dtype, entry.shape
+                blob = encoded(tensor, *form, data, zstd=settings.zstd, block=settings.block)
                 head = None if blob is None else parse(blob, blob.nbytes, tensor)
                 stored = data if blob is None else blob
                 size += data.nbytes
@@ -227,17 +228,35 @@ def _saving(stored: Bytes, form: Blob | Entry) -> int:
     return max(stored.nbytes - likely_bytes(stored, [(stored.nbytes, ITEMSIZES[form.dtype])]), 0)
 
 
-def _encoded(name: str, entry: Entry, data: Bytes, settings: _Settings) -> Bytes | None:
-    """Encode a tensor, and check that it decodes to the same bits; None: it is stored plainly."""
-    _, blob = encode(data, entry.dtype, entry.shape, settings.zstd, settings.block)
+def encoded(
+    name: str,
+    dtype: str,
+    shape: tuple[int, ...],
+    data: Bytes,
+    *,
+    zstd: bool,
+    block: int | None = None,
+    base: Bytes | None = None,
+) -> Bytes | None:
+    """Encode a tensor, and check that it decodes to the same bits; None: it is stored plainly.
+
+    With the bytes of a ``base`` only what differs from it is stored, if that takes hardly more bytes.
+    """
+    changes = None if base is None else encode_changes(data, base, dtype, shape, zstd)
+    blob = changes
+    if changes is None or changes.nbytes > data.nbytes / 2:
+        _, blob = encode(data, dtype, shape, zstd, block)
+        # A small tensor is not said to be changed as a whole to save the bytes of a head.
+        if changes is not None and changes.nbytes < (data if blob is None else blob).nbytes + HEAD_LIMIT:
+            blob = changes
     if blob is None:
         return None
-    if not np.array_equal(decode(blob, data.nbytes, repr(name))[0], data):
+    if not np.array_equal(decode(blob, data.nbytes, repr(name), None if base is None else base.copy())[0], data):
         raise RuntimeError(f"{name!r} is not bit-identical after encoding and decoding; please report it.")
     return blob
 
 
-class _Shards:
+class Shards:
     """Files of weights that are written one after the other; ``files`` has the tensors of each.
 
     The tensors' bytes of the current file wait in ``data``: its header comes before them and is only known after them.
@@ -255,9 +274,9 @@ class _Shards:
         self._tensors[name] = dtype, shape
         self._checksums[name] = sha256(stored.data)
 
-    def close(self, name: str) -> None:
-        """Write the current file under a name, and begin the next."""
-        raw = compressed_header(self._tensors, self._metadata, self._checksums)
+    def close(self, name: str, base: Base | None = None) -> None:
+        """Write the current file under a name, and begin the next; ``base`` is that of a delta."""
+        raw = compressed_header(self._tensors, self._metadata, self._checksums, base)
         self._data.seek(0)
         with open(self._folder / name, "wb") as file:
             write_header(file, raw)

@@ -1,0 +1,1 @@
+"""Deltas: files of the weights in which a fine-tuned model differs from its base."""
