@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..storage.code_search import find_codes
+from ..storage.code_search import search_codes
 from .packed_weight import PackedWeight
 
 
@@ -54,7 +54,7 @@ def codes_of(weight: Tensor | PackedWeight) -> KernelCodes | None:
     else:
         plain = weight.detach().contiguous()
         words = plain.view(_WIDTHS[plain.element_size()]).numpy().reshape(-1)
-        found = find_codes(words.view(f"u{words.itemsize}"), _DTYPES[plain.dtype], (out, size))
+        found = search_codes(words.view(f"u{words.itemsize}"), _DTYPES[plain.dtype], (out, size))
         if found is None or found.offsets is not None or (found.inner, found.inputs) != (1, size):
             return None
         codes = torch.from_numpy(found.codes).view(out, size)

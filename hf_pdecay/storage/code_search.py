@@ -31,7 +31,7 @@ _MOST_SHIFT = 36  # so that whole numbers of 24 digits fit into 63
 _MOST_TRIED = 2  # sizes of blocks and layouts
 
 
-def find_codes(elements: Any, dtype: str, shape: tuple[int, ...], block: int | None = None) -> Codes | None:
+def search_codes(elements: Any, dtype: str, shape: tuple[int, ...], block: int | None = None) -> Codes | None:
     """Find codes and scales that give exactly the elements of a tensor.
 
     Args:

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, NoReturn
 import numpy as np
 
 from .bits import decode_values, expand, ones, put, unplane
-from .code_search import find_codes
+from .code_search import search_codes
 from .coded import CODED, MOST_BYTES, CodeForm, Codes, parse_form, stored_numbers, symbols_at
 from .container import DIMENSIONS_LIMIT, ITEMSIZES, FormatError, tensor_bytes
 from .zstd_planes import SPARE, Bytes, Sections, check_frame, pack, unpack
@@ -93,7 +93,7 @@ def encode(
         raise FormatError(f"The tensor has {data.nbytes} bytes where its dtype and shape need {dense}.")
     itemsize = ITEMSIZES[dtype]
     elements = data.view(_UNSIGNED[itemsize])
-    codes = find_codes(elements, dtype, shape, block)
+    codes = search_codes(elements, dtype, shape, block)
     ways = _ways(elements, dtype, codes)
     sections = [
         _sections(way.encoding, elements.size, way.values, way.width, itemsize, way.signs, way.codes) for way in ways

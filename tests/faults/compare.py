@@ -1,4 +1,4 @@
-"""What two runs left, compared to the bit."""
+"""What two runs left, compared bit by bit."""
 
 from __future__ import annotations
 
