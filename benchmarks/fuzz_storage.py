@@ -32,7 +32,7 @@ from typing import Any
 
 import numpy as np
 
-from hf_pdecay import FormatError, compress, decompress
+from hf_pdecay import FormatError, compress, decompress, write_delta
 from hf_pdecay.storage import container, encoding, zstd_planes
 from hf_pdecay.storage.compressed_file import CompressedFile
 from hf_pdecay.storage.container import BLOCK, header_bytes, layout, read_header
@@ -220,6 +220,35 @@ class Files:
         return judge(lambda: self.read() == self.tensors[which])
 
 
+class Deltas(Files):
+    """Files of deltas, with checksums made right, whose base is a model of two files."""
+
+    def __init__(self, folder: Path) -> None:
+        self.name, self.may_differ, self.forged = "a delta, checksums made right", True, True
+        self.base, tuned = folder / "plain", folder / "tuned"
+        make_folder(self.base, folder / "small")
+        shutil.copytree(self.base, tuned)
+        for file in sorted(tuned.glob("*.safetensors")):
+            bits = bytearray(file.read_bytes())
+            for place in range(len(bits) - 4000, len(bits), 97):
+                bits[place] ^= 1
+            file.write_bytes(bits)
+        self.work = folder / "model.safetensors"
+        self.files = []
+        for zstd in (False, True):
+            write_delta(self.base, tuned, folder / "delta", zstd=zstd, overwrite=True)
+            self.files.append((folder / "delta" / "model.safetensors").read_bytes())
+        self.tensors = []
+        for content in self.files:
+            self.work.write_bytes(content)
+            self.tensors.append(self.read())
+
+    def read(self) -> dict[str, tuple[str, tuple[int, ...], bytes]]:
+        """Check a file and put its changes into its base."""
+        file = CompressedFile(self.work, base_folder=self.base)
+        return {name: (*file.form(name), file.plain(name).tobytes()) for name in file.header.entries}
+
+
 class Folders:
     """Folders as :func:`decompress` reads them, with one of their files changed."""
 
@@ -298,7 +327,9 @@ def make_right(file: Path) -> None:
         for name, entry in read_header(file).entries.items()
     }
     if isinstance(parsed.get("__metadata__"), dict):
-        manifest = {"format_version": 2, "header": "0" * 64, "sha256": sums}
+        manifest = {"format_version": 3, "header": "0" * 64, "sha256": sums}
+        with contextlib.suppress(ValueError, KeyError, TypeError):  # a base is not recomputed
+            manifest["base"] = json.loads(parsed["__metadata__"]["hf_pdecay"])["base"]
         parsed["__metadata__"]["hf_pdecay"] = json.dumps(manifest)
     raw = json.dumps(parsed).encode("utf-8", "surrogatepass")
     raw = raw.replace(b"0" * 64, hashlib.sha256(raw).hexdigest().encode(), 1)
@@ -366,7 +397,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         folder = Path(name)
         if options.atheris:
             with_atheris(folder, options.inputs)
-        targets = [Blocks(folder), Files(folder / "a", False), Files(folder / "b", True), Folders(folder / "c")]
+        files = [Files(folder / "a", False), Files(folder / "b", True), Deltas(folder / "d")]
+        targets = [Blocks(folder), *files, Folders(folder / "c")]
         size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
         limits = resource.getrlimit(resource.RLIMIT_AS)
         resource.setrlimit(resource.RLIMIT_AS, (size + MEMORY, limits[1]))
