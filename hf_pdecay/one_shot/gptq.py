@@ -85,13 +85,11 @@ def codes_by_hessian(weight: Tensor, hessian: Tensor, grid: Grid) -> tuple[Tenso
         if place % block == 0:
             here = slice(place, min(place + block, dense.shape[1]))
             piece = columns[column : column + block].T * kept[:, here]
+            scale.copy_(find_scales(piece, grid, weight.dtype, matter[here]))
             if grid.by_largest:
                 most, at = piece.abs().max(1, keepdim=True)
-                scale.copy_(torch.where(most > 0, most / high, 1)[:, 0])
                 moving[:, here].scatter_(1, at, most == 0)
                 signs[:, here].scatter_(1, at, piece.gather(1, at).sign().to(signs.dtype))
-            else:
-                scale.copy_(find_scales(piece, grid, weight.dtype, matter[here]))
         values = (columns[column] / scale).round_().clamp_(*grid.codes).mul_(scale).mul_(stays)
         if grid.by_largest:
             values = torch.where(signs[:, place] == 0, values, signs[:, place] * high * scale)

@@ -26,8 +26,8 @@ class Grid:
         bits: Width of the codes: 8 to 2, or 1.58 for -1, 0 and 1.
         block: Consecutive inputs that share a scale; the last block of a row may be shorter.
         scales: A dtype in which every scale is a number; None for that of the weights.
-        by_largest: Whether the largest weight of a block has the last code and keeps it, so that its magnitude over
-            that code is the scale. Codes are as far below zero as above it then.
+        by_largest: Whether the largest weight of a block has the last code and keeps it, so that the largest magnitude
+            of the result over that code is the scale. Codes are as far below zero as above it then.
 
     Raises:
         ValueError: If ``bits`` or ``block`` is invalid.
