@@ -168,7 +168,8 @@ def test_a_name_on_the_hub_is_fetched_without_pickles(tmp_path: Path, monkeypatc
     saved("gpt2", tmp_path / "plain")
     asked: list[tuple[str, list[str]]] = []
 
-    def fetched(name: str, *, ignore_patterns: list[str]) -> str:
+    def fetched(name: str, *, revision: str | None, ignore_patterns: list[str]) -> str:
+        assert revision is None
         asked.append((name, ignore_patterns))
         return str(tmp_path / "plain")
 

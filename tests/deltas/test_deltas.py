@@ -359,3 +359,25 @@ def test_deltas_on_each_other_end(folders: dict[str, Path], tmp_path: Path) -> N
         write_delta(folders["base"], folders["tuned"], tmp_path / name, base_name=f"../{other}")
     with pytest.raises(FormatError, match="more than 16 deltas on each other"):
         decompress(tmp_path / "a", tmp_path / "plain")
+
+
+def test_a_base_on_the_hub_is_named_with_its_revision(
+    folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import huggingface_hub
+
+    snapshot = tmp_path / "hub" / "models--me--base" / "snapshots" / "0123abc"
+    tf.AutoModelForCausalLM.from_pretrained(folders["base"]).save_pretrained(snapshot)
+    report = write_delta(snapshot, folders["tuned"], tmp_path / "delta")
+    assert (report.base, report.revision) == ("me/base", "0123abc")
+    asked = []
+
+    def fetched(name: str, *, revision: str | None, ignore_patterns: list[str]) -> str:
+        asked.append((name, revision))
+        return str(snapshot)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fetched)
+    monkeypatch.chdir(tmp_path)
+    decompress(tmp_path / "delta", tmp_path / "plain")
+    assert set(asked) == {("me/base", "0123abc")}
+    assert _same(_tensors(tmp_path / "plain"), _tensors(folders["tuned"]))
