@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -122,9 +123,10 @@ class SparsityControlCallback(FirstCallback):
         step = replace(settings, sparsity_begin=begin).schedule(state.max_steps).begin
         self._cut = None
         if method != OFF and state.global_step <= step:
-            self._cut = OneShotCut(
-                kwargs["model"], kwargs["train_dataloader"], method, must=self.one_shot != AUTO, seed=args.seed
-            )
+            with nullcontext() if self.rounding is None else self.rounding.without_rounding():
+                self._cut = OneShotCut(
+                    kwargs["model"], kwargs["train_dataloader"], method, must=self.one_shot != AUTO, seed=args.seed
+                )
             method = self._cut.method
         for group in groups:
             group["one_shot"] = method
@@ -135,12 +137,9 @@ class SparsityControlCallback(FirstCallback):
     def _prune_at_once(self, state: TrainerState, model: nn.Module) -> None:
         if self._cut is None or self._control is None or state.global_step != self._control.schedule.begin:
             return
-        tell, rounding = state.is_world_process_zero, self.rounding
-        if rounding is None:
-            self._cut.prune(model, self._control.moving_budgets(), tell=tell)
-        else:
-            with rounding.without_rounding():
-                self._cut.prune(model, self._control.moving_budgets(), rounding.widths(), tell=tell)
+        widths = {} if self.rounding is None else self.rounding.widths()
+        with nullcontext() if self.rounding is None else self.rounding.without_rounding():
+            self._cut.prune(model, self._control.moving_budgets(), widths, tell=state.is_world_process_zero)
         self._cut = None
 
     def _note_zeros(self, state: TrainerState) -> None:
