@@ -184,6 +184,22 @@ def test_by_default_a_pretrained_model_is_pruned_at_once(tmp_path: Path, caplog:
     assert 0 < watch.shares[12] < 0.5
 
 
+def test_few_bits_do_not_hide_that_a_model_is_pretrained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = _trained(build("llama"))
+    rows = torch.stack([row["input_ids"] for row in _COUNTING[:4]])
+    expected = model(rows).logits
+    seen = []
+
+    def is_trained(model: Any, _: Any) -> bool:
+        seen.append(torch.equal(model(rows).logits, expected))
+        return True
+
+    monkeypatch.setattr("hf_pdecay.trainer.one_shot_cut._is_trained", is_trained)
+    trainer, watch = _trainer(tmp_path, model, one_shot="auto", data=_COUNTING, weight_bits=4)
+    trainer.train()
+    assert seen == [True] and watch.shares[15:17] == [0, pytest.approx(0.5, abs=1e-2)]
+
+
 def test_beyond_half_of_the_weights_the_schedule_prunes(tmp_path: Path) -> None:
     trainer, watch = _trainer(tmp_path, target_sparsity=0.8)
     trainer.train()
