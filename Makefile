@@ -48,8 +48,9 @@ test: $(VENV)/.installed ## run all tests except those of several processes
 
 # torch is the same release in both environments, so what needs nothing but torch (optim, target and the benchmarks)
 # cannot differ there: only those of its tests run that meet transformers, schedulefree or torchao.
-FLOOR_TESTS := $(addprefix tests/,adapters cli examples faults inference layers measurements one_shot rules shrinking sparsity \
-	storage trainer test_import.py optim/test_adamw_lp_plain.py optim/test_lp_decay_state.py optim/test_optimizer_names.py)
+FLOOR_TESTS := $(addprefix tests/,adapters cli deltas examples exports faults inference layers measurements one_shot rules \
+	shrinking sparsity storage trainer test_import.py \
+	optim/test_adamw_lp_plain.py optim/test_lp_decay_state.py optim/test_optimizer_names.py)
 
 test-floor: $(FLOOR)/.installed ## run the fast tests of what meets other libraries, with the oldest supported releases
 	$(FLOOR)/bin/python -m pytest -n $(WORKERS) --dist worksteal -m "not slow and not distributed" $(FLOOR_TESTS) $(PYTEST_ARGS)

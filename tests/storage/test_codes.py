@@ -215,7 +215,7 @@ def forged(change: dict[int, int], zeros: float = 0.5) -> Any:
     ("change", "zeros", "match"),
     [
         ({10: 6}, 0.5, "signs of zeros"),
-        ({10: 8}, 0.5, "flags 8"),
+        ({10: 16}, 0.5, "flags 16"),
         ({64: 0, 65: 0}, 0.5, "blocks of 128 among 0 inputs"),
         ({71: 255}, 0.5, "do not fit"),
         ({72: 0}, 0.5, "do not fit"),

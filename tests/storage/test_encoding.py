@@ -179,7 +179,8 @@ FORGED: dict[str, tuple[Callable[[], bytearray], str]] = {
     "version": (lambda: put(block_of(1), 8, "<B", 2), "version 2; this hf_pdecay reads version 1"),
     "encoding": (lambda: put(block_of(1), 9, "<B", 3), "encoding 3"),
     "other encoding": (lambda: put(block_of(2), 9, "<B", 1), "gaps of 1 bytes"),
-    "flags": (lambda: put(block_of(1), 10, "<B", 8), "flags 8"),
+    "flags": (lambda: put(block_of(1), 10, "<B", 16), "flags 16"),
+    "changes with signs": (lambda: put(block_of(1), 10, "<B", 10), "changes to a base"),
     "signs of none": (
         lambda: put(block_of(1), 10, "<B", 2),
         "has 1797 bytes where 418 values of 1000 elements",

@@ -301,7 +301,7 @@ from hf_pdecay import compress
 from hf_pdecay.storage import folder, writer
 place, count = sys.argv[3], int(sys.argv[4])
 owner, name = {
-    "tensor": (writer._Shards, "add"), "file": (writer._Shards, "close"), "rename": (Path, "rename"),
+    "tensor": (writer.Shards, "add"), "file": (writer.Shards, "close"), "rename": (Path, "rename"),
     "removal": (folder.shutil, "rmtree"),
 }[place]
 real = getattr(owner, name)
