@@ -119,6 +119,8 @@ class SparsityControlCallback(FirstCallback):
         method = self.one_shot
         if state.global_step > 0:
             method = next((group["one_shot"] for group in groups if "one_shot" in group), OFF)
+        elif method == AUTO and self.rounding is not None and self.rounding.widths():
+            method = OFF  # measured: codes that training has not moved yet leave it less to repair
         begin = cut_at(settings, state.max_steps)
         step = replace(settings, sparsity_begin=begin).schedule(state.max_steps).begin
         self._cut = None

@@ -62,7 +62,8 @@ class DecayFields(Target):
         AUTO,
         "How a language model is pruned at once, to the target or half of its weights, halfway from sparsity_begin to "
         "sparsity_end: fisher, sparsegpt, wanda or magnitude, as by hf-pdecay prune, from rows of the training data. "
-        "off prunes step by step. auto is fisher for a pretrained causal language model, and off for others.",
+        "off prunes step by step. auto is fisher for a pretrained causal language model, and off for others "
+        "and beside weight_bits.",
         (AUTO, OFF, *METHODS),
     )
     weight_bits: float | None = setting(
