@@ -146,7 +146,7 @@ def test_a_run_that_prunes_at_once_sees_exact_inputs(data: Any, tmp_path: Path) 
 
     trainer.without_rounding = Look
     trainer.train()
-    assert seen == [{}] and len(rounded_inputs(trainer.model)) == 14
+    assert seen == [{}, {}] and len(rounded_inputs(trainer.model)) == 14  # as it reads rows, and as it prunes
     assert trainer.measure_sparsity().sparsity == pytest.approx(0.6, abs=1e-3)
 
 
