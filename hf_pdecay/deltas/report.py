@@ -138,7 +138,7 @@ def read_delta(delta: str | os.PathLike[str], folder: Path | None = None) -> tup
         folder: That of its base; None takes the one that it names.
 
     Raises:
-        FormatError: If it is no delta, or is damaged.
+        FormatError: If the folder holds another kind of model, or is damaged.
     """
     model = read_model(delta)
     header = model.headers.get(WEIGHTS)

@@ -125,7 +125,7 @@ def unswap(model: nn.Module) -> None:
     """Give a model the weights back that it had before :func:`swap`; others, if trained since, stay.
 
     Raises:
-        ValueError: If there is no delta in the model.
+        ValueError: If :func:`swap` has put nothing into the model.
     """
     if model not in _swapped:
         raise ValueError("Invalid model: there is no delta in it; call swap first.")

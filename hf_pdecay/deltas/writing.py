@@ -71,7 +71,7 @@ def write_delta(
 
 
 def _write(old: ModelTensors, new: ModelTensors, file: Path, base: Base, zstd: bool) -> None:
-    """Write the file of a delta; ``base`` gets the checksums of the tensors of which it has changes."""
+    """Write the file of a delta; ``base`` gets the checksums of the tensors that it changes."""
     metadata = {"format": "pt"} | next(iter(new.headers.values())).metadata
     metadata.pop(BLOCK, None)
     with TemporaryFile(dir=file.parent) as waiting:

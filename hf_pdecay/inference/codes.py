@@ -13,7 +13,7 @@ from .packed_weight import PackedWeight
 
 
 WORD = 64
-"""Weights of a word, of which blocks consist."""
+"""Weights of a word; a block is one or more of them."""
 WORDS = 4
 """Words of the largest block."""
 

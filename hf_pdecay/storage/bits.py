@@ -138,7 +138,7 @@ def decode_values(
 
 
 def unplane(planes: Bytes, width: int, result: Bytes) -> None:
-    """Write elements of some bytes, of which all first bytes are given, then all second ones, and so on."""
+    """Write elements from their bytes: all first bytes are given, then all second ones, and so on."""
     compiled = library() if width > 1 else None
     if compiled is not None and width in (2, 4, 8):
         compiled.hf_pdecay_unplane(width, _address(planes), _whole(planes.size // width), _address(result))

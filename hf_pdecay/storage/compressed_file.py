@@ -164,7 +164,7 @@ class CompressedFile:
         return decode(data, limit, what, self._base_tensors.read(name, head.dtype, head.shape, limit))[0]
 
     def changes(self, name: str) -> tuple[Any, Any]:
-        """Return the places and the new values of a tensor of which a delta has changes.
+        """Return the places and the new values of a tensor that a delta changes.
 
         Places are int64 in row-major order, ascending, and values unsigned integers with the bits of the tensor's.
         """

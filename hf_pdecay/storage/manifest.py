@@ -28,7 +28,7 @@ class Base(NamedTuple):
 
     name: str  # on the Hub, or a folder, from the delta's or absolute
     revision: str | None  # on the Hub
-    sha256: dict[str, str]  # of each tensor of which the delta's file has the changes
+    sha256: dict[str, str]  # of each tensor that the delta changes
 
 
 class Manifest(NamedTuple):
