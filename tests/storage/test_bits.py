@@ -8,17 +8,6 @@ import pytest
 from hf_pdecay.storage import bits
 
 
-@pytest.fixture(params=["compiled", "numpy"])
-def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    if request.param == "numpy":
-        monkeypatch.setattr(bits, "library", lambda: None)
-    else:
-        monkeypatch.setattr(bits, "_compiling", True)
-        if bits.library() is None:
-            pytest.skip("needs a C++ compiler")
-    return str(request.param)
-
-
 SHAPES = ((1, 1), (1, 200), (7, 9), (64, 64), (65, 127), (130, 72), (300, 3), (3, 300), (9, 1000), (2, 70_000))
 
 

@@ -14,7 +14,6 @@ from torch import Tensor
 from hf_pdecay import gptq, round_to_nearest
 from hf_pdecay.low_bit.grid import WIDTHS, grid_of
 from hf_pdecay.low_bit.transform import Layout, round_blocks
-from hf_pdecay.storage import bits
 from hf_pdecay.storage import encoding as blocks
 from hf_pdecay.storage.encoding import decode, encode, parse
 from hf_pdecay.storage.packed import PackedBlock
@@ -24,17 +23,7 @@ from ..helpers.reference.compressed_reader import read_block
 
 NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 LIMIT = 1 << 30
-
-
-@pytest.fixture(params=["compiled", "numpy"], autouse=True)
-def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    if request.param == "numpy":
-        monkeypatch.setattr(bits, "library", lambda: None)
-    else:
-        monkeypatch.setattr(bits, "_compiling", True)
-        if bits.library() is None:
-            pytest.skip("needs a C++ compiler")
-    return str(request.param)
+pytestmark = pytest.mark.usefixtures("way")
 
 
 def weights(*shape: int, zeros: float = 0.0, seed: int = 0) -> Tensor:
