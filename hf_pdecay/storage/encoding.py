@@ -100,16 +100,19 @@ def encode(
     ]
     heads = [_FIXED.size + 8 * len(shape) + (0 if way.codes is None else len(way.codes.packed())) for way in ways]
     choices = [(_total(lengths) + heads[number], number, False) for number, lengths in enumerate(sections)]
-    packed: list[Bytes] = []
-    if zstd:
-        packed = [pack(_payload(elements, way, codes), lengths) for way, lengths in zip(ways, sections, strict=True)]
-        choices += [(payload.nbytes + heads[number], number, True) for number, payload in enumerate(packed)]
+    smallest: Bytes | None = None  # no other is kept in memory
+    for number, (way, lengths) in enumerate(zip(ways, sections, strict=True)) if zstd else ():
+        packed = pack(_payload(elements, way, codes), lengths)
+        if smallest is None or packed.nbytes + heads[number] < choices[-1][0]:
+            choices[len(ways) :] = [(packed.nbytes + heads[number], number, True)]
+            smallest = packed
     size, number, is_packed = min(choices)
     best = ways[number]
     # Readers recognise a block by its dtype, and a plain tensor must keep the alignment of those after it.
     if dtype != "U8" and dense % 8 == 0 and dense <= _padded(size):
         return DENSE, None
-    payload = packed[number] if is_packed else _payload(elements, best, codes)
+    payload = smallest if is_packed and smallest is not None else _payload(elements, best, codes)
+    del smallest
     return best.encoding, _assembled(best, payload, dtype, shape, _ZSTD if is_packed else 0)
 
 
