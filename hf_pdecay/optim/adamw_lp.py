@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from .backends import MIN_COMPILED, BackendChoice, all_finite
+from .bases import ZERO
 from .decay_optimizer import DecayOptimizer
 from .defaults import LAMBDA_P, P_NORM
 from .distributed import agreed_finite, is_dtensor, local, local_grad, shard_place
@@ -59,6 +60,8 @@ class AdamWLp(DecayOptimizer):
         p_norm: p, above 0. Below 2 weights become exactly zero, and the smaller p, the sharper the choice.
         lambda_p: λ_p, at least 0. The penalty minimised is (λ_p / p) ‖w‖_p^p.
         keep_zeros: Whether weights that are zero stay zero, also where λ_p or the learning rate is 0.
+        decay_to: ``"zero"``, or ``"base"``: then the distance of each weight from its value before the first step
+            decays, and weights become bit-identical to that value, see :mod:`~hf_pdecay.optim.bases`.
         maximize: Whether to maximise the objective.
         skip_nonfinite: Whether a NaN or infinite gradient in any group with this set skips the step of all of them;
             :attr:`skipped_steps` counts such steps.
@@ -90,6 +93,7 @@ class AdamWLp(DecayOptimizer):
         p_norm: float = P_NORM,
         lambda_p: float = LAMBDA_P,
         keep_zeros: bool = False,
+        decay_to: str = ZERO,
         maximize: bool = False,
         skip_nonfinite: bool = True,
         moments: str | None = None,
@@ -98,7 +102,7 @@ class AdamWLp(DecayOptimizer):
         self._backend = BackendChoice(backend)
         self._cache = _Cache()
         defaults: dict[str, Any] = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
-        defaults.update(p_norm=p_norm, lambda_p=lambda_p, keep_zeros=keep_zeros, maximize=maximize)
+        defaults.update(p_norm=p_norm, lambda_p=lambda_p, keep_zeros=keep_zeros, decay_to=decay_to, maximize=maximize)
         # The counter is a default, so that a checkpoint carries it.
         defaults.update(skip_nonfinite=skip_nonfinite, moments=moments, skipped_steps=0)
         check_hyperparameters(defaults)

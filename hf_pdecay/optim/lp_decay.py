@@ -10,6 +10,7 @@ from torch.optim.optimizer import Optimizer
 
 from ..checks import check_lambda_p, check_p_norm
 from .base_optimizers import Batch, batches, check_base, is_schedule_free, step_batch, takes_found_inf
+from .bases import ZERO
 from .decay_after_step import can_compile, copies, decay_weights, on_device, rate_on
 from .decay_optimizer import DecayOptimizer
 from .defaults import LAMBDA_P, P_NORM
@@ -63,6 +64,8 @@ class LpDecay(DecayOptimizer):
         p_norm: p, above 0. Below 2 weights become exactly zero.
         lambda_p: λ_p, at least 0. The penalty minimised is (λ_p / p) ‖w‖_p^p.
         keep_zeros: Whether weights that are zero stay zero, also where λ_p or the learning rate is 0.
+        decay_to: ``"zero"``, or ``"base"``: then the distance of each weight from its value before the first step
+            decays, as in ``AdamWLp``.
         skip_nonfinite: Whether a NaN or infinite gradient in any group with this set skips the step of all groups.
 
     Raises:
@@ -89,10 +92,12 @@ class LpDecay(DecayOptimizer):
         p_norm: float = P_NORM,
         lambda_p: float = LAMBDA_P,
         keep_zeros: bool = False,
+        decay_to: str = ZERO,
         skip_nonfinite: bool = True,
     ) -> None:
         check_base(base_optimizer)
         settings: dict[str, Any] = {"p_norm": p_norm, "lambda_p": lambda_p, "keep_zeros": keep_zeros}
+        settings["decay_to"] = decay_to
         # The counters are settings, so that a checkpoint carries them.
         settings.update(skip_nonfinite=skip_nonfinite, skipped_steps=0, decay_steps=0)
         check_decay_settings({"lr": 0.0, **settings})

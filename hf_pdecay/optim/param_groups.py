@@ -22,6 +22,7 @@ class DecayGroup(TypedDict, total=False):
     p_norm: float  # p of the penalty
     lambda_p: float  # λ_p in the next step; a target sets it, to 0.0 while nothing decays
     keep_zeros: bool  # whether weights that are zero stay zero
+    decay_to: str  # what weights decay to: "zero", or "base", see bases.py
     skip_nonfinite: bool  # whether a NaN or infinite gradient skips the step
     moments: str | None  # how both moments are stored; only in AdamWLp
     decayed: bool  # whether p-norm decay acts on the group in this run, whatever λ_p is now

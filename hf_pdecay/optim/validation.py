@@ -8,7 +8,8 @@ from typing import Any
 
 from torch import Tensor
 
-from ..checks import check_lambda_p, check_p_norm, is_number
+from ..checks import check_choice, check_lambda_p, check_p_norm, is_number
+from .bases import DECAY_TO
 from .moments import check_moments
 from .param_groups import DECAYED_DTYPES, DecayGroup, can_decay, steps_decay
 
@@ -38,6 +39,7 @@ def check_decay_settings(group: dict[str, Any]) -> None:
     check_lambda_p(group["lambda_p"])
     for name in ("keep_zeros", "skip_nonfinite"):
         _check(group, name, isinstance(group[name], bool), "True or False")
+    check_choice("decay_to", group["decay_to"], DECAY_TO)
 
 
 def _in(value: Any, low: float, high: float = math.inf) -> bool:

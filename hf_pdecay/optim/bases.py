@@ -1,0 +1,64 @@
+"""What weights decay to: 0, or their base, the weights from which a fine-tuning run started.
+
+Where a param group has ``decay_to="base"`` it is the *change* c = w - w₀ of each weight that decays:
+
+    w_{n+1} = w₀ + (w' - w₀) · s / (s + α λ_p),   s = |w_n - w₀|^(2-p)
+
+A weight whose change has died is bit-identical to its base in every dtype, because the base itself is stored and not a
+sum. The base is the entry ``base`` of a parameter's state, of its shape, dtype and placement: a copy from before the
+first step, unless :func:`give_bases` has given another. Zero absorbs here as well: a change of 0 stays 0 while λ_p > 0.
+A change that lives, and does not decay in a step, is not rounded to 0 in it: it becomes the smallest one that the dtype
+has, so that a number of unchanged weights is kept exactly.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+ZERO, BASE = "zero", "base"
+DECAY_TO = (ZERO, BASE)
+"""What a param group may decay to."""
+
+
+def decays_to_base(group: Mapping[str, Any]) -> bool:
+    """Whether what decays in a param group is the distance of its weights from their base."""
+    return group.get("decay_to") == BASE
+
+
+def base_in(state: Mapping[str, Any] | None) -> Tensor | None:
+    """Return the base that the state of a parameter holds; None before its first step, and if it decays to 0."""
+    return (state or {}).get("base")
+
+
+def change(weight: Tensor, base: Tensor | None, dtype: torch.dtype | None = None) -> Tensor:
+    """Return what decays of weights, in ``dtype`` (default: theirs): a new tensor w - w₀, or w without a base.
+
+    In float32, and for bfloat16 and float16 weights in float32, it is 0 only where the two are equal.
+    """
+    dtype = weight.dtype if dtype is None else dtype
+    return weight.to(dtype) if base is None else weight.to(dtype) - base.to(dtype)
+
+
+def end_(weight: Tensor, which: Tensor, base: Tensor | None) -> None:
+    """Set weights to what they decay to, in place, where ``which``, a mask of their shape, is true."""
+    if base is None:
+        weight.masked_fill_(which, 0)
+    else:
+        weight.copy_(torch.where(which, base, weight))
+
+
+def next_to(base: Tensor, signs: Tensor) -> Tensor:
+    """Return the numbers next to those of a base in its dtype, above where ``signs`` is above 0 and below elsewhere."""
+    whole = {2: torch.int16, 4: torch.int32, 8: torch.int64}[base.element_size()]
+    least = torch.ones((), dtype=whole, device=base.device).view(base.dtype)
+    zero = base == 0
+    # The bits of numbers above 0 have the order of the numbers, those of numbers below 0 the opposite one.
+    outwards = (base > 0) == (signs > 0)
+    bits = base.contiguous().view(whole)
+    stepped = (bits + torch.where(outwards, 1, -1).to(whole)).view(base.dtype)
+    return torch.where(zero, torch.where(signs > 0, least, -least), stepped)
