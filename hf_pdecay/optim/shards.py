@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from .bases import base_in, change
 from .distributed import Groups, all_sum, is_dtensor, local, shard_groups
 from .moments import dequantize
 
@@ -47,12 +48,12 @@ def held(param: Any) -> Ranked:
     if is_dtensor(param):
         return Ranked(local(param), None, *shard_groups(param))
     if hasattr(param, "ds_tensor"):
-        return _of_group(param.ds_process_group, _unpadded(param, param.ds_tensor.detach()), None)
+        return _of_group(param.ds_process_group, _unpadded(param, param.ds_tensor.detach()))
     return Ranked(param)
 
 
 def ranked(param: Any, optimizer: Optimizer) -> Ranked:
-    """Return the weights that this process steps of a parameter of :func:`group_params`, with their second moment."""
+    """Return the weights that this process steps of a parameter of :func:`group_params`, with moment and base."""
     if hasattr(param, "_z3_optimizer"):
         return _of_group(param.ds_process_group, *_partition_of_zero3(param))
     if hasattr(param, "_hp_mapping"):
@@ -60,7 +61,21 @@ def ranked(param: Any, optimizer: Optimizer) -> Ranked:
     second = second_moment(param, optimizer)
     if second is not None:
         second = dequantize(local(second), torch.promote_types(second.dtype, torch.float32))
-    return Ranked(local(param), second, *shard_groups(param)) if is_dtensor(param) else Ranked(param, second)
+    base = base_in(optimizer.state.get(param))
+    if is_dtensor(param):
+        return Ranked(local(param), second, *shard_groups(param), None if base is None else local(base))
+    return Ranked(param, second, base=base)
+
+
+def change_here(param: Any, optimizer: Optimizer) -> Tensor:
+    """Return the change of the weights that this process steps of a parameter that decays to its base, in float32.
+
+    It is 0 before the first step, and in float64 for float64 weights.
+    """
+    tensor = ranked(param, optimizer)
+    weight = tensor.weight.detach()
+    base = weight if tensor.base is None else tensor.base
+    return change(weight, base, torch.promote_types(weight.dtype, torch.float32))
 
 
 def second_moment(param: Tensor, optimizer: Optimizer) -> Tensor | None:
@@ -123,9 +138,9 @@ def wholly_zero(params: Sequence[Tensor]) -> list[bool]:
     return [not all_sum(shard.weight.any().to(torch.int64), shard.groups) for shard in map(held, params)]
 
 
-def _of_group(group: Any, weight: Tensor, exp_avg_sq: Tensor | None) -> Ranked:
+def _of_group(group: Any, weight: Tensor, exp_avg_sq: Tensor | None = None, base: Tensor | None = None) -> Ranked:
     """A shard across the processes of a process group."""
-    return Ranked(weight, exp_avg_sq, torch.distributed.get_rank(group), (group,))
+    return Ranked(weight, exp_avg_sq, torch.distributed.get_rank(group), (group,), base)
 
 
 def _deepspeed_optimizer(optimizer: Any) -> Any:
@@ -137,7 +152,7 @@ def _deepspeed_optimizer(optimizer: Any) -> Any:
     return None
 
 
-def _partition_of_zero3(param: Any) -> tuple[Tensor, Tensor | None]:
+def _partition_of_zero3(param: Any) -> tuple[Tensor, Tensor | None, Tensor | None]:
     engine = param._z3_optimizer
     number, start, numel = engine.grad_position[engine.get_param_id(param)]
     flat = engine.fp32_partitioned_groups_flat[number]
@@ -146,20 +161,27 @@ def _partition_of_zero3(param: Any) -> tuple[Tensor, Tensor | None]:
             "A target_sparsity cannot reach weights that DeepSpeed keeps on NVMe: offload_optimizer and offload_param "
             "must be 'cpu' or 'none'."
         )
-    second = engine.optimizer.state[flat].get("exp_avg_sq") if flat in engine.optimizer.state else None
-    weight = _unpadded(param, flat.detach().narrow(0, start, numel))
-    return weight, None if second is None else _unpadded(param, second.detach().narrow(0, start, numel))
+    state = engine.optimizer.state.get(flat) or {}
+    second, base = (
+        None if whole is None else _unpadded(param, whole.detach().narrow(0, start, numel))
+        for whole in (state.get("exp_avg_sq"), base_in(state))
+    )
+    return _unpadded(param, flat.detach().narrow(0, start, numel)), second, base
 
 
-def _fragment_of_zero12(param: Any, engine: Any) -> tuple[Tensor, Tensor | None]:
+def _fragment_of_zero12(param: Any, engine: Any) -> tuple[Tensor, Tensor | None, Tensor | None]:
     mapping = param._hp_mapping
     if mapping is None:  # other processes have all its weights
-        return param.new_empty(0, dtype=torch.float32), None
+        return param.new_empty(0, dtype=torch.float32), None, None
     # The state that DeepSpeed links to the parameter is missing for all param groups but the first.
     partitions = getattr(engine, "single_partition_of_fp32_groups", None) or engine.fp32_groups_flat_partition
     flat, place = partitions[mapping.param_group_index], mapping.get_hp_fragment_address()
-    second = engine.optimizer.state[flat].get("exp_avg_sq") if flat in engine.optimizer.state else None
-    return mapping.hp_fragment.detach(), None if second is None else second.narrow(0, place.start, place.numel)
+    state = engine.optimizer.state.get(flat) or {}
+    second, base = (
+        None if whole is None else whole.narrow(0, place.start, place.numel)
+        for whole in (state.get("exp_avg_sq"), base_in(state))
+    )
+    return mapping.hp_fragment.detach(), second, base
 
 
 def _unpadded(param: Any, partition: Tensor) -> Tensor:
@@ -174,9 +196,11 @@ class Ranked(NamedTuple):
     Attributes:
         slot: Index of the shard among the tensor's shards.
         groups: Process groups that the shards lie across. All their processes must make the same calls in one order.
+        base: What the weights decay to if that is not 0: then |w - base| ranks them.
     """
 
     weight: Tensor
     exp_avg_sq: Tensor | None = None
     slot: int = 0
     groups: Groups = ()
+    base: Tensor | None = None

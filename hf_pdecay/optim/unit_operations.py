@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -40,20 +40,48 @@ def mean_squares(
     return total / unit_size(units, params)
 
 
-def alive_units(units: Units[int], params: Sequence[Tensor]) -> Tensor:
-    """Return which units have a non-zero weight. All processes that hold shards must call it, and get the same."""
+class Values:
+    """Values of the weights of layers, such as their changes, computed once for layers in the same parameters.
+
+    Args:
+        make: Returns the values of a parameter, a tensor of the shape of this process's weights.
+    """
+
+    def __init__(self, make: Callable[[Tensor], Tensor]) -> None:
+        self._make = make
+        self._known: dict[int, Tensor] = {}  # by the id of a parameter; of the last layer alone, to save memory
+
+    def of(self, units: Units[int], params: Sequence[Tensor]) -> dict[int, Tensor]:
+        """Return the values of the parameters in which the units of a layer lie, by their indices."""
+        ids = {member.param: id(params[member.param]) for member in units.members}
+        self._known = {key: self._known[key] for key in ids.values() if key in self._known}
+        for index, key in ids.items():
+            if key not in self._known:
+                self._known[key] = self._make(params[index])
+        return {index: self._known[key] for index, key in ids.items()}
+
+
+def alive_units(units: Units[int], params: Sequence[Tensor], values: Mapping[int, Tensor] | None = None) -> Tensor:
+    """Return which units have a non-zero weight. All processes that hold shards must call it, and get the same.
+
+    ``values`` replace the weights, as in :func:`mean_squares`.
+    """
     device = params[units.members[0].param].device
     alive = torch.zeros(units.count, dtype=torch.bool, device=device)
     for member in units.members:
-        alive |= alive_here(params[member.param], member, units.count).to(device)
+        value = None if values is None else values[member.param]
+        alive |= alive_here(params[member.param], member, units.count, value).to(device)
     groups = common_groups([span_of(params[member.param]) for member in units.members])
     return all_sum(alive.to(torch.int32), groups) > 0
 
 
-def alive_here(param: Tensor, member: Member[Any], count: int) -> Tensor:
-    """Return which of ``count`` units have a non-zero weight in the part of a parameter that this process holds."""
+def alive_here(param: Tensor, member: Member[Any], count: int, values: Tensor | None = None) -> Tensor:
+    """Return which of ``count`` units have a non-zero weight in the part of a parameter that this process holds.
+
+    ``values`` replace the weights that it holds.
+    """
     span = span_of(param)
-    weights = weights_here(param.detach(), member, span)
+    weights = weights_here(param.detach() if values is None else values, member, span)
     if span is None:
         weights = weights.narrow(member.dim, member.offset, count * member.size)
     nonzero = (weights != 0).transpose(0, member.dim)

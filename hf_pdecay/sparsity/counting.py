@@ -1,10 +1,11 @@
-"""Counting zeros: a model → :class:`~hf_pdecay.SparsityReport`."""
+"""Counting zeros, or unchanged weights: a model → :class:`~hf_pdecay.SparsityReport`."""
 
 from __future__ import annotations
 
 import math
 import struct
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,8 +13,9 @@ from torch import Tensor, nn
 from ..layers.matrices import decayable_parameter_names
 from ..names import clean_name
 from ..optim.backends import has_triton
+from ..optim.bases import decays_to_base
 from ..optim.distributed import Groups, all_sum
-from ..optim.shards import full_numel, full_shape, held, is_sharded
+from ..optim.shards import full_numel, full_shape, group_params, held, is_sharded, ranked
 from .defaults import NEAR_ZERO_THRESHOLD
 from .report import SparsityReport, TensorSparsity, UnitSparsity
 
@@ -30,6 +32,7 @@ def measure_sparsity(
     units: Mapping[str, tuple[int, Tensor]] | None = None,
     still: Mapping[str, int] | None = None,
     saved: Iterable[tuple[str, Tensor]] = (),
+    changed_by: Any = None,
 ) -> SparsityReport:
     """Count the zeros of a model; counting waits for each device once.
 
@@ -43,9 +46,20 @@ def measure_sparsity(
         still: How many weights of a parameter, by its name, a target left alone.
         saved: Names of parameters with the weights that are counted in their place, one after the other: those of
             this process.
+        changed_by: The optimizer that trains the model, to count changes: in the report zeros are then the weights that
+            are equal to their base, which lies in the optimizer's state, near-zeros are changes below the threshold,
+            and norms are those of the changes. What the optimizer does not train is unchanged. What it trains and does
+            not let decay to a base is changed. Under DeepSpeed weights and bases are compared in the dtype of the
+            model, and all processes must call, as for shards.
     """
     return measure_with_extra(
-        model, decayed=decayed, near_zero_threshold=near_zero_threshold, units=units, still=still, saved=saved
+        model,
+        decayed=decayed,
+        near_zero_threshold=near_zero_threshold,
+        units=units,
+        still=still,
+        saved=saved,
+        changed_by=changed_by,
     )[0]
 
 
@@ -58,6 +72,7 @@ def measure_with_extra(
     units: Mapping[str, tuple[int, Tensor]] | None = None,
     still: Mapping[str, int] | None = None,
     saved: Iterable[tuple[str, Tensor]] = (),
+    changed_by: Any = None,
 ) -> tuple[SparsityReport, list[int]]:
     """Count zeros like :func:`measure_sparsity`, and return the values of ``extra`` from the same transfer.
 
@@ -66,12 +81,17 @@ def measure_with_extra(
     chosen = {clean_name(name) for name in (decayable_parameter_names(model) if decayed is None else decayed)}
     named = list(_distinct_parameters(model))
     with torch.no_grad():
-        counts = _counts([held(param).weight for _, param in named], near_zero_threshold)
+        params = [param for _, param in named]
+        if changed_by is None:
+            owners = [held(param).groups for param in params]
+            counts = _counts([held(param).weight for param in params], near_zero_threshold)
+        else:
+            owners, counts = _counts_of_changes(params, changed_by, near_zero_threshold)
         places = {name: place for place, (name, _) in enumerate(named)}
         for name, weights in saved:
             if name in places:
                 counts[places[name]] = _count(weights, near_zero_threshold)
-        _add_shards([param for _, param in named], counts)
+        _add_shards(owners, counts)
     totals = {kind: total for kind, (total, _) in (units or {}).items()}
     extra = [*(dead for _, dead in (units or {}).values()), *extra]
     rows = _to_host([*counts, *(value.reshape(1) for value in extra if isinstance(value, Tensor))])
@@ -158,12 +178,50 @@ def _count(weights: Tensor, near_zero_threshold: float) -> Tensor:
     return torch.stack([zeros, below, norm.double().square().view(torch.int64)])
 
 
-def _add_shards(params: Sequence[Tensor], counts: list[Tensor]) -> None:
+def _counts_of_changes(
+    params: Sequence[Tensor], optimizer: Any, near_zero_threshold: float
+) -> tuple[list[Groups], list[Tensor]]:
+    """What :func:`_counts` counts, of the changes of parameters, and the processes that hold shards of each."""
+    trained = {
+        id(param): group
+        for group, tensors in zip(optimizer.param_groups, group_params(optimizer), strict=True)
+        for param in tensors
+    }
+    owners, counts = [], []
+    for param in params:
+        group = trained.get(id(param))
+        tensor = held(param) if group is None else ranked(param, optimizer)
+        unchanged = group is None or (decays_to_base(group) and tensor.base is None)
+        owners.append(tensor.groups)
+        weight = tensor.weight.detach()
+        if tensor.base is not None:
+            counts.append(_count_changes(weight.to(param.dtype), tensor.base.to(param.dtype), near_zero_threshold))
+        elif unchanged:
+            counts.append(torch.tensor([weight.numel(), weight.numel(), 0], device=weight.device))
+        else:
+            count = _count(weight, near_zero_threshold)
+            counts.append(torch.cat([torch.zeros_like(count[:2]), count[2:]]))
+    return owners, counts
+
+
+def _count_changes(weights: Tensor, base: Tensor, near_zero_threshold: float) -> Tensor:
+    """Count one tensor for :func:`_counts_of_changes`."""
+    dtype = torch.promote_types(weights.dtype, torch.float32)
+    counts = torch.zeros(2, dtype=torch.int64, device=weights.device)
+    square = torch.zeros((), dtype=torch.float64, device=weights.device)
+    for piece, origin in zip(weights.reshape(-1).split(_CHUNK), base.reshape(-1).split(_CHUNK), strict=True):
+        change = piece.to(dtype) - origin.to(dtype)
+        counts += torch.stack([(piece == origin).sum(), (change.abs() < near_zero_threshold).sum()])
+        square += torch.linalg.vector_norm(change).double().square()
+    return torch.cat([counts, square.reshape(1).view(torch.int64)])
+
+
+def _add_shards(owners: Sequence[Groups], counts: list[Tensor]) -> None:
     """Add up the counts of parameters over the processes that hold shards of them, in place in the list."""
     sharded: dict[Groups, list[int]] = {}
-    for number, param in enumerate(params):
-        if is_sharded(param):
-            sharded.setdefault(held(param).groups, []).append(number)
+    for number, groups in enumerate(owners):
+        if groups:
+            sharded.setdefault(groups, []).append(number)
     for groups, numbers in sharded.items():
         device = counts[numbers[0]].device
         here = torch.stack([counts[number].to(device) for number in numbers], 1)

@@ -13,6 +13,7 @@ from torch import nn
 from hf_pdecay import SparsityReport, measure_sparsity
 from hf_pdecay.files import write_text
 from hf_pdecay.sparsity.counting import measure_with_extra
+from hf_pdecay.sparsity.dead_units import count_units
 
 from ..helpers.models import tiny_gpt2
 
@@ -190,3 +191,68 @@ def test_counting_transfers_once() -> None:
         measure_with_extra(model, extra=[torch.tensor(7)])
     # Tensor.tolist() reads the memory that one transfer brought, without an operator of its own.
     assert transfers.count == 0
+
+
+def _with_bases(
+    weights: dict[str, torch.Tensor], bases: dict[str, torch.Tensor], **group: object
+) -> tuple[nn.ParameterDict, torch.optim.Optimizer]:
+    """A model, and an optimizer whose state holds bases, as after the first step."""
+    model = nn.ParameterDict({name: nn.Parameter(weight) for name, weight in weights.items()})
+    optimizer = torch.optim.SGD([{"params": [model[name] for name in bases], "decay_to": "base", **group}], lr=0.1)
+    for name, base in bases.items():
+        optimizer.state[model[name]]["base"] = base
+    return model, optimizer
+
+
+@settings(derandomize=True, deadline=None, max_examples=60)
+@given(data=st.data(), dtype=st.sampled_from([torch.float32, torch.float64, torch.bfloat16, torch.float16]))
+def test_unchanged_weights_by_hand(data: st.DataObject, dtype: torch.dtype) -> None:
+    pairs = data.draw(
+        st.lists(st.sampled_from([(1.0, 1.0), (1.0, 1.5), (0.0, 0.0), (0.0, 1.0), (1.0, 1 + 2**-7), (-2.0, 2.0)]))
+    )
+    base = torch.tensor([first for first, _ in pairs], dtype=dtype)
+    weight = torch.tensor([second for _, second in pairs], dtype=dtype)
+    model, optimizer = _with_bases({"some": weight}, {"some": base})
+    (counted,) = measure_sparsity(model, changed_by=optimizer, near_zero_threshold=0.1).tensors
+    changes = (weight.double() - base.double()).tolist()
+    assert counted.zeros == sum(change == 0 for change in changes)
+    assert counted.near_zeros == sum(0 < abs(change) < 0.1 for change in changes)
+    assert counted.norm == pytest.approx(sum(change**2 for change in changes) ** 0.5, rel=1e-6)
+
+
+def test_which_weights_are_unchanged() -> None:
+    """Frozen ones, and those before their first step; of trained ones without a base nothing is known."""
+    weights = {name: torch.ones(6) for name in ("stepped", "unstepped", "frozen", "new")}
+    model, optimizer = _with_bases(weights, {"stepped": torch.tensor([1.0, 1, 0, 0, 0, 1])})
+    optimizer.add_param_group({"params": [model["unstepped"]], "decay_to": "base"})
+    optimizer.add_param_group({"params": [model["new"]], "decay_to": "zero"})
+    report = measure_sparsity(model, changed_by=optimizer, decayed=["stepped", "unstepped"])
+    zeros = {each.name: each.zeros for each in report.tensors}
+    assert zeros == {"stepped": 3, "unstepped": 6, "frozen": 6, "new": 0}
+    assert report.sparsity == 9 / 12
+    assert report.model_sparsity == 15 / 24
+    # Rows of the transposed weights, whose memory has gaps, are compared in their order.
+    base = torch.arange(12.0).view(3, 4).t()
+    weight = base.contiguous()
+    weight[2] = 7
+    model, optimizer = _with_bases({"strided": weight}, {"strided": base})
+    (counted,) = measure_sparsity(model, changed_by=optimizer).tensors
+    assert counted.zeros == 9
+
+
+def test_unchanged_units() -> None:
+    base = torch.randn(6, 4)
+    weight = base.clone()
+    weight[1, 2] += 1
+    weight[4] = 0
+    model, optimizer = _with_bases({"some": weight}, {"some": base}, group="row")
+    count, dead = count_units(optimizer.param_groups, changed_by=optimizer)["row"]
+    assert (count, int(dead)) == (6, 4)
+    optimizer.param_groups[0]["group"] = "2:4"
+    weight[0, :3] += 1
+    count, fitting = count_units(optimizer.param_groups, changed_by=optimizer)["2:4"]
+    assert (count, int(fitting)) == (6, 4)
+    # Without a first step nothing has changed.
+    optimizer.state.clear()
+    optimizer.param_groups[0]["group"] = "row"
+    assert int(count_units(optimizer.param_groups, changed_by=optimizer)["row"][1]) == 6
