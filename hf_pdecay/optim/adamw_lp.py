@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from .backends import MIN_COMPILED, BackendChoice, all_finite
-from .bases import ZERO
+from .bases import ZERO, base_in
 from .decay_optimizer import DecayOptimizer
 from .defaults import LAMBDA_P, P_NORM
 from .distributed import agreed_finite, is_dtensor, local, local_grad, shard_place
@@ -166,7 +166,7 @@ class AdamWLp(DecayOptimizer):
                     state["dormant"] = placed(state["dormant"].bool())
                 else:
                     # AdamW does not say which tensors have been zero from the start: those that still are.
-                    state["dormant"] = dormant_entry(param)
+                    state["dormant"] = dormant_entry(param, base_in(state))
         self._cache = _Cache()
 
     def _step(self, norm: Tensor | float | None) -> bool | Tensor:
@@ -200,7 +200,8 @@ class AdamWLp(DecayOptimizer):
         decays = {}
         for index, group in in_units.items():
             alpha_lambda = partial(alpha_lambda_p, group["lr"], group["lambda_p"])
-            decays[index] = unit_decay_of(group, noise_place(index), alpha_lambda, partial(self._step_of, group))
+            steps = partial(self._step_of, group)
+            decays[index] = unit_decay_of(group, noise_place(index), alpha_lambda, steps, bases=self._bases(group))
             decays[index].take_norms(chosen.get(group["params"][0].device.type, "") if group["params"] else "")
         return decays
 
@@ -252,17 +253,19 @@ class AdamWLp(DecayOptimizer):
                 self._init_state(param, group)
             elif not param.is_cpu and state["step"].device != param.device:
                 state["step"] = state["step"].to(param.device)
-            awake = is_awake(param, state["dormant"]) if not is_left_alone(group, index) else False
+            base = base_in(state)
+            awake = is_awake(param, state["dormant"], base) if not is_left_alone(group, index) else False
             exp_avg, exp_avg_sq = state["exp_avg"], state["exp_avg_sq"]
             if is_dtensor(param):
                 # Autograd looks at the DTensor; the step below changes the shard that it holds.
                 torch.autograd.graph.increment_version(param)
                 grad, place = local_grad(param, grad), shard_place(param, place)
                 param, exp_avg, exp_avg_sq = map(local, (param, exp_avg, exp_avg_sq))
+                base = None if base is None else local(base)
             if param.is_complex():  # stepped as torch's AdamW does
                 param, grad, exp_avg, exp_avg_sq = map(as_real, (param, grad, exp_avg, exp_avg_sq))
-            structure = structures.get(index)
-            steps.append(TensorStep(param, grad, exp_avg, exp_avg_sq, state["step"], awake, hyper, place, structure))
+            tensors = param, grad, exp_avg, exp_avg_sq, state["step"]
+            steps.append(TensorStep(*tensors, awake, hyper, place, structures.get(index), base))
         return steps
 
     def _finite(self, norm: Tensor | float | None, cache: StepCache) -> bool | Tensor:
@@ -275,11 +278,12 @@ class AdamWLp(DecayOptimizer):
 
     def _init_state(self, param: Tensor, group: dict[str, Any]) -> None:
         state = self.state[param]
+        state.update(self._base_entry(group, param))
         state["step"] = torch.zeros((), dtype=torch.float32, device=param.device)
         state["exp_avg"] = zero_moment(param, group["moments"], signed=True)
         state["exp_avg_sq"] = zero_moment(param, group["moments"], signed=False)
         whole = kind_of(group) == ELEMENT  # else units are dormant, not tensors
-        state["dormant"] = dormant_entry(param) if whole else torch.zeros((), dtype=torch.bool)
+        state["dormant"] = dormant_entry(param, base_in(state)) if whole else torch.zeros((), dtype=torch.bool)
 
 
 class _Cache:

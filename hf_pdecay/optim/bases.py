@@ -9,20 +9,27 @@ sum. The base is the entry ``base`` of a parameter's state, of its shape, dtype 
 first step, unless :func:`give_bases` has given another. Zero absorbs here as well: a change of 0 stays 0 while λ_p > 0.
 A change that lives, and does not decay in a step, is not rounded to 0 in it: it becomes the smallest one that the dtype
 has, so that a number of unchanged weights is kept exactly.
+
+This module has the formula for whole tensors; ``cpu/to_base.cpp`` computes the same in C++.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from .tensor_step import apply_factor_
+
 
 ZERO, BASE = "zero", "base"
 DECAY_TO = (ZERO, BASE)
 """What a param group may decay to."""
+
+HELD = 1 - 2.0**-20
+"""The least factor by which a change does not decay in a step: in a million of such steps it would not die."""
 
 
 def decays_to_base(group: Mapping[str, Any]) -> bool:
@@ -33,6 +40,26 @@ def decays_to_base(group: Mapping[str, Any]) -> bool:
 def base_in(state: Mapping[str, Any] | None) -> Tensor | None:
     """Return the base that the state of a parameter holds; None before its first step, and if it decays to 0."""
     return (state or {}).get("base")
+
+
+def give_bases(optimizer: Any, bases: Mapping[Tensor, Tensor]) -> None:
+    """Let parameters of an optimizer decay to other weights than those from before their first step.
+
+    The tensors are kept as they are, so they may be memory-mapped. A base that a checkpoint has brought stays.
+
+    Args:
+        optimizer: An :class:`~hf_pdecay.AdamWLp` or :class:`~hf_pdecay.LpDecay`, which Accelerate may have wrapped.
+        bases: By parameter, its base: of its shape, dtype and device, and a DTensor placed as it is if it is one.
+
+    Raises:
+        TypeError: If the optimizer is another.
+        ValueError: If a base does not fit, a parameter is not in a group with ``decay_to="base"``, or it has stepped.
+    """
+    while not hasattr(optimizer, "take_bases") and hasattr(optimizer, "optimizer"):
+        optimizer = optimizer.optimizer
+    if not hasattr(optimizer, "take_bases"):
+        raise TypeError(f"Only AdamWLp and LpDecay take bases, not {type(optimizer).__name__}.")
+    optimizer.take_bases(bases)
 
 
 def change(weight: Tensor, base: Tensor | None, dtype: torch.dtype | None = None) -> Tensor:
@@ -50,6 +77,34 @@ def end_(weight: Tensor, which: Tensor, base: Tensor | None) -> None:
         weight.masked_fill_(which, 0)
     else:
         weight.copy_(torch.where(which, base, weight))
+
+
+def decayed(
+    stepped: Tensor,
+    before: Tensor,
+    factor: Tensor,
+    base: Tensor,
+    rounded: Callable[[Tensor], Tensor] | None = None,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    """Return weights after the decay of their changes, in the dtype of ``base``.
+
+    Args:
+        stepped: The weights after the optimizer's step, in the dtype of the computation.
+        before: Their changes before that step, in the same dtype.
+        factor: The shrink factor of each, from ``before``.
+        base: The base, in the dtype of the weights.
+        rounded: Rounds the result to the dtype of ``base``; None for the nearest.
+        dtype: Changes below its smallest normal number become 0; None for the dtype of the computation.
+    """
+    wide = base.to(stepped.dtype)
+    after = stepped - wide
+    apply_factor_(after, factor, dtype)
+    held = factor >= HELD
+    result = torch.where(held, stepped, wide + after)
+    stored = result.to(base.dtype) if rounded is None else rounded(result)
+    stored = torch.where((after == 0) & ~held, base, stored)
+    return torch.where(held & (before != 0) & (stored == base), next_to(base, before), stored)
 
 
 def next_to(base: Tensor, signs: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .backends import MIN_COMPILED, has_triton
+from .bases import change, decayed
 from .cpu import step as compiled
 from .decay import shrink_factor
 from .foreach import chunk_size, chunks
@@ -27,8 +28,7 @@ def decay_weights(tensors: Sequence[Stepped], decay: Decay) -> None:
     """Decay the weights of a param group, in place, after the base's step: in C++ or Triton where that pays."""
     taken = _compiled(tensors, decay)
     if taken:
-        weights, copied, places = zip(*((tensor.weight, tensor.before, tensor.place) for tensor in taken), strict=True)
-        compiled.decay_weights(weights, copied, places, decay)
+        compiled.decay_weights(taken, decay)
     elif has_triton(tensors[0].weight.device if tensors else None):
         from .gpu import decay as gpu_decay  # imports triton, which takes its time
 
@@ -55,7 +55,7 @@ def _compiled(tensors: Sequence[Stepped], decay: Decay) -> list[Stepped]:
         and tensor.awake is True
         and tensor.averaged is None
         and decay.alpha_lambda >= smallest(tensor.weight.dtype)
-        and is_flat(tensor.weight, tensor.before)
+        and is_flat(tensor.weight, tensor.before, *(() if tensor.base is None else (tensor.base,)))
     ]
     return taken if can_compile([tensor.weight for tensor in taken]) else []
 
@@ -94,15 +94,18 @@ def _pieces(tensors: Sequence[Stepped]) -> Iterator[Stepped]:
     """Yield matching views of each tensor, of a bounded number of weights."""
     for tensor in tensors:
         first = 0
-        averaged = () if tensor.averaged is None else (tensor.averaged,)
-        for weight, before, *rest in chunks(tensor.weight, tensor.before, *averaged):
-            yield tensor._replace(weight=weight, before=before, averaged=rest[0] if rest else None, first=first)
+        # A tensor with a base has no average.
+        more = [extra for extra in (tensor.averaged, tensor.base) if extra is not None]
+        for weight, before, *rest in chunks(tensor.weight, tensor.before, *more):
+            averaged, base = (None, *rest) if tensor.base is not None else (*rest, None, None)[:2]
+            yield tensor._replace(weight=weight, before=before, averaged=averaged, first=first, base=base)
             first += weight.numel()
 
 
 def _alike(one: Stepped, other: Stepped) -> bool:
     """Whether two pieces can share a buffer; a tensor that may be dormant cannot."""
     same = one.weight.device == other.weight.device and one.weight.dtype == other.weight.dtype
+    same = same and (one.base is None) == (other.base is None)
     return same and one.awake is True and other.awake is True
 
 
@@ -115,18 +118,27 @@ def _decay_batch(batch: Sequence[Stepped], decay: Decay) -> None:
     low = dtype in LOW_PRECISION
     working = torch.float32 if low else dtype
 
+    # Where α λ_p is known to be 0 there is nothing to do to changes.
+    asleep = head.base is not None and not isinstance(decay.alpha_lambda, Tensor) and decay.alpha_lambda == 0
+    base = None if head.base is None or asleep else _joined([piece.base for piece in batch if piece.base is not None])
+    changes = change(before, base, working)
     factor = None
-    if head.awake is not False:
-        factor = shrink_factor(before.to(working), decay.p_norm, decay.alpha_lambda)
+    if head.awake is not False and not asleep:
+        factor = shrink_factor(changes, decay.p_norm, decay.alpha_lambda)
         for condition in (head.awake, decay.finite):
             if isinstance(condition, Tensor):
                 factor = torch.where(condition.to(factor.device), factor, torch.ones_like(factor))
     zeros = before == 0 if decay.keep_zeros else None
     noise = noise_bits(decay.step, head.place, head.first, weights.numel(), weights.device) if low else None
 
-    result = _decayed(weights.to(working), factor, zeros)
-    if noise is not None:
-        result = stochastic_round(result, dtype, noise)
+    def rounded(values: Tensor) -> Tensor:
+        return values if noise is None else stochastic_round(values, dtype, noise)
+
+    if base is not None and factor is not None:
+        result = decayed(weights.to(working), changes, factor, base, rounded)
+        result = result if zeros is None else result.masked_fill_(zeros, 0)
+    else:
+        result = rounded(_decayed(weights.to(working), factor, zeros))
     _store(result, stored)
 
     averaged = [piece.averaged for piece in batch if piece.averaged is not None]

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, _global_optimizer_pre_hooks
 
+from .bases import base_in, decays_to_base
 from .gradients import are_as_noted, note_versions
 from .units import check_units
 from .validation import check_decay_settings, check_dtypes
@@ -23,6 +24,7 @@ class DecayOptimizer(Optimizer):
     """
 
     _grad_norm: Tensor | float | None = None
+    _given_bases: dict[Tensor, Tensor] | None = None  # of parameters that have not stepped yet
     _check_group = staticmethod(check_decay_settings)
 
     @property
@@ -44,6 +46,40 @@ class DecayOptimizer(Optimizer):
         self._grad_norm = norm
         if norm is not None:
             note_versions(params)
+
+    def take_bases(self, bases: Mapping[Tensor, Tensor]) -> None:
+        """See :func:`~hf_pdecay.optim.bases.give_bases`."""
+        able = {param for group in self.param_groups if decays_to_base(group) for param in group["params"]}
+        for param, base in bases.items():
+            if param not in able:
+                raise ValueError(f"A base for a parameter of shape {tuple(param.shape)}, whose group decays to zero.")
+            if (base.shape, base.dtype, base.device) != (param.shape, param.dtype, param.device):
+                raise ValueError(
+                    f"Invalid base: {tuple(base.shape)}, {base.dtype} on {base.device}; it must be like its parameter: "
+                    f"{tuple(param.shape)}, {param.dtype} on {param.device}."
+                )
+            state = self.state.get(param) or {}
+            if "dormant" in state and "base" not in state:
+                raise ValueError(f"A base for a parameter of shape {tuple(param.shape)}, which has stepped before.")
+        self._given_bases = {**(self._given_bases or {}), **bases}
+
+    def _base_entry(self, group: Mapping[str, Any], param: Tensor) -> dict[str, Tensor]:
+        """Return what the state of a parameter that is about to step for the first time has for its base."""
+        if not decays_to_base(group):
+            return {}
+        given = (self._given_bases or {}).pop(param, None)
+        return {"base": param.detach().clone() if given is None else given}
+
+    def _bases(self, group: Mapping[str, Any]) -> dict[int, Tensor]:
+        """Return the bases of a group's parameters before a step, by their index."""
+        bases: dict[int, Tensor] = {}
+        for index, param in enumerate(group["params"] if decays_to_base(group) else ()):
+            base = base_in(self.state.get(param))
+            if base is None and param.grad is not None:
+                self._given_bases = self._given_bases or {}
+                base = self._given_bases.setdefault(param, param.detach().clone())
+            bases[index] = param.detach() if base is None else base
+        return bases
 
     def _pop_norm(self) -> Tensor | float | None:
         """Return the norm of all gradients that a step looks at; None if not known, or if they may have changed."""

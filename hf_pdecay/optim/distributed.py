@@ -145,11 +145,11 @@ def first_index(span: Span | None, dim: int) -> int:
     return span.start if span is not None and span.dim == dim else 0
 
 
-def any_nonzero(param: Tensor) -> Tensor:
-    """Return a 0-dim bool tensor: whether any weight, on any rank that holds a shard of it, is not 0."""
-    nonzero = local(param).any()
+def any_alive(param: Tensor, base: Tensor | None = None) -> Tensor:
+    """Return a 0-dim bool tensor: whether any weight, on any rank that holds a shard of it, is not 0, or its base."""
+    alive = local(param).any() if base is None else (local(param) != local(base)).any()
     owners = Owners.of([param]) if is_dtensor(param) else None
-    return nonzero if owners is None else owners.reduced(nonzero, torch.distributed.ReduceOp.MAX)
+    return alive if owners is None else owners.reduced(alive, torch.distributed.ReduceOp.MAX)
 
 
 class Owners(NamedTuple):

@@ -1,6 +1,7 @@
 """Tensors that are wholly zero when training starts: they stay undecayed until they have become non-zero.
 
-Zero absorbs, so that such a tensor (LoRA's B, a zero-initialised head) could never learn otherwise.
+Zero absorbs, so that such a tensor (LoRA's B, a zero-initialised head) could never learn otherwise. Where changes
+from a base decay these are all zero at first, so every tensor sleeps until it has moved.
 """
 
 from __future__ import annotations
@@ -12,18 +13,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .distributed import any_nonzero, is_dtensor
+from .distributed import any_alive, is_dtensor
 
 
 # Steps after which all processes read an answer about sharded tensors: enough for it to have arrived.
 LATER = 8
 
 
-def dormant_entry(param: Tensor) -> Tensor:
-    """Return the entry of a tensor's state that says whether it is wholly zero now."""
+def dormant_entry(param: Tensor, base: Tensor | None = None) -> Tensor:
+    """Return the entry of a tensor's state that says whether it, or its change from a base, is wholly zero now."""
     # This waits for the device once in a tensor's life. Every tensor has the entry, as torch.distributed.checkpoint
     # loads into the state of an optimizer that has stepped the present weights.
-    dormant = bool(param.numel()) and not any_nonzero(param)
+    dormant = bool(param.numel()) and not any_alive(param, base)
     return placed(torch.full((), dormant, dtype=torch.bool, device=param.device))
 
 
@@ -32,17 +33,17 @@ def placed(dormant: Tensor) -> Tensor:
     return dormant if dormant.is_cpu or dormant.item() else dormant.cpu()
 
 
-def is_awake(param: Tensor, dormant: Tensor) -> bool | Tensor:
+def is_awake(param: Tensor, dormant: Tensor, base: Tensor | None = None) -> bool | Tensor:
     """Note whether a tensor that began wholly zero still is, and return whether it decays in the step to come."""
     if is_awake_for_good(dormant):
         return True
-    awake = wake_on_device(param, dormant)
+    awake = wake_on_device(param, dormant, base)
     return bool(awake) if param.device.type == "cpu" else awake
 
 
-def wake_on_device(param: Tensor, dormant: Tensor) -> Tensor:
+def wake_on_device(param: Tensor, dormant: Tensor, base: Tensor | None = None) -> Tensor:
     """Update the entry of a tensor that may be dormant, and return its negation; the host does not wait."""
-    return ~dormant.logical_and_(~any_nonzero(param))
+    return ~dormant.logical_and_(~any_alive(param, base))
 
 
 def is_awake_for_good(dormant: Tensor) -> bool:

@@ -7,11 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from .bases import change, decayed
 from .decay import shrink_factor
 from .moments import dequantize, is_quantized, slice_quantized
 from .rounding import LOW_PRECISION, noise_bits, stochastic_round
@@ -95,7 +97,10 @@ def _step_tensor(tensor: TensorStep, scalars: StepScalars, finite: bool | Tensor
     working = torch.float64 if dtype == torch.float64 else torch.float32
 
     first = 0
-    for stored_p, g, stored_m, stored_v in chunks(tensor.param, tensor.grad, tensor.exp_avg, tensor.exp_avg_sq):
+    stored = (tensor.param, tensor.grad, tensor.exp_avg, tensor.exp_avg_sq)
+    if tensor.base is not None and decays and hyper.lambda_p != 0:
+        stored += (tensor.base,)
+    for stored_p, g, stored_m, stored_v, *bases in chunks(*stored):
         if upcast:
             p, m, v = stored_p.to(working, copy=True), dequantize(stored_m, working), dequantize(stored_v, working)
             g = g.to(working)
@@ -106,7 +111,9 @@ def _step_tensor(tensor: TensorStep, scalars: StepScalars, finite: bool | Tensor
         if hyper.maximize:
             g = -g
 
-        factor = shrink_factor(p, hyper.p_norm, scalars.alpha_lambda) if decays else None
+        base = bases[0] if bases else None
+        before = p if base is None else change(p, base, p.dtype)
+        factor = shrink_factor(before, hyper.p_norm, scalars.alpha_lambda) if decays else None
         if factor is not None and isinstance(awake, Tensor):
             factor = torch.where(awake, factor, torch.ones_like(factor))
         zeros = p == 0 if hyper.keep_zeros else None
@@ -126,16 +133,20 @@ def _step_tensor(tensor: TensorStep, scalars: StepScalars, finite: bool | Tensor
         else:
             p.addcdiv_(m, denominator, value=-scalars.step_size)
 
-        if factor is not None:
+        noise = None
+        if upcast:
+            low = stored_p.dtype in LOW_PRECISION or stored_m.dtype in LOW_PRECISION
+            noise = noise_bits(scalars.count, tensor.place, first, p.numel(), p.device) if low else None
+            first += p.numel()
+        if factor is not None and base is not None:
+            p.copy_(decayed(p, before, factor, base, partial(_rounded, stored=stored_p, noise=noise)))
+        elif factor is not None:
             apply_factor_(p, factor)
         if zeros is not None:
             p.masked_fill_(zeros, 0)
 
         if upcast:
-            low = stored_p.dtype in LOW_PRECISION or stored_m.dtype in LOW_PRECISION
-            noise = noise_bits(scalars.count, tensor.place, first, p.numel(), p.device) if low else None
-            first += p.numel()
-            p = _rounded(p, stored_p, noise)
+            p = p if base is not None else _rounded(p, stored_p, noise)
             # Each rounding gets bits of its own: the low half, the high half, and both together.
             m = _rounded(m, stored_m, None if noise is None else noise ^ (noise >> 16))
             v = _rounded(v, stored_v, None if noise is None else noise >> 16)

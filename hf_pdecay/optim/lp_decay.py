@@ -10,7 +10,7 @@ from torch.optim.optimizer import Optimizer
 
 from ..checks import check_lambda_p, check_p_norm
 from .base_optimizers import Batch, batches, check_base, is_schedule_free, step_batch, takes_found_inf
-from .bases import ZERO
+from .bases import ZERO, base_in, decays_to_base
 from .decay_after_step import can_compile, copies, decay_weights, on_device, rate_on
 from .decay_optimizer import DecayOptimizer
 from .defaults import LAMBDA_P, P_NORM
@@ -96,6 +96,12 @@ class LpDecay(DecayOptimizer):
         skip_nonfinite: bool = True,
     ) -> None:
         check_base(base_optimizer)
+        groups = [{"decay_to": decay_to, **group} for group in base_optimizer.param_groups]
+        if is_schedule_free(base_optimizer) and any(map(decays_to_base, groups)):
+            raise ValueError(
+                "Invalid decay_to: decay_to='base' around a schedule-free optimizer, which trains other weights than "
+                "it saves; take another optimizer, or decay_to='zero'."
+            )
         settings: dict[str, Any] = {"p_norm": p_norm, "lambda_p": lambda_p, "keep_zeros": keep_zeros}
         settings["decay_to"] = decay_to
         # The counters are settings, so that a checkpoint carries them.
@@ -202,7 +208,7 @@ class LpDecay(DecayOptimizer):
                 # The base has cast it to the dtype of the parameter, and moved it.
                 state["dormant"] = placed(state["dormant"].bool())
             elif not ours:
-                state["dormant"] = dormant_entry(param)
+                state["dormant"] = dormant_entry(param, base_in(state))
         self._awakening = Awakening()
         for after in self._optimizer_load_state_dict_post_hooks.values():
             after(self)
@@ -255,12 +261,12 @@ class LpDecay(DecayOptimizer):
 
     def _step_batch(self, batch: Batch, finite: bool | Tensor) -> None:
         """Step a batch of parameters and decay their single weights, by factors from a copy of them."""
-        dormant: dict[Tensor, Tensor] = {}
-        copied = {index: self._copied(index, params, dormant) for index, params in batch.items()}
+        fresh: dict[Tensor, dict[str, Any]] = {}
+        copied = {index: self._copied(index, params, fresh) for index, params in batch.items()}
         self._step_base(batch, finite)
-        for param, entry in dormant.items():
-            # Only now, as bases make their state where there is none.
-            self.state[param]["dormant"] = entry
+        for param, entries in fresh.items():
+            # Only now, as base optimizers make their state where there is none.
+            self.state[param].update(entries)
         for index, tensors in copied.items():
             self._decay_weights(self.param_groups[index], tensors, finite)
 
@@ -276,27 +282,33 @@ class LpDecay(DecayOptimizer):
         finally:
             del base.grad_scale, base.found_inf
 
-    def _copied(self, group_index: int, params: dict[int, Tensor], dormant: dict[Tensor, Tensor]) -> list[Stepped]:
-        """Copy a group's weights that will decay, and note in ``dormant`` which have not stepped before."""
+    def _copied(
+        self, group_index: int, params: dict[int, Tensor], fresh: dict[Tensor, dict[str, Any]]
+    ) -> list[Stepped]:
+        """Copy a group's weights that will decay, and note in ``fresh`` the entries of those not stepped before."""
         group = self.param_groups[group_index]
         places = {param: noise_place(group_index, index) for index, param in params.items() if param.grad is not None}
         indices = {param: index for index, param in params.items()}
         awake: dict[Tensor, bool | Tensor] = {}
+        bases: dict[Tensor, Tensor | None] = {}
         # The weights of units at most keep their zeros here.
         whole = kind_of(group) == ELEMENT
         for param in places:
             state = self.state.get(param) or {}
-            entry = state.get("dormant")
-            if entry is None:
-                entry = dormant[param] = dormant_entry(param) if whole else torch.zeros((), dtype=torch.bool)
-            awake[param] = is_awake(param, entry) if whole and not is_left_alone(group, indices[param]) else False
+            if "dormant" not in state:
+                state = fresh[param] = dict(self._base_entry(group, param))
+                base = state.get("base")
+                state["dormant"] = dormant_entry(param, base) if whole else torch.zeros((), dtype=torch.bool)
+            bases[param] = state.get("base")
+            alone = not whole or is_left_alone(group, indices[param])
+            awake[param] = False if alone else is_awake(param, state["dormant"], bases[param])
         decays = _may_decay(group)
         by_kind: dict[Any, list[Tensor]] = {}
         for param in places:
             if group["keep_zeros"] or (decays and awake[param] is not False):
                 by_kind.setdefault((param.device, param.dtype), []).append(param)
         return [
-            Stepped(param, before, None, awake[param], places[param])
+            Stepped(param, before, None, awake[param], places[param], base=bases[param])
             for alike in by_kind.values()
             for param, before in zip(alike, copies([local(param) for param in alike]), strict=True)
         ]
@@ -316,7 +328,8 @@ class LpDecay(DecayOptimizer):
             return self.state[group["params"][index]].get("z") if is_schedule_free(self.base) else None
 
         place = noise_place(group_index)
-        unit_decay = unit_decay_of(group, place, alpha_lambda, lambda _: group["decay_steps"], averaged)
+        steps, bases = (lambda _: group["decay_steps"]), self._bases(group)
+        unit_decay = unit_decay_of(group, place, alpha_lambda, steps, averaged, bases)
         unit_decay.take_norms("compiled" if can_compile(group["params"]) else "")
         return unit_decay
 
@@ -329,7 +342,8 @@ class LpDecay(DecayOptimizer):
                 # Autograd looks at the DTensor; the decay changes the shard that it holds.
                 torch.autograd.graph.increment_version(param)
                 place = shard_place(param, place)
-            stepped = tensor._replace(weight=local(param), averaged=z, place=place)
+            base = None if tensor.base is None else local(tensor.base)
+            stepped = tensor._replace(weight=local(param), averaged=z, place=place, base=base)
             by_device.setdefault(tensor.before.device, []).append(stepped)
         for device, tensors in by_device.items():
             alpha_lambda = rate_on(self._rate(group), device) * group["lambda_p"]

@@ -10,6 +10,8 @@ Step n of AdamW with p-norm weight decay, for a weight w with gradient g and mom
     w ← w' · s / (s + α λ_p)                        for p < 2: small weights become exactly 0, and 0 stays 0
     w ← w' / (1 + α λ_p |w|^(p-2))                  for p >= 2: the same, finite at 0
 
+With ``decay_to="base"`` the change from the base decays in place of the weight: ``bases.py`` has that rule.
+
 This is algorithm 1 of https://huggingface.co/papers/2404.10824, which minimises the penalty (λ_p / p) ‖w‖_p^p; here on
 whole tensors in float64, for comparison. The fast versions compute the same: ``foreach.py`` in plain torch operations,
 ``cpu/`` in C++, ``gpu/`` in Triton. ``adamw_lp.py`` is the optimizer around them, ``unit_decay.py`` the rule for
@@ -19,37 +21,36 @@ weights that decay as one, and ``decay_after_step.py`` the last three lines afte
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
 
+from .bases import change, decayed
 from .moments import dequantize, is_quantized
 from .rounding import LOW_PRECISION, noise_bits, stochastic_round
 from .tensor_step import Hyperparameters, TensorStep, apply_factor_, flat_views
 
 
-def update(
-    w: Tensor, g: Tensor, m: Tensor, v: Tensor, n: int, hyper: Hyperparameters, awake: bool, dtype: torch.dtype
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return w, m and v after step n; all are float64. What falls below the smallest normal ``dtype`` becomes 0."""
-    alpha, p, lambda_p = float(hyper.lr), hyper.p_norm, hyper.lambda_p
+def adamw(w: Tensor, g: Tensor, m: Tensor, v: Tensor, n: int, hyper: Hyperparameters) -> tuple[Tensor, Tensor, Tensor]:
+    """Return w', m and v after step n; all are float64."""
+    alpha = float(hyper.lr)
     if hyper.maximize:
         g = -g
     m = hyper.beta1 * m + (1 - hyper.beta1) * g
     v = hyper.beta2 * v + (1 - hyper.beta2) * g**2
     m_hat, v_hat = m / (1 - hyper.beta1**n), v / (1 - hyper.beta2**n)
     u = m_hat / (v_hat.sqrt() + hyper.eps)
-    stepped = (1 - alpha * hyper.weight_decay) * w - alpha * u
-    if alpha * lambda_p > 0 and awake:
-        if p < 2:
-            s = w.abs() ** (2 - p)
-            factor = s / (s + alpha * lambda_p)
-        else:
-            factor = 1 / (1 + alpha * lambda_p * w.abs() ** (p - 2))
-        apply_factor_(stepped, factor, dtype)
-    if hyper.keep_zeros:
-        stepped = stepped.masked_fill(w == 0, 0)
-    return stepped, m, v
+    return (1 - alpha * hyper.weight_decay) * w - alpha * u, m, v
+
+
+def shrink_factor(w: Tensor, hyper: Hyperparameters) -> Tensor:
+    """Return the factors by which weights or changes w from before a step shrink in it."""
+    p, strength = hyper.p_norm, float(hyper.lr) * hyper.lambda_p
+    if p < 2:
+        s = w.abs() ** (2 - p)
+        return s / (s + strength)
+    return 1 / (1 + strength * w.abs() ** (p - 2))
 
 
 def step(steps: Sequence[TensorStep], finite: bool | Tensor = True) -> None:
@@ -57,13 +58,31 @@ def step(steps: Sequence[TensorStep], finite: bool | Tensor = True) -> None:
     for tensor in steps if finite else ():
         tensor.step.add_(1)
         count, low = int(tensor.step), torch.float64 if tensor.param.dtype == torch.float64 else torch.float32
+        hyper, decays = tensor.hyper, float(tensor.hyper.lr) * tensor.hyper.lambda_p > 0 and bool(tensor.awake)
         stored: tuple[Tensor, ...] = (tensor.param, tensor.exp_avg, tensor.exp_avg_sq, tensor.grad)
+        stored += () if tensor.base is None else (tensor.base,)
         if not is_quantized(tensor.exp_avg):
             stored = flat_views(stored) or stored
-        w, m, v, g = (dequantize(values, torch.float64) for values in stored)
-        results = update(w, g, m, v, count, tensor.hyper, bool(tensor.awake), low)
+        w, m, v, g = (dequantize(values, torch.float64) for values in stored[:4])
+        base = stored[4] if decays and tensor.base is not None else None
+        zeros = w == 0
+        stepped, *moments = adamw(w, g, m, v, count, hyper)
         noise = noise_bits(count, tensor.place, 0, w.numel(), w.device)
+        if decays and base is None:
+            apply_factor_(stepped, shrink_factor(w, hyper), low)
+        elif base is not None:
+            before = change(w, base)
+            rounded = partial(_rounded, like=base, bits=noise)
+            stepped = decayed(stepped, before, shrink_factor(before, hyper), base, rounded, low)
+        if hyper.keep_zeros:
+            stepped = stepped.masked_fill(zeros, 0)
         # Each rounding gets bits of its own: the low half, both halves together, and the high half.
-        for old, new, bits in zip(stored, results, (noise, noise ^ (noise >> 16), noise >> 16), strict=False):
-            low_precision = old.dtype in LOW_PRECISION and not is_quantized(old)
-            old.copy_(stochastic_round(new.to(torch.float32), old.dtype, bits) if low_precision else new)
+        results, bits = (stepped, *moments), (noise, noise ^ (noise >> 16), noise >> 16)
+        for old, new, own in zip(stored[:3], results, bits, strict=True):
+            old.copy_(new if new.dtype == old.dtype or is_quantized(old) else _rounded(new, old, own))
+
+
+def _rounded(values: Tensor, like: Tensor, bits: Tensor) -> Tensor:
+    if like.dtype in LOW_PRECISION:
+        return stochastic_round(values.to(torch.float32), like.dtype, bits)
+    return values.to(like.dtype)

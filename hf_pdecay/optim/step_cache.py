@@ -146,7 +146,8 @@ def _places(
     if not all(param.is_contiguous() for param in here):
         return None
     try:
-        moments = [address(entry[name]) for entry in state.values() if entry for name in _STATE]
+        moments = [address(entry[name]) for entry in state.values() if "step" in entry for name in _STATE]
+        moments += [address(entry["base"]) for entry in state.values() if "base" in entry]
     except (KeyError, AttributeError):
         return None
     whose = [id(param) for param in params] + [param.data_ptr() for param in here] + moments

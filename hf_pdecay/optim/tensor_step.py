@@ -57,6 +57,7 @@ class TensorStep(NamedTuple):
     hyper: Hyperparameters
     place: int  # in the optimizer, from which the random bits come, see noise_place
     structure: Structure | None = None  # None if weights decay one by one
+    base: Tensor | None = None  # what the weights decay to, see bases.py; None for 0
 
 
 def noise_place(group: int, index: int = 0) -> int:
@@ -142,3 +143,4 @@ class Stepped(NamedTuple):
     awake: bool | Tensor  # as in TensorStep, like `place`
     place: int
     first: int = 0  # place of the first element in the tensor, if these are views of a piece
+    base: Tensor | None = None  # what the weights decay to; None for 0

@@ -14,16 +14,17 @@ The norms are taken before the optimizer's step, and the weights are multiplied 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from .bases import change
 from .cpu.units import UnitDivisors
 from .decay import shrink_factor
-from .distributed import is_dtensor, span_of
+from .distributed import is_dtensor, local, span_of
 from .param_groups import is_left_alone, still_entries
 from .tensor_step import Hyperparameters, Structure
 from .unit_kinds import kind_of, n_of_m
@@ -54,6 +55,7 @@ class UnitDecay(ABC):
         first_place: Place of the group's first parameter in the optimizer.
         step_of: By the index of a parameter, the number of its step, from which its random bits come.
         averaged: By the index of a parameter, the weights z of a schedule-free optimizer, which decay alike.
+        bases: By the index of a parameter, what its weights decay to; all parameters, or none if they decay to 0.
     """
 
     group: dict[str, Any]
@@ -61,6 +63,7 @@ class UnitDecay(ABC):
     alpha_lambda: Callable[[torch.device], float | Tensor]
     step_of: Callable[[int], int | Tensor]
     averaged: Callable[[int], Tensor | None] = lambda _: None
+    bases: Mapping[int, Tensor] = field(default_factory=dict)
     tables: UnitTables | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
@@ -159,7 +162,7 @@ class BlockDecay(UnitDecay):
             noise = self.first_place + member.param + _NOISE, self.step_of(member.param)
             settings = self.group["p_norm"], self.alpha_lambda(before.device), finite, noise
             for weights in self._weights(member.param):
-                decay_weakest(weights, before, member.dim, self._blocks, *settings)
+                decay_weakest(weights, before, member.dim, self._blocks, *settings, self.bases.get(member.param))
 
 
 @dataclass
@@ -180,7 +183,7 @@ class CoupledDecay(UnitDecay):
 
     def take_norms(self, backend: str = "") -> None:
         """Take the norms of the units, and note in the param group which units are dormant."""
-        self.tables = _tables(self._params, self._units, backend)
+        self.tables = _tables(self._params, self._units, backend, self.bases)
         if self._sharded and self.tables is None:
             raise ValueError(self._refusal())
         by_device: dict[torch.device, list[int]] = {}
@@ -195,7 +198,9 @@ class CoupledDecay(UnitDecay):
             if self.tables is not None:
                 rms = self.tables.norms()
             else:
-                rms = torch.cat([mean_squares(self._units[index], self._params) for index in layers]).sqrt_()
+                changes = {index: change(local(self._params[index]), local(base)) for index, base in self.bases.items()}
+                squares = [mean_squares(self._units[index], self._params, changes or None) for index in layers]
+                rms = torch.cat(squares).sqrt_()
             counts = [self._units[index].count for index in layers]
             dormant: Tensor | None = rms == 0
             if remembered is not None:
@@ -247,9 +252,12 @@ class CoupledDecay(UnitDecay):
                 for weights in self._weights(member.param):
                     here = weights_here(weights, member, None)
                     of_units = here.narrow(member.dim, member.offset, len(spread))
+                    base = self.bases.get(member.param)
+                    if base is not None:
+                        base = weights_here(base, member, None).narrow(member.dim, member.offset, len(spread))
                     # Matrices of one stack differ in their random bits.
                     first = int(here.storage_offset() - weights.storage_offset())
-                    scale(of_units, member.dim, spread.to(weights.device), *noise, first)
+                    scale(of_units, member.dim, spread.to(weights.device), noise, first, base)
 
     def _all_factors(self) -> list[tuple[Units[int], Tensor]]:
         """The units of each layer with their factors."""
@@ -276,7 +284,9 @@ class CoupledDecay(UnitDecay):
         return factor
 
 
-def _tables(params: Sequence[Tensor], units: Sequence[Units[int]], backend: str) -> UnitTables | None:
+def _tables(
+    params: Sequence[Tensor], units: Sequence[Units[int]], backend: str, bases: Mapping[int, Tensor]
+) -> UnitTables | None:
     """The tables of a backend, if its functions take all parameters and all are on one device."""
     weights = [params[member.param] for layer in units for member in layer.members]
     stacked = any(member.matrix is not None for layer in units for member in layer.members)
@@ -287,4 +297,6 @@ def _tables(params: Sequence[Tensor], units: Sequence[Units[int]], backend: str)
         from .gpu.units import UnitFactors  # imports triton, which takes its time
 
         kind = UnitFactors
-    return kind(params, units) if all(kind.takes(weight) for weight in weights) else None
+    if bases and not kind.knows_bases:
+        return None
+    return kind(params, units, bases) if all(kind.takes(weight) for weight in weights) else None

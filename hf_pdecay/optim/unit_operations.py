@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from itertools import repeat
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from .bases import change, decayed
 from .decay import shrink_factor
 from .distributed import Span, all_sum, common_groups, first_index, local, span_of
 from .foreach import chunk_size
@@ -139,19 +142,39 @@ def _pieces(weights: Tensor, dim: int, block: int = 1) -> Iterator[tuple[Tensor,
         yield weights.narrow(axis, start, extent), slice(start, start + extent) if axis == dim else whole
 
 
-def scale(weights: Tensor, dim: int, factor: Tensor, noise_place: int, step: int | Tensor, first: int = 0) -> None:
-    """Multiply weights by factors along a dimension, in place; ``first`` is the place of their first random bits."""
+def scale(
+    weights: Tensor,
+    dim: int,
+    factor: Tensor,
+    noise: tuple[int, int | Tensor],
+    first: int = 0,
+    base: Tensor | None = None,
+) -> None:
+    """Multiply weights, or their changes from a base, by factors along a dimension, in place.
+
+    ``noise`` has the place of the tensor and its step, ``first`` the place of the first weight, for the random bits.
+    """
     shape = [1] * weights.dim()
     shape[dim] = -1
-    for piece, span in _pieces(weights, dim):
-        _multiply(piece, factor[span].view(shape), noise_place, step, first)
+    bases = repeat((None, None)) if base is None else _pieces(base, dim)
+    for (piece, span), (base_piece, _) in zip(_pieces(weights, dim), bases, strict=False):
+        _multiply(piece, factor[span].view(shape), *noise, first, base_piece)
         first += piece.numel()
 
 
-def _multiply(piece: Tensor, factor: Tensor, noise_place: int, step: int | Tensor, first: int) -> None:
-    """Multiply weights in place, with stochastic rounding in low precision; subnormal results become 0."""
+def _multiply(
+    piece: Tensor, factor: Tensor, noise_place: int, step: int | Tensor, first: int, base: Tensor | None = None
+) -> None:
+    """Multiply weights or changes, with stochastic rounding in low precision; subnormal results become 0."""
     low = piece.dtype in LOW_PRECISION
     working = piece.to(torch.float32) if low else piece
+    if base is not None:
+        bits = noise_bits(step, noise_place, first, piece.numel(), piece.device) if low else None
+        rounded = None if bits is None else partial(stochastic_round, dtype=piece.dtype, noise=bits)
+        # A unit lives as one, so it does not matter whether single changes are rounded to 0.
+        nothing = torch.zeros((), dtype=working.dtype, device=piece.device)
+        piece.copy_(decayed(working, nothing, factor, base, rounded))
+        return
     working.mul_(factor)
     tiny = torch.finfo(working.dtype).tiny
     torch.ops.aten.hardshrink.out(working, tiny * (1 - 2.0**-20), out=working)
@@ -169,17 +192,20 @@ def decay_weakest(
     alpha_lambda: float | Tensor,
     finite: bool | Tensor,
     noise: tuple[int, int | Tensor],
+    base: Tensor | None = None,
 ) -> None:
-    """Decay the weights that were the M - N weakest of M before the step, each by its own factor."""
+    """Decay the weights that were the M - N weakest of M before the step, or changed least, each by its own factor."""
     first = 0
-    pieces, pieces_before = (_pieces(t.movedim(dim, -1), t.dim() - 1, blocks[1]) for t in (weights, before))
-    for (piece, _), (was, _) in zip(pieces, pieces_before, strict=True):
-        magnitude = was.abs().to(torch.promote_types(was.dtype, torch.float32))
+    tensors = (weights, before) if base is None else (weights, before, base)
+    cut = [_pieces(tensor.movedim(dim, -1), tensor.dim() - 1, blocks[1]) for tensor in tensors]
+    for (piece, _), (was, _), *rest in zip(*cut, strict=True):
+        base_piece = rest[0][0] if rest else None
+        magnitude = change(was, base_piece, torch.promote_types(was.dtype, torch.float32)).abs()
         factor = shrink_factor(magnitude, p_norm, alpha_lambda)
         stays = ~weakest(magnitude, blocks)
         if isinstance(finite, Tensor):
             stays |= ~finite.to(stays.device)
-        _multiply(piece, factor.masked_fill_(stays, 1), *noise, first)
+        _multiply(piece, factor.masked_fill_(stays, 1), *noise, first, base_piece)
         first += piece.numel()
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -24,12 +24,17 @@ class UnitTables(ABC):
             the dimension along which its units lie; 1 for indices outside all units.
     """
 
-    def __init__(self, params: Sequence[Tensor], units: Sequence[Units[int]]) -> None:
+    knows_bases = False  # whether it can sum the squares of changes
+
+    def __init__(
+        self, params: Sequence[Tensor], units: Sequence[Units[int]], bases: Mapping[int, Tensor] | None = None
+    ) -> None:
         self._dims = {member.param: member.dim for layer in units for member in layer.members}
         self._lengths = {index: params[index].shape[dim] for index, dim in self._dims.items()}
         spans = {index: span_of(params[index]) for index in self._dims}
         self._firsts = {index: first_index(spans[index], dim) for index, dim in self._dims.items()}
         self._weights = {index: local(params[index]) for index in self._dims}
+        self._bases = {index: local(base) for index, base in (bases or {}).items()}
         self._process_groups = common_groups(list(spans.values()))
         self.device = next(iter(self._weights.values())).device
         self._whole_tables = {

@@ -39,9 +39,10 @@ struct Row {  // one tensor
   // For moments in 8 bits, whose codes are at exp_avg and exp_avg_sq: their scales and the numbers that codes stand for.
   float *exp_avg_scale, *exp_avg_sq_scale;
   const float *exp_avg_map, *exp_avg_sq_map;
+  const void* base;  // what the weights decay to, of their dtype, or null for 0
 };
 
-constexpr int64_t kRow = 19;
+constexpr int64_t kRow = 20;
 
 struct Hyper {  // one param group
   double lr, beta1, beta2, eps, weight_decay, p_norm, lambda_p, keep_zeros, maximize, decays;
@@ -54,7 +55,8 @@ Scalars<T> scalars_of(const Hyper& h, const Row& row, double least, double tiny,
   const double step = *row.step;
   Scalars<T> s;
   s.keep_zeros = h.keep_zeros != 0;
-  static_cast<Power<T>&>(s) = power_of<T>(h.p_norm, h.lr * h.lambda_p, s.keep_zeros, tiny, decays);
+  const bool keep_zeros = s.keep_zeros && row.base == nullptr;  // else zeros are not those of what decays
+  static_cast<Power<T>&>(s) = power_of<T>(h.p_norm, h.lr * h.lambda_p, keep_zeros, tiny, decays);
   *decays = *decays && row.asleep == 0;
   s.beta1 = static_cast<T>(h.beta1);
   s.weight1 = static_cast<T>(h.maximize != 0 ? h.beta1 - 1 : 1 - h.beta1);  // the second moment knows no sign
@@ -73,6 +75,13 @@ Scalars<T> scalars_of(const Hyper& h, const Row& row, double least, double tiny,
 
 // --- the step on a run of elements
 
+// Up to kBlock changes of weights from `base` on, as numbers of the working dtype.
+template <class P, class T>
+inline void changes_of(const P* __restrict p, const P* __restrict base, int n, T* __restrict change) {
+#pragma omp simd
+  for (int i = 0; i < n; ++i) change[i] = load(p[i]) - load(base[i]);
+}
+
 // Up to kBlock elements from `at` on, with their moments.
 template <Decay kDecay, class P, class M, class T>
 inline void step_block(const Row& row, const Scalars<T>& s, int64_t at, int n, M* m, M* v) {
@@ -86,6 +95,19 @@ inline void step_block(const Row& row, const Scalars<T>& s, int64_t at, int n, M
     PREFETCH(g + kPrefetch + i);
     PREFETCH(m + kPrefetch + i);
     PREFETCH(v + kPrefetch + i);
+  }
+  if (kDecay != kNone && row.base != nullptr) {
+    const P* const base = static_cast<const P*>(row.base) + at;
+    T change[kBlock];
+    changes_of(p, base, n, change);
+    if (kDecay == kUnits) {
+      unit_divisors_of(static_cast<const T*>(row.divisors), row.inner, row.length, p, at, n, false, divisor);
+    } else {
+      divisors(change, n, s, divisor);
+      if (kDecay == kByFour) spare_strongest(change, n, false, divisor);
+    }
+    update_to_base(p, base, g, m, v, change, divisor, n, static_cast<uint32_t>(at), s);
+    return;
   }
   if (kDecay == kUnits) {
     unit_divisors_of(static_cast<const T*>(row.divisors), row.inner, row.length, p, at, n, s.keep_zeros, divisor);
@@ -142,8 +164,20 @@ void decay_chunk(const Row& row, const Scalars<T>& shared, int64_t begin, int64_
       PREFETCH(p + kPrefetch + i);
       PREFETCH(before + at + kPrefetch + i);
     }
-    divisors(before + at, n, s, divisor);
     const uint32_t first = static_cast<uint32_t>(at);
+    if (row.base != nullptr) {
+      const P* const base = static_cast<const P*>(row.base) + at;
+      T change[kBlock];
+      changes_of(before + at, base, n, change);
+      divisors(change, n, s, divisor);
+      for (int i = 0; i < n; ++i) {
+        const uint32_t noise = noise_at(first + static_cast<uint32_t>(i), s.noise_a, s.noise_b);
+        store_to_base(p[i], base[i], static_cast<T>(load(p[i])), change[i], divisor[i], noise, 0);
+        if (s.keep_zeros && load(before[at + i]) == 0) store(p[i], T(0), 0, 0);
+      }
+      continue;
+    }
+    divisors(before + at, n, s, divisor);
 #pragma omp simd
     for (int i = 0; i < n; ++i) {
       T result = load(p[i]) / divisor[i];
@@ -270,7 +304,7 @@ bool make_decay_task(Task* task, const Hyper& hyper, const Row& row) {
 }
 
 void run_all(const Row* rows, int64_t count, const std::vector<Task>& tasks, int threads) {
-  static_assert(sizeof(Row) == kRow * sizeof(int64_t), "a row is nineteen numbers of 64 bits");
+  static_assert(sizeof(Row) == kRow * sizeof(int64_t), "a row is twenty numbers of 64 bits");
   int64_t numel = 0;
   for (int64_t i = 0; i < count; ++i) numel += rows[i].numel;
   const int64_t share = numel / (8 * std::max(threads, 1)) / kScaled * kScaled;  // a few chunks for each thread

@@ -16,12 +16,12 @@ import torch
 from torch import Tensor
 
 from ..moments import is_quantized, refusal_of_encoded
-from ..tensor_step import Decay, Hyperparameters, TensorStep, fuses, is_flat, spacing
+from ..tensor_step import Decay, Hyperparameters, Stepped, TensorStep, fuses, is_flat, spacing
 from .native import load
 
 
-_PARTS = ("weights.cpp", "lanes.cpp", "divisors.cpp", "update.cpp", "units.cpp", "eight_bit.cpp", "adamw_lp.cpp")
-SOURCES = tuple(Path(__file__).with_name(name) for name in _PARTS)
+_PARTS = ("weights", "lanes", "divisors", "update", "to_base", "units", "eight_bit", "adamw_lp")
+SOURCES = tuple(Path(__file__).with_name(f"{name}.cpp") for name in _PARTS)
 
 CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 _MOMENTS = {  # by the dtype of the weights
@@ -30,7 +30,7 @@ _MOMENTS = {  # by the dtype of the weights
     torch.bfloat16: (torch.float32, torch.bfloat16),
     torch.float16: (torch.float32, torch.float16),
 }
-_COLUMNS = 19  # numbers in a row
+_COLUMNS = 20  # numbers in a row
 _EIGHT_BIT = 4
 
 
@@ -64,7 +64,7 @@ class Batch:
         places: dict[int, int] = {}
         append = self._rows.extend
         for step in steps:
-            param, grad, _, _, count, awake, hyper, place, structure = step
+            param, grad, _, _, count, awake, hyper, place, structure, base = step
             moments, moment_dtype, encoding = _moments(step)
             divisors, extents, by_four = None, (1, 1), False
             if structure is not None and fuses(step):
@@ -77,7 +77,8 @@ class Batch:
             addresses = param.data_ptr(), grad.data_ptr(), *moments, count.data_ptr()
             codes = CODES[param.dtype], moment_dtype, not awake
             units = 0 if divisors is None else divisors.data_ptr(), *extents, by_four
-            append((*addresses, param.numel(), group, place, *codes, *units, *encoding))
+            to = 0 if base is None else base.data_ptr()
+            append((*addresses, param.numel(), group, place, *codes, *units, *encoding, to))
 
     @staticmethod
     def refusal(step: TensorStep) -> str | None:
@@ -100,6 +101,8 @@ class Batch:
             return f"it does not know weights of {param.dtype} with moments of {moment.dtype} and {second.dtype}"
         elif not is_flat(param, grad, moment, second):
             return "weights, gradient and moments must lie in memory alike and without gaps"
+        if step.base is not None and (step.base.dtype != param.dtype or not is_flat(param, step.base)):
+            return "weights and their base must be of one dtype and lie in memory alike and without gaps"
         if grad.dtype != param.dtype:
             return f"it takes gradients of the weights' dtype {param.dtype}, not of {grad.dtype}"
         if grad.is_neg():
@@ -131,24 +134,24 @@ class Batch:
         torch.autograd.graph.increment_version(self._params)
 
 
-def decay_weights(weights: Sequence[Tensor], before: Sequence[Tensor], places: Sequence[int], decay: Decay) -> None:
+def decay_weights(tensors: Sequence[Stepped], decay: Decay) -> None:
     """Decay weights on a CPU that another optimizer has stepped, in place.
 
-    ``before`` has their copies from before the step, which lie in memory alike and without gaps; ``places`` their
-    places in the optimizer. All dtypes must be in :data:`CODES`, and α λ_p must be a float that is not 0 in any.
+    Weights, their copies and bases must lie in memory alike and without gaps. All dtypes must be in :data:`CODES`, and
+    α λ_p must be a float that is not 0 in any.
     """
     functions = library()
     rows, count = array("q"), array("f", [decay.step])
     alpha_lambda = float(decay.alpha_lambda)
     hyper = array("d", (alpha_lambda, 0.5, 0.5, 0.0, 0.0, decay.p_norm, 1.0, decay.keep_zeros, False, True))
     step = count.buffer_info()[0]
-    for weight, copy, place in zip(weights, before, places, strict=True):
-        code = CODES[weight.dtype]
-        first = weight.data_ptr(), copy.data_ptr(), 0, 0, step, weight.numel(), 0, place, code, code, 0, 0, 1, 1
-        rows.extend((*first, *(0,) * (_COLUMNS - len(first))))
-    if functions.hf_pdecay_decay(address(rows), len(weights), address(hyper), torch.get_num_threads()):
+    for tensor in tensors:
+        weight, code = tensor.weight, CODES[tensor.weight.dtype]
+        first = weight.data_ptr(), tensor.before.data_ptr(), 0, 0, step, weight.numel(), 0, tensor.place, code, code
+        rows.extend((*first, 0, 0, 1, 1, 0, 0, 0, 0, 0, 0 if tensor.base is None else tensor.base.data_ptr()))
+    if functions.hf_pdecay_decay(address(rows), len(tensors), address(hyper), torch.get_num_threads()):
         raise RuntimeError("The compiled decay met an unknown dtype.")
-    torch.autograd.graph.increment_version(list(weights))
+    torch.autograd.graph.increment_version([tensor.weight for tensor in tensors])
 
 
 def address(numbers: array[Any]) -> ctypes.c_void_p:

@@ -57,6 +57,7 @@ struct Summed {  // one tensor
   int64_t numel;
   int64_t inner, length;  // elements from one index of that dimension to the next, and how many indices there are
   int64_t dtype;
+  const void* base;  // what the weights decay to, or null for 0
 };
 
 constexpr int64_t kLongRun = 32;  // from here on an index has so many neighbours that they are summed by themselves
@@ -66,17 +67,27 @@ struct Share {
   int64_t row, begin, end;
 };
 
+// A weight, or its change from a base.
+template <bool kToBase, class P>
+inline auto distance(const P* w, const P* base, int64_t i) {
+  return kToBase ? load(w[i]) - load(base[i]) : load(w[i]);
+}
+
 // Runs of one index from `begin` up to `end`, or, where runs are short, such columns of all the tensor's rows.
-template <class P, class T>
+template <bool kToBase, class P, class T>
 void add_squares(const Summed& row, int64_t begin, int64_t end) {
   const P* const weights = static_cast<const P*>(row.weights);
+  const P* const bases = static_cast<const P*>(kToBase ? row.base : row.weights);
   T* const sums = static_cast<T*>(row.sums);
   if (row.inner >= kLongRun) {
     for (int64_t run = begin; run < end; ++run) {
-      const P* const __restrict w = weights + run * row.inner;
+      const P *const w = weights + run * row.inner, *const b = bases + run * row.inner;
       T sum = 0;
 #pragma omp simd reduction(+ : sum)
-      for (int64_t i = 0; i < row.inner; ++i) sum += load(w[i]) * load(w[i]);
+      for (int64_t i = 0; i < row.inner; ++i) {
+        const T x = distance<kToBase>(w, b, i);
+        sum += x * x;
+      }
       sums[run % row.length] += sum;
     }
     return;
@@ -85,11 +96,19 @@ void add_squares(const Summed& row, int64_t begin, int64_t end) {
   std::vector<T> columns(end - begin, T(0));
   T* const __restrict column = columns.data();
   for (int64_t first = 0; first < row.numel; first += width) {
-    const P* const __restrict w = weights + first + begin;
+    const P *const w = weights + first + begin, *const b = bases + first + begin;
 #pragma omp simd
-    for (int64_t i = 0; i < end - begin; ++i) column[i] += load(w[i]) * load(w[i]);
+    for (int64_t i = 0; i < end - begin; ++i) {
+      const T x = distance<kToBase>(w, b, i);
+      column[i] += x * x;
+    }
   }
   for (int64_t i = begin; i < end; ++i) sums[i / row.inner] += column[i - begin];
+}
+
+template <class P, class T>
+void add_row(const Summed& row, int64_t begin, int64_t end) {
+  row.base != nullptr ? add_squares<true, P, T>(row, begin, end) : add_squares<false, P, T>(row, begin, end);
 }
 
 // --- the divisors of units
@@ -168,10 +187,10 @@ int hf_pdecay_square_sums(const Summed* rows, int64_t count, int threads) {
     const Share& share = shares[i];
     const Summed& row = rows[share.row];
     switch (row.dtype) {
-      case kFloat32: add_squares<float, float>(row, share.begin, share.end); break;
-      case kFloat64: add_squares<double, double>(row, share.begin, share.end); break;
-      case kBFloat16: add_squares<bfloat16, float>(row, share.begin, share.end); break;
-      default: add_squares<float16, float>(row, share.begin, share.end);
+      case kFloat32: add_row<float, float>(row, share.begin, share.end); break;
+      case kFloat64: add_row<double, double>(row, share.begin, share.end); break;
+      case kBFloat16: add_row<bfloat16, float>(row, share.begin, share.end); break;
+      default: add_row<float16, float>(row, share.begin, share.end);
     }
   }
   return 0;

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -15,11 +15,18 @@ from ..units import Units, unit_size
 from .step import CODES, address, library
 
 
+_COLUMNS = 7  # numbers in a row of a tensor whose squares are summed
+
+
 class UnitDivisors(UnitTables):
     """The divisors that the C++ step takes, in the dtype of its computation."""
 
-    def __init__(self, params: Sequence[Tensor], units: Sequence[Units[int]]) -> None:
-        super().__init__(params, units)
+    knows_bases = True
+
+    def __init__(
+        self, params: Sequence[Tensor], units: Sequence[Units[int]], bases: Mapping[int, Tensor] | None = None
+    ) -> None:
+        super().__init__(params, units, bases)
         tables = self._whole_tables
         self._sums = {
             dtype: torch.zeros(sum(len(table) for table in tables.values() if table.dtype == dtype), dtype=dtype)
@@ -37,7 +44,8 @@ class UnitDivisors(UnitTables):
             if weights.numel():
                 shape = weights.numel(), spacing(weights, dim), weights.shape[dim]
                 first = sums[index][self._firsts[index] :].data_ptr()
-                self._summed.extend((weights.data_ptr(), first, *shape, CODES[weights.dtype]))
+                base = self._bases[index].data_ptr() if index in self._bases else 0
+                self._summed.extend((weights.data_ptr(), first, *shape, CODES[weights.dtype], base))
         first = begin = 0
         for layer in units:
             wide = [tables[member.param].dtype == torch.float64 for member in layer.members]
@@ -68,7 +76,7 @@ class UnitDivisors(UnitTables):
         if self._process_groups:
             for sums in self._sums.values():
                 sums.zero_()
-        if self._functions.hf_pdecay_square_sums(address(self._summed), len(self._summed) // 6, threads):
+        if self._functions.hf_pdecay_square_sums(address(self._summed), len(self._summed) // _COLUMNS, threads):
             raise RuntimeError("The compiled sums met a dtype that they do not know.")
         for sums in self._sums.values() if self._process_groups else ():
             all_sum(sums, self._process_groups)

@@ -19,15 +19,21 @@ def takes(stepped: Stepped) -> bool:
     """Whether the kernel takes a tensor."""
     weight = stepped.weight
     known = weight.device.type in DEVICES and weight.dtype in TYPES and weight.dtype != torch.float64
-    return known and stepped.awake is True and stepped.averaged is None and is_flat(weight, stepped.before)
+    plain = stepped.averaged is None and stepped.base is None
+    return known and stepped.awake is True and plain and is_flat(weight, stepped.before)
 
 
 def decay_weights(tensors: Sequence[Stepped], decay: Decay) -> None:
     """Decay tensors of one device and dtype that the kernel :func:`takes`, in place; the host does not wait."""
     device, dtype = tensors[0].weight.device, tensors[0].weight.dtype
     words, chunks = rows_of_tensors(
-        {"weights": weight.data_ptr(), "grad": before.data_ptr(), "numel": weight.numel(), "place": place}
-        for weight, before, _, _, place, _ in tensors
+        {
+            "weights": stepped.weight.data_ptr(),
+            "grad": stepped.before.data_ptr(),
+            "numel": stepped.weight.numel(),
+            "place": stepped.place,
+        }
+        for stepped in tensors
     )
     alpha_lambda, finite = decay.alpha_lambda, decay.finite
     given = alpha_lambda.to(device) if isinstance(alpha_lambda, Tensor) else None

@@ -52,6 +52,8 @@ class Batch:
         param, grad, moment, second = step.param, step.grad, step.exp_avg, step.exp_avg_sq
         if param.device.type not in DEVICES:
             return f"it works on a GPU, not on {param.device.type}"
+        if step.base is not None:
+            return "it does not know weights that decay to a base"
         dtypes = {param.dtype, moment.dtype}
         if is_quantized(moment) or is_quantized(second):
             refused = refusal_of_encoded(param, moment, second)

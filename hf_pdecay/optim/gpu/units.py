@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 import triton
@@ -27,8 +27,10 @@ _LONG = 32  # a program sums one index if it has at least so many neighbours
 class UnitFactors(UnitTables):
     """The factors that the Triton step takes, in float32; the host never waits."""
 
-    def __init__(self, params: Sequence[Tensor], units: Sequence[Units[int]]) -> None:
-        super().__init__(params, units)
+    def __init__(
+        self, params: Sequence[Tensor], units: Sequence[Units[int]], bases: Mapping[int, Tensor] | None = None
+    ) -> None:
+        super().__init__(params, units, bases)
         self._launches: list[tuple[array[int], int, dict[str, object]]] = []
         splits = {}  # the number of sums for one index of a parameter
         kinds: dict[tuple[torch.dtype, bool], list[int]] = {}

@@ -1,0 +1,88 @@
+// The step of weights whose change from a base decays, see bases.py. Compiled together with update.cpp.
+
+namespace {
+
+// The largest divisor by which a change does not decay in a step.
+constexpr double kHeld = 1 / (1 - 0x1p-20);
+
+// The number next to `base`, above it if `up` and below it if not.
+template <class P>
+inline P next_to(P base, bool up) {
+  using Bits = std::conditional_t<sizeof(P) == 8, uint64_t, std::conditional_t<sizeof(P) == 4, uint32_t, uint16_t>>;
+  constexpr Bits sign = Bits(1) << (8 * sizeof(P) - 1);
+  const Bits bits = bit_cast<Bits>(base);
+  if (load(base) == 0) return bit_cast<P>(static_cast<Bits>(up ? 1 : sign | 1));
+  // The bits of numbers above 0 have the order of the numbers, those of numbers below 0 the opposite one.
+  return bit_cast<P>(static_cast<Bits>(((bits & sign) == 0) == up ? bits + 1 : bits - 1));
+}
+
+// Stores a weight after the step, given that before decay, its change before the step, and the divisor of that.
+template <class P, class T>
+inline void store_to_base(P& p, P base, T result, T before, T divisor, uint32_t noise, uint32_t nearest) {
+  const T wide = load(base);
+  const bool held = divisor <= T(kHeld);
+  T change = (result - wide) / divisor;
+  const bool dead = !held && std::fabs(change) < std::numeric_limits<T>::min();
+  P stored;
+  store(stored, held ? result : wide + change, noise, nearest);
+  if (dead) stored = base;
+  if (held && before != T(0) && load(stored) == wide) stored = next_to(base, before > T(0));
+  p = stored;
+}
+
+// As update(): `divisor` has those of changes, which are in `before`.
+template <class P, class M, class T>
+inline void update_to_base(P* p, const P* base, const P* g, M* m, M* v, const T* before, const T* divisor, int n,
+                           uint32_t first, const Scalars<T>& s) {
+  constexpr bool kRounds = !std::is_same<P, T>::value || !std::is_same<M, T>::value;
+  for (int i = 0; i < n; ++i) {
+    const T weight = load(p[i]);
+    T exp_avg = load(m[i]), exp_avg_sq = load(v[i]);
+    const T result = stepped<std::is_same<M, float16>::value>(weight, load(g[i]), exp_avg, exp_avg_sq, s);
+    const uint32_t noise = kRounds ? noise_at(first + static_cast<uint32_t>(i), s.noise_a, s.noise_b) : 0;
+    store_to_base(p[i], base[i], result, before[i], divisor[i], noise, s.nearest);
+    if (s.keep_zeros && weight == T(0)) store(p[i], T(0), 0, s.nearest);
+    store(m[i], exp_avg, noise ^ (noise >> 16), s.nearest);
+    store(v[i], exp_avg_sq, noise >> 16, s.nearest);
+  }
+}
+
+#if HF_PDECAY_LANES
+template <class P, class M>
+inline void update_to_base(P* p, const P* base, const P* g, M* m, M* v, const float* before, const float* divisor, int n,
+                           uint32_t first, const Scalars<float>& s) {
+  constexpr bool kRounds = !std::is_same<P, float>::value || !std::is_same<M, float>::value;
+  const __m512 zero = _mm512_setzero_ps(), limit = _mm512_set1_ps(static_cast<float>(kHeld));
+  const __m512i exponent = all(0x7f800000u);
+  for (int i = 0; i < n; i += 16) {
+    const int left = n - i;
+    const __m512 weight = load_16(p + i, left), wide = load_16(base + i, left);
+    const __m512 was = load_16(before + i, left), by = load_16(divisor + i, left);
+    __m512 exp_avg = load_16(m + i, left), exp_avg_sq = load_16(v + i, left);
+    __m512 result = stepped_16<std::is_same<M, float16>::value>(weight, load_16(g + i, left), exp_avg, exp_avg_sq, s);
+    const __mmask16 held = _mm512_cmp_ps_mask(by, limit, _CMP_LE_OQ);
+    const __m512 change = _mm512_div_ps(_mm512_sub_ps(result, wide), by);
+    const __mmask16 dead = _mm512_mask_testn_epi32_mask(static_cast<__mmask16>(~held), _mm512_castps_si512(change), exponent);
+    result = _mm512_mask_add_ps(result, static_cast<__mmask16>(~held), wide, change);
+    // A sum with 0 would lose the sign of a base of -0.
+    result = _mm512_mask_mov_ps(result, dead, wide);
+    const __mmask16 kept = s.keep_zeros ? _mm512_cmp_ps_mask(weight, zero, _CMP_EQ_OQ) : __mmask16(0);
+    result = _mm512_mask_mov_ps(result, kept, zero);
+    const __m512i noise = kRounds ? noise_16(first + static_cast<uint32_t>(i), s.noise_a, s.noise_b) : all(0);
+    const __m512i high = _mm512_srli_epi32(noise, 16);
+    store_16(p + i, left, result, noise, s.nearest);
+    store_16(m + i, left, exp_avg, _mm512_xor_si512(noise, high), s.nearest);
+    store_16(v + i, left, exp_avg_sq, high, s.nearest);
+    // What is left are changes that were rounded to 0 though they live, and bases of -0, which random rounding makes 0.
+    const __mmask16 lives = _mm512_mask_cmp_ps_mask(held, was, zero, _CMP_NEQ_OQ);
+    const __mmask16 lost = _mm512_mask_cmp_ps_mask(lives, load_16(p + i, left), wide, _CMP_EQ_OQ);
+    const __mmask16 minus = _mm512_mask_test_epi32_mask(
+        _mm512_mask_cmp_ps_mask(dead, wide, zero, _CMP_EQ_OQ), _mm512_castps_si512(wide), all(0x80000000u));
+    for (unsigned rest = (lost | minus) & ~kept & first_of_16(left), k = 0; rest != 0; rest >>= 1, ++k) {
+      if (rest & 1) p[i + k] = lost >> k & 1 ? next_to(base[i + k], before[i + k] > 0) : base[i + k];
+    }
+  }
+}
+#endif
+
+}  // namespace
