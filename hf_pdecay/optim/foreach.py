@@ -97,7 +97,7 @@ def _step_tensor(tensor: TensorStep, scalars: StepScalars, finite: bool | Tensor
     working = torch.float64 if dtype == torch.float64 else torch.float32
 
     first = 0
-    stored = (tensor.param, tensor.grad, tensor.exp_avg, tensor.exp_avg_sq)
+    stored: tuple[Tensor, ...] = (tensor.param, tensor.grad, tensor.exp_avg, tensor.exp_avg_sq)
     if tensor.base is not None and decays and hyper.lambda_p != 0:
         stored += (tensor.base,)
     for stored_p, g, stored_m, stored_v, *bases in chunks(*stored):

@@ -124,9 +124,8 @@ def check_saved_groups(
                 f"{source} has a param group with {strange[0]} and without {missing[0]}, which this optimizer has: it "
                 "is of another optimizer."
             )
-        for name in (
-            ("rule", "group", "decay_to") if "rule" in theirs else ("decay_to",) if "decay_to" in theirs else ()
-        ):
+        names = ("rule", "group", "decay_to") if "rule" in theirs else ("decay_to",)
+        for name in names if "decay_to" in theirs else names[:-1]:
             if ours.get(name) != theirs.get(name):
                 raise ValueError(
                     f"{source} has a param group with {name}={theirs.get(name)!r}, this optimizer has "
