@@ -95,18 +95,19 @@ inline void step_block(const Row& row, const Scalars<T>& s, int64_t at, int n, M
     PREFETCH(g + kPrefetch + i);
     PREFETCH(m + kPrefetch + i);
     PREFETCH(v + kPrefetch + i);
+    if (row.base != nullptr) PREFETCH(static_cast<const P*>(row.base) + at + kPrefetch + i);
   }
   if (kDecay != kNone && row.base != nullptr) {
     const P* const base = static_cast<const P*>(row.base) + at;
     T change[kBlock];
-    changes_of(p, base, n, change);
+    if (!kOneLoop) changes_of(p, base, n, change);
     if (kDecay == kUnits) {
       unit_divisors_of(static_cast<const T*>(row.divisors), row.inner, row.length, p, at, n, false, divisor);
-    } else {
+    } else if (!kOneLoop) {
       divisors(change, n, s, divisor);
       if (kDecay == kByFour) spare_strongest(change, n, false, divisor);
     }
-    update_to_base(p, base, g, m, v, change, divisor, n, static_cast<uint32_t>(at), s);
+    update_to_base<kDecay>(p, base, g, m, v, change, divisor, n, static_cast<uint32_t>(at), s);
     return;
   }
   if (kDecay == kUnits) {

@@ -30,9 +30,11 @@ inline void store_to_base(P& p, P base, T result, T before, T divisor, uint32_t 
   p = stored;
 }
 
-// As update(): `divisor` has those of changes, which are in `before`.
-template <class P, class M, class T>
-inline void update_to_base(P* p, const P* base, const P* g, M* m, M* v, const T* before, const T* divisor, int n,
+// As update(): `before` has the changes before the step, and `divisor` theirs. In lanes those of single weights are
+// computed on the way, and neither is read for them.
+template <Decay kDecay, class P, class M, class T>
+inline void update_to_base(P* __restrict p, const P* __restrict base, const P* __restrict g, M* __restrict m,
+                           M* __restrict v, const T* __restrict before, const T* __restrict divisor, int n,
                            uint32_t first, const Scalars<T>& s) {
   constexpr bool kRounds = !std::is_same<P, T>::value || !std::is_same<M, T>::value;
   for (int i = 0; i < n; ++i) {
@@ -48,8 +50,9 @@ inline void update_to_base(P* p, const P* base, const P* g, M* m, M* v, const T*
 }
 
 #if HF_PDECAY_LANES
-template <class P, class M>
-inline void update_to_base(P* p, const P* base, const P* g, M* m, M* v, const float* before, const float* divisor, int n,
+template <Decay kDecay, class P, class M>
+inline void update_to_base(P* __restrict p, const P* __restrict base, const P* __restrict g, M* __restrict m,
+                           M* __restrict v, const float* __restrict before, const float* __restrict divisor, int n,
                            uint32_t first, const Scalars<float>& s) {
   constexpr bool kRounds = !std::is_same<P, float>::value || !std::is_same<M, float>::value;
   const __m512 zero = _mm512_setzero_ps(), limit = _mm512_set1_ps(static_cast<float>(kHeld));
@@ -57,7 +60,8 @@ inline void update_to_base(P* p, const P* base, const P* g, M* m, M* v, const fl
   for (int i = 0; i < n; i += 16) {
     const int left = n - i;
     const __m512 weight = load_16(p + i, left), wide = load_16(base + i, left);
-    const __m512 was = load_16(before + i, left), by = load_16(divisor + i, left);
+    const __m512 was = _mm512_sub_ps(weight, wide);
+    const __m512 by = kDecay == kElements ? divisors_16(was, s) : load_16(divisor + i, left);
     __m512 exp_avg = load_16(m + i, left), exp_avg_sq = load_16(v + i, left);
     __m512 result = stepped_16<std::is_same<M, float16>::value>(weight, load_16(g + i, left), exp_avg, exp_avg_sq, s);
     const __mmask16 held = _mm512_cmp_ps_mask(by, limit, _CMP_LE_OQ);
@@ -75,11 +79,13 @@ inline void update_to_base(P* p, const P* base, const P* g, M* m, M* v, const fl
     store_16(v + i, left, exp_avg_sq, high, s.nearest);
     // What is left are changes that were rounded to 0 though they live, and bases of -0, which random rounding makes 0.
     const __mmask16 lives = _mm512_mask_cmp_ps_mask(held, was, zero, _CMP_NEQ_OQ);
-    const __mmask16 lost = _mm512_mask_cmp_ps_mask(lives, load_16(p + i, left), wide, _CMP_EQ_OQ);
+    const __m512 stored = std::is_same<P, float>::value ? result : load_16(p + i, left);
+    const __mmask16 lost = _mm512_mask_cmp_ps_mask(lives, stored, wide, _CMP_EQ_OQ);
     const __mmask16 minus = _mm512_mask_test_epi32_mask(
         _mm512_mask_cmp_ps_mask(dead, wide, zero, _CMP_EQ_OQ), _mm512_castps_si512(wide), all(0x80000000u));
+    const unsigned ups = _mm512_cmp_ps_mask(was, zero, _CMP_GT_OQ);
     for (unsigned rest = (lost | minus) & ~kept & first_of_16(left), k = 0; rest != 0; rest >>= 1, ++k) {
-      if (rest & 1) p[i + k] = lost >> k & 1 ? next_to(base[i + k], before[i + k] > 0) : base[i + k];
+      if (rest & 1) p[i + k] = lost >> k & 1 ? next_to(base[i + k], ups >> k & 1) : base[i + k];
     }
   }
 }
