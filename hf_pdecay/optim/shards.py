@@ -6,8 +6,8 @@ The attributes that DeepSpeed sets on parameters and optimizers identify it; it 
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -204,3 +204,10 @@ class Ranked(NamedTuple):
     slot: int = 0
     groups: Groups = ()
     base: Tensor | None = None
+
+    def viewed(self, view: Callable[[Tensor], Tensor]) -> Ranked:
+        """Return the same view of the weights, their second moment and their base."""
+        weight, second, base = (
+            None if tensor is None else view(tensor.detach()) for tensor in (self.weight, self.exp_avg_sq, self.base)
+        )
+        return self._replace(weight=cast(Tensor, weight), exp_avg_sq=second, base=base)

@@ -10,6 +10,12 @@ end of the run, if they had no gradient. In a short run at a low learning rate, 
 weights further than Adam's steps can, so it is also at most a share of the one whose decay of the median weight equals
 Adam's largest step, the learning rate. And it never makes more weights die than the next pruning takes. After ``end``
 zeros stay and the other weights train on ("healing").
+
+Where weights decay to a base, all of this is about their changes: an unchanged weight is what a zero is elsewhere, and
+pruned weights get the value of their base. Changes begin at 0 and grow, and λ_p with them, as it is set from their
+magnitudes at each pruning. At first all weights move freely. While more of them have not moved yet than the next
+pruning will ask for, as in low precision at a small learning rate, they stay free. In healing unchanged weights are
+held by a λ_p that changes nothing else, as ``keep_zeros`` is about zeros of the weights.
 """
 
 from __future__ import annotations
@@ -17,18 +23,20 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from ..optim.bases import decays_to_base
 from ..optim.decay import lambda_for_threshold
 from ..optim.defaults import LAMBDA_P
 from ..optim.param_groups import DENSE, HEALING, PRUNING, decayed_groups, highest_rate, is_decayed
-from ..optim.shards import group_params, is_sharded, publish
+from ..optim.shards import change_here, group_params, is_sharded, publish
 from ..optim.unit_kinds import UNIT_KINDS, kind_of, n_of_m
-from ..optim.unit_operations import alive_units
+from ..optim.unit_operations import Values, alive_units
 from ..optim.units import units_of
 from ..terminal import get_logger
 from .budgets import Budget, divide_target, has_target
@@ -101,7 +109,8 @@ class SparsityControl:
         # Gives marks of the weights that go first, by the ids of parameters, if no more are marked than are to go.
         self.first: Callable[[], Mapping[int, Tensor]] | None = None
         self._told = False  # by which score weights are ranked
-        self.lets_go = False  # whether zeros that were there at the start are made anew, as they are too many
+        # Whether zeros, or unchanged weights, that were there at the start are made anew, as they are too many.
+        self.lets_go = False
         self._adopt()
 
     def _adopt(self) -> None:
@@ -109,7 +118,7 @@ class SparsityControl:
         groups, params = self._optimizer.param_groups, group_params(self._optimizer)
         self._adopted = groups, params
         self.budgets = plan_target(groups, self._total_steps, self._target, params)
-        self._groups = [group for group in groups if has_target(group, self._target.target_sparsity)]
+        self._groups = [group for group in groups if has_target(group, self._target.target_sparsity, groups)]
         for group in decayed_groups(groups):
             group.setdefault("p_norm_end", group["p_norm"])
         # Whether λ_p is still the user's. A checkpoint of shards brings the λ_p that a control has set, but not
@@ -159,15 +168,19 @@ class SparsityControl:
                 group["p_norm"] = begin + self._annealing.progress(step) * (end - begin)
         upcoming = schedule.progress(schedule.next_pruning(step))
         decaying = self._target.sparsity_decay > 0 and schedule.begin < step and upcoming < _LAST_DECAY
-        fresh = decaying and (schedule.prunes(step - 1) or step == schedule.begin + 1 or self._unset)
+        fresh = schedule.prunes(step - 1) or step == schedule.begin + 1 or self._unset
         if step <= schedule.begin and (step == 1 or self._unset):
-            self._hold_first_zeros()
+            self._hold_first_zeros(step)
         self._unset = False
-        if fresh:
-            self._look()
-            self._set_lambda_p(upcoming)
+        if fresh and schedule.begin < step <= schedule.end:
+            self._set_lambda_p(upcoming, decaying)
         for group in self._groups:
             group["phase"] = DENSE if step <= schedule.begin else PRUNING if step <= schedule.end else HEALING
+            if decays_to_base(group):
+                if group["phase"] == HEALING:
+                    group["lambda_p"] = HOLDING
+                group["keep_zeros"] = self._target.keep_zeros
+                continue
             if not decaying and step > schedule.begin:
                 group["lambda_p"] = 0.0
             # While nothing decays pruned weights must be held (else zero absorbs). Pruned units hold by themselves, and
@@ -175,10 +188,15 @@ class SparsityControl:
             pruned = group["phase"] != DENSE and kind_of(group) not in UNIT_KINDS
             group["keep_zeros"] = self._target.keep_zeros or (pruned and group["lambda_p"] == 0)
 
-    def _hold_first_zeros(self) -> None:
-        """Set λ_p before the first pruning: zeros stay, unless there are more than the target asks for."""
+    def _hold_first_zeros(self, step: int) -> None:
+        """Set λ_p before the first pruning: zeros stay, unless there are more than the target asks for.
+
+        So do unchanged weights, if their base is not what the run starts from, so that others differ from theirs.
+        """
         sparse, excessive = set(), set()
         for budget in self.budgets:
+            if budget.to_base and step > 1:
+                continue  # some have just not moved yet
             zeros = zeros_in(budget, self._optimizer)
             if zeros > _FEW_ZEROS * budget.units:
                 sparse |= {id(group) for group, _ in budget.members}
@@ -191,10 +209,12 @@ class SparsityControl:
             if held and kind_of(group) in UNIT_KINDS and "dormant_units" not in group:
                 # Units that are zero beside living ones have been pruned: only a layer of zeros waits to learn.
                 layers = units_of(group)
-                alive = [alive_units(layer, group["params"]).any().cpu() for layer in layers]
-                group["dormant_units"] = [
-                    (~some).expand(layer.count).clone() for layer, some in zip(layers, alive, strict=True)
-                ]
+                changes = Values(partial(change_here, optimizer=self._optimizer)) if decays_to_base(group) else None
+                group["dormant_units"] = []
+                for layer in layers:
+                    values = None if changes is None else changes.of(layer, group["params"])
+                    some = alive_units(layer, group["params"], values).any().cpu()
+                    group["dormant_units"].append((~some).expand(layer.count).clone())
         self.lets_go = bool(excessive)
 
     @torch.no_grad()
@@ -241,7 +261,7 @@ class SparsityControl:
         return self._mean_excess(-1)
 
     def excess(self) -> float:
-        """Return about which fraction of the controlled weights, or units, is zero beyond the targets."""
+        """Return about which fraction of the controlled weights, or units, is zero or unchanged beyond the targets."""
         return self._mean_excess(1)
 
     def _mean_excess(self, sign: int) -> float:
@@ -250,17 +270,29 @@ class SparsityControl:
         parts = [max(sign * excess(budget, self._optimizer), 0.0) * budget.numel for budget in budgets]
         return sum(parts) / sum(budget.numel for budget in budgets) if parts else 0.0
 
-    def _set_lambda_p(self, upcoming: float) -> None:
-        """Set λ_p of all groups to what their weights can bear until the next pruning, at progress ``upcoming``."""
+    def _set_lambda_p(self, upcoming: float, decaying: bool) -> None:
+        """Set λ_p of all groups to what their weights can bear until the next pruning, at progress ``upcoming``.
+
+        If nothing decays any more, only those that decay to a base get one.
+        """
+        if not decaying and not any(decays_to_base(group) for group in self._groups):
+            return
+        self._look()
         limits: dict[int, float] = {}
+        bound: set[int] = set()  # groups in which unchanged weights must stay
         for budget in self.budgets:
+            if not decaying and not budget.to_base:
+                continue
             ranking = rank_by_magnitude(budget, self._optimizer)
             median, next_pruning = ranking.quantile((1 + budget.target) / 2), ranking.quantile(budget.target * upcoming)
             for group, _ in budget.members:
-                limit = self._lambda_p(group, median, next_pruning)
+                limit = self._lambda_p(group, median, next_pruning) if decaying else 0.0
                 limits[id(group)] = min(limits.get(id(group), limit), limit)
+                if next_pruning > 0:
+                    bound.add(id(group))
         for group in self._groups:
-            group["lambda_p"] = limits.get(id(group), 0.0) or HOLDING
+            free = decays_to_base(group) and id(group) not in bound
+            group["lambda_p"] = limits.get(id(group), 0.0) or (0.0 if free else HOLDING)
 
     def _lambda_p(self, group: dict[str, Any], median: float, next_pruning: float) -> float:
         """Return λ_p for a group from its budget's magnitudes at the median and at the next threshold."""

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from ..optim.bases import decays_to_base
 from ..optim.decay import forecast_threshold, lambda_for_threshold
 from ..optim.shards import Ranked, held
 from ..optim.unit_kinds import UNIT_KINDS, kind_of
@@ -31,7 +32,8 @@ def forecast(groups: Sequence[DecayingGroup], lr_sums: Sequence[float]) -> list[
     """Return a warning for each param group in which λ_p can zero only few weights.
 
     The forecast is an upper bound: the weights that would be dead by the end if no gradient held them up. ``lr_sums``
-    has the sum of each group's learning rates over all steps still to come.
+    has the sum of each group's learning rates over all steps still to come. There is none for changes from a base, as
+    they are not known before the run.
     """
     warnings = []
     for (number, group, params), lr_sum in zip(groups, lr_sums, strict=True):
@@ -43,7 +45,10 @@ def forecast(groups: Sequence[DecayingGroup], lr_sums: Sequence[float]) -> list[
             f"{group.get('rule', f'group {number}')!r}"
         )
         if p_norm >= 2:
-            warnings.append(f"{settings} give no zeros: for p >= 2 no weight reaches 0. Take p_norm below 2.")
+            what = "unchanged weights: for p >= 2 no change" if decays_to_base(group) else "zeros: for p >= 2 no weight"
+            warnings.append(f"{settings} give no {what} reaches 0. Take p_norm below 2.")
+            continue
+        if decays_to_base(group):
             continue
         ranking = Ranking(_units(group, params))
         sparsity, half = ranking.below(forecast_threshold(p_norm, lambda_p, lr_sum)), ranking.quantile(0.5)

@@ -1,30 +1,33 @@
-"""A pruning step: the least salient weights of a budget, or its least salient units, become exactly 0.
+"""A pruning step: the least salient weights of a budget, or its least salient units, become exactly 0, or their base.
 
-The saliency of a weight is w² √v, as in ``control``. The saliency of a unit is the mean over its weights: the loss for
-each weight, to second order, that removing them costs if they do not interact.
+The saliency of a weight is w² √v, as in ``control``, with the change w - base for w where a budget decays to a base.
+The saliency of a unit is the mean over its weights: the loss for each weight, to second order, that removing them costs
+if they do not interact.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..optim.distributed import Groups, all_sum, first_index, local, span_of
-from ..optim.shards import Ranked, full_shape, ranked, second_moment
+from ..optim.bases import end_
+from ..optim.distributed import Groups, all_sum, first_index, span_of
+from ..optim.shards import Ranked, change_here, ranked, second_moment
 from ..optim.unit_kinds import ELEMENT, UNIT_KINDS, n_of_m
-from ..optim.unit_operations import alive_units, mean_squares, weakest, weights_here
-from ..optim.units import Member
+from ..optim.unit_operations import Values, alive_units, mean_squares, weakest, weights_here
+from ..optim.units import Member, Units
 from .budgets import Budget
 from .ranking import Ranking, prune_least, scores
-from .still import runs
+from .still import parts_without
 
 
 @torch.no_grad()
 def prune(budget: Budget, optimizer: Any, progress: float, first: Mapping[int, Tensor] | None = None) -> None:
-    """Set the least salient units of a budget to 0, in place, up to a share of its target in [0, 1].
+    """Set the least salient units of a budget to 0 or their base, in place, up to a share of its target in [0, 1].
 
     Args:
         budget: The budget.
@@ -45,26 +48,32 @@ def prune(budget: Budget, optimizer: Any, progress: float, first: Mapping[int, T
 
 
 def excess(budget: Budget, optimizer: Any) -> float:
-    """Return the fraction of a budget's units that is zero beyond its target, by a sample; negative if zeros lack."""
+    """Return the fraction of a budget's units that is zero, or unchanged, beyond its target, by a sample.
+
+    It is negative if zeros lack.
+    """
     zero = rank_by_magnitude(budget, optimizer).below(torch.finfo(torch.float32).tiny)
     return zero - zeros_wanted(budget, 1.0) / budget.units
 
 
 def zeros_wanted(budget: Budget, progress: float) -> int:
-    """Return how many of a budget's units should be zero at a share of its target, in [0, 1]."""
+    """Return how many of a budget's units should be zero, or unchanged, at a share of its target, in [0, 1]."""
     count = round(budget.target * progress * budget.units)
     # One unit stays: a layer without any would pass nothing on.
     return count if budget.kind == ELEMENT or n_of_m(budget.kind) else min(count, budget.units - 1)
 
 
 def zeros_in(budget: Budget, optimizer: Any) -> int:
-    """Return how many of a budget's units are zero, without tensors and layers of zeros, which wait to learn."""
+    """Return how many of a budget's units are zero, or unchanged, without tensors and layers that wholly are.
+
+    Those wait to learn.
+    """
     if budget.kind in UNIT_KINDS:
-        dead = [~alive_units(layer, params) for layer, params in budget.layers]
+        dead = [~alive_units(layer, params, values) for layer, params, values in _layers(budget, optimizer)]
         return sum(int(layer.sum()) for layer in dead if not layer.all())
     counts: dict[Groups, list[Tensor]] = {}
     for tensor in _ranked_weights(budget, optimizer):
-        zeros = tensor.weight.numel() - tensor.weight.count_nonzero()
+        zeros = (tensor.weight == (0 if tensor.base is None else tensor.base)).sum()
         counts.setdefault(tensor.groups, []).append(torch.stack([zeros, torch.full_like(zeros, tensor.weight.numel())]))
     total = 0
     for groups, pairs in counts.items():
@@ -75,37 +84,44 @@ def zeros_in(budget: Budget, optimizer: Any) -> int:
 
 
 def rank_by_magnitude(budget: Budget, optimizer: Any) -> Ranking:
-    """Return the ranking of what the decay acts on: |w| of the weights, or the root mean squares of the units."""
+    """Return the ranking of what the decay acts on: |w| of the weights, or the root mean squares of the units.
+
+    Where a budget decays to a base, those of the changes.
+    """
     if budget.kind != ELEMENT and n_of_m(budget.kind) is None:
-        return Ranking([Ranked(mean_squares(layer, params).sqrt()) for layer, params in budget.layers])
+        layers = _layers(budget, optimizer)
+        return Ranking([Ranked(mean_squares(layer, params, values).sqrt()) for layer, params, values in layers])
     return Ranking([tensor._replace(exp_avg_sq=None) for tensor in _ranked_weights(budget, optimizer)])
+
+
+def _layers(budget: Budget, optimizer: Any) -> Iterator[tuple[Units[int], list[Tensor], Mapping[int, Tensor] | None]]:
+    """The layers of units of a budget, their parameters, and the changes of these if the budget counts changes."""
+    changes = Values(partial(change_here, optimizer=optimizer)) if budget.to_base else None
+    for layer, params in budget.layers:
+        yield layer, params, None if changes is None else changes.of(layer, params)
 
 
 def _ranked_weights(budget: Budget, optimizer: Any) -> list[Ranked]:
     lacking = lacking_moments(budget, optimizer)
     tensors = []
     for param in budget.params:
-        tensor = ranked(param, optimizer)
+        tensor = _ranked(param, budget, optimizer)
         tensors += _moving(tensor._replace(exp_avg_sq=None) if lacking else tensor, param, budget)
     return tensors
 
 
-def _moving(tensor: Ranked, param: Tensor, budget: Budget) -> list[Ranked]:
-    """Return views of the matrices of a stack that belong to a budget; a tensor that is none as it is.
+def _ranked(param: Tensor, budget: Budget, optimizer: Any) -> Ranked:
+    """The weights of a parameter here, with their base if the budget decays to one."""
+    tensor = ranked(param, optimizer)
+    if not budget.to_base:
+        return tensor._replace(base=None)
+    # Before the first step nothing has changed.
+    return tensor if tensor.base is not None else tensor._replace(base=tensor.weight.detach())
 
-    All processes get as many views, in which they hold different weights, or none.
-    """
-    still = budget.still.get(id(param))
-    if not still:
-        return [tensor]
-    span = span_of(param)
-    first, held = first_index(span, 0), len(tensor.weight)
-    views = []
-    for start, end in runs(still, full_shape(param)[0]):
-        here = slice(min(max(start - first, 0), held), min(max(end - first, 0), held))
-        second = tensor.exp_avg_sq
-        views.append(tensor._replace(weight=tensor.weight[here], exp_avg_sq=None if second is None else second[here]))
-    return views
+
+def _moving(tensor: Ranked, param: Tensor, budget: Budget) -> list[Ranked]:
+    """Views of the matrices of a stack that belong to a budget; a tensor that is none as it is."""
+    return parts_without(tensor, param, budget.still.get(id(param), ()))
 
 
 def lacking_moments(budget: Budget, optimizer: Any) -> list[Tensor]:
@@ -114,12 +130,13 @@ def lacking_moments(budget: Budget, optimizer: Any) -> list[Tensor]:
     With one of them in the budget all its weights are ranked by magnitude, as scores with and without second moments
     do not compare.
     """
-    stepped = [param for param in budget.params if optimizer.state.get(param)]
+    # A parameter may have a base before its first step.
+    stepped = [param for param in budget.params if not {"base"}.issuperset(optimizer.state.get(param) or ())]
     return [param for param in stepped if second_moment(param, optimizer) is None]
 
 
 def _prune_share(tensors: list[Ranked], share: float) -> bool:
-    """Set this share of the weights to 0, those with the least scores; return whether there are any."""
+    """End this share of the weights, those with the least scores; return whether there are any."""
     ranking = Ranking(tensors)
     count = ranking.rank(share)
     if count:
@@ -128,12 +145,12 @@ def _prune_share(tensors: list[Ranked], share: float) -> bool:
 
 
 def _prune_marked(budget: Budget, optimizer: Any, count: int, marks: Mapping[int, Tensor]) -> None:
-    """Set marked weights to 0, unless there were more than a number of zeros then."""
+    """Set marked weights to 0 or their base, unless there were more than a number of zeros then."""
     views: list[tuple[Ranked, Ranked]] = []
     for param in budget.params:
         if id(param) in marks:
-            tensor = ranked(param, optimizer)._replace(exp_avg_sq=None)
-            marked = _moving(tensor._replace(weight=marks[id(param)]), param, budget)
+            tensor = _ranked(param, budget, optimizer)._replace(exp_avg_sq=None)
+            marked = _moving(tensor._replace(weight=marks[id(param)], base=None), param, budget)
             views += zip(_moving(tensor, param, budget), marked, strict=True)
     counts: dict[Groups, Tensor] = {}
     for tensor, mark in views:
@@ -142,23 +159,17 @@ def _prune_marked(budget: Budget, optimizer: Any, count: int, marks: Mapping[int
     total = sum(int(all_sum(marked_here, groups)) for groups, marked_here in counts.items())
     if 0 < total <= count - zeros_in(budget, optimizer):
         for tensor, mark in views:
-            tensor.weight.detach().masked_fill_(mark.weight, 0)
+            end_(tensor.weight.detach(), mark.weight, tensor.base)
 
 
 def _prune_units(budget: Budget, optimizer: Any, count: int) -> None:
     if not count:
         return
     with_moments = _has_second_moments(budget, optimizer)
-    layer_scores = []
-    known: dict[int, Tensor] = {}  # by the id of a parameter; the layers of a stack have the same ones
-    for layer, params in budget.layers:
-        ids = {member.param: id(params[member.param]) for member in layer.members}
-        known = {key: known[key] for key in ids.values() if key in known}
-        for index, key in ids.items():
-            if key not in known:
-                known[key] = _saliency(params[index], optimizer, with_moments)
-        saliency = {index: known[key] for index, key in ids.items()}
-        layer_scores.append(mean_squares(layer, params, saliency).sqrt().double().cpu())
+    saliency = Values(partial(_saliency, budget=budget, optimizer=optimizer, with_moments=with_moments))
+    layer_scores = [
+        mean_squares(layer, params, saliency.of(layer, params)).sqrt().double().cpu() for layer, params in budget.layers
+    ]
     flat = torch.cat(layer_scores)
     dead = torch.zeros(len(flat), dtype=torch.bool)
     dead[flat.argsort(stable=True)[:count]] = True
@@ -166,24 +177,29 @@ def _prune_units(budget: Budget, optimizer: Any, count: int) -> None:
     for (layer, params), dead_here in zip(budget.layers, dead_by_layer, strict=True):
         for member in layer.members:
             param = params[member.param]
-            span = span_of(param)
+            span, base = span_of(param), _ranked(param, budget, optimizer).base
             weights = weights_here(param.detach(), member, span)
             indices = dead_here.nonzero().view(-1, 1) * member.size + torch.arange(member.size) + member.offset
             # The part of the shard that this process has.
             indices = indices.view(-1) - first_index(span, member.dim)
             indices = indices[(indices >= 0) & (indices < weights.shape[member.dim])]
-            weights.index_fill_(member.dim, indices.to(weights.device), 0)
+            indices = indices.to(weights.device)
+            if base is None:
+                weights.index_fill_(member.dim, indices, 0)
+            else:
+                origin = weights_here(base, member, span)
+                weights.index_copy_(member.dim, indices, origin.index_select(member.dim, indices))
 
 
 def _prune_blocks(budget: Budget, optimizer: Any, progress: float, blocks: tuple[int, int]) -> None:
-    """Set the least salient of each block's M - N least salient weights to 0; all of them at the whole target."""
+    """End the least salient of each block's M - N least salient weights; all of them at the whole target."""
     with_moments = _has_second_moments(budget, optimizer)
     candidates = []
     for param, member in _members(budget):
-        saliency = _saliency(param, optimizer, with_moments).movedim(member.dim, -1)
+        saliency = _saliency(param, budget, optimizer, with_moments).movedim(member.dim, -1)
         stays = ~weakest(saliency, blocks, exact=True)
         least = saliency.masked_fill(stays, torch.inf).contiguous()
-        candidates.append(ranked(param, optimizer)._replace(weight=least, exp_avg_sq=None))
+        candidates.append(ranked(param, optimizer)._replace(weight=least, exp_avg_sq=None, base=None))
     moving = [
         view
         for (param, _), candidate in zip(_members(budget), candidates, strict=True)
@@ -191,10 +207,10 @@ def _prune_blocks(budget: Budget, optimizer: Any, progress: float, blocks: tuple
     ]
     if _prune_share(moving, budget.target * progress):
         for (param, member), candidate in zip(_members(budget), candidates, strict=True):
-            for weights, view in zip(
-                _moving(Ranked(local(param.detach())), param, budget), _moving(candidate, param, budget), strict=True
-            ):
-                weights.weight.movedim(member.dim, -1).masked_fill_(view.weight == 0, 0)
+            stored = _ranked(param, budget, optimizer)
+            for tensor, view in zip(_moving(stored, param, budget), _moving(candidate, param, budget), strict=True):
+                here = tensor.viewed(partial(torch.movedim, source=member.dim, destination=-1))
+                end_(here.weight, view.weight == 0, here.base)
 
 
 def _members(budget: Budget) -> Iterator[tuple[Tensor, Member[int]]]:
@@ -209,9 +225,9 @@ def _has_second_moments(budget: Budget, optimizer: Any) -> bool:
     return has_any and not lacking_moments(budget, optimizer)
 
 
-def _saliency(param: Tensor, optimizer: Any, with_moments: bool) -> Tensor:
+def _saliency(param: Tensor, budget: Budget, optimizer: Any, with_moments: bool) -> Tensor:
     """Scores of a parameter's weights; if others have second moments, a parameter without one has v = 0."""
-    tensor = ranked(param, optimizer)
+    tensor = _ranked(param, budget, optimizer)
     if not with_moments:
         tensor = tensor._replace(exp_avg_sq=None)
     if with_moments and tensor.exp_avg_sq is None:

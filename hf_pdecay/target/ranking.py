@@ -1,5 +1,7 @@
 """Which weights are the least salient: exact order statistics, without sorting or gathering all tensors.
 
+What is ranked is |w|, or |w - base| of weights that decay to a base; those that go become 0, or their base.
+
 A sample of the scores brackets the k-th least; one pass over all scores counts those below the bracket and collects the
 few in it; among these the k-th is found bit by bit. Processes add up the samples and the counts of their shards.
 """
@@ -9,10 +11,12 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from operator import itemgetter
 
 import torch
 from torch import Tensor
 
+from ..optim.bases import change, end_
 from ..optim.distributed import Groups, total
 from ..optim.shards import Ranked
 
@@ -26,7 +30,7 @@ DIGIT = 11
 
 # Added to second moments: weights that never had a gradient rank below all others, and by their magnitudes.
 _LEAST = 1e-30
-# A power of 2 that lifts the fourth root of _LEAST above 1, so that only weights of 0 have the score 0.
+# A power of 2 that lifts the fourth root of _LEAST above 1, so that only weights or changes of 0 have the score 0.
 _SCALE = 2.0**26
 
 
@@ -111,9 +115,7 @@ class Ranking:
             first = -offset % stride
             if first >= tensor.weight.numel():
                 continue
-            second = tensor.exp_avg_sq
-            strided = Ranked(tensor.weight[first::stride], None if second is None else second[first::stride])
-            sample = scores(strided, self._dtype)
+            sample = scores(tensor.viewed(itemgetter(slice(first, None, stride))), self._dtype)
             start = (offset + first) // stride
             samples[tensor.groups][start : start + len(sample)] = sample.to(device)
         return total(samples).sort().values.cpu()
@@ -150,8 +152,11 @@ def bracket_margin(at: float, size: int) -> float:
 
 
 def scores(tensor: Ranked, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Return scores in proportion to |w| v^(1/4), or |w| without v; only weights of 0 have the score 0."""
-    magnitude = tensor.weight.to(dtype).abs()
+    """Return scores in proportion to |w| v^(1/4), or |w| without v; only weights of 0 have the score 0.
+
+    Where weights have a base, w is their distance from it.
+    """
+    magnitude = change(tensor.weight, tensor.base, dtype).abs()
     if tensor.exp_avg_sq is None:
         return magnitude
     return (tensor.exp_avg_sq.to(dtype) + _LEAST).sqrt_().sqrt_().mul_(_SCALE).mul_(magnitude)
@@ -159,47 +164,48 @@ def scores(tensor: Ranked, dtype: torch.dtype = torch.float32) -> Tensor:
 
 @torch.no_grad()
 def prune_least(tensors: Sequence[Ranked], threshold: Threshold) -> None:
-    """Set the weights up to a threshold of :meth:`Ranking.least` to 0, in place; the tensors must not have changed.
+    """Set the weights up to a threshold of :meth:`Ranking.least` to 0 or to their base, in place.
 
-    Of the scores equal to it, many in low precision, those that become 0 are evenly spread.
+    The tensors must not have changed. Of the scores equal to the threshold, many in low precision, those that go are
+    evenly spread. Weights that are equal to their base get its bits, as 0.0 and -0.0 are equal.
     """
-    if threshold.score == 0:
-        return
     dtype = _score_dtype(tensors)
+    if threshold.score == 0:
+        tensors = [tensor for tensor in tensors if tensor.base is not None]
     flat = [_flat(tensor) for tensor in tensors]
-    amid_equals = threshold.ties != threshold.equal
-    equals = [_zero_below(tensor, threshold.score, dtype, keep_equals=amid_equals) for tensor in flat]
+    amid_equals = threshold.ties != threshold.equal and threshold.score > 0
+    equals = [_end_below(tensor, threshold.score, dtype, keep_equals=amid_equals) for tensor in flat]
     if amid_equals:
         starts, _ = _starts(flat, [sum(counts) for counts in equals])
         for weights, counts, seen in zip(flat, equals, starts, strict=True):
             for piece, count in zip(_pieces(weights), counts, strict=True):
                 if count:
-                    _zero_share(piece, scores(piece, dtype), threshold, seen)
+                    _end_share(piece, scores(piece, dtype), threshold, seen)
                 seen += count
     for tensor, copy in zip(tensors, flat, strict=True):
         if copy.weight.data_ptr() != tensor.weight.data_ptr():
             tensor.weight.copy_(copy.weight.view(tensor.weight.shape))
 
 
-def _zero_below(flat: Ranked, limit: float, dtype: torch.dtype, keep_equals: bool) -> list[int]:
-    """Zero scores up to a limit; with ``keep_equals`` keep those equal to it, and return their number in each piece."""
+def _end_below(flat: Ranked, limit: float, dtype: torch.dtype, keep_equals: bool) -> list[int]:
+    """End scores up to a limit; with ``keep_equals`` keep those equal to it, and return their number in each piece."""
     equals = []
     for piece in _pieces(flat):
         score = scores(piece, dtype)
-        piece.weight.masked_fill_(score < limit if keep_equals else score <= limit, 0)
+        end_(piece.weight, score < limit if keep_equals else score <= limit, piece.base)
         if keep_equals:
             equals.append((score == limit).count_nonzero())
     return torch.stack(equals).tolist() if equals else []
 
 
-def _zero_share(piece: Ranked, score: Tensor, threshold: Threshold, seen: int) -> None:
-    """Zero this piece's share of the weights with the threshold's score; ``seen`` such weights came before."""
+def _end_share(piece: Ranked, score: Tensor, threshold: Threshold, seen: int) -> None:
+    """End this piece's share of the weights with the threshold's score; ``seen`` such weights came before."""
     equals = (score == threshold.score).nonzero().view(-1)
     number = torch.arange(seen, seen + len(equals), device=equals.device)
-    # The n-th of them becomes 0 if the share of n passes the next whole number.
+    # The n-th of them goes if the share of n passes the next whole number.
     ties, equal = threshold.ties, threshold.equal
-    zeroed = (number + 1) * ties // equal > number * ties // equal
-    piece.weight.index_fill_(0, equals[zeroed], 0)
+    goes = (number + 1) * ties // equal > number * ties // equal
+    end_(piece.weight, torch.zeros_like(score, dtype=torch.bool).index_fill_(0, equals[goes], True), piece.base)
 
 
 def _starts(tensors: Sequence[Ranked], counts: Sequence[int]) -> tuple[list[int], int]:
@@ -221,13 +227,10 @@ def _score_dtype(tensors: Sequence[Ranked]) -> torch.dtype:
 
 
 def _flat(tensor: Ranked) -> Ranked:
-    second = tensor.exp_avg_sq
-    weight = tensor.weight.detach().reshape(-1)
-    return tensor._replace(weight=weight, exp_avg_sq=None if second is None else second.detach().reshape(-1))
+    return tensor.viewed(lambda part: part.reshape(-1))
 
 
 def _pieces(flat: Ranked) -> Iterator[Ranked]:
     size = CPU_CHUNK if flat.weight.is_cpu else DEVICE_CHUNK
     for start in range(0, flat.weight.numel(), size):
-        piece, second = slice(start, start + size), flat.exp_avg_sq
-        yield flat._replace(weight=flat.weight[piece], exp_avg_sq=None if second is None else second[piece])
+        yield flat.viewed(itemgetter(slice(start, start + size)))

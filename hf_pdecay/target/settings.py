@@ -113,6 +113,6 @@ def check_p_norms(*, targeted: bool, **p_norms: float | None) -> None:
     for name, value in p_norms.items():
         if value is not None and check_p_norm(value, name) >= 2 and targeted:
             raise ValueError(
-                f"Invalid {name}: {name}={value:g} with a target_sparsity; for p >= 2 decay brings no weight to 0. "
+                f"Invalid {name}: {name}={value:g} with a target_sparsity; for p >= 2 nothing that decays reaches 0. "
                 f"Take {name} below 2, such as 0.8, or no target."
             )

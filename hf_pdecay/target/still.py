@@ -3,21 +3,26 @@
 A weight without a gradient has no saliency: by w² √v it would be the first to go, however much the model needs it. The
 test is made for whole tensors, and for each matrix of a stack, as an expert to which no token was routed has a gradient
 of zeros. A single weight or row without a gradient is pruned: its input or its output is always zero.
+
+Still weights that decay to a base are left alone too. But they are equal to it, unless they were frozen after they had
+moved, and a model's file shows them as unchanged. So :mod:`.budgets` counts them towards the target of single weights.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from operator import itemgetter
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..optim.distributed import Groups, all_sum, local, span_of
+from ..optim.bases import decays_to_base
+from ..optim.distributed import Groups, all_sum, first_index, local, span_of
 from ..optim.moments import dequantize
 from ..optim.param_groups import highest_rate, is_decayed, still_entries
-from ..optim.shards import full_numel, full_shape, group_params, is_flat_shard, ranked, second_moment
-from ..optim.unit_kinds import UNIT_KINDS, kind_of
+from ..optim.shards import Ranked, full_numel, full_shape, group_params, is_flat_shard, ranked, second_moment
+from ..optim.unit_kinds import ELEMENT, UNIT_KINDS, kind_of
 from ..optim.units import Units, units_of
 
 
@@ -29,8 +34,9 @@ _TRACES = ("exp_avg_sq", "exp_avg", "momentum_buffer", "square_avg", "sum", "exp
 def mark_still(optimizer: Any) -> None:
     """Note in each group that decays, as ``still``, which of its weights cannot move now.
 
-    That has an entry for each parameter: True for all of it, or the indices of the matrices of a stack. All processes
-    that hold shards must call, and get the same. Waits for the device.
+    That has an entry for each parameter: True for all of it, or the indices of the matrices of a stack. A group that
+    decays to a base also gets ``still_unchanged``, by parameter how many of these weights are equal to it. All
+    processes that hold shards must call, and get the same. Waits for the device.
     """
     groups, lists = optimizer.param_groups, group_params(optimizer)
     frozen = _frozen(groups)
@@ -46,6 +52,27 @@ def mark_still(optimizer: Any) -> None:
             for layer in units_of(group):
                 _mark_layer(layer, params, at_rest, moved, parts)
         group["still"] = [_entry(parts[id(param)]) for param in params]
+        if decays_to_base(group) and kind_of(group) == ELEMENT:
+            group["still_unchanged"] = _unchanged(group, params, optimizer)
+
+
+def still_unchanged(group: Mapping[str, Any], params: Sequence[Tensor]) -> list[int]:
+    """Return for each parameter of a group how many of its still weights are equal to their base, as noted."""
+    numbers: list[int] = group.get("still_unchanged") or []
+    return numbers if len(numbers) == len(params) else [0] * len(params)
+
+
+def parts_without(tensor: Ranked, param: Tensor, left_out: Sequence[int]) -> list[Ranked]:
+    """Return views of the matrices of a stack but those left out, by their indices; without such the tensor itself.
+
+    All processes get as many views, in which they hold different weights, or none.
+    """
+    if not left_out:
+        return [tensor]
+    first, held = first_index(span_of(param), 0), len(tensor.weight)
+    runs = _runs(left_out, full_shape(param)[0])
+    bounds = [(min(max(start - first, 0), held), min(max(end - first, 0), held)) for start, end in runs]
+    return [tensor.viewed(itemgetter(slice(*bound))) for bound in bounds]
 
 
 def still_weights(group: Mapping[str, Any], params: Sequence[Tensor]) -> list[int]:
@@ -56,10 +83,35 @@ def still_weights(group: Mapping[str, Any], params: Sequence[Tensor]) -> list[in
     ]
 
 
-def runs(still: Iterable[int], count: int) -> Iterator[tuple[int, int]]:
-    """Yield the first index and the end of each run of the indices below ``count`` that are not still."""
+def _unchanged(group: Mapping[str, Any], params: Sequence[Tensor], optimizer: Any) -> list[int]:
+    """How many still weights of each parameter of a group are equal to their base."""
+    counts = [0] * len(params)
+    here: dict[Groups, list[tuple[int, Tensor]]] = {}
+    for index, (param, entry) in enumerate(zip(params, still_entries(group, params), strict=True)):
+        if not entry:
+            continue
+        tensor = ranked(param, optimizer)
+        others = [] if entry is True else [each for each in range(full_shape(param)[0]) if each not in entry]
+        parts = parts_without(tensor, param, others)
+        same = [
+            torch.full((), part.weight.numel(), device=part.weight.device)
+            if part.base is None
+            else (part.weight == part.base).sum()
+            for part in parts
+        ]
+        here.setdefault(tensor.groups, []).append((index, torch.stack(same).sum()))
+    for groups, numbers in here.items():
+        device = numbers[0][1].device
+        sums = all_sum(torch.stack([number.to(device) for _, number in numbers]), groups).tolist()
+        for (index, _), number in zip(numbers, sums, strict=True):
+            counts[index] = number
+    return counts
+
+
+def _runs(left_out: Iterable[int], count: int) -> Iterator[tuple[int, int]]:
+    """Yield the first index and the end of each run of the indices below ``count`` that are not left out."""
     start = 0
-    for index in (*sorted(still), count):
+    for index in (*sorted(left_out), count):
         if index > start:
             yield start, index
         start = index + 1
