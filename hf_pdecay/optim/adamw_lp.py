@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from .backends import MIN_COMPILED, BackendChoice, all_finite
-from .bases import ZERO, base_in
+from .bases import ZERO, base_in, decays_in_units, holds_unchanged
 from .decay_optimizer import DecayOptimizer
 from .defaults import LAMBDA_P, P_NORM
 from .distributed import agreed_finite, is_dtensor, local, local_grad, shard_place
@@ -192,7 +192,7 @@ class AdamWLp(DecayOptimizer):
         in_units = {
             index: group
             for index, group in enumerate(self.param_groups)
-            if kind_of(group) != ELEMENT and steps_decay(group)
+            if decays_in_units(group) and steps_decay(group)
         }
         if in_units and not self._backend.chosen:
             _ = self.backends  # chosen from all weights, whether or not they have gradients in this step
@@ -254,7 +254,9 @@ class AdamWLp(DecayOptimizer):
             elif not param.is_cpu and state["step"].device != param.device:
                 state["step"] = state["step"].to(param.device)
             base = base_in(state)
-            awake = is_awake(param, state["dormant"], base) if not is_left_alone(group, index) else False
+            awake: bool | Tensor = holds_unchanged(group)
+            if not awake and not is_left_alone(group, index):
+                awake = is_awake(param, state["dormant"], base)
             exp_avg, exp_avg_sq = state["exp_avg"], state["exp_avg_sq"]
             if is_dtensor(param):
                 # Autograd looks at the DTensor; the step below changes the shard that it holds.

@@ -21,7 +21,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .param_groups import HEALING
 from .tensor_step import apply_factor_
+from .unit_kinds import ELEMENT, kind_of, n_of_m
 
 
 ZERO, BASE = "zero", "base"
@@ -37,9 +39,32 @@ def decays_to_base(group: Mapping[str, Any]) -> bool:
     return group.get("decay_to") == BASE
 
 
+def holds_unchanged(group: Mapping[str, Any]) -> bool:
+    """Whether no unchanged weight of a group may move any more: after the last pruning of a run with a target.
+
+    Otherwise tensors and units that have not moved yet may, as may the spare unchanged weights of an N:M block.
+    """
+    return decays_to_base(group) and group.get("phase") == HEALING
+
+
+def decays_in_units(group: Mapping[str, Any]) -> bool:
+    """Whether the weights of a group decay by units; where unchanged ones are held, those of blocks stay one by one."""
+    kind = kind_of(group)
+    return kind != ELEMENT and not (n_of_m(kind) is not None and holds_unchanged(group))
+
+
 def base_in(state: Mapping[str, Any] | None) -> Tensor | None:
     """Return the base that the state of a parameter holds; None before its first step, and if it decays to 0."""
     return (state or {}).get("base")
+
+
+def base_of(param: Tensor, optimizer: Any) -> Tensor | None:
+    """Return the base of a parameter in an optimizer; None before its first step, unless one is given."""
+    base = base_in(optimizer.state.get(param))
+    while base is None and optimizer is not None:
+        base = (getattr(optimizer, "given_bases", None) or {}).get(param)
+        optimizer = getattr(optimizer, "optimizer", None)
+    return base
 
 
 def give_bases(optimizer: Any, bases: Mapping[Tensor, Tensor]) -> None:

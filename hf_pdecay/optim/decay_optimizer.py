@@ -24,7 +24,7 @@ class DecayOptimizer(Optimizer):
     """
 
     _grad_norm: Tensor | float | None = None
-    _given_bases: dict[Tensor, Tensor] | None = None  # of parameters that have not stepped yet
+    given_bases: dict[Tensor, Tensor] | None = None  # of parameters that have not stepped yet
     _check_group = staticmethod(check_decay_settings)
 
     @property
@@ -61,13 +61,13 @@ class DecayOptimizer(Optimizer):
             state = self.state.get(param) or {}
             if "dormant" in state and "base" not in state:
                 raise ValueError(f"A base for a parameter of shape {tuple(param.shape)}, which has stepped before.")
-        self._given_bases = {**(self._given_bases or {}), **bases}
+        self.given_bases = {**(self.given_bases or {}), **bases}
 
     def _base_entry(self, group: Mapping[str, Any], param: Tensor) -> dict[str, Tensor]:
         """Return what the state of a parameter that is about to step for the first time has for its base."""
         if not decays_to_base(group):
             return {}
-        given = (self._given_bases or {}).pop(param, None)
+        given = (self.given_bases or {}).pop(param, None)
         return {"base": param.detach().clone() if given is None else given}
 
     def _bases(self, group: Mapping[str, Any]) -> dict[int, Tensor]:
@@ -76,8 +76,8 @@ class DecayOptimizer(Optimizer):
         for index, param in enumerate(group["params"] if decays_to_base(group) else ()):
             base = base_in(self.state.get(param))
             if base is None and param.grad is not None:
-                self._given_bases = self._given_bases or {}
-                base = self._given_bases.setdefault(param, param.detach().clone())
+                self.given_bases = self.given_bases or {}
+                base = self.given_bases.setdefault(param, param.detach().clone())
             bases[index] = param.detach() if base is None else base
         return bases
 

@@ -10,7 +10,7 @@ from torch.optim.optimizer import Optimizer
 
 from ..checks import check_lambda_p, check_p_norm
 from .base_optimizers import Batch, batches, check_base, is_schedule_free, step_batch, takes_found_inf
-from .bases import ZERO, base_in, decays_to_base
+from .bases import ZERO, base_in, decays_in_units, decays_to_base, holds_unchanged
 from .decay_after_step import can_compile, copies, decay_weights, on_device, rate_on
 from .decay_optimizer import DecayOptimizer
 from .defaults import LAMBDA_P, P_NORM
@@ -232,7 +232,7 @@ class LpDecay(DecayOptimizer):
         unit_decays = {
             index: self._unit_decay(index, group)
             for index, group in enumerate(self.param_groups)
-            if kind_of(group) != ELEMENT and steps_decay(group)
+            if decays_in_units(group) and steps_decay(group)
         }
         for unit_decay in unit_decays.values():
             unit_decay.before_step()
@@ -292,16 +292,18 @@ class LpDecay(DecayOptimizer):
         awake: dict[Tensor, bool | Tensor] = {}
         bases: dict[Tensor, Tensor | None] = {}
         # The weights of units at most keep their zeros here.
-        whole = kind_of(group) == ELEMENT
+        whole, holds = not decays_in_units(group), holds_unchanged(group)
         for param in places:
             state = self.state.get(param) or {}
             if "dormant" not in state:
                 state = fresh[param] = dict(self._base_entry(group, param))
                 base = state.get("base")
-                state["dormant"] = dormant_entry(param, base) if whole else torch.zeros((), dtype=torch.bool)
+                asleep = kind_of(group) == ELEMENT
+                state["dormant"] = dormant_entry(param, base) if asleep else torch.zeros((), dtype=torch.bool)
             bases[param] = state.get("base")
-            alone = not whole or is_left_alone(group, indices[param])
-            awake[param] = False if alone else is_awake(param, state["dormant"], bases[param])
+            awake[param] = whole and holds
+            if whole and not holds and not is_left_alone(group, indices[param]):
+                awake[param] = is_awake(param, state["dormant"], bases[param])
         decays = _may_decay(group)
         by_kind: dict[Any, list[Tensor]] = {}
         for param in places:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from .bases import base_in, change
+from .bases import base_in, base_of, change
 from .distributed import Groups, all_sum, is_dtensor, local, shard_groups
 from .moments import dequantize
 
@@ -61,7 +61,7 @@ def ranked(param: Any, optimizer: Optimizer) -> Ranked:
     second = second_moment(param, optimizer)
     if second is not None:
         second = dequantize(local(second), torch.promote_types(second.dtype, torch.float32))
-    base = base_in(optimizer.state.get(param))
+    base = base_of(param, optimizer)
     if is_dtensor(param):
         return Ranked(local(param), second, *shard_groups(param), None if base is None else local(base))
     return Ranked(param, second, base=base)

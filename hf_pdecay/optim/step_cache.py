@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..checks import check_lambda_p, check_p_norm
 from .backends import Share
+from .bases import holds_unchanged
 from .distributed import Owners, is_dtensor, parts_here
 from .moments import address
 from .tensor_step import Hyperparameters, TensorStep, alpha_lambda_p
@@ -119,6 +120,7 @@ def _flags(group: Mapping[str, Any], hyper: Hyperparameters) -> tuple[Any, ...]:
         structure = kind_of(group), group.get("units"), [param.shape for param in group["params"]]
     return (
         group.get("still"),
+        holds_unchanged(group),
         structure,
         hyper.decays,
         hyper.keep_zeros,

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .bases import change
+from .bases import change, holds_unchanged
 from .cpu.units import UnitDivisors
 from .decay import shrink_factor
 from .distributed import is_dtensor, local, span_of
@@ -202,18 +202,18 @@ class CoupledDecay(UnitDecay):
                 squares = [mean_squares(self._units[index], self._params, changes or None) for index in layers]
                 rms = torch.cat(squares).sqrt_()
             counts = [self._units[index].count for index in layers]
-            dormant: Tensor | None = rms == 0
-            if remembered is not None:
+            dormant: Tensor | None = None if holds_unchanged(self.group) else rms == 0
+            if dormant is not None and remembered is not None:
                 known = [remembered[index] for index in layers]
                 awake = all(mask.is_cpu and not mask.any() for mask in known)
-                dormant = None if awake else torch.cat([mask.to(device) for mask in known]) & (rms == 0)
+                dormant = None if awake else torch.cat([mask.to(device) for mask in known]) & dormant
             # On a GPU the host looks only once.
             if dormant is not None and (remembered is None or dormant.is_cpu) and not dormant.any():
                 dormant = None
             if dormant is not None:
                 for index, mask in zip(layers, dormant.split(counts), strict=True):
                     masks[index] = mask.clone()
-            alone = [is_still(self._units[index], entries) for index in layers]
+            alone = [is_still(self._units[index], entries) and not holds_unchanged(self.group) for index in layers]
             if any(alone):
                 rests = torch.tensor(alone, device=device).repeat_interleave(torch.tensor(counts, device=device))
                 dormant = rests if dormant is None else dormant | rests

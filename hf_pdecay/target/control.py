@@ -13,9 +13,9 @@ zeros stay and the other weights train on ("healing").
 
 Where weights decay to a base, all of this is about their changes: an unchanged weight is what a zero is elsewhere, and
 pruned weights get the value of their base. Changes begin at 0 and grow, and λ_p with them, as it is set from their
-magnitudes at each pruning. At first all weights move freely. While more of them have not moved yet than the next
-pruning will ask for, as in low precision at a small learning rate, they stay free. In healing unchanged weights are
-held by a λ_p that changes nothing else, as ``keep_zeros`` is about zeros of the weights.
+magnitudes at each pruning. At first all weights move freely, until fewer of them have not moved yet than the next
+pruning asks for: in low precision at a small learning rate that takes a while. In healing unchanged weights are held by
+a λ_p that changes nothing else, as ``keep_zeros`` is about zeros of the weights.
 """
 
 from __future__ import annotations
@@ -52,6 +52,8 @@ _MIN_STEPS = 10
 # The λ_p that holds zeros, as zero absorbs, and leaves all other weights as they are. Unlike keep_zeros it lets tensors
 # that have been zero from the start become non-zero.
 HOLDING = 1e-24
+# The same for α λ_p: the next rate may be less than the present one.
+_HELD = 1e-34
 # A dense model has as few zeros at the start, in low precision, which need not be held.
 _FEW_ZEROS = 1e-3
 
@@ -171,14 +173,14 @@ class SparsityControl:
         fresh = schedule.prunes(step - 1) or step == schedule.begin + 1 or self._unset
         if step <= schedule.begin and (step == 1 or self._unset):
             self._hold_first_zeros(step)
-        self._unset = False
         if fresh and schedule.begin < step <= schedule.end:
             self._set_lambda_p(upcoming, decaying)
+        self._unset = False
         for group in self._groups:
             group["phase"] = DENSE if step <= schedule.begin else PRUNING if step <= schedule.end else HEALING
             if decays_to_base(group):
                 if group["phase"] == HEALING:
-                    group["lambda_p"] = HOLDING
+                    group["lambda_p"] = _holding(group)
                 group["keep_zeros"] = self._target.keep_zeros
                 continue
             if not decaying and step > schedule.begin:
@@ -291,7 +293,8 @@ class SparsityControl:
                 if next_pruning > 0:
                     bound.add(id(group))
         for group in self._groups:
-            free = decays_to_base(group) and id(group) not in bound
+            # What was held once stays so.
+            free = decays_to_base(group) and id(group) not in bound and (self._unset or group["lambda_p"] == 0)
             group["lambda_p"] = limits.get(id(group), 0.0) or (0.0 if free else HOLDING)
 
     def _lambda_p(self, group: dict[str, Any], median: float, next_pruning: float) -> float:
@@ -305,6 +308,14 @@ class SparsityControl:
         bearable = _OF_RATE * median ** (1 - group["p_norm"]) if median > 0 else math.inf
         wanted = self._target.sparsity_decay * min(halving, bearable)
         return min(wanted, lambda_for_threshold(group["p_norm"], next_pruning, rate * self.schedule.interval))
+
+
+def _holding(group: Mapping[str, Any]) -> float:
+    """The λ_p that holds unchanged weights of a group at its present rate: α λ_p must not vanish in float32."""
+    rate = group["lr"]
+    if isinstance(rate, Tensor) and not rate.is_cpu:
+        return HOLDING  # without a wait for the device
+    return _HELD / float(rate) if float(rate) > 0 else HOLDING
 
 
 def _same(one: Sequence[Sequence[Tensor]], other: Sequence[Sequence[Tensor]]) -> bool:
