@@ -27,6 +27,8 @@ CHECKED = "torch AdamW, fused, gradients checked"
 AUTHORS = f"authors' algorithm, p = {USUAL_P:g}"
 AUTHORS_FUSED = f"authors' algorithm on fused AdamW, p = {USUAL_P:g}"
 
+TO_BASE = "to the base"
+
 # On a CPU, from this many weights on only the most important rows run: a step takes a second.
 _MANY = 100_000_000
 
@@ -151,7 +153,8 @@ def contenders_for(size: Size, device: str, quick: bool = False) -> list[Contend
         Contender(AUTHORS_FUSED, partial(by_authors, fused=True), USUAL_P),
     ]
     if device == "cpu" and size.weights >= _MANY:
-        return [baseline, checked, *(ours(p_norm) for p_norm in (0.5, USUAL_P, 1.2)), *authors]
+        usual = [ours(p_norm) for p_norm in (0.5, USUAL_P, 1.2)]
+        return [baseline, checked, *usual, ours(USUAL_P, note=TO_BASE, decay_to="base"), *authors]
     prune = partial(prune_optimizer, lr=LR)
     rivals = [
         *authors,
@@ -183,6 +186,7 @@ def contenders_for(size: Size, device: str, quick: bool = False) -> list[Contend
         *(ours(p_norm, kernel, absent=absent) for p_norm in some_p),
         *(ours(p_norm, "foreach") for p_norm in some_p),
         *(ours(p_norm, "reference") for p_norm in some_p),
+        ours(USUAL_P, note=TO_BASE, decay_to="base"),
         ours(USUAL_P, note="bfloat16 moments", moments="bfloat16"),
         ours(USUAL_P, note="8-bit moments", moments="8bit", absent=eight),
         *(

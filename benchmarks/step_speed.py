@@ -31,6 +31,7 @@ from contenders import (
     P_NORMS,
     QUICK_SIZES,
     SIZES,
+    TO_BASE,
     USUAL_P,
     Contender,
     Size,
@@ -88,6 +89,7 @@ def measure(
     growth = process_growth(result, size, device, quick)
     usual = result.find(our_name(USUAL_P))
     checked, authors, fused = (result.find(name) for name in (CHECKED, AUTHORS, AUTHORS_FUSED))
+    to_base = result.find(our_name(USUAL_P, note=TO_BASE))
     ratios = {f"{p:g}": entrant for p in P_NORMS if (entrant := result.find(our_name(p))) is not None}
     return {
         "name": size.name,
@@ -100,6 +102,7 @@ def measure(
         "rows": [row_of(entrant, result, size, growth.get(entrant.name)) for entrant in result.entrants],
         "left_out": result.left_out,
         "auto_over_checked": spread(result.ratios(usual, to=checked)) if usual and checked else None,
+        "to_base_over_auto": spread(result.ratios(to_base, to=usual)) if usual and to_base else None,
         "auto_ratios": {p: spread(result.ratios(entrant))["median"] for p, entrant in ratios.items()},
         "speed_up_over_authors": spread(result.ratios(authors, to=usual)) if usual and authors else None,
         "speed_up_over_authors_fused": spread(result.ratios(fused, to=usual)) if usual and fused else None,

@@ -146,6 +146,12 @@ def short_lines(record: Mapping[str, Any]) -> list[str]:
                 f"{size['name']}: auto, p = 0.8, over fused AdamW that looks at the gradients too: "
                 f"{like['median']:.2f} ({like['q10']:.2f}-{like['q90']:.2f})"
             )
+        to_base = size.get("to_base_over_auto")
+        if to_base is not None:
+            lines.append(
+                f"{size['name']}: decay to the base, p = 0.8, over decay to zero: "
+                f"{to_base['median']:.2f} ({to_base['q10']:.2f}-{to_base['q90']:.2f})"
+            )
         for key, around in (("", "with the AdamW that torch takes, as theirs"), ("_fused", "around fused AdamW")):
             faster = size.get("speed_up_over_authors" + key)
             if faster is not None:
