@@ -77,9 +77,12 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return seen
 
 
+@pytest.mark.parametrize("decay_to", ["zero", "base"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", BASES)
-def test_batches_make_no_difference(name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_batches_make_no_difference(
+    name: str, dtype: torch.dtype, decay_to: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     if not hasattr(torch.optim, name.split(",")[0]):
         pytest.skip("this torch has no such optimizer")
     params = weights(dtype, 2 if name == "Muon" else None)
@@ -88,9 +91,11 @@ def test_batches_make_no_difference(name: str, dtype: torch.dtype, monkeypatch: 
         ours = copy.deepcopy(params)
         seen = calls(monkeypatch)
         monkeypatch.setattr(base_optimizers, "batch_size", lambda device, size=size: size)
-        optimizer = LpDecay(BASES[name](grouped(ours)), p_norm=0.8, lambda_p=0.05)
+        optimizer = LpDecay(BASES[name](grouped(ours)), p_norm=0.8, lambda_p=0.05, decay_to=decay_to)
         results.append(run(optimizer, ours))
         monkeypatch.undo()
+        # No tensors are compared by their words.
+        assert {group.pop("decay_to") for group in results[-1][1]["param_groups"]} == {decay_to}
         assert sum(seen) == 4 * len(ours)
         assert (len(seen) == 4) == (size == 1 << 30)
         assert [len(group["params"]) for group in optimizer.param_groups] == [1, 1, 1, len(ours) - 3]

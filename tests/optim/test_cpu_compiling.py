@@ -175,18 +175,25 @@ def test_avx512_gives_the_numbers_of_the_loops_to_the_bit(monkeypatch: pytest.Mo
             wide(n, -60, 8, moment_dtype).abs(),
         )
         codes = compiled.CODES[param_dtype], compiled.CODES[moment_dtype]
-        for p_norm, lambda_p, keep_zeros in itertools.product((0.1, 0.8, 1.99, 2.0, 4.0), (1e-35, 0.01, 1e6), (0, 1)):
-            hyper = array("d", (1e-3, 0.9, 0.999, 1e-8, 0.01, p_norm, lambda_p, keep_zeros, 0))
+        # Changes of 0, of a unit in the last place and of any size.
+        nothing, near = torch.rand(2, n, generator=generator)
+        base = torch.where(
+            nothing < 0.2, given[0], torch.where(near < 0.2, given[0] * (1 + 2**-7), given[0] + given[1])
+        )
+        settings = itertools.product((0.1, 0.8, 1.99, 2.0, 4.0), (1e-35, 1e-24, 0.01, 1e6), (0, 1), (None, base))
+        for p_norm, lambda_p, keep_zeros, to in settings:
+            hyper = array("d", (1e-3, 0.9, 0.999, 1e-8, 0.01, p_norm, lambda_p, keep_zeros, 0, 1))
             results = []
             for library in (lanes, loops):
                 state, count = [each.clone() for each in given], torch.full((), 5.0)
                 addresses = [each.data_ptr() for each in state]
-                row = array("q", (*addresses, count.data_ptr(), n, 0, 3, *codes, 0, 0, 1, 1, 0, 0, 0, 0, 0))
+                place = 0 if to is None else to.data_ptr()
+                row = array("q", (*addresses, count.data_ptr(), n, 0, 3, *codes, 0, 0, 1, 1, 0, 0, 0, 0, 0, place))
                 library.hf_pdecay_step.argtypes = lanes.hf_pdecay_step.argtypes
                 assert library.hf_pdecay_step(compiled.address(row), 1, compiled.address(hyper), 1) == 0
                 results.append([each.view(torch.uint8) for each in state])
             same = [torch.equal(ours, theirs) for ours, theirs in zip(*results, strict=True)]
-            assert all(same), (n, param_dtype, moment_dtype, p_norm, lambda_p, keep_zeros, same)
+            assert all(same), (n, param_dtype, moment_dtype, p_norm, lambda_p, keep_zeros, to is None, same)
 
 
 @pytest.fixture

@@ -7,16 +7,9 @@
 
 namespace {
 
-constexpr int kPrefetch = 4 * kBlock;  // how far ahead of a block memory is asked for
 constexpr int64_t kLeastChunk = 1 << 12, kMostChunk = 1 << 17;  // elements a thread takes at a time
 constexpr int64_t kCheckChunk = 1 << 18;
 constexpr int kStreams = 4;  // places read at once in a check: one stream does not fill the memory bus
-
-#if defined(__GNUC__)
-#define PREFETCH(address) __builtin_prefetch(address)
-#else
-#define PREFETCH(address)
-#endif
 
 // --- the interface: plain numbers, filled in by step.py
 

@@ -3,6 +3,7 @@
 namespace {
 
 constexpr int kBlock = 64;  // elements whose divisors are computed together: they stay in registers and L1
+constexpr int kPrefetch = 4 * kBlock;  // how far ahead of a block memory is asked for
 
 // 1 / factor = 1 + α λ_p |w|^-x for every p, as s / (s + α λ_p) with s = |w|^x and x = 2 - p.
 template <class T>

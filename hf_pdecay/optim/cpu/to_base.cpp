@@ -59,6 +59,14 @@ inline void update_to_base(P* __restrict p, const P* __restrict base, const P* _
   const __m512i exponent = all(0x7f800000u);
   for (int i = 0; i < n; i += 16) {
     const int left = n - i;
+    // With a base there are more places to read from than a processor foresees by itself.
+    if (kDecay == kElements) {
+      PREFETCH(p + i + kPrefetch);
+      PREFETCH(base + i + kPrefetch);
+      PREFETCH(g + i + kPrefetch);
+      PREFETCH(m + i + kPrefetch);
+      PREFETCH(v + i + kPrefetch);
+    }
     const __m512 weight = load_16(p + i, left), wide = load_16(base + i, left);
     const __m512 was = _mm512_sub_ps(weight, wide);
     const __m512 by = kDecay == kElements ? divisors_16(was, s) : load_16(divisor + i, left);

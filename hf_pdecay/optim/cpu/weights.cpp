@@ -14,6 +14,12 @@
 #include <immintrin.h>
 #endif
 
+#if defined(__GNUC__)
+#define PREFETCH(address) __builtin_prefetch(address)
+#else
+#define PREFETCH(address)
+#endif
+
 namespace {
 
 template <class To, class From>
