@@ -270,7 +270,7 @@ def _decayed(run_report: SparsityReport | None, model: Any) -> dict[str, bool]:
     ``model`` is None if its class is not known.
     """
     decayed: dict[str, bool] = {}
-    if run_report is not None:
+    if run_report is not None and (run_report.delta is None or run_report.decayed.tensors):
         decayed = {tensor.name: tensor.decayed for tensor in run_report.tensors}
     elif model is not None:
         chosen = set(decayable_parameter_names(model))

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..names import clean_name
 from ..one_shot.methods import AUTO, OFF
+from ..optim.bases import decays_to_base
 from ..optim.param_groups import is_decayed
 from ..optim.unit_kinds import ELEMENT, n_of_m
 from ..rules.table import group_table
@@ -64,6 +65,7 @@ class Preview:
         all_tensors: Whether each tensor is printed.
         widths: Bits of the weights that are rounded, by the name of the tensor.
         input_widths: Bits of the inputs that are rounded, by the name of the layer.
+        why_no_base: Why the files of the base to which weights decay are not found; None if they are, or none do.
     """
 
     name: str
@@ -77,6 +79,7 @@ class Preview:
     cut: int | None = None
     widths: Mapping[str, float] = field(default_factory=dict)
     input_widths: Mapping[str, float] = field(default_factory=dict)
+    why_no_base: str | None = None
 
     @property
     def parameters(self) -> int:
@@ -91,8 +94,18 @@ class Preview:
     @property
     def zeros(self) -> dict[str, tuple[int, int]]:
         """By kind of unit, how many must be zero at the end, of how many; weights for ``"element"`` and N:M."""
+        return self._wanted(to_base=False)
+
+    @property
+    def unchanged(self) -> dict[str, tuple[int, int]]:
+        """The same of those that must be equal to the base."""
+        return self._wanted(to_base=True)
+
+    def _wanted(self, *, to_base: bool) -> dict[str, tuple[int, int]]:
         counts: dict[str, tuple[int, int]] = {}
         for budget in self.budgets:
+            if budget.to_base != to_base:
+                continue
             dead, units = counts.get(budget.kind, (0, 0))
             counts[budget.kind] = dead + zeros_wanted(budget, 1.0), units + budget.units
         return counts
@@ -113,6 +126,7 @@ class Preview:
             "parameters": self.parameters,
             "decayed": self.decayed_parameters,
             "zeros": {kind: {"zeros": dead, "of": units} for kind, (dead, units) in self.zeros.items()},
+            "unchanged": {kind: {"unchanged": dead, "of": units} for kind, (dead, units) in self.unchanged.items()},
             "max_steps": self.max_steps,
             "pruning_steps": self.pruning_steps,
             "one_shot": {"method": self.one_shot, "after": self.cut},
@@ -138,11 +152,15 @@ class Preview:
             f"{self.name}: {self.decayed_parameters:,} of {self.parameters:,} trained weights decay "
             f"({self.decayed_parameters / self.parameters:.2%}), in {decayed:,} of {len(self.tensors):,} tensors."
         )
-        for kind, (dead, units) in self.zeros.items():
+        for to_base, kind, (dead, units) in [
+            *((False, *each) for each in self.zeros.items()),
+            *((True, *each) for each in self.unchanged.items()),
+        ]:
             alone = kind == ELEMENT or n_of_m(kind) is not None
             what = "weights" if alone else f"{kind}s"
             by = f", by {kind}" if alone and kind != ELEMENT else ""
-            yield f"Zero in the end{by}: {dead:,} of {units:,} {what} ({dead / units:.2%})."
+            end = "Unchanged" if to_base else "Zero"
+            yield f"{end} in the end{by}: {dead:,} of {units:,} {what} ({dead / units:.2%})."
         sizes = {tensor.name: tensor.numel for tensor in self.tensors}
         for width in sorted(set(self.widths.values())):
             count = sum(sizes[name] for name, bits in self.widths.items() if bits == width)
@@ -157,7 +175,10 @@ class Preview:
             first, last = self.pruning_steps[0], self.pruning_steps[-1]
             yield f"{len(self.pruning_steps)} pruning steps, after steps {first:,} to {last:,} of {self.max_steps:,}."
         else:
-            yield "No target_sparsity: λ_p alone decides how many weights become zero."
+            what = "stay as the base has them" if any(map(decays_to_base, self.groups)) else "become zero"
+            yield f"No target_sparsity: λ_p alone decides how many weights {what}."
+        if self.why_no_base is not None:
+            yield f"All weights decay to the base, and no delta is written, as {self.why_no_base}."
 
 
 def preview(
@@ -174,12 +195,14 @@ def preview(
         raise ValueError(
             f"Invalid weight_decay: weight_decay={weight_decay!r}; it must be a finite number of at least 0."
         )
+    from ..trainer.base_model import base_of
     from ..trainer.few_bits import input_widths_of, widths_of
     from ..trainer.one_shot_cut import cut_at, planned_method
 
     model: nn.Module = on_meta(name)
     args: Any = SimpleNamespace(weight_decay=weight_decay)
-    groups = param_groups_of(model, args, settings)
+    base = base_of(model, settings) if settings.to_base else None
+    groups = param_groups_of(model, args, settings, new=frozenset() if base is None else base.new)
     budgets = plan_target(groups, max_steps, settings)
     for budget in budgets:
         for group, _ in budget.members:
@@ -197,4 +220,5 @@ def preview(
     if one_shot != OFF:
         cut = replace(settings, sparsity_begin=cut_at(settings, max_steps)).schedule(max_steps).begin
     widths, inputs = widths_of(model, settings), input_widths_of(model, settings)
-    return Preview(name, groups, tensors, budgets, schedule, max_steps, all_tensors, one_shot, cut, widths, inputs)
+    why = None if base is None or base.tensors is not None else base.why_none
+    return Preview(name, groups, tensors, budgets, schedule, max_steps, all_tensors, one_shot, cut, widths, inputs, why)

@@ -10,7 +10,7 @@ from tempfile import TemporaryFile
 from ..storage.card import add_note
 from ..storage.container import BLOCK, FormatError
 from ..storage.encoding import HEAD_LIMIT, parse
-from ..storage.folder import CONFIG, WEIGHTS, check_apart, check_out
+from ..storage.folder import CONFIG, WEIGHTS, check_apart, check_out, copy_along, written_folder
 from ..storage.manifest import Base, sha256
 from ..storage.model_tensors import ModelTensors
 from ..storage.report import StorageReport
@@ -19,6 +19,10 @@ from ..storage.writer import Shards, encoded
 from ..storage.zstd_planes import is_installed
 from ..terminal import progress
 from .report import DeltaReport, report_delta
+
+
+# What a run leaves in its folder and loading a model does not need.
+_OF_RUN = ("training_args.bin", "trainer_state.json", "runs")
 
 
 def write_delta(
@@ -59,15 +63,45 @@ def write_delta(
     source = read_source(tuned, out, overwrite)
     check_apart(before.folder, out)
     old, new = ModelTensors(before.folder), ModelTensors(source.folder)
-    if not old.forms.items() & new.forms.items():
-        raise FormatError(_nothing_shared(old, new))
+    _check_shared(old, new)
     name, revision = _said_of(before.folder, Path(out)) if base_name is None else (base_name, None)
     with source.rewritten() as aside:
         source.copy_along(aside)
-        add_note(aside, name)
-        shutil.copyfile(source.folder / CONFIG, aside / CONFIG)
-        _write(old, new, aside / WEIGHTS, Base(name, revision, {}), is_installed() if zstd is None else zstd)
-        return report_delta(aside)
+        return _write_folder(old, new, aside, Base(name, revision, {}), is_installed() if zstd is None else zstd)
+
+
+def write_delta_within(base: Path, tuned: Path, name: str) -> DeltaReport:
+    """Write the delta of a model that a run has saved, like :func:`write_delta`, into a subfolder of its folder.
+
+    Args:
+        base: The folder of the base.
+        tuned: The folder of the model.
+        name: That of the subfolder; one that is there is replaced.
+
+    Raises:
+        ValueError: If a model is not in safetensors, or the two share no tensor (as a ``FormatError``), or another
+            folder than a model's is there.
+    """
+    before, source = ModelTensors(base), read_model(tuned)
+    after = ModelTensors(source.folder)
+    _check_shared(before, after)
+    said = Base(*_said_of(base, tuned / name), {})
+    with written_folder(tuned / name, overwrite=True) as aside:
+        copy_along(tuned, aside, (*source.headers, name, *_OF_RUN))
+        return _write_folder(before, after, aside, said, is_installed())
+
+
+def _write_folder(old: ModelTensors, new: ModelTensors, aside: Path, base: Base, zstd: bool) -> DeltaReport:
+    """Complete the folder of a delta, to which the other files of the model have been copied."""
+    add_note(aside, base.name)
+    shutil.copyfile(new.folder / CONFIG, aside / CONFIG)
+    _write(old, new, aside / WEIGHTS, base, zstd)
+    return report_delta(aside)
+
+
+def _check_shared(old: ModelTensors, new: ModelTensors) -> None:
+    if not old.forms.items() & new.forms.items():
+        raise FormatError(_nothing_shared(old, new))
 
 
 def _write(old: ModelTensors, new: ModelTensors, file: Path, base: Base, zstd: bool) -> None:

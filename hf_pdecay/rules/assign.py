@@ -12,10 +12,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ..checks import check_choice
 from ..layers.matrices import bias_names, decayable_parameter_names
 from ..layers.parametrized import adapter_parameters, parametrized
 from ..layers.saved_names import names_in_files
 from ..names import clean_name
+from ..optim.bases import BASE, DECAY_TO, ZERO
 from ..optim.defaults import LAMBDA_P
 from ..optim.param_groups import DECAYED_DTYPES, can_decay, is_decayed
 from ..optim.shards import full_numel, full_shape, is_sharded, wholly_zero
@@ -25,7 +27,7 @@ from ..target.still import still_weights
 from .claims import claims_by_name
 from .matching import Finder
 from .spec import Rule, RuleSpec, parse_rules
-from .table import NO_TARGET
+from .table import NO_TARGET, NOT_IN_BASE
 
 
 @dataclass(frozen=True)
@@ -33,8 +35,8 @@ class Assignment:
     """How one parameter decays.
 
     Args:
-        rule: The pattern that took it, ``"default"``, ``"not decayed"``, or :data:`.table.NO_TARGET` for what would
-            decay by default.
+        rule: The pattern that took it, ``"default"``, ``"not decayed"``, :data:`.table.NO_TARGET` for what would
+            decay by default, or :data:`.table.NOT_IN_BASE` for what is new in a run whose weights decay to a base.
         units: All units that the rule takes, of other parameters too; empty for ``"element"``.
     """
 
@@ -44,11 +46,18 @@ class Assignment:
     rule: str
     target_sparsity: float | None = None
     group: str = ELEMENT
+    decay_to: str = ZERO
     units: tuple[Units[str], ...] = field(default=(), compare=False)
 
 
 def assign(
-    model: nn.Module, *, p_norm: float, lambda_p: float | None = None, rules: RuleSpec | None = None
+    model: nn.Module,
+    *,
+    p_norm: float,
+    lambda_p: float | None = None,
+    rules: RuleSpec | None = None,
+    decay_to: str = ZERO,
+    new: Collection[str] = (),
 ) -> dict[str, Assignment]:
     """Decide how each trainable parameter of a model decays, by its clean name; shared ones are listed once.
 
@@ -56,26 +65,42 @@ def assign(
     :func:`.claims.claims_by_name`. For the other rules, a pattern that matches any matrix sets matrices only, so
     ``"attn"`` does not draw in the biases beside them. ``"off"`` acts on all that it matches.
 
+    With ``decay_to="base"`` all parameters decay by default, biases and embeddings too, and a rule takes all that it
+    matches. Those in ``new``, which the base has not, decay to zero as in other runs, without a target; a rule takes
+    them if it matches no others, or says ``decay_to="zero"``.
+
     Raises:
         ValueError: If a pattern matches no trainable parameter, or a rule cannot have the units that it asks for.
     """
-    default = set(decayable_parameter_names(model))
+    matrices = set(decayable_parameter_names(model))
     parsed = [rule for rule in parse_rules(rules or {}) if rule.sets_decay]
     trainable = {clean_name(name): param for name, param in model.named_parameters() if param.requires_grad}
-    left_out = _left_out(model, default)
+    left_out = _left_out(model, matrices)
+    new = {name for name in trainable if name in new}
+    changing = {name for name in trainable if can_decay(trainable[name])} - new if decay_to == BASE else set()
+    default = changing | (matrices if decay_to == ZERO else matrices & new)
     computed = {name for name, param in trainable.items() if id(param) in left_out.computing}
     biases = bias_names(model)
     find = finder(model, names_in_files(model) if parsed else {}, [name for name in trainable if name in default])
-    matches = {rule: _narrowed(rule, find(rule), trainable, biases, computed) for rule in parsed}
+    matches, aims = {}, {}
+    for rule in parsed:
+        matches[rule], aims[rule] = _aimed(rule, find(rule), decay_to, new)
+        if aims[rule] == ZERO:
+            matches[rule] = _narrowed(rule, matches[rule], trainable, biases, computed)
     unasked = lambda_p is None and any(rule.targeted for rule in matches)
     strength = LAMBDA_P if lambda_p is None else lambda_p
-    claims = claims_by_name(model, matches, trainable, default)
+    claims = claims_by_name(model, matches, trainable, matrices)
     result = {}
     for name in trainable:
         if name not in claims:
             on = name in default and not unasked
+            to_base = name in changing
             why = "default" if on else NO_TARGET if name in default else left_out.reason(trainable[name])
-            result[name] = Assignment(on, p_norm, strength if on else 0.0, why)
+            if decay_to == BASE and name in new:
+                why = NOT_IN_BASE
+            target = 0.0 if decay_to == BASE and on and not to_base else None
+            aim = BASE if on and to_base else ZERO
+            result[name] = Assignment(on, p_norm, strength if on else 0.0, why, target, decay_to=aim)
             continue
         rule = claims[name].rule
         if not rule.off and not can_decay(trainable[name]):
@@ -90,9 +115,24 @@ def assign(
             rule=rule.text,
             target_sparsity=rule.target_sparsity,
             group=rule.group,
+            decay_to=ZERO if rule.off else aims[rule],
             units=claims[name].units,
         )
     return result
+
+
+def _aimed(rule: Rule, names: set[str], decay_to: str, new: Set[str]) -> tuple[set[str], str]:
+    """What a rule takes of what it matches, in view of what is new, and what that decays to."""
+    aim = rule.decay_to or decay_to
+    old = names - new
+    if rule.off or aim == ZERO or old:
+        return (names if rule.off or aim == ZERO else old), aim
+    if rule.decay_to == BASE:
+        raise ValueError(
+            f"Invalid lp_rules: {rule.text!r} has decay_to='base', and the base has nothing that it matches, such as "
+            f"{min(names)}; leave decay_to out, and it decays to zero."
+        )
+    return names, ZERO
 
 
 def finder(model: nn.Module, saved: Mapping[str, Sequence[str]], default: Sequence[str]) -> Finder:
@@ -198,6 +238,8 @@ def build_param_groups(
     rules: RuleSpec | None = None,
     weight_decay_names: Collection[str] | None = None,
     isolate_zero: bool = False,
+    decay_to: str = ZERO,
+    new: Collection[str] = (),
 ) -> list[dict[str, Any]]:
     """Return param groups for :class:`~hf_pdecay.AdamWLp`, those that decay first.
 
@@ -217,12 +259,17 @@ def build_param_groups(
         weight_decay_names: Names of the parameters with L2 decay; those that decay by p norm if None.
         isolate_zero: Whether each wholly zero tensor that decays alone gets a param group of its own. DeepSpeed lays
             the weights of a group end to end: in it, such a tensor could not be recognised as one that must learn.
+        decay_to: ``"zero"``, or ``"base"`` for all parameters to decay to their weights from before the first step,
+            embeddings, norms and biases too.
+        new: With ``"base"``, names of parameters that the base has not, such as those of a new head. They decay to zero
+            as without it, and have no target.
 
     Raises:
         ValueError: If no parameter is trainable, a pattern matches no trainable one, or a rule cannot have the units
             that it asks for, as when one lies on several device meshes.
     """
-    assignments = assign(model, p_norm=p_norm, lambda_p=lambda_p, rules=rules)
+    check_choice("decay_to", decay_to, DECAY_TO)
+    assignments = assign(model, p_norm=p_norm, lambda_p=lambda_p, rules=rules, decay_to=decay_to, new=new)
     if not assignments:
         raise ValueError("The model has no trainable parameter: set requires_grad on what must be trained.")
     if keep_zeros:
@@ -247,6 +294,7 @@ def build_param_groups(
             "lambda_p": assignment.lambda_p,
             "keep_zeros": keep_zeros and assignment.decayed,
             "decayed": assignment.decayed,
+            "decay_to": assignment.decay_to,
             "rule": assignment.rule,
             "target_sparsity": assignment.target_sparsity,
         }

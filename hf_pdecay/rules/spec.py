@@ -10,8 +10,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ..checks import check_lambda_p, check_p_norm
+from ..checks import check_choice, check_lambda_p, check_p_norm
 from ..low_bit.grid import check_width
+from ..optim.bases import DECAY_TO
 from ..optim.unit_kinds import ELEMENT
 from ..target.budgets import implied_target
 from ..target.settings import check_target
@@ -22,19 +23,19 @@ RuleSpec = Mapping[str, Any]
 # What is escaped, a set of characters, or a dot that is not repeated.
 _ESCAPE_SET_OR_DOT = re.compile(r"\\.|\[\^?\]?(?:\\.|[^\]\\])*\]|\.(?![*+?{])", re.DOTALL)
 
-_DECAY_KEYS = ("p_norm", "lambda_p", "target_sparsity", "group")
+_DECAY_KEYS = ("p_norm", "lambda_p", "target_sparsity", "group", "decay_to")
 _BITS_KEYS = ("weight_bits", "activation_bits")
 _RULE_KEYS = (*_DECAY_KEYS, *_BITS_KEYS)
 
 
 @dataclass(frozen=True)
 class Rule:
-    """One entry of ``lp_rules``; p and λ_p are those of the run if None.
+    """One entry of ``lp_rules``; p, λ_p and what weights decay to are those of the run if None.
 
     Args:
         text: The pattern, a regular expression.
-        target_sparsity: Fraction of zeros in the parameters that it matches; None for a share in the target of the run;
-            0 to leave them to their λ_p.
+        target_sparsity: Fraction of zeros, or of unchanged weights, in the parameters that it matches; None for a share
+            in the target of the run; 0 to leave them to their λ_p.
         off: Whether they do not decay.
         sets_decay: Whether it says how they decay, or that they do not. If not, a later rule or the run does.
         bits: What it says of ``weight_bits`` and ``activation_bits``; None for those of the dtype.
@@ -45,6 +46,7 @@ class Rule:
     lambda_p: float | None = None
     target_sparsity: float | None = None
     group: str = ELEMENT
+    decay_to: str | None = None
     off: bool = False
     sets_decay: bool = True
     bits: Mapping[str, float | None] = field(default_factory=dict, hash=False)
@@ -69,7 +71,7 @@ def load_rules(spec: str | RuleSpec | None) -> dict[str, Any]:
     Args:
         spec: A JSON string that starts with ``{``, the path of a JSON file, a mapping, or None for no rules. Keys are
             regular expressions over parameter names; values are ``"off"`` or objects with ``p_norm``, ``lambda_p``,
-            ``target_sparsity``, ``group``, ``weight_bits`` and ``activation_bits``.
+            ``target_sparsity``, ``group``, ``decay_to``, ``weight_bits`` and ``activation_bits``.
 
     Raises:
         ValueError: If the file is missing or not JSON, a pattern does not compile, a key appears twice, or a key or
@@ -137,9 +139,12 @@ def _parse_rule(pattern: str, settings: Any) -> Rule:
         group, target = settings.get("group", ELEMENT), settings.get("target_sparsity")
         implied_target(group, target)
         widths = {key: settings[key] for key in _BITS_KEYS if key in settings}
+        if "decay_to" in settings:
+            check_choice("decay_to", settings["decay_to"], DECAY_TO)
         return Rule(
             pattern,
             group=group,
+            decay_to=settings.get("decay_to"),
             p_norm=check_p_norm(settings["p_norm"]) if "p_norm" in settings else None,
             lambda_p=check_lambda_p(settings["lambda_p"]) if "lambda_p" in settings else None,
             target_sparsity=None if target is None else check_target(target) or 0.0,

@@ -14,7 +14,11 @@ from .report import SparsityReport
 
 
 def history_line(report: SparsityReport, step: int, epoch: float | None, skipped_steps: int) -> dict[str, Any]:
-    """Return the line of a step; ``layers`` has the sparsity of each decayed tensor, ``units`` of each kind of unit."""
+    """Return the line of a step; ``layers`` has the sparsity of each decayed tensor, ``units`` of each kind of unit.
+
+    In a run with a base, ``delta`` has the same of the unchanged weights.
+    """
+    delta = report.delta
     return {
         "step": step,
         "epoch": epoch,
@@ -22,6 +26,17 @@ def history_line(report: SparsityReport, step: int, epoch: float | None, skipped
         "model_sparsity": report.model_sparsity,
         "near_zeros": report.decayed.near_zeros,
         "skipped_steps": skipped_steps,
+        **_parts(report),
+        **(
+            {}
+            if delta is None
+            else {"delta": {"unchanged": delta.sparsity, "model_unchanged": delta.model_sparsity, **_parts(delta)}}
+        ),
+    }
+
+
+def _parts(report: SparsityReport) -> dict[str, Any]:
+    return {
         **({"units": {units.label: units.sparsity for units in report.units}} if report.units else {}),
         "layers": {tensor.name: tensor.sparsity for tensor in report.tensors if tensor.decayed},
     }
@@ -47,5 +62,15 @@ def set_history_aside(output_dir: str | os.PathLike[str]) -> Path | None:
 
 def is_history_of(lines: Sequence[dict[str, Any]], log_history: Sequence[dict[str, Any]]) -> bool:
     """Whether lines of ``sparsity.jsonl`` are of the run with a log history, as far as that tells."""
-    logged = {entry["step"]: entry["sparsity/overall"] for entry in log_history if "sparsity/overall" in entry}
-    return not logged or all(logged.get(line["step"]) == line["sparsity"] for line in lines)
+    keys = "sparsity/overall", "delta/overall"
+    logged = {entry["step"]: [entry.get(key) for key in keys] for entry in log_history if entry.keys() & {*keys}}
+    return not logged or all(
+        line["step"] in logged
+        and all(
+            value in (None, own)
+            for value, own in zip(
+                logged[line["step"]], (line["sparsity"], line.get("delta", {}).get("unchanged")), strict=True
+            )
+        )
+        for line in lines
+    )

@@ -30,6 +30,7 @@ TAGS = ("hf-pdecay", "sparse", "p-norm-weight-decay")
 
 _TIMES = re.compile(r"_(runtime|samples_per_second|steps_per_second|model_preparation_time)$")
 _UNSEEN = 5e-5  # less than a percentage of two digits shows
+_MEASURED = {"sparsity": "exact zeros in decayed weights", "unchanged": "weights equal to the base"}
 _HUB_METRICS = {"loss": "loss", "accuracy": "accuracy", "perplexity": "perplexity", "f1": "f1"}
 
 
@@ -42,7 +43,7 @@ class SparsitySection:
         skipped_steps: Steps skipped because of NaN or infinite gradients.
         trained: Whether this run trained the model.
         adapter: Whether the model is an adapter, whose base model is not beside the card.
-        asked: Target fraction of zeros in all decayed weights.
+        asked: Target fraction of zeros, or of unchanged weights, in all weights that decay to zero, or to the base.
         weight_bits: Bits of the weights that were rounded, by the name of the tensor.
         activation_bits: Bits of the inputs that are rounded, by the name of the layer.
     """
@@ -58,6 +59,12 @@ class SparsitySection:
     weight_bits: Mapping[str, float] = field(default_factory=dict)
     activation_bits: Mapping[str, float] = field(default_factory=dict)
 
+    @property
+    def tags(self) -> tuple[str, ...]:
+        """Tags of the card; a model with few changes need not have zeros."""
+        dense = self.report.delta is not None and not self.report.decayed.tensors
+        return tuple("delta" if dense and tag == "sparse" else tag for tag in TAGS)
+
     def render(self) -> str:
         """Return the section as Markdown."""
         from jinja2 import Environment
@@ -67,7 +74,7 @@ class SparsitySection:
             **vars(self),
             of_weights=_by_width(self.weight_bits, "tensors"),
             of_inputs=_by_width(self.activation_bits, "layers"),
-            missed=self.asked is not None and self.report.sparsity < self.asked - _UNSEEN,
+            missed=self.asked is not None and self.report.main.sparsity < self.asked - _UNSEEN,
             groups=[
                 {
                     **group,
@@ -120,14 +127,19 @@ class SparsityCard:
         tasks, datasets, tags = (
             _first(value) for value in (self.summary.tasks, self.summary.dataset, self.summary.dataset_tags)
         )
-        measured = {**self.evaluation(), "sparsity": self.section.report.sparsity}
+        report = self.section.report
+        measured = dict(self.evaluation())
+        if report.delta is not None:
+            measured["unchanged"] = report.delta.sparsity
+        if report.delta is None or report.decayed.tensors:
+            measured["sparsity"] = report.sparsity
         return [
             EvalResult(
                 task_type=tasks or "other",
                 dataset_type=tags or "unknown",
                 dataset_name=datasets or "evaluation set of this run",
                 metric_type=_HUB_METRICS.get(name, name),
-                metric_name="exact zeros in decayed weights" if name == "sparsity" else name.replace("_", " "),
+                metric_name=_MEASURED.get(name, name.replace("_", " ")),
                 metric_value=value,
             )
             for name, value in measured.items()
@@ -143,7 +155,7 @@ class SparsityCard:
             summary.hyperparameters = None
         metadata = summary.create_metadata()
         metadata.pop("model-index", None)
-        metadata["tags"] = list(dict.fromkeys([*metadata.get("tags", []), *TAGS]))
+        metadata["tags"] = list(dict.fromkeys([*metadata.get("tags", []), *self.section.tags]))
         task = _first(summary.tasks)
         if task:
             metadata["pipeline_tag"] = task
@@ -197,7 +209,7 @@ def settings_in_words(param_groups: Sequence[Mapping[str, Any]]) -> str:
 
 def add_sparsity(card: str, section: SparsitySection) -> str:
     """Return a card that another library wrote with our tags, our section and the citation."""
-    return add_section(add_tags(card, TAGS), section.render() + _template("citation.md"))
+    return add_section(add_tags(card, section.tags), section.render() + _template("citation.md"))
 
 
 def _by_width(bits: Mapping[str, float], what: str) -> str:

@@ -1,11 +1,11 @@
-"""The report of a model's zeros, tensor by tensor and in total: its records, its file and its table."""
+"""The report of a model's zeros, or of its unchanged weights: its records, its file and its table."""
 
 from __future__ import annotations
 
 import json
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,6 +21,13 @@ if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderResult
 
 _TABLE_ROWS = 40
+# What the entries of a report of changes are called in files.
+_UNCHANGED = {
+    "sparsity": "unchanged_share",
+    "model_sparsity": "model_unchanged_share",
+    "zeros": "unchanged",
+    "near_zeros": "nearly_unchanged",
+}
 
 
 @dataclass(frozen=True)
@@ -101,7 +108,11 @@ class UnitSparsity:
 
     def __str__(self) -> str:
         """Return a phrase such as "neurons: 50.0% of 2,048 dead"."""
-        return f"{self.label}: {self.sparsity:.1%} of {self.count:,} {'fit' if ':' in self.kind else 'dead'}"
+        return self.in_words("dead")
+
+    def in_words(self, dead: str) -> str:
+        """Return a phrase that calls a dead unit by a word."""
+        return f"{self.label}: {self.sparsity:.1%} of {self.count:,} {'fit' if ':' in self.kind else dead}"
 
 
 @dataclass(frozen=True)
@@ -112,11 +123,21 @@ class SparsityReport:
         tensors: One entry for each floating-point parameter in the model's order; a shared parameter has one.
         near_zero_threshold: Magnitude below which a non-zero weight counts as near zero.
         units: One entry for each kind of unit that decays as one.
+        of_changes: Whether changes are counted: then zeros are the weights that are equal to the base, near-zeros are
+            changes below the threshold, norms are those of the changes, and what decays does so to its base.
+        delta: The report of changes of a run in which weights decay to their base; the report itself is of its zeros.
     """
 
     tensors: list[TensorSparsity] = field(default_factory=list)
     near_zero_threshold: float = NEAR_ZERO_THRESHOLD
     units: list[UnitSparsity] = field(default_factory=list)
+    of_changes: bool = False
+    delta: SparsityReport | None = None
+
+    @property
+    def main(self) -> SparsityReport:
+        """The report that the target of a run is about: that of changes where there is one."""
+        return self.delta or self
 
     @property
     def decayed(self) -> Totals:
@@ -162,8 +183,8 @@ class SparsityReport:
         return {block: Totals.of(tensors) for block, tensors in blocks.items()}
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the report as plain JSON types, totals included."""
-        return {
+        """Return the report as plain JSON types, totals included; ``delta`` has the unchanged weights."""
+        values = {
             "near_zero_threshold": self.near_zero_threshold,
             "sparsity": self.sparsity,
             "model_sparsity": self.model_sparsity,
@@ -172,7 +193,9 @@ class SparsityReport:
             "still": self.still,
             **({"units": list(map(asdict, self.units))} if self.units else {}),
             "tensors": [{**asdict(tensor), "shape": list(tensor.shape)} for tensor in self.tensors],
+            **({} if self.delta is None else {"delta": self.delta.to_dict()}),
         }
+        return _renamed(values, _UNCHANGED) if self.of_changes else values
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> SparsityReport:
@@ -181,10 +204,14 @@ class SparsityReport:
         Raises:
             ValueError: If an entry is missing or of the wrong type.
         """
+        changes = _UNCHANGED["sparsity"] in values
+        if changes:
+            values = _renamed(values, {new: old for old, new in _UNCHANGED.items()})
         try:
+            delta = cls.from_dict(values["delta"]) if "delta" in values else None
             tensors = [TensorSparsity(**{**entry, "shape": tuple(entry["shape"])}) for entry in values["tensors"]]
             units = [UnitSparsity(**entry) for entry in values.get("units", [])]
-            return cls(tensors, float(values["near_zero_threshold"]), units)
+            return cls(tensors, float(values["near_zero_threshold"]), units, changes, delta)
         except (KeyError, TypeError) as error:
             raise ValueError(f"This is not a sparsity report: {error!r} is missing or invalid.") from error
 
@@ -231,19 +258,28 @@ class SparsityReport:
         decayed = [tensor for tensor in self.tensors if tensor.decayed]
         by_block = len(decayed) > _TABLE_ROWS
         heading = "block" if by_block else "tensor"
-        table = NameTable("Exact zeros", (heading, "weights", "zeros", "sparsity", "near 0"))
+        title, *columns = (
+            ("Unchanged weights", "unchanged", "share", "nearly")
+            if self.of_changes
+            else ("Exact zeros", "zeros", "sparsity", "near 0")
+        )
+        table = NameTable(title, (heading, "weights", *columns))
         rows = self.by_block() if by_block else {tensor.name: tensor for tensor in decayed}
         for name, counts in rows.items():
             table.add_row(name, *_cells(counts))
         table.add_total("decayed weights", *_cells(self.decayed))
         table.add_total("whole model", *_cells(self.model))
-        notes = [*map(str, self.units), *([f"{self.still:,} weights left alone by the target"] if self.still else [])]
+        units = [each.in_words("unchanged" if self.of_changes else "dead") for each in self.units]
+        notes = [*units, *([f"{self.still:,} weights left alone by the target"] if self.still else [])]
         table.caption = "; ".join(notes) or None
         return table
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        """Render as :meth:`to_table`."""
-        yield self.to_table()
+        """Render as :meth:`to_table`, the unchanged weights first."""
+        if self.delta is not None:
+            yield self.delta.to_table()
+        if self.delta is None or self.decayed.tensors:
+            yield self.to_table()
 
     def __str__(self) -> str:
         """Return the table as plain text."""
@@ -251,8 +287,15 @@ class SparsityReport:
 
         console = Console(width=120, color_system=None)
         with console.capture() as capture:
-            print_rich(self.to_table(), console)
+            print_rich(self, console)
         return capture.get().rstrip()
+
+
+def _renamed(values: Any, names: Mapping[str, str]) -> Any:
+    """Return plain JSON types with other names of their entries."""
+    if isinstance(values, dict):
+        return {names.get(key, key): _renamed(value, names) for key, value in values.items()}
+    return [_renamed(value, names) for value in values] if isinstance(values, list) else values
 
 
 def _cells(counts: TensorSparsity | Totals) -> tuple[str, ...]:

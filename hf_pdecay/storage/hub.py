@@ -28,6 +28,20 @@ def local_folder(model: str | os.PathLike[str], revision: str | None = None) -> 
         ) from None
 
 
+def stored_folder(model: str | os.PathLike[str], revision: str | None = None) -> Path | None:
+    """Return a model's folder without a network: that of its name, or the snapshot of the Hub that is here, if any."""
+    path = Path(model)
+    if path.is_dir():
+        return path
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(str(model), revision=revision, local_files_only=True))
+    except (HFValidationError, LocalEntryNotFoundError):
+        return None
+
+
 def push_to_hub(
     folder: str | os.PathLike[str],
     repo_id: str,

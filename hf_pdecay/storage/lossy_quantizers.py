@@ -61,7 +61,8 @@ def share_of_zeros(folder: Path) -> float | None:
     """Return the fraction of zeros in the matrices of a saved model, by its report or in some of them; else None."""
     try:
         if (folder / REPORT_FILE).is_file():
-            return SparsityReport.load(folder / REPORT_FILE).sparsity
+            report = SparsityReport.load(folder / REPORT_FILE)
+            return report.sparsity if report.delta is None else report.model_sparsity
         shares: list[float] = []
         for file, header in read_weights(folder).items():
             with safe_open(folder / file) as handle:

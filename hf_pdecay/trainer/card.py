@@ -1,26 +1,22 @@
-"""Counts the zeros of a Trainer's model, and writes the model card beside it."""
+"""Writes the model card beside a Trainer's model."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ..files import write_text
 from ..low_bit.inputs import rounded_inputs
 from ..one_shot.methods import OFF
+from ..optim.bases import decays_to_base
 from ..optim.param_groups import is_decayed
-from ..optim.shards import group_params, settle
-from ..rules.assign import decayed_parameter_names, still_by_name
+from ..optim.shards import group_params
 from ..sparsity.card_text import add_tags
-from ..sparsity.counting import measure_sparsity
-from ..sparsity.dead_units import count_units
 from ..sparsity.file_names import CARD_FILE, PICTURE_FILE
 from ..sparsity.model_card import (
-    TAGS,
     SparsityCard,
     SparsitySection,
     add_sparsity,
@@ -33,25 +29,6 @@ from ..target.budgets import overall_target
 from .few_bits import widths_of
 from .optimizer import name_of
 from .settings import DecaySettings
-
-
-def measure(
-    model: nn.Module, optimizer: Any, near_zero_threshold: float, saved: Iterable[tuple[str, Tensor]] = ()
-) -> SparsityReport:
-    """Count the zeros of a model; the decayed weights are those of the optimizer if it is one of ours.
-
-    ``saved`` is that of :func:`.counting.measure_sparsity`.
-    """
-    settle(model)
-    decayed = units = still = None
-    groups = [] if optimizer is None else optimizer.param_groups
-    if any("rule" in group or is_decayed(group) for group in groups):
-        params = group_params(optimizer)
-        decayed, units = decayed_parameter_names(model, groups, params), count_units(groups, params)
-        still = still_by_name(model, groups, params)
-    return measure_sparsity(
-        model, decayed=decayed, near_zero_threshold=near_zero_threshold, units=units, still=still, saved=saved
-    )
 
 
 def write_card(
@@ -107,14 +84,20 @@ def write_card(
     if adapter:
         # Its base model, library and tags, as in Trainer.create_model_card.
         model.create_or_update_model_card(str(folder))
-        write_text(file, add_tags(file.read_text(encoding="utf-8"), (*(summary.tags or ()), *TAGS)))
+        write_text(file, add_tags(file.read_text(encoding="utf-8"), (*(summary.tags or ()), *section.tags)))
 
 
 def target_of_run(optimizer: Any, settings: DecaySettings) -> float | None:
-    """Return the fraction of all decayed weights that should be zero in the end, None without a target."""
+    """Return the fraction that should be zero in the end of all decayed weights; None without a target.
+
+    Where groups decay to a base, it is what should be unchanged of their weights.
+    """
     if optimizer is None or not any(is_decayed(group) for group in optimizer.param_groups):
         return None
-    return overall_target(optimizer.param_groups, settings.target_sparsity, group_params(optimizer))
+    pairs = list(zip(optimizer.param_groups, group_params(optimizer), strict=True))
+    to_base = [pair for pair in pairs if decays_to_base(pair[0])]
+    groups, params = zip(*(to_base or pairs), strict=True)
+    return overall_target(groups, settings.target_sparsity, params)
 
 
 class CardCallback(TrainerCallback):

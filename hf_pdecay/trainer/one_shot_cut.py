@@ -31,6 +31,7 @@ from ..one_shot.model import (
 )
 from ..one_shot.own_text import own_rows
 from ..one_shot.streaming import options_of
+from ..optim.bases import decays_to_base
 from ..optim.unit_kinds import ELEMENT, n_of_m
 from ..target.budgets import Budget
 from ..target.settings import Target
@@ -73,6 +74,8 @@ def planned_method(model: nn.Module, asked: str, budgets: Sequence[Budget], engi
 
 
 def _why_not(model: Any, budgets: Sequence[Budget], engine: str | None) -> str | None:
+    if any(decays_to_base(group) for budget in budgets for group, _ in budget.members):
+        return "where weights decay to their base: pruning at once makes zeros, not unchanged weights; leave it out"
     if not any(_amount(budget) for budget in budgets):
         kinds = ", ".join(sorted({budget.kind for budget in budgets}))
         return f"prunes to a target of single weights, or to N:M, and the targets are for {kinds}; leave it out"

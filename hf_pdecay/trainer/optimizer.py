@@ -15,10 +15,12 @@ from ..checks import is_number
 from ..layers.matrices import is_linear
 from ..names import clean_name
 from ..optim.adamw_lp import AdamWLp
+from ..optim.bases import ZERO
 from ..optim.lp_decay import LpDecay
 from ..optim.optimizer_names import arranged, make_optimizer
 from ..optim.unit_kinds import ELEMENT, kind_of
 from ..rules.assign import build_param_groups
+from ..rules.table import NOT_IN_BASE
 from .settings import DecaySettings
 
 
@@ -38,7 +40,8 @@ def build_optimizer(
         **grouping: ``weight_decay_names``, the names of the parameters with L2 decay, by default those that decay by p
             norm; ``isolate_zero``, whether each wholly zero tensor that decays gets its own group; ``theirs``, param
             groups of a Trainer such as sentence-transformers', whose losses may have weights. Their learning rates and
-            weight decay hold; parameters that they leave out stay out.
+            weight decay hold; parameters that they leave out stay out. ``new``: names of the parameters that the
+            base of the run has not.
     """
     return make_optimizer(
         settings.optim,
@@ -90,6 +93,7 @@ def _divided(
     weight_decay_names: Collection[str] | None = None,
     isolate_zero: bool = False,
     theirs: Sequence[Mapping[str, Any]] | None = None,
+    new: Collection[str] = (),
 ) -> list[dict[str, Any]]:
     _check_dense(model, settings.optim)
     # A target of the run, or modules to decay, ask for more than the rules do.
@@ -103,6 +107,8 @@ def _divided(
         rules=settings.lp_rules if isinstance(settings.lp_rules, dict) else None,
         weight_decay_names=weight_decay_names,
         isolate_zero=isolate_zero,
+        decay_to=settings.decay_to,
+        new=new,
     )
     if settings.target_modules is not None:
         groups = _in_target_modules(model, groups, settings.target_modules)
@@ -121,7 +127,7 @@ def _check_dense(model: nn.Module, optim: str) -> None:
 
 def _undecayed(group: Mapping[str, Any], params: list[nn.Parameter], rule: str = "not decayed") -> dict[str, Any]:
     """A group like another, without p-norm decay."""
-    off = {"lambda_p": 0.0, "keep_zeros": False, "decayed": False, "target_sparsity": None}
+    off = {"lambda_p": 0.0, "keep_zeros": False, "decayed": False, "target_sparsity": None, "decay_to": ZERO}
     return {**group, **off, "rule": rule, "params": params}
 
 
@@ -135,7 +141,7 @@ def _in_target_modules(
         if _is_target(clean_name(name), module, targets)
         for param in module.parameters(recurse=False)
     }
-    default = [group for group in groups if group["decayed"] and group["rule"] == "default"]
+    default = [group for group in groups if _is_by_default(group)]
     if not any(id(param) in chosen for group in default for param in group["params"]):
         decaying = {id(param) for group in default for param in group["params"]}
         owners = [
@@ -152,7 +158,7 @@ def _in_target_modules(
         )
     kept, rest = [], []
     for group in groups:
-        if group["decayed"] and group["rule"] == "default":
+        if _is_by_default(group):
             outside = [param for param in group["params"] if id(param) not in chosen]
             if outside:
                 rest.append(_undecayed(group, outside, "not in optim_target_modules"))
@@ -161,6 +167,11 @@ def _in_target_modules(
             kept.append(group)
     decayed = [group for group in kept if group["decayed"]]
     return [*decayed, *rest, *(group for group in kept if not group["decayed"])]
+
+
+def _is_by_default(group: Mapping[str, Any]) -> bool:
+    """Whether what a group holds decays, and not by a rule."""
+    return group["decayed"] and group["rule"] in ("default", NOT_IN_BASE)
 
 
 def _is_target(name: str, module: nn.Module, targets: str | Sequence[str]) -> bool:

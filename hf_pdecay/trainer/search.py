@@ -238,7 +238,7 @@ class Search:
     def evaluate(self, metrics: dict[str, float]) -> Any:
         """Return the objective of a trial's metrics, and write its line."""
         trainer = self._trainer
-        report = self._measure()
+        report = self._measure().main
         if self._objective is None:  # the default adds up all metrics but the loss, if there are any
             objective = default_compute_objective(dict(metrics))
         else:

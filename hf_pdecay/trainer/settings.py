@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+from ..one_shot.methods import METHODS
+from ..optim.bases import BASE, ZERO
 from ..optim.defaults import LAMBDA_P
 from ..optim.optimizer_names import ADAMW_LP, OPTIMIZERS, parse_options
 from ..rules.spec import load_rules, parse_rules
@@ -54,6 +56,39 @@ class DecaySettings(DecayFields):
         super().__post_init__()
         self.lp_rules = load_rules(self.lp_rules) or None
         parse_options(self.optim, self.options)
+        self._check_to_base()
+
+    def _check_to_base(self) -> None:
+        if not self.to_base:
+            if self.base_from is not None:
+                raise ValueError(
+                    f"Invalid base_from: base_from={self.base_from!r} without decay_to='base' has no effect; give that."
+                )
+            return
+        rules = parse_rules(self.lp_rules) if isinstance(self.lp_rules, dict) else []
+        for name in ("weight_bits", "activation_bits"):
+            width = getattr(self, name) or next((rule.bits[name] for rule in rules if rule.bits.get(name)), None)
+            if width is not None:
+                raise ValueError(
+                    f"Invalid {name}: {name}={width:g} with decay_to='base': what is rounded to few bits equals its "
+                    f"base nowhere. Leave {name} out, or take decay_to='zero'."
+                )
+        if self.one_shot in METHODS:
+            raise ValueError(
+                f"Invalid one_shot: one_shot={self.one_shot!r} with decay_to='base': pruning at once makes zeros, not "
+                "unchanged weights. Leave it out; the schedule brings the run to its target."
+            )
+        if self.optim == "schedule_free_adamw_lp":
+            raise ValueError(
+                f"Invalid optim: optim={self.optim!r} with decay_to='base': schedule-free optimizers save other "
+                "weights than they step. Take optim='adamw_lp'."
+            )
+
+    @property
+    def to_base(self) -> bool:
+        """Whether weights decay to their base, in the whole run or by a rule."""
+        rules = parse_rules(self.lp_rules) if isinstance(self.lp_rules, dict) else []
+        return self.decay_to == BASE or any(rule.decay_to == BASE for rule in rules)
 
     @classmethod
     def from_optim_args(
@@ -108,6 +143,12 @@ class DecaySettings(DecayFields):
             idle |= {field.name for field in fields(Target)} - {"keep_zeros", "p_norm_begin", *between}
             idle.add("one_shot")
         idle |= {name for name in ("weight_bits", "activation_bits") if getattr(self, name) is None}
+        if self.decay_to == ZERO:
+            idle.add("decay_to")
+        if self.to_base:
+            idle.add("one_shot")
+        if self.base_from is None:
+            idle.add("base_from")
         if self.teacher is None:
             idle |= {name for name in SETTINGS if name.startswith("teacher")}
         values = {name: getattr(self, name) for name in SETTINGS} | {"lambda_p": self.strength}

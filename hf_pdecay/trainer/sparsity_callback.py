@@ -1,4 +1,4 @@
-"""The callback that counts zeros during a run."""
+"""The callback that counts zeros, or unchanged weights, during a run."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from transformers import TrainerControl, TrainerState, TrainingArguments
 from ..checks import check_choice
 from ..files import append_line, remove_leftovers, write_text
 from ..optim.adamw_lp import AdamWLp
+from ..optim.bases import decays_to_base
 from ..optim.param_groups import is_decayed
-from ..optim.shards import group_params, is_sharded, settle
+from ..optim.shards import group_params, settle
 from ..optim.unit_kinds import ELEMENT, kind_of
-from ..rules.assign import decayed_parameter_names, still_by_name
+from ..rules.assign import decayed_parameter_names
 from ..rules.table import group_table
-from ..sparsity.counting import measure_sparsity, measure_with_extra
-from ..sparsity.dead_units import count_units
+from ..sparsity.counting import measure_sparsity
 from ..sparsity.defaults import NEAR_ZERO_THRESHOLD
 from ..sparsity.file_names import HISTORY_FILE, PICTURE_FILE, REPORT_FILE, RUN_FILES
 from ..sparsity.history import history_line, is_history_of, read_history, set_history_aside
@@ -31,6 +31,7 @@ from ..sparsity.report import SparsityReport
 from ..target.forecast import DecayingGroup, forecast
 from ..terminal import get_logger, print_rich
 from .first_callback import FirstCallback
+from .measuring import all_must_count, measure_in_run
 from .training_flags import SPARSITY_LOGGING
 
 
@@ -46,13 +47,16 @@ class SparsityCallback(FirstCallback):
     When the training loss is logged, it adds ``sparsity/overall`` (decayed weights), ``sparsity/model`` and, where
     weights decay as units, the fraction of dead units, such as ``sparsity/neurons``, to the values, and appends a line
     to ``sparsity.jsonl`` in ``output_dir``. At the end it writes ``sparsity.json`` and ``sparsity.png`` and prints a
-    table. It must run before the trackers: ``PDecayTrainer`` puts it first, with another Trainer call :meth:`attach`.
+    table. Where weights decay to their base, it logs the fraction that is equal to it, as ``delta/overall`` and so on,
+    and zeros only of what decays to zero. It must run before the trackers: ``PDecayTrainer`` puts it first, with
+    another Trainer call :meth:`attach`.
 
         >>> trainer = Trainer(model=model, args=args, train_dataset=dataset)
         >>> SparsityCallback(sparsity_logging="layer").attach(trainer)
 
     Args:
-        sparsity_logging: ``"overall"``, or ``"layer"`` to add ``sparsity/layer/<name>`` for each decayed tensor.
+        sparsity_logging: ``"overall"``, or ``"layer"`` to add ``sparsity/layer/<name>``, or ``delta/layer/<name>``, for
+            each decayed tensor.
         near_zero_threshold: Magnitude below which a non-zero weight counts as near zero.
 
     Raises:
@@ -83,7 +87,9 @@ class SparsityCallback(FirstCallback):
             return
         # Each process looks at its shards, and one reports.
         sums = _lr_sums(optimizer.param_groups, kwargs["lr_scheduler"], state)
-        free = [group for group in decaying if "asked_sparsity" not in group.settings]
+        free = [
+            group for group in decaying if "asked_sparsity" not in group.settings and not decays_to_base(group.settings)
+        ]
         sentences = forecast(free, [sums[group.number] for group in free]) + _frozen_tensors(kwargs["model"], decaying)
         if state.is_world_process_zero:
             print_rich(group_table(optimizer.param_groups, group_params(optimizer)))
@@ -111,16 +117,13 @@ class SparsityCallback(FirstCallback):
         if report is None:
             return
         folder = _folder(args)
-        values: dict[str, Any] = {"sparsity/overall": report.sparsity, "sparsity/model": report.model_sparsity}
-        if self.sparsity_logging == "layer":
-            values |= {f"sparsity/layer/{tensor.name}": tensor.sparsity for tensor in report.tensors if tensor.decayed}
+        values = self._values(report)
         if self._skipped_steps == state.global_step > 0 and not self._said_that_all_are_skipped:
             self._said_that_all_are_skipped = True
             logger.warning(
                 "All %d steps so far were skipped for NaN or infinite gradients, so nothing is learned.",
                 self._skipped_steps,
             )
-        values |= {f"sparsity/{units.label.replace(' ', '_')}": units.sparsity for units in report.units}
         if self._skipped_steps:
             values["skipped_steps"] = self._skipped_steps
         # The Trainer has copied the dict into its history; the trackers after this get the dict itself.
@@ -174,23 +177,35 @@ class SparsityCallback(FirstCallback):
                 self._skipped_steps,
             )
 
+    def _values(self, report: SparsityReport) -> dict[str, Any]:
+        """What is logged of a report, the unchanged weights first."""
+        values: dict[str, Any] = {}
+        for kind, counts in (("delta", report.delta), ("sparsity", report)):
+            if counts is None or (kind == "sparsity" and report.delta is not None and not report.decayed.tensors):
+                continue
+            values |= {f"{kind}/overall": counts.sparsity, f"{kind}/model": counts.model_sparsity}
+            if self.sparsity_logging == "layer":
+                values |= {
+                    f"{kind}/layer/{tensor.name}": tensor.sparsity for tensor in counts.tensors if tensor.decayed
+                }
+            values |= {f"{kind}/{units.label.replace(' ', '_')}": units.sparsity for units in counts.units}
+        return values
+
     def _line(self, state: TrainerState, report: SparsityReport) -> dict[str, Any]:
         return history_line(report, state.global_step, state.epoch, self._skipped_steps)
 
     def _measure(self, model: nn.Module, optimizer: Any, state: TrainerState) -> SparsityReport | None:
         """Count; None in processes that do not report."""
         settle(model)
-        if not state.is_world_process_zero and not any(is_sharded(param) for param in model.parameters()):
-            return None
         groups = _decaying_groups(optimizer)
-        report, skipped = measure_with_extra(
+        if not state.is_world_process_zero and not all_must_count(model, optimizer):
+            return None
+        report, skipped = measure_in_run(
             model,
-            decayed=_names(model, groups) if groups else None,
-            near_zero_threshold=self.near_zero_threshold,
-            extra=[group.settings.get("skipped_steps", 0) for group in groups],
-            units=count_units([group.settings for group in groups], [group.params for group in groups]),
-            still=still_by_name(model, [group.settings for group in groups], [group.params for group in groups]),
-            saved=self.saved_weights(),
+            optimizer if groups else None,
+            self.near_zero_threshold,
+            self.saved_weights(),
+            [group.settings.get("skipped_steps", 0) for group in groups],
         )
         self._skipped_steps = max(skipped, default=0)
         return report if state.is_world_process_zero else None

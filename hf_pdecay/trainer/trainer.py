@@ -6,7 +6,7 @@ import copy
 import math
 import os
 import tempfile
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
@@ -22,17 +22,19 @@ from ..low_bit.inputs import rounded_inputs
 from ..one_shot.methods import METHODS, OFF
 from ..optim.decay_optimizer import DecayOptimizer
 from ..optim.optimizer_names import OPTIMIZERS
-from ..optim.shards import is_sharded, settle
+from ..optim.shards import settle
 from ..sparsity.file_names import REPORT_FILE, RUN_FILES, STATE_FILE
 from ..sparsity.report import SparsityReport
 from ..target.control import plan_target
 from ..terminal import get_logger
 from .arguments import PDecayTrainingArguments, check_settings, check_unused, settings_of
-from .card import CardCallback, measure, write_card
+from .base_model import BaseCallback, BaseModel, base_of, check_to_base, write_run_delta
+from .card import CardCallback, write_card
 from .checkpoints import agreed_newest_whole, check_whole
 from .engines import check_engine, check_same, check_structured, check_world_size, engine_of, whole_model
 from .few_bits import check_widths, round_model_of, round_stated_inputs, rounds
 from .gradient_norm import share_grad_norm
+from .measuring import all_must_count, measure
 from .optimizer import build_optimizer, name_of, param_groups_of
 from .resume_checks import check_checkpoint, check_engine_of, check_optimizer_state, other_settings
 from .saved_names import load_converted
@@ -97,10 +99,12 @@ class PDecayTrainerMixin(_Base):
             return
         check_engine(self, settings.optim, settings.options.get("moments"))
         check_same(asdict(settings) | {"optim": name_of(self.args), "weight_decay": self.args.weight_decay})
-        groups = param_groups_of(self.model, self.args, settings)
+        groups = param_groups_of(self.model, self.args, settings, new=self._find_base())
         check_structured(self, groups, settings.optim, settings.options.get("backend", "auto"))
         budgets = plan_target(groups, self._expected_steps(), settings)
         self._attach(settings, self._planned_one_shot(budgets))
+        if self._base is not None:
+            BaseCallback(self).attach(self)
         if settings.teacher is not None:
             from .distillation import distil
 
@@ -109,6 +113,15 @@ class PDecayTrainerMixin(_Base):
             round_model_of(self, settings)
         else:
             round_stated_inputs(self.model)
+
+    def _find_base(self) -> Collection[str]:
+        """Find the base to which weights of this run decay, if they do; return the names of what it has not."""
+        settings = self._settings
+        self._base = None
+        if settings.to_base:
+            check_to_base(self, settings)
+            self._base = base_of(self.model, settings)
+        return frozenset() if self._base is None else self._base.new
 
     def _planned_one_shot(self, budgets: Sequence[Budget]) -> str:
         asked = self._settings.one_shot
@@ -161,6 +174,8 @@ class PDecayTrainerMixin(_Base):
 
     _settings_read: tuple[Any, DecaySettings] | None = None
     _search: Search | None = None  # the one that runs
+    _base: BaseModel | None = None  # to which weights decay
+    _delta_beside: Path | None = None  # the folder in which a call within save_model has written a delta
     _control_callback: SparsityControlCallback | None = None
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
@@ -242,6 +257,7 @@ class PDecayTrainerMixin(_Base):
             "weight_decay_names": self.get_decay_parameter_names(model),
             "isolate_zero": self.is_deepspeed_enabled,
             "theirs": self._their_groups(model),
+            "new": frozenset() if self._base is None else self._base.new,
         }
 
     def _their_groups(self, model: nn.Module) -> Sequence[Mapping[str, Any]] | None:
@@ -288,7 +304,7 @@ class PDecayTrainerMixin(_Base):
         if self._search is not None and trial is not None:
             self._search.enter(super()._get_output_dir, trial)
         if self._decays and self._control_callback is not None:
-            groups = param_groups_of(self.model, self.args, self._settings)
+            groups = param_groups_of(self.model, self.args, self._settings, new=self._find_base())
             budgets = plan_target(groups, None, self._settings)
             self._control_callback.one_shot = self._planned_one_shot(budgets)
         if self._decays and rounds(self._settings):
@@ -335,7 +351,7 @@ class PDecayTrainerMixin(_Base):
     def _measured(self) -> SparsityReport | None:
         """Count the zeros if this process writes, or holds shards that others need to count."""
         settle(self.model)
-        if self.args.should_save or any(is_sharded(param) for param in self.model.parameters()):
+        if self.args.should_save or all_must_count(self.model, self.optimizer):
             return self.measure_sparsity()
         return None
 
@@ -345,6 +361,8 @@ class PDecayTrainerMixin(_Base):
             # This file, which is written last, marks a checkpoint as whole.
             (Path(output_dir) / STATE_FILE).unlink(missing_ok=True)
             remove_leftovers(output_dir, RUN_FILES)
+        if not _internal_call:
+            self._delta_beside = None
         with whole_model(self) if self._decays and not _internal_call else nullcontext():
             if _internal_call:
                 super().save_model(output_dir, _internal_call=True)
@@ -358,6 +376,10 @@ class PDecayTrainerMixin(_Base):
             report.save(folder / REPORT_FILE)
             if not _internal_call:
                 self._write_card(folder, report)
+            # push_to_hub calls it within, before it uploads; a checkpoint has a folder of its own.
+            if report.delta is not None and (output_dir is None if _internal_call else self._delta_beside != folder):
+                write_run_delta(folder, self._base or base_of(self.model, self._settings), report)
+                self._delta_beside = folder if _internal_call else None
 
     def _save_rng_state(self, output_dir: str) -> None:
         super()._save_rng_state(output_dir)

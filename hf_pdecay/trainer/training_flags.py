@@ -17,6 +17,7 @@ from typing import Any, get_args, get_type_hints
 from ..checks import asked_percent, check_choice, check_lambda_p, check_p_norm, is_number
 from ..low_bit.grid import check_width
 from ..one_shot.methods import AUTO, METHODS, OFF
+from ..optim.bases import DECAY_TO, ZERO
 from ..optim.defaults import LAMBDA_P, P_NORM
 from ..sparsity.defaults import NEAR_ZERO_THRESHOLD
 from ..target.settings import Target, check_p_norms, setting
@@ -44,6 +45,18 @@ class DecayFields(Target):
         "Strength of the p-norm decay, at least 0; 0 is AdamW. The penalty is (lambda_p / p) times the sum of the "
         f"weights' magnitudes to the power p. A target sets it itself. Unset for {LAMBDA_P:g}; beside targets in "
         "lp_rules, unset for no decay of what no rule takes.",
+    )
+    decay_to: str = setting(
+        ZERO,
+        "What weights decay to: zero, or base, the weights with which training starts. With base their change decays, "
+        "of all trained weights, and target_sparsity is the fraction that ends bit-identical to the base. save_model "
+        "writes the others into the subfolder delta.",
+        DECAY_TO,
+    )
+    base_from: str | None = setting(
+        None,
+        "A folder or a name on the Hub with the base of decay_to=base, in safetensors with the shapes and dtype of the "
+        "model. Unset for the weights with which training starts.",
     )
     lp_rules: dict | str | None = setting(
         None,
@@ -125,6 +138,7 @@ class DecayFields(Target):
             raise ValueError(
                 f"Invalid skip_nonfinite: skip_nonfinite={self.skip_nonfinite!r}; it must be True or False."
             )
+        self._check_base()
         check_choice("sparsity_logging", self.sparsity_logging, SPARSITY_LOGGING)
         if not is_number(self.near_zero_threshold) or not self.near_zero_threshold >= 0:
             raise ValueError(
@@ -136,6 +150,13 @@ class DecayFields(Target):
             width = getattr(self, name)
             setattr(self, name, None if width is None else check_width(width, name))
         self._check_teacher()
+
+    def _check_base(self) -> None:
+        check_choice("decay_to", self.decay_to, DECAY_TO)
+        if self.base_from is not None and (not isinstance(self.base_from, str) or not self.base_from):
+            raise ValueError(
+                f"Invalid base_from: base_from={self.base_from!r}; it must be a folder or a name on the Hub."
+            )
 
     def _check_teacher(self) -> None:
         if self.teacher is None:

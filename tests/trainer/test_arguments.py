@@ -42,17 +42,20 @@ OWN = {
     "teacher_dtype": "bfloat16",
     "teacher_cache": "answers",
 }
+# These do not go with weights of few bits.
+TO_BASE = {"decay_to": "base", "base_from": "some/model"}
+REST = {name: value for name, value in OWN.items() if "bits" not in name and name != "one_shot"}
 
 
-def _same(args: PDecayTrainingArguments) -> None:
-    for name, value in OWN.items():
+def _same(args: PDecayTrainingArguments, own: dict[str, Any] = OWN) -> None:
+    for name, value in own.items():
         assert getattr(args, name) == value, name
     assert args.optim == "adamw_lp"
 
 
 def test_every_own_field_is_covered_here() -> None:
-    assert set(SETTINGS) == set(OWN)
-    for name, value in OWN.items():
+    assert set(SETTINGS) == {*OWN, *TO_BASE}
+    for name, value in (OWN | TO_BASE).items():
         assert getattr(PDecayTrainingArguments(), name) != value, f"{name} is tested with its default"
 
 
@@ -80,6 +83,9 @@ def test_command_line(tmp_path: Path) -> None:
     (args,) = HfArgumentParser(PDecayTrainingArguments).parse_args_into_dataclasses(words)
     _same(args)
     assert args.weight_decay == 0.1
+    words = ["--output_dir", str(tmp_path), "--decay_to", "base", "--base_from", "some/model"]
+    (args,) = HfArgumentParser(PDecayTrainingArguments).parse_args_into_dataclasses(words)
+    _same(args, TO_BASE)
 
 
 def test_help_of_what_means_something_else_here() -> None:
@@ -90,10 +96,11 @@ def test_help_of_what_means_something_else_here() -> None:
     assert "target_sparsity" in texts["lp_rules"] and "group" in texts["lp_rules"]
 
 
+@pytest.mark.parametrize("own", [OWN, REST | TO_BASE], ids=["few bits", "to base"])
 @pytest.mark.parametrize("kind", ["json", "yaml", "dict", "to_dict", "replace", "pickle"])
-def test_round_trips(kind: str, tmp_path: Path) -> None:
+def test_round_trips(kind: str, own: dict[str, Any], tmp_path: Path) -> None:
     parser = HfArgumentParser(PDecayTrainingArguments)
-    values: dict[str, Any] = {"output_dir": str(tmp_path), **OWN}
+    values: dict[str, Any] = {"output_dir": str(tmp_path), **own}
     file = tmp_path / f"args.{kind}"
     if kind == "json":
         file.write_text(json.dumps(values))
@@ -112,7 +119,7 @@ def test_round_trips(kind: str, tmp_path: Path) -> None:
     else:
         torch.save(PDecayTrainingArguments(**values), file)
         args = torch.load(file, weights_only=False)
-    _same(args)
+    _same(args, own)
 
 
 @pytest.mark.parametrize(

@@ -64,6 +64,9 @@ SETTINGS: dict[str, Any] = {
     "teacher_dtype": "bfloat16",
     "teacher_cache": "answers",
 }
+# These do not go with weights of few bits.
+TO_BASE: dict[str, Any] = {"decay_to": "base", "base_from": "some/model"}
+_OF_FEW_BITS = ("weight_bits", "activation_bits", "one_shot")
 RULES = {"h.0.attn": {"p_norm": 0.9}, "wte": "off"}
 
 
@@ -131,16 +134,20 @@ def test_saved_arguments(tmp_path: Path) -> None:
             load()
 
 
-def test_every_setting_goes_through_optim_args(registered: None, tmp_path: Path) -> None:
+@pytest.mark.parametrize("to_base", [False, True])
+def test_every_setting_goes_through_optim_args(registered: None, tmp_path: Path, to_base: bool) -> None:
     file = tmp_path / "some rules.json"
     file.write_text(json.dumps(RULES))
-    assert {*SETTINGS, "lp_rules"} == {*training_flags.SETTINGS}
-    text = ", ".join(f"{key} = {value}" for key, value in SETTINGS.items())
+    given = {key: value for key, value in SETTINGS.items() if not (to_base and key in _OF_FEW_BITS)}
+    left_out = {*_OF_FEW_BITS} if to_base else {*TO_BASE}
+    given |= TO_BASE if to_base else {}
+    assert {*SETTINGS, *TO_BASE, "lp_rules"} == {*training_flags.SETTINGS}
+    text = ", ".join(f"{key} = {value}" for key, value in given.items())
     text += f", lp_rules={file}, backend=foreach, moments=bfloat16"
     stock = settings_of(_args(tmp_path, text, optim_target_modules=["attn"]))
     ours = PDecayTrainingArguments(
         str(tmp_path),
-        **SETTINGS,
+        **given,
         lp_rules=str(file),
         optim_args="backend=foreach,moments=bfloat16",
         optim_target_modules=["attn"],
@@ -148,7 +155,10 @@ def test_every_setting_goes_through_optim_args(registered: None, tmp_path: Path)
     )
     assert stock == ours.decay_settings
     default = DecaySettings()
-    assert [key for key in vars(default) if getattr(stock, key) == getattr(default, key)] == ["optim"]
+    assert [key for key in vars(default) if getattr(stock, key) == getattr(default, key)] == [
+        *(key for key in vars(default) if key in left_out),
+        "optim",
+    ]
     assert settings_of(_args(tmp_path, optim="sgd")) is None
 
 
