@@ -26,19 +26,27 @@ from typing import Any
 
 import quantize
 from few_bits import INTEGERS
-from llm import LOW_RATE, RESULTS, Data, Run, loss, make_trainer, model_folder, read, zeros
+from llm import CALIBRATION, LOW_RATE, RESULTS, Data, Run, loss, make_trainer, model_folder, read, zeros
 
 
 BITS, BLOCK, STEPS = 4, quantize.BLOCK, 100
 METHODS = {
     "none": "not quantised",
     "ours": "`--weight_bits 4`",
+    "ours_cut": "pruned (`fisher`) before the run, then `--weight_bits 4 --keep_zeros true`",
     "qat": "torchao's QAT, `IntxFakeQuantizeConfig`, symmetric",
+    "qat_cut": "pruned (`fisher`) before the run, then torchao's QAT with `--keep_zeros true`",
     "gptq": "`hf-pdecay quantize --data` after the run",
     "llmcompressor_gptq": "llm-compressor 0.14.0, GPTQModifier after the run",
     "rtn": "to nearest after the run",
 }
-TRAINED = {"ours": ("ours",), "qat": ("qat",), "after": ("none", "gptq", "llmcompressor_gptq", "rtn")}
+TRAINED = {
+    "ours": ("ours",),
+    "ours_cut": ("ours_cut",),
+    "qat": ("qat",),
+    "qat_cut": ("qat_cut",),
+    "after": ("none", "gptq", "llmcompressor_gptq", "rtn"),
+}
 
 
 def execute(way: str, seed: int, folder: Path, data: Data, todo: list[str]) -> list[dict[str, Any]]:
@@ -46,15 +54,22 @@ def execute(way: str, seed: int, folder: Path, data: Data, todo: list[str]) -> l
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    from hf_pdecay import prune_one_shot
+
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    run = Run("pdecay", 0.5, STEPS, seed, LOW_RATE, f"weight_bits={BITS}" if way == "ours" else "")
-    if way == "qat":
+    kind, _, cut = way.partition("_")
+    method = "fisher" if cut else "pdecay"
+    run = Run(method, 0.5, STEPS, seed, LOW_RATE, f"weight_bits={BITS}" if kind == "ours" else "")
+    if cut:
+        rows = torch.tensor([row["input_ids"] for row in data.train[:CALIBRATION]])
+        prune_one_shot(model, rows, method=method, sparsity=0.5)
+    if kind == "qat":
         from torchao.quantization import quantize_
         from torchao.quantization.qat import IntxFakeQuantizeConfig, QATConfig
 
         config = IntxFakeQuantizeConfig(getattr(torch, INTEGERS[BITS]), group_size=BLOCK, is_symmetric=True)
-        kind = QATConfig(weight_config=config, step="prepare")
-        quantize_(model, kind, filter_fn=lambda module, name: type(module) is torch.nn.Linear and name != "lm_head")
+        prepared = QATConfig(weight_config=config, step="prepare")
+        quantize_(model, prepared, filter_fn=lambda module, name: type(module) is torch.nn.Linear and name != "lm_head")
     with tempfile.TemporaryDirectory() as aside, open(os.devnull, "w") as nothing:
         stdout, sys.stdout = sys.stdout, nothing  # the Trainer prints its logs
         try:
@@ -67,7 +82,7 @@ def execute(way: str, seed: int, folder: Path, data: Data, todo: list[str]) -> l
         shared = {
             "seed": seed,
             "steps": STEPS,
-            "block": 128 if way == "ours" else BLOCK,
+            "block": 128 if kind == "ours" else BLOCK,
             "train_seconds": round(seconds, 1),
             "date": time.strftime("%Y-%m-%d"),
             "versions": {name: version(name) for name in ("hf-pdecay", "torch", "transformers", "torchao")},
