@@ -103,7 +103,7 @@ def test_unchanged_weights_are_as_many_as_on_one_process(layout: Layout, alone: 
             expected = _check(name, alone[name], "single")
             for each, count in same.items():
                 numel = alone[name]["weights"][each].numel()
-                assert abs(count - expected[each]) <= max(3, 0.05 * numel), (name, each)
+                assert abs(count - expected[each]) <= 0.1 * numel + 3, (name, each)
     for name in ("resumed", "resumed in healing"):
         for each, weight in found["target"]["weights"].items():
             assert torch.equal(weight, found[name]["weights"][each]), (name, each)
