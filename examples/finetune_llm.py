@@ -4,13 +4,16 @@
         --target_sparsity 0.5 --bf16 true --gradient_checkpointing true --output_dir out
     accelerate launch --config_file examples/accelerate_configs/ddp.yaml examples/finetune_llm.py \
         --model_name_or_path MODEL --train_file instructions.jsonl --target_sparsity 0.5 --output_dir out
+    python examples/finetune_llm.py --model_name_or_path MODEL --train_file instructions.jsonl --decay_to base \
+        --target_sparsity 0.99 --output_dir out
     python examples/finetune_llm.py options.yaml --max_steps 500
 
 Rows hold `prompt` and `completion`; `instruction`, `output` and maybe `input`; `messages`, which the tokenizer's chat
 template renders; or `text`. The model learns answers and text only. Examples are packed into blocks and do not see one
 another. All options of `TrainingArguments` work; `--help` lists them. With no model named, a small GPT-2 over
 bytes is trained from scratch; with no data named, on the source text of Python's standard library. The output folder
-loads with plain `AutoModelForCausalLM.from_pretrained`. The script needs `instructions.py`, `packing.py`,
+loads with plain `AutoModelForCausalLM.from_pretrained`. With `--decay_to base` 99% of its weights stay those of MODEL,
+and `out/delta` has the others; the last message says how many bytes that takes. The script needs `instructions.py`, `packing.py`,
 `train_clm.py` and `options.py` beside it.
 """
 

@@ -104,6 +104,8 @@ def default_options(given: Mapping[str, Any]) -> dict[str, Any]:
     defaults |= {"lr_scheduler_type": "cosine", "dataloader_pin_memory": torch.cuda.is_available()}
     if "save_steps" not in given:
         defaults["save_strategy"] = "no"
+    if given.get("decay_to") == "base" and "model_name_or_path" in given:
+        defaults["dtype"] = "auto"  # that of the base, so that unchanged weights are equal to its own
     if "model_name_or_path" not in given:
         defaults["learning_rate"] = 1e-3
         if "config_name" not in given:

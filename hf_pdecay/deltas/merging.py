@@ -140,10 +140,15 @@ class _Merging:
     def __init__(self, base: ModelTensors, files: dict[str, CompressedFile]) -> None:
         self._base, self._files = base, files
         self._forms = dict(base.forms)
+        self._own: dict[str, str] = {}  # names in the base
         own: dict[str, tuple[str, str, tuple[int, ...]]] = {}
         for folder, file in files.items():
             for name in file.keys():  # noqa: SIM118
-                dtype, shape = self._forms[name] = file.form(name)
+                dtype, shape = form = file.form(name)
+                if (theirs := base.like(name, form)) is not None:
+                    self._own[name] = theirs
+                    self._forms.pop(theirs, None)
+                self._forms[name] = form
                 other, *seen = own.setdefault(name, (folder, dtype, shape))
                 if seen != [dtype, shape]:
                     raise FormatError(
@@ -181,7 +186,8 @@ class _Merging:
         size, torch_name = DTYPES[dtype]
         kind = f"<u{size}"
         news = {folder: file.plain(name).view(kind) for folder, file in self._files.items() if name in file.keys()}  # noqa: SIM118
-        old = self._base.read(name).view(kind) if self._base.forms.get(name) == form else None
+        own = self._own.get(name, name)
+        old = self._base.read(own).view(kind) if self._base.forms.get(own) == form else None
         marks = {folder: np.ones(new.size, bool) if old is None else new != old for folder, new in news.items()}
         result = next(iter(news.values())).copy() if old is None else old
         for folder, new in news.items():
@@ -195,8 +201,8 @@ class _Merging:
         if places.size:
             values = torch.zeros(len(news), places.size, dtype=torch.float64)
             for row, (folder, new) in zip(values, news.items(), strict=True):
-                own = torch.from_numpy(new[places].view(np.uint8)).view(getattr(torch, torch_name))
-                row.copy_(own.double().where(torch.from_numpy(marks[folder][places]), 0))
+                here = torch.from_numpy(new[places].view(np.uint8)).view(getattr(torch, torch_name))
+                row.copy_(here.double().where(torch.from_numpy(marks[folder][places]), 0))
             mean = (values.sum(0) / torch.from_numpy(times[places])).to(getattr(torch, torch_name))
             result[places] = mean.view(torch.uint8).numpy().view(kind)
         changed = {folder: int(mark.sum()) for folder, mark in marks.items()}

@@ -100,7 +100,7 @@ def _write_folder(old: ModelTensors, new: ModelTensors, aside: Path, base: Base,
 
 
 def _check_shared(old: ModelTensors, new: ModelTensors) -> None:
-    if not old.forms.items() & new.forms.items():
+    if not any(old.like(name, form) for name, form in new.forms.items()):
         raise FormatError(_nothing_shared(old, new))
 
 
@@ -112,7 +112,8 @@ def _write(old: ModelTensors, new: ModelTensors, file: Path, base: Base, zstd: b
         shards = Shards(file.parent, waiting, metadata, StorageReport())
         for name, form in progress(new.forms.items(), "Comparing with the base", len(new.forms)):
             data = new.read(name)
-            before = old.read(name) if old.forms.get(name) == form else None
+            own = old.like(name, form)
+            before = None if own is None else old.read(own)
             blob = encoded(name, *form, data, zstd=zstd, base=before)
             if blob is None:
                 shards.add(name, *form, data)
@@ -136,7 +137,8 @@ def _nothing_shared(old: ModelTensors, new: ModelTensors) -> str:
     """Say why two models have nothing that a delta could leave out."""
     what = f"{str(old.folder)!r} is not the base of {str(new.folder)!r}: no tensor has the same name, dtype and shape"
     for name, after in new.forms.items():
-        if (before := old.forms.get(name)) is not None:
+        if (own := old.own_name(name)) is not None:
+            before = old.forms[own]
             return (
                 f"{what}; {name} is {before[0]} {list(before[1])} in one and {after[0]} {list(after[1])} in the other."
             )

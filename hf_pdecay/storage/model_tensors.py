@@ -48,6 +48,7 @@ class ModelTensors:
         self.folder = folder
         self.forms: dict[str, tuple[str, tuple[int, ...]]] = {}
         self._readers: dict[str, Callable[[], Bytes]] = {}
+        self._by_rest: dict[str, list[str]] | None = None  # names without their first part
         self.headers: dict[str, Header] = read_weights(folder)
         for name, header in self.headers.items():
             if is_compressed(header):
@@ -63,6 +64,29 @@ class ModelTensors:
     def read(self, name: str) -> Bytes:
         """Return the little-endian bytes of a tensor, which may be written to."""
         return self._readers[name]()
+
+    def own_name(self, name: str) -> str | None:
+        """Return the name that a tensor of another folder has here; None if there is none.
+
+        The files of a model without its head have names that lack the first part of those of the whole model:
+        ``h.0.attn.weight`` for ``transformer.h.0.attn.weight``.
+        """
+        if name in self.forms:
+            return name
+        shorter = name.partition(".")[2]
+        if "." in shorter and shorter in self.forms:
+            return shorter
+        if self._by_rest is None:
+            self._by_rest = {}
+            for own in self.forms:
+                self._by_rest.setdefault(own.partition(".")[2], []).append(own)
+        longer = self._by_rest.get(name, []) if "." in name else []
+        return longer[0] if len(longer) == 1 else None
+
+    def like(self, name: str, form: tuple[str, tuple[int, ...]]) -> str | None:
+        """Return :meth:`own_name` if the tensor has the same dtype and shape here; else None."""
+        own = self.own_name(name)
+        return own if own is not None and self.forms[own] == form else None
 
 
 class BaseTensors:
@@ -94,11 +118,12 @@ class BaseTensors:
             folder = find_base(self._base, self._near) if self._folder is None else self._folder
             self._tensors = ModelTensors(folder, self._depth)
         where = f"The base of the delta in {str(self._tensors.folder)!r}"
-        if self._tensors.forms.get(name) != (dtype, shape):
-            found = self._tensors.forms.get(name)
+        own = self._tensors.own_name(name)
+        found = None if own is None else self._tensors.forms[own]
+        if own is None or found != (dtype, shape):
             there = "nothing of that name" if found is None else f"{found[0]} of shape {list(found[1])}"
             raise FormatError(f"{where} has {there} where the delta changes {name!r}, {dtype} of shape {list(shape)}.")
-        data = self._tensors.read(name)
+        data = self._tensors.read(own)
         if data.nbytes > limit:
             raise FormatError(f"{where} has {data.nbytes} bytes in {name!r}; at most {limit} bytes are possible.")
         if name not in self._compared and checksums_wanted():

@@ -17,7 +17,7 @@ from ..deltas.report import is_delta
 from ..deltas.writing import write_delta_within
 from ..layers.saved_names import NamesInModel
 from ..names import clean_name
-from ..optim.bases import decays_to_base, give_bases
+from ..optim.bases import base_in, decays_to_base, give_bases
 from ..optim.distributed import is_dtensor
 from ..optim.shards import full_numel, full_shape, group_params
 from ..sparsity.report import SparsityReport
@@ -86,7 +86,9 @@ def base_of(model: nn.Module, settings: DecaySettings) -> BaseModel:
         return BaseModel(why_none="the model was made from a config, not loaded from a folder")
     folder = stored_folder(name, getattr(config, "_commit_hash", None))
     if folder is None:
-        return BaseModel(why_none=f"{name!r}, from which the model was made, is not on this machine")
+        return BaseModel(
+            why_none=f"{name!r}, from which the model was made, is not on this machine; base_from names it"
+        )
     try:
         tensors = ModelTensors(folder)
     except (FormatError, ValueError, OSError) as error:
@@ -202,6 +204,8 @@ class BaseCallback(FirstCallback):
             return
         if state.is_world_process_zero:
             say_no_delta(base, kwargs["model"])
+            if state.global_step == 0 and any(base_in(entries) is not None for entries in optimizer.state.values()):
+                logger.warning("The weights decay to the base that they had in the train() before this one.")
         if self._trainer._settings.base_from is None:
             return
         able = {
@@ -276,7 +280,11 @@ def write_run_delta(folder: Path, base: BaseModel, report: SparsityReport) -> No
         100 * delta.size / max(delta.dense, 1),
     )
     known = {name for names in base.files.values() for name in names}
-    changed = sum(tensor.changed for tensor in delta.tensors if tensor.name in known)
+    changed = sum(
+        tensor.changed
+        for tensor in delta.tensors
+        if base.tensors is not None and base.tensors.own_name(tensor.name) in known
+    )
     counts = [] if report.delta is None else report.delta.tensors
     here = sum(tensor.parameters - tensor.zeros for tensor in counts if tensor.name in base.files)
     if changed > here:

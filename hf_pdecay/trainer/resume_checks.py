@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..layers.saved_names import NamesInModel
+from ..optim.bases import decays_to_base
 from ..optim.shards import full_shape
 from ..optim.validation import check_saved_groups
 from .checkpoints import shapes_in
@@ -63,6 +64,13 @@ def check_optimizer_state(groups: list[dict[str, Any]], folder: str) -> None:
     """Raise ValueError if the optimizer of a checkpoint has other param groups than this run's; reads no moments."""
     saved = _saved_groups(folder)
     if saved is not None:
+        was, now = (any(map(decays_to_base, side)) for side in (saved, groups))
+        if was != now:
+            raise ValueError(
+                f"Invalid resume_from_checkpoint: {folder!r} is of a run in which weights decay to "
+                f"{'their base' if was else 'zero'}, and here they decay to {'their base' if now else 'zero'}: give "
+                f"decay_to={('base' if was else 'zero')!r}, or start another run from the weights in there."
+            )
         check_saved_groups(saved, groups, f"Invalid resume_from_checkpoint: the optimizer in {folder!r}")
 
 

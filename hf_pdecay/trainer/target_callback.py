@@ -73,14 +73,17 @@ class SparsityControlCallback(FirstCallback):
                     self._control.schedule.end,
                     100 * missing,
                 )
-        if state.global_step > self._control.schedule.begin or settings.keep_zeros:
+        # keep_zeros holds zeros, not unchanged weights.
+        kept = settings.keep_zeros and not any(budget.to_base for budget in self._control.budgets)
+        if state.global_step > self._control.schedule.begin or kept:
             excess = self._control.excess()
             if excess > _MISSED and state.is_world_process_zero:
                 logger.warning(
-                    "%.1f%% of what decays is zero beyond target_sparsity, and %s: the run will end with more zeros "
-                    "than it is asked for. Ask for as many, or start another from these weights without keep_zeros.",
+                    "%.1f%% of what decays is zero or unchanged beyond target_sparsity, and %s: the run will end with "
+                    "more than it is asked for. Ask for as many, or start another from these weights without "
+                    "keep_zeros.",
                     100 * excess,
-                    "keep_zeros keeps it" if settings.keep_zeros else "past sparsity_begin zeros stay",
+                    "keep_zeros keeps it" if kept else "past sparsity_begin it stays",
                 )
         if self._control.lets_go and state.is_world_process_zero:
             logger.warning(
