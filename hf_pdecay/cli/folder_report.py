@@ -29,8 +29,9 @@ from ..storage.encoding import smallest_payload
 from ..storage.folder import CONFIG, read_config
 from ..storage.lossy_quantizers import WORTH_KEEPING, what_is_lost
 from ..storage.source import RAGGED, quantization_method
+from ..storage.untrusted import meta_model
 from ..terminal import get_logger
-from .folder_tensors import countable, meta_model, model_folder, read_tensors, weight_files
+from .folder_tensors import countable, model_folder, read_tensors, weight_files
 
 
 if TYPE_CHECKING:

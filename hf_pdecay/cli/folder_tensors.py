@@ -14,7 +14,6 @@ from torch import Tensor
 from ..names import natural_key
 from ..storage.folder import INDEX, WEIGHTS, read_weight_map, shard_names
 from ..storage.readers import safe_open
-from ..storage.untrusted import auto_config, model_class, on_meta
 from ..terminal import progress
 from ..trainer.checkpoints import newest_whole
 from ..trainer.pareto import SEARCH_FILE
@@ -77,15 +76,3 @@ def opened(path: Path) -> Iterator[Any]:
             yield file
     except SafetensorError as error:
         raise ValueError(f"{str(path)!r} cannot be read ({error}); it may be cut short.") from error
-
-
-def meta_model(folder: Path) -> Any:
-    """The model of a folder without weights; None if its config names no class of transformers."""
-    if not (folder / "config.json").is_file():
-        return None
-    try:
-        config = auto_config(folder)
-        known = model_class(config.architectures)
-        return None if known is None else on_meta(known, config, folder)
-    except ValueError:
-        return None  # a config of another release, or an invalid one

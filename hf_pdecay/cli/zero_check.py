@@ -18,7 +18,8 @@ from ..storage.folder import CONFIG, read_config
 from ..storage.loading import class_of, load_whole
 from ..storage.quantized import dense_tensors, load_gguf, nested_method
 from ..storage.source import read_model
-from .folder_tensors import meta_model, model_folder, opened, read_tensors, weight_files
+from ..storage.untrusted import meta_model
+from .folder_tensors import model_folder, opened, read_tensors, weight_files
 
 
 _GGUF, _SAFETENSORS = ".gguf", ".safetensors"

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import heapq
 import math
 import os
 import re
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,12 +21,14 @@ from ..storage.folder import WEIGHTS
 from ..storage.manifest import Base, is_compressed
 from ..storage.source import read_model
 from ..tables import NameTable
+from .units import UnitChange, changes_by_unit
 
 
 if TYPE_CHECKING:
-    from rich.console import Console, ConsoleOptions, RenderResult
+    from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
 
 _TABLE_ROWS = 40
+_UNIT_ROWS = 8
 _LAYER = re.compile(r"\.(\d+)\.")
 
 
@@ -72,12 +76,14 @@ class DeltaReport:
         revision: Its revision on the Hub, if the delta names one.
         tensors: One entry for each tensor, in natural order of the names.
         size: Bytes of the file.
+        units: One entry for each layer of neurons or heads; none if the architecture is not known.
     """
 
     base: str
     revision: str | None
     tensors: list[TensorChange] = field(default_factory=list)
     size: int = 0
+    units: list[UnitChange] = field(default_factory=list)
 
     @property
     def weights(self) -> int:
@@ -98,7 +104,8 @@ class DeltaReport:
         """Return the report as plain JSON types, totals included."""
         totals = {"weights": self.weights, "changed": self.changed, "bytes": self.size, "model_bytes": self.dense}
         tensors = [asdict(tensor) for tensor in self.tensors]
-        return {"base": self.base, "revision": self.revision, **totals, "tensors": tensors}
+        units = [asdict(layer) for layer in self.units]
+        return {"base": self.base, "revision": self.revision, **totals, "tensors": tensors, "units": units}
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         """Render as a table of the tensors that change most, and sentences."""
@@ -113,6 +120,7 @@ class DeltaReport:
         yield table
         if len(changed) > _TABLE_ROWS:
             yield f"{len(changed) - _TABLE_ROWS:,} more tensors change less; --json has them all."
+        yield from self._units()
         whole = [tensor for tensor in self.tensors if tensor.whole]
         if whole:
             yield f"{len(whole):,} tensors are stored whole, such as {whole[0].name}."
@@ -122,6 +130,27 @@ class DeltaReport:
             f"file has {self.size / 1e6:,.2f} MB, {self.size / max(self.dense, 1):.2%} of the model's "
             f"{self.dense / 1e6:,.1f}."
         )
+
+    def _units(self) -> Iterator[RenderableType]:
+        """The neurons and heads that change most, and how many change at all."""
+        for kind in dict.fromkeys(layer.kind for layer in self.units):
+            layers = [layer for layer in self.units if layer.kind == kind]
+            counts = [
+                (number / layer.size, layer, index, number)
+                for layer in layers
+                for index, number in enumerate(layer.changed)
+                if number
+            ]
+            total = sum(len(layer.changed) for layer in layers)
+            if counts:
+                most = heapq.nlargest(_UNIT_ROWS, counts, key=lambda row: row[0])
+                table = NameTable(
+                    f"{kind.capitalize()}s that change most", ("layer", kind, "weights", "changed", "share")
+                )
+                for share, layer, index, number in most:
+                    table.add_row(layer.layer, f"{index:,}", f"{layer.size:,}", f"{number:,}", f"{share:.2%}")
+                yield table
+            yield f"{len(counts):,} of {total:,} {kind}s have a change."
 
 
 def is_delta(folder: str | os.PathLike[str]) -> bool:
@@ -158,10 +187,10 @@ def report_delta(delta: str | os.PathLike[str]) -> DeltaReport:
     Raises:
         ValueError: If it is not a delta, or is damaged (as a ``FormatError``).
     """
-    _, file, base = read_delta(delta)
+    folder, file, base = read_delta(delta)
     tensors = [_change(file, name) for name in sorted(file.header.entries, key=natural_key)]
     size = len(file.header.raw) + 8 + sum(entry.size for entry in file.header.entries.values())
-    return DeltaReport(base.name, base.revision, tensors, size)
+    return DeltaReport(base.name, base.revision, tensors, size, changes_by_unit(folder, file))
 
 
 def _change(file: CompressedFile, name: str) -> TensorChange:

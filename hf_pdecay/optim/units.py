@@ -157,11 +157,12 @@ def _whole(value: Any, least: int) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= least
 
 
-def unit_size(units: Units[int], params: Sequence[Tensor]) -> int:
-    """Return the number of weights of one unit."""
-    return sum(_share(params[member.param], member) for member in units.members)
+def unit_size(units: Units[Any], params: Sequence[Tensor] | Mapping[str, Tensor]) -> int:
+    """Return the number of weights of one unit, from the parameters by index, or by name."""
+    tensors: Any = params
+    return sum(_share(tensors[member.param], member) for member in units.members)
 
 
-def _share(param: Tensor, member: Member[int]) -> int:
+def _share(param: Tensor, member: Member[Any]) -> int:
     """The number of weights that one unit has in a parameter."""
     return param.numel() // (1 if member.matrix is None else param.shape[0]) // param.shape[member.dim] * member.size

@@ -13,7 +13,7 @@ from huggingface_hub.errors import StrictDataclassError
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from .container import FormatError
-from .folder import read_weights
+from .folder import CONFIG, read_weights
 
 
 # What models raise for wrong configs, besides ValueError: no heads to divide by, a key of another model, a missing
@@ -84,6 +84,18 @@ def on_meta(make: Callable[[Any], Any], config: Any, source: str | os.PathLike[s
             return make(config)
     finally:
         handle.remove()
+
+
+def meta_model(folder: Path) -> Any:
+    """The model of a folder without weights; None if its config names no class of transformers."""
+    if not (folder / CONFIG).is_file():
+        return None
+    try:
+        config = auto_config(folder)
+        known = model_class(config.architectures)
+        return None if known is None else on_meta(known, config, folder)
+    except ValueError:
+        return None  # a config of another release, or an invalid one
 
 
 def _stored_tensors(folder: Path) -> int | None:

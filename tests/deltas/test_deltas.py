@@ -320,9 +320,18 @@ def test_the_report(folders: dict[str, Path], capsys: pytest.CaptureFixture[str]
         assert change["changed"] == int(marks.sum())
         if marks.dim() == 2:
             assert [change["rows"], change["columns"]] == [int(marks.any(1).sum()), int(marks.any(0).sum())]
+    mlp = [f"model.layers.0.mlp.{name}_proj.weight" for name in ("gate", "up", "down")]
+    marks = [(base[name].view(torch.int32) != tuned[name].view(torch.int32)) for name in mlp]
+    by_neuron = (marks[0].sum(1) + marks[1].sum(1) + marks[2].sum(0)).tolist()
+    first = next(layer for layer in result["units"] if layer["kind"] == "neuron")
+    assert first["changed"] == by_neuron and first["size"] == sum(mark.numel() for mark in marks) // len(by_neuron)
+    heads = [layer for layer in result["units"] if layer["kind"] == "head"]
+    projections = [change for change in result["tensors"] if "self_attn" in change["name"]]
+    assert sum(sum(layer["changed"]) for layer in heads) == sum(change["changed"] for change in projections)
     assert result["base"] == "../base" and (folder / "delta.png").read_bytes().startswith(b"\x89PNG")
     assert main(["report", str(folder)]) == 0
-    assert "are not those of ../base" in " ".join(capsys.readouterr().out.split())
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "are not those of ../base" in printed and "Neurons that change most" in printed
 
 
 def test_forged_bases_are_refused(folders: dict[str, Path], tmp_path: Path) -> None:
