@@ -111,6 +111,7 @@ def decayed(
     base: Tensor,
     rounded: Callable[[Tensor], Tensor] | None = None,
     dtype: torch.dtype | None = None,
+    zeros: Tensor | None = None,
 ) -> Tensor:
     """Return weights after the decay of their changes, in the dtype of ``base``.
 
@@ -121,15 +122,19 @@ def decayed(
         base: The base, in the dtype of the weights.
         rounded: Rounds the result to the dtype of ``base``; None for the nearest.
         dtype: Changes below its smallest normal number become 0; None for the dtype of the computation.
+        zeros: A mask of weights that become 0, whatever their base.
     """
     wide = base.to(stepped.dtype)
     after = stepped - wide
     apply_factor_(after, factor, dtype)
     held = factor >= HELD
     result = torch.where(held, stepped, wide + after)
+    if zeros is not None:
+        result = result.masked_fill(zeros, 0)
     stored = result.to(base.dtype) if rounded is None else rounded(result)
-    stored = torch.where((after == 0) & ~held, base, stored)
-    return torch.where(held & (before != 0) & (stored == base), next_to(base, before), stored)
+    # What equals its base gets the bits of it, as zeros have two signs.
+    ends = torch.where(held & (before != 0), next_to(base, before), base)
+    return torch.where(stored == base, ends, stored)
 
 
 def next_to(base: Tensor, signs: Tensor) -> Tensor:

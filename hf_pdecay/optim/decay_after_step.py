@@ -135,8 +135,7 @@ def _decay_batch(batch: Sequence[Stepped], decay: Decay) -> None:
         return values if noise is None else stochastic_round(values, dtype, noise)
 
     if base is not None and factor is not None:
-        result = decayed(weights.to(working), changes, factor, base, rounded)
-        result = result if zeros is None else result.masked_fill_(zeros, 0)
+        result = decayed(weights.to(working), changes, factor, base, rounded, zeros=zeros)
     else:
         result = rounded(_decayed(weights.to(working), factor, zeros))
     _store(result, stored)

@@ -139,10 +139,11 @@ def _step_tensor(tensor: TensorStep, scalars: StepScalars, finite: bool | Tensor
             noise = noise_bits(scalars.count, tensor.place, first, p.numel(), p.device) if low else None
             first += p.numel()
         if factor is not None and base is not None:
-            p.copy_(decayed(p, before, factor, base, partial(_rounded, stored=stored_p, noise=noise)))
+            rounded = partial(_rounded, stored=stored_p, noise=noise)
+            p.copy_(decayed(p, before, factor, base, rounded, zeros=zeros))
         elif factor is not None:
             apply_factor_(p, factor)
-        if zeros is not None:
+        if zeros is not None and base is None:
             p.masked_fill_(zeros, 0)
 
         if upcast:

@@ -65,7 +65,7 @@ def step(steps: Sequence[TensorStep], finite: bool | Tensor = True) -> None:
             stored = flat_views(stored) or stored
         w, m, v, g = (dequantize(values, torch.float64) for values in stored[:4])
         base = stored[4] if decays and tensor.base is not None else None
-        zeros = w == 0
+        zeros = w == 0 if hyper.keep_zeros else None
         stepped, *moments = adamw(w, g, m, v, count, hyper)
         noise = noise_bits(count, tensor.place, 0, w.numel(), w.device)
         if decays and base is None:
@@ -73,8 +73,8 @@ def step(steps: Sequence[TensorStep], finite: bool | Tensor = True) -> None:
         elif base is not None:
             before = change(w, base)
             rounded = partial(_rounded, like=base, bits=noise)
-            stepped = decayed(stepped, before, shrink_factor(before, hyper), base, rounded, low)
-        if hyper.keep_zeros:
+            stepped = decayed(stepped, before, shrink_factor(before, hyper), base, rounded, low, zeros)
+        if zeros is not None and base is None:
             stepped = stepped.masked_fill(zeros, 0)
         # Each rounding gets bits of its own: the low half, both halves together, and the high half.
         results, bits = (stepped, *moments), (noise, noise ^ (noise >> 16), noise >> 16)

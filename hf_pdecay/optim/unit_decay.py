@@ -26,7 +26,7 @@ from .cpu.units import UnitDivisors
 from .decay import shrink_factor
 from .distributed import is_dtensor, local, span_of
 from .param_groups import is_left_alone, still_entries
-from .tensor_step import Hyperparameters, Structure
+from .tensor_step import Hyperparameters, Structure, is_flat
 from .unit_kinds import kind_of, n_of_m
 from .unit_operations import decay_weakest, mean_squares, scale, weights_here
 from .unit_tables import UnitTables
@@ -297,6 +297,6 @@ def _tables(
         from .gpu.units import UnitFactors  # imports triton, which takes its time
 
         kind = UnitFactors
-    if bases and not kind.knows_bases:
-        return None
-    return kind(params, units, bases) if all(kind.takes(weight) for weight in weights) else None
+    indices = {member.param for layer in units for member in layer.members} & bases.keys()
+    alike = all(is_flat(local(params[index]), local(bases[index])) for index in indices)
+    return kind(params, units, bases) if alike and all(kind.takes(weight) for weight in weights) else None

@@ -24,8 +24,6 @@ class UnitTables(ABC):
             the dimension along which its units lie; 1 for indices outside all units.
     """
 
-    knows_bases = False  # whether it can sum the squares of changes
-
     def __init__(
         self, params: Sequence[Tensor], units: Sequence[Units[int]], bases: Mapping[int, Tensor] | None = None
     ) -> None:

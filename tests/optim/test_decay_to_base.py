@@ -64,14 +64,18 @@ def test_the_step_is_that_of_the_formula(backend: str, p_norm: float) -> None:
         assert (param == start()).float().mean() > 0.003
 
 
+@pytest.mark.parametrize("keep_zeros", [False, True])
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_what_has_died_is_bit_identical_to_the_base_and_stays_so(backend: str, dtype: torch.dtype) -> None:
+def test_what_has_died_is_bit_identical_to_the_base_and_stays_so(
+    backend: str, dtype: torch.dtype, keep_zeros: bool
+) -> None:
     base = start(dtype)
     base.view(-1)[::97] = -0.0
     base.view(-1)[1::97] = 0.0
     param = torch.nn.Parameter(base.clone())
-    optimizer = AdamWLp([param], lr=1e-3, p_norm=0.8, lambda_p=0.05, decay_to="base", backend=backend)
+    options: dict[str, Any] = {"p_norm": 0.8, "lambda_p": 0.05, "decay_to": "base", "keep_zeros": keep_zeros}
+    optimizer = AdamWLp([param], lr=1e-3, backend=backend, **options)
     gradients = grads(20, dtype=dtype)
     run(optimizer, param, gradients[:2])
     whole = {2: torch.int16, 4: torch.int32, 8: torch.int64}[dtype.itemsize]
@@ -80,7 +84,7 @@ def test_what_has_died_is_bit_identical_to_the_base_and_stays_so(backend: str, d
         param.grad = grad.clone()
         before = param.detach() == base
         optimizer.step()
-        ends |= before
+        ends |= before | (param.detach() == base)
         assert torch.equal(param.detach().view(whole)[ends], base.view(whole)[ends])
     assert 0.05 < ends.float().mean() < 1
     assert torch.equal(optimizer.state[param]["base"], base)
@@ -298,6 +302,21 @@ def test_another_base_than_the_first_weights() -> None:
     run(optimizer, param, grads(60))
     assert optimizer.state[param]["base"] is base
     assert (param == base).float().mean() > 0.5
+
+
+@pytest.mark.parametrize("kind", ["element", "row", "2:4"])
+def test_a_given_base_may_lie_in_memory_in_another_order(kind: str) -> None:
+    shape = (256, 320)
+    results = []
+    for plain in (True, False):
+        base = start(shape=shape) + 0.01 * grads(1, shape)[0]
+        param = torch.nn.Parameter(start(shape=shape))
+        group = {"params": [param], "group": kind}
+        optimizer = AdamWLp([group], lr=1e-3, lambda_p=0.3, p_norm=0.8, decay_to="base")
+        give_bases(optimizer, {param: base if plain else base.t().contiguous().t()})
+        run(optimizer, param, grads(4, shape))
+        results.append(param.detach())
+    torch.testing.assert_close(*results, rtol=0, atol=1e-6)
 
 
 def test_bases_that_do_not_fit_are_refused() -> None:

@@ -28,10 +28,17 @@ OTHERS = [
     "eight_bit.py::TestEightBit",
 ]
 UNITS = ["units.py::TestUnits", "units.py::TestByReference"]
+TO_BASE = [
+    "to_base.py::TestToBase",
+    "to_base.py::TestUnitsToBase",
+    "to_base.py::TestToBaseAround",
+    "to_base.py::test_the_formula",
+]
 COMPILED = [
     "launch.py::TestCompiled",
     "eight_bit.py::TestCompiledEightBit",
     "units.py::TestCompiledUnits",
+    "to_base.py::TestCompiledToBase",
 ]
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -43,8 +50,9 @@ needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GP
         (ARITHMETIC, True, False),
         (OTHERS, True, False),
         (UNITS, True, False),
+        (TO_BASE, True, False),
         (COMPILED, False, False),
-        pytest.param([*ARITHMETIC, *OTHERS, *UNITS], False, True, marks=needs_gpu),
+        pytest.param([*ARITHMETIC, *OTHERS, *UNITS, *TO_BASE], False, True, marks=needs_gpu),
     ],
     ids=str,
 )

@@ -166,8 +166,8 @@ void decay_chunk(const Row& row, const Scalars<T>& shared, int64_t begin, int64_
       divisors(change, n, s, divisor);
       for (int i = 0; i < n; ++i) {
         const uint32_t noise = noise_at(first + static_cast<uint32_t>(i), s.noise_a, s.noise_b);
-        store_to_base(p[i], base[i], static_cast<T>(load(p[i])), change[i], divisor[i], noise, 0);
-        if (s.keep_zeros && load(before[at + i]) == 0) store(p[i], T(0), 0, 0);
+        const bool kept = s.keep_zeros && load(before[at + i]) == 0;
+        store_to_base(p[i], base[i], static_cast<T>(load(p[i])), change[i], divisor[i], kept, noise, 0);
       }
       continue;
     }

@@ -16,17 +16,18 @@ inline P next_to(P base, bool up) {
   return bit_cast<P>(static_cast<Bits>(((bits & sign) == 0) == up ? bits + 1 : bits - 1));
 }
 
-// Stores a weight after the step, given that before decay, its change before the step, and the divisor of that.
+// Stores a weight after the step, given that before decay, its change before the step, the divisor of that, and whether
+// it is a zero to keep.
 template <class P, class T>
-inline void store_to_base(P& p, P base, T result, T before, T divisor, uint32_t noise, uint32_t nearest) {
+inline void store_to_base(P& p, P base, T result, T before, T divisor, bool kept, uint32_t noise, uint32_t nearest) {
   const T wide = load(base);
   const bool held = divisor <= T(kHeld);
   T change = (result - wide) / divisor;
-  const bool dead = !held && std::fabs(change) < std::numeric_limits<T>::min();
+  change = std::fabs(change) < std::numeric_limits<T>::min() ? T(0) : change;
   P stored;
-  store(stored, held ? result : wide + change, noise, nearest);
-  if (dead) stored = base;
-  if (held && before != T(0) && load(stored) == wide) stored = next_to(base, before > T(0));
+  store(stored, kept ? T(0) : held ? result : wide + change, noise, nearest);
+  // What equals its base gets the bits of it, as zeros have two signs.
+  if (load(stored) == wide) stored = held && before != T(0) ? next_to(base, before > T(0)) : base;
   p = stored;
 }
 
@@ -42,8 +43,7 @@ inline void update_to_base(P* __restrict p, const P* __restrict base, const P* _
     T exp_avg = load(m[i]), exp_avg_sq = load(v[i]);
     const T result = stepped<std::is_same<M, float16>::value>(weight, load(g[i]), exp_avg, exp_avg_sq, s);
     const uint32_t noise = kRounds ? noise_at(first + static_cast<uint32_t>(i), s.noise_a, s.noise_b) : 0;
-    store_to_base(p[i], base[i], result, before[i], divisor[i], noise, s.nearest);
-    if (s.keep_zeros && weight == T(0)) store(p[i], T(0), 0, s.nearest);
+    store_to_base(p[i], base[i], result, before[i], divisor[i], s.keep_zeros && weight == T(0), noise, s.nearest);
     store(m[i], exp_avg, noise ^ (noise >> 16), s.nearest);
     store(v[i], exp_avg_sq, noise >> 16, s.nearest);
   }
@@ -76,7 +76,6 @@ inline void update_to_base(P* __restrict p, const P* __restrict base, const P* _
     const __m512 change = _mm512_div_ps(_mm512_sub_ps(result, wide), by);
     const __mmask16 dead = _mm512_mask_testn_epi32_mask(static_cast<__mmask16>(~held), _mm512_castps_si512(change), exponent);
     result = _mm512_mask_add_ps(result, static_cast<__mmask16>(~held), wide, change);
-    // A sum with 0 would lose the sign of a base of -0.
     result = _mm512_mask_mov_ps(result, dead, wide);
     const __mmask16 kept = s.keep_zeros ? _mm512_cmp_ps_mask(weight, zero, _CMP_EQ_OQ) : __mmask16(0);
     result = _mm512_mask_mov_ps(result, kept, zero);
@@ -85,14 +84,15 @@ inline void update_to_base(P* __restrict p, const P* __restrict base, const P* _
     store_16(p + i, left, result, noise, s.nearest);
     store_16(m + i, left, exp_avg, _mm512_xor_si512(noise, high), s.nearest);
     store_16(v + i, left, exp_avg_sq, high, s.nearest);
-    // What is left are changes that were rounded to 0 though they live, and bases of -0, which random rounding makes 0.
+    // What is left are changes that were rounded to 0 though they live, and bases of -0 where a 0 is stored.
     const __mmask16 lives = _mm512_mask_cmp_ps_mask(held, was, zero, _CMP_NEQ_OQ);
     const __m512 stored = std::is_same<P, float>::value ? result : load_16(p + i, left);
-    const __mmask16 lost = _mm512_mask_cmp_ps_mask(lives, stored, wide, _CMP_EQ_OQ);
+    const __mmask16 same = _mm512_cmp_ps_mask(stored, wide, _CMP_EQ_OQ);
+    const __mmask16 lost = lives & same;
     const __mmask16 minus = _mm512_mask_test_epi32_mask(
-        _mm512_mask_cmp_ps_mask(dead, wide, zero, _CMP_EQ_OQ), _mm512_castps_si512(wide), all(0x80000000u));
+        _mm512_mask_cmp_ps_mask(same, wide, zero, _CMP_EQ_OQ), _mm512_castps_si512(wide), all(0x80000000u));
     const unsigned ups = _mm512_cmp_ps_mask(was, zero, _CMP_GT_OQ);
-    for (unsigned rest = (lost | minus) & ~kept & first_of_16(left), k = 0; rest != 0; rest >>= 1, ++k) {
+    for (unsigned rest = (lost | minus) & first_of_16(left), k = 0; rest != 0; rest >>= 1, ++k) {
       if (rest & 1) p[i + k] = lost >> k & 1 ? next_to(base[i + k], ups >> k & 1) : base[i + k];
     }
   }

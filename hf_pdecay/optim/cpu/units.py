@@ -21,8 +21,6 @@ _COLUMNS = 7  # numbers in a row of a tensor whose squares are summed
 class UnitDivisors(UnitTables):
     """The divisors that the C++ step takes, in the dtype of its computation."""
 
-    knows_bases = True
-
     def __init__(
         self, params: Sequence[Tensor], units: Sequence[Units[int]], bases: Mapping[int, Tensor] | None = None
     ) -> None:

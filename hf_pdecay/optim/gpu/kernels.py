@@ -13,7 +13,8 @@ import triton.language as tl
 
 from .arithmetic import factor_of, factor_of_unit, felt, float64_of, is_weak, mix, noise_of, scaled, seed_of
 from .eight_bit import decode, encode
-from .memory import COLUMNS, chunk_of, load_block, row_of, store_block
+from .memory import COLUMNS, chunk_of, load_block, load_stored, number_of, rounded, row_of, store_block, store_rounded
+from .to_base import decayed
 
 
 # A row of what the weights of a tensor share, in float32 or float64; see prepare.
@@ -69,7 +70,9 @@ def prepare(
     alpha_lambda = tl.where(awake, alpha * float64_of(lambda_p), 0.0)
     tiny = 2.0**-1022 if shared.dtype.element_ty == tl.float64 else 2.0**-126
     decays, log2_alpha_lambda, at_zero = felt(alpha_lambda, x, tiny)
-    keeps_zeros = (flags >> 1) != 0
+    keeps_zeros = (flags & 2) != 0
+    # With a base zeros are not those of what decays.
+    holds = keeps_zeros & (flags < 4)
     place = tl.load(words + 8, mask=mask, other=0).to(tl.uint32)
     noise = seed_of(count.to(tl.int64).to(tl.uint32), place)
 
@@ -87,7 +90,7 @@ def prepare(
     tl.store(out + 9, 1.0 - alpha * float64_of(weight_decay), mask=mask)
     tl.store(out + 10, -x, mask=mask)
     tl.store(out + 11, log2_alpha_lambda, mask=mask)
-    tl.store(out + 12, tl.where(keeps_zeros, 0.0, tl.where(decays, at_zero, 1.0)), mask=mask)
+    tl.store(out + 12, tl.where(holds, 0.0, tl.where(decays, at_zero, 1.0)), mask=mask)
     # The weight that becomes 0 for any gradient: 0, or NaN, which no weight equals.
     tl.store(out + 13, tl.where(keeps_zeros, 0.0, float("nan")), mask=mask)
     # The bits of two integers, which float64 weights do not need.
@@ -105,6 +108,7 @@ def update(
     PARAM: tl.constexpr,
     MOMENT: tl.constexpr,
     DECAY: tl.constexpr,
+    TO_BASE: tl.constexpr,
     NEAREST: tl.constexpr,
     CHUNK: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -113,7 +117,8 @@ def update(
 
     If MOMENT is uint8, ``encoding`` has the addresses of both scales and both maps of each tensor, see eight_bit.py.
     DECAY is "none", "elements", "2:4" or "units". If it is "units", ``units`` has for each tensor the address of a
-    factor for each index of a dimension, the elements from one index to the next and the number of indices.
+    factor for each index of a dimension, the elements from one index to the next and the number of indices. If TO_BASE,
+    the changes of weights from their base decay.
     """
     row = row_of(table, rows)
     words = table + row * COLUMNS
@@ -124,8 +129,8 @@ def update(
         units += row * 3
     if tl.load(scalars) != 0:
         begin, whole, end = chunk_of(words, CHUNK, BLOCK)
-        _run(words, scalars, encoding, units, begin, whole, PARAM, MOMENT, DECAY, NEAREST, BLOCK, True)
-        _run(words, scalars, encoding, units, whole, end, PARAM, MOMENT, DECAY, NEAREST, BLOCK, False)
+        _run(words, scalars, encoding, units, begin, whole, PARAM, MOMENT, DECAY, TO_BASE, NEAREST, BLOCK, True)
+        _run(words, scalars, encoding, units, whole, end, PARAM, MOMENT, DECAY, TO_BASE, NEAREST, BLOCK, False)
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -167,6 +172,7 @@ def _run(
     PARAM: tl.constexpr,
     MOMENT: tl.constexpr,
     DECAY: tl.constexpr,
+    TO_BASE: tl.constexpr,
     NEAREST: tl.constexpr,
     BLOCK: tl.constexpr,
     WHOLE: tl.constexpr,
@@ -197,24 +203,33 @@ def _run(
         denominator = tl.fma(tl.sqrt(v), correction2, eps)
         denominator = tl.where(denominator < least, least, denominator)
         result = tl.fma(w, shrink_l2, m * step_size / denominator)
+        before = w
+        if TO_BASE:
+            base = load_stored(tl.load(words + 10), at, lane, mask, PARAM, WHOLE)
+            before = w - number_of(base, PARAM)
         if DECAY == "none":
             result = tl.where(w == dead, 0.0, result)
         else:
             if DECAY == "units":
                 factor = factor_of_unit(units, at, lane, mask)
             else:
-                factor = factor_of(w, minus_x, log2_alpha_lambda, at_zero, PARAM == tl.float64)
+                factor = factor_of(before, minus_x, log2_alpha_lambda, at_zero, PARAM == tl.float64)
             if DECAY == "2:4":
-                factor = tl.where(is_weak(tl.abs(w), BLOCK), factor, 1.0)
-            result = scaled(result, factor, PARAM == tl.float64)
-            if DECAY != "elements":
-                result = tl.where(w == dead, 0.0, result)
+                factor = tl.where(is_weak(tl.abs(before), BLOCK), factor, 1.0)
+            if not TO_BASE:
+                result = scaled(result, factor, PARAM == tl.float64)
+                if DECAY != "elements":
+                    result = tl.where(w == dead, 0.0, result)
 
         noise = tl.zeros([BLOCK], tl.uint32)
         if not NEAREST:
             noise = noise_of((at + lane).to(tl.uint32), noise_a, noise_b)
         # Each rounding gets different bits: the low half, the high half, and both together.
-        store_block(param, at, lane, mask, result, noise, PARAM, NEAREST, WHOLE)
+        if TO_BASE:
+            stored = decayed(result, before, factor, base, w == dead, noise, PARAM, NEAREST)
+        else:
+            stored = rounded(result, noise, PARAM, NEAREST)
+        store_rounded(param, at, lane, mask, stored, PARAM, WHOLE)
         if MOMENT == tl.uint8:
             m = encode(m, tl.load(encoding), tl.load(encoding + 2), at, mask, BLOCK)
             v = encode(v, tl.load(encoding + 1), tl.load(encoding + 3), at, mask, BLOCK)

@@ -33,7 +33,7 @@ _COLUMNS = {
     "first_chunk": 0,  # place of the row's first program among the programs of all rows
     # of a tensor, see memory.py
     **{"weights": 1, "grad": 2, "exp_avg": 3, "exp_avg_sq": 4, "step": 5, "awake": 6, "numel": 7, "place": 8},
-    "aligned": 9,
+    **{"aligned": 9, "base": 10},
     # of a tensor whose squares are summed, see units.py
     **{"sums": 2, "outer": 3, "length": 4, "inner": 5},
     # of the units of a layer, see units.py
@@ -67,10 +67,11 @@ def point_to_gradients(table: array[int], addresses: Sequence[int]) -> None:
 
 
 def _note_alignment(table: array[int]) -> None:
-    """Note which rows have weights, gradient and moments at multiples of 16 bytes."""
+    """Note which rows have weights, gradient, moments and base at multiples of 16 bytes."""
     for start in range(0, len(table), COLUMNS.value):
         weights, grad, exp_avg, exp_avg_sq = table[start + 1 : start + 5]
-        table[start + _COLUMNS["aligned"]] = (weights | grad | exp_avg | exp_avg_sq) % ALIGNMENT == 0
+        base = table[start + _COLUMNS["base"]]
+        table[start + _COLUMNS["aligned"]] = (weights | grad | exp_avg | exp_avg_sq | base) % ALIGNMENT == 0
 
 
 def table_of(words: array[int], device: torch.device, as_bytes: bytes | None = None) -> Tensor:

@@ -8,8 +8,9 @@ import triton.language as tl
 
 # A row of the table of tensors, in int64: the place of its first chunk among the chunks of all rows; the addresses of
 # weights, gradient, first and second moment, step counter, and the flag whether it is awake, or 0; the number of
-# weights; the place of the tensor in the optimizer; whether all addresses are multiples of 16.
-COLUMNS = tl.constexpr(10)
+# weights; the place of the tensor in the optimizer; whether all addresses are multiples of 16; the address of the base,
+# or 0.
+COLUMNS = tl.constexpr(11)
 
 
 @triton.jit
@@ -42,13 +43,26 @@ def load_block(
     address: tl.tensor, at: tl.tensor, lane: tl.tensor, mask: tl.tensor, TYPE: tl.constexpr, WHOLE: tl.constexpr
 ) -> tl.tensor:
     """Load a block; bfloat16 and float16 become float32."""
-    LOW: tl.constexpr = TYPE == tl.bfloat16 or TYPE == tl.float16
-    STORED: tl.constexpr = tl.uint16 if LOW else TYPE
+    return number_of(load_stored(address, at, lane, mask, TYPE, WHOLE), TYPE)
+
+
+@triton.jit
+def load_stored(
+    address: tl.tensor, at: tl.tensor, lane: tl.tensor, mask: tl.tensor, TYPE: tl.constexpr, WHOLE: tl.constexpr
+) -> tl.tensor:
+    """Load a block as it is stored: bfloat16 and float16 as their bits."""
+    STORED: tl.constexpr = tl.uint16 if TYPE == tl.bfloat16 or TYPE == tl.float16 else TYPE
     pointer = address.to(tl.pointer_type(STORED))
     if WHOLE:
         value = tl.load(tl.multiple_of(pointer, 16) + at + lane)
     else:
         value = tl.load(pointer + at + lane, mask=mask, other=0)
+    return value
+
+
+@triton.jit
+def number_of(value: tl.tensor, TYPE: tl.constexpr) -> tl.tensor:
+    """Return the numbers of values as they are stored: of bfloat16 and float16 in float32."""
     if TYPE == tl.bfloat16:
         value = (value.to(tl.uint32) << 16).to(tl.float32, bitcast=True)
     if TYPE == tl.float16:
@@ -68,10 +82,14 @@ def store_block(
     NEAREST: tl.constexpr,
     WHOLE: tl.constexpr,
 ) -> None:
-    """Store a block; bfloat16 and float16 are rounded stochastically, see rounding.py, or to the nearest."""
-    LOW: tl.constexpr = TYPE == tl.bfloat16 or TYPE == tl.float16
-    STORED: tl.constexpr = tl.uint16 if LOW else TYPE
-    if LOW:
+    """Round a block and store it."""
+    store_rounded(address, at, lane, mask, rounded(value, noise, TYPE, NEAREST), TYPE, WHOLE)
+
+
+@triton.jit
+def rounded(value: tl.tensor, noise: tl.tensor, TYPE: tl.constexpr, NEAREST: tl.constexpr) -> tl.tensor:
+    """Return numbers as they are stored: bfloat16 and float16 rounded stochastically, or to the nearest."""
+    if TYPE == tl.bfloat16 or TYPE == tl.float16:  # see rounding.py
         bits = value.to(tl.uint32, bitcast=True)
         magnitude = bits & 0x7FFFFFFF
         if TYPE == tl.bfloat16:
@@ -95,6 +113,21 @@ def store_block(
         if not NEAREST:
             sign = tl.where(kept == 0, 0, sign)  # no -0
         value = (kept | sign).to(tl.uint16)
+    return value
+
+
+@triton.jit
+def store_rounded(
+    address: tl.tensor,
+    at: tl.tensor,
+    lane: tl.tensor,
+    mask: tl.tensor,
+    value: tl.tensor,
+    TYPE: tl.constexpr,
+    WHOLE: tl.constexpr,
+) -> None:
+    """Store a block of :func:`rounded` values."""
+    STORED: tl.constexpr = tl.uint16 if TYPE == tl.bfloat16 or TYPE == tl.float16 else TYPE
     pointer = address.to(tl.pointer_type(STORED))
     if WHOLE:
         tl.store(tl.multiple_of(pointer, 16) + at + lane, value)

@@ -37,7 +37,7 @@ class Batch:
             if step.structure is not None and fuses(step):
                 hyper, decay = step.structure.hyper, "2:4" if step.structure.table is None else "units"
             dtypes = step.param.dtype, step.exp_avg.dtype, is_quantized(step.exp_avg)
-            kinds.setdefault((step.param.device, *dtypes, id(hyper), decay), []).append(index)
+            kinds.setdefault((step.param.device, *dtypes, id(hyper), step.base is None, decay), []).append(index)
         self._params = [step.param for step in steps]
         self.shrunk: Sequence[int] = [index for index, step in enumerate(steps) if fuses(step)]
         # The launches hold their addresses.
@@ -52,8 +52,6 @@ class Batch:
         param, grad, moment, second = step.param, step.grad, step.exp_avg, step.exp_avg_sq
         if param.device.type not in DEVICES:
             return f"it works on a GPU, not on {param.device.type}"
-        if step.base is not None:
-            return "it does not know weights that decay to a base"
         dtypes = {param.dtype, moment.dtype}
         if is_quantized(moment) or is_quantized(second):
             refused = refusal_of_encoded(param, moment, second)
@@ -66,12 +64,15 @@ class Batch:
             return f"it does not know weights of {param.dtype} with moments of {moment.dtype} and {second.dtype}"
         if grad.dtype != param.dtype or grad.is_neg():
             return f"it takes gradients of the weights' dtype {param.dtype} as they are in memory, not of {grad.dtype}"
-        if any(tensor.shape != param.shape for tensor in (grad, moment, second)):
-            return "gradient and moments must have the shape of the weights"
-        if not is_flat(param, grad, moment, second):
-            return "weights, gradient and moments must lie in memory alike and without gaps"
+        if step.base is not None and step.base.dtype != param.dtype:
+            return f"it takes a base of the weights' dtype {param.dtype}, not of {step.base.dtype}"
+        others = [tensor for tensor in (grad, moment, second, step.base) if tensor is not None]
+        if any(tensor.shape != param.shape for tensor in others):
+            return "gradient, moments and base must have the shape of the weights"
+        if not is_flat(param, *others):
+            return "weights, gradient, moments and base must lie in memory alike and without gaps"
         scalars = [step.step, step.awake] if isinstance(step.awake, Tensor) else [step.step]
-        if any(tensor.device != param.device for tensor in (grad, moment, second, *scalars)):
+        if any(tensor.device != param.device for tensor in (*others, *scalars)):
             return f"all tensors must be on {param.device}"
         if step.step.dtype != torch.float32 or any(tensor.numel() != 1 for tensor in scalars):
             return f"it takes a step counter of torch.float32, not {step.step.dtype}"
@@ -107,6 +108,7 @@ class _Launch:
         self.device = steps[0].param.device
         structure = steps[0].structure
         self._hyper = steps[0].hyper if structure is None or decay not in ("units", "2:4") else structure.hyper
+        self._to_base = steps[0].base is not None and decay != "none"
         self._rows = len(steps)
         self._words, self._chunks = rows_of_tensors(map(_columns, steps))
         self._bytes = self._words.tobytes()
@@ -143,13 +145,15 @@ class _Launch:
             flag = finite.to(device, non_blocking=True) if isinstance(finite, Tensor) else None
             rate, lr = _rate(hyper.lr, device)
             numbers = lr, hyper.beta1, hyper.beta2, hyper.eps, hyper.weight_decay, hyper.p_norm, hyper.lambda_p
-            flags = int(hyper.maximize) + 2 * int(hyper.keep_zeros)
+            # Units that are dead stay so also where λ_p is 0.
+            to_base = self._to_base and (hyper.lambda_p != 0 or self._units is not None)
+            flags = int(hyper.maximize) + 2 * int(hyper.keep_zeros) + 4 * int(to_base)
             grid = (triton.cdiv(self._rows, _ROWS),)
             prepare[grid](table, shared, flag, rate, self._rows, *bits(numbers), flags, **self._prepare)
             if self._chunks:
                 encoding = None if self._encoding is None else table_of(self._encoding, device)
                 units = None if self._units is None else table_of(self._units, device)
-                update[(self._chunks,)](table, shared, encoding, units, self._rows, **self._update)
+                update[(self._chunks,)](table, shared, encoding, units, self._rows, TO_BASE=to_base, **self._update)
 
 
 def _columns(step: TensorStep) -> dict[str, int]:
@@ -163,6 +167,7 @@ def _columns(step: TensorStep) -> dict[str, int]:
         "awake": step.awake.data_ptr() if isinstance(step.awake, Tensor) else 0,
         "numel": step.param.numel(),
         "place": step.place,
+        "base": 0 if step.base is None else step.base.data_ptr(),
     }
 
 

@@ -33,16 +33,16 @@ class UnitFactors(UnitTables):
         super().__init__(params, units, bases)
         self._launches: list[tuple[array[int], int, dict[str, object]]] = []
         splits = {}  # the number of sums for one index of a parameter
-        kinds: dict[tuple[torch.dtype, bool], list[int]] = {}
+        kinds: dict[tuple[torch.dtype, bool, bool], list[int]] = {}
         for index, dim in self._dims.items():
             inner = spacing(self._weights[index], dim)
             long = inner >= _LONG
             splits[index] = 1 if long else inner
-            kinds.setdefault((params[index].dtype, long), []).append(index)
+            kinds.setdefault((params[index].dtype, long, index in self._bases), []).append(index)
         lengths = {index: length * splits[index] for index, length in self._lengths.items()}
         self._sums = torch.zeros(sum(lengths.values()), device=self.device)
         sums = dict(zip(lengths, self._sums.split(list(lengths.values())), strict=True))
-        for (dtype, long), indices in kinds.items():
+        for (dtype, long, to_base), indices in kinds.items():
             words, programs = array("q"), 0
             for index in indices:
                 weights, dim = self._weights[index], self._dims[index]
@@ -50,13 +50,15 @@ class UnitFactors(UnitTables):
                     continue
                 inner, length = spacing(weights, dim), weights.shape[dim]
                 start, outer = weights.data_ptr(), weights.numel() // (inner * length)
+                base = self._bases[index].data_ptr() if to_base else 0
                 first = sums[index][self._firsts[index] * splits[index] :].data_ptr()
                 extents = {"outer": outer, "length": length, "inner": inner}
-                aligned = (start | inner) % ALIGNMENT == 0
-                words.extend(row(first_chunk=programs, weights=start, sums=first, aligned=aligned, **extents))
+                memory = {"weights": start, "base": base, "aligned": (start | base | inner) % ALIGNMENT == 0}
+                words.extend(row(first_chunk=programs, sums=first, **memory, **extents))
                 programs += length if long else triton.cdiv(length * inner, _SIZES["WIDTH"])
             if programs:
-                self._launches.append((words, programs, {"PARAM": TYPES[dtype], "LONG": long}))
+                kind = {"PARAM": TYPES[dtype], "LONG": long, "TO_BASE": to_base}
+                self._launches.append((words, programs, kind))
         self._members, self._layers = array("q"), array("q")
         first = begin = self._programs = 0
         for layer in units:
@@ -113,22 +115,29 @@ def square_sums(
     rows: tl.int32,
     PARAM: tl.constexpr,
     LONG: tl.constexpr,
+    TO_BASE: tl.constexpr,
     BLOCK: tl.constexpr,
     WIDTH: tl.constexpr,
     HEIGHT: tl.constexpr,
 ) -> None:
-    """Sum squares: of one index of a dimension, or of WIDTH columns of a matrix whose rows are the outer indices."""
+    """Sum squares of weights or changes: of one index of a dimension, or of WIDTH columns of a matrix.
+
+    The rows of the matrix are the outer indices.
+    """
     words = table + row_of(table, rows) * COLUMNS
     weights, sums = tl.load(words + 1), tl.load(words + 2).to(tl.pointer_type(tl.float32))
     outer, length, inner = tl.load(words + 3), tl.load(words + 4), tl.load(words + 5)
     program = tl.program_id(0) - tl.load(words)
+    base = None
+    if TO_BASE:
+        base = tl.load(words + 10)
     if LONG:
         total = tl.zeros([BLOCK], tl.float32)
         for run in range(0, outer):
             begin = (run * length + program) * inner
             whole = begin + inner // BLOCK * BLOCK * tl.load(words + 9)
-            total += _squares(weights, begin, whole, PARAM, BLOCK, True)
-            total += _squares(weights, whole, begin + inner, PARAM, BLOCK, False)
+            total += _squares(weights, base, begin, whole, PARAM, BLOCK, True)
+            total += _squares(weights, base, whole, begin + inner, PARAM, BLOCK, False)
         tl.store(sums + program, tl.sum(total, 0))
     else:
         width = length * inner
@@ -140,19 +149,30 @@ def square_sums(
             mask = (tl.expand_dims(row, 1) < outer) & (tl.expand_dims(column, 0) < width)
             place = tl.expand_dims(row * width, 1) + tl.expand_dims(column, 0)
             w = load_block(weights, 0, place, mask, PARAM, False)
+            if base is not None:
+                w -= load_block(base, 0, place, mask, PARAM, False)
             total += tl.sum(w * w, 0)
         tl.store(sums + column, total, mask=column < width)
 
 
 @triton.jit
 def _squares(
-    weights: tl.tensor, begin: tl.tensor, end: tl.tensor, PARAM: tl.constexpr, BLOCK: tl.constexpr, WHOLE: tl.constexpr
+    weights: tl.tensor,
+    base: tl.tensor,
+    begin: tl.tensor,
+    end: tl.tensor,
+    PARAM: tl.constexpr,
+    BLOCK: tl.constexpr,
+    WHOLE: tl.constexpr,
 ) -> tl.tensor:
     lane = tl.arange(0, BLOCK)
     total = tl.zeros([BLOCK], tl.float32)
     for at in range(begin, end, BLOCK):
         place = tl.multiple_of(at, 16) if WHOLE else at
-        w = load_block(weights, place, lane, lane < tl.minimum(end - at, BLOCK).to(tl.int32), PARAM, WHOLE)
+        mask = lane < tl.minimum(end - at, BLOCK).to(tl.int32)
+        w = load_block(weights, place, lane, mask, PARAM, WHOLE)
+        if base is not None:
+            w -= load_block(base, place, lane, mask, PARAM, WHOLE)
         total += w * w
     return total
 

@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from hf_pdecay import AdamWLp
 from hf_pdecay.optim.gpu import launch
 from hf_pdecay.optim.gpu import step as gpu_step
-from hf_pdecay.optim.tensor_step import Hyperparameters
+from hf_pdecay.optim.tensor_step import Hyperparameters, TensorStep
 from tests.helpers.gpu_steps import (
     BF16,
     DEVICE,
@@ -87,7 +87,8 @@ class TestLaunches:
                 if shift == 3:  # only one of them is not aligned
                     inside = {**{name: getattr(each, name) for name in inside}, "exp_avg": inside["exp_avg"]}
                 steps = [each._replace(**inside), made(10, pair)]
-                assert launch.rows_of_tensors(map(gpu_step._columns, steps))[0].tolist()[9::10] == [0, 1]
+                words, _ = launch.rows_of_tensors(map(gpu_step._columns, steps))
+                assert words[9 :: launch.COLUMNS.value].tolist() == [0, 1]
                 assert_like_foreach(steps)
                 for whole in parts.values():
                     assert bool((whole[:shift] == 7).all() and (whole[shift + 3000 :] == 7).all())
@@ -252,6 +253,22 @@ def compiled(kernel: Any, args: tuple[Any, ...], options: dict[str, Any], target
     return triton.compile(source, target=target, options=settings).asm  # type: ignore[no-any-return]
 
 
+def compiles_for_hip(step: TensorStep, launches: tuple[Launches, Launches]) -> None:
+    """Check that both kernels of a step compile for an AMD GPU."""
+    from triton.backends.compiler import GPUTarget
+
+    gpu_step.Batch([step]).step(torch.tensor(True))
+    for kernel in launches:
+        for _, *arguments in kernel.calls:
+            try:
+                assembly = compiled(kernel.kernel, *arguments, GPUTarget("hip", "gfx942", 64))
+            except Exception as error:
+                if "ld.lld" not in str(error):
+                    raise
+                pytest.skip("older releases of triton bring no linker for AMD's GPUs")
+            assert "amdgcn" in assembly
+
+
 @needs_compiler
 class TestCompiled:
     def test_works_on_gpus_only(self) -> None:
@@ -296,21 +313,10 @@ class TestCompiled:
 
     @pytest.mark.parametrize("pair", [(F32, BF16)], ids=str)
     def test_compiles_for_hip(self, pair: tuple[torch.dtype, torch.dtype], launches: tuple[Launches, Launches]) -> None:
-        from triton.backends.compiler import GPUTarget
-
-        gpu_step.Batch([made(5, pair)]).step(torch.tensor(True))
-        for kernel in launches:
-            for _, *arguments in kernel.calls:
-                try:
-                    assembly = compiled(kernel.kernel, *arguments, GPUTarget("hip", "gfx942", 64))
-                except Exception as error:
-                    if "ld.lld" not in str(error):
-                        raise
-                    pytest.skip("older releases of triton bring no linker for AMD's GPUs")
-                assert "amdgcn" in assembly
+        compiles_for_hip(made(5, pair), launches)
 
     def test_nothing_that_changes_is_a_constant(self) -> None:
-        constants = {"PARAM", "MOMENT", "DECAY", "NEAREST", "CHUNK", "BLOCK", "ROWS"}
+        constants = {"PARAM", "MOMENT", "DECAY", "TO_BASE", "NEAREST", "CHUNK", "BLOCK", "ROWS"}
         for kernel in (gpu_step.prepare, gpu_step.update):
             for param in kernel.params:
                 assert param.is_constexpr == (param.name in constants), param.name
