@@ -333,8 +333,8 @@ def read(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
 
 
-def find(results: Sequence[dict[str, Any]], run: Run) -> dict[str, Any] | None:
-    """Return the result of a run, or None."""
+def find(results: Sequence[dict[str, Any]], run: Any) -> dict[str, Any] | None:
+    """Return the result of a run, a dataclass, or None."""
     return next((line for line in results if all(line[key] == value for key, value in asdict(run).items())), None)
 
 
