@@ -13,8 +13,8 @@ template renders; or `text`. The model learns answers and text only. Examples ar
 another. All options of `TrainingArguments` work; `--help` lists them. With no model named, a small GPT-2 over
 bytes is trained from scratch; with no data named, on the source text of Python's standard library. The output folder
 loads with plain `AutoModelForCausalLM.from_pretrained`. With `--decay_to base` 99% of its weights stay those of MODEL,
-and `out/delta` has the others; the last message says how many bytes that takes. The script needs `instructions.py`, `packing.py`,
-`train_clm.py` and `options.py` beside it.
+and `out/delta` has the others; the last message says how many bytes that takes. The script needs `instructions.py`,
+`packing.py`, `train_clm.py` and `options.py` beside it.
 """
 
 import logging
