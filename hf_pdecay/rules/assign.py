@@ -17,7 +17,7 @@ from ..layers.matrices import bias_names, decayable_parameter_names
 from ..layers.parametrized import adapter_parameters, parametrized
 from ..layers.saved_names import names_in_files
 from ..names import clean_name
-from ..optim.bases import BASE, DECAY_TO, ZERO
+from ..optim.bases import BASE, DECAY_TO, ZERO, decays_to_base
 from ..optim.defaults import LAMBDA_P
 from ..optim.param_groups import DECAYED_DTYPES, can_decay, is_decayed
 from ..optim.shards import full_numel, full_shape, is_sharded, wholly_zero
@@ -345,7 +345,8 @@ def decayed_parameter_names(
 ) -> list[str]:
     """Return the names of the model's parameters in the groups that decay, in the model's order.
 
-    Tensors that a target leaves alone as a whole (:mod:`.target.still`) are not among them.
+    Tensors that a target leaves alone as a whole (:mod:`.target.still`) are not among them. Those that decay to a base
+    are: they are unchanged, which counts.
 
     Args:
         model: The model whose parameters the groups hold.
@@ -359,7 +360,7 @@ def decayed_parameter_names(
         for group, tensors in zip(groups, lists, strict=True)
         if is_decayed(group)
         for param, still in zip(tensors, still_weights(group, tensors), strict=True)
-        if still < full_numel(param) or not still
+        if still < full_numel(param) or not still or decays_to_base(group)
     }
     return [clean_name(name) for name, param in model.named_parameters() if id(param) in chosen]
 

@@ -49,8 +49,9 @@ def measure_sparsity(
         changed_by: The optimizer that trains the model, to count changes: in the report zeros are then the weights that
             are equal to their base, which lies in the optimizer's state, near-zeros are changes below the threshold,
             and norms are those of the changes. What the optimizer does not train is unchanged. What it trains and does
-            not let decay to a base is changed. Under DeepSpeed weights and bases are compared in the dtype of the
-            model, and all processes must call, as for shards.
+            not let decay to a base is changed. What a target left alone is unchanged and counts, so leave ``still``
+            out. Under DeepSpeed weights and bases are compared in the dtype of the model, and all processes must call,
+            as for shards.
     """
     return measure_with_extra(
         model,

@@ -65,7 +65,6 @@ def measure_in_run(
             decayed=decayed_parameter_names(model, *to_base),
             near_zero_threshold=near_zero_threshold,
             units=count_units(*to_base, changed_by=optimizer),
-            still=still_by_name(model, *to_base),
             changed_by=optimizer,
         )
         report = replace(report, delta=replace(delta, of_changes=True))

@@ -10,6 +10,7 @@ from torch import nn
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from ..one_shot.methods import AUTO, OFF
+from ..optim.bases import decays_to_base
 from ..optim.param_groups import decayed_groups, is_decayed
 from ..optim.shards import full_numel, group_params
 from ..rules.assign import still_by_name
@@ -73,9 +74,11 @@ class SparsityControlCallback(FirstCallback):
                     self._control.schedule.end,
                     100 * missing,
                 )
-        # keep_zeros holds zeros, not unchanged weights.
-        kept = settings.keep_zeros and not any(budget.to_base for budget in self._control.budgets)
-        if state.global_step > self._control.schedule.begin or kept:
+        to_base = any(budget.to_base for budget in self._control.budgets)
+        # keep_zeros holds zeros, not unchanged weights; these may move while there are too many, until healing.
+        kept = settings.keep_zeros and not to_base
+        schedule = self._control.schedule
+        if state.global_step > (schedule.end if to_base else schedule.begin) or kept:
             excess = self._control.excess()
             if excess > _MISSED and state.is_world_process_zero:
                 logger.warning(
@@ -87,8 +90,9 @@ class SparsityControlCallback(FirstCallback):
                 )
         if self._control.lets_go and state.is_world_process_zero:
             logger.warning(
-                "More of what decays is zero than target_sparsity asks for: these zeros may learn until sparsity_begin "
-                "and are made anew after it. Ask for as many as there are, and they stay."
+                "More of what decays is %s than target_sparsity asks for: these %s may learn until sparsity_begin "
+                "and are made anew after it. Ask for as many as there are, and they stay.",
+                *(("unchanged", "weights") if to_base else ("zero", "zeros")),
             )
         overruled = _overruled(settings) if self._control.budgets and state.is_world_process_zero else []
         if overruled:
@@ -172,7 +176,11 @@ class SparsityControlCallback(FirstCallback):
             f"{of:,}",
             "in one tensor" if len(still) == 1 else f"in {len(still)} tensors",
             ", ".join(new[:_NAMED]) + (" and others" if len(new) > _NAMED else ""),
-            "It is a fraction of the others." if count < of else "Nothing can move, so it cannot be met.",
+            "Nothing can move, so it cannot be met."
+            if count == of
+            else "They are unchanged, and count towards it."
+            if any(map(decays_to_base, groups))
+            else "It is a fraction of the others.",
         )
 
     def on_train_end(
