@@ -77,16 +77,17 @@ class SparsityControlCallback(FirstCallback):
         to_base = any(budget.to_base for budget in self._control.budgets)
         # keep_zeros holds zeros, not unchanged weights; these may move while there are too many, until healing.
         kept = settings.keep_zeros and not to_base
+        why = "keep_zeros keeps it" if kept else "past sparsity_begin zeros stay"
+        zeros = "zero", why, "zeros", " without keep_zeros"
         schedule = self._control.schedule
         if state.global_step > (schedule.end if to_base else schedule.begin) or kept:
             excess = self._control.excess()
             if excess > _MISSED and state.is_world_process_zero:
                 logger.warning(
-                    "%.1f%% of what decays is zero or unchanged beyond target_sparsity, and %s: the run will end with "
-                    "more than it is asked for. Ask for as many, or start another from these weights without "
-                    "keep_zeros.",
+                    "%.1f%% of what decays is %s beyond target_sparsity, and %s: the run will end with more %s than it "
+                    "is asked for. Ask for as many, or start another from these weights%s.",
                     100 * excess,
-                    "keep_zeros keeps it" if kept else "past sparsity_begin it stays",
+                    *(("unchanged", "past sparsity_end unchanged weights stay", "of them", "") if to_base else zeros),
                 )
         if self._control.lets_go and state.is_world_process_zero:
             logger.warning(
