@@ -144,7 +144,15 @@ class DecayOptimizer(Optimizer):
                 step a tensor.
         """
         loss = evaluate(closure)
-        finite = self._step(self._pop_norm())
+        rates = [(group, group["lr"]) for group in self.param_groups if group.get("rate_scale", 1.0) != 1]
+        try:
+            for group, rate in rates:
+                # A new tensor if it is one, as a scheduler holds the old one.
+                group["lr"] = rate * group["rate_scale"]
+            finite = self._step(self._pop_norm())
+        finally:
+            for group, rate in rates:
+                group["lr"] = rate
         if finite is not True:
             self._count_skipped(finite)
         return loss

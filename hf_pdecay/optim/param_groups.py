@@ -24,6 +24,7 @@ class DecayGroup(TypedDict, total=False):
     keep_zeros: bool  # whether weights that are zero stay zero
     decay_to: str  # what weights decay to: "zero", or "base", see bases.py
     skip_nonfinite: bool  # whether a NaN or infinite gradient skips the step
+    rate_scale: float  # what multiplies the learning rate in a step; only where a target of changes sets it
     moments: str | None  # how both moments are stored; only in AdamWLp
     decayed: bool  # whether p-norm decay acts on the group in this run, whatever λ_p is now
     rule: str  # the rule of lp_rules that made the group, or "default"

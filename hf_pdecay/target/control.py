@@ -16,6 +16,10 @@ pruned weights get the value of their base. Changes begin at 0 and grow, and λ_
 magnitudes at each pruning. At first all weights move freely, until fewer of them have not moved yet than the next
 pruning asks for: in low precision at a small learning rate that takes a while. In healing unchanged weights are held by
 a λ_p that changes nothing else, as ``keep_zeros`` is about zeros of the weights.
+
+A model that may change 1% of its weights learns slowly at a rate for all of them: at one rate the length of Adam's step
+falls with the root of their number. So the learning rate of such a group grows by (1 / share that may change) to the
+power ``rate_growth``, by default 1/2, which keeps that length. The scheduler's rate in the group stays as it is.
 """
 
 from __future__ import annotations
@@ -173,6 +177,10 @@ class SparsityControl:
         fresh = schedule.prunes(step - 1) or step == schedule.begin + 1 or self._unset
         if step <= schedule.begin and (step == 1 or self._unset):
             self._hold_first_zeros(step)
+        for group in self._groups:
+            if decays_to_base(group):
+                changing = 1 - group["asked_sparsity"] * schedule.done(step)
+                group["rate_scale"] = changing**-self._target.rate_growth
         if fresh and schedule.begin < step <= schedule.end:
             self._set_lambda_p(upcoming, decaying)
         self._unset = False
@@ -299,7 +307,7 @@ class SparsityControl:
 
     def _lambda_p(self, group: dict[str, Any], median: float, next_pruning: float) -> float:
         """Return λ_p for a group from its budget's magnitudes at the median and at the next threshold."""
-        rate = highest_rate(group)
+        rate = highest_rate(group) * group.get("rate_scale", 1.0)
         if rate <= 0:
             return 0.0
         # Most schedules fall to 0: their rates add up to about half of the highest rate times the steps.

@@ -45,6 +45,12 @@ class Schedule:
         """Whether weights are pruned after a step; the first step of a run is number 1."""
         return self.begin < step <= self.end and (self.end - step) % self.interval == 0
 
+    def done(self, step: int) -> float:
+        """Return the share of the change that prunings before a step have made, in [0, 1]."""
+        last = min(step - 1, self.end)
+        last -= (last - self.end) % self.interval
+        return self.progress(last) if last > self.begin else 0.0
+
     @property
     def pruning_steps(self) -> list[int]:
         """All steps after which weights are pruned."""

@@ -54,6 +54,11 @@ class Target:
         "half of the weights that are to stay would also be gone by the end if they had no gradient. More helps if "
         "the model would overfit.",
     )
+    rate_growth: float = setting(
+        0.5,
+        "With decay_to=base and a target: the learning rate grows by (1 / share of the weights that may change) to "
+        "this power, at 99% and 0.5 to 10 times. 0 for the given rate; 0.5 keeps the length of the whole step.",
+    )
     p_norm_begin: float | None = setting(
         None,
         "p at the beginning. It goes to p_norm between sparsity_begin and sparsity_end. Unset for the same p "
@@ -79,6 +84,10 @@ class Target:
             raise ValueError(
                 f"Invalid sparsity_decay: sparsity_decay={self.sparsity_decay!r}; it must be a finite number of at "
                 "least 0, such as 1."
+            )
+        if not is_number(self.rate_growth) or not 0 <= self.rate_growth <= 1:
+            raise ValueError(
+                f"Invalid rate_growth: rate_growth={self.rate_growth!r}; it must be a number from 0 to 1, such as 0.5."
             )
         check_p_norms(targeted=self.target_sparsity is not None, p_norm_begin=self.p_norm_begin)
         if not isinstance(self.keep_zeros, bool):

@@ -145,8 +145,7 @@ class DecaySettings(DecayFields):
         idle |= {name for name in ("weight_bits", "activation_bits") if getattr(self, name) is None}
         if self.decay_to == ZERO:
             idle.add("decay_to")
-        if self.to_base:
-            idle.add("one_shot")
+        idle.add("one_shot" if self.to_base else "rate_growth")
         if self.base_from is None:
             idle.add("base_from")
         if self.teacher is None:

@@ -248,6 +248,7 @@ def test_too_few_steps_are_refused_with_a_number_that_suffices() -> None:
         ({"sparsity_schedule": "steep"}, "sparsity_schedule='steep'"),
         ({"sparsity_budget": "row"}, "sparsity_budget='row'"),
         ({"sparsity_decay": -1.0}, "sparsity_decay=-1.0"),
+        ({"rate_growth": 1.5}, "rate_growth=1.5"),
         ({"p_norm_begin": 0.0}, "p_norm_begin"),
         ({"target_sparsity": 0.5, "p_norm": 2.0}, "p_norm=2 with a target"),
         ({"target_sparsity": 0.5, "p_norm_begin": 2.5}, "p_norm_begin=2.5 with a target"),

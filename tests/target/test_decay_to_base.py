@@ -159,6 +159,51 @@ def test_the_number_of_unchanged_weights_grows_with_the_schedule(p_norm: float) 
     assert history[-1] == 6400
 
 
+@pytest.mark.parametrize("make", ["adamw_lp", "sgd"])
+def test_the_learning_rate_grows_as_fewer_weights_may_change(make: str) -> None:
+    params = _params(shapes=((100, 80),))
+    bases = _copies(params)
+    optimizer: Any = _adamw(params, lr=1e-3)
+    if make == "sgd":
+        optimizer = LpDecay(torch.optim.SGD(params, lr=1e-3), decay_to="base")
+    (group,) = optimizer.param_groups
+    moves: dict[int, float] = {}
+    before = _copies(params)
+    unchanged: dict[int, int] = {}
+
+    def note(step: int) -> None:
+        assert group["lr"] == 1e-3
+        unchanged[step] = _same(params, bases)
+        moved = (params[0].detach() - before[0]).abs()
+        moves[step] = float(moved[moved > 0].median())
+        before[0].copy_(params[0].detach())
+
+    control = _run(optimizer, lambda _: {params[0]: torch.ones(100, 80)}, after=note, target_sparsity=0.96)
+    assert unchanged[STEPS] == 7680
+    for step in (2, control.schedule.begin, control.schedule.end + 1, STEPS):
+        # Of a gradient that stays, SGD's and Adam's step is the learning rate.
+        expected = 1e-3 * (1 - unchanged[step - 1] / 8000 if step > control.schedule.begin else 1) ** -0.5
+        assert moves[step] == pytest.approx(expected, rel=0.01)
+    assert moves[STEPS] == pytest.approx(5e-3, rel=0.01)
+
+
+def test_a_step_that_fails_leaves_the_learning_rate() -> None:
+    params = _params()
+    optimizer = _adamw(params, lr=1e-3)
+    optimizer.param_groups[0]["rate_scale"] = 10.0
+    params[0].grad = torch.eye(30, 20).to_sparse()
+    with pytest.raises(ValueError, match="sparse"):
+        optimizer.step()
+    assert optimizer.param_groups[0]["lr"] == 1e-3
+
+
+def test_the_rate_can_stay_as_it_is() -> None:
+    params = _params()
+    optimizer = _adamw(params)
+    _run(optimizer, _noise(*params), rate_growth=0.0)
+    assert optimizer.param_groups[0]["rate_scale"] == 1
+
+
 def test_p_of_two_and_more_is_refused() -> None:
     with pytest.raises(ValueError, match="p_norm=2 with a target"):
         SparsityControl(_adamw(_params(), p_norm=2.0), STEPS, target_sparsity=0.5)

@@ -25,6 +25,7 @@ OWN = {
     "sparsity_schedule": "linear",
     "sparsity_budget": "tensor",
     "sparsity_decay": 0.02,
+    "rate_growth": 0.25,
     "p_norm_begin": 1.5,
     "keep_zeros": True,
     "lp_rules": {"attn": {"p_norm": 0.4}, "mlp": "off"},
@@ -64,6 +65,7 @@ def test_command_line(tmp_path: Path) -> None:
     words += ["--p_norm", "0.5", "--lambda_p", "0.03", "--sparsity_logging", "layer", "--near_zero_threshold", "1e-9"]
     words += ["--target_sparsity", "0.7", "--sparsity_begin", "0.2", "--sparsity_end", "0.6", "--p_norm_begin", "1.5"]
     words += ["--sparsity_schedule", "linear", "--sparsity_budget", "tensor", "--sparsity_decay", "0.02"]
+    words += ["--rate_growth", "0.25"]
     words += ["--teacher", "self", "--teacher_task", "0.5", "--teacher_logits", "2", "--teacher_temperature", "3"]
     words += [
         "--teacher_hidden",

@@ -48,6 +48,7 @@ SETTINGS: dict[str, Any] = {
     "sparsity_schedule": "linear",
     "sparsity_budget": "tensor",
     "sparsity_decay": 0.02,
+    "rate_growth": 0.25,
     "p_norm_begin": 1.5,
     "keep_zeros": True,
     "skip_nonfinite": False,
