@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from safetensors import safe_open
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+
+from ..names import clean_name
 
 
 if TYPE_CHECKING:
@@ -25,6 +27,20 @@ def load_converted(model: nn.Module, folder: str) -> None:
     if not isinstance(model, PreTrainedModel) or set(_saved_names(Path(folder))) <= model.state_dict().keys():
         return
     model.load_state_dict(type(model).from_pretrained(folder, config=model.config, dtype=model.dtype).state_dict())
+
+
+def without_tied(model: nn.Module, state_dict: dict[str, Any]) -> dict[str, Any]:
+    """Return a gathered state without the further names of tied weights: FSDP2 gathers these twice.
+
+    Without an engine transformers leaves them out, and so does the file of the base.
+    """
+    firsts: dict[int, str] = {}
+    further = {
+        clean_name(name)
+        for name, param in model.named_parameters(remove_duplicate=False)
+        if firsts.setdefault(id(param), name) != name
+    }
+    return {name: tensor for name, tensor in state_dict.items() if clean_name(name) not in further}
 
 
 def _saved_names(folder: Path) -> list[str]:

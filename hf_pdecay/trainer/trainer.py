@@ -37,7 +37,7 @@ from .gradient_norm import share_grad_norm
 from .measuring import all_must_count, measure
 from .optimizer import build_optimizer, name_of, param_groups_of
 from .resume_checks import check_checkpoint, check_engine_of, check_optimizer_state, other_settings
-from .saved_names import load_converted
+from .saved_names import load_converted, without_tied
 from .search import Search, check_read, folded
 from .settings import DecaySettings
 from .sparsity_callback import SparsityCallback
@@ -380,6 +380,11 @@ class PDecayTrainerMixin(_Base):
             if report.delta is not None and (output_dir is None if _internal_call else self._delta_beside != folder):
                 write_run_delta(folder, self._base or base_of(self.model, self._settings), report)
                 self._delta_beside = folder if _internal_call else None
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        if state_dict is not None and self._base is not None:
+            state_dict = without_tied(self.model, state_dict)
+        super()._save(output_dir, state_dict)
 
     def _save_rng_state(self, output_dir: str) -> None:
         super()._save_rng_state(output_dir)

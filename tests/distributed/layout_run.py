@@ -106,7 +106,7 @@ def run(folder: Path, engine: str, case: dict[str, Any]) -> None:
     if os.environ.get("RANK", "0") != "0":
         options |= differing
     out = folder / options.pop("name")
-    zeroed, resume, nan_at = (options.pop(name, None) for name in ("zeroed", "resume", "nan_at"))
+    zeroed, resume, nan_at, base = (options.pop(name, None) for name in ("zeroed", "resume", "nan_at", "base"))
     world = int(os.environ.get("WORLD_SIZE", "1"))
     accumulate = options.setdefault("gradient_accumulation_steps", 1)
     if engine == "fsdp2":
@@ -130,6 +130,8 @@ def run(folder: Path, engine: str, case: dict[str, Any]) -> None:
     }
     args = PDecayTrainingArguments(str(out), **(settings | options))
     trained = divided(out / "start") if engine == "tp" else model(0)
+    if base is not None:
+        trained = LlamaForCausalLM.from_pretrained(base)
     if zeroed is not None:
         torch.nn.init.zeros_(trained.get_parameter(zeroed))
     trainer = InOrder(model=trained, args=args, train_dataset=data())
