@@ -653,3 +653,17 @@ def test_budgets_without_any_run() -> None:
     idle = group(100, **{**base, "decayed": False, "lambda_p": 0.0})
     assert [each.numel for each in divide_target([idle, group(300, **zero)], 0.5)] == [300]
     assert HOLDING > 0
+
+
+def test_a_target_that_comes_before_pruning_holds_nothing_that_has_not_moved_yet() -> None:
+    (param,) = _params(torch.bfloat16, ((100, 80),))
+    bases = _copies([param])
+    optimizer = _adamw([param], lr=1e-5, lambda_p=0.0)
+    grads = _noise(param)
+    for step in (1, 2):
+        param.grad = grads(step)[param]
+        optimizer.step()
+    assert 0.2 < _same([param], bases) / 8000 < 1
+    optimizer.param_groups[0].update(lambda_p=0.01)
+    _run(optimizer, grads, first=3, last=3, target_sparsity=0.999)
+    assert optimizer.param_groups[0]["lambda_p"] == 0
