@@ -390,3 +390,30 @@ def test_a_base_on_the_hub_is_named_with_its_revision(
     decompress(tmp_path / "delta", tmp_path / "plain")
     assert set(asked) == {("me/base", "0123abc")}
     assert _same(_tensors(tmp_path / "plain"), _tensors(folders["tuned"]))
+
+
+def test_a_base_whose_names_lack_the_first_part(tmp_path: Path) -> None:
+    """As the files of gpt2 on the Hub do: those of the model with its head have longer names."""
+    build("gpt2").transformer.save_pretrained(tmp_path / "base")
+    model = tf.GPT2LMHeadModel.from_pretrained(tmp_path / "base")
+    for name, place in (("one", 0), ("two", 1)):
+        tuned = tf.GPT2LMHeadModel.from_pretrained(tmp_path / "base")
+        with torch.no_grad():
+            tuned.transformer.h[0].mlp.c_fc.weight[place] += 0.5
+        tuned.save_pretrained(tmp_path / name)
+        report = write_delta(tmp_path / "base", tmp_path / name, tmp_path / f"{name}_delta")
+        assert report.changed == tuned.transformer.h[0].mlp.c_fc.weight.shape[1]
+        decompress(tmp_path / f"{name}_delta", tmp_path / f"{name}_plain")
+        plain, whole = _tensors(tmp_path / f"{name}_plain"), _tensors(tmp_path / name)
+        assert plain.keys() == whole.keys() and all(torch.equal(plain[key], whole[key]) for key in whole)
+    merge_deltas(tmp_path / "base", [tmp_path / "one_delta", tmp_path / "two_delta"], tmp_path / "merged")
+    merged, weight = _tensors(tmp_path / "merged"), "transformer.h.0.mlp.c_fc.weight"
+    assert merged.keys() == _tensors(tmp_path / "one").keys()
+    assert int((merged[weight] != model.transformer.h[0].mlp.c_fc.weight).sum()) == 2 * merged[weight].shape[1]
+    # The other way round: a model without the head of its base.
+    model.save_pretrained(tmp_path / "whole")
+    body = tf.GPT2Model.from_pretrained(tmp_path / "whole")
+    with torch.no_grad():
+        body.ln_f.weight[0] += 1
+    body.save_pretrained(tmp_path / "body")
+    assert write_delta(tmp_path / "whole", tmp_path / "body", tmp_path / "body_delta").changed == 1
