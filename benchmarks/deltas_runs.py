@@ -205,7 +205,7 @@ def make_trainer(run: Run, task: Task, output: str) -> Any:
     if run.method == "base":
         pairs = (pair.partition("=") for pair in filter(None, run.settings.split(",")))
         tried = {name: _value(value) for name, _, value in pairs}
-        args = PDecayTrainingArguments(**common, decay_to="base", target_sparsity=run.unchanged, **tried)
+        args = PDecayTrainingArguments(**common | tried, decay_to="base", target_sparsity=run.unchanged)
         return PDecayTrainer(model=task.model, args=args, **data)
     if run.method == "bitfit":
         keep_biases(task.model)
