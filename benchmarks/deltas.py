@@ -12,7 +12,7 @@ Every method gets as many short runs to choose its learning rate on training row
 usually is, the next of `GRID` above, and for SST-2 the next on the better side. Ours does so with 99% unchanged, and
 has that rate at the other shares. LoRA has the rank whose adapter file is closest to our file at 99%. SHiRA and
 Super-Tuning change as many weights as ours at 99%, rounded up to what SHiRA's `r` allows. `cut` sets all but the
-largest changes of full fine-tuning back, without further steps.
+largest changes of full fine-tuning back, without further steps. With `--learning_rate` no rate is chosen.
 """
 
 from __future__ import annotations
