@@ -104,7 +104,7 @@ class Contender:
 def ours(p_norm: float, backend: str = "auto", note: str = "", absent: str | None = None, **options: Any) -> Contender:
     """Return AdamWLp with a p, a backend and other options."""
     make = partial(AdamWLp, lr=LR, p_norm=p_norm, lambda_p=LAMBDA_P, backend=backend, **options)
-    plain = options.get("moments") is None
+    plain = options.get("moments") is None and options.get("decay_to") is None
     return Contender(our_name(p_norm, backend, note), make, p_norm, backend, plain, absent)
 
 

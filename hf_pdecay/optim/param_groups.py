@@ -34,6 +34,7 @@ class DecayGroup(TypedDict, total=False):
     target_sparsity: float | None  # the group's own target; 0 for none, None for the run's
     asked_sparsity: float  # the target that SparsityControl took for the group
     still: list[bool | list[int]]  # by parameter: True if the target leaves it alone, or which of its matrices
+    still_unchanged: list[int]  # by parameter: how many of its still weights equal their base
     p_norm_end: float  # p at the end of a run that changes it
     phase: str  # DENSE, PRUNING or HEALING; only in groups with a target
     skipped_steps: int | Tensor  # steps skipped for NaN or infinite gradients

@@ -13,8 +13,8 @@ def test_decay_group_lists_every_key() -> None:
     model = nn.Sequential(nn.Linear(8, 16), nn.Linear(16, 8))
     plain = set(torch.optim.AdamW(model.parameters()).param_groups[0]) | {"initial_lr"}
     added: set[str] = set()
-    for wrapped in (False, True):
-        groups = build_param_groups(model, p_norm=0.8, lambda_p=0.01, rules={"^0": {"group": "row"}})
+    for wrapped, decay_to in ((False, "zero"), (True, "zero"), (False, "base")):
+        groups = build_param_groups(model, p_norm=0.8, lambda_p=0.01, rules={"^0": {"group": "row"}}, decay_to=decay_to)
         optimizer = LpDecay(torch.optim.AdamW(groups)) if wrapped else AdamWLp(groups)
         control = SparsityControl(optimizer, 40, target_sparsity=0.5, p_norm_begin=1.0)
         for param in model.parameters():
