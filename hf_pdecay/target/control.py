@@ -43,7 +43,7 @@ from ..optim.unit_kinds import UNIT_KINDS, kind_of, n_of_m
 from ..optim.unit_operations import Values, alive_units
 from ..optim.units import units_of
 from ..terminal import get_logger
-from .budgets import Budget, divide_target, has_target
+from .budgets import Budget, divide_target, has_target, implied_target
 from .pruning import excess, lacking_moments, prune, rank_by_magnitude, zeros_in, zeros_wanted
 from .settings import Target, check_p_norms
 from .still import mark_still
@@ -179,8 +179,11 @@ class SparsityControl:
             self._hold_first_zeros(step)
         for group in self._groups:
             if decays_to_base(group):
-                changing = 1 - group["asked_sparsity"] * schedule.done(step)
-                group["rate_scale"] = changing**-self._target.rate_growth
+                # By the target as it was given: that of what moves is not known yet when a run resumes.
+                own = implied_target(kind_of(group), group.get("target_sparsity"))
+                own = group.get("target_sparsity") if own is None else own
+                target = self._target.target_sparsity if own is None else own
+                group["rate_scale"] = (1 - (target or 0.0) * schedule.done(step)) ** -self._target.rate_growth
         if fresh and schedule.begin < step <= schedule.end:
             self._set_lambda_p(upcoming, decaying)
         self._unset = False
