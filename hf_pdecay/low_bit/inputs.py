@@ -46,7 +46,7 @@ def round_activations(model: _Model, bits: Mapping[str, float] | None = None) ->
         The same model.
 
     Raises:
-        ValueError: If a width is not offered, there is no such layer, or ``bits`` is None and the config states none.
+        ValueError: If a width is not offered, a layer is missing, or ``bits`` is None and the config states none.
 
     Example:
         >>> model = AutoModelForCausalLM.from_pretrained("out")

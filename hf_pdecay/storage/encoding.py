@@ -232,7 +232,7 @@ def decode(blob: Bytes, limit: int, what: str, base: Bytes | None = None) -> tup
         base: The bytes of a base's tensor, into which a block of changes is written; they are the result then.
 
     Raises:
-        FormatError: If the block is damaged or forged, or there is no base for its changes.
+        FormatError: If the block is damaged or forged, or its changes lack a base.
         ValueError: If zstandard is needed and not installed.
     """
     head, payload = opened(blob, what, limit)
